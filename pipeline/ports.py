@@ -1,0 +1,82 @@
+"""What the loops need from the outside world, as protocols.
+
+The same loop runs against fakes in milliseconds, against one process with `TorchEngine`, and
+against DeepSpeed, vLLM and Ray Serve under Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+from pipeline.records import (
+    Experience,
+    Message,
+    Metrics,
+    PolicyWeights,
+    Prompt,
+    RewardScore,
+    Rollout,
+    SamplingParams,
+    TokenEvaluation,
+)
+
+Batch = TypeVar("Batch", contravariant=True)
+
+
+class Learner(Protocol[Batch]):
+    """A model under supervised training (a reward model on pairs, a policy on texts)."""
+
+    def restore(self, checkpoint: str) -> None:
+        """Loads weights and optimiser from a committed checkpoint directory."""
+
+    def update(self, batch: Batch, step: int) -> Metrics:
+        """One optimiser step on the whole batch; consumes it, returns metrics of the whole batch."""
+
+    def evaluate(self, batch: Batch) -> Metrics:
+        """Metrics of a held-out batch; changes nothing."""
+
+    def save(self, directory: str) -> None:
+        """Writes a resumable checkpoint; every rank writes its part."""
+
+    def export(self, directory: str) -> None:
+        """Writes the model alone, as safetensors and json."""
+
+
+class PolicyLearner(Protocol):
+    """The policy, its critic and its frozen reference."""
+
+    def restore(self, checkpoint: str) -> None: ...
+
+    def evaluate(self, rollouts: Sequence[Rollout]) -> list[TokenEvaluation]:
+        """Policy and reference logprobs and values of every response token, in the order given."""
+
+    def update(self, experience: Experience, step: int) -> Metrics:
+        """All PPO epochs over one batch."""
+
+    def publish_weights(self, version: int) -> PolicyWeights:
+        """Makes the current policy readable by rollout workers, with the probes of the gate."""
+
+    def save(self, directory: str) -> None: ...
+
+    def export(self, directory: str) -> None: ...
+
+
+class RolloutSource(Protocol):
+    """Samples responses with the policy it was last given."""
+
+    def load_weights(self, weights: PolicyWeights) -> Metrics:
+        """Loads a published policy into every engine and passes the numerics gate.
+
+        Raises StaleEngineError when an engine does not reproduce the learner's probe logprobs.
+        """
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+        """`samples_per_prompt` rollouts per prompt, ordered by (prompt, sample), whoever sampled them."""
+
+
+class RewardScorer(Protocol):
+    """The reward model as a function."""
+
+    def score(self, prompts: Sequence[tuple[Message, ...]], responses: Sequence[str]) -> list[RewardScore]:
+        """One score per (prompt, response), in order, independent of what shared a batch."""
