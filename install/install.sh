@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Creates .venv with a set of packages known to work together; called by make, safe to repeat.
+# VRM_ACCELERATOR=cpu|cuda overrides the automatic choice.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || {
+  echo "install: $("$python" --version) found, Python 3.11 or 3.12 is needed. Name one with PYTHON=python3.12 make ..." >&2
+  exit 1
+}
+
+accelerator=${VRM_ACCELERATOR:-$(command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)}
+echo "install: $("$python" --version), $accelerator build, into .venv"
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+.venv/bin/python -m pip install --quiet --disable-pip-version-check "uv==0.13.8"
+
+# pip's local wheel folders, where a machine has them, are uv's too.
+export UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}"
+install() { .venv/bin/uv pip install --quiet --python .venv/bin/python --constraints install/constraints.txt "$@"; }
+
+case $accelerator in
+  cpu)
+    # The CPU build of torch lies in a local wheel folder or else on PyTorch's own index.
+    backend=()
+    install --dry-run "torch==2.13.0+cpu" 2>/dev/null || backend=(--torch-backend cpu)
+    torch="torch==2.13.0+cpu" ;;
+  cuda) backend=(--torch-backend auto) torch="torch==2.13.0" ;;
+  *) echo "install: VRM_ACCELERATOR=$accelerator is neither cpu nor cuda" >&2; exit 1 ;;
+esac
+
+# torch first: DeepSpeed reads it while it builds.
+install "${backend[@]}" "$torch" setuptools wheel ninja packaging py-cpuinfo hjson
+DS_BUILD_OPS=0 install "${backend[@]}" --no-build-isolation-package deepspeed --override install/overrides-"$accelerator".txt \
+  --editable ".[$accelerator,dev]"
+.venv/bin/python -c 'import deepspeed, ray, torch, transformers, vllm' 2>/dev/null || {
+  echo "install: the packages are there but do not import; run .venv/bin/python -c 'import vllm, deepspeed' to see why" >&2
+  exit 1
+}
+touch .venv/.installed

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Submits jobs/full_pipeline.py to the Ray head at RAY_API_SERVER_ADDRESS, or to one it starts and stops itself.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bin=$PWD/.venv/bin
+address=${RAY_API_SERVER_ADDRESS:-}
+
+if [ -z "$address" ]; then
+  read -r port gcs <<<"$("$bin/python" -c '
+import socket
+with socket.socket() as a, socket.socket() as b:
+    a.bind(("127.0.0.1", 0)); b.bind(("127.0.0.1", 0))
+    print(a.getsockname()[1], b.getsockname()[1])')"
+  address=http://127.0.0.1:$port
+  log=$(mktemp -t ray-head.XXXXXX.log)
+  echo "submit: starting a Ray head on this machine, dashboard $address"
+  "$bin/ray" start --head --block --port "$gcs" --dashboard-host 127.0.0.1 --dashboard-port "$port" \
+    --object-store-memory $((512 * 1024 * 1024)) --disable-usage-stats >"$log" 2>&1 &
+  head=$!
+  trap 'kill -TERM $head 2>/dev/null; wait $head 2>/dev/null || true' EXIT
+  for _ in $(seq 120); do
+    curl --silent --fail --max-time 2 "$address/api/version" >/dev/null && break
+    kill -0 $head 2>/dev/null || { echo "submit: the Ray head did not start; its log is $log" >&2; exit 1; }
+    sleep 0.5
+  done
+fi
+
+# VRM_* settings travel to the job; nothing else of this shell does.
+environment=$("$bin/python" -c '
+import json, os
+print(json.dumps({"env_vars": {k: v for k, v in os.environ.items() if k.startswith("VRM_")}}))')
+"$bin/ray" job submit --address "$address" --working-dir . --runtime-env-json "$environment" -- \
+  "$bin/python" jobs/full_pipeline.py "$@"
