@@ -1,0 +1,137 @@
+"""The optimiser step, as the learners see it: one process here, DeepSpeed in `actors/deepspeed_engine.py`.
+
+Losses are sums over a rank's own rows, divided by counts of the whole batch. Gradients therefore add up over
+micro-batches and over ranks; an engine never averages them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from pipeline.errors import CheckpointError, NumericsError
+
+CHECKPOINT_FILE = "engine.pt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterGroup:
+    """Parameters that share a peak learning rate and a weight decay."""
+
+    parameters: tuple[nn.Parameter, ...]
+    learning_rate: float
+    weight_decay: float
+
+
+class TrainEngine(Protocol):
+    """One rank's handle on the sharded model and its optimiser."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    module: nn.Module
+    """The unwrapped model. Under ZeRO-3 its parameters are partitioned: call `forward`, not this."""
+
+    def forward(self, *args: Any) -> Any:
+        """The model on one micro-batch; every rank must make the same number of calls."""
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Adds the gradient of a scalar loss; `last` marks the final micro-batch of the step."""
+
+    def step(self, learning_rate_factor: float) -> float:
+        """Clips, steps, zeroes gradients. Each group's peak learning rate is scaled by the factor.
+
+        Returns the global gradient norm before clipping; raises NumericsError when it is not finite.
+        """
+
+    def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The elementwise sum over ranks, equal on every rank."""
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """The whole model on the CPU of rank 0; empty elsewhere. Collective."""
+
+    def save(self, directory: str) -> None:
+        """Writes everything a resumed run needs. Collective."""
+
+    def load(self, directory: str) -> None:
+        """Restores what `save` wrote. Collective."""
+
+
+class TorchEngine:
+    """A TrainEngine in one process: plain AdamW, bit-deterministic on CPU."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: Sequence[ParameterGroup],
+        *,
+        betas: tuple[float, float],
+        max_grad_norm: float,
+        device: str = "cpu",
+    ) -> None:
+        self.device = torch.device(device)
+        self.module = module.to(self.device)
+        self.peak_learning_rates = [group.learning_rate for group in groups]
+        self.max_grad_norm = max_grad_norm
+        self.optimiser = torch.optim.AdamW(
+            [
+                {"params": list(group.parameters), "lr": group.learning_rate, "weight_decay": group.weight_decay}
+                for group in groups
+            ],
+            betas=betas,
+        )
+
+    def forward(self, *args: Any) -> Any:
+        return self.module(*args)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        loss.backward()
+
+    def step(self, learning_rate_factor: float) -> float:
+        parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
+        require_finite_norm(norm)
+        for group, peak in zip(self.optimiser.param_groups, self.peak_learning_rates, strict=True):
+            group["lr"] = peak * learning_rate_factor
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return norm
+
+    def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
+
+    def save(self, directory: str) -> None:
+        os.makedirs(directory, exist_ok=True)
+        state = {"module": self.module.state_dict(), "optimiser": self.optimiser.state_dict()}
+        torch.save(state, os.path.join(directory, CHECKPOINT_FILE))
+
+    def load(self, directory: str) -> None:
+        path = os.path.join(directory, CHECKPOINT_FILE)
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            self.module.load_state_dict(state["module"])
+            self.optimiser.load_state_dict(state["optimiser"])
+        except (FileNotFoundError, KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} does not restore this model: {error}. "
+                "Was the recipe's model changed? Use another workspace, or delete this checkpoint."
+            ) from error
+
+
+def require_finite_norm(norm: float) -> None:
+    """Raises NumericsError when a gradient norm is not finite: the step must not be taken."""
+    if not torch.isfinite(torch.tensor(norm)):
+        raise NumericsError(
+            f"gradient norm is {norm}: the loss has diverged. Lower the learning rate, or resume from an earlier step."
+        )

@@ -1,0 +1,107 @@
+"""From rewards to advantages: reward shaping, token rewards, generalised advantage estimation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from pipeline.objectives.masked import require_same_shape
+
+
+def transform_reward(
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    kind: Literal["none", "zscore", "lcb"],
+    *,
+    reward_mean: float,
+    reward_std: float,
+    lcb_coefficient: float,
+    clip: float | None,
+) -> torch.Tensor:
+    """The reward PPO sees, from the reward model's posterior mean and standard deviation.
+
+    none:   r
+    zscore: (r - m) / s
+    lcb:    (r - c * std - m) / s        lower confidence bound: an uncertain reward counts less
+    then clipped to [-clip, clip].  m, s are the reward model's statistics on held-out responses.
+
+    Source: vrm_spec sections 8 and 10.
+
+    Args:
+        mean, std: [B] posterior mean and standard deviation of the reward.
+        reward_mean, reward_std: m and s > 0; ignored by "none".
+        lcb_coefficient: c >= 0.
+        clip: bound after scaling, or None.
+
+    Returns:
+        [B] rewards, dimensionless unless "none".
+    """
+    match kind:
+        case "none":
+            reward = mean
+        case "zscore":
+            reward = (mean - reward_mean) / reward_std
+        case "lcb":
+            reward = (mean - lcb_coefficient * std - reward_mean) / reward_std
+    return reward if clip is None else reward.clamp(-clip, clip)
+
+
+def token_rewards(
+    scores: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor, *, kl_coefficient: float
+) -> torch.Tensor:
+    """R_t = -beta * k_t + 1[t = last] * score.
+
+    Source: vrm_spec section 11; Stiennon et al. 2020, arXiv:2009.01325, section 3.4.
+
+    Args:
+        scores: [B] one reward per response.
+        kl: [B, T] per-token KL estimates, nats.
+        mask: [B, T] bool, left-aligned; every row has at least one token.
+        kl_coefficient: beta >= 0.
+
+    Returns:
+        [B, T], 0 on padding.
+    """
+    require_same_shape(kl=kl, mask=mask)
+    rewards = torch.where(mask, -kl_coefficient * kl, torch.zeros_like(kl))
+    last = mask.sum(-1) - 1
+    rewards[torch.arange(len(scores)), last] += scores
+    return rewards
+
+
+def generalized_advantages(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, *, gamma: float, lam: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimation over left-aligned responses.
+
+    delta_t = R_t + gamma * V_{t+1} - V_t,   A_t = delta_t + gamma * lam * A_{t+1},   returns_t = A_t + V_t
+
+    V and A are 0 after the last real token: a response that ended has no future.
+
+    Source: Schulman et al. 2016, arXiv:1506.02438, Eqs. 11 and 16.
+
+    Args:
+        rewards: [B, T] token rewards.
+        values: [B, T] value of the state before each token.
+        mask: [B, T] bool, True on response tokens.
+        gamma: discount in [0, 1].
+        lam: lambda in [0, 1].
+
+    Returns:
+        (advantages, returns), both [B, T], 0 on padding; advantages are not whitened.
+
+    Raises:
+        ShapeError: the three tensors differ in shape.
+    """
+    require_same_shape(rewards=rewards, values=values, mask=mask)
+    values = torch.where(mask, values, torch.zeros_like(values))
+    rewards = torch.where(mask, rewards, torch.zeros_like(rewards))
+    next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+    deltas = torch.where(mask, rewards + gamma * next_values - values, torch.zeros_like(values))
+    advantages = torch.zeros_like(deltas)
+    running = torch.zeros_like(deltas[:, 0])
+    for t in reversed(range(deltas.shape[1])):
+        running = deltas[:, t] + gamma * lam * running
+        advantages[:, t] = running
+    return advantages, torch.where(mask, advantages + values, torch.zeros_like(values))

@@ -1,0 +1,172 @@
+"""The variational part of VRM: divergences, reparameterised samples, supervision, the closed-form reward.
+
+Source: VRM, arXiv 2603.04974; equation numbers are the paper's. Everything here is float32: a Dirichlet cannot be
+sampled in bfloat16, and its lgamma is wrong by 0.4 there.
+
+Shapes: B prompts, K objectives, d semantic dimensions.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.objectives.masked import require_same_shape
+
+SIMPLEX_FLOOR = 1e-6
+
+
+def dirichlet_kl(alpha: torch.Tensor, prior_alpha: torch.Tensor) -> torch.Tensor:
+    """KL( Dir(alpha) || Dir(alpha0) ), Eq. 8.
+
+    KL = lgamma(A) - sum_k lgamma(alpha_k) - lgamma(A0) + sum_k lgamma(alpha0_k)
+         + sum_k (alpha_k - alpha0_k) * (digamma(alpha_k) - digamma(A)),   A = sum_k alpha_k, A0 = sum_k alpha0_k
+
+    Args:
+        alpha: [B, K] concentrations > 0, float32.
+        prior_alpha: [K] or [B, K] concentrations of the prior.
+
+    Returns:
+        [B] nats, >= 0.
+    """
+    prior_alpha = prior_alpha.expand_as(alpha)
+    total, prior_total = alpha.sum(-1), prior_alpha.sum(-1)
+    log_normalisers = (
+        torch.lgamma(total)
+        - torch.lgamma(alpha).sum(-1)
+        - torch.lgamma(prior_total)
+        + torch.lgamma(prior_alpha).sum(-1)
+    )
+    expected_log_w = torch.digamma(alpha) - torch.digamma(total).unsqueeze(-1)
+    return log_normalisers + ((alpha - prior_alpha) * expected_log_w).sum(-1)
+
+
+def gaussian_kl(
+    mu: torch.Tensor, logvar: torch.Tensor, prior_mu: torch.Tensor, prior_logvar: torch.Tensor
+) -> torch.Tensor:
+    """KL( N(mu, diag exp(logvar)) || N(m0, diag exp(logvar0)) ), Eq. 9 with diagonal covariances.
+
+    KL = 1/2 * sum_j [ (exp(lv_j) + (mu_j - m0_j)^2) / v0_j - 1 - lv_j + ln v0_j ]
+
+    Args:
+        mu, logvar: [B, d] float32.
+        prior_mu, prior_logvar: [d] or [B, d].
+
+    Returns:
+        [B] nats, >= 0.
+    """
+    require_same_shape(mu=mu, logvar=logvar)
+    return gaussian_kl_per_dimension(mu, logvar, prior_mu, prior_logvar).sum(-1)
+
+
+def gaussian_kl_per_dimension(
+    mu: torch.Tensor, logvar: torch.Tensor, prior_mu: torch.Tensor, prior_logvar: torch.Tensor
+) -> torch.Tensor:
+    """The [B, d] summands of `gaussian_kl`."""
+    scaled = (logvar.exp() + (mu - prior_mu) ** 2) / prior_logvar.exp()
+    return 0.5 * (scaled - 1.0 - logvar + prior_logvar)
+
+
+def sample_dirichlet(alpha: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+    """w ~ Dir(alpha), one draw per row, differentiable in alpha (Eq. 10).
+
+    w = g / sum_k g_k,  g_k ~ Gamma(alpha_k, 1) with implicit reparameterisation gradients
+    (Figurnov et al. 2018, arXiv:1805.08498). The draw is clamped away from 0 and renormalised.
+
+    Each row has a generator of its own, so that the draw depends on its seed alone, not on the rows beside it:
+    neither sharding nor micro-batching changes it.
+
+    Args:
+        alpha: [B, K] float32, any device.
+        seeds: [B] int64.
+
+    Returns:
+        [B, K] on the simplex.
+    """
+    gammas = torch.stack([
+        torch._standard_gamma(row, _generator(seed, 0))
+        for row, seed in zip(alpha.cpu(), seeds.tolist(), strict=True)
+    ])  # fmt: skip
+    gammas = gammas.to(alpha.device)
+    weights = (gammas / gammas.sum(-1, keepdim=True).clamp(min=torch.finfo(gammas.dtype).tiny)).clamp(min=SIMPLEX_FLOOR)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def gaussian_noise(seeds: torch.Tensor, *, draws: int, dims: int) -> torch.Tensor:
+    """[B, draws, dims] standard normal noise; row b depends on seeds[b] alone. On the CPU, float32."""
+    return torch.stack([torch.randn(draws, dims, generator=_generator(seed, 1)) for seed in seeds.tolist()])
+
+
+def _generator(seed: int, stream: int) -> torch.Generator:
+    return torch.Generator().manual_seed(2 * seed + stream)
+
+
+def supervision_target(
+    standardised: torch.Tensor, mask: torch.Tensor, *, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """t = softmax(s_hat / tau) over the annotated objectives, Eq. 13.
+
+    Args:
+        standardised: [B, K] scores of the chosen response, zero mean and unit variance per objective; ignored where masked.
+        mask: [B, K] bool, True where annotated.
+        temperature: tau > 0.
+
+    Returns:
+        target [B, K], 0 where masked, and the mask [B, K] with rows of fewer than two objectives switched off:
+        one score alone says nothing about relative weights (vrm_spec section 6.5).
+    """
+    require_same_shape(standardised=standardised, mask=mask)
+    mask = mask & (mask.sum(-1, keepdim=True) >= 2)
+    logits = torch.where(mask, standardised / temperature, torch.full_like(standardised, -torch.inf))
+    target = torch.softmax(torch.where(mask.any(-1, keepdim=True), logits, torch.zeros_like(logits)), dim=-1)
+    return torch.where(mask, target, torch.zeros_like(target)), mask
+
+
+def weight_supervision_kl(target: torch.Tensor, mask: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """KL( t || w_bar ) with w_bar the posterior mean renormalised over the annotated objectives, Eq. 13.
+
+    L_b = sum_{k in mask} t_k * (ln t_k - ln w_bar_k),   w_bar_k = alpha_k / sum_{j in mask} alpha_j
+
+    A renormalised sub-vector of a Dirichlet is the Dirichlet of the sub-alpha, so this is exact for partial scores.
+
+    Args:
+        target: [B, K] from `supervision_target`.
+        mask: [B, K] bool from `supervision_target`.
+        alpha: [B, K] float32 concentrations.
+
+    Returns:
+        [B] nats; 0 for rows without annotation.
+    """
+    require_same_shape(target=target, mask=mask, alpha=alpha)
+    supervised = mask.any(-1, keepdim=True)
+    present = torch.where(mask, alpha, torch.zeros_like(alpha)).sum(-1, keepdim=True)
+    log_w = alpha.log() - torch.where(supervised, present, torch.ones_like(present)).log()
+    return torch.where(mask, torch.xlogy(target, target) - target * log_w, torch.zeros_like(target)).sum(-1)
+
+
+def reward_mean_and_variance(
+    alpha: torch.Tensor, mu: torch.Tensor, logvar: torch.Tensor, score_matrix: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """E[r] and Var[r] of r = <w, S z> under q(w|x) q(z|x,y), in closed form for the bilinear decoder.
+
+    w_bar = alpha / A,  s_bar = S mu,  Sz = S diag(sigma^2) S^T,  C = (diag(w_bar) - w_bar w_bar^T) / (A + 1)
+    E[r]   = <w_bar, s_bar>
+    Var[r] = w_bar^T Sz w_bar + tr( C (s_bar s_bar^T + Sz) )
+
+    Source: vrm_spec section 8 (w and z are independent under q).
+
+    Args:
+        alpha: [N, K]; mu, logvar: [N, d]; score_matrix: S, [K, d]; all float32.
+
+    Returns:
+        mean [N] and variance [N] >= 0.
+    """
+    total = alpha.sum(-1, keepdim=True)
+    w_bar = alpha / total
+    s_bar = mu @ score_matrix.T
+    score_covariance = torch.einsum("kj,nj,lj->nkl", score_matrix, logvar.exp(), score_matrix)
+    second_moment = s_bar.unsqueeze(-1) * s_bar.unsqueeze(-2) + score_covariance
+    weight_covariance = (torch.diag_embed(w_bar) - w_bar.unsqueeze(-1) * w_bar.unsqueeze(-2)) / (total + 1.0).unsqueeze(-1)
+    variance = torch.einsum("nk,nkl,nl->n", w_bar, score_covariance, w_bar) + (weight_covariance * second_moment).sum(
+        (-1, -2)
+    )
+    return (w_bar * s_bar).sum(-1), variance.clamp(min=0.0)
