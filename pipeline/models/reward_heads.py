@@ -1,0 +1,142 @@
+"""The heads that turn hidden states into a posterior, and a posterior into a reward.
+
+Head mathematics runs in float32 with autocast off: a Dirichlet cannot be sampled in bfloat16.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from pipeline.config.schema import VRMHeadConfig
+from pipeline.objectives.variational import (
+    gaussian_noise,
+    reward_mean_and_variance,
+    sample_dirichlet,
+)
+
+
+class RewardOutput(NamedTuple):
+    """What a head says of N (prompt, response) rows, float32. K and d are 0 for the Bradley-Terry head."""
+
+    sampled: torch.Tensor
+    """[N] one posterior sample of the reward; the mean when no noise was asked for."""
+    mean: torch.Tensor
+    """[N] posterior mean of the reward."""
+    variance: torch.Tensor
+    """[N] posterior variance of the reward."""
+    alpha: torch.Tensor
+    """[N, K] Dirichlet concentrations of the objective weights."""
+    mu: torch.Tensor
+    """[N, d] Gaussian means of the semantic features."""
+    logvar: torch.Tensor
+    """[N, d] Gaussian log-variances."""
+    scores: torch.Tensor
+    """[N, K] posterior mean objective scores."""
+
+
+def bounded_softplus(u: torch.Tensor, *, low: float, high: float) -> torch.Tensor:
+    """alpha = high * tanh((low + softplus(u)) / high): positive, about linear, never above `high` (vrm_spec section 4.4)."""
+    return high * torch.tanh((low + nn.functional.softplus(u)) / high)
+
+
+def inverse_softplus(x: float) -> float:
+    """u with softplus(u) = x > 0."""
+    return x + math.log(-math.expm1(-x))
+
+
+def two_layer_head(input_size: int, hidden_size: int, output_size: int) -> nn.Sequential:
+    """Linear -> SiLU -> Linear in float32; the last layer starts at zero weight, so its bias alone sets the start."""
+    head = nn.Sequential(
+        nn.Linear(input_size, hidden_size, dtype=torch.float32),
+        nn.SiLU(),
+        nn.Linear(hidden_size, output_size, dtype=torch.float32),
+    )
+    nn.init.zeros_(head[2].weight)
+    nn.init.zeros_(head[2].bias)
+    return head
+
+
+class VRMHead(nn.Module):
+    """Weight head, feature head and bilinear decoder (VRM, arXiv 2603.04974, Eqs. 3-5 and 12; vrm_spec sections 4-5).
+
+    alpha(x) = bounded softplus of the weight head at the last prompt token
+    (mu, logvar)(x, y) = feature head at the last response token
+    r = <w, S z>,  s = S z the K objective scores
+
+    At the start alpha(x) equals the prior, so KL_w = 0.
+    """
+
+    def __init__(self, hidden_size: int, num_objectives: int, config: VRMHeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight_head = two_layer_head(hidden_size, config.hidden_size, num_objectives)
+        self.feature_head = two_layer_head(hidden_size, config.hidden_size, 2 * config.semantic_dims)
+        self.score_matrix = nn.Parameter(torch.empty(num_objectives, config.semantic_dims, dtype=torch.float32))
+        with torch.no_grad():
+            # A zero feature head would give mu = 0 and no gradient to S: let mu start small instead.
+            nn.init.normal_(self.feature_head[2].weight[: config.semantic_dims], std=1.0 / math.sqrt(config.hidden_size))
+            self.feature_head[2].bias[config.semantic_dims :] = self._logvar_input(config.initial_logvar)
+            self.weight_head[2].bias.fill_(inverse_softplus(config.prior_alpha - config.alpha_min))
+            nn.init.normal_(self.score_matrix, std=1.0 / math.sqrt(config.semantic_dims))
+
+    def forward(
+        self, prompt_hidden: torch.Tensor, response_hidden: torch.Tensor, noise_seeds: torch.Tensor | None
+    ) -> RewardOutput:
+        """Posterior and reward of N rows.
+
+        Args:
+            prompt_hidden: [N, H] state at the last prompt token.
+            response_hidden: [N, H] state at the last response token.
+            noise_seeds: [B] int64 with N = 2B, chosen rows first: one draw of w per pair, one of z per row (Eq. 11).
+        """
+        with torch.autocast(prompt_hidden.device.type, enabled=False):
+            config = self.config
+            alpha = bounded_softplus(
+                self.weight_head(prompt_hidden.float()), low=config.alpha_min, high=config.alpha_max
+            )
+            mu, raw_logvar = self.feature_head(response_hidden.float()).split(config.semantic_dims, dim=-1)
+            logvar = self._bounded_logvar(raw_logvar)
+            mean, variance = reward_mean_and_variance(alpha, mu, logvar, self.score_matrix)
+            sampled = mean if noise_seeds is None else self._sampled_rewards(alpha, mu, logvar, noise_seeds)
+            scores = mu @ self.score_matrix.T
+            return RewardOutput(sampled, mean, variance, alpha, mu, logvar, scores)
+
+    def _sampled_rewards(
+        self, alpha: torch.Tensor, mu: torch.Tensor, logvar: torch.Tensor, noise_seeds: torch.Tensor
+    ) -> torch.Tensor:
+        weights = sample_dirichlet(alpha[: len(noise_seeds)], noise_seeds)
+        noise = gaussian_noise(noise_seeds, draws=2, dims=mu.shape[-1]).to(mu.device)
+        features = mu + torch.exp(0.5 * logvar) * noise.transpose(0, 1).flatten(0, 1)
+        return (torch.cat([weights, weights]) * (features @ self.score_matrix.T)).sum(-1)
+
+    def _bounded_logvar(self, raw: torch.Tensor) -> torch.Tensor:
+        low, high = self.config.logvar_min, self.config.logvar_max
+        middle, half = 0.5 * (high + low), 0.5 * (high - low)
+        return middle + half * torch.tanh(raw / half)
+
+    def _logvar_input(self, logvar: float) -> float:
+        low, high = self.config.logvar_min, self.config.logvar_max
+        middle, half = 0.5 * (high + low), 0.5 * (high - low)
+        return half * math.atanh((logvar - middle) / half)
+
+
+class BradleyTerryHead(nn.Module):
+    """The baseline: one linear reward on the last response token (VRM Eq. 1)."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, 1, bias=False, dtype=torch.float32)
+        nn.init.normal_(self.linear.weight, std=1.0 / math.sqrt(hidden_size))
+
+    def forward(
+        self, prompt_hidden: torch.Tensor, response_hidden: torch.Tensor, noise_seeds: torch.Tensor | None
+    ) -> RewardOutput:
+        """[N, H] states -> rewards without a posterior; the signature is the VRM head's."""
+        with torch.autocast(response_hidden.device.type, enabled=False):
+            reward = self.linear(response_hidden.float()).squeeze(-1)
+            nothing = reward.new_zeros(len(reward), 0)
+            return RewardOutput(reward, reward, torch.zeros_like(reward), nothing, nothing, nothing, nothing)

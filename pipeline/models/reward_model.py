@@ -1,0 +1,145 @@
+"""The reward model: a decoder backbone, a head, and the card that says what they mean.
+
+A checkpoint is a directory: `model.safetensors` (backbone.* and head.*), `reward_model.json` (the card),
+`config.json` (the backbone's architecture) and the tokenizer's files. Nothing in it is a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.config.schema import Frozen, VRMHeadConfig
+from pipeline.errors import CheckpointError
+from pipeline.models.backbone import load_tokenizer
+from pipeline.models.reward_heads import BradleyTerryHead, RewardOutput, VRMHead
+
+CARD_FILE = "reward_model.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+class RewardModelCard(Frozen):
+    """What a reward-model checkpoint holds, in words."""
+
+    head: Literal["vrm", "bt"]
+    vrm: VRMHeadConfig
+    objectives: tuple[str, ...]
+    max_length: int
+    score_mean: tuple[float, ...]
+    """Mean annotated score per objective over the training split; empty without annotations."""
+    score_std: tuple[float, ...]
+    reward_mean: float
+    """Mean posterior-mean reward over held-out chosen and rejected responses."""
+    reward_std: float
+    metrics: dict[str, float]
+    """Held-out metrics at the end of training."""
+
+
+class RewardModel(nn.Module):
+    """r(x, y) and its posterior from one causal pass over prompt and response (vrm_spec section 4)."""
+
+    def __init__(self, backbone: PreTrainedModel, head: VRMHead | BradleyTerryHead) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        lengths: torch.Tensor,
+        prompt_lengths: torch.Tensor,
+        noise_seeds: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Scores N right-padded rows.
+
+        Args:
+            input_ids: [N, L] int64, prompt then response.
+            lengths: [N] tokens of each row; the last is the end-of-turn token.
+            prompt_lengths: [N] prompt tokens of each row.
+            noise_seeds: [B] with N = 2B for one posterior sample per pair, or None for the posterior mean.
+
+        Returns:
+            The fields of `RewardOutput`, as a plain tuple for the sake of ZeRO-3's hooks.
+        """
+        # Padding stands to the right of every real token, so the causal mask alone hides it.
+        hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        output = self.head(hidden[rows, prompt_lengths - 1], hidden[rows, lengths - 1], noise_seeds)
+        return tuple(output)
+
+
+def make_head(
+    kind: Literal["vrm", "bt"], hidden_size: int, num_objectives: int, config: VRMHeadConfig
+) -> VRMHead | BradleyTerryHead:
+    match kind:
+        case "vrm":
+            return VRMHead(hidden_size, num_objectives, config)
+        case "bt":
+            return BradleyTerryHead(hidden_size)
+
+
+def score_rows(model: RewardModel, input_ids: torch.Tensor, lengths: torch.Tensor, prompt_lengths: torch.Tensor) -> RewardOutput:
+    """Posterior-mean scores of N rows, without gradient."""
+    with torch.inference_mode():
+        return RewardOutput(*model(input_ids, lengths, prompt_lengths))
+
+
+def save_reward_model(
+    directory: str,
+    *,
+    state_dict: dict[str, torch.Tensor],
+    backbone_config: dict,
+    tokenizer: PreTrainedTokenizerBase,
+    card: RewardModelCard,
+) -> None:
+    """Writes a reward-model checkpoint; `state_dict` holds backbone.* and head.*."""
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in state_dict.items()}, path / WEIGHTS_FILE)
+    (path / "config.json").write_text(json.dumps(backbone_config, indent=2, sort_keys=True))
+    (path / CARD_FILE).write_text(card.model_dump_json(indent=2))
+    tokenizer.save_pretrained(directory)
+
+
+def read_card(directory: str) -> RewardModelCard:
+    """The card of a checkpoint; CheckpointError when there is none or it cannot be read."""
+    path = Path(directory) / CARD_FILE
+    try:
+        return RewardModelCard.model_validate_json(path.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{directory} holds no {CARD_FILE}: it is no reward model. Give the result directory of train_reward_model."
+        ) from error
+    except ValidationError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. It was written by another version, or edited.") from error
+
+
+def load_reward_model(
+    directory: str, *, dtype: torch.dtype = torch.float32
+) -> tuple[RewardModel, PreTrainedTokenizerBase, RewardModelCard]:
+    """The model in eval mode, its tokenizer and its card.
+
+    Raises:
+        CheckpointError: files are missing, or the weights belong to another architecture.
+    """
+    card = read_card(directory)
+    config = AutoConfig.from_pretrained(directory)
+    backbone = AutoModel.from_config(config, dtype=dtype)
+    model = RewardModel(backbone, make_head(card.head, config.hidden_size, len(card.objectives), card.vrm))
+    weights = Path(directory) / WEIGHTS_FILE
+    try:
+        model.load_state_dict(load_file(weights))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{weights} is missing: the checkpoint is incomplete. Export it again.") from error
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{weights} does not fit the architecture in {directory}/config.json and {CARD_FILE}: {error}"
+        ) from error
+    return model.eval(), load_tokenizer(directory), card
