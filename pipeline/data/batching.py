@@ -1,0 +1,72 @@
+"""Which rows, in which order, on which rank: pure functions of seed and step."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from pipeline.errors import DataError
+
+
+def step_indices(num_items: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """The rows of optimiser step `step`: a fresh permutation per epoch, drawn from (seed, epoch).
+
+    Batches run across epoch borders, so every batch is whole and every row is used once per epoch.
+    Resume and scaling change nothing: the answer depends on the arguments alone.
+
+    Raises:
+        DataError: there are no items.
+    """
+    if num_items == 0:
+        raise DataError("there is nothing to draw a batch from: the training split is empty")
+    first = step * batch_size
+    indices: list[int] = []
+    for position in range(first, first + batch_size):
+        epoch, offset = divmod(position, num_items)
+        if not indices or offset == 0:
+            permutation = np.random.default_rng([seed, epoch]).permutation(num_items)
+        indices.append(int(permutation[offset]))
+    return indices
+
+
+def plan_micro_batches(lengths: Sequence[int], *, world_size: int, max_tokens: int) -> list[list[list[int]]]:
+    """Deals rows to ranks and packs each rank's rows into micro-batches of at most `max_tokens` padded tokens.
+
+    Rows are dealt longest first, in a snake, so ranks get like amounts of work; a row longer than the budget gets a
+    micro-batch of its own. Every rank gets the same number of micro-batches, some perhaps empty, because a
+    collective in the forward pass (ZeRO-3) needs every rank to make the same number of calls.
+
+    Args:
+        lengths: tokens of each row.
+        world_size: number of ranks.
+        max_tokens: budget of one micro-batch, padding included.
+
+    Returns:
+        plan[rank][micro_batch] = row indices.
+    """
+    by_length = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    hands: list[list[int]] = [[] for _ in range(world_size)]
+    for place, row in enumerate(by_length):
+        lap, seat = divmod(place, world_size)
+        hands[seat if lap % 2 == 0 else world_size - 1 - seat].append(row)
+    plan = [_pack(hand, lengths, max_tokens) for hand in hands]
+    most = max(len(packed) for packed in plan)
+    return [packed + [[] for _ in range(most - len(packed))] for packed in plan]
+
+
+def _pack(rows: list[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    packed: list[list[int]] = []
+    for row in rows:  # longest first: the first row of a micro-batch sets its padded width
+        if packed and lengths[packed[-1][0]] * (len(packed[-1]) + 1) <= max_tokens:
+            packed[-1].append(row)
+        else:
+            packed.append([row])
+    return packed
+
+
+def stable_seed(*parts: int | str) -> int:
+    """A 62-bit seed from numbers and names; the same in every process and on every machine."""
+    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2

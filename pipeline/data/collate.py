@@ -1,0 +1,92 @@
+"""Preference pairs to tokens, and tokens to batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.data.batching import stable_seed
+from pipeline.data.chat import encode_prompt, encode_response, fit_prompt, strip_thinking
+from pipeline.data.score_statistics import ScoreStatistics
+from pipeline.errors import DataError
+from pipeline.objectives.variational import supervision_target
+from pipeline.records import PreferenceBatch, PreferencePair
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenisedPair:
+    """A pair in the reward model's tokens; both sequences begin with the same prompt."""
+
+    pair: PreferencePair
+    prompt_ids: tuple[int, ...]
+    chosen_ids: tuple[int, ...]
+    rejected_ids: tuple[int, ...]
+
+    @property
+    def longest(self) -> int:
+        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+
+
+def tokenise_pairs(
+    pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, *, max_length: int, drop_too_long: bool
+) -> list[TokenisedPair]:
+    """Encodes pairs. Training drops those longer than `max_length`; evaluation cuts the prompt from the left instead.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    tokenised = []
+    for pair in pairs:
+        prompt = encode_prompt(tokenizer, pair.prompt)
+        chosen, rejected = (encode_response(tokenizer, strip_thinking(text)) for text in (pair.chosen, pair.rejected))
+        longest = max(len(chosen), len(rejected))
+        if len(prompt) + longest > max_length:
+            if drop_too_long or longest >= max_length:
+                continue
+            prompt = fit_prompt(prompt, max(chosen, rejected, key=len), max_length)
+        tokenised.append(TokenisedPair(pair=pair, prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected))
+    if not tokenised:
+        raise DataError(
+            f"none of {len(pairs)} pairs fits in max_length = {max_length} tokens. "
+            "Raise reward_training.max_length, or give shorter data."
+        )
+    return tokenised
+
+
+def collate_pairs(
+    pairs: Sequence[TokenisedPair],
+    statistics: ScoreStatistics,
+    *,
+    pad_token_id: int,
+    temperature: float,
+    seed: int,
+    step: int,
+) -> PreferenceBatch:
+    """B tokenised pairs to one batch: chosen rows first, then rejected rows, right-padded.
+
+    Args:
+        statistics: of the training split; they standardise the chosen responses' scores (Eq. 13).
+        temperature: tau of the supervision target.
+        seed, step: with the position in the batch they make each pair's noise seed.
+    """
+    sequences = [p.prompt_ids + p.chosen_ids for p in pairs] + [p.prompt_ids + p.rejected_ids for p in pairs]
+    target, target_mask = supervision_target(
+        *statistics.standardise([p.pair.scores_chosen for p in pairs]), temperature=temperature
+    )
+    return PreferenceBatch(
+        input_ids=pad_right(sequences, pad_token_id),
+        lengths=torch.tensor([len(s) for s in sequences]),
+        prompt_lengths=torch.tensor([len(p.prompt_ids) for p in pairs]),
+        target=target,
+        target_mask=target_mask,
+        noise_seeds=torch.tensor([stable_seed("posterior", seed, step, b) for b in range(len(pairs))]),
+    )
+
+
+def pad_right(sequences: Sequence[Sequence[int]], pad_token_id: int) -> torch.Tensor:
+    """[N, longest] int64."""
+    width = max(len(s) for s in sequences)
+    return torch.tensor([[*s, *[pad_token_id] * (width - len(s))] for s in sequences], dtype=torch.int64)

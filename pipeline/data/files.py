@@ -1,0 +1,91 @@
+"""Rows of JSONL and Parquet files, each knowing where it stands."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from pyarrow import ArrowInvalid
+
+from pipeline.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of a data file."""
+
+    place: str
+    """"<file>, line <n>" or "<file>, row <n>": what an error message needs."""
+    number: int
+    """1-based."""
+    values: dict[str, Any]
+
+
+def read_rows(path: str) -> Iterator[Row]:
+    """Streams the rows of a .jsonl or .parquet file, or of every such file in a directory.
+
+    Raises:
+        DataError: the file is missing, of another kind, or a line is no JSON object.
+    """
+    file = Path(path)
+    if file.is_dir():
+        parts = sorted(p for p in file.iterdir() if p.suffix in (".jsonl", ".parquet"))
+        if not parts:
+            raise DataError(f"{path} is a directory without .jsonl or .parquet files")
+        for part in parts:
+            yield from read_rows(str(part))
+        return
+    if not file.exists():
+        raise DataError(
+            f"{path} does not exist (looked in {Path.cwd()}). Relative paths in a recipe start at VRM_DATA_ROOT."
+        )
+    match file.suffix:
+        case ".jsonl":
+            yield from _read_jsonl(file)
+        case ".parquet":
+            yield from _read_parquet(file)
+        case suffix:
+            raise DataError(f"{path}: files of kind {suffix!r} are not read; give .jsonl or .parquet")
+
+
+def _read_jsonl(file: Path) -> Iterator[Row]:
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            place = f"{file}, line {number}"
+            try:
+                values = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{place}: no JSON ({error.msg} at column {error.colno}): {line.strip():.60}") from error
+            if not isinstance(values, dict):
+                raise DataError(f"{place}: {line.strip():.60} is JSON but no object")
+            yield Row(place=place, number=number, values=values)
+
+
+def _read_parquet(file: Path) -> Iterator[Row]:
+    try:
+        table = pq.ParquetFile(file)
+    except ArrowInvalid as error:
+        raise DataError(f"{file}: no Parquet file: {error}") from error
+    number = 0
+    for batch in table.iter_batches(batch_size=1024):
+        for values in batch.to_pylist():
+            number += 1
+            yield Row(place=f"{file}, row {number}", number=number, values=values)
+
+
+def content_fingerprint(path: str) -> str:
+    """SHA-256 over the bytes of a file, or of every data file in a directory: a changed file is another input."""
+    digest = hashlib.sha256()
+    file = Path(path)
+    for part in sorted(file.iterdir()) if file.is_dir() else [file]:
+        if part.is_file():
+            with part.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,77 @@
+"""Prompts for alignment and benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.data.batching import step_indices
+from pipeline.data.chat import encode_prompt
+from pipeline.data.files import read_rows
+from pipeline.errors import DataError
+from pipeline.records import Message, Prompt
+
+PROMPT_FIELDS = ("messages", "prompt", "instruction")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptStream:
+    """The prompts of each step: a pure function of (seed, step), so resume and scaling change nothing."""
+
+    prompts: tuple[Prompt, ...]
+    seed: int
+
+    def batch(self, step: int, size: int) -> list[Prompt]:
+        return [self.prompts[i] for i in step_indices(len(self.prompts), size, step, self.seed)]
+
+
+def as_messages(value: Any, *, place: str) -> tuple[Message, ...]:
+    """A prompt as chat turns: a string is one user turn.
+
+    Raises:
+        DataError: neither a non-empty string nor a list of {role, content}; `place` says where it stands.
+    """
+    if isinstance(value, str) and value.strip():
+        return ({"role": "user", "content": value},)
+    if isinstance(value, Sequence) and not isinstance(value, str) and value:
+        if all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in value):
+            return tuple({"role": str(m["role"]), "content": str(m["content"])} for m in value)
+    raise DataError(f"{place}: {value!r:.80} is no prompt; give a non-empty string or a list of {{role, content}}")
+
+
+def read_prompts(files: Sequence[str]) -> list[tuple[str, tuple[Message, ...]]]:
+    """(id, messages) of every row of JSONL or Parquet files with a field `messages`, `prompt` or `instruction`."""
+    prompts = []
+    for file in files:
+        for row in read_rows(file):
+            field = next((name for name in PROMPT_FIELDS if row.values.get(name) is not None), None)
+            if field is None:
+                raise DataError(f"{row.place}: none of the fields {', '.join(PROMPT_FIELDS)} is there")
+            identity = str(row.values.get("id", f"{file}#{row.number}"))
+            prompts.append((identity, as_messages(row.values[field], place=f"{row.place}, field {field!r}")))
+    return prompts
+
+
+def tokenise_prompts(
+    prompts: Sequence[tuple[str, tuple[Message, ...]]], tokenizer: PreTrainedTokenizerBase, *, max_prompt_tokens: int
+) -> list[Prompt]:
+    """Encodes prompts and drops those longer than `max_prompt_tokens`.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    encoded = [
+        Prompt(id=identity, messages=messages, token_ids=encode_prompt(tokenizer, messages))
+        for identity, messages in prompts
+    ]
+    kept = [prompt for prompt in encoded if len(prompt.token_ids) <= max_prompt_tokens]
+    if not kept:
+        shortest = min((len(prompt.token_ids) for prompt in encoded), default=0)
+        raise DataError(
+            f"none of {len(prompts)} prompts fits in max_prompt_tokens = {max_prompt_tokens} "
+            f"(the shortest has {shortest}). Raise it, or give shorter prompts."
+        )
+    return kept

@@ -1,0 +1,58 @@
+"""Per-objective statistics of annotated scores (vrm_spec section 6.2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.records import PreferencePair
+
+SMALLEST_STD = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreStatistics:
+    """Mean and population standard deviation of each objective over all annotated training responses."""
+
+    objectives: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    count: tuple[int, ...]
+    """Annotated responses per objective; a missing score counts nowhere."""
+
+    @classmethod
+    def of(cls, pairs: Iterable[PreferencePair], objectives: Sequence[str]) -> ScoreStatistics:
+        """One pass over both responses of every pair (Welford 1962). Give it the training split only."""
+        count = [0] * len(objectives)
+        mean = [0.0] * len(objectives)
+        sum_of_squares = [0.0] * len(objectives)
+        for pair in pairs:
+            for scores in (pair.scores_chosen, pair.scores_rejected):
+                for k, objective in enumerate(objectives):
+                    if scores is None or objective not in scores:
+                        continue
+                    count[k] += 1
+                    delta = scores[objective] - mean[k]
+                    mean[k] += delta / count[k]
+                    sum_of_squares[k] += delta * (scores[objective] - mean[k])
+        std = [math.sqrt(m2 / n) if n else 0.0 for m2, n in zip(sum_of_squares, count, strict=True)]
+        return cls(
+            objectives=tuple(objectives),
+            mean=tuple(mean),
+            std=tuple(s if s > SMALLEST_STD else 1.0 for s in std),
+            count=tuple(count),
+        )
+
+    def standardise(self, scores: Sequence[Mapping[str, float] | None]) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B] score mappings to (s_hat [B, K] float32, mask [B, K] bool); s_hat = (s - mean) / std, 0 where missing."""
+        values = torch.zeros(len(scores), len(self.objectives))
+        mask = torch.zeros(len(scores), len(self.objectives), dtype=torch.bool)
+        for b, row in enumerate(scores):
+            for k, objective in enumerate(self.objectives):
+                if row is not None and objective in row:
+                    values[b, k] = (row[objective] - self.mean[k]) / self.std[k]
+                    mask[b, k] = True
+        return values, mask
