@@ -68,12 +68,12 @@ class PolicyWithCritic(nn.Module):
         return logprobs, entropy, states.scatter(values)
 
 
-class ReferencePolicy(nn.Module):
-    """The frozen reference: log-probabilities of response tokens, nothing else."""
+class Policy(nn.Module):
+    """log pi(a_t|s_t) of response tokens, nothing else: supervised fine-tuning, and the frozen reference."""
 
     def __init__(self, policy: PreTrainedModel) -> None:
         super().__init__()
-        self.policy = policy.eval().requires_grad_(False)
+        self.policy = policy
 
     def forward(
         self,

@@ -1,0 +1,202 @@
+"""Reward-model training, one rank's part of it."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from pipeline.config.schema import VariationalLossConfig
+from pipeline.data.score_statistics import ScoreStatistics
+from pipeline.learning.engine import TrainEngine
+from pipeline.learning.schedule import learning_rate_factor, warmup_factor
+from pipeline.learning.shards import MicroBatch, Sums, own_micro_batches
+from pipeline.models.reward_heads import RewardOutput, VRMHead
+from pipeline.models.reward_model import RewardModelCard, save_reward_model
+from pipeline.objectives.preference import bradley_terry_loss, pair_accuracy
+from pipeline.objectives.variational import dirichlet_kl, gaussian_kl, weight_supervision_kl
+from pipeline.records import Metrics, PreferenceBatch
+
+ACTIVE_VARIANCE = 0.01
+"""A semantic dimension whose mean varies by more than this over (x, y) is active (vrm_spec section 12)."""
+
+
+class RewardModelTrainer:
+    """Minimises the negative pairwise ELBO plus supervision. Implements `Learner[PreferenceBatch]`.
+
+    L = 1/B sum_b [ -log sigmoid(r_w - r_l) + beta_w KL_w + beta_z (KL_zw + KL_zl) ] + lambda / B_sup sum_b L_sup
+    with one posterior sample of the rewards, and the betas warmed up linearly from 0.
+
+    Source: VRM, arXiv 2603.04974, Eqs. 11-14; KL weights far below 1, because at 1 with fixed priors the optimum is a constant
+    reward (vrm_spec section 3). The engine's module is a `RewardModel`; a Bradley-Terry head has only the first term.
+    """
+
+    def __init__(
+        self,
+        engine: TrainEngine,
+        *,
+        card: RewardModelCard,
+        statistics: ScoreStatistics,
+        backbone_config: PretrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        loss: VariationalLossConfig,
+        num_steps: int,
+        warmup_fraction: float,
+        max_tokens_per_micro_batch: int,
+    ) -> None:
+        self.engine = engine
+        self.card = card
+        self.statistics = statistics
+        self.backbone_config = backbone_config
+        self.tokenizer = tokenizer
+        self.loss = loss
+        self.num_steps = num_steps
+        self.warmup_fraction = warmup_fraction
+        self.max_tokens = max_tokens_per_micro_batch
+
+    def restore(self, checkpoint: str) -> None:
+        self.engine.load(checkpoint)
+
+    def update(self, batch: PreferenceBatch, step: int) -> Metrics:
+        self.engine.module.train()
+        num_pairs, num_supervised = batch.num_pairs, int(batch.target_mask.any(-1).sum())
+        kl_factor = warmup_factor(step, num_steps=self.num_steps, warmup_fraction=self.loss.kl_warmup_fraction)
+        sums = Sums()
+        for micro in self._micro_batches(batch):
+            output = self._forward(batch, micro, sampled=True)
+            terms = self._terms(batch, micro, output)
+            variational = kl_factor * (
+                self.loss.kl_weight_w * terms["kl_w"] + self.loss.kl_weight_z * terms["kl_z"]
+            )
+            loss = (terms["nll"] + variational).sum() / num_pairs
+            loss = loss + self.loss.supervision_weight * terms["supervision"].sum() / max(1, num_supervised)
+            self.engine.backward(micro.weight * loss, last=micro.last)
+            sums.add(micro.weight, **{name: term.sum() for name, term in terms.items()})
+        factor = learning_rate_factor(step, num_steps=self.num_steps, warmup_fraction=self.warmup_fraction)
+        grad_norm = self.engine.step(factor)
+        totals = sums.over_ranks(self.engine)
+        return {
+            **self._means(totals, num_pairs, num_supervised, "train"),
+            "grad_norm": grad_norm,
+            "pairs": float(num_pairs),
+            "tokens": float(batch.lengths.sum()),
+        }
+
+    def evaluate(self, batch: PreferenceBatch) -> Metrics:
+        self.engine.module.eval()
+        num_pairs, num_supervised = batch.num_pairs, int(batch.target_mask.any(-1).sum())
+        sums = Sums()
+        with torch.no_grad():
+            for micro in self._micro_batches(batch):
+                output = self._forward(batch, micro, sampled=False)
+                terms = self._terms(batch, micro, output)
+                sums.add(micro.weight, **{name: term.sum() for name, term in terms.items()})
+                sums.add(micro.weight, **_moments(output, len(micro.rows)))
+        totals = sums.over_ranks(self.engine)
+        metrics = self._means(totals, num_pairs, num_supervised, "eval") | _diagnostics(totals, num_pairs)
+        # The card keeps the statistics of the latest evaluation; the loop evaluates once more before it exports.
+        self.card = self.card.model_copy(
+            update={
+                "reward_mean": metrics["eval/reward_mean"],
+                "reward_std": max(metrics["eval/reward_std"], 1e-6),
+                "metrics": metrics,
+            }
+        )
+        return metrics
+
+    def save(self, directory: str) -> None:
+        self.engine.save(directory)
+
+    def export(self, directory: str) -> None:
+        state = self.engine.full_state_dict()
+        if self.engine.rank == 0:
+            save_reward_model(
+                directory,
+                state_dict=state,
+                backbone_config=self.backbone_config.to_dict(),
+                tokenizer=self.tokenizer,
+                card=self.card,
+            )
+
+    # ------------------------------------------------------------------ one micro-batch
+
+    def _micro_batches(self, batch: PreferenceBatch) -> list[MicroBatch]:
+        longest = torch.maximum(*batch.lengths.split(batch.num_pairs))
+        return list(own_micro_batches((2 * longest).tolist(), self.engine, self.max_tokens))
+
+    def _forward(self, batch: PreferenceBatch, micro: MicroBatch, *, sampled: bool) -> RewardOutput:
+        both = torch.cat([micro.rows, micro.rows + batch.num_pairs])
+        lengths = batch.lengths[both]
+        device = self.engine.device
+        return RewardOutput(
+            *self.engine.forward(
+                batch.input_ids[both, : int(lengths.max())].to(device),
+                lengths.to(device),
+                batch.prompt_lengths[micro.rows].repeat(2).to(device),
+                batch.noise_seeds[micro.rows] if sampled else None,
+            )
+        )
+
+    def _terms(self, batch: PreferenceBatch, micro: MicroBatch, output: RewardOutput) -> dict[str, torch.Tensor]:
+        """[n] per pair: the loss's terms and the numbers that expose a collapse."""
+        n = len(micro.rows)
+        margins = output.sampled[:n] - output.sampled[n:]
+        terms = {
+            "nll": bradley_terry_loss(margins),
+            "accuracy": pair_accuracy(margins),
+            "margin": margins.abs(),
+            "kl_w": torch.zeros_like(margins),
+            "kl_z": torch.zeros_like(margins),
+            "supervision": torch.zeros_like(margins),
+        }
+        if isinstance(self.engine.module.head, VRMHead):
+            device = margins.device
+            alpha, prior = output.alpha[:n], output.alpha.new_full((1,), self.card.vrm.prior_alpha)
+            zero = output.mu.new_zeros(1)
+            kl_z = gaussian_kl(output.mu, output.logvar, zero, zero)
+            terms["kl_w"] = dirichlet_kl(alpha, prior)
+            terms["kl_z"] = kl_z[:n] + kl_z[n:]
+            terms["supervision"] = weight_supervision_kl(
+                batch.target[micro.rows].to(device), batch.target_mask[micro.rows].to(device), alpha
+            )
+        return terms
+
+    def _means(self, totals: dict[str, torch.Tensor], num_pairs: int, num_supervised: int, split: str) -> Metrics:
+        names = ("nll", "accuracy", "margin", "kl_w", "kl_z")
+        means = {f"{split}/{name}": float(totals[name]) / num_pairs for name in names}
+        return means | {f"{split}/supervision": float(totals["supervision"]) / max(1, num_supervised)}
+
+
+def _moments(output: RewardOutput, n: int) -> dict[str, torch.Tensor]:
+    """Sums over rows from which `_diagnostics` makes variances; the chosen half speaks for the prompt."""
+    mean, mu, alpha = output.mean.double(), output.mu.double(), output.alpha[:n].double()
+    w_bar = alpha / alpha.sum(-1, keepdim=True)
+    return {
+        "reward": mean.sum(),
+        "reward_squared": (mean**2).sum(),
+        "reward_std_sum": output.variance.double().sqrt().sum(),
+        "mu": mu.sum(0),
+        "mu_squared": (mu**2).sum(0),
+        "w": w_bar.sum(0),
+        "w_squared": (w_bar**2).sum(0),
+        "concentration": alpha.sum(),
+    }
+
+
+def _diagnostics(totals: dict[str, torch.Tensor], num_pairs: int) -> Metrics:
+    """Section 12 of vrm_spec: active units, variance of the weights over prompts, the scale of the reward."""
+    num_rows = 2 * num_pairs
+    reward_mean = float(totals["reward"]) / num_rows
+    metrics = {
+        "eval/reward_mean": reward_mean,
+        "eval/reward_std": max(0.0, float(totals["reward_squared"]) / num_rows - reward_mean**2) ** 0.5,
+        "eval/posterior_std": float(totals["reward_std_sum"]) / num_rows,
+    }
+    if totals["mu"].numel():
+        mu_variance = totals["mu_squared"] / num_rows - (totals["mu"] / num_rows) ** 2
+        w_variance = totals["w_squared"] / num_pairs - (totals["w"] / num_pairs) ** 2
+        metrics |= {
+            "eval/active_units": float((mu_variance > ACTIVE_VARIANCE).sum()),
+            "eval/weight_variance": float(w_variance.mean()),
+            "eval/concentration": float(totals["concentration"]) / num_pairs,
+        }
+    return metrics

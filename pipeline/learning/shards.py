@@ -1,0 +1,49 @@
+"""A rank's share of a batch, and sums over all ranks' shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.data.batching import plan_micro_batches
+from pipeline.learning.engine import TrainEngine
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Rows to run together."""
+
+    rows: torch.Tensor
+    """[n] int64 indices into the global batch; never empty."""
+    weight: float
+    """1, or 0 for a stand-in that only keeps the ranks' collectives in step."""
+    last: bool
+
+
+def own_micro_batches(lengths: Sequence[int], engine: TrainEngine, max_tokens: int) -> Iterator[MicroBatch]:
+    """This rank's micro-batches of a batch whose rows have these lengths; as many on every rank."""
+    plan = plan_micro_batches(lengths, world_size=engine.world_size, max_tokens=max_tokens)[engine.rank]
+    for i, rows in enumerate(plan):
+        yield MicroBatch(rows=torch.tensor(rows or [0]), weight=float(bool(rows)), last=i == len(plan) - 1)
+
+
+class Sums:
+    """Named sums, added up over micro-batches here and over ranks at the end."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def add(self, weight: float, **values: torch.Tensor) -> None:
+        """Adds float64 sums; a stand-in micro-batch (weight 0) adds nothing but keeps the names in step."""
+        for name, value in values.items():
+            term = torch.nan_to_num(value.detach().double()) * weight if weight == 0 else value.detach().double()
+            self._sums[name] = self._sums[name] + term if name in self._sums else term
+
+    def over_ranks(self, engine: TrainEngine) -> dict[str, torch.Tensor]:
+        """The sums of all ranks, on the CPU, equal everywhere; one collective for all names."""
+        flat = torch.cat([value.reshape(-1) for value in self._sums.values()]).to(engine.device)
+        total = engine.sum_over_ranks(flat).cpu()
+        pieces = total.split([value.numel() for value in self._sums.values()])
+        return {name: piece.view(self._sums[name].shape) for name, piece in zip(self._sums, pieces, strict=True)}
