@@ -1,0 +1,109 @@
+"""Rollouts, their scores and the learner's evaluation of them become the experience of one PPO step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.config.schema import KLConfig, PPOConfig
+from pipeline.data.collate import pad_right
+from pipeline.objectives.advantages import generalized_advantages, token_rewards, transform_reward
+from pipeline.objectives.divergence import kl_estimate
+from pipeline.objectives.masked import masked_mean, whiten
+from pipeline.records import Experience, Metrics, RewardScore, Rollout, TokenEvaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardScale:
+    """Mean and standard deviation of the reward model on held-out responses: the units of a z-scored reward."""
+
+    mean: float
+    std: float
+
+
+def build_experience(
+    rollouts: Sequence[Rollout],
+    scores: Sequence[RewardScore],
+    evaluations: Sequence[TokenEvaluation],
+    *,
+    ppo: PPOConfig,
+    kl: KLConfig,
+    kl_coefficient: float,
+    reward_scale: RewardScale,
+    pad_token_id: int,
+) -> tuple[Experience, Metrics]:
+    """Shapes rewards, estimates advantages over the whole batch, and measures the batch.
+
+    R_t = -beta k_t + 1[t = last] r~,  r~ the transformed reward minus the penalty of a response cut at the length limit;
+    (A, returns) by GAE; A whitened over all response tokens. Nothing here depends on how the batch is sharded later.
+
+    Source: vrm_spec section 11.
+
+    Args:
+        rollouts, scores, evaluations: B of each, in the same order.
+        kl_coefficient: beta of this step.
+        reward_scale: units of the reward.
+
+    Returns:
+        The experience, and metrics named `reward/*`, `kl/*`, `response/*` and `engine_gap`.
+    """
+    logprobs = _pad([e.logprobs for e in evaluations])
+    reference_logprobs = _pad([e.reference_logprobs for e in evaluations])
+    values = _pad([e.values for e in evaluations])
+    engine_logprobs = _pad([r.logprobs for r in rollouts])
+    response_lengths = torch.tensor([len(r.response_ids) for r in rollouts])
+    mask = torch.arange(logprobs.shape[1]) < response_lengths.unsqueeze(-1)
+    cut = torch.tensor([r.finish_reason == "length" for r in rollouts], dtype=torch.float32)
+
+    mean = torch.tensor([s.mean for s in scores])
+    std = torch.tensor([s.std for s in scores])
+    reward = transform_reward(
+        mean,
+        std,
+        ppo.reward_transform,
+        reward_mean=reward_scale.mean,
+        reward_std=reward_scale.std,
+        lcb_coefficient=ppo.lcb_coefficient,
+        clip=ppo.reward_clip,
+    )
+    reward = reward - ppo.no_stop_penalty * cut
+    token_kl = kl_estimate(logprobs, reference_logprobs, kl.estimator)
+    rewards = token_rewards(reward, token_kl, mask, kl_coefficient=kl_coefficient)
+    advantages, returns = generalized_advantages(rewards, values, mask, gamma=ppo.discount, lam=ppo.gae_lambda)
+
+    k1 = torch.where(mask, logprobs - reference_logprobs, torch.zeros_like(logprobs))
+    engine_gap = torch.where(mask, (engine_logprobs - logprobs).abs(), torch.zeros_like(logprobs))
+    metrics = {
+        "reward/mean": float(mean.mean()),
+        "reward/std_over_batch": float(mean.std(correction=0)),
+        "reward/posterior_std": float(std.mean()),
+        "reward/shaped": float(reward.mean()),
+        "kl/per_response": float(k1.sum(-1).mean()),
+        "kl/coefficient": kl_coefficient,
+        "response/tokens": float(response_lengths.float().mean()),
+        "response/stopped": float(1.0 - cut.mean()),
+        "engine_gap/mean": float(masked_mean(engine_gap, mask)),
+        "engine_gap/max": float(engine_gap.max()),
+        "value/mean": float(masked_mean(values, mask)),
+        "return/mean": float(masked_mean(returns, mask)),
+    }
+    experience = Experience(
+        input_ids=pad_right([r.prompt.token_ids + r.response_ids for r in rollouts], pad_token_id),
+        prompt_lengths=torch.tensor([len(r.prompt.token_ids) for r in rollouts]),
+        response_lengths=response_lengths,
+        mask=mask,
+        logprobs=logprobs,
+        values=values,
+        advantages=whiten(advantages, mask) if ppo.whiten_advantages else advantages,
+        returns=returns,
+        num_response_tokens=int(mask.sum()),
+    )
+    return experience, metrics
+
+
+def _pad(rows: Sequence[Sequence[float]]) -> torch.Tensor:
+    """[B, T] float32, left-aligned, 0 on padding."""
+    width = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows], dtype=torch.float32)

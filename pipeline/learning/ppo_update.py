@@ -1,0 +1,252 @@
+"""PPO, one rank's part of it: evaluate rollouts, update, publish."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from pipeline.config.schema import AlignmentConfig
+from pipeline.data.collate import pad_right
+from pipeline.learning.engine import TrainEngine
+from pipeline.learning.schedule import learning_rate_factor
+from pipeline.learning.shards import MicroBatch, Sums, own_micro_batches
+from pipeline.models.backbone import save_causal_lm
+from pipeline.models.critic import TokenStatistics
+from pipeline.objectives.masked import masked_sum
+from pipeline.objectives.policy import clipped_policy_loss, clipped_tokens, importance_ratio
+from pipeline.objectives.value import clipped_value_loss
+from pipeline.records import Experience, Metrics, PolicyWeights, ProbeSequence, Rollout, TokenEvaluation
+
+WEIGHTS_FILE = "model.safetensors"
+KEPT_VERSIONS = 2
+
+
+class PPOLearner:
+    """Clipped-surrogate PPO with a critic and a frozen reference. Implements `PolicyLearner`.
+
+    Minimises  L = L_policy + c_v L_value  per mini-batch, both summed over tokens and divided by the mini-batch's
+    global token count, for `ppo.epochs` passes over the batch.
+
+    Source: Schulman et al. 2017, arXiv:1707.06347; vrm_spec section 11. The engine's module is a `PolicyWithCritic`.
+    """
+
+    def __init__(
+        self,
+        engine: TrainEngine,
+        reference: Callable[..., torch.Tensor],
+        *,
+        config: AlignmentConfig,
+        model_config: PretrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        probes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+        publish_directory: str,
+        seed: int,
+    ) -> None:
+        self.engine = engine
+        self.reference = reference
+        self.config = config
+        self.model_config = model_config
+        self.tokenizer = tokenizer
+        self.probes = probes
+        self.publish_directory = publish_directory
+        self.seed = seed
+
+    def restore(self, checkpoint: str) -> None:
+        self.engine.load(checkpoint)
+
+    # ------------------------------------------------------------------ evaluate
+
+    def evaluate(self, rollouts: Sequence[Rollout]) -> list[TokenEvaluation]:
+        """Policy and reference log-probabilities and values of every response token, at the sampling temperature."""
+        self.engine.module.eval()
+        sequences = [r.prompt.token_ids + r.response_ids for r in rollouts]
+        prompt_lengths = torch.tensor([len(r.prompt.token_ids) for r in rollouts])
+        response_lengths = torch.tensor([len(r.response_ids) for r in rollouts])
+        width = int(response_lengths.max())
+        # Each rank fills in its own rows; the sum over ranks is the whole, because the rest is zero.
+        dense = torch.zeros(3, len(rollouts), width, device=self.engine.device)
+        with torch.no_grad():
+            for micro in own_micro_batches([len(s) for s in sequences], self.engine, self._max_tokens):
+                arguments = self._arguments(
+                    pad_right([sequences[row] for row in micro.rows.tolist()], self.tokenizer.pad_token_id),
+                    prompt_lengths[micro.rows],
+                    response_lengths[micro.rows],
+                    width,
+                )
+                statistics = TokenStatistics(*self.engine.forward(*arguments))
+                reference = self.reference(*arguments)
+                if micro.weight:
+                    dense[:, micro.rows] = torch.stack([statistics.logprobs, reference, statistics.values])
+        logprobs, references, values = self.engine.sum_over_ranks(dense).cpu().tolist()
+        return [
+            TokenEvaluation(
+                logprobs=tuple(logprobs[b][:n]), reference_logprobs=tuple(references[b][:n]), values=tuple(values[b][:n])
+            )
+            for b, n in enumerate(response_lengths.tolist())
+        ]
+
+    # ------------------------------------------------------------------ update
+
+    def update(self, experience: Experience, step: int) -> Metrics:
+        """`ppo.epochs` passes of mini-batches; the order is a function of (seed, step, epoch)."""
+        self.engine.module.train()
+        ppo = self.config.ppo
+        factor = learning_rate_factor(
+            step, num_steps=self.config.num_steps, warmup_fraction=ppo.policy.warmup_fraction
+        )
+        sums, norms = Sums(), []
+        for epoch in range(ppo.epochs):
+            order = np.random.default_rng([self.seed, step, epoch]).permutation(len(experience.input_ids))
+            for first in range(0, len(order), ppo.mini_batch_size):
+                rows = torch.from_numpy(order[first : first + ppo.mini_batch_size])
+                norms.append(self._optimiser_step(experience, rows, factor, sums))
+        totals = {name: float(total) for name, total in sums.over_ranks(self.engine).items()}
+        num_tokens = experience.num_response_tokens * ppo.epochs
+        return {
+            # The two losses are already divided by their mini-batch's tokens; average them over optimiser steps.
+            "ppo/policy_loss": totals["policy_loss"] / len(norms),
+            "ppo/value_loss": totals["value_loss"] / len(norms),
+            "ppo/entropy": totals["entropy"] / num_tokens,
+            "ppo/clip_fraction": totals["clipped"] / num_tokens,
+            "ppo/approximate_kl": totals["approximate_kl"] / num_tokens,
+            "ppo/ratio_mean": totals["ratio"] / num_tokens,
+            "grad_norm": max(norms),
+            "learning_rate": ppo.policy.learning_rate * factor,
+        }
+
+    def _optimiser_step(self, experience: Experience, rows: torch.Tensor, factor: float, sums: Sums) -> float:
+        ppo = self.config.ppo
+        lengths = (experience.prompt_lengths + experience.response_lengths)[rows]
+        num_tokens = int(experience.mask[rows].sum())
+        for micro in own_micro_batches(lengths.tolist(), self.engine, self._max_tokens):
+            own = rows[micro.rows]
+            batch = {
+                name: getattr(experience, name)[own].to(self.engine.device)
+                for name in ("mask", "logprobs", "values", "advantages", "returns")
+            }
+            width = int(lengths[micro.rows].max())
+            now = TokenStatistics(
+                *self.engine.forward(
+                    *self._arguments(
+                        experience.input_ids[own, :width],
+                        experience.prompt_lengths[own],
+                        experience.response_lengths[own],
+                        experience.mask.shape[1],
+                    )
+                )
+            )
+            mask = batch["mask"]
+            policy_loss = clipped_policy_loss(
+                now.logprobs,
+                batch["logprobs"],
+                batch["advantages"],
+                mask,
+                clip_range=ppo.clip_range,
+                num_tokens=num_tokens,
+            )
+            value_loss = clipped_value_loss(
+                now.values,
+                batch["values"],
+                batch["returns"],
+                mask,
+                clip_range=ppo.value_clip_range,
+                num_tokens=num_tokens,
+            )
+            self.engine.backward(micro.weight * (policy_loss + ppo.value_coefficient * value_loss), last=micro.last)
+            ratio = importance_ratio(now.logprobs.detach(), batch["logprobs"], mask)
+            sums.add(
+                micro.weight,
+                policy_loss=policy_loss,
+                value_loss=value_loss,
+                entropy=masked_sum(now.entropy, mask),
+                clipped=clipped_tokens(ratio, batch["advantages"], mask, clip_range=ppo.clip_range),
+                approximate_kl=masked_sum(ratio - 1.0 - ratio.log(), mask),
+                ratio=masked_sum(ratio, mask),
+            )
+        return self.engine.step(factor)
+
+    def _arguments(
+        self, input_ids: torch.Tensor, prompt_lengths: torch.Tensor, response_lengths: torch.Tensor, width: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, float]:
+        device = self.engine.device
+        return (
+            input_ids.to(device),
+            prompt_lengths.to(device),
+            response_lengths.to(device),
+            width,
+            self.config.temperature,
+        )
+
+    @property
+    def _max_tokens(self) -> int:
+        return self.config.max_tokens_per_micro_batch
+
+    # ------------------------------------------------------------------ publish and save
+
+    def publish_weights(self, version: int) -> PolicyWeights:
+        """Writes the policy where rollout workers of this node can read it, with the gate's probes; keeps two versions."""
+        probes = self._evaluate_probes()
+        state = self.engine.full_state_dict()
+        location = Path(self.publish_directory) / f"policy-{version:06d}"
+        if self.engine.rank == 0:
+            write_policy_weights(_policy_part(state), location)
+            for old in sorted(location.parent.glob("policy-*"))[:-KEPT_VERSIONS]:
+                shutil.rmtree(old, ignore_errors=True)
+        return PolicyWeights(version=version, location=str(location), probes=probes)
+
+    def _evaluate_probes(self) -> tuple[ProbeSequence, ...]:
+        """Every rank runs every probe: they are few, and ZeRO-3 needs the company."""
+        self.engine.module.eval()
+        device = self.engine.device
+        prompt_lengths = torch.tensor([len(p) for p, _ in self.probes], device=device)
+        response_lengths = torch.tensor([len(r) for _, r in self.probes], device=device)
+        input_ids = pad_right([p + r for p, r in self.probes], self.tokenizer.pad_token_id).to(device)
+        width = int(response_lengths.max())
+        with torch.no_grad():
+            rows = TokenStatistics(
+                *self.engine.forward(input_ids, prompt_lengths, response_lengths, width, 1.0)
+            ).logprobs.tolist()
+        return tuple(
+            ProbeSequence(prompt_ids=p, response_ids=r, logprobs=tuple(row[: len(r)]))
+            for (p, r), row in zip(self.probes, rows, strict=True)
+        )
+
+    def save(self, directory: str) -> None:
+        self.engine.save(directory)
+
+    def export(self, directory: str) -> None:
+        state = self.engine.full_state_dict()
+        if self.engine.rank == 0:
+            save_causal_lm(_policy_part(state), self.model_config, self.tokenizer, directory)
+
+
+def write_policy_weights(state: dict[str, torch.Tensor], location: Path) -> None:
+    """One safetensors file with Hugging Face names, appearing whole or not at all."""
+    location.mkdir(parents=True, exist_ok=True)
+    partial = location / f"{WEIGHTS_FILE}.partial"
+    # Tied tensors share memory, which safetensors refuses; the engine needs lm_head.weight spelled out anyway.
+    save_file({name: tensor.clone().contiguous() for name, tensor in state.items()}, partial)
+    os.replace(partial, location / WEIGHTS_FILE)
+
+
+def _policy_part(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("policy."): t for name, t in state.items() if name.startswith("policy.")}
+
+
+def frozen_reference(policy: nn.Module, device: torch.device) -> Callable[..., torch.Tensor]:
+    """A replicated reference policy as a function; gradients off."""
+    module = policy.to(device).eval().requires_grad_(False)
+
+    def reference(*arguments: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return module(*arguments)
+
+    return reference

@@ -1,0 +1,85 @@
+"""The numerics gate: does the rollout engine hold the weights the learner published?
+
+The learner publishes, with every version of the policy, its own log-probabilities of a few fixed sequences. After loading
+the weights an engine recomputes them; a stale or half-loaded engine cannot reproduce them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from pipeline.errors import StaleEngineError
+from pipeline.records import Metrics, ProbeSequence, Prompt
+
+RANDOM_TOKENS = 8
+
+
+def choose_probes(
+    prompts: Sequence[Prompt], *, vocabulary_size: int, seed: int, count: int = 8
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(prompt_ids, response_ids) of the probes: real prompts cut in half, each ended by a few random tokens.
+
+    The halves exercise the states a policy really visits, the random tokens rows of the output layer it rarely does.
+    """
+    rng = np.random.default_rng(seed)
+    probes = []
+    for prompt in prompts[:count]:
+        middle = max(1, len(prompt.token_ids) // 2)
+        noise = tuple(int(t) for t in rng.integers(vocabulary_size, size=RANDOM_TOKENS))
+        probes.append((prompt.token_ids[:middle], prompt.token_ids[middle:] + noise))
+    return probes
+
+
+def check_engine(
+    probes: Sequence[ProbeSequence],
+    engine_logprobs: Sequence[Sequence[float]],
+    *,
+    tolerance: float,
+    engine: str,
+    version: int,
+    differing_groups: Mapping[str, float],
+) -> Metrics:
+    """Compares the engine's probe log-probabilities with the learner's; a failure must stop the next rollout.
+
+    Args:
+        probes: as published with the weights.
+        engine_logprobs: the engine's log-probabilities of the same response tokens, one sequence per probe.
+        tolerance: largest mean absolute difference, nats.
+        engine: name of the engine for the message.
+        version: the policy version that should be loaded.
+        differing_groups: parameter group -> largest absolute difference between the engine's parameter and the
+            published one, for the groups that differ at all.
+
+    Returns:
+        `gate/mean` and `gate/max` absolute differences.
+
+    Raises:
+        StaleEngineError: past the tolerance, or not finite; names the group most likely stale when it can.
+    """
+    differences = [
+        abs(ours - theirs)
+        for probe, engine_row in zip(probes, engine_logprobs, strict=True)
+        for ours, theirs in zip(probe.logprobs, engine_row, strict=True)
+    ]
+    mean, largest = sum(differences) / len(differences), max(differences)
+    if mean <= tolerance and math.isfinite(largest):
+        return {"gate/mean": mean, "gate/max": largest}
+    if differing_groups:
+        worst = max(differing_groups, key=lambda name: differing_groups[name])
+        suspect = (
+            f"Parameter group {worst!r} differs most from the published weights (by {differing_groups[worst]:.3g}; "
+            f"{len(differing_groups)} groups differ): it was not updated."
+        )
+    else:
+        suspect = (
+            "Every parameter equals the published one, so a copy derived from them is stale "
+            "(a packed lm_head of tied embeddings is the known case)."
+        )
+    raise StaleEngineError(
+        f"{engine} does not reproduce the learner's log-probabilities after loading policy version {version}: "
+        f"mean difference {mean:.3g}, largest {largest:.3g}, tolerance {tolerance:.3g}. {suspect} "
+        "No rollout was sampled from it. Restart the job; raise alignment.gate_tolerance only for a lower precision."
+    )

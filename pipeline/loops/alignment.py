@@ -1,0 +1,113 @@
+"""PPO alignment, one screen."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from pipeline.config.schema import AlignmentConfig
+from pipeline.data.batching import stable_seed
+from pipeline.data.prompts import PromptStream
+from pipeline.learning.experience import RewardScale, build_experience
+from pipeline.objectives.divergence import adapt_kl_coefficient
+from pipeline.ports import PolicyLearner, RewardScorer, RolloutSource
+from pipeline.records import Metrics, SamplingParams
+from pipeline.stages.workspace import StageDirectory
+
+
+def align(
+    rollouts: RolloutSource,
+    scorer: RewardScorer,
+    learner: PolicyLearner,
+    prompts: PromptStream,
+    stage: StageDirectory,
+    config: AlignmentConfig,
+    *,
+    reward_scale: RewardScale,
+    pad_token_id: int,
+    seed: int,
+) -> Metrics:
+    """Restores the last commit, then: sample, score, evaluate, update, publish, until `num_steps`.
+
+    Consumes `prompts.batch(step)`. Waits for every rollout of a step before its update (synchronous PPO). The rollout
+    engines hold the learner's weights, proven by the gate, before any of their samples is used.
+
+    Returns:
+        The metrics of the last step.
+    """
+    sampling = SamplingParams(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        max_response_tokens=config.max_response_tokens,
+        samples_per_prompt=config.samples_per_prompt,
+        seed=seed,
+    )
+    checkpoint = stage.checkpoints.latest()
+    if checkpoint is not None:
+        learner.restore(checkpoint.uri)
+    first_step = 0 if checkpoint is None else checkpoint.step + 1
+    kl_coefficient = config.kl.coefficient if checkpoint is None else checkpoint.state["kl_coefficient"]
+    metrics: Metrics = {} if checkpoint is None else checkpoint.state["metrics"]
+    # Publish before the first batch: rollouts must start from the restored policy.
+    gate = rollouts.load_weights(learner.publish_weights(first_step))
+    with stage.metrics_log(config.num_steps, first_step) as log:
+        for step in range(first_step, config.num_steps):
+            clock = Stopwatch()
+            samples = rollouts.generate(
+                prompts.batch(step, config.prompts_per_step), replace(sampling, seed=stable_seed("step", seed, step))
+            )
+            clock.lap("rollout")
+            scores = scorer.score([s.prompt.messages for s in samples], [s.response_text for s in samples])
+            clock.lap("score")
+            evaluations = learner.evaluate(samples)
+            clock.lap("evaluate")
+            experience, measured = build_experience(
+                samples,
+                scores,
+                evaluations,
+                ppo=config.ppo,
+                kl=config.kl,
+                kl_coefficient=kl_coefficient,
+                reward_scale=reward_scale,
+                pad_token_id=pad_token_id,
+            )
+            updated = learner.update(experience, step)
+            clock.lap("update")
+            kl = measured["kl/per_response"]
+            if config.kl.target is not None:
+                kl_coefficient = adapt_kl_coefficient(
+                    kl_coefficient, kl=kl, target=config.kl.target, horizon=config.kl.horizon, num_responses=len(samples)
+                )
+            gate = rollouts.load_weights(learner.publish_weights(step + 1))
+            clock.lap("weights")
+            tokens = experience.num_response_tokens
+            metrics = measured | updated | gate | clock.metrics(tokens)
+            log.write(step, metrics)
+            last = step + 1 == config.num_steps
+            if (step + 1) % config.checkpoint_every == 0 and not last:
+                learner.save(stage.checkpoints.uri(step))
+                stage.checkpoints.commit(step, state={"kl_coefficient": kl_coefficient, "metrics": metrics})
+            if config.kl.stop_above is not None and kl > config.kl.stop_above:
+                break
+    learner.export(stage.result_uri)
+    return metrics
+
+
+class Stopwatch:
+    """Seconds per phase of a step."""
+
+    def __init__(self) -> None:
+        self._started = self._last = time.perf_counter()
+        self._laps: Metrics = {}
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self._laps[f"seconds/{phase}"] = now - self._last
+        self._last = now
+
+    def metrics(self, num_tokens: int) -> Metrics:
+        """Seconds of each phase, and response tokens per second of the rollout and of the whole step."""
+        return self._laps | {
+            "tokens_per_s/rollout": num_tokens / self._laps["seconds/rollout"],
+            "tokens_per_s/step": num_tokens / (self._last - self._started),
+        }

@@ -1,0 +1,49 @@
+"""Training on a fixed data set: the policy's fine-tuning and the reward model use the same loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from pipeline.ports import Learner
+from pipeline.records import Metrics
+from pipeline.stages.workspace import StageDirectory
+
+Batch = TypeVar("Batch")
+
+
+def train(
+    learner: Learner[Batch],
+    stage: StageDirectory,
+    *,
+    batch_of: Callable[[int], Batch],
+    heldout: Batch,
+    num_steps: int,
+    eval_every: int,
+    checkpoint_every: int,
+) -> Metrics:
+    """Restores the last commit, trains to `num_steps`, evaluates once more and exports the model.
+
+    Consumes batches `batch_of(step)`, a pure function, so a resumed run sees the same data. The commit of step s holds
+    the state after step s; a run killed anywhere resumes behind its last commit and ends with the same weights.
+
+    Returns:
+        The held-out metrics of the finished model.
+    """
+    checkpoint = stage.checkpoints.latest()
+    if checkpoint is not None:
+        learner.restore(checkpoint.uri)
+    first_step = 0 if checkpoint is None else checkpoint.step + 1
+    with stage.metrics_log(num_steps, first_step) as log:
+        for step in range(first_step, num_steps):
+            metrics = learner.update(batch_of(step), step)
+            if (step + 1) % eval_every == 0 and step + 1 < num_steps:
+                metrics |= learner.evaluate(heldout)
+            log.write(step, metrics)
+            if (step + 1) % checkpoint_every == 0 and step + 1 < num_steps:
+                learner.save(stage.checkpoints.uri(step))
+                stage.checkpoints.commit(step, state={})
+        final = learner.evaluate(heldout)
+        log.write(num_steps - 1, final)
+    learner.export(stage.result_uri)
+    return final
