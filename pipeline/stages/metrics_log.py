@@ -1,0 +1,101 @@
+"""Metrics of a stage: rows in metrics.jsonl, curves in TensorBoard, one progress line a step."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TextIO
+
+from tensorboardX import SummaryWriter
+
+from pipeline.records import Metrics
+
+METRICS_FILE = "metrics.jsonl"
+
+SHOWN = {
+    "train/nll": "nll",
+    "eval/nll": "held-out nll",
+    "train/accuracy": "accuracy",
+    "eval/accuracy": "held-out accuracy",
+    "reward/mean": "reward",
+    "kl/per_response": "kl",
+    "response/tokens": "length",
+    "tokens_per_s/step": "tokens/s",
+}
+"""Metrics worth a place on the progress line, and what it calls them."""
+
+
+class MetricsLog:
+    """Appends to a stage's metrics. Rows of steps from `first_step` on are dropped first: a resumed run writes them anew."""
+
+    def __init__(
+        self, directory: str, stage: str, *, num_steps: int, first_step: int, console: TextIO | None = None
+    ) -> None:
+        os.makedirs(directory, exist_ok=True)
+        self.stage = stage
+        self.num_steps = num_steps
+        self.first_step = first_step
+        self.console = console or sys.stdout
+        path = os.path.join(directory, METRICS_FILE)
+        keep_rows_before(path, first_step)
+        self._rows = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+        self._curves = SummaryWriter(
+            os.path.join(directory, "tensorboard"), purge_step=first_step, write_to_disk=True
+        )
+        self._started = time.monotonic()
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        row = {"stage": self.stage, "step": step, "time": time.time(), **metrics}
+        self._rows.write(json.dumps(row) + "\n")
+        self._rows.flush()
+        for name, value in metrics.items():
+            self._curves.add_scalar(name, value, step)
+        self._print(step, metrics)
+
+    def _print(self, step: int, metrics: Metrics) -> None:
+        done, left = step + 1 - self.first_step, self.num_steps - step - 1
+        remaining = (time.monotonic() - self._started) / max(1, done) * left
+        shown = "  ".join(f"{label} {metrics[name]:,.4g}" for name, label in SHOWN.items() if name in metrics)
+        place = f"{step + 1}/{self.num_steps}"
+        print(f"{self.stage:<19} {place:>9}  {shown}  {as_clock(remaining)} left", file=self.console, flush=True)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._rows.close()
+        self._curves.close()
+
+
+def keep_rows_before(path: str, first_step: int) -> None:
+    """Rewrites a metrics file without the rows of steps >= first_step, and without a half-written last line."""
+    if not os.path.exists(path):
+        return
+    kept = [row for row in read_metrics(path) if row["step"] < first_step]
+    partial = f"{path}.partial"
+    with open(partial, "w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row) + "\n" for row in kept)
+    os.replace(partial, path)
+
+
+def read_metrics(path: str) -> Sequence[dict]:
+    """Rows of a metrics file; a last line that a killed writer left incomplete is ignored."""
+    rows = []
+    with open(path, encoding="utf-8") as stream:
+        for line in stream:
+            if line.endswith("\n"):
+                rows.append(json.loads(line))
+    return rows
+
+
+def as_clock(seconds: float) -> str:
+    """3725.0 -> "1:02:05", 65.0 -> "1:05"."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{s:02}" if hours else f"{minutes}:{s:02}"
