@@ -266,7 +266,7 @@ class RanksConfig(Frozen):
     ranks: Count = 1
     cpus_per_rank: NonNegative = 1.0
     gpus_per_rank: NonNegative = 0.0
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    zero_stage: Literal[1, 2, 3] = 2
     offload_optimiser: bool = False
     max_restarts: Annotated[int, Field(ge=0)] = 1
     """How often the whole group is restarted from the last commit after a rank died."""

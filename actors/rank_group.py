@@ -1,0 +1,158 @@
+"""n ranks, one Ray actor each, called together and watched together."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from cluster.placement import pack_bundles
+from pipeline.config.schema import RanksConfig
+from pipeline.errors import DeadlineExceeded, PipelineError, WorkerDied
+from pipeline.records import Metrics, PolicyWeights
+from pipeline.stages import storage
+
+
+class Rank:
+    """One rank: builds a learner and passes calls on to it. All methods are collective over the group."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self._rank = rank
+        self._world_size = world_size
+
+    def free_address(self) -> str:
+        """Where the process group can meet, asked of rank 0."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+
+    def build(self, factory: Callable[..., Any], arguments: tuple, address: str, timeout_s: float) -> None:
+        from actors.deepspeed_engine import join_process_group
+
+        device = join_process_group(self._rank, self._world_size, address, timeout_s=timeout_s)
+        self._learner = factory(*arguments, device)
+
+    def restore(self, uri: str) -> None:
+        with storage.reading(uri) as directory:
+            self._learner.restore(directory)
+
+    def update(self, batch: Any, step: int) -> Metrics:
+        return self._learner.update(batch, step)
+
+    def evaluate(self, batch: Any) -> Any:
+        result = self._learner.evaluate(batch)
+        return result if self._rank == 0 else None
+
+    def publish_weights(self, version: int) -> PolicyWeights:
+        return self._learner.publish_weights(version)
+
+    def save(self, uri: str) -> None:
+        with storage.writing(uri) as directory:
+            self._learner.save(directory)
+
+    def export(self, uri: str) -> None:
+        with storage.writing(uri) as directory:
+            self._learner.export(directory)
+
+
+class RankGroup:
+    """Spawns ranks, builds the same learner on each, and calls them together."""
+
+    def __init__(
+        self,
+        name: str,
+        config: RanksConfig,
+        factory: Callable[..., Any],
+        arguments: tuple,
+        *,
+        start_s: float,
+    ) -> None:
+        self.name = name
+        threads = max(1, int(config.cpus_per_rank))
+        on_gpu = config.gpus_per_rank > 0
+        environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        if not on_gpu:
+            environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        self._placement = pack_bundles(
+            config.ranks, cpus=config.cpus_per_rank, gpus=config.gpus_per_rank, timeout_s=start_s, name=name
+        )
+        actor = ray.remote(Rank)
+        self._ranks = [
+            actor.options(
+                num_cpus=config.cpus_per_rank,
+                num_gpus=config.gpus_per_rank,
+                runtime_env={"env_vars": environment},
+                scheduling_strategy=self._placement.strategy(rank),
+            ).remote(rank, config.ranks)
+            for rank in range(config.ranks)
+        ]
+        try:
+            [address] = gather(
+                [self._ranks[0].free_address.remote()], who=name, doing="starting", deadline_s=start_s
+            )
+            factory_ref, arguments_ref = ray.put(factory), ray.put(arguments)
+            self.all(
+                lambda rank: rank.build.remote(factory_ref, arguments_ref, address, start_s),
+                doing="building its model",
+                deadline_s=start_s,
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    def all(self, call: Callable[[Any], Any], *, doing: str, deadline_s: float) -> list[Any]:
+        """Makes one call on every rank and waits for all answers, in rank order.
+
+        Raises:
+            WorkerDied: a rank is gone; the others are ended, for they wait on a collective that cannot complete.
+            DeadlineExceeded: no answer in time.
+            PipelineError: whatever a rank itself raised.
+        """
+        return gather([call(rank) for rank in self._ranks], who=self.name, doing=doing, deadline_s=deadline_s)
+
+    def close(self) -> None:
+        for rank in self._ranks:
+            ray.kill(rank, no_restart=True)
+        self._placement.remove()
+
+    def __enter__(self) -> RankGroup:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def gather(references: Sequence[Any], *, who: str, doing: str, deadline_s: float) -> list[Any]:
+    """The results of remote calls, in order; the first failure is raised at once, not after the slowest call."""
+    started = time.monotonic()
+    pending = list(references)
+    while pending:
+        left = deadline_s - (time.monotonic() - started)
+        ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, left))
+        if not ready:
+            missing = [i for i, reference in enumerate(references) if reference in pending]
+            raise DeadlineExceeded(
+                f"{who}: {doing} did not end within {deadline_s:.0f} s on {missing} of {len(references)}. "
+                "It hangs or is slow: see the worker's log, or raise cluster.deadlines."
+            )
+        try:
+            ray.get(ready[0])
+        except RayActorError as error:
+            number = list(references).index(ready[0])
+            raise WorkerDied(
+                f"{who}: number {number} of {len(references)} died while {doing}, after "
+                f"{time.monotonic() - started:.0f} s. Often it ran out of memory: lower max_tokens_per_micro_batch, "
+                "or give it a larger machine. The workspace is intact; the same command resumes."
+            ) from error
+        except RayTaskError as error:
+            if isinstance(error.cause, PipelineError):
+                raise error.cause from error
+            raise
+    return ray.get(list(references))
