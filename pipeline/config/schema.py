@@ -278,13 +278,11 @@ class RolloutConfig(Frozen):
     workers: Count = 1
     cpus_per_worker: NonNegative = 1.0
     gpus_per_worker: NonNegative = 0.0
-    tensor_parallel_size: Count = 1
-    kv_cache_gib: Positive = 1.0
+    kv_cache_gib: Count = 1
     """CPU engines only: size of the KV cache."""
     gpu_memory_fraction: Fraction = 0.9
     max_sequences: Count = 256
     enforce_eager: bool = True
-    weight_transfer: Literal["shm", "nccl", "ipc"] = "shm"
     chunk_size: Count = 32
     """Prompts handed to a worker at a time."""
     max_restarts: Annotated[int, Field(ge=0)] = 2

@@ -7,7 +7,7 @@ the weights an engine recomputes them; a stale or half-loaded engine cannot repr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -40,7 +40,7 @@ def check_engine(
     tolerance: float,
     engine: str,
     version: int,
-    differing_groups: Mapping[str, float],
+    differing_groups: Callable[[], Mapping[str, float]],
 ) -> Metrics:
     """Compares the engine's probe log-probabilities with the learner's; a failure must stop the next rollout.
 
@@ -50,8 +50,8 @@ def check_engine(
         tolerance: largest mean absolute difference, nats.
         engine: name of the engine for the message.
         version: the policy version that should be loaded.
-        differing_groups: parameter group -> largest absolute difference between the engine's parameter and the
-            published one, for the groups that differ at all.
+        differing_groups: asked only on failure: parameter group -> largest absolute difference between the engine's
+            parameter and the published one, for the groups that differ at all.
 
     Returns:
         `gate/mean` and `gate/max` absolute differences.
@@ -67,11 +67,12 @@ def check_engine(
     mean, largest = sum(differences) / len(differences), max(differences)
     if mean <= tolerance and math.isfinite(largest):
         return {"gate/mean": mean, "gate/max": largest}
-    if differing_groups:
-        worst = max(differing_groups, key=lambda name: differing_groups[name])
+    groups = differing_groups()
+    if groups:
+        worst = max(groups, key=lambda name: groups[name])
         suspect = (
-            f"Parameter group {worst!r} differs most from the published weights (by {differing_groups[worst]:.3g}; "
-            f"{len(differing_groups)} groups differ): it was not updated."
+            f"Parameter group {worst!r} differs most from the published weights (by {groups[worst]:.3g}; "
+            f"{len(groups)} groups differ): it was not updated."
         )
     else:
         suspect = (

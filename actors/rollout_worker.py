@@ -1,0 +1,76 @@
+"""A rollout worker: one vLLM engine in a Ray actor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.config.schema import RolloutConfig
+from pipeline.learning.probes import check_engine
+from pipeline.records import Metrics, PolicyWeights, Prompt, Rollout, SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutRequest:
+    """One response to sample."""
+
+    prompt: Prompt
+    sample_index: int
+    seed: int
+
+
+class RolloutWorker:
+    """Holds an engine and the tokenizer that turns its samples into text."""
+
+    def __init__(
+        self, name: str, model_directory: str, config: RolloutConfig, dtype: str, max_model_len: int, seed: int
+    ) -> None:
+        from actors.vllm_engine import VLLMEngine
+        from pipeline.models.backbone import load_tokenizer
+
+        self._name = name
+        self._engine = VLLMEngine(model_directory, config, dtype=dtype, max_model_len=max_model_len, seed=seed)
+        self._tokenizer = load_tokenizer(model_directory)
+        self._version: int | None = None
+
+    def load_weights(self, weights: PolicyWeights, tolerance: float) -> Metrics:
+        """Loads a published policy and passes the gate; until it has, this worker samples nothing."""
+        self._version = None
+        started = time.perf_counter()
+        num_bytes = self._engine.load_weights(weights.location)
+        seconds = time.perf_counter() - started
+        gate = self.check(weights, tolerance)
+        self._version = weights.version
+        return gate | {"weights/seconds": seconds, "weights/gb_per_s": num_bytes / 1e9 / seconds}
+
+    def check(self, weights: PolicyWeights, tolerance: float) -> Metrics:
+        """The numerics gate alone."""
+        return check_engine(
+            weights.probes,
+            self._engine.probe_logprobs(weights.probes),
+            tolerance=tolerance,
+            engine=self._name,
+            version=weights.version,
+            differing_groups=lambda: self._engine.differing_groups(weights.location),
+        )
+
+    def sample(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Rollout]:
+        """One rollout per request, in order."""
+        from pipeline.data.chat import decode_response
+
+        if self._version is None:
+            raise RuntimeError(f"{self._name} was asked to sample before it passed the numerics gate")
+        samples = self._engine.sample([r.prompt.token_ids for r in requests], [r.seed for r in requests], sampling)
+        return [
+            Rollout(
+                prompt=request.prompt,
+                sample_index=request.sample_index,
+                response_ids=sample.token_ids,
+                response_text=decode_response(self._tokenizer, sample.token_ids),
+                logprobs=sample.logprobs,
+                policy_version=self._version,
+                finish_reason=sample.finish_reason,
+            )
+            for request, sample in zip(requests, samples, strict=True)
+        ]

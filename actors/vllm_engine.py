@@ -1,0 +1,149 @@
+"""One vLLM engine: load weights, recompute probes, sample. With weight_transfer.py the only importer of vllm."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from safetensors import safe_open
+from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.config import WeightTransferConfig
+from vllm.sampling_params import RequestOutputKind
+
+from actors import weight_transfer
+from pipeline.config.schema import RolloutConfig
+from pipeline.records import FinishReason, ProbeSequence
+from pipeline.records import SamplingParams as Sampling
+
+WEIGHTS_FILE = "model.safetensors"
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""vLLM's fused projections and the published parameters they are made of, in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What the engine returns for one request."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Of the distribution that was sampled from: temperature applied."""
+    finish_reason: FinishReason
+
+
+class VLLMEngine:
+    """An engine without weights of its own: it starts with dummies and must be given a policy."""
+
+    def __init__(
+        self, model_directory: str, config: RolloutConfig, *, dtype: str, max_model_len: int, seed: int
+    ) -> None:
+        weight_transfer.register()
+        self._llm = LLM(
+            model=model_directory,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=config.max_sequences,
+            gpu_memory_utilization=config.gpu_memory_fraction,
+            enforce_eager=config.enforce_eager,
+            seed=seed,
+            load_format="dummy",
+            # With tied embeddings a CPU engine keeps a packed copy of lm_head that updates do not reach.
+            hf_overrides={"tie_word_embeddings": False},
+            weight_transfer_config=WeightTransferConfig(backend=weight_transfer.BACKEND),
+            logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
+        )
+        self._llm.collective_rpc("init_weight_transfer_engine", args=({},))
+
+    def load_weights(self, location: str) -> int:
+        """Loads a published policy and forgets cached prefixes of the one before. Returns the bytes read."""
+        path = os.path.join(location, WEIGHTS_FILE)
+        self._llm.collective_rpc("start_weight_update")
+        self._llm.collective_rpc("update_weights", args=({"path": path},))
+        self._llm.collective_rpc("finish_weight_update")
+        self._llm.reset_prefix_cache()
+        return os.path.getsize(path)
+
+    def probe_logprobs(self, probes: Sequence[ProbeSequence]) -> list[list[float]]:
+        """Log-probabilities of the probes' response tokens at temperature 1."""
+        outputs = self._llm.generate(
+            [TokensPrompt(prompt_token_ids=[*p.prompt_ids, *p.response_ids]) for p in probes],
+            SamplingParams(
+                temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=True
+            ),
+            use_tqdm=False,
+        )
+        return [
+            [
+                output.prompt_logprobs[len(probe.prompt_ids) + t][token].logprob
+                for t, token in enumerate(probe.response_ids)
+            ]
+            for probe, output in zip(probes, outputs, strict=True)
+        ]
+
+    def sample(self, prompts: Sequence[tuple[int, ...]], seeds: Sequence[int], sampling: Sampling) -> list[Sample]:
+        """One response per (prompt, seed), in order."""
+        outputs = self._llm.generate(
+            [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts],
+            [
+                SamplingParams(
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    max_tokens=sampling.max_response_tokens,
+                    seed=seed,
+                    logprobs=0,
+                    detokenize=False,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                )
+                for seed in seeds
+            ],
+            use_tqdm=False,
+        )
+        return [_as_sample(output.outputs[0]) for output in outputs]
+
+    def differing_groups(self, location: str) -> dict[str, float]:
+        """Parameter group -> largest absolute difference from the published file, for groups that differ.
+
+        Knows vLLM's fused projections; a parameter that vLLM packed or renamed is left out.
+        """
+        [differences] = self._llm.apply_model(lambda model: _differences(model, os.path.join(location, WEIGHTS_FILE)))
+        return differences
+
+
+def _as_sample(completion) -> Sample:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    token_ids = tuple(completion.token_ids)
+    return Sample(
+        token_ids=token_ids,
+        logprobs=tuple(entry[token].logprob for entry, token in zip(completion.logprobs, token_ids, strict=True)),
+        finish_reason="stop" if completion.finish_reason == "stop" else "length",
+    )
+
+
+def _differences(model: torch.nn.Module, path: str) -> dict[str, float]:
+    differences: dict[str, float] = {}
+    with safe_open(path, framework="pt") as published:
+        names = set(published.keys())
+        for name, parameter in model.named_parameters():
+            parts = _published_names(name)
+            if not names.issuperset(parts):
+                continue
+            expected = torch.cat([published.get_tensor(part) for part in parts])
+            if expected.shape != parameter.shape:
+                continue
+            gap = (parameter.detach().cpu().float() - expected.to(parameter.dtype).float()).abs().max().item()
+            if gap > 0:
+                group = ".".join(name.split(".")[:4])
+                differences[group] = max(gap, differences.get(group, 0.0))
+    return differences
+
+
+def _published_names(name: str) -> tuple[str, ...]:
+    """"...qkv_proj.weight" -> its three parts; any other name stands for itself."""
+    for fused, parts in FUSED.items():
+        if f".{fused}." in name:
+            return tuple(name.replace(fused, part) for part in parts)
+    return (name,)
