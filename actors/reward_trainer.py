@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import ray
-
-from actors.rank_group import RankGroup
-from pipeline.config.schema import DeadlinesConfig, RanksConfig, RewardTrainingConfig
+from pipeline.config.schema import RanksConfig, RewardTrainingConfig
 from pipeline.data.score_statistics import ScoreStatistics
-from pipeline.records import Metrics, PreferenceBatch
 from pipeline.stages import storage
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.learning.reward_update import RewardModelTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,12 +22,13 @@ class RewardTrainerSpec:
     config: RewardTrainingConfig
     ranks: RanksConfig
     backbone_uri: str
+    """A directory, or a hub name."""
     statistics: ScoreStatistics
     num_steps: int
     seed: int
 
 
-def build_reward_trainer(spec: RewardTrainerSpec, device):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def build_reward_trainer(spec: RewardTrainerSpec, device: torch.device) -> RewardModelTrainer:
     """Runs on every rank."""
     import torch
 
@@ -76,31 +79,3 @@ def build_reward_trainer(spec: RewardTrainerSpec, device):  # type: ignore[no-un
         warmup_fraction=config.optimiser.warmup_fraction,
         max_tokens_per_micro_batch=config.max_tokens_per_micro_batch,
     )
-
-
-class RankedLearner:
-    """A group of ranks as one `Learner`: every rank gets the whole batch and takes its share."""
-
-    def __init__(self, group: RankGroup, deadlines: DeadlinesConfig) -> None:
-        self._group = group
-        self._update_s = deadlines.update_s
-
-    def restore(self, checkpoint: str) -> None:
-        self._all(lambda rank: rank.restore.remote(checkpoint), f"restoring {checkpoint}")
-
-    def update(self, batch: PreferenceBatch, step: int) -> Metrics:
-        reference = ray.put(batch)
-        return self._all(lambda rank: rank.update.remote(reference, step), f"updating at step {step}")
-
-    def evaluate(self, batch: PreferenceBatch) -> Metrics:
-        reference = ray.put(batch)
-        return self._all(lambda rank: rank.evaluate.remote(reference), "evaluating")
-
-    def save(self, directory: str) -> None:
-        self._all(lambda rank: rank.save.remote(directory), f"saving {directory}")
-
-    def export(self, directory: str) -> None:
-        self._all(lambda rank: rank.export.remote(directory), f"exporting to {directory}")
-
-    def _all(self, call, doing):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-        return self._group.all(call, doing=doing, deadline_s=self._update_s)[0]

@@ -172,11 +172,11 @@ class RolloutPool:
                 "max_sequences. The workspace is intact; the same command resumes."
             ) from error
         self._restarts_left -= 1
-        fresh = self._start_worker()
-        self._workers[self._workers.index(worker)] = fresh
+        slot = self._workers.index(worker)
+        self._workers[slot] = self._start_worker()
         if load and self._weights is not None:
-            self._load([fresh], self._weights)
-        return fresh
+            self._load([self._workers[slot]], self._weights)
+        return self._workers[slot]  # loading may have replaced it once more
 
     def _next_ready(self, running: dict[Any, tuple[Any, int, list[RolloutRequest], float]]) -> Any:
         oldest = min(started for *_, started in running.values())

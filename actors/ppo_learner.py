@@ -1,0 +1,83 @@
+"""PPO learner shards on DeepSpeed ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.config.schema import AlignmentConfig, RanksConfig
+from pipeline.stages import storage
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from pipeline.learning.ppo_update import PPOLearner
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOLearnerSpec:
+    """All a rank needs to build its learner."""
+
+    config: AlignmentConfig
+    ranks: RanksConfig
+    policy_uri: str
+    reward_model_uri: str
+    """The critic's backbone starts from this reward model's."""
+    dtype: str
+    probes: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    publish_directory: str
+    seed: int
+
+
+def build_ppo_learner(spec: PPOLearnerSpec, device: torch.device) -> PPOLearner:
+    """Runs on every rank."""
+    from actors.deepspeed_engine import DeepSpeedEngine, sharded_reference
+    from pipeline.learning.parameter_groups import parameter_groups
+    from pipeline.learning.ppo_update import PPOLearner
+    from pipeline.models.backbone import load_causal_lm, train_only_last_layers
+    from pipeline.models.critic import Policy, PolicyWithCritic
+
+    config, ppo = spec.config, spec.config.ppo
+    with storage.reading(spec.policy_uri) as directory:
+        policy, tokenizer = load_causal_lm(directory, dtype="float32")
+        reference, _ = load_causal_lm(directory, dtype=spec.dtype)
+    critic = _critic_backbone(spec) if ppo.critic == "separate" else None
+    for backbone in (policy, critic):
+        if backbone is None:
+            continue
+        train_only_last_layers(backbone, ppo.trainable_layers)
+        if config.gradient_checkpointing:
+            backbone.gradient_checkpointing_enable()
+    model = PolicyWithCritic(policy, critic)
+    groups = parameter_groups(policy, model.value_head, ppo.policy, head_learning_rate=ppo.critic_learning_rate)
+    if critic is not None:
+        critic_optimiser = ppo.policy.model_copy(update={"learning_rate": ppo.critic_learning_rate})
+        groups += parameter_groups(critic, None, critic_optimiser, head_learning_rate=ppo.critic_learning_rate)
+    engine = DeepSpeedEngine(
+        model,
+        groups,
+        betas=ppo.policy.betas,
+        max_grad_norm=ppo.policy.max_grad_norm,
+        ranks=spec.ranks,
+        dtype=spec.dtype,
+        device=device,
+    )
+    return PPOLearner(
+        engine,
+        sharded_reference(Policy(reference), spec.ranks, dtype=spec.dtype, device=device),
+        config=config,
+        model_config=policy.config,
+        tokenizer=tokenizer,
+        probes=spec.probes,
+        publish_directory=spec.publish_directory,
+        seed=spec.seed,
+    )
+
+
+def _critic_backbone(spec: PPOLearnerSpec) -> PreTrainedModel:
+    from pipeline.models.reward_model import load_reward_model
+
+    with storage.reading(spec.reward_model_uri) as directory:
+        reward_model, _, _ = load_reward_model(directory)
+    return reward_model.backbone

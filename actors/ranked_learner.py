@@ -1,0 +1,54 @@
+"""A group of ranks as one learner: every rank gets the whole batch and takes its own share of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+
+from actors.rank_group import RankGroup
+from pipeline.config.schema import DeadlinesConfig
+from pipeline.records import Experience, Metrics, PolicyWeights, Rollout, TokenEvaluation
+
+
+class RankedLearner:
+    """Implements `Learner` over ranks that each hold one."""
+
+    def __init__(self, group: RankGroup, deadlines: DeadlinesConfig) -> None:
+        self._group = group
+        self._deadline_s = deadlines.update_s
+
+    def restore(self, checkpoint: str) -> None:
+        self._all(lambda rank: rank.restore.remote(checkpoint), f"restoring {checkpoint}")
+
+    def update(self, batch: Any, step: int) -> Metrics:
+        reference = ray.put(batch)
+        return self._all(lambda rank: rank.update.remote(reference, step), f"updating at step {step}")
+
+    def evaluate(self, batch: Any) -> Any:
+        reference = ray.put(batch)
+        return self._all(lambda rank: rank.evaluate.remote(reference), "evaluating")
+
+    def save(self, directory: str) -> None:
+        self._all(lambda rank: rank.save.remote(directory), f"saving {directory}")
+
+    def export(self, directory: str) -> None:
+        self._all(lambda rank: rank.export.remote(directory), f"exporting to {directory}")
+
+    def _all(self, call: Callable[[Any], Any], doing: str) -> Any:
+        """Rank 0 speaks for all: results are equal on every rank."""
+        return self._group.all(call, doing=doing, deadline_s=self._deadline_s)[0]
+
+
+class RankedPolicyLearner(RankedLearner):
+    """Implements `PolicyLearner` over ranks that each hold one."""
+
+    def update(self, batch: Experience, step: int) -> Metrics:
+        return super().update(batch, step)
+
+    def evaluate(self, batch: Sequence[Rollout]) -> list[TokenEvaluation]:
+        return super().evaluate(batch)
+
+    def publish_weights(self, version: int) -> PolicyWeights:
+        return self._all(lambda rank: rank.publish_weights.remote(version), f"publishing policy version {version}")
