@@ -6,7 +6,6 @@ PPO and outside users take the same road: both reach the replicas through the de
 from __future__ import annotations
 
 import hmac
-import os
 import socket
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -25,7 +24,6 @@ from pipeline.records import Message, RewardScore
 from pipeline.stages import storage
 
 APPLICATION = "vrm"
-TOKEN_VARIABLE = "VRM_SERVICE_TOKEN"
 ATTEMPTS = 3
 
 api = FastAPI(title="VRM scoring service")
@@ -168,15 +166,16 @@ class ServedScorer:
         raise AssertionError("unreachable")
 
 
-def start_service(model_uri: str, config: ScoringConfig, *, deadline_s: float) -> ServedScorer:
+def start_service(
+    model_uri: str, config: ScoringConfig, *, deadline_s: float, token: str | None = None
+) -> ServedScorer:
     """Brings the deployment up and waits for its replicas.
 
-    HTTP listens on 127.0.0.1 when `config.port` is set, and then asks for the bearer token in VRM_SERVICE_TOKEN.
+    HTTP listens on 127.0.0.1 when `config.port` is set; it asks for `token` as a bearer token, or for none when None.
 
     Raises:
         ResourceError: the port is taken.
     """
-    token = os.environ.get(TOKEN_VARIABLE)
     if config.port:
         require_free_port(config.port)
         serve.start(http_options={"host": "127.0.0.1", "port": config.port})

@@ -13,7 +13,7 @@ from pipeline.data.chat import encode_prompt, encode_response, fit_prompt, strip
 from pipeline.data.score_statistics import ScoreStatistics
 from pipeline.errors import DataError
 from pipeline.objectives.variational import supervision_target
-from pipeline.records import PreferenceBatch, PreferencePair
+from pipeline.records import Message, PreferenceBatch, PreferencePair, TokenisedText
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,34 +56,52 @@ def tokenise_pairs(
     return tokenised
 
 
-def collate_pairs(
-    pairs: Sequence[TokenisedPair],
-    statistics: ScoreStatistics,
-    *,
-    pad_token_id: int,
-    temperature: float,
-    seed: int,
-    step: int,
-) -> PreferenceBatch:
-    """B tokenised pairs to one batch: chosen rows first, then rejected rows, right-padded.
+@dataclass(frozen=True, kw_only=True)
+class PairCollator:
+    """B tokenised pairs to one batch: chosen rows first, then rejected rows, right-padded."""
 
-    Args:
-        statistics: of the training split; they standardise the chosen responses' scores (Eq. 13).
-        temperature: tau of the supervision target.
-        seed, step: with the position in the batch they make each pair's noise seed.
+    statistics: ScoreStatistics
+    """Of the training split; they standardise the chosen responses' scores (Eq. 13)."""
+    pad_token_id: int
+    temperature: float
+    """tau of the supervision target."""
+    seed: int
+
+    def __call__(self, pairs: Sequence[TokenisedPair], step: int) -> PreferenceBatch:
+        """The batch of a step; (seed, step, position) make each pair's noise seed."""
+        sequences = [p.prompt_ids + p.chosen_ids for p in pairs] + [p.prompt_ids + p.rejected_ids for p in pairs]
+        target, target_mask = supervision_target(
+            *self.statistics.standardise([p.pair.scores_chosen for p in pairs]), temperature=self.temperature
+        )
+        return PreferenceBatch(
+            input_ids=pad_right(sequences, self.pad_token_id),
+            lengths=torch.tensor([len(s) for s in sequences]),
+            prompt_lengths=torch.tensor([len(p.prompt_ids) for p in pairs]),
+            target=target,
+            target_mask=target_mask,
+            noise_seeds=torch.tensor([stable_seed("posterior", self.seed, step, b) for b in range(len(pairs))]),
+        )
+
+
+def tokenise_texts(
+    texts: Sequence[tuple[tuple[Message, ...], str]], tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> list[TokenisedText]:
+    """Encodes (messages, response) texts for fine-tuning and drops those longer than `max_length`.
+
+    Raises:
+        DataError: nothing is left.
     """
-    sequences = [p.prompt_ids + p.chosen_ids for p in pairs] + [p.prompt_ids + p.rejected_ids for p in pairs]
-    target, target_mask = supervision_target(
-        *statistics.standardise([p.pair.scores_chosen for p in pairs]), temperature=temperature
-    )
-    return PreferenceBatch(
-        input_ids=pad_right(sequences, pad_token_id),
-        lengths=torch.tensor([len(s) for s in sequences]),
-        prompt_lengths=torch.tensor([len(p.prompt_ids) for p in pairs]),
-        target=target,
-        target_mask=target_mask,
-        noise_seeds=torch.tensor([stable_seed("posterior", seed, step, b) for b in range(len(pairs))]),
-    )
+    tokenised = []
+    for messages, response in texts:
+        prompt = encode_prompt(tokenizer, messages)
+        text = TokenisedText(token_ids=prompt + encode_response(tokenizer, response), prompt_length=len(prompt))
+        if len(text.token_ids) <= max_length:
+            tokenised.append(text)
+    if not tokenised:
+        raise DataError(
+            f"none of {len(texts)} texts fits in prepare_policy.max_length = {max_length} tokens. Raise it."
+        )
+    return tokenised
 
 
 def pad_right(sequences: Sequence[Sequence[int]], pad_token_id: int) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ from transformers import (
 )
 
 from pipeline.config.schema import TinyModelConfig
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models.packaged import is_packaged, load_packaged_causal_lm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -114,9 +113,14 @@ def save_causal_lm(
     tokenizer.save_pretrained(directory)
 
 
-def context_length(config: PretrainedConfig) -> int:
-    """The most positions the model was made for."""
-    return int(config.max_position_embeddings)
+def require_context(checkpoint: str, num_tokens: int, section: str) -> None:
+    """Raises ConfigError when prompt and response of a recipe's section cannot fit the model's context."""
+    context = int(load_config(checkpoint).max_position_embeddings)
+    if num_tokens > context:
+        raise ConfigError(
+            f"{section}.max_prompt_tokens + {section}.max_response_tokens = {num_tokens} exceeds the model's context of "
+            f"{context} tokens. Lower one of them."
+        )
 
 
 def train_only_last_layers(model: nn.Module, num_layers: int | None) -> None:
@@ -137,6 +141,3 @@ def train_only_last_layers(model: nn.Module, num_layers: int | None) -> None:
         for parameter in module.parameters():
             parameter.requires_grad_(True)
 
-
-def is_model_directory(path: str) -> bool:
-    return (Path(path) / "config.json").exists()

@@ -1,0 +1,87 @@
+"""Stage 3: PPO alignment of the policy against the reward model.
+
+    python jobs/align_policy.py --recipe tiny
+
+Runs the stages before it when their results are not in the workspace.
+"""
+
+from __future__ import annotations
+
+from actors.ppo_learner import PPOLearnerSpec, build_ppo_learner
+from actors.rank_group import RankGroup
+from actors.ranked_learner import RankedPolicyLearner
+from jobs.command_line import run_job
+from jobs.prepare_policy import prepare_policy
+from jobs.rooms import Rooms
+from jobs.train_reward_model import train_reward_model
+from pipeline.data.prompts import PromptStream, tokenise_prompts
+from pipeline.data.source import data_fingerprints, load_data
+from pipeline.learning.experience import RewardScale
+from pipeline.learning.probes import choose_probes
+from pipeline.loops.alignment import align
+from pipeline.models.backbone import load_tokenizer, require_context
+from pipeline.models.reward_model import read_card
+from pipeline.records import Metrics, StageResult
+from pipeline.stages import storage
+from pipeline.stages.workspace import StageDirectory
+
+VERSION = 1
+
+
+def align_policy(rooms: Rooms, policy: StageResult, reward_model: StageResult) -> StageResult:
+    recipe = rooms.recipe
+    return rooms.stages.run(
+        "align_policy",
+        VERSION,
+        lambda stage: _align(stage, rooms, policy, reward_model),
+        config=recipe.model_dump(mode="json", include={"seed", "data", "alignment", "policy"}),
+        inputs=[policy, reward_model],
+        data=data_fingerprints(recipe),
+        keep_checkpoints=recipe.alignment.keep_checkpoints,
+        max_restarts=recipe.cluster.alignment.max_restarts,
+    )
+
+
+def _align(stage: StageDirectory, rooms: Rooms, policy: StageResult, reward_model: StageResult) -> Metrics:
+    recipe, config = rooms.recipe, rooms.recipe.alignment
+    with storage.reading(policy.location) as directory:
+        tokenizer = load_tokenizer(directory)
+        require_context(directory, config.max_prompt_tokens + config.max_response_tokens, "alignment")
+    with storage.reading(reward_model.location) as directory:
+        card = read_card(directory)
+    prompts = tokenise_prompts(
+        load_data(recipe).train_prompts, tokenizer, max_prompt_tokens=config.max_prompt_tokens
+    )
+    spec = PPOLearnerSpec(
+        config=config,
+        ranks=recipe.cluster.alignment,
+        policy_uri=policy.location,
+        reward_model_uri=reward_model.location,
+        dtype=recipe.policy.dtype,
+        probes=tuple(choose_probes(prompts, vocabulary_size=len(tokenizer), seed=recipe.seed)),
+        publish_directory=rooms.publish_directory(),
+        seed=recipe.seed,
+    )
+    deadlines = recipe.cluster.deadlines
+    rollouts, scorer = rooms.rollouts(policy), rooms.scorer(reward_model)
+    with RankGroup("PPO learner", spec.ranks, build_ppo_learner, (spec,), start_s=deadlines.start_s) as group:
+        return align(
+            rollouts,
+            scorer,
+            RankedPolicyLearner(group, deadlines),
+            PromptStream(prompts=tuple(prompts), seed=recipe.seed),
+            stage,
+            config,
+            reward_scale=RewardScale(mean=card.reward_mean, std=card.reward_std),
+            pad_token_id=tokenizer.pad_token_id,
+            seed=recipe.seed,
+        )
+
+
+if __name__ == "__main__":
+
+    def main(rooms: Rooms) -> None:
+        policy = prepare_policy(rooms)
+        align_policy(rooms, policy, train_reward_model(rooms, policy))
+
+    run_job(__doc__, main)

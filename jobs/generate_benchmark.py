@@ -1,0 +1,112 @@
+"""Stage 4: answers of the base and the aligned policy on held-out prompts, scored, and their win rate.
+
+    python jobs/generate_benchmark.py --recipe tiny
+
+Runs the stages before it when their results are not in the workspace.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from jobs.align_policy import align_policy
+from jobs.command_line import run_job
+from jobs.prepare_policy import prepare_policy
+from jobs.rooms import Rooms
+from jobs.train_reward_model import train_reward_model
+from pipeline.benchmark.answers import write_answers
+from pipeline.benchmark.win_rate import win_rate
+from pipeline.data.planted import GoldAnnotator
+from pipeline.data.prompts import read_prompts, tokenise_prompts
+from pipeline.data.source import data_fingerprints, load_data, resolve
+from pipeline.learning.probes import choose_probes
+from pipeline.learning.publishing import publish_checkpoint
+from pipeline.loops.benchmark_generation import answer_prompts
+from pipeline.models.backbone import load_tokenizer, require_context
+from pipeline.records import Answer, Metrics, Prompt, StageResult
+from pipeline.stages import storage
+from pipeline.stages.workspace import StageDirectory
+
+VERSION = 1
+BASE, ALIGNED = "base", "aligned"
+
+
+def generate_benchmark(
+    rooms: Rooms, policy: StageResult, aligned: StageResult, reward_model: StageResult
+) -> StageResult:
+    recipe = rooms.recipe
+    return rooms.stages.run(
+        "generate_benchmark",
+        VERSION,
+        lambda stage: _generate(stage, rooms, {BASE: policy, ALIGNED: aligned}, reward_model),
+        config=recipe.model_dump(mode="json", include={"seed", "data", "benchmark"}),
+        inputs=[policy, aligned, reward_model],
+        data=data_fingerprints(recipe),
+    )
+
+
+def _generate(
+    stage: StageDirectory, rooms: Rooms, policies: dict[str, StageResult], reward_model: StageResult
+) -> Metrics:
+    recipe, config = rooms.recipe, rooms.recipe.benchmark
+    data = load_data(recipe)
+    with storage.reading(policies[BASE].location) as directory:
+        tokenizer = load_tokenizer(directory)
+        require_context(directory, config.max_prompt_tokens + config.max_response_tokens, "benchmark")
+    named = read_prompts([resolve(file) for file in config.prompts]) if config.prompts else data.heldout_prompts
+    prompts = tokenise_prompts(named, tokenizer, max_prompt_tokens=config.max_prompt_tokens)[: config.num_prompts]
+    probes = choose_probes(prompts, vocabulary_size=len(tokenizer), seed=recipe.seed)
+    rollouts, scorer = rooms.rollouts(policies[BASE]), rooms.scorer(reward_model)
+    answers: dict[str, list[Answer]] = {}
+    with storage.writing(stage.result_uri) as result:
+        for version, (generator, policy) in enumerate(policies.items()):
+            location = os.path.join(rooms.publish_directory(), f"benchmark-{generator}")
+            with storage.reading(policy.location) as checkpoint:
+                weights = publish_checkpoint(
+                    checkpoint, location, probes, dtype=recipe.policy.dtype, version=version
+                )
+            rollouts.load_weights(weights)
+            answers[generator] = answer_prompts(
+                rollouts, scorer, prompts, config, generator=f"{recipe.name}-{generator}", seed=recipe.seed
+            )
+            path = Path(result) / generator / "model_outputs.json"
+            write_answers(path, answers[generator], dataset=recipe.name)
+        metrics = compare(answers[ALIGNED], answers[BASE], prompts, data.gold)
+        if data.gold is not None:
+            kinds = {prompt.id: data.gold.kind(prompt.messages) for prompt in prompts}
+            planted = {kinds[p.id]: data.gold.objective_weights(p.messages) for p in prompts}
+            (Path(result) / "planted.json").write_text(json.dumps({"kinds": kinds, "weights": planted}))
+    return metrics
+
+
+def compare(aligned: Sequence[Answer], base: Sequence[Answer], prompts: Sequence[Prompt], gold: GoldAnnotator | None) -> Metrics:
+    """Win rates by the reward model and, where the truth is known, by the gold annotator; means and lengths."""
+    metrics = _prefixed("reward", win_rate([a.score.mean for a in aligned], [b.score.mean for b in base]))
+    for name, answers in ((ALIGNED, aligned), (BASE, base)):
+        metrics[f"reward/{name}"] = sum(a.score.mean for a in answers) / len(answers)
+        metrics[f"words/{name}"] = sum(len(a.output.split()) for a in answers) / len(answers)
+    if gold is not None:
+        rewards = {
+            name: [gold.reward(prompt.messages, answer.output) for prompt, answer in zip(prompts, answers, strict=True)]
+            for name, answers in ((ALIGNED, aligned), (BASE, base))
+        }
+        metrics |= _prefixed("gold", win_rate(rewards[ALIGNED], rewards[BASE]))
+        metrics |= {f"gold/{name}": sum(values) / len(values) for name, values in rewards.items()}
+    return metrics
+
+
+def _prefixed(prefix: str, metrics: Metrics) -> Metrics:
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}
+
+
+def main(rooms: Rooms) -> None:
+    policy = prepare_policy(rooms)
+    reward_model = train_reward_model(rooms, policy)
+    generate_benchmark(rooms, policy, align_policy(rooms, policy, reward_model), reward_model)
+
+
+if __name__ == "__main__":
+    run_job(__doc__, main)

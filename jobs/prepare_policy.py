@@ -1,0 +1,94 @@
+"""Stage 1: the policy before alignment, a checkpoint as it is, or fine-tuned, or made from scratch.
+
+    python jobs/prepare_policy.py --recipe tiny
+"""
+
+from __future__ import annotations
+
+import tempfile
+
+from transformers import PreTrainedTokenizerBase
+
+from actors.rank_group import RankGroup
+from actors.ranked_learner import RankedLearner
+from actors.supervised_trainer import SupervisedTrainerSpec, build_supervised_trainer
+from jobs.command_line import run_job
+from jobs.rooms import Rooms
+from pipeline.config.schema import Recipe
+from pipeline.data.batching import step_indices
+from pipeline.data.chat import require_chat_template
+from pipeline.data.collate import tokenise_texts
+from pipeline.data.planted import build_tokenizer
+from pipeline.data.source import data_fingerprints, load_data
+from pipeline.loops.supervised_training import train
+from pipeline.models.backbone import create_tiny_causal_lm, load_causal_lm, save_causal_lm
+from pipeline.records import Metrics, StageResult
+from pipeline.stages import storage
+from pipeline.stages.workspace import StageDirectory
+
+VERSION = 1
+HELDOUT_TEXTS = 256
+
+
+def prepare_policy(rooms: Rooms) -> StageResult:
+    recipe = rooms.recipe
+    return rooms.stages.run(
+        "prepare_policy",
+        VERSION,
+        lambda stage: _fine_tune(stage, recipe) if recipe.prepare_policy.num_steps else _adopt(stage, recipe),
+        config=recipe.model_dump(mode="json", include={"seed", "data", "policy", "prepare_policy"}),
+        data=data_fingerprints(recipe) if recipe.prepare_policy.num_steps else [],
+        max_restarts=recipe.cluster.policy_training.max_restarts,
+    )
+
+
+def _adopt(stage: StageDirectory, recipe: Recipe) -> Metrics:
+    """Uses the checkpoint as it is; it is copied, so that the workspace does not depend on the hub."""
+    with storage.writing(stage.result_uri) as directory:
+        _write_starting_policy(recipe, directory)
+    return {}
+
+
+def _fine_tune(stage: StageDirectory, recipe: Recipe) -> Metrics:
+    config = recipe.prepare_policy
+    data = load_data(recipe)
+    with tempfile.TemporaryDirectory() as start:
+        tokenizer = _write_starting_policy(recipe, start)
+        texts = tokenise_texts(data.sft_texts, tokenizer, max_length=config.max_length)
+        heldout, texts = texts[:HELDOUT_TEXTS], texts[HELDOUT_TEXTS:]
+        spec = SupervisedTrainerSpec(
+            config=config, ranks=recipe.cluster.policy_training, policy_uri=start, dtype=recipe.policy.dtype
+        )
+        deadlines = recipe.cluster.deadlines
+        with RankGroup(
+            "policy training", spec.ranks, build_supervised_trainer, (spec,), start_s=deadlines.start_s
+        ) as group:
+            return train(
+                RankedLearner(group, deadlines),
+                stage,
+                batch_of=lambda step: [
+                    texts[i] for i in step_indices(len(texts), config.batch_size, step, recipe.seed)
+                ],
+                heldout=heldout,
+                num_steps=config.num_steps,
+                eval_every=config.eval_every,
+                checkpoint_every=config.checkpoint_every,
+            )
+
+
+def _write_starting_policy(recipe: Recipe, directory: str) -> PreTrainedTokenizerBase:
+    """The checkpoint the recipe names, or a tiny random model, as a Hugging Face directory. Returns its tokenizer."""
+    if recipe.policy.checkpoint is None:
+        tokenizer = build_tokenizer()
+        model = create_tiny_causal_lm(recipe.policy.tiny, tokenizer, seed=recipe.seed)
+    else:
+        model, tokenizer = load_causal_lm(
+            recipe.policy.checkpoint, dtype=recipe.policy.dtype, trust_remote_code=recipe.policy.trust_remote_code
+        )
+    require_chat_template(tokenizer)
+    save_causal_lm(model.state_dict(), model.config, tokenizer, directory)
+    return tokenizer
+
+
+if __name__ == "__main__":
+    run_job(__doc__, prepare_policy)

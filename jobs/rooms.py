@@ -1,0 +1,87 @@
+"""What the stages of one job share: the workspace, the cluster, the engines and the scoring service."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from actors.rollout_pool import RolloutPool
+from actors.vrm_service import ServedScorer, start_service, stop_service
+from cluster.resources import plan_resources
+from cluster.session import job_id, open_cluster
+from jobs.command_line import Options
+from pipeline.config.schema import Recipe
+from pipeline.records import StageResult
+from pipeline.stages import storage
+from pipeline.stages.runner import StageRunner
+from pipeline.stages.workspace import Workspace
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
+"""Default gate tolerance, nats: float32 engines agree to 2e-5, bfloat16 rounds to 3 digits."""
+
+
+class Rooms:
+    """Starts engines and service when a stage first asks, and keeps them for the stages after it."""
+
+    def __init__(self, recipe: Recipe, stages: StageRunner, exits: ExitStack) -> None:
+        self.recipe = recipe
+        self.stages = stages
+        self._exits = exits
+        self._pool: RolloutPool | None = None
+        self._scorer: ServedScorer | None = None
+
+    def rollouts(self, policy: StageResult) -> RolloutPool:
+        """The pool, with engines of the policy's architecture; it holds whatever weights it was last given."""
+        if self._pool is None:
+            recipe = self.recipe
+            alignment, benchmark = recipe.alignment, recipe.benchmark
+            directory = self._exits.enter_context(storage.reading(policy.location))
+            self._pool = self._exits.enter_context(
+                RolloutPool(
+                    directory,
+                    recipe.cluster.rollout,
+                    recipe.cluster.deadlines,
+                    dtype=recipe.policy.dtype,
+                    max_model_len=max(
+                        alignment.max_prompt_tokens + alignment.max_response_tokens,
+                        benchmark.max_prompt_tokens + benchmark.max_response_tokens,
+                    ),
+                    gate_tolerance=alignment.gate_tolerance or TOLERANCE[recipe.policy.dtype],
+                    seed=recipe.seed,
+                )
+            )
+        return self._pool
+
+    def scorer(self, reward_model: StageResult) -> ServedScorer:
+        """The scoring service of this job's reward model."""
+        if self._scorer is None:
+            cluster = self.recipe.cluster
+            self._exits.callback(stop_service)
+            self._scorer = start_service(
+                reward_model.location, cluster.scoring, deadline_s=cluster.deadlines.score_s
+            )
+        return self._scorer
+
+    def publish_directory(self) -> str:
+        """Shared memory for published weights, removed with the job; a killed job's successor reuses its place."""
+        base = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
+        identity = hashlib.sha256(self.stages.workspace.uri.encode()).hexdigest()[:12]
+        directory = os.path.join(base, f"vrm-weights-{os.getuid()}-{identity}")
+        self._exits.callback(shutil.rmtree, directory, ignore_errors=True)
+        return directory
+
+
+@contextmanager
+def open_rooms(options: Options) -> Iterator[Rooms]:
+    """Workspace first, then the cluster: a locked workspace costs nothing."""
+    recipe = options.recipe
+    with ExitStack() as exits:
+        workspace = exits.enter_context(
+            Workspace.open(options.workspace, job=job_id(), take_over=options.take_over)
+        )
+        exits.enter_context(open_cluster(recipe.cluster, plan_resources(recipe.cluster)))
+        yield Rooms(recipe, StageRunner(workspace), exits)

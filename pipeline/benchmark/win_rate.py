@@ -1,0 +1,39 @@
+"""Win rates of paired scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from pipeline.errors import ShapeError
+from pipeline.records import Metrics
+
+NORMAL_QUANTILE_95 = 1.959963984540054
+
+
+def win_rate(scores: Sequence[float], baseline_scores: Sequence[float]) -> Metrics:
+    """Share of prompts on which a score exceeds the baseline's; a tie counts one half.
+
+    Returns:
+        `win_rate`, `ties` (their share), and `low` and `high` of the 95% Wilson interval (Wilson 1927), which stays inside
+        [0, 1] and is not empty when every prompt is won.
+
+    Raises:
+        ShapeError: the two sequences differ in length, or are empty.
+    """
+    if len(scores) != len(baseline_scores) or not scores:
+        raise ShapeError(f"win rate of {len(scores)} scores against {len(baseline_scores)}: give as many, at least one")
+    n = len(scores)
+    wins = sum(a > b for a, b in zip(scores, baseline_scores, strict=True))
+    ties = sum(a == b for a, b in zip(scores, baseline_scores, strict=True))
+    rate = (wins + 0.5 * ties) / n
+    low, high = wilson_interval(rate, n)
+    return {"win_rate": rate, "ties": ties / n, "low": low, "high": high}
+
+
+def wilson_interval(rate: float, n: int, z: float = NORMAL_QUANTILE_95) -> tuple[float, float]:
+    """centre +- half, with centre = (p + z^2/2n) / (1 + z^2/n), half = z / (1 + z^2/n) sqrt(p(1-p)/n + z^2/4n^2)."""
+    scale = 1.0 + z * z / n
+    centre = (rate + z * z / (2 * n)) / scale
+    half = z / scale * math.sqrt(rate * (1.0 - rate) / n + z * z / (4 * n * n))
+    return centre - half, centre + half
