@@ -122,7 +122,7 @@ class RolloutPool:
             # The engine in the actor's own process: seconds to start instead of minutes.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_LOGGING_LEVEL": "ERROR",
             "TOKENIZERS_PARALLELISM": "false",
         }
         if config.gpus_per_worker == 0:

@@ -22,10 +22,10 @@ def open_cluster(config: ClusterConfig, plan: Sequence[StageDemand]) -> Iterator
         ResourceError: the plan does not fit; no actor has been started.
     """
     if "RAY_ADDRESS" in os.environ or ray.is_initialized():
-        ray.init(ignore_reinit_error=True, log_to_driver=True)
+        ray.init(ignore_reinit_error=True, log_to_driver=False)
     else:
         store = None if config.object_store_gib is None else int(config.object_store_gib * 2**30)
-        ray.init(include_dashboard=False, object_store_memory=store)
+        ray.init(include_dashboard=False, object_store_memory=store, log_to_driver=False)
     try:
         check_plan(plan, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         yield

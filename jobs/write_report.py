@@ -1,0 +1,78 @@
+"""Stage 5: report.html and the table of results.
+
+    python jobs/write_report.py --recipe tiny
+
+Runs the stages before it when their results are not in the workspace.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from jobs.align_policy import align_policy
+from jobs.command_line import run_job
+from jobs.generate_benchmark import ALIGNED, BASE, generate_benchmark
+from jobs.prepare_policy import prepare_policy
+from jobs.rooms import Rooms
+from jobs.train_reward_model import train_reward_model
+from pipeline.benchmark.answers import read_answers
+from pipeline.benchmark.report import ReportData, StageSummary, render, results_table
+from pipeline.records import StageResult
+from pipeline.stages import storage
+from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
+
+
+def write_report(
+    rooms: Rooms, policy: StageResult, reward_model: StageResult, aligned: StageResult, benchmark: StageResult
+) -> str:
+    """Writes <workspace>/report.html from the finished stages and prints the results. Cheap, so it is always made anew."""
+    recipe, workspace = rooms.recipe, rooms.stages.workspace
+    results = (policy, reward_model, aligned, benchmark)
+    stages = [workspace.stage(result.name, result.fingerprint) for result in results]
+    with storage.reading(benchmark.location) as directory:
+        answers = {name: read_answers(Path(directory) / name / "model_outputs.json") for name in (BASE, ALIGNED)}
+        planted_file = Path(directory) / "planted.json"
+        planted = json.loads(planted_file.read_text()) if planted_file.exists() else {"kinds": {}, "weights": {}}
+    manifests = [stage.manifest() for stage in stages]
+    data = ReportData(
+        name=recipe.name,
+        recipe=recipe.model_dump(mode="json"),
+        objectives=recipe.objectives,
+        stages=[
+            StageSummary(
+                name=manifest["name"],
+                seconds=manifest["seconds"],
+                driver_peak_gib=manifest["driver_peak_gib"],
+                versions=manifest["versions"],
+            )
+            for manifest in manifests
+        ],
+        reward_rows=read_metrics(os.path.join(stages[1].metrics_directory, METRICS_FILE)),
+        alignment_rows=read_metrics(os.path.join(stages[2].metrics_directory, METRICS_FILE)),
+        reward_metrics=reward_model.metrics,
+        benchmark_metrics=benchmark.metrics,
+        base=answers[BASE],
+        aligned=answers[ALIGNED],
+        kinds=planted["kinds"],
+        planted_weights=planted["weights"],
+    )
+    location = storage.join(workspace.uri, "report.html")
+    storage.write_text(location, render(data))
+    table = results_table(data)
+    width = max(len(what) for what, _ in table)
+    print("\n" + "\n".join(f"{what:<{width}}  {value}" for what, value in table))
+    print(f"\nreport: {location}", flush=True)
+    return location
+
+
+def main(rooms: Rooms) -> None:
+    policy = prepare_policy(rooms)
+    reward_model = train_reward_model(rooms, policy)
+    aligned = align_policy(rooms, policy, reward_model)
+    write_report(rooms, policy, reward_model, aligned, generate_benchmark(rooms, policy, aligned, reward_model))
+
+
+if __name__ == "__main__":
+    run_job(__doc__, main)

@@ -1,0 +1,235 @@
+"""One self-contained HTML page about a run: what came out, how it got there, what it cost."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from pipeline.records import Answer, Metrics
+from pipeline.stages.metrics_log import as_clock
+
+Row = Mapping[str, Any]
+
+BLUE, ORANGE, GREY = "#2563a8", "#d9772b", "#b8bec6"
+SAMPLES_SHOWN = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSummary:
+    """One line of the cost table."""
+
+    name: str
+    seconds: float
+    driver_peak_gib: float
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """All the report shows, as plain data."""
+
+    name: str
+    recipe: Mapping[str, Any]
+    objectives: tuple[str, ...]
+    stages: Sequence[StageSummary]
+    reward_rows: Sequence[Row]
+    """metrics.jsonl of train_reward_model."""
+    alignment_rows: Sequence[Row]
+    """metrics.jsonl of align_policy."""
+    reward_metrics: Metrics
+    benchmark_metrics: Metrics
+    base: Sequence[Answer]
+    aligned: Sequence[Answer]
+    """Answers to the same prompts, in the same order."""
+    kinds: Mapping[str, str]
+    """Prompt id -> kind; empty where kinds are unknown."""
+    planted_weights: Mapping[str, Mapping[str, float]]
+    """Kind -> objective -> w*; empty where the truth is unknown."""
+
+
+def results_table(data: ReportData) -> list[tuple[str, str]]:
+    """(what, value) rows: the headline numbers, for the page and for the terminal."""
+    reward, benchmark = data.reward_metrics, data.benchmark_metrics
+    rows = [
+        ("reward model: held-out accuracy", f"{reward['eval/accuracy']:.3f}"),
+        ("longer is better, same pairs", f"{reward['eval/longer_is_better']:.3f}"),
+        ("reward model: held-out NLL (ln 2 = 0.693 says nothing)", f"{reward['eval/nll']:.3f}"),
+        ("reward model: mean |margin|", f"{reward['eval/margin']:.3f}"),
+    ]
+    if "eval/active_units" in reward:
+        rows.append(("reward model: active semantic units", f"{reward['eval/active_units']:.0f}"))
+    if data.planted_weights:
+        rows.append(("correlation of inferred with planted weights", f"{weight_correlation(data):.3f}"))
+    rows += [
+        ("win rate over base, by the reward model", _interval(benchmark, "reward")),
+        ("mean reward, base to aligned", f"{benchmark['reward/base']:.3f} to {benchmark['reward/aligned']:.3f}"),
+        ("mean length in words, base to aligned", f"{benchmark['words/base']:.1f} to {benchmark['words/aligned']:.1f}"),
+    ]
+    if "gold/win_rate" in benchmark:
+        rows += [
+            ("win rate over base, by the gold annotator", _interval(benchmark, "gold")),
+            ("mean gold reward, base to aligned", f"{benchmark['gold/base']:.3f} to {benchmark['gold/aligned']:.3f}"),
+        ]
+    if data.alignment_rows:
+        last = data.alignment_rows[-1]
+        rows += [
+            ("KL to the reference, nats per response", f"{last['kl/per_response']:.2f}"),
+            ("largest engine-learner logprob gap at the gate", f"{max(r['gate/max'] for r in data.alignment_rows):.1e}"),
+        ]
+    rows.append(("time", as_clock(sum(stage.seconds for stage in data.stages))))
+    return rows
+
+
+def weight_correlation(data: ReportData) -> float:
+    """Pearson correlation of inferred objective weights with the planted ones over (prompt, objective)."""
+    inferred, planted = [], []
+    for answer in data.base:
+        truth = data.planted_weights[data.kinds[answer.prompt_id]]
+        for name, weight in zip(data.objectives, answer.score.objective_weights, strict=False):
+            inferred.append(weight)
+            planted.append(truth[name])
+    return _pearson(inferred, planted)
+
+
+def render(data: ReportData) -> str:
+    """The page."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((Path(__file__).parent / "report.html.j2").read_text())
+    samples = sorted(
+        zip(data.base, data.aligned, strict=True), key=lambda pair: pair[1].score.mean - pair[0].score.mean
+    )
+    # Worst losses first: they teach the most. Then the other end.
+    shown = samples[: SAMPLES_SHOWN // 2] + samples[-SAMPLES_SHOWN // 2 :] if len(samples) > SAMPLES_SHOWN else samples
+    return template.render(
+        name=data.name,
+        results=results_table(data),
+        reward_figure=_reward_figure(data.reward_rows),
+        alignment_figure=_alignment_figure(data.alignment_rows),
+        weights_figure=_weights_figure(data),
+        samples=[(base, aligned, _contributions(data, base), _contributions(data, aligned)) for base, aligned in shown],
+        stages=[(s.name, as_clock(s.seconds), f"{s.driver_peak_gib:.2f}") for s in data.stages],
+        versions=data.stages[-1].versions if data.stages else {},
+        recipe=json.dumps(data.recipe, indent=2),
+    )
+
+
+# ----------------------------------------------------------------------------- figures
+
+
+def _reward_figure(rows: Sequence[Row]) -> str:
+    panels = {
+        "accuracy": ("train/accuracy", "eval/accuracy"),
+        "NLL": ("train/nll", "eval/nll"),
+        "mean |margin|": ("train/margin", "eval/margin"),
+        "KL_w": ("train/kl_w", "eval/kl_w"),
+        "KL_z per pair": ("train/kl_z", "eval/kl_z"),
+        "active units": ("", "eval/active_units"),
+    }
+    return _grid(rows, panels, ("training", "held out"))
+
+
+def _alignment_figure(rows: Sequence[Row]) -> str:
+    panels = {
+        "reward": ("reward/mean", ""),
+        "KL per response, nats": ("kl/per_response", ""),
+        "response tokens": ("response/tokens", ""),
+        "entropy, nats": ("ppo/entropy", ""),
+        "value loss": ("ppo/value_loss", ""),
+        "clip fraction": ("ppo/clip_fraction", ""),
+        "engine-learner gap": ("engine_gap/mean", "gate/max"),
+        "tokens per second": ("tokens_per_s/rollout", "tokens_per_s/step"),
+    }
+    return _grid(rows, panels, ("sampling", "gate, or whole step"))
+
+
+def _grid(rows: Sequence[Row], panels: Mapping[str, tuple[str, str]], labels: tuple[str, str]) -> str:
+    columns = 3 if len(panels) % 3 == 0 else 4
+    figure, axes = plt.subplots(len(panels) // columns, columns, figsize=(3.4 * columns, 5.0), squeeze=False)
+    for axis, (title, names) in zip(axes.flat, panels.items(), strict=True):
+        for name, label, colour in zip(names, labels, (BLUE, ORANGE), strict=True):
+            points = [(row["step"] + 1, row[name]) for row in rows if name in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), color=colour, label=label, marker="o" if len(points) < 12 else None, ms=3)
+        _style(axis, title)
+    handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if len(handles) > 1:
+        figure.legend(handles.values(), handles.keys(), loc="lower center", ncol=2, frameon=False)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    return _png(figure)
+
+
+def _weights_figure(data: ReportData) -> str | None:
+    """Mean inferred weights by kind of prompt, the planted ones beside them; None without objective weights."""
+    if not data.base or not data.base[0].score.objective_weights:
+        return None
+    by_kind: dict[str, list[tuple[float, ...]]] = defaultdict(list)
+    for answer in data.base:
+        by_kind[data.kinds.get(answer.prompt_id, "all prompts")].append(answer.score.objective_weights)
+    figure, axes = plt.subplots(1, len(by_kind), figsize=(3.4 * max(2, len(by_kind)), 2.8), sharey=True, squeeze=False)
+    for axis, (kind, weights) in zip(axes.flat, sorted(by_kind.items()), strict=True):
+        places = range(len(data.objectives))
+        means = [sum(w[k] for w in weights) / len(weights) for k in places]
+        axis.bar([p - 0.2 for p in places], means, 0.4, color=BLUE, label="inferred")
+        if kind in data.planted_weights:
+            truth = [data.planted_weights[kind][name] for name in data.objectives]
+            axis.bar([p + 0.2 for p in places], truth, 0.4, color=GREY, label="planted")
+        axis.set_xticks(list(places), data.objectives, rotation=30, ha="right", fontsize=8)
+        _style(axis, kind)
+    axes.flat[0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    return _png(figure)
+
+
+def _style(axis: Axes, title: str) -> None:
+    axis.set_title(title, fontsize=10, loc="left")
+    axis.grid(axis="y", color="#e6e8eb")
+    axis.set_axisbelow(True)
+    axis.tick_params(labelsize=8)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+
+
+def _png(figure: Any) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+# ----------------------------------------------------------------------------- numbers
+
+
+def _contributions(data: ReportData, answer: Answer) -> list[tuple[str, float]]:
+    score = answer.score
+    return [
+        (name, weight * value)
+        for name, weight, value in zip(data.objectives, score.objective_weights, score.objective_scores, strict=False)
+    ]
+
+
+def _interval(metrics: Metrics, prefix: str) -> str:
+    rate, low, high = (metrics[f"{prefix}/{name}"] for name in ("win_rate", "low", "high"))
+    return f"{rate:.3f}  [{low:.3f}, {high:.3f}]"
+
+
+def _pearson(x: Sequence[float], y: Sequence[float]) -> float:
+    n = len(x)
+    if n == 0:
+        return float("nan")
+    mean_x, mean_y = sum(x) / n, sum(y) / n
+    covariance = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    variance = sum((a - mean_x) ** 2 for a in x) * sum((b - mean_y) ** 2 for b in y)
+    return covariance / variance**0.5 if variance else float("nan")
