@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from actors.rank_group import gather
-from actors.rollout_worker import RolloutRequest, RolloutWorker
+from actors.rollout_worker import RolloutWorker
 from pipeline.config.schema import DeadlinesConfig, RolloutConfig
-from pipeline.data.batching import stable_seed
-from pipeline.errors import DeadlineExceeded, PipelineError, WorkerDied
+from pipeline.data.sampling import RolloutRequest, require_room, rollout_requests
+from pipeline.errors import ConfigError, DeadlineExceeded, PipelineError, StaleEngineError, WorkerDied
 from pipeline.records import Metrics, PolicyWeights, Prompt, Rollout, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worker:
+    """The driver's hold on one rollout worker."""
+
+    name: str
+    actor: Any
+    started: Any
+    """Reference that resolves when the engine is up, or raises why it is not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Consecutive requests, sampled by one worker at a time."""
+
+    number: int
+    requests: Sequence[RolloutRequest]
 
 
 class RolloutPool:
-    """n engines behind one port. Which worker answers a request, and how many there are, changes nothing but the speed."""
+    """n engines behind one port. How many there are, and which one answers a request, changes nothing but the speed.
+
+    Seeds belong to requests, not to workers. What shares a batch still moves an engine's logits in the last bits (2e-6
+    nats in float32 on CPU), so a token whose draw falls that close to a boundary may come out differently.
+    """
 
     def __init__(
         self,
@@ -32,33 +57,57 @@ class RolloutPool:
         max_model_len: int,
         gate_tolerance: float,
         seed: int,
+        worker: type = RolloutWorker,
     ) -> None:
-        self._arguments = (model_directory, config, dtype, max_model_len, seed)
+        """Starts the workers and returns at once; the first `load_weights` waits for them.
+
+        Args:
+            model_directory: config and tokenizer files; weights there are not read.
+            max_model_len: tokens of prompt and response together.
+            gate_tolerance: largest mean absolute logprob difference to the learner, nats.
+            worker: what runs in each Ray actor.
+        """
+        if config.gpus_per_worker > 1:
+            raise ConfigError(
+                f"cluster.rollout.gpus_per_worker is {config.gpus_per_worker:g}, but an engine runs on one GPU. "
+                "Set it to 1 and raise cluster.rollout.workers."
+            )
+        self._worker_class = worker
+        self._start_arguments = (model_directory, config, dtype, max_model_len, seed)
+        self._max_model_len = max_model_len
         self._config = config
         self._deadlines = deadlines
         self._tolerance = gate_tolerance
         self._weights: PolicyWeights | None = None
         self._restarts_left = config.max_restarts
-        self._number = 0
-        self._workers: list[Any] = []
+        self._num_started = 0
+        self._workers: list[Worker] = []
         self.resize(config.workers)
-
-    def resize(self, num_workers: int) -> None:
-        """Grows or shrinks the pool between batches. A joining worker loads the current weights and passes the gate."""
-        while len(self._workers) > num_workers:
-            ray.kill(self._workers.pop(), no_restart=True)
-        joining = [self._start_worker() for _ in range(num_workers - len(self._workers))]
-        self._workers += joining
-        if joining and self._weights is not None:
-            self._load(joining, self._weights)
 
     @property
     def num_workers(self) -> int:
         return len(self._workers)
 
+    def resize(self, num_workers: int) -> None:
+        """Grows or shrinks the pool between batches. A joining worker loads the current weights and passes the gate."""
+        if num_workers < 1:
+            raise ConfigError(f"a rollout pool of {num_workers} workers cannot sample; ask for at least 1.")
+        while len(self._workers) > num_workers:
+            _end(self._workers.pop())
+        joining = [self._start_worker() for _ in range(num_workers - len(self._workers))]
+        if joining and self._weights is not None:
+            joining, _ = self._load(joining, self._weights)
+        self._workers += joining
+
     def load_weights(self, weights: PolicyWeights) -> Metrics:
+        """Gives every engine the published policy; the slowest engine and the widest gap make the metrics.
+
+        Raises:
+            StaleEngineError: an engine does not reproduce the learner's probe log-probabilities.
+            WorkerDied, DeadlineExceeded: a worker is gone, or does not answer.
+        """
         self._weights = weights
-        metrics = self._load(self._workers, weights)
+        self._workers, metrics = self._load(self._workers, weights)
         return {
             "gate/mean": max(m["gate/mean"] for m in metrics),
             "gate/max": max(m["gate/max"] for m in metrics),
@@ -70,40 +119,42 @@ class RolloutPool:
         """Samples in chunks, handed to whichever worker is free; a dead worker is replaced and its chunk issued again.
 
         Raises:
+            DataError: a prompt leaves no room for the longest response.
+            StaleEngineError: no policy has been loaded yet.
             WorkerDied: a worker died and the retry budget is spent.
             DeadlineExceeded: a chunk did not come back in time.
         """
-        requests = [
-            RolloutRequest(prompt=prompt, sample_index=i, seed=stable_seed("sample", sampling.seed, prompt.id, n, i))
-            for n, prompt in enumerate(prompts)
-            for i in range(sampling.samples_per_prompt)
-        ]
+        if self._weights is None:
+            raise StaleEngineError("the rollout pool holds no policy yet: call load_weights before generate.")
+        require_room(prompts, sampling, self._max_model_len)
+        requests = rollout_requests(prompts, sampling)
         size = self._config.chunk_size
-        waiting = deque((first, requests[first : first + size]) for first in range(0, len(requests), size))
+        waiting = deque(
+            Chunk(number=number, requests=requests[first : first + size])
+            for number, first in enumerate(range(0, len(requests), size))
+        )
         idle = list(self._workers)
-        running: dict[Any, tuple[Any, int, list[RolloutRequest], float]] = {}
+        running: dict[Any, tuple[Worker, Chunk, float]] = {}
         results: dict[int, list[Rollout]] = {}
         while waiting or running:
             while idle and waiting:
-                worker, (first, chunk) = idle.pop(), waiting.popleft()
-                running[worker.sample.remote(chunk, sampling)] = (worker, first, chunk, time.monotonic())
+                worker, chunk = idle.pop(), waiting.popleft()
+                running[worker.actor.sample.remote(chunk.requests, sampling)] = (worker, chunk, time.monotonic())
             reference = self._next_ready(running)
-            worker, first, chunk, _ = running.pop(reference)
+            worker, chunk, _ = running.pop(reference)
             try:
-                results[first] = ray.get(reference)
+                results[chunk.number] = self._answer(worker, reference, "sample()", self._deadlines.generate_s)
             except RayActorError as error:
-                worker = self._replace(worker, f"sampling {len(chunk)} responses", error)
-                waiting.appendleft((first, chunk))
-            except RayTaskError as error:
-                if isinstance(error.cause, PipelineError):
-                    raise error.cause from error
-                raise
+                [replacement], _ = self._load([self._replacement(worker, "sample()", error)], self._weights)
+                self._workers[self._workers.index(worker)] = worker = replacement
+                waiting.appendleft(chunk)
             idle.append(worker)
-        return [rollout for first in sorted(results) for rollout in results[first]]
+        return [rollout for number in sorted(results) for rollout in results[number]]
 
     def close(self) -> None:
+        """Ends the workers; nothing of them needs saving."""
         for worker in self._workers:
-            ray.kill(worker, no_restart=True)
+            _end(worker)
         self._workers = []
 
     def __enter__(self) -> RolloutPool:
@@ -116,13 +167,14 @@ class RolloutPool:
 
     # ------------------------------------------------------------------ workers
 
-    def _start_worker(self) -> Any:
+    def _start_worker(self) -> Worker:
         config = self._config
         environment = {
             # The engine in the actor's own process: seconds to start instead of minutes.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
         if config.gpus_per_worker == 0:
@@ -131,61 +183,77 @@ class RolloutPool:
                 "OMP_NUM_THREADS": str(max(1, int(config.cpus_per_worker))),
                 "CUDA_VISIBLE_DEVICES": "",
             }
-        name = f"rollout worker {self._number}"
-        self._number += 1
-        return (
-            ray.remote(RolloutWorker)
+        name = f"rollout worker {self._num_started}"
+        self._num_started += 1
+        actor = (
+            ray.remote(self._worker_class)
             .options(
                 num_cpus=config.cpus_per_worker,
                 num_gpus=config.gpus_per_worker,
                 runtime_env={"env_vars": environment},
             )
-            .remote(name, *self._arguments)
+            .remote(name)
         )
+        return Worker(name=name, actor=actor, started=actor.start.remote(*self._start_arguments))
 
-    def _load(self, workers: Sequence[Any], weights: PolicyWeights) -> list[Metrics]:
-        # A worker that has just been started answers once its engine is up: allow for both.
-        deadline_s = self._deadlines.start_s + self._deadlines.weights_s
-        while True:
-            try:
-                return gather(
-                    [worker.load_weights.remote(weights, self._tolerance) for worker in workers],
-                    who="rollout pool",
-                    doing=f"loading policy version {weights.version}",
-                    deadline_s=deadline_s,
-                )
-            except WorkerDied as error:
-                workers = [self._replace_if_dead(worker, error) for worker in workers]
+    def _load(self, workers: Sequence[Worker], weights: PolicyWeights) -> tuple[list[Worker], list[Metrics]]:
+        """Loads all workers at once. Returns them, with the dead ones replaced, and their metrics, in order."""
+        call = f"load_weights() of policy version {weights.version}"
+        calls = [(worker, worker.actor.load_weights.remote(weights, self._tolerance)) for worker in workers]
+        loaded, metrics = [], []
+        for worker, reference in calls:
+            while True:
+                try:
+                    self._answer(worker, worker.started, "start()", self._deadlines.start_s)
+                    metrics.append(self._answer(worker, reference, call, self._deadlines.weights_s))
+                    break
+                except RayActorError as error:
+                    worker = self._replacement(worker, call, error)
+                    reference = worker.actor.load_weights.remote(weights, self._tolerance)
+            loaded.append(worker)
+        return loaded, metrics
 
-    def _replace_if_dead(self, worker: Any, error: WorkerDied) -> Any:
-        try:
-            ray.get(worker.__ray_ready__.remote(), timeout=self._deadlines.start_s)
-        except RayActorError:
-            return self._replace(worker, "loading weights", error, load=False)
-        return worker
-
-    def _replace(self, worker: Any, doing: str, error: Exception, *, load: bool = True) -> Any:
+    def _replacement(self, dead: Worker, call: str, error: RayActorError) -> Worker:
+        """A new worker for a dead one, while the budget lasts."""
+        _end(dead)  # it may only be out of reach
         if self._restarts_left == 0:
             raise WorkerDied(
-                f"a rollout worker died while {doing}, and the budget of {self._config.max_restarts} restarts "
+                f"{dead.name} died during {call}, and the budget of {self._config.max_restarts} restarts "
                 "(cluster.rollout.max_restarts) is spent. Often it ran out of memory: lower kv_cache_gib or "
                 "max_sequences. The workspace is intact; the same command resumes."
             ) from error
         self._restarts_left -= 1
-        slot = self._workers.index(worker)
-        self._workers[slot] = self._start_worker()
-        if load and self._weights is not None:
-            self._load([self._workers[slot]], self._weights)
-        return self._workers[slot]  # loading may have replaced it once more
+        logger.warning("%s died during %s; replacing it, %d restarts left", dead.name, call, self._restarts_left)
+        return self._start_worker()
 
-    def _next_ready(self, running: dict[Any, tuple[Any, int, list[RolloutRequest], float]]) -> Any:
-        oldest = min(started for *_, started in running.values())
-        left = self._deadlines.generate_s - (time.monotonic() - oldest)
+    def _answer(self, worker: Worker, reference: Any, call: str, deadline_s: float) -> Any:
+        try:
+            return ray.get(reference, timeout=deadline_s)
+        except GetTimeoutError as error:
+            raise self._deadline_exceeded(worker, call, deadline_s) from error
+        except RayTaskError as error:
+            if isinstance(error.cause, PipelineError):
+                raise error.cause from error
+            raise
+
+    def _next_ready(self, running: dict[Any, tuple[Worker, Chunk, float]]) -> Any:
+        """The next chunk to come back; none may take longer than the deadline."""
+        worker, _, issued = min(running.values(), key=lambda assignment: assignment[2])
+        left = self._deadlines.generate_s - (time.monotonic() - issued)
         ready, _ = ray.wait(list(running), num_returns=1, timeout=max(0.0, left))
         if not ready:
-            raise DeadlineExceeded(
-                f"rollout pool: a chunk of {self._config.chunk_size} responses did not come back within "
-                f"{self._deadlines.generate_s:.0f} s. The worker hangs or is slow: see its log, lower "
-                "cluster.rollout.chunk_size or raise cluster.deadlines.generate_s."
-            )
+            raise self._deadline_exceeded(worker, "sample()", self._deadlines.generate_s)
         return ready[0]
+
+    def _deadline_exceeded(self, worker: Worker, call: str, deadline_s: float) -> DeadlineExceeded:
+        free = ray.available_resources()
+        return DeadlineExceeded(
+            f"{worker.name}: {call} did not return within {deadline_s:g} s. It hangs, is slow, or waits for a place "
+            f"(it needs {self._config.cpus_per_worker:g} CPU and {self._config.gpus_per_worker:g} GPU; "
+            f"{free.get('CPU', 0):g} and {free.get('GPU', 0):g} are free). See its log; lower "
+            "cluster.rollout.chunk_size or workers, or raise cluster.deadlines."
+        )
+
+
+def _end(worker: Worker) -> None:
+    ray.kill(worker.actor, no_restart=True)

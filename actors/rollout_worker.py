@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from pipeline.config.schema import RolloutConfig
+from pipeline.data.sampling import RolloutRequest
+from pipeline.errors import StaleEngineError
 from pipeline.learning.probes import check_engine
-from pipeline.records import Metrics, PolicyWeights, Prompt, Rollout, SamplingParams
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutRequest:
-    """One response to sample."""
-
-    prompt: Prompt
-    sample_index: int
-    seed: int
+from pipeline.records import Metrics, PolicyWeights, Rollout, SamplingParams
 
 
 class RolloutWorker:
     """Holds an engine and the tokenizer that turns its samples into text."""
 
-    def __init__(
-        self, name: str, model_directory: str, config: RolloutConfig, dtype: str, max_model_len: int, seed: int
-    ) -> None:
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._version: int | None = None
+
+    def start(self, model_directory: str, config: RolloutConfig, dtype: str, max_model_len: int, seed: int) -> None:
+        """Builds the engine. Not the constructor's work: an error here is a message, there a dead actor."""
         from actors.vllm_engine import VLLMEngine
         from pipeline.models.backbone import load_tokenizer
 
-        self._name = name
         self._engine = VLLMEngine(model_directory, config, dtype=dtype, max_model_len=max_model_len, seed=seed)
         self._tokenizer = load_tokenizer(model_directory)
-        self._version: int | None = None
 
     def load_weights(self, weights: PolicyWeights, tolerance: float) -> Metrics:
         """Loads a published policy and passes the gate; until it has, this worker samples nothing."""
@@ -60,7 +53,7 @@ class RolloutWorker:
         from pipeline.data.chat import decode_response
 
         if self._version is None:
-            raise RuntimeError(f"{self._name} was asked to sample before it passed the numerics gate")
+            raise StaleEngineError(f"{self._name} was asked to sample before it passed the numerics gate.")
         samples = self._engine.sample([r.prompt.token_ids for r in requests], [r.seed for r in requests], sampling)
         return [
             Rollout(

@@ -10,10 +10,13 @@ import torch
 from safetensors import safe_open
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.config import WeightTransferConfig
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.sampling_params import RequestOutputKind
 
 from actors import weight_transfer
 from pipeline.config.schema import RolloutConfig
+from pipeline.errors import StaleEngineError
 from pipeline.records import FinishReason, ProbeSequence
 from pipeline.records import SamplingParams as Sampling
 
@@ -23,6 +26,8 @@ FUSED = {
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
 """vLLM's fused projections and the published parameters they are made of, in order."""
+ROUNDING = 32
+"""Units in the last place by which two ways to compute one matrix product may differ, relative to its largest entry."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +70,11 @@ class VLLMEngine:
         self._llm.collective_rpc("start_weight_update")
         self._llm.collective_rpc("update_weights", args=({"path": path},))
         self._llm.collective_rpc("finish_weight_update")
-        self._llm.reset_prefix_cache()
+        if not self._llm.reset_prefix_cache():
+            raise StaleEngineError(
+                f"the engine would not forget the prefixes it cached before {location!r}: a request is still running. "
+                "Load weights between batches only."
+            )
         return os.path.getsize(path)
 
     def probe_logprobs(self, probes: Sequence[ProbeSequence]) -> list[list[float]]:
@@ -106,15 +115,17 @@ class VLLMEngine:
         return [_as_sample(output.outputs[0]) for output in outputs]
 
     def differing_groups(self, location: str) -> dict[str, float]:
-        """Parameter group -> largest absolute difference from the published file, for groups that differ.
+        """Parameter group -> largest relative difference from the published file, for groups that differ.
 
-        Knows vLLM's fused projections; a parameter that vLLM packed or renamed is left out.
+        Relative to the group's largest published value. A CPU engine keeps its matrices packed and drops the originals,
+        so every matrix is also compared by what it does to a fixed vector; that sees stale copies, too. Knows vLLM's
+        fused projections; a parameter that vLLM renamed otherwise is left out.
         """
         [differences] = self._llm.apply_model(lambda model: _differences(model, os.path.join(location, WEIGHTS_FILE)))
         return differences
 
 
-def _as_sample(completion) -> Sample:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def _as_sample(completion) -> Sample:  # type: ignore[no-untyped-def]
     token_ids = tuple(completion.token_ids)
     return Sample(
         token_ids=token_ids,
@@ -127,22 +138,40 @@ def _differences(model: torch.nn.Module, path: str) -> dict[str, float]:
     differences: dict[str, float] = {}
     with safe_open(path, framework="pt") as published:
         names = set(published.keys())
-        for name, parameter in model.named_parameters():
-            parts = _published_names(name)
-            if not names.issuperset(parts):
-                continue
-            expected = torch.cat([published.get_tensor(part) for part in parts])
-            if expected.shape != parameter.shape:
-                continue
-            gap = (parameter.detach().cpu().float() - expected.to(parameter.dtype).float()).abs().max().item()
-            if gap > 0:
-                group = ".".join(name.split(".")[:4])
-                differences[group] = max(gap, differences.get(group, 0.0))
+        for module_name, module in model.named_modules():
+            for name, parameter in module.named_parameters(prefix=module_name, recurse=False):
+                parts = _published_names(name)
+                if not names.issuperset(parts):
+                    continue
+                expected = torch.cat([published.get_tensor(part) for part in parts]).to(parameter)
+                gap = 0.0
+                if parameter.shape[1:] == expected.shape[1:]:
+                    # vLLM pads the vocabulary to a multiple of 64 rows.
+                    gap = _relative_gap(parameter.detach()[: len(expected)], expected)
+                if isinstance(module, LinearBase | ParallelLMHead) and name.endswith(".weight"):
+                    gap = max(gap, _product_gap(module, expected))
+                if gap > 0:
+                    group = ".".join(name.split(".")[:4])
+                    differences[group] = max(gap, differences.get(group, 0.0))
     return differences
 
 
+def _relative_gap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    largest = theirs.float().abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    return ((ours.float() - theirs.float()).abs().max() / largest).item()
+
+
+def _product_gap(layer: LinearBase | ParallelLMHead, weight: torch.Tensor) -> float:
+    """Relative difference between what the layer computes and what `weight` [out, in] would; 0 within rounding."""
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.randn(1, weight.shape[1], generator=generator).to(weight)
+    ours = layer.quant_method.apply(layer, vector)[:, : len(weight)]
+    gap = _relative_gap(ours, vector @ weight.T)
+    return gap if gap > ROUNDING * torch.finfo(weight.dtype).eps else 0.0
+
+
 def _published_names(name: str) -> tuple[str, ...]:
-    """"...qkv_proj.weight" -> its three parts; any other name stands for itself."""
+    """The published parts of a fused parameter such as "...qkv_proj.weight"; any other name stands for itself."""
     for fused, parts in FUSED.items():
         if f".{fused}." in name:
             return tuple(name.replace(fused, part) for part in parts)

@@ -100,7 +100,8 @@ class Rollout:
     """Ends with the end-of-turn token when `finish_reason` is "stop"."""
     response_text: str
     logprobs: tuple[float, ...]
-    """Natural log-probabilities of `response_ids` under the engine that sampled them."""
+    """Natural log-probabilities of `response_ids` under the engine, in the distribution it sampled from (temperature
+    applied)."""
     policy_version: int
     finish_reason: FinishReason
 

@@ -103,6 +103,11 @@ CLAUSES: Mapping[str, tuple[str, ...]] = {
 }
 CLAUSE_FREQUENCY = {STEP: 0.26, HEDGE: 0.16, BOAST: 0.12, CAUTION: 0.16, RECKLESS: 0.12, FILLER: 0.18}
 MOST_CLAUSES = 5
+REPETITION_FREQUENCY = 0.25
+"""Share of responses that say one of their clauses again, once or more; nobody values that."""
+HABIT = {"plan": STEP, "factual": HEDGE, "risky": CAUTION, "quick": FILLER}
+HABIT_FREQUENCY = 0.5
+"""Demonstrations answer to the point this often: they open with a clause of their kind's habit (a quick one stays short)."""
 
 UNKNOWN, PADDING, TURN_START, TURN_END = "<unk>", "<pad>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -198,7 +203,7 @@ class PlantedWorld:
         """Prompts with responses of mixed quality: what the policy imitates before alignment."""
         rng = np.random.default_rng([self.seed, 1])
         prompts = [self.train_prompts[i] for i in rng.integers(len(self.train_prompts), size=self.config.num_sft_texts)]
-        return [(prompt.messages, _random_response(prompt.topic, rng)) for prompt in prompts]
+        return [(prompt.messages, _demonstration(prompt, rng)) for prompt in prompts]
 
     def train_pairs(self) -> list[PreferencePair]:
         """Pairs on training prompts, labelled with Bradley-Terry noise, annotated with noisy scores."""
@@ -278,14 +283,30 @@ def _all_prompts() -> list[PlantedPrompt]:
     ]
 
 
-def _random_response(topic: str, rng: np.random.Generator) -> str:
-    """One to five distinct clauses of random categories."""
-    categories = list(CLAUSE_FREQUENCY)
-    drawn: list[str] = []
+def _random_response(topic: str, rng: np.random.Generator, clauses: Sequence[str] = ()) -> str:
+    """One to five clauses of random categories behind the given ones; some responses repeat themselves."""
+    drawn = list(clauses)
     num_clauses = int(rng.integers(1, MOST_CLAUSES + 1))
     while len(drawn) < num_clauses:
-        category = categories[rng.choice(len(categories), p=list(CLAUSE_FREQUENCY.values()))]
-        clause = CLAUSES[category][rng.integers(len(CLAUSES[category]))].format(topic=topic)
+        clause = _clause(str(rng.choice(list(CLAUSE_FREQUENCY), p=list(CLAUSE_FREQUENCY.values()))), topic, rng)
         if clause not in drawn:
             drawn.append(clause)
+    if rng.random() < REPETITION_FREQUENCY:
+        repeated = drawn[rng.integers(len(drawn))]
+        for place in range(len(drawn)):
+            if rng.random() < 0.5:
+                drawn[place] = repeated
+        drawn = [*drawn, repeated][:MOST_CLAUSES]
     return " ".join(drawn)
+
+
+def _demonstration(prompt: PlantedPrompt, rng: np.random.Generator) -> str:
+    """A response of mixed quality that often, not always, is about what was asked."""
+    if rng.random() >= HABIT_FREQUENCY:
+        return _random_response(prompt.topic, rng)
+    opening = _clause(HABIT[prompt.kind], prompt.topic, rng)
+    return opening if prompt.kind == "quick" else _random_response(prompt.topic, rng, [opening])
+
+
+def _clause(category: str, topic: str, rng: np.random.Generator) -> str:
+    return CLAUSES[category][rng.integers(len(CLAUSES[category]))].format(topic=topic)

@@ -1,7 +1,7 @@
 """The numerics gate: does the rollout engine hold the weights the learner published?
 
-The learner publishes, with every version of the policy, its own log-probabilities of a few fixed sequences. After loading
-the weights an engine recomputes them; a stale or half-loaded engine cannot reproduce them.
+The learner publishes, with every version of the policy, its own log-probabilities of a few fixed sequences. After
+loading the weights an engine recomputes them; a stale or half-loaded engine cannot reproduce them.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def check_engine(
         tolerance: largest mean absolute difference, nats.
         engine: name of the engine for the message.
         version: the policy version that should be loaded.
-        differing_groups: asked only on failure: parameter group -> largest absolute difference between the engine's
-            parameter and the published one, for the groups that differ at all.
+        differing_groups: asked only on failure: parameter group -> largest relative difference between what the engine
+            holds and what was published, for the groups that differ at all.
 
     Returns:
         `gate/mean` and `gate/max` absolute differences.
@@ -59,6 +59,11 @@ def check_engine(
     Raises:
         StaleEngineError: past the tolerance, or not finite; names the group most likely stale when it can.
     """
+    if not any(probe.response_ids for probe in probes):
+        raise StaleEngineError(
+            f"policy version {version} was published without probes, so nothing shows that {engine} holds it. "
+            "Publish at least one probe sequence with every version."
+        )
     differences = [
         abs(ours - theirs)
         for probe, engine_row in zip(probes, engine_logprobs, strict=True)
@@ -71,16 +76,17 @@ def check_engine(
     if groups:
         worst = max(groups, key=lambda name: groups[name])
         suspect = (
-            f"Parameter group {worst!r} differs most from the published weights (by {groups[worst]:.3g}; "
-            f"{len(groups)} groups differ): it was not updated."
+            f"Parameter group {worst!r} differs most from the published weights (by {groups[worst]:.2%} of its largest "
+            f"value; {len(groups)} group(s) differ): it was not updated. Restart the job."
         )
     else:
         suspect = (
-            "Every parameter equals the published one, so a copy derived from them is stale "
-            "(a packed lm_head of tied embeddings is the known case)."
+            "The engine's parameters equal the published ones, so either a copy derived from them is stale, or engine "
+            "and learner compute differently. Check that both run in the same dtype on the same architecture, and that "
+            "the probes were evaluated with the published version."
         )
     raise StaleEngineError(
         f"{engine} does not reproduce the learner's log-probabilities after loading policy version {version}: "
         f"mean difference {mean:.3g}, largest {largest:.3g}, tolerance {tolerance:.3g}. {suspect} "
-        "No rollout was sampled from it. Restart the job; raise alignment.gate_tolerance only for a lower precision."
+        "Nothing was sampled from it. Raise alignment.gate_tolerance only for a lower precision."
     )

@@ -6,7 +6,9 @@ local files can write them.
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,11 @@ import pyarrow
 from pyarrow import fs
 
 from pipeline.errors import WorkspaceError
+
+OBJECT_STORES = {"s3", "gcs", "abfs"}
+"""File systems that show an upload only once it is complete, and that cannot rename."""
+
+FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def is_local(uri: str) -> bool:
@@ -34,16 +41,26 @@ def writing(uri: str) -> Iterator[str]:
     """A local directory to fill; its contents stand at `uri` when the block ends without an error.
 
     Several ranks may write different files of one directory at the same time.
+
+    Raises:
+        WorkspaceError: no space is left.
     """
-    if is_local(uri):
-        os.makedirs(local_path(uri), exist_ok=True)
-        yield local_path(uri)
-        return
-    filesystem, path = _resolve(uri)
-    with tempfile.TemporaryDirectory() as directory:
-        yield directory
-        filesystem.create_dir(path, recursive=True)
-        fs.copy_files(directory, path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=filesystem)
+    try:
+        if is_local(uri):
+            os.makedirs(local_path(uri), exist_ok=True)
+            yield local_path(uri)
+            return
+        filesystem, path = _resolve(uri)
+        with tempfile.TemporaryDirectory() as directory:
+            yield directory
+            filesystem.create_dir(path, recursive=True)
+            fs.copy_files(directory, path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=filesystem)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise WorkspaceError(
+            f"no space is left while writing {uri}. Free some, or move the workspace; the same command then resumes."
+        ) from error
 
 
 @contextmanager
@@ -59,31 +76,75 @@ def reading(uri: str) -> Iterator[str]:
 
 
 def read_text(uri: str) -> str | None:
-    """The text of a file; None when it does not exist."""
+    """The text of a file, undecodable bytes replaced; None when it does not exist."""
     filesystem, path = _resolve(uri)
     if filesystem.get_file_info(path).type != fs.FileType.File:
         return None
     with filesystem.open_input_stream(path) as stream:
-        return stream.read().decode()
+        return stream.read().decode(errors="replace")
 
 
 def write_text(uri: str, text: str) -> None:
-    """Writes a small file so that a reader sees the old text or the new, never half of it."""
+    """Writes a small file so that a reader sees the old text or the new, never half of it.
+
+    Locally it also survives a power failure. A remote file system that can rename may show no file for a moment when
+    there was one before; commits are written once, so they are never in that state.
+    """
     if is_local(uri):
         path = local_path(uri)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        partial = f"{path}.partial-{os.getpid()}"
-        with open(partial, "w", encoding="utf-8") as stream:
+        with open(f"{path}.partial", "w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(partial, path)
+        os.replace(f"{path}.partial", path)
+        _sync(os.path.dirname(path))
         return
-    # Object stores show an upload only once it is complete; other remote file systems get the same by a rename.
     filesystem, path = _resolve(uri)
     filesystem.create_dir(os.path.dirname(path), recursive=True)
-    with filesystem.open_output_stream(path) as stream:
-        stream.write(text.encode())
+    uploaded = path if filesystem.type_name in OBJECT_STORES else f"{path}.partial"
+    with filesystem.open_output_stream(uploaded) as remote:
+        remote.write(text.encode())
+    if uploaded != path:
+        delete_file(uri)
+        filesystem.move(uploaded, path)
+
+
+def make_durable(uri: str) -> None:
+    """Waits until the files below `uri` are on disk, so that a commit written after them never outlives them.
+
+    Remote file systems are durable once a file is closed.
+    """
+    if not is_local(uri):
+        return
+    for directory, _, files in os.walk(local_path(uri)):
+        for name in files:
+            _sync(os.path.join(directory, name))
+        _sync(directory)
+
+
+def require_writable(uri: str, *, needs_bytes: int) -> None:
+    """Proves with a small file that `uri` can be written, and compares the free space with an estimate.
+
+    Raises:
+        WorkspaceError: it cannot be written, or has less than `needs_bytes` free.
+    """
+    probe = join(uri, "probe.txt")
+    try:
+        write_text(probe, "written before anything expensive")
+        delete_file(probe)
+    except OSError as error:
+        raise WorkspaceError(
+            f"{uri} cannot be written: {error}. Choose another --workspace, or mend its rights."
+        ) from error
+    if not is_local(uri):
+        return
+    free = shutil.disk_usage(local_path(uri)).free
+    if free < needs_bytes:
+        raise WorkspaceError(
+            f"{uri} has {free / 2**30:.1f} GiB free, the run needs about {needs_bytes / 2**30:.1f} GiB. "
+            "Free some, or choose another --workspace."
+        )
 
 
 def list_directories(uri: str) -> list[str]:
@@ -121,3 +182,11 @@ def _resolve(uri: str) -> tuple[fs.FileSystem, str]:
         return fs.FileSystem.from_uri(uri)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise WorkspaceError(f"{uri} cannot be opened: {error}. Give a local path or a URI that pyarrow.fs knows.") from error
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,197 @@
+"""Real vLLM engines behind the pool, against the Hugging Face model they must agree with."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import ray
+import torch
+
+from actors.rollout_pool import RolloutPool
+from pipeline.config.schema import DeadlinesConfig, RolloutConfig
+from pipeline.data.chat import encode_prompt
+from pipeline.errors import CheckpointError, StaleEngineError
+from pipeline.learning.ppo_update import write_policy_weights
+from pipeline.learning.probes import choose_probes
+from pipeline.models.backbone import load_causal_lm
+from pipeline.records import PolicyWeights, ProbeSequence, Prompt, SamplingParams
+
+pytestmark = pytest.mark.components
+
+TOLERANCE = 1e-4
+SAMPLING = SamplingParams(temperature=0.7, top_p=1.0, max_response_tokens=24, samples_per_prompt=2, seed=11)
+
+
+@pytest.fixture(scope="module")
+def pool(local_ray, tiny_policy):
+    config = RolloutConfig(workers=2, cpus_per_worker=1, chunk_size=8, max_sequences=16, max_restarts=1)
+    with RolloutPool(
+        tiny_policy,
+        config,
+        DeadlinesConfig(),
+        dtype="float32",
+        max_model_len=128,
+        gate_tolerance=TOLERANCE,
+        seed=0,
+    ) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    words = [word for word in tokenizer.get_vocab() if word.isalpha()]
+    return [
+        Prompt(id=f"prompt {n}", messages=messages, token_ids=encode_prompt(tokenizer, messages))
+        for n in range(12)
+        for messages in [({"role": "user", "content": " ".join(words[n : n + 3 + n % 5])},)]
+    ]
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_policy):
+    return load_causal_lm(tiny_policy, dtype="float32")[0].eval()
+
+
+@pytest.fixture(scope="module")
+def publish(tokenizer, prompts, tmp_path_factory):
+    """Writes a model's weights and its own log-probabilities of the probes, as a learner does."""
+    probes = choose_probes(prompts, vocabulary_size=len(tokenizer), seed=0)
+    root = tmp_path_factory.mktemp("published")
+    count = iter(range(1000))
+
+    def publish(model, *, state=None, version=0):
+        location = root / str(next(count))
+        write_policy_weights(model.state_dict() if state is None else state, location)
+        return PolicyWeights(
+            version=version,
+            location=str(location),
+            probes=tuple(
+                ProbeSequence(prompt_ids=p, response_ids=r, logprobs=tuple(logprobs_of(model, p, r))) for p, r in probes
+            ),
+        )
+
+    return publish
+
+
+def logprobs_of(model, prompt_ids, response_ids, temperature=1.0):
+    """log pi(response token | what precedes it), from the Hugging Face model's own logits."""
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt_ids, *response_ids]])).logits[0, len(prompt_ids) - 1 : -1]
+    rows = (logits / temperature).log_softmax(-1)
+    return rows[torch.arange(len(response_ids)), torch.tensor(response_ids)].tolist()
+
+
+def another(policy, seed):
+    """Same architecture, every parameter moved by noise as large as the initialisation."""
+    model = copy.deepcopy(policy)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model
+
+
+def test_engines_agree_with_the_learner_after_every_update(pool, policy, publish):
+    before = None
+    for version in range(1, 5):
+        weights = publish(another(policy, version), version=version)
+
+        metrics = pool.load_weights(weights)
+
+        assert metrics["gate/max"] <= TOLERANCE
+        now = torch.tensor([x for probe in weights.probes for x in probe.logprobs])
+        # The probes tell the versions apart, by much more than the tolerance.
+        assert before is None or (now - before).abs().mean() > 0.1
+        before = now
+
+
+def test_rollouts_carry_the_logprobs_of_the_distribution_they_were_sampled_from(
+    pool, policy, publish, prompts, tokenizer
+):
+    model = another(policy, 1)
+    pool.load_weights(publish(model, version=5))
+
+    rollouts = pool.generate(prompts, SAMPLING)
+
+    eos = tokenizer.eos_token_id
+    assert [(r.prompt.id, r.sample_index) for r in rollouts] == [(p.id, i) for p in prompts for i in range(2)]
+    assert len({r.response_ids for r in rollouts}) == len(rollouts)
+    assert {r.finish_reason for r in rollouts} == {"stop", "length"}
+    for rollout in rollouts:
+        theirs = logprobs_of(model, rollout.prompt.token_ids, rollout.response_ids, temperature=0.7)
+        assert rollout.logprobs == pytest.approx(theirs, abs=TOLERANCE)
+        assert rollout.policy_version == 5
+        assert eos not in rollout.response_ids[:-1]
+        assert (rollout.response_ids[-1] == eos) == (rollout.finish_reason == "stop")
+        assert rollout.finish_reason == "stop" or len(rollout.response_ids) == 24
+
+
+def test_temperature_zero_is_the_most_probable_token_every_time(pool, policy, publish, prompts):
+    model = another(policy, 2)
+    pool.load_weights(publish(model))
+
+    rollouts = pool.generate(prompts[:4], replace(SAMPLING, temperature=0.0, samples_per_prompt=1))
+
+    for rollout in rollouts:
+        with torch.no_grad():
+            logits = model(torch.tensor([rollout.prompt.token_ids + rollout.response_ids])).logits[0]
+        best = logits[len(rollout.prompt.token_ids) - 1 : -1].argmax(-1)
+        assert tuple(best.tolist()) == rollout.response_ids
+
+
+@pytest.mark.parametrize(
+    ("stale", "group"),
+    [
+        ("model.embed_tokens.weight", "model.embed_tokens.weight"),
+        ("model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn"),
+        ("model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp"),
+        ("model.layers.1.input_layernorm.weight", "model.layers.1.input_layernorm"),
+        ("lm_head.weight", "lm_head.weight"),
+    ],
+)
+def test_an_engine_with_one_stale_parameter_is_refused_by_the_name_of_its_group(pool, policy, publish, stale, group):
+    old, new = another(policy, 3), another(policy, 4)
+    mixed = copy.deepcopy(new)
+    mixed.load_state_dict(new.state_dict() | {stale: old.state_dict()[stale]})
+    [worker, *_] = pool._workers
+    ray.get(worker.actor.load_weights.remote(publish(mixed), TOLERANCE), timeout=60)
+
+    with pytest.raises(
+        StaleEngineError, match=rf"{worker.name} .* tolerance 0.0001. Parameter group '{group}'.*1 group"
+    ):
+        ray.get(worker.actor.check.remote(publish(new, version=9), TOLERANCE), timeout=60)
+
+
+def test_an_update_that_never_happened_is_refused_and_nothing_is_sampled(pool, policy, publish, prompts):
+    old, new = another(policy, 3), another(policy, 4)
+    pool.load_weights(publish(old))
+
+    with pytest.raises(StaleEngineError, match="a copy derived from them is stale"):
+        pool.load_weights(publish(new, state=old.state_dict()))
+    with pytest.raises(StaleEngineError, match="before it passed the numerics gate"):
+        pool.generate(prompts, SAMPLING)
+
+
+def test_weights_that_leave_parameters_out_or_are_not_there_are_refused(pool, policy, publish):
+    state = policy.state_dict()
+
+    with pytest.raises(CheckpointError, match=r"none for 1 of the engine's \d+ parameters \(lm_head.weight"):
+        pool.load_weights(publish(policy, state={n: t for n, t in state.items() if n != "lm_head.weight"}))
+    with pytest.raises(CheckpointError, match=r"no published weights at '/nowhere/model.safetensors' on node"):
+        pool.load_weights(replace(publish(policy), location="/nowhere"))
+
+    assert pool.load_weights(publish(policy))["gate/max"] <= TOLERANCE
+
+
+def test_a_killed_engine_and_a_resized_pool_leave_every_sample_as_it_was(pool, policy, publish, prompts):
+    pool.load_weights(publish(another(policy, 5)))
+    by_two = pool.generate(prompts, SAMPLING)
+
+    ray.kill(pool._workers[0].actor, no_restart=True)
+    after_death = pool.generate(prompts, SAMPLING)
+    pool.resize(1)
+    by_one = pool.generate(prompts, SAMPLING)
+
+    for again in (after_death, by_one):
+        assert [r.response_ids for r in again] == [r.response_ids for r in by_two]
+        assert [r.logprobs for r in again] == [pytest.approx(r.logprobs, abs=TOLERANCE) for r in by_two]

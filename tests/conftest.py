@@ -1,0 +1,54 @@
+"""What the tests share: the planted world, a tiny model on disk, one local Ray."""
+
+import os
+import warnings
+
+# Before torch is imported anywhere: small models are fastest on one thread each.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import pytest
+
+from pipeline.config.schema import PlantedConfig, TinyModelConfig
+from pipeline.data.planted import OBJECTIVES, PlantedWorld, build_tokenizer
+from pipeline.models.backbone import create_tiny_causal_lm, save_causal_lm
+
+SMALLEST = TinyModelConfig(
+    hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=64, max_positions=128
+)
+
+
+@pytest.fixture(scope="session")
+def world():
+    config = PlantedConfig(
+        num_train_pairs=64, num_heldout_pairs=16, num_sft_texts=64, num_train_prompts=64, num_heldout_prompts=16
+    )
+    return PlantedWorld(config, OBJECTIVES, seed=0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tokenizer, tmp_path_factory):
+    """A directory with a random two-layer Qwen3."""
+    directory = str(tmp_path_factory.mktemp("tiny-policy"))
+    model = create_tiny_causal_lm(SMALLEST, tokenizer, seed=0)
+    save_causal_lm(model.state_dict(), model.config, tokenizer, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def local_ray():
+    """One Ray for all component tests."""
+    import ray
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ray.init(num_cpus=4, include_dashboard=False, object_store_memory=300 * 2**20, log_to_driver=False)
+    yield ray
+    ray.shutdown()

@@ -1,0 +1,164 @@
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.data.prompts import read_prompts, tokenise_prompts
+from pipeline.data.preferences import read_pairs, shared_prompts, split_by_prompt, take_pairs
+from pipeline.data.score_statistics import ScoreStatistics
+from pipeline.data.source import load_data
+from pipeline.config.schema import DataConfig, ExperimentConfig
+from pipeline.errors import ConfigError, DataError
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+OBJECTIVES = ("helpfulness", "honesty")
+
+
+def pairs_file(tmp_path, *rows):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
+    return str(path)
+
+
+def row(**changes):
+    return {"prompt": "why ?", "chosen": "because", "rejected": "no", **changes}
+
+
+def read(path, data_format="pairs", objectives=OBJECTIVES):
+    return read_pairs([path], data_format, objectives, hub=False, seed=0)
+
+
+def test_a_pair_is_read_with_its_scores(tmp_path):
+    scores = {"helpfulness": 4, "honesty": "N/A"}
+    [pair] = read(pairs_file(tmp_path, row(scores_chosen=scores, id="a")))
+    assert (pair.id, pair.chosen, pair.prompt) == ("a", "because", ({"role": "user", "content": "why ?"},))
+    assert pair.scores_chosen == {"helpfulness": 4.0}
+    assert pair.scores_rejected is None
+
+
+@pytest.mark.parametrize(
+    ("bad", "letter"),
+    [
+        ('{"prompt": ', r"pairs\.jsonl, line 2: no JSON"),
+        ("[1, 2]", r"line 2: \[1, 2\] is JSON but no object"),
+        (row(chosen=None), r"line 2, field 'chosen': None is no text"),
+        (row(prompt=""), r"line 2, field 'prompt': '' is no prompt"),
+        (row(scores_chosen={"helpfulnes": 1}), r"unknown objective 'helpfulnes'.*Did you mean 'helpfulness'\?"),
+        (row(scores_chosen={"honesty": 11}), r"'scores_chosen.honesty': 11.0 is outside \[0.0, 10.0\]"),
+        (row(scores_chosen={"honesty": "good"}), r"'good' is no number and not \"N/A\""),
+        (row(scores_chosen={"honesty": float("nan")}), r"outside"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_line_and_field(tmp_path, bad, letter):
+    with pytest.raises(DataError, match=letter):
+        read(pairs_file(tmp_path, row(), bad))
+
+
+def test_a_missing_file_and_a_foreign_kind_are_refused(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        read(str(tmp_path / "none.jsonl"))
+    (tmp_path / "pairs.csv").write_text("a,b")
+    with pytest.raises(DataError, match=r"'\.csv' are not read"):
+        read(str(tmp_path / "pairs.csv"))
+    (tmp_path / "broken.parquet").write_text("no parquet")
+    with pytest.raises(DataError, match="no Parquet file"):
+        read(str(tmp_path / "broken.parquet"))
+
+
+def test_all_pairs_of_a_prompt_stand_on_one_side(tmp_path):
+    rows = [row(prompt=f"Question  {i % 20}?", id=str(i)) for i in range(100)]
+    training, heldout = split_by_prompt(read(pairs_file(tmp_path, *rows)), 0.3, seed=0)
+    assert len(training) + len(heldout) == 100
+    assert shared_prompts((p.prompt for p in training), (p.prompt for p in heldout)) == 0
+    assert shared_prompts((p.prompt for p in training), (p.prompt for p in training)) > 5
+
+
+def test_an_empty_split_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"heldout_fraction = 0\.03 leaves"):
+        split_by_prompt(read(pairs_file(tmp_path, row())), 0.03, seed=0)
+
+
+def test_ultrafeedback_takes_the_best_and_a_lower_completion(tmp_path):
+    def completion(text, helpfulness, honesty):
+        return {
+            "response": text,
+            "annotations": {"helpfulness": {"Rating": helpfulness}, "honesty": {"Rating": honesty}},
+        }
+
+    record = {
+        "instruction": "why ?",
+        "source": "sharegpt",
+        "completions": [completion("best", "5", "4"), completion("worse", "2", "N/A"), completion("even", "5", "4")],
+    }
+    path = pairs_file(tmp_path, record, {**record, "source": "truthful_qa"})
+    [pair] = read(path, "ultrafeedback")
+    assert pair.chosen in ("best", "even")
+    assert pair.rejected == "worse"
+    assert pair.scores_rejected == {"helpfulness": 2.0}
+    assert pair.margin == 2.5
+
+
+def test_helpsteer2_as_nvidia_publishes_it(tmp_path):
+    base = {"prompt": "why ?", "honesty": 1}
+    rows = [{**base, "response": "good", "helpfulness": 4}, {**base, "response": "bad", "helpfulness": 1}]
+    [pair] = read(pairs_file(tmp_path, *rows), "helpsteer2")
+    assert (pair.chosen, pair.rejected, pair.margin) == ("good", "bad", 3.0)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the public data folder beside the checkout")
+def test_helpsteer2_real_rows():
+    path = str(SHARED / "helpsteer2" / "helpsteer2.parquet")
+    objectives = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+    pairs = read(path, "helpsteer2", objectives)
+    assert len(pairs) == 496
+    assert all(p.scores_chosen["helpfulness"] > p.scores_rejected["helpfulness"] for p in pairs)
+    with pytest.raises(DataError, match="unknown objective 'kindness'"):
+        read(path, "helpsteer2", ("helpfulness", "kindness"))
+
+
+def test_score_statistics_by_hand(tmp_path):
+    pairs = read(
+        pairs_file(
+            tmp_path,
+            row(scores_chosen={"helpfulness": 1, "honesty": 2}, scores_rejected={"helpfulness": 3}),
+            row(scores_chosen={"helpfulness": 5}),
+        )
+    )
+    statistics = ScoreStatistics.of(pairs, OBJECTIVES)
+    assert statistics.mean == pytest.approx((3.0, 2.0))
+    assert statistics.std == pytest.approx(((8 / 3) ** 0.5, 1.0))  # a constant objective keeps its scale
+    assert statistics.count == (3, 1)
+    values, mask = statistics.standardise([{"helpfulness": 3 + (8 / 3) ** 0.5}, None])
+    assert values[0].tolist() == pytest.approx([1.0, 0.0])
+    assert mask.tolist() == [[True, False], [False, False]]
+
+
+def test_taking_fewer_pairs_keeps_their_order(tmp_path):
+    pairs = read(pairs_file(tmp_path, *(row(id=str(i)) for i in range(20))))
+    ids = [int(p.id) for p in take_pairs(pairs, 5, seed=0)]
+    assert len(ids) == 5
+    assert ids == sorted(ids)
+
+
+def test_prompts_are_read_from_parquet_and_too_long_ones_dropped(tmp_path, tokenizer):
+    path = str(tmp_path / "prompts.parquet")
+    pq.write_table(pa.table({"instruction": ["why ?", "why " * 50]}), path)
+    prompts = read_prompts([path])
+    assert [messages[0]["content"] for _, messages in prompts] == ["why ?", "why " * 50]
+    assert len(tokenise_prompts(prompts, tokenizer, max_prompt_tokens=20)) == 1
+    with pytest.raises(DataError, match="none of 2 prompts fits in max_prompt_tokens = 3"):
+        tokenise_prompts(prompts, tokenizer, max_prompt_tokens=3)
+
+
+def test_files_become_a_run_whose_heldout_prompts_are_held_out(tmp_path):
+    path = pairs_file(tmp_path, *(row(prompt=f"Question {i} ?", id=str(i)) for i in range(60)))
+    experiment = ExperimentConfig(
+        name="own", objectives=OBJECTIVES, data=DataConfig(source="files", preferences=(path,), heldout_fraction=0.2)
+    )
+    data = load_data(experiment)
+    assert len(data.train_pairs) + len(data.heldout_pairs) == 60
+    assert shared_prompts((m for _, m in data.heldout_prompts), (p.prompt for p in data.train_pairs)) == 0
+    with pytest.raises(ConfigError, match="needs at least one data set"):
+        load_data(experiment.model_copy(update={"data": DataConfig(source="files")}))

@@ -1,0 +1,144 @@
+import math
+
+import pytest
+import torch
+
+from pipeline.errors import ShapeError
+from pipeline.objectives.advantages import generalized_advantages, token_rewards, transform_reward
+from pipeline.objectives.divergence import adapt_kl_coefficient, kl_estimate
+from pipeline.objectives.logprobs import logits_to_logprobs_and_entropy, token_logprobs_and_entropy
+from pipeline.objectives.masked import masked_mean, whiten
+from pipeline.objectives.policy import clipped_policy_loss, clipped_tokens, importance_ratio
+from pipeline.objectives.preference import bradley_terry_loss, pair_accuracy, probit_preference
+from pipeline.objectives.value import clipped_value_loss
+
+
+def test_advantages_match_hand_computation():
+    rewards = torch.tensor([[0.0, 0.0, 1.0], [0.0, 2.0, 99.0]])
+    values = torch.tensor([[0.5, 0.4, 0.2], [1.0, 0.5, 99.0]])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    advantages, returns = generalized_advantages(rewards, values, mask, gamma=0.9, lam=0.5)
+    # row 0: delta = (0 + .36 - .5, 0 + .18 - .4, 1 - .2) = (-.14, -.22, .8); A_2 = .8, A_1 = -.22 + .45 * .8 = .14
+    #        A_0 = -.14 + .45 * .14 = -.077
+    # row 1: delta = (0 + .45 - 1, 2 - .5) = (-.55, 1.5); A_1 = 1.5, A_0 = -.55 + .45 * 1.5 = .125
+    torch.testing.assert_close(advantages, torch.tensor([[-0.077, 0.14, 0.8], [0.125, 1.5, 0.0]]))
+    torch.testing.assert_close(returns, torch.tensor([[0.423, 0.54, 1.0], [1.125, 2.0, 0.0]]))
+
+
+def test_advantages_refuse_tensors_of_different_shapes():
+    with pytest.raises(ShapeError, match=r"rewards \(1, 2\).*values \(1, 3\)"):
+        generalized_advantages(
+            torch.zeros(1, 2), torch.zeros(1, 3), torch.ones(1, 2, dtype=torch.bool), gamma=1.0, lam=1.0
+        )
+
+
+def test_token_rewards_put_the_score_on_the_last_real_token():
+    kl = torch.tensor([[1.0, 2.0, 3.0], [1.0, 5.0, 5.0]])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    rewards = token_rewards(torch.tensor([10.0, 20.0]), kl, mask, kl_coefficient=0.1)
+    torch.testing.assert_close(rewards, torch.tensor([[-0.1, -0.2, 9.7], [19.9, 0.0, 0.0]]))
+
+
+def test_whitening_ignores_padding():
+    x = torch.tensor([[1.0, 3.0, 1000.0]])
+    mask = torch.tensor([[True, True, False]])
+    # mean 2, Bessel variance 2
+    torch.testing.assert_close(whiten(x, mask), torch.tensor([[-1 / math.sqrt(2), 1 / math.sqrt(2), 0.0]]))
+
+
+def test_masked_mean_survives_not_a_number_in_the_padding():
+    x = torch.tensor([[2.0, float("nan")]])
+    assert masked_mean(x, torch.tensor([[True, False]])).item() == 2.0
+
+
+def test_policy_loss_clips_where_the_ratio_leaves_the_range():
+    old = torch.zeros(1, 4)
+    new = torch.tensor([[math.log(1.5), math.log(1.5), math.log(0.5), 7.0]])
+    advantages = torch.tensor([[1.0, -1.0, -1.0, 5.0]])
+    mask = torch.tensor([[True, True, True, False]])
+    # min(1.5, 1.2) = 1.2;  min(-1.5, -1.2) = -1.5;  min(-.5, -.8) = -.8;  sum = -1.1
+    loss = clipped_policy_loss(new, old, advantages, mask, clip_range=0.2, num_tokens=3)
+    assert loss.item() == pytest.approx(1.1 / 3)
+    ratio = importance_ratio(new, old, mask)
+    assert clipped_tokens(ratio, advantages, mask, clip_range=0.2).item() == 2
+
+
+def test_policy_losses_of_micro_batches_add_up():
+    generator = torch.Generator().manual_seed(0)
+    new, old, advantages = (torch.randn(6, 5, generator=generator) for _ in range(3))
+    mask = torch.rand(6, 5, generator=generator) < 0.7
+    n = int(mask.sum())
+    whole = clipped_policy_loss(new, old, advantages, mask, clip_range=0.2, num_tokens=n)
+    parts = [
+        clipped_policy_loss(new[r], old[r], advantages[r], mask[r], clip_range=0.2, num_tokens=n)
+        for r in (slice(0, 1), slice(1, 6))
+    ]
+    torch.testing.assert_close(whole, parts[0] + parts[1])
+
+
+def test_value_loss_takes_the_larger_of_clipped_and_plain_error():
+    values = torch.tensor([[2.0, 0.0]])
+    old = torch.tensor([[0.0, 0.0]])
+    returns = torch.tensor([[1.0, 1.0]])
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    # plain errors 1, 1; clipped values .2 and 0 give .64 and 1; max 1, 1
+    assert clipped_value_loss(values, old, returns, mask, clip_range=0.2, num_tokens=2).item() == pytest.approx(0.5)
+    returns = torch.tensor([[2.0, 1.0]])
+    # plain 0, 1; clipped (.2 - 2)^2 = 3.24, 1
+    assert clipped_value_loss(values, old, returns, mask, clip_range=0.2, num_tokens=2).item() == pytest.approx(1.06)
+    assert clipped_value_loss(values, old, returns, mask, clip_range=None, num_tokens=2).item() == pytest.approx(0.25)
+
+
+def test_kl_estimators_by_hand():
+    log_pi, log_ref = torch.tensor([[math.log(0.5)]]), torch.tensor([[math.log(0.25)]])
+    k = math.log(2.0)
+    assert kl_estimate(log_pi, log_ref, "k1").item() == pytest.approx(k)
+    assert kl_estimate(log_pi, log_ref, "k2").item() == pytest.approx(k * k / 2)
+    assert kl_estimate(log_pi, log_ref, "k3").item() == pytest.approx(0.5 - 1 + k)
+
+
+@pytest.mark.parametrize(("kl", "expected"), [(6.0, 0.1), (60.0, 0.1 * 1.02), (0.0, 0.1 * 0.98), (6.6, 0.1 * 1.01)])
+def test_the_kl_controller_moves_toward_its_target(kl, expected):
+    assert adapt_kl_coefficient(0.1, kl=kl, target=6.0, horizon=1000, num_responses=100) == pytest.approx(expected)
+
+
+def test_reward_transforms_by_hand():
+    mean, std = torch.tensor([3.0, 100.0]), torch.tensor([0.5, 1.0])
+    scale = {"reward_mean": 1.0, "reward_std": 2.0, "lcb_coefficient": 2.0, "clip": 5.0}
+    assert transform_reward(mean, std, "none", **scale).tolist() == [3.0, 5.0]
+    assert transform_reward(mean, std, "zscore", **scale).tolist() == [1.0, 5.0]
+    assert transform_reward(mean, std, "lcb", **scale).tolist() == [0.5, 5.0]
+
+
+def test_chunked_logprobs_equal_the_plain_ones_with_their_gradients():
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 11)
+    ids = torch.randint(11, (7,))
+    gradients, results = [], []
+    for chunk_size in (2, 100):
+        hidden = torch.linspace(-1, 1, 56).view(7, 8).requires_grad_()
+        logprobs, entropy = token_logprobs_and_entropy(hidden, head, ids, temperature=0.7, chunk_size=chunk_size)
+        logprobs.sum().backward()
+        gradients.append(hidden.grad)
+        results.append(torch.stack([logprobs.detach(), entropy]))
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(gradients[0], gradients[1])
+    with torch.no_grad():
+        plain = torch.log_softmax(head(torch.linspace(-1, 1, 56).view(7, 8)) / 0.7, -1)
+    torch.testing.assert_close(results[0][0], plain[torch.arange(7), ids])
+
+
+def test_entropy_of_a_uniform_policy_is_the_log_of_the_vocabulary():
+    _, entropy = logits_to_logprobs_and_entropy(torch.zeros(1, 8), torch.tensor([3]), temperature=1.0)
+    assert entropy.item() == pytest.approx(math.log(8))
+
+
+def test_bradley_terry_says_ln_two_when_it_knows_nothing():
+    assert bradley_terry_loss(torch.tensor([0.0])).item() == pytest.approx(math.log(2))
+    assert pair_accuracy(torch.tensor([1.0, 0.0, -1.0])).tolist() == [1.0, 0.0, 0.0]
+
+
+def test_uncertainty_pulls_a_preference_toward_one_half():
+    # 1.2 / sqrt(1 + pi/8 * 4) = .7482
+    p = probit_preference(torch.tensor(1.2), torch.tensor(4.0)).item()
+    assert p == pytest.approx(1 / (1 + math.exp(-1.2 / math.sqrt(1 + math.pi / 2))))

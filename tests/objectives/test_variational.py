@@ -1,0 +1,115 @@
+import math
+
+import pytest
+import torch
+from torch.distributions import Dirichlet, kl_divergence
+
+from pipeline.objectives.preference import bradley_terry_loss
+from pipeline.objectives.variational import (
+    dirichlet_kl,
+    gaussian_kl,
+    gaussian_noise,
+    reward_mean_and_variance,
+    sample_dirichlet,
+    supervision_target,
+    weight_supervision_kl,
+)
+
+
+def test_dirichlet_kl_has_the_value_of_the_spec():
+    kl = dirichlet_kl(torch.tensor([[10.0, 4.0, 4.0, 2.0]]), torch.ones(4))
+    assert kl.item() == pytest.approx(1.8596630, abs=2e-6)
+
+
+def test_dirichlet_kl_equals_torch_for_small_and_large_concentrations():
+    alpha = torch.tensor([[0.05, 0.3, 1.0, 7.0], [1000.0, 2.0, 50.0, 0.05]], dtype=torch.float64)
+    prior = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=torch.float64)
+    expected = kl_divergence(Dirichlet(alpha), Dirichlet(prior.expand_as(alpha)))
+    torch.testing.assert_close(dirichlet_kl(alpha, prior), expected)
+
+
+def test_gaussian_kl_has_the_value_of_the_spec():
+    kl = gaussian_kl(torch.tensor([[1.0, -2.0]]), torch.tensor([[1.0, 4.0]]).log(), torch.zeros(2), torch.zeros(2))
+    assert kl.item() == pytest.approx(3.3068528, abs=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.3, 1.0, 30.0, 1000.0])
+def test_gradients_through_the_sample_and_the_kl_are_finite(alpha):
+    concentrations = torch.full((16, 4), alpha, requires_grad=True)
+    weights = sample_dirichlet(concentrations, torch.arange(16))
+    (weights[:, 0].sum() + dirichlet_kl(concentrations, torch.ones(4)).sum()).backward()
+    assert torch.isfinite(concentrations.grad).all()
+
+
+def test_samples_lie_on_the_simplex_with_the_dirichlet_mean():
+    alpha = torch.tensor([[8.0, 4.0, 2.0, 2.0]]).expand(20_000, 4)
+    weights = sample_dirichlet(alpha, torch.arange(20_000))
+    torch.testing.assert_close(weights.sum(-1), torch.ones(20_000))
+    # sd of a component is at most sqrt(.25 / 17) = .121; four standard errors of 20,000 draws
+    torch.testing.assert_close(weights.mean(0), torch.tensor([0.5, 0.25, 0.125, 0.125]), atol=0.0035, rtol=0)
+
+
+def test_a_sample_depends_on_its_seed_not_on_its_batch():
+    alpha = torch.tensor([[0.5, 1.0, 2.0], [3.0, 0.2, 1.0], [1.0, 1.0, 1.0]])
+    seeds = torch.tensor([11, 12, 13])
+    together = sample_dirichlet(alpha, seeds)
+    alone = torch.cat([sample_dirichlet(alpha[i : i + 1], seeds[i : i + 1]) for i in range(3)])
+    assert torch.equal(together, alone)
+    assert torch.equal(gaussian_noise(seeds, draws=2, dims=3)[1], gaussian_noise(seeds[1:2], draws=2, dims=3)[0])
+
+
+def test_sampling_stays_float32_under_autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        weights = sample_dirichlet(torch.ones(2, 3), torch.tensor([1, 2]))
+    assert weights.dtype == torch.float32
+
+
+def test_closed_form_reward_matches_samples():
+    generator = torch.Generator().manual_seed(0)
+    alpha = torch.tensor([2.0, 1.0, 0.5])
+    mu, logvar = torch.tensor([0.3, -1.0]), torch.tensor([-0.5, 0.2])
+    matrix = torch.tensor([[1.0, 0.5], [-0.3, 2.0], [0.7, -1.2]])
+    mean, variance = reward_mean_and_variance(alpha[None], mu[None], logvar[None], matrix)
+    n = 400_000
+    gammas = torch._standard_gamma(alpha.expand(n, 3), generator=generator)
+    weights = gammas / gammas.sum(-1, keepdim=True)
+    features = mu + (0.5 * logvar).exp() * torch.randn(n, 2, generator=generator)
+    rewards = (weights * (features @ matrix.T)).sum(-1)
+    assert mean.item() == pytest.approx(rewards.mean().item(), abs=4 * rewards.std().item() / math.sqrt(n))
+    assert variance.item() == pytest.approx(rewards.var().item(), rel=0.02)
+
+
+def test_the_elbo_at_kl_weight_one_never_exceeds_ln_half():
+    """vrm_spec section 3: with fixed priors, every encoder and decoder is bounded by ln 1/2."""
+    generator = torch.Generator().manual_seed(1)
+    n = 100_000
+    for _ in range(5):
+        alpha = torch.rand(3, generator=generator) * 5 + 0.2
+        mus = torch.randn(2, 2, generator=generator)
+        logvars = torch.randn(2, 2, generator=generator)
+        matrix = torch.randn(3, 2, generator=generator) * 2
+        gammas = torch._standard_gamma(alpha.expand(n, 3), generator=generator)
+        weights = gammas / gammas.sum(-1, keepdim=True)
+        features = mus + (0.5 * logvars).exp() * torch.randn(n, 2, 2, generator=generator)
+        rewards = torch.einsum("nk,kd,nrd->nr", weights, matrix, features)
+        log_likelihood = -bradley_terry_loss(rewards[:, 0] - rewards[:, 1])
+        kl = dirichlet_kl(alpha[None], torch.ones(3)) + gaussian_kl(mus, logvars, torch.zeros(2), torch.zeros(2)).sum()
+        standard_error = log_likelihood.std().item() / math.sqrt(n)
+        assert log_likelihood.mean().item() - kl.item() <= math.log(0.5) + 4 * standard_error
+
+
+def test_supervision_target_is_the_softmax_of_the_annotated_scores():
+    scores = torch.tensor([[0.0, math.log(3.0), 9.0], [1.0, 0.0, 0.0]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    target, supervised = supervision_target(scores, mask, temperature=1.0)
+    torch.testing.assert_close(target, torch.tensor([[0.25, 0.75, 0.0], [0.0, 0.0, 0.0]]))
+    assert supervised.tolist() == [[True, True, False], [False, False, False]]  # one score says nothing
+
+
+def test_weight_supervision_renormalises_over_the_annotated_objectives():
+    target = torch.tensor([[0.25, 0.75, 0.0], [0.0, 0.0, 0.0]])
+    mask = torch.tensor([[True, True, False], [False, False, False]])
+    alpha = torch.tensor([[1.0, 1.0, 8.0], [1.0, 2.0, 3.0]])
+    expected = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
+    loss = weight_supervision_kl(target, mask, alpha)
+    torch.testing.assert_close(loss, torch.tensor([expected, 0.0]))
