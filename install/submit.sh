@@ -12,6 +12,9 @@ with socket.socket() as a, socket.socket() as b:
     a.bind(("127.0.0.1", 0)); b.bind(("127.0.0.1", 0))
     print(a.getsockname()[1], b.getsockname()[1])')"
   address=http://127.0.0.1:$port
+  # The head answers nobody without this token, not even on this machine.
+  RAY_AUTH_TOKEN=$("$bin/python" -c 'import secrets; print(secrets.token_hex(32))')
+  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
   log=$(mktemp -t ray-head.XXXXXX.log)
   echo "submit: starting a Ray head on this machine, dashboard $address"
   "$bin/ray" start --head --block --port "$gcs" --dashboard-host 127.0.0.1 --dashboard-port "$port" \
@@ -19,7 +22,7 @@ with socket.socket() as a, socket.socket() as b:
   head=$!
   trap 'kill -TERM $head 2>/dev/null; wait $head 2>/dev/null || true' EXIT
   for _ in $(seq 120); do
-    curl --silent --fail --max-time 2 "$address/api/version" >/dev/null && break
+    curl --silent --fail --max-time 2 -H "Authorization: Bearer $RAY_AUTH_TOKEN" "$address/api/version" >/dev/null && break
     kill -0 $head 2>/dev/null || { echo "submit: the Ray head did not start; its log is $log" >&2; exit 1; }
     sleep 0.5
   done
@@ -29,5 +32,15 @@ fi
 environment=$("$bin/python" -c '
 import json, os
 print(json.dumps({"env_vars": {k: v for k, v in os.environ.items() if k.startswith("VRM_")}}))')
-"$bin/ray" job submit --address "$address" --working-dir . --runtime-env-json "$environment" -- \
-  "$bin/python" jobs/full_pipeline.py "$@"
+submission=vrm-$(date +%s)-$$
+notes=$(mktemp -t ray-submit.XXXXXX.log)
+# A head that has just started has no job agent for a few seconds.
+for attempt in $(seq 20); do
+  "$bin/ray" job submit --address "$address" --working-dir . --runtime-env-json "$environment" --no-wait \
+    --submission-id "$submission" -- "$bin/python" jobs/full_pipeline.py "$@" >"$notes" 2>&1 && break
+  grep -q "No available agent" "$notes" && [ "$attempt" -lt 20 ] || { cat "$notes" >&2; exit 1; }
+  sleep 2
+done
+echo "submit: job $submission"
+"$bin/ray" job logs --address "$address" --follow "$submission" 2>/dev/null
+"$bin/ray" job status --address "$address" "$submission" 2>&1 | grep -qi succeeded

@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from transformers.utils import logging as transformers_logging
+
 from actors.rollout_pool import RolloutPool
 from actors.vrm_service import ServedScorer, start_service, stop_service
 from cluster.resources import plan_resources
@@ -79,6 +81,7 @@ class Rooms:
 def open_rooms(options: Options) -> Iterator[Rooms]:
     """Workspace first, then the cluster: a locked workspace costs nothing."""
     recipe = options.recipe
+    transformers_logging.disable_progress_bar()  # the progress lines are the stages' own
     with ExitStack() as exits:
         workspace = exits.enter_context(
             Workspace.open(options.workspace, job=job_id(), take_over=options.take_over)

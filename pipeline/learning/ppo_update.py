@@ -26,7 +26,6 @@ from pipeline.objectives.value import clipped_value_loss
 from pipeline.records import Experience, Metrics, PolicyWeights, ProbeSequence, Rollout, TokenEvaluation
 
 WEIGHTS_FILE = "model.safetensors"
-KEPT_VERSIONS = 2
 
 
 class PPOLearner:
@@ -192,15 +191,20 @@ class PPOLearner:
     # ------------------------------------------------------------------ publish and save
 
     def publish_weights(self, version: int) -> PolicyWeights:
-        """Writes the policy where rollout workers of this node can read it, with the gate's probes; keeps two versions."""
+        """Writes the policy where rollout workers of this node can read it, with the gate's probes; keeps the last two."""
         probes = self._evaluate_probes()
         state = self.engine.full_state_dict()
-        location = Path(self.publish_directory) / f"policy-{version:06d}"
+        location = self._location(version)
         if self.engine.rank == 0:
             write_policy_weights(_policy_part(state), location)
-            for old in sorted(location.parent.glob("policy-*"))[:-KEPT_VERSIONS]:
-                shutil.rmtree(old, ignore_errors=True)
+            # By name, not by age: a killed run may have left later versions than the one it resumes from.
+            kept = {location, self._location(version - 1)}
+            for other in set(location.parent.glob("policy-*")) - kept:
+                shutil.rmtree(other, ignore_errors=True)
         return PolicyWeights(version=version, location=str(location), probes=probes)
+
+    def _location(self, version: int) -> Path:
+        return Path(self.publish_directory) / f"policy-{version:06d}"
 
     def _evaluate_probes(self) -> tuple[ProbeSequence, ...]:
         """Every rank runs every probe: they are few, and ZeRO-3 needs the company."""

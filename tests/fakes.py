@@ -1,0 +1,75 @@
+"""Stand-ins for the outside world: pure functions of their arguments, so that runs can be compared bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from pipeline.data.batching import stable_seed
+from pipeline.data.chat import decode_response
+from pipeline.records import Message, Metrics, PolicyWeights, Prompt, RewardScore, Rollout, SamplingParams
+
+
+class FakeRollouts:
+    """Draws random tokens; the policy only decides the version and, through its weights' checksum, the draw."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.loaded: list[int] = []
+        self.prompts_seen: list[str] = []
+        self._checksum = 0.0
+
+    def load_weights(self, weights: PolicyWeights) -> Metrics:
+        from safetensors.torch import load_file
+
+        state = load_file(f"{weights.location}/model.safetensors")
+        self._checksum = sum(tensor.double().sum().item() for tensor in state.values())
+        self.loaded.append(weights.version)
+        return {"gate/mean": 0.0, "gate/max": 0.0}
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+        rollouts = []
+        for prompt in prompts:
+            self.prompts_seen.append(prompt.id)
+            for i in range(sampling.samples_per_prompt):
+                rng = np.random.default_rng(stable_seed(sampling.seed, prompt.id, i, repr(self._checksum)))
+                length = int(rng.integers(2, sampling.max_response_tokens))
+                tokens = (*(int(t) for t in rng.integers(10, 100, size=length)), self.tokenizer.eos_token_id)
+                rollouts.append(
+                    Rollout(
+                        prompt=prompt,
+                        sample_index=i,
+                        response_ids=tokens,
+                        response_text=decode_response(self.tokenizer, tokens),
+                        logprobs=(-4.0,) * len(tokens),
+                        policy_version=self.loaded[-1],
+                        finish_reason="stop",
+                    )
+                )
+        return rollouts
+
+
+class FakeScorer:
+    """Likes the letter e."""
+
+    def score(self, prompts: Sequence[tuple[Message, ...]], responses: Sequence[str]) -> list[RewardScore]:
+        return [
+            RewardScore(mean=text.count("e") / 10, std=0.1, objective_weights=(), objective_scores=())
+            for text in responses
+        ]
+
+
+def reference_of(directory: str):
+    """A frozen copy of the policy, as PPOLearner wants it."""
+    from pipeline.models.critic import Policy
+
+    module = Policy(AutoModelForCausalLM.from_pretrained(directory)).eval().requires_grad_(False)
+
+    def reference(*arguments):
+        with torch.no_grad():
+            return module(*arguments)
+
+    return reference

@@ -1,0 +1,125 @@
+"""Real learners over one-process engines, for the tests of updates and loops."""
+
+from __future__ import annotations
+
+from transformers import AutoModelForCausalLM
+
+from pipeline.config.schema import (
+    AlignmentConfig,
+    KLConfig,
+    OptimiserConfig,
+    PPOConfig,
+    VariationalLossConfig,
+    VRMHeadConfig,
+)
+from pipeline.data.collate import PairCollator, tokenise_pairs
+from pipeline.data.planted import OBJECTIVES
+from pipeline.data.prompts import tokenise_prompts
+from pipeline.data.score_statistics import ScoreStatistics
+from pipeline.learning.engine import TorchEngine
+from pipeline.learning.parameter_groups import parameter_groups
+from pipeline.learning.ppo_update import PPOLearner
+from pipeline.learning.probes import choose_probes
+from pipeline.learning.reward_update import RewardModelTrainer
+from pipeline.models.backbone import load_backbone
+from pipeline.models.critic import PolicyWithCritic
+from pipeline.models.reward_model import RewardModel, RewardModelCard, make_head
+from tests.fakes import reference_of
+
+HEAD = VRMHeadConfig(semantic_dims=8, hidden_size=64)
+ALIGNMENT = AlignmentConfig(
+    num_steps=6,
+    prompts_per_step=4,
+    samples_per_prompt=2,
+    max_prompt_tokens=32,
+    max_response_tokens=12,
+    kl=KLConfig(coefficient=0.05, target=1.0, horizon=100),
+    ppo=PPOConfig(epochs=2, mini_batch_size=4, policy=OptimiserConfig(learning_rate=1e-3), critic="value_head"),
+    max_tokens_per_micro_batch=64,
+    checkpoint_every=2,
+)
+
+
+def statistics_of(world):
+    return ScoreStatistics.of(world.train_pairs(), OBJECTIVES)
+
+
+def collator(world, tokenizer):
+    return PairCollator(
+        statistics=statistics_of(world), pad_token_id=tokenizer.pad_token_id, temperature=1.0, seed=0
+    )
+
+
+def tokenised(world, tokenizer, split="train"):
+    pairs = world.train_pairs() if split == "train" else world.heldout_pairs()
+    return tokenise_pairs(pairs, tokenizer, max_length=128, drop_too_long=True)
+
+
+def reward_card(head="vrm", statistics=None):
+    return RewardModelCard(
+        head=head,
+        vrm=HEAD,
+        objectives=OBJECTIVES,
+        max_length=128,
+        score_mean=statistics.mean,
+        score_std=statistics.std,
+        reward_mean=0.0,
+        reward_std=1.0,
+        metrics={},
+    )
+
+
+def reward_trainer(
+    tiny_policy, world, tokenizer, *, head="vrm", num_steps=8, loss=None, make_engine=TorchEngine, max_tokens=512, lr=1e-3
+):
+    import torch
+
+    backbone = load_backbone(tiny_policy, dtype="float32")
+    torch.manual_seed(0)
+    module = make_head(head, backbone.config.hidden_size, len(OBJECTIVES), HEAD)
+    optimiser = OptimiserConfig(learning_rate=lr)
+    engine = make_engine(
+        RewardModel(backbone, module),
+        parameter_groups(backbone, module, optimiser, head_learning_rate=2 * lr),
+        betas=optimiser.betas,
+        max_grad_norm=1.0,
+    )
+    statistics = statistics_of(world)
+    return RewardModelTrainer(
+        engine,
+        card=reward_card(head, statistics),
+        statistics=statistics,
+        backbone_config=backbone.config,
+        tokenizer=tokenizer,
+        loss=loss or VariationalLossConfig(),
+        num_steps=num_steps,
+        warmup_fraction=0.1,
+        max_tokens_per_micro_batch=max_tokens,
+    )
+
+
+def prompts_of(world, tokenizer):
+    return tokenise_prompts([(p.id, p.messages) for p in world.train_prompts], tokenizer, max_prompt_tokens=32)
+
+
+def ppo_learner(tiny_policy, world, tokenizer, publish_directory, *, config=ALIGNMENT, make_engine=TorchEngine):
+    import torch
+
+    policy = AutoModelForCausalLM.from_pretrained(tiny_policy)
+    torch.manual_seed(0)
+    critic = load_backbone(tiny_policy, dtype="float32") if config.ppo.critic == "separate" else None
+    model = PolicyWithCritic(policy, critic)
+    groups = parameter_groups(policy, model.value_head, config.ppo.policy, head_learning_rate=1e-3)
+    if critic is not None:
+        groups += parameter_groups(critic, None, config.ppo.policy, head_learning_rate=1e-3)
+    engine = make_engine(model, groups, betas=(0.9, 0.95), max_grad_norm=1.0)
+    return PPOLearner(
+        engine,
+        reference_of(tiny_policy),
+        config=config,
+        model_config=policy.config,
+        tokenizer=tokenizer,
+        probes=choose_probes(prompts_of(world, tokenizer), vocabulary_size=len(tokenizer), seed=0, count=3),
+        publish_directory=str(publish_directory),
+        seed=0,
+    )

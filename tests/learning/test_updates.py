@@ -1,0 +1,241 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pipeline.config.schema import VariationalLossConfig
+from pipeline.data.prompts import PromptStream
+from pipeline.errors import CheckpointError, NumericsError
+from pipeline.learning.engine import TorchEngine
+from pipeline.learning.experience import RewardScale, build_experience
+from pipeline.learning.schedule import learning_rate_factor, warmup_factor
+from pipeline.records import Prompt, RewardScore, Rollout, SamplingParams, TokenEvaluation
+from tests.fakes import FakeRollouts, FakeScorer
+from tests.learners import ALIGNMENT, collator, ppo_learner, prompts_of, reward_trainer, tokenised
+
+
+class ShardOfMany(TorchEngine):
+    """One rank of several, run alone: collects its gradient instead of stepping."""
+
+    def __init__(self, *args, rank, world_size, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.rank, self.world_size = rank, world_size
+
+    def step(self, learning_rate_factor):
+        return 0.0
+
+
+def gradients(engine):
+    return {n: p.grad.clone() for n, p in engine.module.named_parameters() if p.grad is not None}
+
+
+def sharded_gradients(make_trainer, batch, world_size, run):
+    total = {}
+    for rank in range(world_size):
+
+        def make_engine(*args, rank=rank, **kwargs):
+            return ShardOfMany(*args, rank=rank, world_size=world_size, **kwargs)
+
+        learner = make_trainer(make_engine)
+        run(learner, batch)
+        for name, gradient in gradients(learner.engine).items():
+            total[name] = total.get(name, 0) + gradient
+    return total
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("head", ["vrm", "bt"])
+def test_reward_gradients_of_1_2_and_4_shards_agree(head, tiny_policy, world, tokenizer):
+    batch = collator(world, tokenizer)(tokenised(world, tokenizer)[:13], step=3)
+
+    def trainer(max_tokens):
+        return lambda make_engine: reward_trainer(
+            tiny_policy, world, tokenizer, head=head, make_engine=make_engine, max_tokens=max_tokens
+        )
+
+    def run(learner, batch):
+        learner.update(batch, 3)
+
+    whole = sharded_gradients(trainer(10_000), batch, 1, run)
+    assert any(g.abs().max() > 1e-3 for g in whole.values())
+    for world_size, max_tokens in ((1, 200), (2, 300), (4, 150), (4, 10_000)):
+        assert_same(sharded_gradients(trainer(max_tokens), batch, world_size, run), whole)
+
+
+def experience_of(learner, world, tokenizer):
+    rollouts = FakeRollouts(tokenizer)
+    rollouts.load_weights(learner.publish_weights(0))
+    prompts = PromptStream(prompts=tuple(prompts_of(world, tokenizer)), seed=0).batch(0, 3)
+    sampling = SamplingParams(temperature=1.0, top_p=1.0, max_response_tokens=12, samples_per_prompt=3, seed=1)
+    samples = rollouts.generate(prompts, sampling)
+    scores = FakeScorer().score([s.prompt.messages for s in samples], [s.response_text for s in samples])
+    experience, _ = build_experience(
+        samples,
+        scores,
+        learner.evaluate(samples),
+        ppo=ALIGNMENT.ppo,
+        kl=ALIGNMENT.kl,
+        kl_coefficient=0.05,
+        reward_scale=RewardScale(mean=0.0, std=1.0),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return experience
+
+
+@pytest.mark.parametrize("critic", ["separate", "value_head"])
+def test_ppo_gradients_of_1_2_and_4_shards_agree(critic, tiny_policy, world, tokenizer, tmp_path):
+    ppo = ALIGNMENT.ppo.model_copy(update={"mini_batch_size": 9, "epochs": 1, "critic": critic})
+    config = ALIGNMENT.model_copy(update={"ppo": ppo})
+    experience = experience_of(ppo_learner(tiny_policy, world, tokenizer, tmp_path), world, tokenizer)
+
+    def learner(max_tokens):
+        budget = config.model_copy(update={"max_tokens_per_micro_batch": max_tokens})
+        return lambda make_engine: ppo_learner(
+            tiny_policy, world, tokenizer, tmp_path, config=budget, make_engine=make_engine
+        )
+
+    def run(learner, experience):
+        learner.update(experience, 0)
+
+    whole = sharded_gradients(learner(10_000), experience, 1, run)
+    assert any(g.abs().max() > 1e-4 for g in whole.values())
+    for world_size, max_tokens in ((1, 60), (2, 60), (4, 10_000)):
+        assert_same(sharded_gradients(learner(max_tokens), experience, world_size, run), whole)
+
+
+def test_the_first_ppo_step_starts_at_ratio_one(tiny_policy, world, tokenizer, tmp_path):
+    ppo = ALIGNMENT.ppo.model_copy(update={"mini_batch_size": 9, "epochs": 1})
+    learner = ppo_learner(
+        tiny_policy, world, tokenizer, tmp_path, config=ALIGNMENT.model_copy(update={"ppo": ppo})
+    )
+    metrics = learner.update(experience_of(learner, world, tokenizer), 0)
+    assert metrics["ppo/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+    assert metrics["ppo/clip_fraction"] == 0.0
+    assert metrics["ppo/approximate_kl"] == pytest.approx(0.0, abs=1e-6)
+    assert 0.0 < metrics["ppo/entropy"] <= math.log(len(tokenizer))
+
+
+def test_evaluation_equals_the_policy_and_its_own_reference_at_the_start(tiny_policy, world, tokenizer, tmp_path):
+    learner = ppo_learner(tiny_policy, world, tokenizer, tmp_path)
+    rollouts = FakeRollouts(tokenizer)
+    rollouts.load_weights(learner.publish_weights(0))
+    sampling = SamplingParams(temperature=1.0, top_p=1.0, max_response_tokens=12, samples_per_prompt=1, seed=1)
+    samples = rollouts.generate(prompts_of(world, tokenizer)[:5], sampling)
+    for sample, evaluation in zip(samples, learner.evaluate(samples), strict=True):
+        assert len(evaluation.logprobs) == len(sample.response_ids)
+        assert evaluation.logprobs == pytest.approx(evaluation.reference_logprobs, abs=1e-5)
+        assert set(evaluation.values) == {0.0}
+
+
+def rollout(tokens, text="", finish="stop", logprobs=None):
+    prompt = Prompt(id="p", messages=({"role": "user", "content": "why ?"},), token_ids=(1, 2))
+    return Rollout(
+        prompt=prompt,
+        sample_index=0,
+        response_ids=tuple(tokens),
+        response_text=text,
+        logprobs=tuple(logprobs or [0.0] * len(tokens)),
+        policy_version=0,
+        finish_reason=finish,
+    )
+
+
+def test_experience_by_hand():
+    ppo = ALIGNMENT.ppo.model_copy(
+        update={"gae_lambda": 1.0, "whiten_advantages": False, "reward_clip": 2.0, "no_stop_penalty": 1.0}
+    )
+    evaluations = [
+        TokenEvaluation(logprobs=(-1.0, -1.0), reference_logprobs=(-2.0, -1.5), values=(0.5, 0.25)),
+        TokenEvaluation(logprobs=(-3.0,), reference_logprobs=(-3.0,), values=(0.0,)),
+    ]
+    scores = [RewardScore(mean=m, std=0.0, objective_weights=(), objective_scores=()) for m in (3.0, 101.0)]
+    experience, metrics = build_experience(
+        [rollout((7, 8), logprobs=(-1.0, -1.1)), rollout((9,), finish="length", logprobs=(-3.0,))],
+        scores,
+        evaluations,
+        ppo=ppo,
+        kl=ALIGNMENT.kl,
+        kl_coefficient=0.1,
+        reward_scale=RewardScale(mean=1.0, std=2.0),
+        pad_token_id=0,
+    )
+    # z-scores 1 and 50 -> 2 (clipped); the second was cut: 2 - 1 = 1.
+    # row 0: R = (-.1 * 1, -.1 * .5 + 1) = (-.1, .95); lambda = gamma = 1: returns (.85, .95)
+    torch.testing.assert_close(experience.returns, torch.tensor([[0.85, 0.95], [1.0, 0.0]]))
+    torch.testing.assert_close(experience.advantages, torch.tensor([[0.35, 0.7], [1.0, 0.0]]))
+    assert experience.num_response_tokens == 3
+    assert experience.input_ids.tolist() == [[1, 2, 7, 8], [1, 2, 9, 0]]
+    assert metrics["kl/per_response"] == pytest.approx((1.0 + 0.5 + 0.0) / 2)
+    assert metrics["engine_gap/max"] == pytest.approx(0.1)
+    assert metrics["response/stopped"] == 0.5
+
+
+def test_training_lowers_the_loss_and_exposes_no_collapse_at_the_default_weight(tiny_policy, world, tokenizer):
+    learner = reward_trainer(tiny_policy, world, tokenizer, num_steps=30, max_tokens=100_000)
+    batch = collator(world, tokenizer)(tokenised(world, tokenizer), step=0)
+    losses = [learner.update(batch, step)["train/nll"] for step in range(30)]
+    assert losses[0] == pytest.approx(math.log(2), abs=0.15)
+    assert losses[-1] < 0.5
+    metrics = learner.evaluate(batch)
+    assert metrics["eval/active_units"] >= 2
+    assert metrics["eval/margin"] > 0.1
+
+
+def test_the_literal_objective_collapses(tiny_policy, world, tokenizer):
+    """vrm_spec section 3: at KL weight 1 the optimum is a constant reward. Accuracy alone would not tell."""
+    literal = VariationalLossConfig(kl_weight_w=1.0, kl_weight_z=1.0, kl_warmup_fraction=0.0, supervision_weight=0.0)
+    learner = reward_trainer(tiny_policy, world, tokenizer, num_steps=60, loss=literal, max_tokens=100_000, lr=3e-3)
+    batch = collator(world, tokenizer)(tokenised(world, tokenizer)[:32], step=0)
+    for step in range(60):
+        # Fresh noise each step, as in training: with one fixed draw the model would memorise the noise.
+        metrics = learner.update(replace(batch, noise_seeds=batch.noise_seeds + 1000 * step), step)
+    evaluated = learner.evaluate(batch)
+    assert metrics["train/kl_w"] + metrics["train/kl_z"] < 0.1
+    assert evaluated["eval/nll"] == pytest.approx(math.log(2), abs=0.03)
+    assert evaluated["eval/margin"] < 0.1
+    assert evaluated["eval/active_units"] == 0
+
+
+def test_no_annotation_and_no_supervision_weight_train_the_same_model(tiny_policy, world, tokenizer):
+    pairs = tokenised(world, tokenizer)[:8]
+    batch = collator(world, tokenizer)(pairs, step=0)
+    bare = type(batch)(
+        **{**vars(batch), "target": torch.zeros_like(batch.target), "target_mask": torch.zeros_like(batch.target_mask)}
+    )
+    without_weight = reward_trainer(tiny_policy, world, tokenizer, loss=VariationalLossConfig(supervision_weight=0.0))
+    without_scores = reward_trainer(tiny_policy, world, tokenizer, loss=VariationalLossConfig(supervision_weight=0.1))
+    for step in range(2):
+        without_weight.update(batch, step)
+        without_scores.update(bare, step)
+    left, right = without_weight.engine.full_state_dict(), without_scores.engine.full_state_dict()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_the_learning_rate_warms_up_and_decays_to_zero():
+    factors = [learning_rate_factor(s, num_steps=10, warmup_fraction=0.2) for s in range(10)]
+    assert factors[:3] == [0.5, 1.0, 1.0]
+    assert factors[6] == pytest.approx(0.5)
+    assert 0 < factors[9] < 0.05
+    assert [warmup_factor(s, num_steps=10, warmup_fraction=0.4) for s in (0, 2, 4, 9)] == [0.0, 0.5, 1.0, 1.0]
+
+
+def test_a_diverged_step_is_not_taken(tiny_policy, world, tokenizer):
+    learner = reward_trainer(tiny_policy, world, tokenizer)
+    before = {n: p.clone() for n, p in learner.engine.module.named_parameters()}
+    loss = sum(p.sum() for p in learner.engine.module.parameters()) * float("inf")
+    learner.engine.backward(loss, last=True)
+    with pytest.raises(NumericsError, match="gradient norm is"):
+        learner.engine.step(1.0)
+    assert all(torch.equal(p, before[n]) for n, p in learner.engine.module.named_parameters())
+
+
+def test_a_checkpoint_of_another_model_is_refused(tiny_policy, world, tokenizer, tmp_path):
+    reward_trainer(tiny_policy, world, tokenizer, head="bt").save(str(tmp_path))
+    with pytest.raises(CheckpointError, match="does not restore this model"):
+        reward_trainer(tiny_policy, world, tokenizer, head="vrm").restore(str(tmp_path))
