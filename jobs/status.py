@@ -1,39 +1,81 @@
 """What a workspace holds: stages, state, steps, times, sizes.
 
     python jobs/status.py runs/tiny
+
+Reads only: it may look at a workspace while a job runs in it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from typing import Any
 
-from pipeline.errors import PipelineError
+from cluster.resources import plan_resources
+from pipeline.config.schema import ClusterConfig
+from pipeline.errors import PipelineError, WorkspaceError
 from pipeline.stages import storage
 from pipeline.stages.metrics_log import as_clock
-from pipeline.stages.workspace import OWNER_FILE, StageDirectory
+from pipeline.stages.ownership import read_owner
+from pipeline.stages.workspace import StageDirectory
+
+HEADER = ("stage", "fingerprint", "state", "steps", "time", "size MiB", "")
+WIDTHS = (20, 14, 13, 10, 9, 10, 0)
 
 
 def describe(uri: str) -> str:
-    """The table, one line per stage directory."""
-    lines = [f"{'stage':<21}{'fingerprint':<14}{'state':<26}{'time':>9}{'size MiB':>10}"]
-    for directory in storage.list_directories(storage.join(uri, "stages")):
-        name, _, identity = directory.rpartition("-")
-        stage = StageDirectory(storage.join(uri, "stages", directory), name, identity)
-        if stage.result() is not None:
-            state, seconds = "finished", as_clock(stage.manifest()["seconds"])
-        else:
-            checkpoint = stage.checkpoints.latest()
-            state = "no commit yet" if checkpoint is None else f"committed step {checkpoint.step + 1}"
-            seconds = ""
-        size = storage.size_bytes(stage.uri) / 2**20
-        lines.append(f"{name:<21}{identity:<14}{state:<26}{seconds:>9}{size:>10.1f}")
-    owner = storage.read_text(storage.join(uri, OWNER_FILE))
-    if owner is not None:
-        holder = json.loads(owner)
-        lines.append(f"held by job {holder['job']} (process {holder['pid']} on {holder['host']})")
-    return "\n".join(lines)
+    """The table, one line per stage result, in the order of the pipeline.
+
+    Raises:
+        WorkspaceError: there is no workspace.
+    """
+    owner = read_owner(uri)
+    directories = storage.list_directories(storage.join(uri, "stages"))
+    if owner is None and not directories:
+        raise WorkspaceError(f"{uri} holds no workspace. Give the --workspace of a job.")
+    order = [stage.stage for stage in plan_resources(ClusterConfig())]
+    rows = []
+    for name in [*order, *sorted({_stage_name(d) for d in directories} - set(order))]:
+        found = [d for d in directories if _stage_name(d) == name]
+        rows += [_row(storage.join(uri, "stages", d), name) for d in found] or [(name, "", "not started")]
+    if owner is None:
+        held = "No job holds it."
+    elif owner.is_gone():
+        held = f"Its last owner, {owner}, is dead; the next job takes it."
+    else:
+        held = f"Held by {owner}."
+    return "\n".join([*map(_line, [HEADER, *rows]), held])
+
+
+def _stage_name(directory: str) -> str:
+    return directory.rpartition("-")[0]
+
+
+def _row(uri: str, name: str) -> tuple[str, ...]:
+    fingerprint = uri.rpartition("-")[2]
+    stage = StageDirectory(uri, name, fingerprint)
+    rows, num_steps = stage.metrics_rows(), stage.num_steps()
+    size = f"{storage.size_bytes(uri) / 2**20:.1f}"
+    done = rows[-1]["step"] + 1 if rows else 0
+    steps = "" if num_steps is None else f"{done}/{num_steps}"
+    if stage.result() is not None:
+        return name, fingerprint, "finished", steps, as_clock(stage.manifest()["seconds"]), size, ""
+    checkpoint = stage.checkpoints.latest()
+    committed = "nothing committed" if checkpoint is None else f"committed step {checkpoint.step + 1}"
+    return name, fingerprint, "unfinished", steps, _elapsed(rows), size, committed
+
+
+def _elapsed(rows: list[dict[str, Any]]) -> str:
+    return as_clock(rows[-1]["time"] - rows[0]["time"]) if rows else ""
+
+
+def _line(cells: tuple[str, ...]) -> str:
+    """Names to the left, numbers to the right."""
+    padded = [
+        f"{cell:>{width}}" if heading in ("steps", "time", "size MiB") else f"{cell:<{width}}"
+        for heading, cell, width in zip(HEADER, cells, WIDTHS, strict=False)
+    ]
+    return "  ".join(padded).rstrip()
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def fingerprint(name: str, version: int, config: Mapping[str, Any], inputs: Sequence[str]) -> str:
-    """SHA-256 over the stage's name, its code version, canonical JSON of its configuration and its inputs' fingerprints.
+    """SHA-256 over a stage's name, code version, canonical JSON of its configuration, and inputs' fingerprints.
 
     Where the stage runs is no part of it: rescaling workers never invalidates a result.
 

@@ -6,11 +6,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
 from types import TracebackType
-from typing import TextIO
-
-from tensorboardX import SummaryWriter
+from typing import Any, TextIO
 
 from pipeline.records import Metrics
 
@@ -30,11 +27,17 @@ SHOWN = {
 
 
 class MetricsLog:
-    """Appends to a stage's metrics. Rows of steps from `first_step` on are dropped first: a resumed run writes them anew."""
+    """Appends to a stage's metrics.
+
+    Rows of steps from `first_step` on are dropped first: a resumed run writes them anew.
+    """
 
     def __init__(
         self, directory: str, stage: str, *, num_steps: int, first_step: int, console: TextIO | None = None
     ) -> None:
+        # Imported here: it imports torch, and `jobs/status.py` reads metrics without writing any.
+        from tensorboardX import SummaryWriter
+
         os.makedirs(directory, exist_ok=True)
         self.stage = stage
         self.num_steps = num_steps
@@ -43,9 +46,7 @@ class MetricsLog:
         path = os.path.join(directory, METRICS_FILE)
         keep_rows_before(path, first_step)
         self._rows = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
-        self._curves = SummaryWriter(
-            os.path.join(directory, "tensorboard"), purge_step=first_step, write_to_disk=True
-        )
+        self._curves = SummaryWriter(os.path.join(directory, "tensorboard"), purge_step=first_step, write_to_disk=True)
         self._started = time.monotonic()
 
     def write(self, step: int, metrics: Metrics) -> None:
@@ -59,7 +60,7 @@ class MetricsLog:
     def _print(self, step: int, metrics: Metrics) -> None:
         done, left = step + 1 - self.first_step, self.num_steps - step - 1
         remaining = (time.monotonic() - self._started) / max(1, done) * left
-        shown = "  ".join(f"{label} {metrics[name]:,.4g}" for name, label in SHOWN.items() if name in metrics)
+        shown = "  ".join(f"{label} {as_number(metrics[name])}" for name, label in SHOWN.items() if name in metrics)
         place = f"{step + 1}/{self.num_steps}"
         print(f"{self.stage:<19} {place:>9}  {shown}  {as_clock(remaining)} left", file=self.console, flush=True)
 
@@ -81,10 +82,12 @@ def keep_rows_before(path: str, first_step: int) -> None:
     partial = f"{path}.partial"
     with open(partial, "w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(row) + "\n" for row in kept)
+        stream.flush()
+        os.fsync(stream.fileno())
     os.replace(partial, path)
 
 
-def read_metrics(path: str) -> Sequence[dict]:
+def read_metrics(path: str) -> list[dict[str, Any]]:
     """Rows of a metrics file; a last line that a killed writer left incomplete is ignored."""
     rows = []
     with open(path, encoding="utf-8") as stream:
@@ -92,6 +95,11 @@ def read_metrics(path: str) -> Sequence[dict]:
             if line.endswith("\n"):
                 rows.append(json.loads(line))
     return rows
+
+
+def as_number(value: float) -> str:
+    """0.12345 -> "0.1235", 1830.4 -> "1,830"."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def as_clock(seconds: float) -> str:

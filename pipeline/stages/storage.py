@@ -50,11 +50,9 @@ def writing(uri: str) -> Iterator[str]:
             os.makedirs(local_path(uri), exist_ok=True)
             yield local_path(uri)
             return
-        filesystem, path = _resolve(uri)
         with tempfile.TemporaryDirectory() as directory:
             yield directory
-            filesystem.create_dir(path, recursive=True)
-            fs.copy_files(directory, path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=filesystem)
+            copy(directory, uri)
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -69,10 +67,17 @@ def reading(uri: str) -> Iterator[str]:
     if is_local(uri):
         yield local_path(uri)
         return
-    filesystem, path = _resolve(uri)
     with tempfile.TemporaryDirectory() as directory:
-        fs.copy_files(path, directory, source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
+        copy(uri, directory)
         yield directory
+
+
+def copy(source: str, destination: str) -> None:
+    """Copies the contents of a directory into another, either of them remote; files of the same name are replaced."""
+    from_filesystem, from_path = _resolve(source)
+    to_filesystem, to_path = _resolve(destination)
+    to_filesystem.create_dir(to_path, recursive=True)
+    fs.copy_files(from_path, to_path, source_filesystem=from_filesystem, destination_filesystem=to_filesystem)
 
 
 def read_text(uri: str) -> str | None:
@@ -181,7 +186,9 @@ def _resolve(uri: str) -> tuple[fs.FileSystem, str]:
     try:
         return fs.FileSystem.from_uri(uri)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise WorkspaceError(f"{uri} cannot be opened: {error}. Give a local path or a URI that pyarrow.fs knows.") from error
+        raise WorkspaceError(
+            f"{uri} cannot be opened: {error}. Give a local path or a URI that pyarrow.fs knows."
+        ) from error
 
 
 def _sync(path: str) -> None:

@@ -4,6 +4,7 @@
       owner.json                          the job that holds the workspace
       stages/<name>-<fingerprint[:12]>/
         manifest.json                     written last: the stage is finished
+        progress.json                     how many steps it will take
         result/                           what later stages read
         checkpoints/step-000009/          a resumable state ...
         checkpoints/step-000009.json      ... and its commit, written after it
@@ -17,22 +18,21 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
-import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-import psutil
-
-from pipeline.errors import CorruptManifest, WorkspaceError, WorkspaceLocked
+from pipeline.errors import CorruptManifest
 from pipeline.records import Metrics, StageResult
-from pipeline.stages import storage
-from pipeline.stages.metrics_log import MetricsLog
+from pipeline.stages import ownership, storage
+from pipeline.stages.metrics_log import METRICS_FILE, MetricsLog, read_metrics
+from pipeline.stages.ownership import Owner
 
-OWNER_FILE = "owner.json"
 MANIFEST_FILE = "manifest.json"
-COMMIT = re.compile(r"step-(\d{6})\.json")
+PROGRESS_FILE = "progress.json"
+CHECKPOINT = re.compile(r"step-(\d{6,})")
+LEAST_FREE_BYTES = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,25 +45,28 @@ class Checkpoint:
     """What the loop itself needs to go on, such as the KL coefficient."""
 
 
+def _always() -> None:
+    """A commit that asks nobody."""
+
+
 class CheckpointStore:
     """The checkpoints of one stage. A directory without a commit is the rest of a killed save and is never read."""
 
-    def __init__(self, uri: str, *, keep: int) -> None:
+    def __init__(self, uri: str, *, keep: int, before_commit: Callable[[], None] = _always) -> None:
         self._uri = uri
         self._keep = keep
+        self._before_commit = before_commit
 
     def uri(self, step: int) -> str:
         """Where the ranks write the state after `step`."""
         return storage.join(self._uri, f"step-{step:06d}")
 
     def commit(self, step: int, state: dict[str, Any]) -> None:
-        """Makes the state after `step` the latest, then deletes all but the newest `keep` and every uncommitted rest."""
+        """Makes the state after `step` the latest; then deletes all but the newest `keep`, and every rest."""
+        storage.make_durable(self.uri(step))
+        self._before_commit()
         storage.write_text(f"{self.uri(step)}.json", json.dumps({"step": step, "state": state}))
-        committed = self._committed_steps()
-        for name in storage.list_directories(self._uri):
-            if int(name.removeprefix("step-")) not in committed[-self._keep :]:
-                storage.delete_file(storage.join(self._uri, f"{name}.json"))
-                storage.delete_directory(storage.join(self._uri, name))
+        self._delete_all_but(self._committed_steps()[-self._keep :])
 
     def latest(self) -> Checkpoint | None:
         """The newest committed checkpoint.
@@ -75,27 +78,51 @@ class CheckpointStore:
         if not steps:
             return None
         commit = f"{self.uri(steps[-1])}.json"
-        values = _read_json(commit, cure=f"Delete {commit} to resume from the checkpoint before it.")
+        cure = f"Delete {commit} to resume from the checkpoint before it."
+        values = _read_record(commit, keys=("step", "state"), cure=cure)
         return Checkpoint(step=values["step"], uri=self.uri(steps[-1]), state=values["state"])
 
+    def delete_uncommitted(self) -> None:
+        """Removes the rests of killed saves, so that a new save never mixes with an old one."""
+        self._delete_all_but(self._committed_steps())
+
+    def delete(self) -> None:
+        storage.delete_directory(self._uri)
+
+    def _delete_all_but(self, kept: Sequence[int]) -> None:
+        for step in set(self._steps()) - set(kept):
+            # The commit goes first: a checkpoint half deleted must not look like one.
+            storage.delete_file(f"{self.uri(step)}.json")
+            storage.delete_directory(self.uri(step))
+
     def _committed_steps(self) -> list[int]:
-        names = storage.list_directories(self._uri)
-        return [
-            int(name.removeprefix("step-"))
-            for name in names
-            if storage.read_text(storage.join(self._uri, f"{name}.json")) is not None
-        ]
+        return [step for step in self._steps() if storage.read_text(f"{self.uri(step)}.json") is not None]
+
+    def _steps(self) -> list[int]:
+        matches = (CHECKPOINT.fullmatch(name) for name in storage.list_directories(self._uri))
+        return sorted(int(match[1]) for match in matches if match)
 
 
 class StageDirectory:
     """The place of one stage result."""
 
-    def __init__(self, uri: str, name: str, fingerprint: str, *, keep_checkpoints: int = 2) -> None:
+    def __init__(
+        self,
+        uri: str,
+        name: str,
+        fingerprint: str,
+        *,
+        keep_checkpoints: int = 2,
+        require_ownership: Callable[[], None] = _always,
+    ) -> None:
         self.uri = uri
         self.name = name
         self.fingerprint = fingerprint
         self.result_uri = storage.join(uri, "result")
-        self.checkpoints = CheckpointStore(storage.join(uri, "checkpoints"), keep=keep_checkpoints)
+        self._require_ownership = require_ownership
+        self.checkpoints = CheckpointStore(
+            storage.join(uri, "checkpoints"), keep=keep_checkpoints, before_commit=self._before_commit
+        )
 
     def result(self) -> StageResult | None:
         """The finished result, or None.
@@ -106,58 +133,73 @@ class StageDirectory:
         uri = storage.join(self.uri, MANIFEST_FILE)
         if storage.read_text(uri) is None:
             return None
-        manifest = _read_json(uri, cure=f"Delete {uri} to compute the stage again from its last checkpoint.")
+        manifest = self.manifest()
         return StageResult(
             name=self.name, fingerprint=manifest["fingerprint"], location=self.result_uri, metrics=manifest["metrics"]
         )
 
+    def delete_uncommitted(self) -> None:
+        """Removes what a killed run left behind without a commit: a half-exported result, a half-saved checkpoint."""
+        storage.delete_directory(self.result_uri)
+        self.checkpoints.delete_uncommitted()
+
     def finish(self, metrics: Metrics, details: dict[str, Any]) -> StageResult:
         """Commits the stage: writes the manifest last, then drops the checkpoints."""
+        storage.make_durable(self.result_uri)
+        self._before_commit()
         manifest = {"name": self.name, "fingerprint": self.fingerprint, "metrics": metrics, **details}
         storage.write_text(storage.join(self.uri, MANIFEST_FILE), json.dumps(manifest, indent=2))
-        storage.delete_directory(storage.join(self.uri, "checkpoints"))
-        return StageResult(
-            name=self.name, fingerprint=self.fingerprint, location=self.result_uri, metrics=metrics
-        )
+        self.checkpoints.delete()
+        return StageResult(name=self.name, fingerprint=self.fingerprint, location=self.result_uri, metrics=metrics)
 
     def manifest(self) -> dict[str, Any]:
-        """The whole manifest of a finished stage."""
-        return _read_json(storage.join(self.uri, MANIFEST_FILE), cure="Run the stage first.")
+        """The whole manifest of a finished stage.
+
+        Raises:
+            CorruptManifest: it cannot be read.
+        """
+        uri = storage.join(self.uri, MANIFEST_FILE)
+        cure = f"Delete {uri} to compute the stage again from its last checkpoint."
+        return _read_record(uri, keys=("name", "fingerprint", "metrics"), cure=cure)
 
     def metrics_log(self, num_steps: int, first_step: int) -> MetricsLog:
+        """Opens the stage's metrics behind its last commit, and records how many steps there will be."""
+        storage.write_text(storage.join(self.uri, PROGRESS_FILE), json.dumps({"num_steps": num_steps}))
+        if first_step > 0:
+            # The copy of the last commit, not what another attempt may have left on this machine.
+            self._fetch_metrics()
         return MetricsLog(self.metrics_directory, self.name, num_steps=num_steps, first_step=first_step)
+
+    def metrics_rows(self) -> list[dict[str, Any]]:
+        """The rows written so far; empty for a stage that has written none."""
+        path = os.path.join(self.metrics_directory, METRICS_FILE)
+        if not os.path.exists(path):
+            self._fetch_metrics()
+        return read_metrics(path) if os.path.exists(path) else []
+
+    def num_steps(self) -> int | None:
+        """How many steps the stage takes, once it has begun to take them."""
+        uri = storage.join(self.uri, PROGRESS_FILE)
+        if storage.read_text(uri) is None:
+            return None
+        return _read_record(uri, keys=("num_steps",), cure=f"Delete {uri}; it only serves the display.")["num_steps"]
 
     @property
     def metrics_directory(self) -> str:
-        """Local: metrics are appended to, which object stores cannot do; a remote workspace gets them at the end."""
+        """Local, for object stores cannot append; a remote workspace gets a copy at every commit."""
         if storage.is_local(self.uri):
             return storage.local_path(self.uri)
         return os.path.join(os.path.expanduser("~/.cache/vrm-pipeline/metrics"), self.fingerprint)
 
+    def _before_commit(self) -> None:
+        self._require_ownership()
+        if not storage.is_local(self.uri) and os.path.isdir(self.metrics_directory):
+            storage.copy(self.metrics_directory, storage.join(self.uri, "metrics"))
 
-@dataclass(frozen=True, kw_only=True)
-class Owner:
-    """The job that holds a workspace."""
-
-    job: str
-    host: str
-    pid: int
-    started: float
-    """Start of the process, seconds since 1970: tells it from a later process with the same id."""
-
-    @classmethod
-    def here(cls, job: str) -> Owner:
-        process = psutil.Process()
-        return cls(job=job, host=socket.gethostname(), pid=process.pid, started=process.create_time())
-
-    def is_gone(self) -> bool:
-        """True when this host can tell that the owner's process has ended."""
-        if self.host != socket.gethostname():
-            return False
-        try:
-            return abs(psutil.Process(self.pid).create_time() - self.started) > 1.0
-        except psutil.NoSuchProcess:
-            return True
+    def _fetch_metrics(self) -> None:
+        copy = storage.join(self.uri, "metrics")
+        if not storage.is_local(self.uri) and storage.read_text(storage.join(copy, METRICS_FILE)) is not None:
+            storage.copy(copy, self.metrics_directory)
 
 
 class Workspace:
@@ -168,40 +210,35 @@ class Workspace:
         self._owner = owner
 
     @classmethod
-    def open(cls, uri: str, *, job: str, take_over: bool = False) -> Workspace:
+    def open(cls, uri: str, *, job: str, take_over: bool = False, needs_bytes: int = LEAST_FREE_BYTES) -> Workspace:
         """Takes the workspace for this process, or says who has it.
+
+        Args:
+            uri: a local path, or a URI that pyarrow.fs knows.
+            job: what to call this job in front of others.
+            take_over: take it from a living owner too.
+            needs_bytes: estimate of what the run will write.
 
         Raises:
             WorkspaceLocked: another living job holds it.
-            WorkspaceError: it cannot be written.
+            WorkspaceError: it cannot be written, or has too little space.
         """
-        owner_uri = storage.join(uri, OWNER_FILE)
-        text = storage.read_text(owner_uri)
-        if text is not None and not take_over:
-            holder = Owner(**_read_json(owner_uri, cure="Start with --take-over if no other job uses the workspace."))
-            if not holder.is_gone() and holder.pid != os.getpid():
-                since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.started))
-                raise WorkspaceLocked(
-                    f"{uri} is held by job {holder.job} (process {holder.pid} on {holder.host}, since {since}). "
-                    "Wait for it, choose another --workspace, or, if it is dead, start with --take-over."
-                )
-        owner = Owner.here(job)
-        try:
-            storage.write_text(owner_uri, json.dumps(asdict(owner)))
-        except OSError as error:
-            raise WorkspaceError(f"{uri} cannot be written: {error}. Choose another --workspace.") from error
-        return cls(uri, owner)
+        storage.require_writable(uri, needs_bytes=needs_bytes)
+        return cls(uri, ownership.take(uri, job, take_over=take_over))
 
     def stage(self, name: str, fingerprint: str, *, keep_checkpoints: int = 2) -> StageDirectory:
         uri = storage.join(self.uri, "stages", f"{name}-{fingerprint[:12]}")
-        return StageDirectory(uri, name, fingerprint, keep_checkpoints=keep_checkpoints)
+        return StageDirectory(
+            uri,
+            name,
+            fingerprint,
+            keep_checkpoints=keep_checkpoints,
+            require_ownership=lambda: ownership.require_ownership(self.uri, self._owner),
+        )
 
     def close(self) -> None:
         """Lets go, unless another job took over meanwhile."""
-        owner_uri = storage.join(self.uri, OWNER_FILE)
-        text = storage.read_text(owner_uri)
-        if text is not None and json.loads(text) == asdict(self._owner):
-            storage.delete_file(owner_uri)
+        ownership.release(self.uri, self._owner)
 
     def __enter__(self) -> Workspace:
         return self
@@ -212,7 +249,8 @@ class Workspace:
         self.close()
 
 
-def _read_json(uri: str, *, cure: str) -> dict[str, Any]:
+def _read_record(uri: str, *, keys: Sequence[str], cure: str) -> dict[str, Any]:
+    """A JSON object with at least these keys, or a CorruptManifest with its cure."""
     text = storage.read_text(uri)
     try:
         values = json.loads(text or "")
@@ -220,4 +258,7 @@ def _read_json(uri: str, *, cure: str) -> dict[str, Any]:
         raise CorruptManifest(f"{uri} cannot be read ({error}). {cure}") from error
     if not isinstance(values, dict):
         raise CorruptManifest(f"{uri} holds {values!r:.60}, not an object. {cure}")
+    missing = [key for key in keys if key not in values]
+    if missing:
+        raise CorruptManifest(f"{uri} lacks {', '.join(missing)}. {cure}")
     return values

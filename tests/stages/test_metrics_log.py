@@ -1,0 +1,73 @@
+"""Rows, curves and the progress line of a stage."""
+
+import io
+import json
+import os
+
+import pytest
+
+from pipeline.stages.metrics_log import MetricsLog, as_clock, as_number, keep_rows_before, read_metrics
+
+
+def write_rows(path, steps, tail=""):
+    path.write_text("".join(json.dumps({"step": step, "reward": step / 2}) + "\n" for step in steps) + tail)
+
+
+def test_a_row_holds_stage_step_time_and_metrics(tmp_path):
+    with MetricsLog(str(tmp_path), "align_policy", num_steps=2, first_step=0, console=io.StringIO()) as log:
+        log.write(0, {"reward/mean": 1.25})
+        log.write(1, {"reward/mean": 1.5, "kl/per_response": 4.0})
+    first, second = read_metrics(str(tmp_path / "metrics.jsonl"))
+    assert first["time"] <= second["time"]
+    del first["time"], second["time"]
+    assert first == {"stage": "align_policy", "step": 0, "reward/mean": 1.25}
+    assert second == {"stage": "align_policy", "step": 1, "reward/mean": 1.5, "kl/per_response": 4.0}
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+    with MetricsLog(str(tmp_path), "align_policy", num_steps=1, first_step=0, console=io.StringIO()) as log:
+        log.write(0, {"reward/mean": 1.25})
+    [events] = os.listdir(tmp_path / "tensorboard")
+    assert b"reward/mean" in (tmp_path / "tensorboard" / events).read_bytes()
+
+
+def test_the_progress_line_shows_place_metrics_and_time_left(tmp_path):
+    console = io.StringIO()
+    with MetricsLog(str(tmp_path), "align_policy", num_steps=40, first_step=0, console=console) as log:
+        log.write(11, {"reward/mean": 1.23, "kl/per_response": 4.5, "tokens_per_s/step": 1830.4, "loss/unshown": 7.0})
+    [line] = console.getvalue().splitlines()
+    assert line.split() == [
+        *("align_policy", "12/40", "reward", "1.23", "kl", "4.5", "tokens/s", "1,830"),
+        *("0:00", "left"),
+    ]
+
+
+def test_a_resumed_log_drops_the_steps_it_will_repeat(tmp_path):
+    write_rows(tmp_path / "metrics.jsonl", [0, 1, 2, 3])
+    with MetricsLog(str(tmp_path), "align_policy", num_steps=4, first_step=2, console=io.StringIO()) as log:
+        log.write(2, {"reward": 9.0})
+    assert [(row["step"], row["reward"]) for row in read_metrics(str(tmp_path / "metrics.jsonl"))] == [
+        (0, 0.0),
+        (1, 0.5),
+        (2, 9.0),
+    ]
+
+
+def test_a_line_cut_by_a_kill_is_ignored_and_removed(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_rows(path, [0, 1], tail='{"step": 2, "rew')
+    assert [row["step"] for row in read_metrics(str(path))] == [0, 1]
+    keep_rows_before(str(path), 5)
+    assert path.read_text().endswith('{"step": 1, "reward": 0.5}\n')
+
+
+@pytest.mark.parametrize(
+    ("seconds", "clock"), [(0.4, "0:00"), (65.0, "1:05"), (3599.6, "1:00:00"), (3725.0, "1:02:05")]
+)
+def test_clock(seconds, clock):
+    assert as_clock(seconds) == clock
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.12345, "0.1235"), (1830.4, "1,830"), (-2.5, "-2.5"), (3e-7, "3e-07")])
+def test_number(value, text):
+    assert as_number(value) == text
