@@ -8,11 +8,16 @@ The same command resumes: finished stages are skipped, an unfinished one goes on
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from jobs.command_line import run_job
-from jobs.rooms import Rooms
+
+if TYPE_CHECKING:
+    from jobs.rooms import Rooms
 
 
 def run_pipeline(rooms: Rooms) -> None:
+    # Imported here: the stages bring torch and ray, which a dry run does without.
     from jobs.align_policy import align_policy
     from jobs.generate_benchmark import generate_benchmark
     from jobs.prepare_policy import prepare_policy
