@@ -1,0 +1,106 @@
+"""The scoring service on real Ray Serve."""
+
+import json
+import socket
+import urllib.error
+import urllib.request
+
+import pytest
+import torch
+
+from actors.vrm_service import require_free_port, start_service, stop_service
+from pipeline.config.schema import ScoringConfig
+from pipeline.data.planted import OBJECTIVES
+from pipeline.errors import ResourceError
+from pipeline.learning.reward_scorer import RewardModelScorer
+from pipeline.models.backbone import load_backbone
+from pipeline.models.reward_model import RewardModel, make_head, save_reward_model
+from tests.learners import HEAD, reward_card, statistics_of
+
+pytestmark = pytest.mark.components
+
+TOKEN = "only-for-this-test"
+
+
+@pytest.fixture(scope="module")
+def reward_model(tiny_policy, tokenizer, world, tmp_path_factory):
+    directory = str(tmp_path_factory.mktemp("reward-model"))
+    backbone = load_backbone(tiny_policy, dtype="float32")
+    torch.manual_seed(0)
+    model = RewardModel(backbone, make_head("vrm", 64, 4, HEAD))
+    torch.nn.init.normal_(model.head.weight_head[2].weight, std=0.1)
+    save_reward_model(
+        directory,
+        state_dict=model.state_dict(),
+        backbone_config=backbone.config.to_dict(),
+        tokenizer=tokenizer,
+        card=reward_card("vrm", statistics_of(world)),
+    )
+    return directory
+
+
+@pytest.fixture(scope="module")
+def service(local_ray, reward_model):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = ScoringConfig(cpus_per_replica=0.5, port=port)
+    scorer = start_service(reward_model, config, deadline_s=60, token=TOKEN)
+    yield scorer, f"http://127.0.0.1:{port}"
+    stop_service()
+
+
+def post(url, body, token=TOKEN):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {token}"} if token else {})
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data=data, headers=headers), timeout=30) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_served_scores_equal_the_model_in_this_process(service, reward_model, world):
+    scorer, _ = service
+    pairs = world.heldout_pairs()
+    prompts, responses = [p.prompt for p in pairs], [p.chosen for p in pairs]
+    direct = RewardModelScorer.load(reward_model, max_tokens_per_batch=4096).score(prompts, responses)
+    for served, expected in zip(scorer.score(prompts, responses), direct, strict=True):
+        assert served.mean == pytest.approx(expected.mean, abs=1e-5)
+        assert served.std == pytest.approx(expected.std, abs=1e-5)
+        assert served.objective_weights == pytest.approx(expected.objective_weights, abs=1e-5)
+
+
+def test_the_reward_over_http_is_the_sum_of_its_contributions(service, world):
+    _, url = service
+    prompt = [dict(m) for m in world.heldout_prompts[0].messages]
+    status, [scored] = post(f"{url}/v1/score", {"prompt": prompt, "responses": ["do check another source ."]})
+    assert status == 200
+    assert tuple(scored["contributions"]) == OBJECTIVES
+    assert sum(scored["contributions"].values()) == pytest.approx(scored["reward"], abs=1e-5)
+    assert sum(scored["objective_weights"].values()) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("token", [None, "wrong"])
+def test_without_the_token_nobody_is_served(service, token):
+    status, _ = post(f"{service[1]}/v1/score", {"prompt": "hi", "responses": ["x"]}, token=token)
+    assert status == 401
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"{", {"prompt": "hi", "responses": []}, {"prompt": 3, "responses": ["x"]}, {"prompt": "hi"}, {"prompt": "hi", "responses": ["x"], "more": 1}],
+)
+def test_malformed_requests_are_refused_and_the_replica_lives(service, body):
+    status, answer = post(f"{service[1]}/v1/score", body)
+    assert status == 422
+    assert "Traceback" not in str(answer)
+    assert post(f"{service[1]}/v1/score", {"prompt": "hi", "responses": ["x"]})[0] == 200
+
+
+def test_a_taken_port_is_refused_before_anything_starts():
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        with pytest.raises(ResourceError, match="is in use"):
+            require_free_port(holder.getsockname()[1])
