@@ -1,9 +1,14 @@
-"""What a recipe's stages hold at the same time, and whether a cluster has it. Imports no ray: a dry run must be quick."""
+"""What a recipe's stages hold at the same time, and whether a cluster has it.
+
+Imports no ray: a dry run must be quick.
+"""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.config.schema import ClusterConfig, RanksConfig
 from pipeline.errors import ResourceError
@@ -73,10 +78,10 @@ def as_table(plan: Sequence[StageDemand]) -> str:
     lines = [f"{'stage':<20}{'role':<18}{'count':>6}{'CPU each':>10}{'GPU each':>10}"]
     for stage in plan:
         for demand in stage.demands:
-            lines.append(
-                f"{stage.stage:<20}{demand.role:<18}{demand.count:>6}{demand.cpus:>10g}{demand.gpus:>10g}"
-            )
+            lines.append(f"{stage.stage:<20}{demand.role:<18}{demand.count:>6}{demand.cpus:>10g}{demand.gpus:>10g}")
         lines.append(f"{'':<20}{'together':<18}{'':>6}{stage.total('CPU'):>10g}{stage.total('GPU'):>10g}")
+    peak = {resource: max(stage.total(resource) for stage in plan) for resource in ("CPU", "GPU")}
+    lines.append(f"{'at most at once':<20}{'':<18}{'':>6}{peak['CPU']:>10g}{peak['GPU']:>10g}")
     return "\n".join(lines)
 
 
@@ -91,38 +96,49 @@ def check_plan(plan: Sequence[StageDemand], nodes: Sequence[Mapping[str, float]]
         ResourceError: names stage, need, have, and what would fit.
     """
     for stage in plan:
-        placed = _place(stage.demands, nodes)
-        if placed is None:
-            continue
-        culprit, fits = placed
-        have = {r: sum(node.get(r, 0.0) for node in nodes) for r in ("CPU", "GPU")}
-        cure = (
-            f"{culprit.setting}={fits} would fit"
-            if fits
-            else f"not even one {culprit.role} ({culprit.cpus:g} CPU, {culprit.gpus:g} GPU) fits beside the others"
-        )
-        raise ResourceError(
-            f"stage {stage.stage} needs {stage.total('CPU'):g} CPU and {stage.total('GPU'):g} GPU at once; the cluster has "
-            f"{have['CPU']:g} CPU and {have['GPU']:g} GPU on {len(nodes)} node(s). "
-            f"{cure}: lower it or the share of each, or add a node."
-        )
+        if not _fits(stage.demands, nodes):
+            cpus, gpus = (sum(node.get(resource, 0.0) for node in nodes) for resource in ("CPU", "GPU"))
+            raise ResourceError(
+                f"stage {stage.stage} needs {stage.total('CPU'):g} CPU and {stage.total('GPU'):g} GPU at once; "
+                f"there are {cpus:g} CPU and {gpus:g} GPU on {len(nodes)} node(s). {_what_fits(stage.demands, nodes)}"
+            )
 
 
-def _place(demands: Sequence[Demand], nodes: Sequence[Mapping[str, float]]) -> tuple[Demand, int] | None:
-    """First fit, largest actors first. None when all fit, else the demand that did not and how many of it did."""
+def this_machine() -> dict[str, float]:
+    """CPUs and NVIDIA GPUs of this machine, without asking Ray."""
+    gpus = [name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)] if os.path.isdir("/dev") else []
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float(len(gpus))}
+
+
+def _what_fits(demands: Sequence[Demand], nodes: Sequence[Mapping[str, float]]) -> str:
+    """The cure: one count to lower, or all of them, or the shares themselves."""
+    single = []
+    for n, demand in enumerate(demands):
+        # The largest count that fits beside the others, by bisection.
+        fits, too_many = 0, demand.count
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            smaller = [*demands[:n], replace(demand, count=middle), *demands[n + 1 :]]
+            fits, too_many = (middle, too_many) if _fits(smaller, nodes) else (fits, middle)
+        if fits:
+            single.append(f"{demand.setting}={fits}")
+    if single:
+        return f"{' or '.join(single)} would fit; or add a node."
+    if _fits([replace(demand, count=1) for demand in demands], nodes):
+        return f"{' '.join(f'{demand.setting}=1' for demand in demands)} would fit; or add a node."
+    needs = ", ".join(f"{d.role} {d.cpus:g} CPU and {d.gpus:g} GPU ({d.setting.rpartition('.')[0]})" for d in demands)
+    return f"Not even one of each fits: {needs}. Lower what each takes, or add a node."
+
+
+def _fits(demands: Sequence[Demand], nodes: Sequence[Mapping[str, float]]) -> bool:
+    """First fit, largest actors first: an actor never spans nodes."""
     free = [{"CPU": node.get("CPU", 0.0), "GPU": node.get("GPU", 0.0)} for node in nodes]
     for demand in sorted(demands, key=lambda d: (-d.gpus, -d.cpus)):
-        for placed in range(demand.count):
-            home = next(
-                (
-                    n
-                    for n in free
-                    if n["CPU"] + TOLERANCE >= demand.cpus and n["GPU"] + TOLERANCE >= demand.gpus
-                ),
-                None,
-            )
+        for _ in range(demand.count):
+            homes = (n for n in free if n["CPU"] + TOLERANCE >= demand.cpus and n["GPU"] + TOLERANCE >= demand.gpus)
+            home = next(homes, None)
             if home is None:
-                return demand, placed
+                return False
             home["CPU"] -= demand.cpus
             home["GPU"] -= demand.gpus
-    return None
+    return True

@@ -3,36 +3,65 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import ray
 
 from cluster.resources import StageDemand, check_plan
+from cluster.submission import job_id
 from pipeline.config.schema import ClusterConfig
+from pipeline.errors import ResourceError
+
+CONNECT_S = 10.0
 
 
 @contextmanager
 def open_cluster(config: ClusterConfig, plan: Sequence[StageDemand]) -> Iterator[None]:
     """Connects to the cluster this job was submitted to, or starts one on this machine; checks the plan first.
 
-    A cluster that was running stays running.
+    A cluster that was running stays running. Every job has a Ray namespace of its own.
 
     Raises:
-        ResourceError: the plan does not fit; no actor has been started.
+        ResourceError: no cluster answers or starts, or the plan does not fit; no actor has been started.
     """
-    if "RAY_ADDRESS" in os.environ or ray.is_initialized():
-        ray.init(ignore_reinit_error=True, log_to_driver=False)
-    else:
-        store = None if config.object_store_gib is None else int(config.object_store_gib * 2**30)
-        ray.init(include_dashboard=False, object_store_memory=store, log_to_driver=False)
+    connected_here = not ray.is_initialized()
+    if connected_here:
+        _connect(config)
     try:
         check_plan(plan, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         yield
     finally:
-        ray.shutdown()
+        if connected_here:
+            ray.shutdown()
 
 
-def job_id() -> str:
-    """The submitted job's id, or this process for a job run directly."""
-    return os.environ.get("RAY_JOB_ID") or f"local-{os.getpid()}"
+def _connect(config: ClusterConfig) -> None:
+    address = os.environ.get("RAY_ADDRESS", "local")
+    try:
+        if address == "local":
+            store = None if config.object_store_gib is None else int(config.object_store_gib * 2**30)
+            ray.init(
+                address="local",
+                namespace=job_id(),
+                include_dashboard=False,
+                object_store_memory=store,
+                log_to_driver=False,
+            )
+        else:
+            _require_listener(address)
+            ray.init(address=address, namespace=job_id(), log_to_driver=False)
+    except (OSError, RuntimeError, ValueError) as error:
+        place = "on this machine" if address == "local" else f"at RAY_ADDRESS={address}"
+        raise ResourceError(
+            f"no Ray cluster {place}: {error}. "
+            "Start one with `ray start --head`, or unset RAY_ADDRESS to let the job start its own."
+        ) from error
+
+
+def _require_listener(address: str) -> None:
+    """Ray itself takes minutes to notice that nobody listens at host:port; "auto" names no port to try."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()

@@ -9,15 +9,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cluster.resources import as_table, plan_resources
+from cluster.resources import as_table, check_plan, plan_resources, this_machine
+from cluster.submission import is_submitted_job
 from pipeline.config.load import load_recipe
 from pipeline.config.schema import Recipe
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError, PipelineError
 
 if TYPE_CHECKING:
     from jobs.rooms import Rooms
 
 BAD_INPUT = 2
+CLUSTERS = {"RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"}
+"""Environment variables that name a cluster other than one the job would start itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,25 +37,56 @@ def parse(description: str, arguments: Sequence[str] | None = None) -> Options:
     """Parses and validates; raises ConfigError before anything expensive is taken."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="tiny", help="a name in jobs/recipes, or a path to a .yaml file")
-    parser.add_argument("--workspace", help="directory or pyarrow.fs URI; default ~/vrm-runs/<recipe>, or VRM_WORKSPACE")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and the resource plan, and stop")
+    parser.add_argument(
+        "--workspace", help="directory or pyarrow.fs URI; default ~/vrm-runs/<recipe>, or VRM_WORKSPACE"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved recipe and the resource plan, and stop"
+    )
     parser.add_argument("--take-over", action="store_true", help="take a workspace whose owner is dead")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="as in alignment.num_steps=50")
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_intermixed_args(arguments)
     recipe = load_recipe(parsed.recipe, parsed.overrides)
-    default = os.environ.get("VRM_WORKSPACE") or os.path.join(os.path.expanduser("~"), "vrm-runs", recipe.name)
-    workspace = parsed.workspace or default
-    if "://" not in workspace:
-        workspace = os.path.abspath(workspace)
-    return Options(recipe=recipe, workspace=workspace, dry_run=parsed.dry_run, take_over=parsed.take_over)
+    workspace = parsed.workspace or os.environ.get("VRM_WORKSPACE") or f"~/vrm-runs/{recipe.name}"
+    return Options(recipe=recipe, workspace=place(workspace), dry_run=parsed.dry_run, take_over=parsed.take_over)
 
 
-def dry_run(options: Options) -> str:
-    """The resolved recipe as YAML, and the resource plan."""
+def place(workspace: str) -> str:
+    """An absolute path, or the URI as it is.
+
+    Raises:
+        ConfigError: a relative path in a submitted job, whose working directory is a copy that Ray throws away.
+    """
+    path = os.path.expanduser(workspace)
+    if "://" in workspace or os.path.isabs(path):
+        return path
+    if is_submitted_job():
+        raise ConfigError(
+            f"--workspace {workspace} is relative, but a submitted job runs in a temporary copy of its working "
+            f'directory and its results would be lost. Write --workspace "$PWD/{workspace}", or give a URI.'
+        )
+    return os.path.abspath(path)
+
+
+def dry_run(options: Options) -> None:
+    """Prints the resolved recipe as YAML and the resource plan.
+
+    Raises:
+        ResourceError: this machine would run the job, and cannot.
+    """
     import yaml
 
-    recipe = yaml.safe_dump(options.recipe.model_dump(mode="json"), sort_keys=False)
-    return f"{recipe}\nworkspace: {options.workspace}\n\n{as_table(plan_resources(options.recipe.cluster))}"
+    plan = plan_resources(options.recipe.cluster)
+    print(yaml.safe_dump(options.recipe.model_dump(mode="json"), sort_keys=False))
+    print(f"workspace: {options.workspace}\n\n{as_table(plan)}\n")
+    here = this_machine()
+    if CLUSTERS & os.environ.keys():
+        print("Whether the cluster has it is checked when the job connects, before any actor starts.")
+    elif not here["GPU"] and any(stage.total("GPU") for stage in plan):
+        print("This machine has no GPU: the plan is for another one.")
+    else:
+        check_plan(plan, [here])
+        print(f"This machine has it: {here['CPU']:g} CPU, {here['GPU']:g} GPU.")
 
 
 def run_job(description: str, body: Callable[[Rooms], None]) -> None:
@@ -60,7 +94,7 @@ def run_job(description: str, body: Callable[[Rooms], None]) -> None:
     try:
         options = parse(description)
         if options.dry_run:
-            print(dry_run(options))
+            dry_run(options)
             return
         # Ray and torch are imported behind the dry run.
         from jobs.rooms import open_rooms

@@ -14,7 +14,8 @@ from transformers.utils import logging as transformers_logging
 from actors.rollout_pool import RolloutPool
 from actors.vrm_service import ServedScorer, start_service, stop_service
 from cluster.resources import plan_resources
-from cluster.session import job_id, open_cluster
+from cluster.session import open_cluster
+from cluster.submission import job_id
 from jobs.command_line import Options
 from pipeline.config.schema import Recipe
 from pipeline.records import StageResult

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
@@ -16,19 +16,19 @@ from pipeline.config.schema import Recipe
 from pipeline.errors import ConfigError
 
 RECIPES = Path(__file__).resolve().parents[2] / "jobs" / "recipes"
+EXTENDS = "extends"
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe by name (from jobs/recipes) or by path, and applies `key.path=value` overrides.
 
+    A recipe with a top-level `extends: other` starts from that recipe and changes what it names; lists are replaced.
+
     Raises:
         ConfigError: no such recipe, no YAML, an unknown key, a wrong value; names the place, the value and the cure.
     """
     path = recipe_path(name)
-    try:
-        values = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path} is no YAML: {error}") from error
+    values = _read(path, below=())
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise ConfigError(f"{override!r} is no override; write key.path=value, as in alignment.num_steps=50")
@@ -36,12 +36,30 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         merged = OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides)))
         plain = OmegaConf.to_container(merged, resolve=True)
     except (YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"overrides {list(overrides)} do not fit {path}: {error}") from error
+        raise ConfigError(f"{path.name} with overrides {list(overrides)}: {error}") from error
     try:
         return Recipe.model_validate(plain)
     except ValidationError as error:
         letters = [_letter(detail) for detail in error.errors()]
-        raise ConfigError(f"recipe {path.name}" + (" with overrides" if overrides else "") + ":\n  " + "\n  ".join(letters)) from error
+        where = f"recipe {path.name}" + (" with overrides" if overrides else "")
+        raise ConfigError(f"{where}:\n  " + "\n  ".join(letters)) from error
+
+
+def _read(path: Path, *, below: tuple[Path, ...]) -> DictConfig:
+    """The values of a recipe file on top of those it extends; `below` are the files that led here."""
+    if path in below:
+        circle = " -> ".join(p.name for p in (*below, path))
+        raise ConfigError(f"recipes extend each other in a circle: {circle}. Remove one `extends`.")
+    try:
+        values = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no YAML: {error}") from error
+    if not isinstance(values, DictConfig):
+        raise ConfigError(f"{path} holds a list; a recipe is a mapping, as in `name: tiny`")
+    parent = values.pop(EXTENDS, None)
+    if parent is None:
+        return values
+    return cast(DictConfig, OmegaConf.merge(_read(recipe_path(str(parent)), below=(*below, path)), values))
 
 
 def recipe_path(name: str) -> Path:
@@ -56,25 +74,51 @@ def recipe_path(name: str) -> Path:
         known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"there is no recipe {name!r}. {hint}Known are {', '.join(known)}; or give a path to a .yaml file.")
+        raise ConfigError(
+            f"there is no recipe {name!r}. {hint}Known are {', '.join(known)}; or give a path to a .yaml file."
+        )
     return path
 
 
 def _letter(detail: Any) -> str:
     """One pydantic error as a sentence: place, value, what is wrong, what to write instead."""
-    location = [part for part in detail["loc"] if isinstance(part, str)]
-    key = ".".join(location)
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"]).removeprefix(".")
+    message = detail["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    value = f"{detail['input']!r:.80}"
     match detail["type"]:
         case "extra_forbidden":
-            known = _all_keys(Recipe)
-            same_parent = [k for k in known if k.rpartition(".")[0] == ".".join(location[:-1])]
-            near = difflib.get_close_matches(key, same_parent, n=1) or difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(same_parent)}"
-            return f"{key}: unknown key; {hint}"
+            return f"{key}: unknown key; {_nearest(key)}"
         case "missing":
             return f"{key}: must be given"
+        case "model_type":
+            section = ", ".join(k.rpartition(".")[2] for k in _siblings(f"{key}."))
+            return f"{key} = {value}: this is a section; set one of its keys: {section}"
+        case "tuple_type":
+            return f"{key} = {value}: this is a list; write [{detail['input']}]"
+        case "value_error":
+            return f"{key}: {message}" if key else message
         case _:
-            return f"{key} = {detail['input']!r}: {detail['msg'].lower().removeprefix('value error, ')}"
+            return f"{key} = {value}: {message}"
+
+
+def _nearest(key: str) -> str:
+    """What the user may have meant by an unknown key: a like-named neighbour, or the same name elsewhere."""
+    section, _, name = key.rpartition(".")
+    siblings = {k.rpartition(".")[2]: k for k in _siblings(key)}
+    near = difflib.get_close_matches(name, siblings, n=1)
+    if near:
+        return f"did you mean {siblings[near[0]]}?"
+    known = _all_keys(Recipe)
+    elsewhere = [k for k in known if k.rpartition(".")[2] == name] or difflib.get_close_matches(key, known, n=1)
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    return f"known {f'in {section}' if section else 'at the top'}: {', '.join(siblings)}"
+
+
+def _siblings(key: str) -> list[str]:
+    """All keys with the same parent."""
+    return [k for k in _all_keys(Recipe) if k.rpartition(".")[0] == key.rpartition(".")[0]]
 
 
 def _all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -1,3 +1,5 @@
+import os
+import resource
 import subprocess
 import sys
 import time
@@ -5,12 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from cluster.submission import JOB_CONFIG
+from jobs.command_line import parse, place
+from pipeline.errors import ConfigError
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(*arguments):
+def run(*arguments, **variables):
+    command = [sys.executable, "jobs/full_pipeline.py", *arguments]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
     return subprocess.run(
-        [sys.executable, "jobs/full_pipeline.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+        command, cwd=ROOT, env=environment | variables, capture_output=True, text=True, timeout=60, check=False
     )
 
 
@@ -49,3 +57,45 @@ def test_an_unknown_recipe_names_its_neighbour():
     done = run("--recipe", "tinny")
     assert done.returncode == 2
     assert "Did you mean 'tiny'?" in done.stderr
+
+
+def test_a_dry_run_takes_less_than_a_second_of_processor_time():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert run("--dry-run", "--recipe", "paper_qwen3_8b").returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+
+
+def test_a_dry_run_refuses_a_plan_this_machine_cannot_hold():
+    done = run("--dry-run", "cluster.rollout.workers=100000")
+    assert done.returncode == 2
+    assert "stage align_policy needs 40001 CPU" in done.stderr
+    assert "would fit; or add a node" in done.stderr
+
+
+def test_a_dry_run_leaves_the_plan_to_the_cluster_it_is_meant_for():
+    done = run("--dry-run", "cluster.rollout.workers=100000", RAY_ADDRESS="10.0.0.1:6379")
+    assert done.returncode == 0, done.stderr
+    assert "is checked when the job connects" in done.stdout
+
+
+def test_options_and_overrides_may_be_mixed():
+    options = parse("", ["seed=3", "--recipe", "tiny", "alignment.num_steps=7", "--workspace", "/ws", "--take-over"])
+    assert (options.recipe.seed, options.recipe.alignment.num_steps) == (3, 7)
+    assert (options.workspace, options.take_over, options.dry_run) == ("/ws", True, False)
+
+
+def test_the_workspace_comes_from_option_then_variable_then_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.delenv("VRM_WORKSPACE", raising=False)
+    assert parse("", []).workspace == "/home/me/vrm-runs/tiny"
+    monkeypatch.setenv("VRM_WORKSPACE", "s3://bucket/ws")
+    assert parse("", []).workspace == "s3://bucket/ws"
+    assert parse("", ["--workspace", "runs/x"]).workspace == os.path.abspath("runs/x")
+
+
+def test_a_submitted_job_refuses_a_workspace_that_would_be_thrown_away(monkeypatch):
+    monkeypatch.setenv(JOB_CONFIG, "{}")
+    assert place("/data/ws") == "/data/ws"
+    with pytest.raises(ConfigError, match=r'Write --workspace "\$PWD/runs/x"'):
+        place("runs/x")

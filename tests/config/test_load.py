@@ -1,0 +1,122 @@
+"""A recipe becomes a frozen configuration, or a letter that says what is wrong with it."""
+
+import pytest
+from pydantic import ValidationError
+
+from pipeline.config.load import RECIPES, load_recipe
+from pipeline.errors import ConfigError
+
+MINIMAL = "name: mine\nobjectives: [helpfulness, safety]\n"
+
+
+def write(tmp_path, text, name="mine.yaml"):
+    path = tmp_path / name
+    path.write_text(text)
+    return str(path)
+
+
+def test_overrides_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
+    path = write(tmp_path, MINIMAL + "alignment: {num_steps: 40, temperature: 0.9}\n")
+    recipe = load_recipe(path, ["alignment.num_steps=50", "alignment.kl.target=6", "data.prompts=[a.jsonl,b.parquet]"])
+    assert recipe.alignment.num_steps == 50
+    assert recipe.alignment.temperature == 0.9
+    assert recipe.alignment.top_p == 1.0
+    assert recipe.alignment.kl.target == 6.0
+    assert recipe.data.prompts == ("a.jsonl", "b.parquet")
+
+
+def test_numbers_in_scientific_notation_are_numbers():
+    assert load_recipe("tiny", ["reward_training.optimiser.learning_rate=1e-4"]).reward_training.optimiser == (
+        load_recipe("tiny", ["reward_training.optimiser.learning_rate=0.0001"]).reward_training.optimiser
+    )
+
+
+def test_a_loaded_recipe_cannot_be_changed():
+    with pytest.raises(ValidationError, match="frozen"):
+        load_recipe("tiny").alignment.num_steps = 3
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_every_recipe_loads_under_its_own_name(name):
+    assert load_recipe(name).name == name
+
+
+def test_a_recipe_may_extend_another(tmp_path):
+    write(tmp_path, MINIMAL + "alignment: {num_steps: 40, temperature: 0.9}\n", "base.yaml")
+    path = write(tmp_path, f"extends: {tmp_path}/base.yaml\nname: child\nalignment: {{num_steps: 50}}\n")
+    recipe = load_recipe(path)
+    assert (recipe.name, recipe.alignment.num_steps, recipe.alignment.temperature) == ("child", 50, 0.9)
+    assert recipe.objectives == ("helpfulness", "safety")
+
+
+def test_recipes_that_extend_each_other_are_refused(tmp_path):
+    write(tmp_path, f"extends: {tmp_path}/b.yaml\n", "a.yaml")
+    write(tmp_path, f"extends: {tmp_path}/a.yaml\n", "b.yaml")
+    with pytest.raises(ConfigError, match=r"in a circle: a\.yaml -> b\.yaml -> a\.yaml"):
+        load_recipe(f"{tmp_path}/a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "letter"),
+    [
+        ("alignment.num_stps=50", "alignment.num_stps: unknown key; did you mean alignment.num_steps?"),
+        ("alignment.ppo.clip=0.1", "alignment.ppo.clip: unknown key; did you mean alignment.ppo.clip_range?"),
+        ("clster.rollout.workers=2", "clster: unknown key; did you mean cluster?"),
+        ("clip_range=0.1", "clip_range: unknown key; did you mean alignment.ppo.clip_range?"),
+        ("zzz=1", "zzz: unknown key; known at the top: name, seed, objectives,"),
+        ("alignment.num_steps=many", "alignment.num_steps = 'many': input should be a valid integer"),
+        ("alignment.num_steps=5.5", "alignment.num_steps = 5.5: input should be a valid integer"),
+        ("alignment.num_steps=0", "alignment.num_steps = 0: input should be greater than or equal to 1"),
+        ("alignment.num_steps=", "alignment.num_steps = None: input should be a valid integer"),
+        ("policy.dtype=fp16", "policy.dtype = 'fp16': input should be 'float32' or 'bfloat16'"),
+        ("prepare_policy.optimiser.learning_rate=inf", "learning_rate = 'inf': input should be a finite number"),
+        ("alignment=5", "alignment = 5: this is a section; set one of its keys: num_steps, "),
+        ("data.preferences=pairs.jsonl", "data.preferences = 'pairs.jsonl': this is a list; write [pairs.jsonl]"),
+        ("data.preferences=[a,7]", "data.preferences[1] = 7: input should be a valid string"),
+        ("alignment.ppo.mini_batch_size=100", "is not a multiple of ppo.mini_batch_size = 100; change one"),
+        ("alignment.num_steps", "'alignment.num_steps' is no override; write key.path=value"),
+        ("=5", "'=5' is no override"),
+        ("seed=${nope}", "overrides ['seed=${nope}']: Interpolation key 'nope' not found"),
+        ("data.prompts=[a", "overrides ['data.prompts=[a']: while parsing"),
+    ],
+)
+def test_a_bad_override_is_a_letter(override, letter):
+    with pytest.raises(ConfigError) as error:
+        load_recipe("tiny", [override])
+    assert letter in str(error.value)
+
+
+def test_all_mistakes_are_named_at_once():
+    with pytest.raises(ConfigError) as error:
+        load_recipe("tiny", ["seed=x", "alignment.temperature=-1"])
+    assert "seed = 'x'" in str(error.value)
+    assert "alignment.temperature = -1" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("name: [unclosed", r"mine\.yaml is no YAML"),
+        ("- a\n- b\n", r"mine\.yaml holds a list"),
+        ("", "name: must be given"),
+        ("name: mine\n", "objectives: must be given"),
+        (MINIMAL + "alignmnt: {}\n", "alignmnt: unknown key; did you mean alignment?"),
+        ("extends: nosuch\n", "there is no recipe 'nosuch'"),
+    ],
+)
+def test_a_bad_recipe_is_a_letter(tmp_path, text, letter):
+    with pytest.raises(ConfigError, match=letter):
+        load_recipe(write(tmp_path, text))
+
+
+def test_a_file_that_is_no_text_is_a_letter(tmp_path):
+    (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe\x00name")
+    with pytest.raises(ConfigError, match="is no YAML"):
+        load_recipe(str(tmp_path / "mine.yaml"))
+
+
+def test_a_missing_recipe_names_the_known_ones(tmp_path):
+    with pytest.raises(ConfigError, match=r"no recipe 'tinny'. Did you mean 'tiny'\?.*smollm2_cpu"):
+        load_recipe("tinny")
+    with pytest.raises(ConfigError, match=r"recipe .*/no\.yaml does not exist"):
+        load_recipe(f"{tmp_path}/no.yaml")
