@@ -23,9 +23,7 @@ def join_process_group(rank: int, world_size: int, address: str, *, timeout_s: f
     """Joins the ranks' process group: NCCL where this rank sees a GPU, gloo otherwise. Returns the rank's device."""
     host, port = address.rsplit(":", 1)
     # Ray shows each actor its own GPU alone, so the local rank is always 0.
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0", MASTER_ADDR=host, MASTER_PORT=port
-    )
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0", MASTER_ADDR=host, MASTER_PORT=port)
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(0)
@@ -41,7 +39,10 @@ def join_process_group(rank: int, world_size: int, address: str, *, timeout_s: f
 
 
 class DeepSpeedEngine:
-    """One rank of a ZeRO-sharded model. Parameters are float32; `bfloat16` computes under autocast, heads stay float32."""
+    """One rank of a ZeRO-sharded model.
+
+    Parameters are float32; `bfloat16` computes under autocast, and heads stay float32.
+    """
 
     def __init__(
         self,

@@ -92,9 +92,7 @@ class RankGroup:
             for rank in range(config.ranks)
         ]
         try:
-            [address] = gather(
-                [self._ranks[0].free_address.remote()], who=name, doing="starting", deadline_s=start_s
-            )
+            [address] = gather([self._ranks[0].free_address.remote()], who=name, doing="starting", deadline_s=start_s)
             factory_ref, arguments_ref = ray.put(factory), ray.put(arguments)
             self.all(
                 lambda rank: rank.build.remote(factory_ref, arguments_ref, address, start_s),

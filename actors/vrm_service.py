@@ -8,6 +8,7 @@ from __future__ import annotations
 import hmac
 import socket
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import ray
@@ -87,7 +88,7 @@ class VRMService:
         ends = [0]
         for _, responses in calls:
             ends.append(ends[-1] + len(responses))
-        return [scores[first:last] for first, last in zip(ends, ends[1:], strict=False)]
+        return [scores[first:last] for first, last in pairwise(ends)]
 
     @api.get("/healthz")
     async def healthz(self) -> dict[str, str]:
@@ -141,9 +142,7 @@ class ServedScorer:
         size = max(1, -(-len(responses) // self._replicas))
         shares = [(list(prompts[i : i + size]), list(responses[i : i + size])) for i in range(0, len(responses), size)]
         calls = [self._handle.score.remote(*share) for share in shares]
-        return [
-            score for share, call in zip(shares, calls, strict=True) for score in self._result(share, call)
-        ]
+        return [score for share, call in zip(shares, calls, strict=True) for score in self._result(share, call)]
 
     def _result(self, share: tuple[list, list], call: Any) -> list[RewardScore]:
         """Scoring is a pure function, so a share whose replica died is simply asked again."""
@@ -201,5 +200,6 @@ def require_free_port(port: int) -> None:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise ResourceError(
-                f"port {port} on 127.0.0.1 is in use ({error.strerror}). Choose another cluster.scoring.port, or 0 for none."
+                f"port {port} on 127.0.0.1 is in use ({error.strerror}). "
+                "Choose another cluster.scoring.port, or 0 for none."
             ) from error

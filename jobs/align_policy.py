@@ -49,9 +49,7 @@ def _align(stage: StageDirectory, rooms: Rooms, policy: StageResult, reward_mode
         require_context(directory, config.max_prompt_tokens + config.max_response_tokens, "alignment")
     with storage.reading(reward_model.location) as directory:
         card = read_card(directory)
-    prompts = tokenise_prompts(
-        load_data(recipe).train_prompts, tokenizer, max_prompt_tokens=config.max_prompt_tokens
-    )
+    prompts = tokenise_prompts(load_data(recipe).train_prompts, tokenizer, max_prompt_tokens=config.max_prompt_tokens)
     spec = PPOLearnerSpec(
         config=config,
         ranks=recipe.cluster.alignment,

@@ -65,9 +65,7 @@ def _generate(
         for version, (generator, policy) in enumerate(policies.items()):
             location = os.path.join(rooms.publish_directory(), f"benchmark-{generator}")
             with storage.reading(policy.location) as checkpoint:
-                weights = publish_checkpoint(
-                    checkpoint, location, probes, dtype=recipe.policy.dtype, version=version
-                )
+                weights = publish_checkpoint(checkpoint, location, probes, dtype=recipe.policy.dtype, version=version)
             rollouts.load_weights(weights)
             answers[generator] = answer_prompts(
                 rollouts, scorer, prompts, config, generator=f"{recipe.name}-{generator}", seed=recipe.seed
@@ -82,7 +80,9 @@ def _generate(
     return metrics
 
 
-def compare(aligned: Sequence[Answer], base: Sequence[Answer], prompts: Sequence[Prompt], gold: GoldAnnotator | None) -> Metrics:
+def compare(
+    aligned: Sequence[Answer], base: Sequence[Answer], prompts: Sequence[Prompt], gold: GoldAnnotator | None
+) -> Metrics:
     """Win rates by the reward model and, where the truth is known, by the gold annotator; means and lengths."""
     metrics = _prefixed("reward", win_rate([a.score.mean for a in aligned], [b.score.mean for b in base]))
     for name, answers in ((ALIGNED, aligned), (BASE, base)):

@@ -1,6 +1,6 @@
 """Stage 1: the policy before alignment, a checkpoint as it is, or fine-tuned, or made from scratch.
 
-    python jobs/prepare_policy.py --recipe tiny
+python jobs/prepare_policy.py --recipe tiny
 """
 
 from __future__ import annotations

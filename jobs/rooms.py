@@ -64,9 +64,7 @@ class Rooms:
         if self._scorer is None:
             cluster = self.recipe.cluster
             self._exits.callback(stop_service)
-            self._scorer = start_service(
-                reward_model.location, cluster.scoring, deadline_s=cluster.deadlines.score_s
-            )
+            self._scorer = start_service(reward_model.location, cluster.scoring, deadline_s=cluster.deadlines.score_s)
         return self._scorer
 
     def publish_directory(self) -> str:
@@ -84,8 +82,6 @@ def open_rooms(options: Options) -> Iterator[Rooms]:
     recipe = options.recipe
     transformers_logging.disable_progress_bar()  # the progress lines are the stages' own
     with ExitStack() as exits:
-        workspace = exits.enter_context(
-            Workspace.open(options.workspace, job=job_id(), take_over=options.take_over)
-        )
+        workspace = exits.enter_context(Workspace.open(options.workspace, job=job_id(), take_over=options.take_over))
         exits.enter_context(open_cluster(recipe.cluster, plan_resources(recipe.cluster)))
         yield Rooms(recipe, StageRunner(workspace), exits)

@@ -37,9 +37,7 @@ def main() -> None:
         require_free_port(options.port)
         token = None if options.no_token else os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)
         config = ScoringConfig(replicas=options.replicas, gpus_per_replica=options.gpus_per_replica, port=options.port)
-        start_service(
-            os.path.abspath(options.model), config, deadline_s=DeadlinesConfig().score_s, token=token
-        )
+        start_service(os.path.abspath(options.model), config, deadline_s=DeadlinesConfig().score_s, token=token)
     except PipelineError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)

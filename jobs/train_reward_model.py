@@ -57,7 +57,8 @@ def _train(stage: StageDirectory, recipe: Recipe, backbone_uri: str) -> Metrics:
     statistics = ScoreStatistics.of((p.pair for p in pairs), recipe.objectives)
     shared = shared_prompts((p.pair.prompt for p in pairs), (p.pair.prompt for p in heldout))
     print(
-        f"train_reward_model  {len(pairs)} of {len(data.train_pairs)} training pairs fit in {config.max_length} tokens, "
+        f"train_reward_model  {len(pairs)} of {len(data.train_pairs)} training pairs fit in "
+        f"{config.max_length} tokens, "
         f"{len(heldout)} pairs held out, {shared} prompts on both sides",
         flush=True,
     )
@@ -100,8 +101,7 @@ def _train(stage: StageDirectory, recipe: Recipe, backbone_uri: str) -> Metrics:
 def longer_is_better(pairs: Sequence[TokenisedPair]) -> float:
     """Accuracy of the rule that prefers the longer response; a tie counts one half."""
     wins = [
-        0.5 * (1 + (len(p.chosen_ids) > len(p.rejected_ids)) - (len(p.chosen_ids) < len(p.rejected_ids)))
-        for p in pairs
+        0.5 * (1 + (len(p.chosen_ids) > len(p.rejected_ids)) - (len(p.chosen_ids) < len(p.rejected_ids))) for p in pairs
     ]
     return sum(wins) / len(wins)
 

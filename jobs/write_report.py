@@ -27,7 +27,7 @@ from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 def write_report(
     rooms: Rooms, policy: StageResult, reward_model: StageResult, aligned: StageResult, benchmark: StageResult
 ) -> str:
-    """Writes <workspace>/report.html from the finished stages and prints the results. Cheap, so it is always made anew."""
+    """Writes <workspace>/report.html from the finished stages, prints the results. Cheap: always made anew."""
     recipe, workspace = rooms.recipe, rooms.stages.workspace
     results = (policy, reward_model, aligned, benchmark)
     stages = [workspace.stage(result.name, result.fingerprint) for result in results]

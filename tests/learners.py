@@ -45,9 +45,7 @@ def statistics_of(world):
 
 
 def collator(world, tokenizer):
-    return PairCollator(
-        statistics=statistics_of(world), pad_token_id=tokenizer.pad_token_id, temperature=1.0, seed=0
-    )
+    return PairCollator(statistics=statistics_of(world), pad_token_id=tokenizer.pad_token_id, temperature=1.0, seed=0)
 
 
 def tokenised(world, tokenizer, split="train"):
@@ -70,7 +68,16 @@ def reward_card(head="vrm", statistics=None):
 
 
 def reward_trainer(
-    tiny_policy, world, tokenizer, *, head="vrm", num_steps=8, loss=None, make_engine=TorchEngine, max_tokens=512, lr=1e-3
+    tiny_policy,
+    world,
+    tokenizer,
+    *,
+    head="vrm",
+    num_steps=8,
+    loss=None,
+    make_engine=TorchEngine,
+    max_tokens=512,
+    lr=1e-3,
 ):
     import torch
 

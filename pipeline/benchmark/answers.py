@@ -12,7 +12,7 @@ from pipeline.records import Answer, RewardScore
 
 
 def write_answers(path: Path, answers: Sequence[Answer], *, dataset: str) -> None:
-    """A JSON list of {instruction, output, generator, dataset}, as alpaca_eval reads it; our fields stand beside them."""
+    """A JSON list of {instruction, output, generator, dataset}, as alpaca_eval reads it; ours stand beside them."""
     rows = [
         {
             "instruction": answer.instruction,

@@ -87,7 +87,10 @@ def results_table(data: ReportData) -> list[tuple[str, str]]:
         last = data.alignment_rows[-1]
         rows += [
             ("KL to the reference, nats per response", f"{last['kl/per_response']:.2f}"),
-            ("largest engine-learner logprob gap at the gate", f"{max(r['gate/max'] for r in data.alignment_rows):.1e}"),
+            (
+                "largest engine-learner logprob gap at the gate",
+                f"{max(r['gate/max'] for r in data.alignment_rows):.1e}",
+            ),
         ]
     rows.append(("time", as_clock(sum(stage.seconds for stage in data.stages))))
     return rows
@@ -162,9 +165,17 @@ def _grid(rows: Sequence[Row], panels: Mapping[str, tuple[str, str]], labels: tu
         for name, label, colour in zip(names, labels, (BLUE, ORANGE), strict=True):
             points = [(row["step"] + 1, row[name]) for row in rows if name in row]
             if points:
-                axis.plot(*zip(*points, strict=True), color=colour, label=label, marker="o" if len(points) < 12 else None, ms=3)
+                axis.plot(
+                    *zip(*points, strict=True),
+                    color=colour,
+                    label=label,
+                    marker="o" if len(points) < 12 else None,
+                    ms=3,
+                )
         _style(axis, title)
-    handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    handles = {
+        label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
     if len(handles) > 1:
         figure.legend(handles.values(), handles.keys(), loc="lower center", ncol=2, frameon=False)
     figure.tight_layout(rect=(0, 0.05, 1, 1))

@@ -15,8 +15,8 @@ def win_rate(scores: Sequence[float], baseline_scores: Sequence[float]) -> Metri
     """Share of prompts on which a score exceeds the baseline's; a tie counts one half.
 
     Returns:
-        `win_rate`, `ties` (their share), and `low` and `high` of the 95% Wilson interval (Wilson 1927), which stays inside
-        [0, 1] and is not empty when every prompt is won.
+        `win_rate`, `ties` (their share), and `low` and `high` of the 95% Wilson interval (Wilson 1927), which stays
+        inside [0, 1] and is not empty when every prompt is won.
 
     Raises:
         ShapeError: the two sequences differ in length, or are empty.

@@ -1,7 +1,7 @@
 """Messages to tokens, in one place (vrm_spec section 4.3).
 
-The prompt is rendered by the chat template, the response is encoded on its own, and the ids are concatenated: the prompt is
-an exact prefix of the whole, and the last scored token is always the one that ends the turn.
+The prompt is rendered by the chat template, the response is encoded on its own, and the ids are concatenated: the
+prompt is an exact prefix of the whole, and the last scored token is always the one that ends the turn.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int,
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
     """The text of sampled tokens, without special tokens."""
-    return tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
+    return str(tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
 
 
 def strip_thinking(text: str) -> str:

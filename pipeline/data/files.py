@@ -62,7 +62,9 @@ def _read_jsonl(file: Path) -> Iterator[Row]:
             try:
                 values = json.loads(line)
             except json.JSONDecodeError as error:
-                raise DataError(f"{place}: no JSON ({error.msg} at column {error.colno}): {line.strip():.60}") from error
+                raise DataError(
+                    f"{place}: no JSON ({error.msg} at column {error.colno}): {line.strip():.60}"
+                ) from error
             if not isinstance(values, dict):
                 raise DataError(f"{place}: {line.strip():.60} is JSON but no object")
             yield Row(place=place, number=number, values=values)

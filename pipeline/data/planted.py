@@ -3,8 +3,9 @@
 This is a test world. It is not human data and must never be presented as such; it exists to show whether a method
 recovers what was planted.
 
-A prompt is of one of four kinds, and each kind has known objective weights w*(x). A response is a list of clauses; a gold
-annotator scores any text from 1 to 5 on four objectives by the clauses it finds. The gold reward is <w*(x), scores(y)>.
+A prompt is of one of four kinds, and each kind has known objective weights w*(x). A response is a list of clauses; a
+gold annotator scores any text from 1 to 5 on four objectives by the clauses it finds. The gold reward is
+<w*(x), scores(y)>.
 Pairs are labelled by a Bradley-Terry draw on the gold reward, and annotated with noisy scores. A model sees the noisy
 scores of responses and the labels; it never sees w*.
 """
@@ -56,9 +57,10 @@ PROMPTS: Mapping[str, tuple[str, ...]] = {
     ),
 }
 
-TOPICS = tuple(
-    "bread garden bicycle ladder engine kettle camera boat tent oven lamp piano bridge candle compass drill fence "
-    "guitar hammer kite lantern mirror needle paint radio saw stove telescope violin wagon".split()
+TOPICS = (
+    *("bread", "garden", "bicycle", "ladder", "engine", "kettle", "camera", "boat", "tent", "oven"),
+    *("lamp", "piano", "bridge", "candle", "compass", "drill", "fence", "guitar", "hammer", "kite"),
+    *("lantern", "mirror", "needle", "paint", "radio", "saw", "stove", "telescope", "violin", "wagon"),
 )
 PLACES = ("home", "school", "winter", "summer", "town", "camp", "work", "sea")
 
@@ -107,7 +109,7 @@ REPETITION_FREQUENCY = 0.25
 """Share of responses that say one of their clauses again, once or more; nobody values that."""
 HABIT = {"plan": STEP, "factual": HEDGE, "risky": CAUTION, "quick": FILLER}
 HABIT_FREQUENCY = 0.5
-"""Demonstrations answer to the point this often: they open with a clause of their kind's habit (a quick one stays short)."""
+"""How often a demonstration opens with a clause of its kind's habit; a quick one then stops there."""
 
 UNKNOWN, PADDING, TURN_START, TURN_END = "<unk>", "<pad>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -189,7 +191,7 @@ class PlantedWorld:
         wanted = config.num_heldout_prompts + config.num_train_prompts
         if wanted > len(prompts):
             raise ConfigError(
-                f"data.planted asks for {wanted} prompts (training and held out); the planted world has {len(prompts)}. "
+                f"data.planted asks for {wanted} prompts (training and held out); the world has {len(prompts)}. "
                 "Lower num_train_prompts or num_heldout_prompts."
             )
         order = np.random.default_rng([seed, 0]).permutation(len(prompts))[:wanted]
@@ -207,7 +209,8 @@ class PlantedWorld:
 
     def train_pairs(self) -> list[PreferencePair]:
         """Pairs on training prompts, labelled with Bradley-Terry noise, annotated with noisy scores."""
-        return self._pairs(self.train_prompts, self.config.num_train_pairs, np.random.default_rng([self.seed, 2]), False)
+        rng = np.random.default_rng([self.seed, 2])
+        return self._pairs(self.train_prompts, self.config.num_train_pairs, rng, False)
 
     def heldout_pairs(self) -> list[PreferencePair]:
         """Clean pairs on held-out prompts: chosen is truly better under the gold reward."""
@@ -220,7 +223,7 @@ class PlantedWorld:
     ) -> list[PreferencePair]:
         pairs: list[PreferencePair] = []
         while len(pairs) < count:
-            prompt = prompts[rng.integers(len(prompts))]
+            prompt = prompts[int(rng.integers(len(prompts)))]
             first, second = _random_response(prompt.topic, rng), _random_response(prompt.topic, rng)
             gap = self.gold.reward(prompt.messages, first) - self.gold.reward(prompt.messages, second)
             if gap == 0:

@@ -130,14 +130,16 @@ def _helpsteer2_groups(
             texts, labels = row.values["responses"], row.values.get("labels")
             if not isinstance(labels, list) or len(labels) != len(texts) or len(texts) != 2:
                 raise DataError(f"{row.place}: fields 'responses' and 'labels' must be lists of two")
-            yield row, messages, [
-                Annotated(response=text, scores=_helpsteer2_scores(row, label, objectives))
-                for text, label in zip(texts, labels, strict=True)
-            ]
+            yield (
+                row,
+                messages,
+                [
+                    Annotated(response=text, scores=_helpsteer2_scores(row, label, objectives))
+                    for text, label in zip(texts, labels, strict=True)
+                ],
+            )
             continue
-        annotated = Annotated(
-            response=_text(row, "response"), scores=_helpsteer2_scores(row, row.values, objectives)
-        )
+        annotated = Annotated(response=_text(row, "response"), scores=_helpsteer2_scores(row, row.values, objectives))
         if waiting is not None and waiting[0] == prompt:
             yield row, messages, [waiting[1], annotated]
             waiting = None
@@ -156,8 +158,9 @@ def _helpsteer2_scores(row: Row, values: Mapping[str, Any], objectives: tuple[st
 def _from_ultrafeedback(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> Iterator[PreferencePair]:
     """UltraFeedback, raw: four completions a prompt, each with `annotations.<objective>.Rating` ("1".."5" or "N/A").
 
-    One pair a prompt (vrm_spec section 7.2): chosen is the best mean rating (ties: most fives, then by seed), rejected is
-    drawn by seed among the strictly lower. The overall score is not used: some upstream values of it are wrong.
+    One pair a prompt (vrm_spec section 7.2): chosen is the best mean rating (ties: most fives, then by seed),
+    rejected is drawn by seed among the strictly lower. The overall score is not used: some of
+    its upstream values are wrong.
     """
     for row in rows:
         prompt = as_messages(row.values.get("instruction"), place=f"{row.place}, field 'instruction'")
@@ -256,7 +259,7 @@ def _number(row: Row, field: str, value: Any, low: float, high: float) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError) as error:
-        raise DataError(f"{row.place}, field {field!r}: {value!r:.40} is no number and not \"N/A\"") from error
+        raise DataError(f'{row.place}, field {field!r}: {value!r:.40} is no number and not "N/A"') from error
     if not low <= number <= high or math.isnan(number):
         raise DataError(f"{row.place}, field {field!r}: {number} is outside [{low}, {high}]")
     return number

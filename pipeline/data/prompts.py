@@ -36,9 +36,9 @@ def as_messages(value: Any, *, place: str) -> tuple[Message, ...]:
     """
     if isinstance(value, str) and value.strip():
         return ({"role": "user", "content": value},)
-    if isinstance(value, Sequence) and not isinstance(value, str) and value:
-        if all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in value):
-            return tuple({"role": str(m["role"]), "content": str(m["content"])} for m in value)
+    is_list = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
+    if is_list and all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in value):
+        return tuple({"role": str(m["role"]), "content": str(m["content"])} for m in value)
     raise DataError(f"{place}: {value!r:.80} is no prompt; give a non-empty string or a list of {{role, content}}")
 
 

@@ -46,7 +46,7 @@ def load_data(experiment: ExperimentConfig) -> RunData:
 
 
 def data_fingerprints(experiment: ExperimentConfig) -> list[str]:
-    """Content hashes of the files a run reads, so that a changed file is another input; hub names stand for themselves."""
+    """Content hashes of the files a run reads: a changed file is another input. Hub names stand for themselves."""
     data = experiment.data
     files = [*data.prompts, *experiment.benchmark.prompts]
     if data.source == "files":

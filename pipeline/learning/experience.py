@@ -36,7 +36,7 @@ def build_experience(
 ) -> tuple[Experience, Metrics]:
     """Shapes rewards, estimates advantages over the whole batch, and measures the batch.
 
-    R_t = -beta k_t + 1[t = last] r~,  r~ the transformed reward minus the penalty of a response cut at the length limit;
+    R_t = -beta k_t + 1[t = last] r~,  r~ the transformed reward minus the penalty of a response cut at the limit;
     (A, returns) by GAE; A whitened over all response tokens. Nothing here depends on how the batch is sharded later.
 
     Source: vrm_spec section 11.

@@ -17,7 +17,7 @@ from pipeline.config.schema import AlignmentConfig
 from pipeline.data.collate import pad_right
 from pipeline.learning.engine import TrainEngine
 from pipeline.learning.schedule import learning_rate_factor
-from pipeline.learning.shards import MicroBatch, Sums, own_micro_batches
+from pipeline.learning.shards import Sums, own_micro_batches
 from pipeline.models.backbone import save_causal_lm
 from pipeline.models.critic import TokenStatistics
 from pipeline.objectives.masked import masked_sum
@@ -87,7 +87,9 @@ class PPOLearner:
         logprobs, references, values = self.engine.sum_over_ranks(dense).cpu().tolist()
         return [
             TokenEvaluation(
-                logprobs=tuple(logprobs[b][:n]), reference_logprobs=tuple(references[b][:n]), values=tuple(values[b][:n])
+                logprobs=tuple(logprobs[b][:n]),
+                reference_logprobs=tuple(references[b][:n]),
+                values=tuple(values[b][:n]),
             )
             for b, n in enumerate(response_lengths.tolist())
         ]
@@ -98,9 +100,7 @@ class PPOLearner:
         """`ppo.epochs` passes of mini-batches; the order is a function of (seed, step, epoch)."""
         self.engine.module.train()
         ppo = self.config.ppo
-        factor = learning_rate_factor(
-            step, num_steps=self.config.num_steps, warmup_fraction=ppo.policy.warmup_fraction
-        )
+        factor = learning_rate_factor(step, num_steps=self.config.num_steps, warmup_fraction=ppo.policy.warmup_fraction)
         sums, norms = Sums(), []
         for epoch in range(ppo.epochs):
             order = np.random.default_rng([self.seed, step, epoch]).permutation(len(experience.input_ids))
@@ -191,7 +191,7 @@ class PPOLearner:
     # ------------------------------------------------------------------ publish and save
 
     def publish_weights(self, version: int) -> PolicyWeights:
-        """Writes the policy where rollout workers of this node can read it, with the gate's probes; keeps the last two."""
+        """Writes the policy where rollout workers of this node read it, with the gate's probes; keeps the last two."""
         probes = self._evaluate_probes()
         state = self.engine.full_state_dict()
         location = self._location(version)

@@ -26,8 +26,9 @@ class RewardModelTrainer:
     L = 1/B sum_b [ -log sigmoid(r_w - r_l) + beta_w KL_w + beta_z (KL_zw + KL_zl) ] + lambda / B_sup sum_b L_sup
     with one posterior sample of the rewards, and the betas warmed up linearly from 0.
 
-    Source: VRM, arXiv 2603.04974, Eqs. 11-14; KL weights far below 1, because at 1 with fixed priors the optimum is a constant
-    reward (vrm_spec section 3). The engine's module is a `RewardModel`; a Bradley-Terry head has only the first term.
+    Source: VRM, arXiv 2603.04974, Eqs. 11-14; KL weights far below 1, because at 1 with fixed priors the optimum is a
+    constant reward (vrm_spec section 3). The engine's module is a `RewardModel`; a Bradley-Terry head
+    has only the first term.
     """
 
     def __init__(
@@ -64,9 +65,7 @@ class RewardModelTrainer:
         for micro in self._micro_batches(batch):
             output = self._forward(batch, micro, sampled=True)
             terms = self._terms(batch, micro, output)
-            variational = kl_factor * (
-                self.loss.kl_weight_w * terms["kl_w"] + self.loss.kl_weight_z * terms["kl_z"]
-            )
+            variational = kl_factor * (self.loss.kl_weight_w * terms["kl_w"] + self.loss.kl_weight_z * terms["kl_z"])
             loss = (terms["nll"] + variational).sum() / num_pairs
             loss = loss + self.loss.supervision_weight * terms["supervision"].sum() / max(1, num_supervised)
             self.engine.backward(micro.weight * loss, last=micro.last)

@@ -76,7 +76,11 @@ def align(
             kl = measured["kl/per_response"]
             if config.kl.target is not None:
                 kl_coefficient = adapt_kl_coefficient(
-                    kl_coefficient, kl=kl, target=config.kl.target, horizon=config.kl.horizon, num_responses=len(samples)
+                    kl_coefficient,
+                    kl=kl,
+                    target=config.kl.target,
+                    horizon=config.kl.horizon,
+                    num_responses=len(samples),
                 )
             gate = rollouts.load_weights(learner.publish_weights(step + 1))
             clock.lap("weights")

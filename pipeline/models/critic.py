@@ -95,7 +95,9 @@ class ResponseStates:
     Response token t of row b stands at position prompt_lengths[b] + t and is predicted one position earlier.
     """
 
-    def __init__(self, mask: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> None:
+    def __init__(
+        self, mask: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor
+    ) -> None:
         self.mask = mask
         self.rows = rows
         self.positions = positions

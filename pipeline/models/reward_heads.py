@@ -39,7 +39,7 @@ class RewardOutput(NamedTuple):
 
 
 def bounded_softplus(u: torch.Tensor, *, low: float, high: float) -> torch.Tensor:
-    """alpha = high * tanh((low + softplus(u)) / high): positive, about linear, never above `high` (vrm_spec section 4.4)."""
+    """alpha = high * tanh((low + softplus(u)) / high): positive, near linear, at most `high` (vrm_spec 4.4)."""
     return high * torch.tanh((low + nn.functional.softplus(u)) / high)
 
 
@@ -48,16 +48,19 @@ def inverse_softplus(x: float) -> float:
     return x + math.log(-math.expm1(-x))
 
 
-def two_layer_head(input_size: int, hidden_size: int, output_size: int) -> nn.Sequential:
-    """Linear -> SiLU -> Linear in float32; the last layer starts at zero weight, so its bias alone sets the start."""
-    head = nn.Sequential(
-        nn.Linear(input_size, hidden_size, dtype=torch.float32),
-        nn.SiLU(),
-        nn.Linear(hidden_size, output_size, dtype=torch.float32),
-    )
-    nn.init.zeros_(head[2].weight)
-    nn.init.zeros_(head[2].bias)
-    return head
+class TwoLayerHead(nn.Module):
+    """Linear -> SiLU -> Linear in float32; the output layer starts at zero weight, so its bias alone sets the start."""
+
+    def __init__(self, input_size: int, hidden_size: int, output_size: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(input_size, hidden_size, dtype=torch.float32)
+        self.output = nn.Linear(hidden_size, output_size, dtype=torch.float32)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, input_size] -> [N, output_size]."""
+        return self.output(nn.functional.silu(self.hidden(x)))
 
 
 class VRMHead(nn.Module):
@@ -73,14 +76,16 @@ class VRMHead(nn.Module):
     def __init__(self, hidden_size: int, num_objectives: int, config: VRMHeadConfig) -> None:
         super().__init__()
         self.config = config
-        self.weight_head = two_layer_head(hidden_size, config.hidden_size, num_objectives)
-        self.feature_head = two_layer_head(hidden_size, config.hidden_size, 2 * config.semantic_dims)
+        self.weight_head = TwoLayerHead(hidden_size, config.hidden_size, num_objectives)
+        self.feature_head = TwoLayerHead(hidden_size, config.hidden_size, 2 * config.semantic_dims)
         self.score_matrix = nn.Parameter(torch.empty(num_objectives, config.semantic_dims, dtype=torch.float32))
         with torch.no_grad():
             # A zero feature head would give mu = 0 and no gradient to S: let mu start small instead.
-            nn.init.normal_(self.feature_head[2].weight[: config.semantic_dims], std=1.0 / math.sqrt(config.hidden_size))
-            self.feature_head[2].bias[config.semantic_dims :] = self._logvar_input(config.initial_logvar)
-            self.weight_head[2].bias.fill_(inverse_softplus(config.prior_alpha - config.alpha_min))
+            nn.init.normal_(
+                self.feature_head.output.weight[: config.semantic_dims], std=1.0 / math.sqrt(config.hidden_size)
+            )
+            self.feature_head.output.bias[config.semantic_dims :] = self._logvar_input(config.initial_logvar)
+            self.weight_head.output.bias.fill_(inverse_softplus(config.prior_alpha - config.alpha_min))
             nn.init.normal_(self.score_matrix, std=1.0 / math.sqrt(config.semantic_dims))
 
     def forward(

@@ -85,7 +85,9 @@ def make_head(
             return BradleyTerryHead(hidden_size)
 
 
-def score_rows(model: RewardModel, input_ids: torch.Tensor, lengths: torch.Tensor, prompt_lengths: torch.Tensor) -> RewardOutput:
+def score_rows(
+    model: RewardModel, input_ids: torch.Tensor, lengths: torch.Tensor, prompt_lengths: torch.Tensor
+) -> RewardOutput:
     """Posterior-mean scores of N rows, without gradient."""
     with torch.inference_mode():
         return RewardOutput(*model(input_ids, lengths, prompt_lengths))
@@ -118,7 +120,9 @@ def read_card(directory: str) -> RewardModelCard:
             f"{directory} holds no {CARD_FILE}: it is no reward model. Give the result directory of train_reward_model."
         ) from error
     except ValidationError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. It was written by another version, or edited.") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {error}. It was written by another version, or edited."
+        ) from error
 
 
 def load_reward_model(

@@ -47,9 +47,7 @@ def transform_reward(
     return reward if clip is None else reward.clamp(-clip, clip)
 
 
-def token_rewards(
-    scores: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor, *, kl_coefficient: float
-) -> torch.Tensor:
+def token_rewards(scores: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor, *, kl_coefficient: float) -> torch.Tensor:
     """R_t = -beta * k_t + 1[t = last] * score.
 
     Source: vrm_spec section 11; Stiennon et al. 2020, arXiv:2009.01325, section 3.4.

@@ -38,9 +38,7 @@ def kl_estimate(
             return torch.exp(-k) - 1.0 + k
 
 
-def adapt_kl_coefficient(
-    coefficient: float, *, kl: float, target: float, horizon: float, num_responses: int
-) -> float:
+def adapt_kl_coefficient(coefficient: float, *, kl: float, target: float, horizon: float, num_responses: int) -> float:
     """One step of the proportional controller that keeps the KL per response near a target.
 
     e = clip(KL / target - 1, -0.2, 0.2);  beta <- beta * (1 + e * n / horizon)

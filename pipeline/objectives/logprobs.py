@@ -8,7 +8,12 @@ from torch.utils.checkpoint import checkpoint
 
 
 def token_logprobs_and_entropy(
-    hidden: torch.Tensor, lm_head: torch.nn.Module, token_ids: torch.Tensor, *, temperature: float, chunk_size: int = 2048
+    hidden: torch.Tensor,
+    lm_head: torch.nn.Module,
+    token_ids: torch.Tensor,
+    *,
+    temperature: float,
+    chunk_size: int = 2048,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log pi(a_n | s_n) and H[pi(. | s_n)] for N positions, in float32.
 
@@ -40,7 +45,10 @@ def token_logprobs_and_entropy(
 def logits_to_logprobs_and_entropy(
     logits: torch.Tensor, token_ids: torch.Tensor, *, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[n, V] logits and [n] tokens to float32 logprobs [n] and (detached) entropies [n] of softmax(logits / temperature)."""
+    """[n, V] logits and [n] tokens to float32 logprobs [n] and entropies [n] of softmax(logits / temperature).
+
+    The entropies are detached.
+    """
     log_pi = F.log_softmax(logits.float() / temperature, dim=-1)
     with torch.no_grad():
         entropy = -(log_pi.exp() * log_pi).sum(-1)

@@ -47,7 +47,9 @@ def importance_ratio(logprobs: torch.Tensor, old_logprobs: torch.Tensor, mask: t
     return torch.exp(torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs)))
 
 
-def clipped_tokens(ratio: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, *, clip_range: float) -> torch.Tensor:
+def clipped_tokens(
+    ratio: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, *, clip_range: float
+) -> torch.Tensor:
     """Number of tokens whose gradient the clip removes: the clipped term is the strict minimum. Scalar."""
     clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
     return masked_sum((clipped * advantages < ratio * advantages).to(ratio.dtype), mask)

@@ -106,7 +106,7 @@ def supervision_target(
     """t = softmax(s_hat / tau) over the annotated objectives, Eq. 13.
 
     Args:
-        standardised: [B, K] scores of the chosen response, zero mean and unit variance per objective; ignored where masked.
+        standardised: [B, K] scores of the chosen response, zero mean and unit variance; ignored where masked.
         mask: [B, K] bool, True where annotated.
         temperature: tau > 0.
 
@@ -165,7 +165,9 @@ def reward_mean_and_variance(
     s_bar = mu @ score_matrix.T
     score_covariance = torch.einsum("kj,nj,lj->nkl", score_matrix, logvar.exp(), score_matrix)
     second_moment = s_bar.unsqueeze(-1) * s_bar.unsqueeze(-2) + score_covariance
-    weight_covariance = (torch.diag_embed(w_bar) - w_bar.unsqueeze(-1) * w_bar.unsqueeze(-2)) / (total + 1.0).unsqueeze(-1)
+    weight_covariance = (torch.diag_embed(w_bar) - w_bar.unsqueeze(-1) * w_bar.unsqueeze(-2)) / (total + 1.0).unsqueeze(
+        -1
+    )
     variance = torch.einsum("nk,nkl,nl->n", w_bar, score_covariance, w_bar) + (weight_covariance * second_moment).sum(
         (-1, -2)
     )

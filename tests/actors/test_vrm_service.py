@@ -28,7 +28,7 @@ def reward_model(tiny_policy, tokenizer, world, tmp_path_factory):
     backbone = load_backbone(tiny_policy, dtype="float32")
     torch.manual_seed(0)
     model = RewardModel(backbone, make_head("vrm", 64, 4, HEAD))
-    torch.nn.init.normal_(model.head.weight_head[2].weight, std=0.1)
+    torch.nn.init.normal_(model.head.weight_head.output.weight, std=0.1)
     save_reward_model(
         directory,
         state_dict=model.state_dict(),
@@ -89,7 +89,13 @@ def test_without_the_token_nobody_is_served(service, token):
 
 @pytest.mark.parametrize(
     "body",
-    [b"{", {"prompt": "hi", "responses": []}, {"prompt": 3, "responses": ["x"]}, {"prompt": "hi"}, {"prompt": "hi", "responses": ["x"], "more": 1}],
+    [
+        b"{",
+        {"prompt": "hi", "responses": []},
+        {"prompt": 3, "responses": ["x"]},
+        {"prompt": "hi"},
+        {"prompt": "hi", "responses": ["x"], "more": 1},
+    ],
 )
 def test_malformed_requests_are_refused_and_the_replica_lives(service, body):
     status, answer = post(f"{service[1]}/v1/score", body)

@@ -4,8 +4,8 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.data.chat import encode_prompt, require_chat_template
 from pipeline.data.collate import PairCollator, tokenise_pairs
-from pipeline.data.score_statistics import ScoreStatistics
 from pipeline.data.planted import OBJECTIVES
+from pipeline.data.score_statistics import ScoreStatistics
 from pipeline.errors import DataError
 
 

@@ -48,9 +48,13 @@ def test_heldout_prompts_never_stand_in_training(world):
 
 def test_heldout_pairs_are_clean_and_training_pairs_are_noisy():
     world = PlantedWorld(PlantedConfig(num_train_pairs=2000, num_heldout_pairs=200), OBJECTIVES, seed=3)
-    gap = [world.gold.reward(p.prompt, p.chosen) - world.gold.reward(p.prompt, p.rejected) for p in world.heldout_pairs()]
+    gap = [
+        world.gold.reward(p.prompt, p.chosen) - world.gold.reward(p.prompt, p.rejected) for p in world.heldout_pairs()
+    ]
     assert min(gap) > 0
-    gap = np.array([world.gold.reward(p.prompt, p.chosen) - world.gold.reward(p.prompt, p.rejected) for p in world.train_pairs()])
+    gap = np.array(
+        [world.gold.reward(p.prompt, p.chosen) - world.gold.reward(p.prompt, p.rejected) for p in world.train_pairs()]
+    )
     assert 0.01 < (gap < 0).mean() < 0.15
 
 

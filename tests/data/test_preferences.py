@@ -5,11 +5,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.prompts import read_prompts, tokenise_prompts
+from pipeline.config.schema import DataConfig, ExperimentConfig
 from pipeline.data.preferences import read_pairs, shared_prompts, split_by_prompt, take_pairs
+from pipeline.data.prompts import read_prompts, tokenise_prompts
 from pipeline.data.score_statistics import ScoreStatistics
 from pipeline.data.source import load_data
-from pipeline.config.schema import DataConfig, ExperimentConfig
 from pipeline.errors import ConfigError, DataError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -133,7 +133,9 @@ def test_a_driver_killed_twice_resumes_to_the_same_result(finished, tmp_path):
     assert "align_policy        resumes behind step" in log
     # Two DeepSpeed ranks on the same data: equal to rounding.
     for name, value in manifest(whole, "train_reward_model")["metrics"].items():
-        assert manifest(workspace, "train_reward_model")["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+        assert manifest(workspace, "train_reward_model")["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-5), (
+            name
+        )
     # vLLM samples by seed; a token that flips on a rounding difference moves a mean over 32 responses a little.
     one, other = (manifest(w, "align_policy")["metrics"] for w in (whole, workspace))
     assert other["reward/mean"] == pytest.approx(one["reward/mean"], abs=0.3)

@@ -111,9 +111,7 @@ def test_ppo_gradients_of_1_2_and_4_shards_agree(critic, tiny_policy, world, tok
 
 def test_the_first_ppo_step_starts_at_ratio_one(tiny_policy, world, tokenizer, tmp_path):
     ppo = ALIGNMENT.ppo.model_copy(update={"mini_batch_size": 9, "epochs": 1})
-    learner = ppo_learner(
-        tiny_policy, world, tokenizer, tmp_path, config=ALIGNMENT.model_copy(update={"ppo": ppo})
-    )
+    learner = ppo_learner(tiny_policy, world, tokenizer, tmp_path, config=ALIGNMENT.model_copy(update={"ppo": ppo}))
     metrics = learner.update(experience_of(learner, world, tokenizer), 0)
     assert metrics["ppo/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
     assert metrics["ppo/clip_fraction"] == 0.0

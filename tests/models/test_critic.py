@@ -11,9 +11,7 @@ def test_token_statistics_equal_a_plain_forward(tiny_policy):
     prompts, responses = [(5, 6, 7), (8, 9)], [(10, 11), (12, 13, 14)]
     rows = [p + r for p, r in zip(prompts, responses, strict=True)]
     with torch.no_grad():
-        got = TokenStatistics(
-            *model(torch.tensor(rows), torch.tensor([3, 2]), torch.tensor([2, 3]), 4, 0.5)
-        )
+        got = TokenStatistics(*model(torch.tensor(rows), torch.tensor([3, 2]), torch.tensor([2, 3]), 4, 0.5))
         for b, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             out = lm(torch.tensor([prompt + response]), output_hidden_states=True)
             log_pi = torch.log_softmax(out.logits[0] / 0.5, -1)
@@ -27,5 +25,7 @@ def test_token_statistics_equal_a_plain_forward(tiny_policy):
 
 def test_a_fresh_critic_predicts_nothing(tiny_policy):
     lm = AutoModelForCausalLM.from_pretrained(tiny_policy)
-    output = PolicyWithCritic(lm, None)(torch.ones(1, 4, dtype=torch.int64), torch.tensor([2]), torch.tensor([2]), 2, 1.0)
+    output = PolicyWithCritic(lm, None)(
+        torch.ones(1, 4, dtype=torch.int64), torch.tensor([2]), torch.tensor([2]), 2, 1.0
+    )
     assert TokenStatistics(*output).values.abs().sum() == 0

@@ -73,11 +73,9 @@ def test_both_rows_of_a_pair_share_one_draw_of_the_weights():
 def test_alpha_is_the_same_from_the_chosen_and_the_rejected_row(tiny_policy, world, tokenizer):
     model = vrm(tiny_policy).eval()
     with torch.no_grad():
-        torch.nn.init.normal_(model.head.weight_head[2].weight)
+        torch.nn.init.normal_(model.head.weight_head.output.weight)
         rows = [(7, 8, 9, 20, 21), (7, 8, 9, 40, 41, 42, 43)]
-        output = RewardOutput(
-            *model(pad_right(rows, 1), torch.tensor([5, 7]), torch.tensor([3, 3]))
-        )
+        output = RewardOutput(*model(pad_right(rows, 1), torch.tensor([5, 7]), torch.tensor([3, 3])))
     torch.testing.assert_close(output.alpha[0], output.alpha[1], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(output.mu[0], output.mu[1], atol=1e-3)
 
@@ -125,7 +123,9 @@ def test_a_checkpoint_round_trips(head, tiny_policy, tokenizer, world, tmp_path)
     assert loaded_card == card(head)
     prompt = [world.heldout_prompts[0].messages]
     before = RewardModelScorer(model, tokenizer, card(head), max_tokens_per_batch=100).score(prompt, ["do check"])
-    after = RewardModelScorer(loaded, loaded_tokenizer, loaded_card, max_tokens_per_batch=100).score(prompt, ["do check"])
+    after = RewardModelScorer(loaded, loaded_tokenizer, loaded_card, max_tokens_per_batch=100).score(
+        prompt, ["do check"]
+    )
     assert before == after
     assert not list(tmp_path.glob("*.bin")) + list(tmp_path.glob("*.pt"))
 
