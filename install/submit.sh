@@ -6,11 +6,13 @@ bin=$PWD/.venv/bin
 address=${RAY_API_SERVER_ADDRESS:-}
 
 if [ -z "$address" ]; then
-  read -r port gcs <<<"$("$bin/python" -c '
+  # Free ports for all that has a fixed one by default: another Ray may run on this machine.
+  read -r port gcs agent <<<"$("$bin/python" -c '
 import socket
-with socket.socket() as a, socket.socket() as b:
-    a.bind(("127.0.0.1", 0)); b.bind(("127.0.0.1", 0))
-    print(a.getsockname()[1], b.getsockname()[1])')"
+holders = [socket.socket() for _ in range(3)]
+for holder in holders:
+    holder.bind(("127.0.0.1", 0))
+print(*(holder.getsockname()[1] for holder in holders))')"
   address=http://127.0.0.1:$port
   # The head answers nobody without this token, not even on this machine.
   RAY_AUTH_TOKEN=$("$bin/python" -c 'import secrets; print(secrets.token_hex(32))')
@@ -18,6 +20,7 @@ with socket.socket() as a, socket.socket() as b:
   log=$(mktemp -t ray-head.XXXXXX.log)
   echo "submit: starting a Ray head on this machine, dashboard $address"
   "$bin/ray" start --head --block --port "$gcs" --dashboard-host 127.0.0.1 --dashboard-port "$port" \
+    --dashboard-agent-listen-port "$agent" \
     --object-store-memory $((512 * 1024 * 1024)) --disable-usage-stats >"$log" 2>&1 &
   head=$!
   trap 'kill -TERM $head 2>/dev/null; wait $head 2>/dev/null || true' EXIT

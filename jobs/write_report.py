@@ -8,7 +8,6 @@ Runs the stages before it when their results are not in the workspace.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from jobs.align_policy import align_policy
@@ -21,7 +20,6 @@ from pipeline.benchmark.answers import read_answers
 from pipeline.benchmark.report import ReportData, StageSummary, render, results_table
 from pipeline.records import StageResult
 from pipeline.stages import storage
-from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 
 
 def write_report(
@@ -44,13 +42,13 @@ def write_report(
             StageSummary(
                 name=manifest["name"],
                 seconds=manifest["seconds"],
-                driver_peak_gib=manifest["driver_peak_gib"],
+                node_peak_gib=manifest["node_peak_gib"],
                 versions=manifest["versions"],
             )
             for manifest in manifests
         ],
-        reward_rows=read_metrics(os.path.join(stages[1].metrics_directory, METRICS_FILE)),
-        alignment_rows=read_metrics(os.path.join(stages[2].metrics_directory, METRICS_FILE)),
+        reward_rows=stages[1].metrics_rows(),
+        alignment_rows=stages[2].metrics_rows(),
         reward_metrics=reward_model.metrics,
         benchmark_metrics=benchmark.metrics,
         base=answers[BASE],

@@ -33,7 +33,8 @@ class StageSummary:
 
     name: str
     seconds: float
-    driver_peak_gib: float
+    node_peak_gib: float
+    """Most memory in use on the driver's node while the stage ran, all processes together."""
     versions: Mapping[str, str]
 
 
@@ -92,7 +93,10 @@ def results_table(data: ReportData) -> list[tuple[str, str]]:
                 f"{max(r['gate/max'] for r in data.alignment_rows):.1e}",
             ),
         ]
-    rows.append(("time", as_clock(sum(stage.seconds for stage in data.stages))))
+    rows += [
+        ("time", as_clock(sum(stage.seconds for stage in data.stages))),
+        ("peak memory of the driver's node, GiB", f"{max(stage.node_peak_gib for stage in data.stages):.1f}"),
+    ]
     return rows
 
 
@@ -123,7 +127,7 @@ def render(data: ReportData) -> str:
         alignment_figure=_alignment_figure(data.alignment_rows),
         weights_figure=_weights_figure(data),
         samples=[(base, aligned, _contributions(data, base), _contributions(data, aligned)) for base, aligned in shown],
-        stages=[(s.name, as_clock(s.seconds), f"{s.driver_peak_gib:.2f}") for s in data.stages],
+        stages=[(s.name, as_clock(s.seconds), f"{s.node_peak_gib:.1f}") for s in data.stages],
         versions=data.stages[-1].versions if data.stages else {},
         recipe=json.dumps(data.recipe, indent=2),
     )
