@@ -24,7 +24,8 @@ def report(**changes):
         "reward_rows": [{"step": s, "train/nll": 0.6, "eval/nll": 0.5} for s in range(3)],
         "alignment_rows": [{"step": s, "reward/mean": s, "kl/per_response": 1.5, "gate/max": 1e-6} for s in range(3)],
         "reward_metrics": {
-            "eval/accuracy": 0.9, "eval/longer_is_better": 0.4, "eval/nll": 0.3, "eval/margin": 2.0, "eval/active_units": 7.0
+            "eval/accuracy": 0.9, "eval/longer_is_better": 0.4, "eval/nll": 0.3, "eval/margin": 2.0,
+            "eval/active_units": 7.0,
         },
         "benchmark_metrics": {
             "reward/win_rate": 0.75, "reward/low": 0.5, "reward/high": 0.9, "reward/base": 1.0, "reward/aligned": 2.0,
