@@ -8,6 +8,7 @@ from dataclasses import replace
 from pipeline.config.schema import AlignmentConfig
 from pipeline.data.batching import stable_seed
 from pipeline.data.prompts import PromptStream
+from pipeline.errors import NumericsError
 from pipeline.learning.experience import RewardScale, build_experience
 from pipeline.objectives.divergence import adapt_kl_coefficient
 from pipeline.ports import PolicyLearner, RewardScorer, RolloutSource
@@ -33,7 +34,10 @@ def align(
     engines hold the learner's weights, proven by the gate, before any of their samples is used.
 
     Returns:
-        The metrics of the last step.
+        The metrics of the last step; of the last good commit when the KL stop rule ended the run.
+
+    Raises:
+        NumericsError: the KL stop rule applies, and there is no earlier commit to end with.
     """
     sampling = SamplingParams(
         temperature=config.temperature,
@@ -71,9 +75,14 @@ def align(
                 reward_scale=reward_scale,
                 pad_token_id=pad_token_id,
             )
+            kl = measured["kl/per_response"]
+            if config.kl.stop_above is not None and kl > config.kl.stop_above:
+                # Before the update and its commit: a resumed run must come to the same decision.
+                log.write(step, measured)
+                metrics = return_to_last_good(learner, stage, step, kl=kl, limit=config.kl.stop_above)
+                break
             updated = learner.update(experience, step)
             clock.lap("update")
-            kl = measured["kl/per_response"]
             if config.kl.target is not None:
                 kl_coefficient = adapt_kl_coefficient(
                     kl_coefficient,
@@ -91,10 +100,26 @@ def align(
             if (step + 1) % config.checkpoint_every == 0 and not last:
                 learner.save(stage.checkpoints.uri(step))
                 stage.checkpoints.commit(step, state={"kl_coefficient": kl_coefficient, "metrics": metrics})
-            if config.kl.stop_above is not None and kl > config.kl.stop_above:
-                break
     learner.export(stage.result_uri)
     return metrics
+
+
+def return_to_last_good(
+    learner: PolicyLearner, stage: StageDirectory, step: int, *, kl: float, limit: float
+) -> Metrics:
+    """Restores the newest committed policy that was measured and stayed below the KL limit; returns its metrics.
+
+    The policy that entered `step` is the one that went too far, and a commit of `step - 1` holds that very policy.
+    """
+    good = stage.checkpoints.latest(before=step - 1)
+    if good is None:
+        raise NumericsError(
+            f"KL to the reference is {kl:.3g} nats per response at step {step}, above alignment.kl.stop_above = "
+            f"{limit:g}, and no checkpoint from before is left to end with. Raise alignment.kl.coefficient, lower "
+            "alignment.ppo.policy.learning_rate, or keep more checkpoints (alignment.keep_checkpoints of at least 2)."
+        )
+    learner.restore(good.uri)
+    return good.state["metrics"] | {"kl/stopped_at_step": float(step), "kl/at_stop": kl}
 
 
 class Stopwatch:

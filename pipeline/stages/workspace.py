@@ -68,13 +68,13 @@ class CheckpointStore:
         storage.write_text(f"{self.uri(step)}.json", json.dumps({"step": step, "state": state}))
         self._delete_all_but(self._committed_steps()[-self._keep :])
 
-    def latest(self) -> Checkpoint | None:
-        """The newest committed checkpoint.
+    def latest(self, *, before: int | None = None) -> Checkpoint | None:
+        """The newest committed checkpoint, of a step below `before` if given.
 
         Raises:
             CorruptManifest: its commit cannot be read.
         """
-        steps = self._committed_steps()
+        steps = [step for step in self._committed_steps() if before is None or step < before]
         if not steps:
             return None
         commit = f"{self.uri(steps[-1])}.json"

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from pipeline.data.batching import step_indices
 from pipeline.data.prompts import PromptStream
+from pipeline.errors import NumericsError
 from pipeline.learning.experience import RewardScale
 from pipeline.loops.alignment import align
 from pipeline.loops.supervised_training import train
@@ -118,23 +119,66 @@ def test_every_step_samples_its_own_prompts_from_the_policy_of_that_step(tiny_po
     assert rollouts.prompts_seen == [p.id for step in range(6) for p in stream.batch(step, 4)]
 
 
-def test_alignment_stops_when_the_policy_has_left_its_reference(tiny_policy, world, tokenizer, tmp_path):
-    config = ALIGNMENT.model_copy(update={"kl": ALIGNMENT.kl.model_copy(update={"stop_above": 4.0})})
-    learner = ppo_learner(tiny_policy, world, tokenizer, tmp_path / "published", config=config)
+def run_until_the_kl_limit(tiny_policy, world, tokenizer, path, *, too_far_from, kill_before_export=False):
+    """Policies of version `too_far_from` on find their reference 100 nats away on every token."""
+    config = ALIGNMENT.model_copy(update={"kl": ALIGNMENT.kl.model_copy(update={"stop_above": 50.0})})
+    learner = ppo_learner(tiny_policy, world, tokenizer, path / "published", config=config)
     evaluate = learner.evaluate
-    # A reference that finds every token one nat less likely: KL per response is the length, five or more.
-    learner.evaluate = lambda rollouts: [
-        replace(e, reference_logprobs=tuple(logprob - 1.0 for logprob in e.logprobs)) for e in evaluate(rollouts)
-    ]
-    align(
+
+    def evaluate_far(rollouts):
+        gap = 100.0 if rollouts[0].policy_version >= too_far_from else 0.0
+        return [
+            replace(e, reference_logprobs=tuple(logprob - gap for logprob in e.logprobs)) for e in evaluate(rollouts)
+        ]
+
+    def die(directory):
+        raise Killed
+
+    learner.evaluate = evaluate_far
+    if kill_before_export:
+        learner.export = die
+    stage = stage_at(path, "align_policy")
+    metrics = align(
         FakeRollouts(tokenizer),
         FakeScorer(),
         learner,
         PromptStream(prompts=tuple(prompts_of(world, tokenizer)), seed=0),
-        stage_at(tmp_path, "align_policy"),
+        stage,
         config,
         reward_scale=RewardScale(mean=0.0, std=1.0),
         pad_token_id=tokenizer.pad_token_id,
         seed=0,
     )
-    assert len(read_metrics(tmp_path / METRICS_FILE)) == 1
+    return metrics, stage
+
+
+# Commits follow steps 1 and 3. Version 5 is measured at step 5 and good is version 4; version 4 is measured at step 4,
+# and the newest commit holds it, so good is version 2.
+@pytest.mark.parametrize(("too_far_from", "good_step"), [(5, 3), (4, 1)])
+def test_past_the_kl_limit_alignment_ends_with_the_last_policy_measured_below_it(
+    too_far_from, good_step, tiny_policy, world, tokenizer, tmp_path
+):
+    metrics, stage = run_until_the_kl_limit(tiny_policy, world, tokenizer, tmp_path, too_far_from=too_far_from)
+    assert [row["step"] for row in read_metrics(tmp_path / METRICS_FILE)] == list(range(too_far_from + 1))
+    assert metrics["kl/stopped_at_step"] == too_far_from
+    committed = torch.load(f"{stage.checkpoints.uri(good_step)}/engine.pt", weights_only=True)["module"]
+    policy = {n.removeprefix("policy."): t for n, t in committed.items() if n.startswith("policy.")}
+    assert_bit_equal(weights(tmp_path), policy)
+
+
+def test_a_run_killed_at_the_kl_limit_stops_there_again(tiny_policy, world, tokenizer, tmp_path):
+    whole, _ = run_until_the_kl_limit(tiny_policy, world, tokenizer, tmp_path / "whole", too_far_from=4)
+    with pytest.raises(Killed):
+        run_until_the_kl_limit(
+            tiny_policy, world, tokenizer, tmp_path / "killed", too_far_from=4, kill_before_export=True
+        )
+    resumed, _ = run_until_the_kl_limit(tiny_policy, world, tokenizer, tmp_path / "killed", too_far_from=4)
+    assert timeless(resumed) == timeless(whole)
+    assert_bit_equal(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+
+
+def test_past_the_kl_limit_without_a_good_checkpoint_is_an_error_that_says_what_to_change(
+    tiny_policy, world, tokenizer, tmp_path
+):
+    with pytest.raises(NumericsError, match=r"nats per response at step 1, above .*stop_above = 50.*kl.coefficient"):
+        run_until_the_kl_limit(tiny_policy, world, tokenizer, tmp_path, too_far_from=1)
