@@ -48,14 +48,14 @@ def committed(workspace, name):
 
 def start(workspace):
     """The driver itself, with a local cluster of its own; its Ray processes die with it."""
-    log = open(workspace.parent / f"{workspace.name}.log", "a")  # noqa: SIM115 - the child writes it
-    return subprocess.Popen(
-        [sys.executable, "jobs/full_pipeline.py", "--workspace", str(workspace), *REDUCED],
-        cwd=ROOT,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
-    )
+    with open(workspace.parent / f"{workspace.name}.log", "a") as log:
+        return subprocess.Popen(
+            [sys.executable, "jobs/full_pipeline.py", "--workspace", str(workspace), *REDUCED],
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+        )
 
 
 def kill_once(workspace, stage, timeout_s=300):
