@@ -30,7 +30,7 @@ def read_rows(path: str) -> Iterator[Row]:
     """Streams the rows of a .jsonl or .parquet file, or of every such file in a directory.
 
     Raises:
-        DataError: the file is missing, of another kind, or a line is no JSON object.
+        DataError: the file is missing, of another kind, or a line is no JSON object in UTF-8.
     """
     file = Path(path)
     if file.is_dir():
@@ -54,11 +54,15 @@ def read_rows(path: str) -> Iterator[Row]:
 
 
 def _read_jsonl(file: Path) -> Iterator[Row]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
+    with file.open("rb") as lines:  # bytes: a decoding error then belongs to one line
+        for number, raw in enumerate(lines, start=1):
+            place = f"{file}, line {number}"
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{place}: no UTF-8 ({error.reason} at byte {error.start + 1})") from error
             if not line.strip():
                 continue
-            place = f"{file}, line {number}"
             try:
                 values = json.loads(line)
             except json.JSONDecodeError as error:

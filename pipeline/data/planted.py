@@ -21,7 +21,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.config.schema import PlantedConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.records import Message, PreferencePair
 
 OBJECTIVES = ("helpfulness", "honesty", "safety", "brevity")
@@ -135,8 +135,12 @@ class GoldAnnotator:
         self._prompts = {prompt.messages[-1]["content"]: prompt for prompt in _all_prompts()}
 
     def kind(self, messages: Sequence[Message]) -> str:
-        """The kind of a prompt of this world. KeyError for any other prompt."""
-        return self._prompts[messages[-1]["content"]].kind
+        """The kind of a prompt of this world.
+
+        Raises:
+            DataError: the prompt is not of this world.
+        """
+        return self._prompt(messages).kind
 
     def objective_weights(self, messages: Sequence[Message]) -> dict[str, float]:
         """w*(x), summing to 1."""
@@ -153,7 +157,7 @@ class GoldAnnotator:
         A clause counts once however often it is repeated. Words outside any clause are noise: a text that is more
         than half noise, or has no clause at all, gets 1 throughout.
         """
-        topic = self._prompts[messages[-1]["content"]].topic
+        topic = self._prompt(messages).topic
         words = [word for word in response.lower().split() if word not in ".,?:"]
         padded = f" {' '.join(response.lower().split())} "
         found = {
@@ -176,6 +180,15 @@ class GoldAnnotator:
         """<w*(x), scores(y)>, from 1 to 5."""
         weights, scores = self.objective_weights(messages), self.objective_scores(messages, response)
         return sum(weights[name] * scores[name] for name in OBJECTIVES)
+
+    def _prompt(self, messages: Sequence[Message]) -> PlantedPrompt:
+        text = messages[-1]["content"]
+        if text not in self._prompts:
+            raise DataError(
+                f"the gold annotator does not know the prompt {text!r:.80}: it is not of the planted world. "
+                "Leave benchmark.prompts empty, or set data.source to your own data."
+            )
+        return self._prompts[text]
 
 
 class PlantedWorld:

@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -17,8 +17,6 @@ from pipeline.data.prompts import as_messages
 from pipeline.errors import DataError
 from pipeline.records import Message, PreferencePair
 
-NOT_AVAILABLE = {"N/A", "n/a", "", None}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Annotated:
@@ -26,6 +24,8 @@ class Annotated:
 
     response: str
     scores: Mapping[str, float]
+    overall: float
+    """What orders the responses of a prompt, on the annotators' scale."""
 
 
 def read_pairs(
@@ -102,95 +102,150 @@ def _from_pairs(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> 
             scores_chosen=_scores(row, "scores_chosen", row.values.get("scores_chosen"), objectives),
             scores_rejected=_scores(row, "scores_rejected", row.values.get("scores_rejected"), objectives),
             source=str(row.values.get("source", "pairs")),
-            margin=None if margin is None else _number(row, "margin", margin, -math.inf, math.inf),
+            margin=None if _is_missing(margin) else _number(row, "margin", margin),
         )
 
 
 def _from_helpsteer2(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> Iterator[PreferencePair]:
-    """HelpSteer2: two responses a prompt; the one with the higher human helpfulness is chosen, ties are left out.
+    """HelpSteer2: two responses a prompt; the one with the higher human helpfulness is chosen.
 
-    Two layouts: one row a prompt with lists `responses` and `labels`, or NVIDIA's one row a response.
+    Helpfulness alone decides: complexity and verbosity describe a response and do not praise it, so a weighted sum
+    would reward length. Ties and responses without helpfulness are left out.
+    Two layouts: one row a prompt with lists `responses` and `labels`, or NVIDIA's one row a response. Scores are 0-4
+    or any smaller unit (0-1 in some copies); do not mix units in one run, statistics are taken over all of it.
     """
     for row, prompt, responses in _helpsteer2_groups(rows, objectives):
         first, second = responses
-        gap = first.scores["helpfulness"] - second.scores["helpfulness"]
-        if gap != 0:
-            chosen, rejected = (first, second) if gap > 0 else (second, first)
-            yield _pair(row, prompt, chosen, rejected, source="helpsteer2", margin=abs(gap))
+        if first is None or second is None or first.overall == second.overall:
+            continue
+        chosen, rejected = (first, second) if first.overall > second.overall else (second, first)
+        yield _pair(row, prompt, chosen, rejected, source="helpsteer2")
 
 
 def _helpsteer2_groups(
     rows: Iterable[Row], objectives: tuple[str, ...]
-) -> Iterator[tuple[Row, tuple[Message, ...], list[Annotated]]]:
-    waiting: tuple[Any, Annotated] | None = None
+) -> Iterator[tuple[Row, tuple[Message, ...], tuple[Annotated | None, Annotated | None]]]:
+    """Both responses of each prompt; None for one whose helpfulness is not annotated."""
+    waiting: tuple[Any, Annotated | None] | None = None
     for row in rows:
         prompt = row.values.get("prompt")
         messages = as_messages(prompt, place=f"{row.place}, field 'prompt'")
         if "responses" in row.values:
             texts, labels = row.values["responses"], row.values.get("labels")
-            if not isinstance(labels, list) or len(labels) != len(texts) or len(texts) != 2:
-                raise DataError(f"{row.place}: fields 'responses' and 'labels' must be lists of two")
-            yield (
-                row,
-                messages,
-                [
-                    Annotated(response=text, scores=_helpsteer2_scores(row, label, objectives))
-                    for text, label in zip(texts, labels, strict=True)
-                ],
+            if not (_is_list(texts, str) and _is_list(labels, Mapping) and len(texts) == len(labels) == 2):
+                raise DataError(f"{row.place}: 'responses' must be a list of two texts, 'labels' of their two ratings")
+            first, second = (
+                _helpsteer2_rated(row, text, label, objectives) for text, label in zip(texts, labels, strict=True)
             )
+            yield row, messages, (first, second)
             continue
-        annotated = Annotated(response=_text(row, "response"), scores=_helpsteer2_scores(row, row.values, objectives))
+        rated = _helpsteer2_rated(row, _text(row, "response"), row.values, objectives)
         if waiting is not None and waiting[0] == prompt:
-            yield row, messages, [waiting[1], annotated]
+            yield row, messages, (waiting[1], rated)
             waiting = None
         else:
-            waiting = (prompt, annotated)
+            waiting = (prompt, rated)
 
 
-def _helpsteer2_scores(row: Row, values: Mapping[str, Any], objectives: tuple[str, ...]) -> Mapping[str, float]:
-    wanted = {name: values.get(name) for name in (*objectives, "helpfulness")}
-    missing = [name for name in objectives if name not in values]
-    if missing:
-        raise unknown_objective(missing[0], [k for k, v in values.items() if isinstance(v, int | float)], row.place)
-    return _scores(row, "labels", wanted, tuple(wanted), low=0.0, high=4.0) or {}
+def _helpsteer2_rated(
+    row: Row, response: str, values: Mapping[str, Any], objectives: tuple[str, ...]
+) -> Annotated | None:
+    known = [name for name, value in values.items() if isinstance(value, int | float)]
+    for name in objectives:
+        if name not in values:
+            raise unknown_objective(name, known, row.place)
+    if _is_missing(values.get("helpfulness")):
+        return None
+    return Annotated(
+        response=response,
+        scores=_scores(row, "labels", {name: values[name] for name in objectives}, objectives, high=4.0) or {},
+        overall=_number(row, "labels.helpfulness", values["helpfulness"], 0.0, 4.0),
+    )
 
 
 def _from_ultrafeedback(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> Iterator[PreferencePair]:
-    """UltraFeedback, raw: four completions a prompt, each with `annotations.<objective>.Rating` ("1".."5" or "N/A").
+    """UltraFeedback, raw (four rated completions a prompt) or binarized (chosen and rejected); one pair a prompt.
 
-    One pair a prompt (vrm_spec section 7.2): chosen is the best mean rating (ties: most fives, then by seed),
-    rejected is drawn by seed among the strictly lower. The overall score is not used: some of
-    its upstream values are wrong.
+    Prompts taken from TruthfulQA are left out: they are somebody's evaluation (vrm_spec section 7.2).
     """
     for row in rows:
-        prompt = as_messages(row.values.get("instruction"), place=f"{row.place}, field 'instruction'")
         if str(row.values.get("source", "")).startswith("truthful_qa"):
             continue
-        rated = []
-        for completion in row.values.get("completions") or []:
-            scores = _ultrafeedback_scores(row, completion, objectives)
-            if scores:
-                rated.append(Annotated(response=completion["response"], scores=scores))
-        if not rated:
-            continue
-        rng = np.random.default_rng(stable_seed("ultrafeedback", seed, normalised_prompt(prompt)))
-        order = [rated[i] for i in rng.permutation(len(rated))]
-        best = max(order, key=lambda a: (_mean(a.scores), list(a.scores.values()).count(5.0)))
-        lower = [a for a in order if _mean(a.scores) < _mean(best.scores)]
-        if lower:
-            margin = _mean(best.scores) - _mean(lower[0].scores)
-            yield _pair(row, prompt, best, lower[0], source="ultrafeedback", margin=margin)
+        binarized = "chosen" in row.values and "completions" not in row.values
+        pair = _binarized_pair(row) if binarized else _pair_of_completions(row, objectives, seed)
+        if pair is not None:
+            yield pair
 
 
-def _ultrafeedback_scores(row: Row, completion: Mapping[str, Any], objectives: tuple[str, ...]) -> Mapping[str, float]:
-    annotations = completion.get("annotations")
+def _pair_of_completions(row: Row, objectives: tuple[str, ...], seed: int) -> PreferencePair | None:
+    """Each completion has `annotations.<objective>.Rating`, "1".."5" or "N/A" (vrm_spec sections 7.1 and 7.2).
+
+    Chosen is the best mean rating (ties: most fives, then by seed), rejected is drawn by seed among the strictly lower.
+    The overall score is not used: some of its upstream values are wrong.
+    """
+    prompt = as_messages(row.values.get("instruction"), place=f"{row.place}, field 'instruction'")
+    completions = row.values.get("completions")
+    if not _is_list(completions, Mapping):
+        raise DataError(f"{row.place}, field 'completions': {completions!r:.60} is no list of rated completions")
+    rated = [a for a in (_ultrafeedback_rated(row, c, objectives) for c in completions) if a is not None]
+    if not rated:
+        return None
+    rng = np.random.default_rng(stable_seed("ultrafeedback", seed, normalised_prompt(prompt)))
+    order = [rated[i] for i in rng.permutation(len(rated))]
+    best = max(order, key=lambda a: (a.overall, list(a.scores.values()).count(5.0)))
+    lower = [a for a in order if a.overall < best.overall]
+    return _pair(row, prompt, best, lower[0], source="ultrafeedback") if lower else None
+
+
+def _ultrafeedback_rated(row: Row, completion: Mapping[str, Any], objectives: tuple[str, ...]) -> Annotated | None:
+    """A completion with the mean of its known ratings; None when none is known."""
+    response, annotations = completion.get("response"), completion.get("annotations")
+    if not isinstance(response, str):
+        raise DataError(f"{row.place}, field 'completions.response': {response!r:.60} is no text")
     if not isinstance(annotations, Mapping):
         raise DataError(f"{row.place}: a completion has no field 'annotations'")
-    for objective in objectives:
-        if objective not in annotations:
-            raise unknown_objective(objective, list(annotations), row.place)
-    ratings = {name: (annotations[name] or {}).get("Rating") for name in objectives}
-    return _scores(row, "annotations", ratings, objectives, low=1.0, high=5.0) or {}
+    ratings = {}
+    for name in objectives:
+        if name not in annotations:
+            raise unknown_objective(name, list(annotations), row.place)
+        annotation = annotations[name]
+        if annotation is not None and not isinstance(annotation, Mapping):
+            raise DataError(f"{row.place}, field 'annotations.{name}': {annotation!r:.60} has no field 'Rating'")
+        ratings[name] = annotation.get("Rating") if annotation else None
+    scores = _scores(row, "annotations", ratings, objectives, low=1.0, high=5.0)
+    if scores is None:
+        return None
+    return Annotated(response=response, scores=scores, overall=sum(scores.values()) / len(scores))
+
+
+def _binarized_pair(row: Row) -> PreferencePair | None:
+    """`chosen` and `rejected` as texts beside a `prompt`, or as conversations; overall scores, no objective scores.
+
+    Without objective scores nothing supervises the weights. Equal scores and equal texts are left out.
+    """
+    prompt, prompt_field = row.values.get("prompt"), "prompt"
+    if prompt is None and _is_list(row.values["chosen"]):
+        prompt, prompt_field = row.values["chosen"][:-1], "chosen"
+    chosen, rejected = _last_text(row, "chosen"), _last_text(row, "rejected")
+    high, low = row.values.get("score_chosen"), row.values.get("score_rejected")
+    margin = None
+    if not _is_missing(high) and not _is_missing(low):
+        margin = _number(row, "score_chosen", high, 0.0, 10.0) - _number(row, "score_rejected", low, 0.0, 10.0)
+    if chosen == rejected or margin == 0:
+        return None
+    if margin is not None and margin < 0:
+        raise DataError(f"{row.place}: score_chosen = {high} is below score_rejected = {low}")
+    messages = as_messages(prompt, place=f"{row.place}, field {prompt_field!r}")
+    return PreferencePair(
+        id=_identity(row, messages, "ultrafeedback"),
+        prompt=messages,
+        chosen=chosen,
+        rejected=rejected,
+        scores_chosen=None,
+        scores_rejected=None,
+        source="ultrafeedback",
+        margin=margin,
+    )
 
 
 ADAPTERS: dict[str, Callable[[Iterable[Row], tuple[str, ...], int], Iterator[PreferencePair]]] = {
@@ -209,24 +264,35 @@ def _rows(source: str, hub: bool) -> Iterator[Row]:
         return
     from datasets import load_dataset
 
-    for number, values in enumerate(load_dataset(source, split="train", streaming=True), start=1):
+    try:
+        dataset = load_dataset(source, split="train", streaming=True)
+    except (OSError, ValueError) as error:  # not reachable, not there, or without a split of this name
+        raise DataError(
+            f"the hub's data set {source!r} cannot be opened: {error}. Check the name and the network, or download "
+            'it and set data.source to "files".'
+        ) from error
+    for number, values in enumerate(dataset, start=1):
         yield Row(place=f"{source}, row {number}", number=number, values=values)
 
 
 def _pair(
-    row: Row, prompt: tuple[Message, ...], chosen: Annotated, rejected: Annotated, *, source: str, margin: float
+    row: Row, prompt: tuple[Message, ...], chosen: Annotated, rejected: Annotated, *, source: str
 ) -> PreferencePair:
-    digest = hashlib.sha256(normalised_prompt(prompt).encode()).hexdigest()[:12]
     return PreferencePair(
-        id=str(row.values.get("id", f"{source}-{digest}")),
+        id=_identity(row, prompt, source),
         prompt=prompt,
         chosen=chosen.response,
         rejected=rejected.response,
         scores_chosen=chosen.scores,
         scores_rejected=rejected.scores,
         source=source,
-        margin=margin,
+        margin=chosen.overall - rejected.overall,
     )
+
+
+def _identity(row: Row, prompt: tuple[Message, ...], source: str) -> str:
+    digest = hashlib.sha256(normalised_prompt(prompt).encode()).hexdigest()[:12]
+    return str(row.values.get("id", f"{source}-{digest}"))
 
 
 def _text(row: Row, field: str) -> str:
@@ -234,6 +300,23 @@ def _text(row: Row, field: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{row.place}, field {field!r}: {value!r:.60} is no text")
     return value
+
+
+def _last_text(row: Row, field: str) -> str:
+    """A text, or the last turn of a conversation."""
+    value = row.values.get(field)
+    if _is_list(value):
+        return as_messages(value, place=f"{row.place}, field {field!r}")[-1]["content"]
+    return _text(row, field)
+
+
+def _is_list(value: Any, of: type = object) -> TypeGuard[list[Any]]:
+    return isinstance(value, list) and all(isinstance(item, of) for item in value)
+
+
+def _is_missing(value: Any) -> bool:
+    """Not annotated: absent, null, empty or "N/A"."""
+    return value is None or (isinstance(value, str) and value.strip().upper() in ("", "N/A"))
 
 
 def _scores(
@@ -250,17 +333,19 @@ def _scores(
     scores = {
         name: _number(row, f"{field}.{name}", values[name], low, high)
         for name in objectives
-        if values.get(name) not in NOT_AVAILABLE
+        if not _is_missing(values.get(name))
     }
     return scores or None
 
 
-def _number(row: Row, field: str, value: Any, low: float, high: float) -> float:
+def _number(row: Row, field: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
     try:
-        number = float(value)
+        number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError) as error:
         raise DataError(f'{row.place}, field {field!r}: {value!r:.40} is no number and not "N/A"') from error
-    if not low <= number <= high or math.isnan(number):
+    if not math.isfinite(number):
+        raise DataError(f"{row.place}, field {field!r}: {value!r:.40} is no finite number")
+    if not low <= number <= high:
         raise DataError(f"{row.place}, field {field!r}: {number} is outside [{low}, {high}]")
     return number
 
@@ -270,7 +355,3 @@ def unknown_objective(name: str, known: Sequence[str], place: str) -> DataError:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return DataError(f"{place}: unknown objective {name!r}; known are {', '.join(sorted(known))}.{hint}")
-
-
-def _mean(scores: Mapping[str, float]) -> float:
-    return sum(scores.values()) / len(scores)

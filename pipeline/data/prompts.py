@@ -32,14 +32,19 @@ def as_messages(value: Any, *, place: str) -> tuple[Message, ...]:
     """A prompt as chat turns: a string is one user turn.
 
     Raises:
-        DataError: neither a non-empty string nor a list of {role, content}; `place` says where it stands.
+        DataError: neither a non-empty string nor a list of {role, content} texts that ends in words; `place` says
+            where it stands.
     """
     if isinstance(value, str) and value.strip():
         return ({"role": "user", "content": value},)
     is_list = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
-    if is_list and all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in value):
-        return tuple({"role": str(m["role"]), "content": str(m["content"])} for m in value)
+    if is_list and all(_is_turn(m) for m in value) and value[-1]["content"].strip():
+        return tuple({"role": m["role"], "content": m["content"]} for m in value)
     raise DataError(f"{place}: {value!r:.80} is no prompt; give a non-empty string or a list of {{role, content}}")
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(value.get(field), str) for field in ("role", "content"))
 
 
 def read_prompts(files: Sequence[str]) -> list[tuple[str, tuple[Message, ...]]]:

@@ -4,7 +4,7 @@ import pytest
 from pipeline.config.schema import PlantedConfig
 from pipeline.data.chat import decode_response, encode_prompt, encode_response
 from pipeline.data.planted import OBJECTIVES, WEIGHTS, PlantedWorld
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 
 
 def prompt_of(world, kind):
@@ -37,6 +37,11 @@ def test_repeating_a_clause_adds_nothing_but_length(world):
     twice = world.gold.objective_scores(prompt.messages, "i am not certain of this . i am not certain of this .")
     assert twice["honesty"] == once["honesty"]
     assert twice["brevity"] < once["brevity"]
+
+
+def test_a_prompt_of_another_world_is_refused(world):
+    with pytest.raises(DataError, match="does not know the prompt 'who won \\?'"):
+        world.gold.kind(({"role": "user", "content": "who won ?"},))
 
 
 def test_heldout_prompts_never_stand_in_training(world):

@@ -48,12 +48,24 @@ def test_a_pair_is_read_with_its_scores(tmp_path):
         (row(scores_chosen={"helpfulnes": 1}), r"unknown objective 'helpfulnes'.*Did you mean 'helpfulness'\?"),
         (row(scores_chosen={"honesty": 11}), r"'scores_chosen.honesty': 11.0 is outside \[0.0, 10.0\]"),
         (row(scores_chosen={"honesty": "good"}), r"'good' is no number and not \"N/A\""),
-        (row(scores_chosen={"honesty": float("nan")}), r"outside"),
+        (row(scores_chosen={"honesty": float("nan")}), r"'scores_chosen.honesty': nan is no finite number"),
+        (row(scores_chosen={"honesty": True}), r"'scores_chosen.honesty': True is no finite number"),
+        (row(scores_chosen={"honesty": [4]}), r"\[4\] is no number"),
+        (row(margin=float("inf")), r"field 'margin': inf is no finite number"),
+        (row(prompt=[{"role": "user", "content": None}]), r"line 2, field 'prompt': .* is no prompt"),
+        (row(prompt=[{"role": "user", "content": " "}]), r"line 2, field 'prompt': .* is no prompt"),
     ],
 )
 def test_a_bad_row_is_named_by_file_line_and_field(tmp_path, bad, letter):
     with pytest.raises(DataError, match=letter):
         read(pairs_file(tmp_path, row(), bad))
+
+
+def test_bytes_that_are_no_text_are_named_by_line(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(json.dumps(row()).encode() + b"\n" + b'{"prompt": "\xff"}\n')
+    with pytest.raises(DataError, match=r"pairs\.jsonl, line 2: no UTF-8 \(invalid start byte at byte 13\)"):
+        read(str(path))
 
 
 def test_a_missing_file_and_a_foreign_kind_are_refused(tmp_path):
@@ -80,13 +92,11 @@ def test_an_empty_split_is_refused(tmp_path):
         split_by_prompt(read(pairs_file(tmp_path, row())), 0.03, seed=0)
 
 
-def test_ultrafeedback_takes_the_best_and_a_lower_completion(tmp_path):
-    def completion(text, helpfulness, honesty):
-        return {
-            "response": text,
-            "annotations": {"helpfulness": {"Rating": helpfulness}, "honesty": {"Rating": honesty}},
-        }
+def completion(text, helpfulness, honesty):
+    return {"response": text, "annotations": {"helpfulness": {"Rating": helpfulness}, "honesty": {"Rating": honesty}}}
 
+
+def test_ultrafeedback_takes_the_best_and_a_lower_completion(tmp_path):
     record = {
         "instruction": "why ?",
         "source": "sharegpt",
@@ -100,11 +110,101 @@ def test_ultrafeedback_takes_the_best_and_a_lower_completion(tmp_path):
     assert pair.margin == 2.5
 
 
+@pytest.mark.parametrize(
+    ("completions", "letter"),
+    [
+        (None, r"line 1, field 'completions': None is no list of rated completions"),
+        (["best"], r"is no list of rated completions"),
+        ([{**completion("best", "5", "4"), "response": None}], r"field 'completions.response': None is no text"),
+        ([completion("best", "6", "4")], r"'annotations.helpfulness': 6.0 is outside \[1.0, 5.0\]"),
+        ([{"response": "best", "annotations": {"helpfulness": "5"}}], r"'annotations.helpfulness': '5' has no field"),
+        ([{"response": "best", "annotations": {"honest": {}, "helpfulness": {}}}], r"Did you mean 'honest'\?"),
+    ],
+)
+def test_a_bad_completion_is_named(tmp_path, completions, letter):
+    with pytest.raises(DataError, match=letter):
+        read(pairs_file(tmp_path, {"instruction": "why ?", "completions": completions}), "ultrafeedback")
+
+
+def test_binarized_ultrafeedback_has_a_margin_and_no_objective_scores(tmp_path):
+    scored = row(score_chosen=8.0, score_rejected=3.5)
+    tie, copy = row(score_chosen=7.0, score_rejected=7.0), row(rejected="because")
+    path = pairs_file(tmp_path, scored, tie, copy, row(id="unscored"))
+    first, second = read(path, "ultrafeedback")
+    assert (first.chosen, first.rejected, first.margin) == ("because", "no", 4.5)
+    assert first.scores_chosen is None
+    assert (second.id, second.margin) == ("unscored", None)
+    with pytest.raises(DataError, match=r"line 1: score_chosen = 2.0 is below score_rejected = 3.0"):
+        read(pairs_file(tmp_path, row(score_chosen=2.0, score_rejected=3.0)), "ultrafeedback")
+
+
+def test_binarized_ultrafeedback_as_conversations(tmp_path):
+    asked = {"role": "user", "content": "why ?"}
+    record = {
+        "chosen": [asked, {"role": "assistant", "content": "because"}],
+        "rejected": [asked, {"role": "assistant", "content": "no"}],
+    }
+    [pair] = read(pairs_file(tmp_path, record), "ultrafeedback")
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((asked,), "because", "no")
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the public data folder beside the checkout")
+def test_binarized_ultrafeedback_real_rows():
+    # 812 rows: 83 have equal scores, and 2 more have the same text twice.
+    pairs = read(str(SHARED / "ultrafeedback_binarized" / "ultrafeedback_binarized.parquet"), "ultrafeedback")
+    assert len(pairs) == 812 - 83 - 2
+    assert all(pair.margin > 0 for pair in pairs)
+
+
 def test_helpsteer2_as_nvidia_publishes_it(tmp_path):
     base = {"prompt": "why ?", "honesty": 1}
     rows = [{**base, "response": "good", "helpfulness": 4}, {**base, "response": "bad", "helpfulness": 1}]
     [pair] = read(pairs_file(tmp_path, *rows), "helpsteer2")
     assert (pair.chosen, pair.rejected, pair.margin) == ("good", "bad", 3.0)
+
+
+def rated(**changes):
+    ratings = [{"helpfulness": 3, "honesty": 2}, {"helpfulness": 1, "honesty": 4}]
+    return {"prompt": "why ?", "responses": ["good", "bad"], "labels": ratings, **changes}
+
+
+def test_helpfulness_orders_the_pair_even_when_it_is_no_objective(tmp_path):
+    [pair] = read(pairs_file(tmp_path, rated()), "helpsteer2", ("honesty", "helpfulness"))
+    assert (pair.chosen, pair.margin) == ("good", 2.0)
+    [pair] = read(pairs_file(tmp_path, rated()), "helpsteer2", ("honesty",))
+    assert (pair.chosen, pair.scores_chosen, pair.scores_rejected) == ("good", {"honesty": 2.0}, {"honesty": 4.0})
+
+
+def test_a_missing_rating_is_masked_and_a_missing_helpfulness_leaves_the_pair_out(tmp_path):
+    masked = rated(labels=[{"helpfulness": 3, "honesty": "N/A"}, {"helpfulness": 1, "honesty": None}])
+    [pair] = read(pairs_file(tmp_path, masked, rated(labels=[{"helpfulness": None, "honesty": 1}] * 2)), "helpsteer2")
+    assert (pair.scores_chosen, pair.scores_rejected) == ({"helpfulness": 3.0}, {"helpfulness": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("changes", "letter"),
+    [
+        ({"responses": None}, r"line 1: 'responses' must be a list of two texts"),
+        ({"responses": ["good", None]}, r"'responses' must be a list of two texts"),
+        ({"labels": [1, 2]}, r"'labels' of their two ratings"),
+        ({"labels": [{"helpfulness": 5, "honesty": 2}] * 2}, r"'labels.helpfulness': 5.0 is outside \[0.0, 4.0\]"),
+        ({"labels": [{"helpfulness": 3, "honest": 2}] * 2}, r"unknown objective 'honesty'.*Did you mean 'honest'\?"),
+    ],
+)
+def test_a_bad_helpsteer2_row_is_named(tmp_path, changes, letter):
+    with pytest.raises(DataError, match=letter):
+        read(pairs_file(tmp_path, rated(**changes)), "helpsteer2")
+
+
+def test_a_hub_that_cannot_be_reached_is_a_letter(monkeypatch):
+    import datasets
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(DataError, match=r"'some/set' cannot be opened: no network\. .*data\.source"):
+        read_pairs(["some/set"], "pairs", OBJECTIVES, hub=True, seed=0)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the public data folder beside the checkout")
