@@ -18,8 +18,11 @@ from pipeline.learning.engine import ParameterGroup, require_finite_norm
 
 TAG = "state"
 
+COLLECTIVE_TIMEOUT = timedelta(days=1)
+"""Longer than any deadline of the driver, which sees all ranks and says what hangs; a rank only knows that it waits."""
 
-def join_process_group(rank: int, world_size: int, address: str, *, timeout_s: float) -> torch.device:
+
+def join_process_group(rank: int, world_size: int, address: str) -> torch.device:
     """Joins the ranks' process group: NCCL where this rank sees a GPU, gloo otherwise. Returns the rank's device."""
     host, port = address.rsplit(":", 1)
     # Ray shows each actor its own GPU alone, so the local rank is always 0.
@@ -32,8 +35,11 @@ def join_process_group(rank: int, world_size: int, address: str, *, timeout_s: f
         init_method=f"tcp://{address}",
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=timeout_s),
+        timeout=COLLECTIVE_TIMEOUT,
     )
+    # Serves tensor-parallel inference alone, yet would be compiled here at first use: a minute, a compiler, and a lock
+    # file on which every later run waits for ever if this one is killed meanwhile.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False)
     return torch.device("cuda:0" if on_gpu else "cpu")
 
