@@ -15,9 +15,10 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.config.schema import AlignmentConfig
 from pipeline.data.collate import pad_right
+from pipeline.errors import ResourceError
 from pipeline.learning.engine import TrainEngine
 from pipeline.learning.schedule import learning_rate_factor
-from pipeline.learning.shards import Sums, own_micro_batches
+from pipeline.learning.shards import Rows, Sums, own_micro_batches
 from pipeline.models.backbone import save_causal_lm
 from pipeline.models.critic import TokenStatistics
 from pipeline.objectives.masked import masked_sum
@@ -70,8 +71,7 @@ class PPOLearner:
         prompt_lengths = torch.tensor([len(r.prompt.token_ids) for r in rollouts])
         response_lengths = torch.tensor([len(r.response_ids) for r in rollouts])
         width = int(response_lengths.max())
-        # Each rank fills in its own rows; the sum over ranks is the whole, because the rest is zero.
-        dense = torch.zeros(3, len(rollouts), width, device=self.engine.device)
+        rows = Rows(len(rollouts))
         with torch.no_grad():
             for micro in own_micro_batches([len(s) for s in sequences], self.engine, self._max_tokens):
                 arguments = self._arguments(
@@ -82,9 +82,10 @@ class PPOLearner:
                 )
                 statistics = TokenStatistics(*self.engine.forward(*arguments))
                 reference = self.reference(*arguments)
-                if micro.weight:
-                    dense[:, micro.rows] = torch.stack([statistics.logprobs, reference, statistics.values])
-        logprobs, references, values = self.engine.sum_over_ranks(dense).cpu().tolist()
+                rows.put(
+                    micro.weight, micro.rows, torch.stack([statistics.logprobs, reference, statistics.values], dim=1)
+                )
+        logprobs, references, values = rows.over_ranks(self.engine).transpose(0, 1).tolist()
         return [
             TokenEvaluation(
                 logprobs=tuple(logprobs[b][:n]),
@@ -233,8 +234,20 @@ class PPOLearner:
 
 
 def write_policy_weights(state: dict[str, torch.Tensor], location: Path) -> None:
-    """One safetensors file with Hugging Face names, appearing whole or not at all."""
+    """One safetensors file with Hugging Face names, appearing whole or not at all.
+
+    Raises:
+        ResourceError: the file system has too little room left, as /dev/shm in a container often has.
+    """
     location.mkdir(parents=True, exist_ok=True)
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    free = shutil.disk_usage(location).free
+    if needed > free:
+        raise ResourceError(
+            f"publishing the policy's weights needs {needed / 2**20:,.0f} MiB, {location.parent} has "
+            f"{free / 2**20:,.0f} MiB free. Enlarge it to hold two versions of the policy (docker run --shm-size, "
+            "or mount -o remount,size=... /dev/shm), or delete what else lies there."
+        )
     partial = location / f"{WEIGHTS_FILE}.partial"
     # Tied tensors share memory, which safetensors refuses; the engine needs lm_head.weight spelled out anyway.
     save_file({name: tensor.clone().contiguous() for name, tensor in state.items()}, partial)

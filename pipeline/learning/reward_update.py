@@ -8,16 +8,14 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from pipeline.config.schema import VariationalLossConfig
 from pipeline.data.score_statistics import ScoreStatistics
 from pipeline.learning.engine import TrainEngine
+from pipeline.learning.reward_diagnostics import reward_diagnostics
 from pipeline.learning.schedule import learning_rate_factor, warmup_factor
-from pipeline.learning.shards import MicroBatch, Sums, own_micro_batches
+from pipeline.learning.shards import MicroBatch, Rows, Sums, own_micro_batches
 from pipeline.models.reward_heads import RewardOutput, VRMHead
 from pipeline.models.reward_model import RewardModelCard, save_reward_model
 from pipeline.objectives.preference import bradley_terry_loss, pair_accuracy
 from pipeline.objectives.variational import dirichlet_kl, gaussian_kl, weight_supervision_kl
 from pipeline.records import Metrics, PreferenceBatch
-
-ACTIVE_VARIANCE = 0.01
-"""A semantic dimension whose mean varies by more than this over (x, y) is active (vrm_spec section 12)."""
 
 
 class RewardModelTrainer:
@@ -83,15 +81,16 @@ class RewardModelTrainer:
     def evaluate(self, batch: PreferenceBatch) -> Metrics:
         self.engine.module.eval()
         num_pairs, num_supervised = batch.num_pairs, int(batch.target_mask.any(-1).sum())
-        sums = Sums()
+        sums, rows = Sums(), Rows(2 * num_pairs)
         with torch.no_grad():
             for micro in self._micro_batches(batch):
                 output = self._forward(batch, micro, sampled=False)
                 terms = self._terms(batch, micro, output)
                 sums.add(micro.weight, **{name: term.sum() for name, term in terms.items()})
-                sums.add(micro.weight, **_moments(output, len(micro.rows)))
+                rows.put(micro.weight, _both(micro, batch), _side_by_side(output))
         totals = sums.over_ranks(self.engine)
-        metrics = self._means(totals, num_pairs, num_supervised, "eval") | _diagnostics(totals, num_pairs)
+        whole = _taken_apart(rows.over_ranks(self.engine), like=output)
+        metrics = self._means(totals, num_pairs, num_supervised, "eval") | reward_diagnostics(whole, batch)
         # The card keeps the statistics of the latest evaluation; the loop evaluates once more before it exports.
         self.card = self.card.model_copy(
             update={
@@ -123,7 +122,7 @@ class RewardModelTrainer:
         return list(own_micro_batches((2 * longest).tolist(), self.engine, self.max_tokens))
 
     def _forward(self, batch: PreferenceBatch, micro: MicroBatch, *, sampled: bool) -> RewardOutput:
-        both = torch.cat([micro.rows, micro.rows + batch.num_pairs])
+        both = _both(micro, batch)
         lengths = batch.lengths[both]
         device = self.engine.device
         return RewardOutput(
@@ -165,37 +164,21 @@ class RewardModelTrainer:
         return means | {f"{split}/supervision": float(totals["supervision"]) / max(1, num_supervised)}
 
 
-def _moments(output: RewardOutput, n: int) -> dict[str, torch.Tensor]:
-    """Sums over rows from which `_diagnostics` makes variances; the chosen half speaks for the prompt."""
-    mean, mu, alpha = output.mean.double(), output.mu.double(), output.alpha[:n].double()
-    w_bar = alpha / alpha.sum(-1, keepdim=True)
-    return {
-        "reward": mean.sum(),
-        "reward_squared": (mean**2).sum(),
-        "reward_std_sum": output.variance.double().sqrt().sum(),
-        "mu": mu.sum(0),
-        "mu_squared": (mu**2).sum(0),
-        "w": w_bar.sum(0),
-        "w_squared": (w_bar**2).sum(0),
-        "concentration": alpha.sum(),
-    }
+def _both(micro: MicroBatch, batch: PreferenceBatch) -> torch.Tensor:
+    """[2n] rows of the chosen, then of the rejected responses of n pairs."""
+    return torch.cat([micro.rows, micro.rows + batch.num_pairs])
 
 
-def _diagnostics(totals: dict[str, torch.Tensor], num_pairs: int) -> Metrics:
-    """Section 12 of vrm_spec: active units, variance of the weights over prompts, the scale of the reward."""
-    num_rows = 2 * num_pairs
-    reward_mean = float(totals["reward"]) / num_rows
-    metrics = {
-        "eval/reward_mean": reward_mean,
-        "eval/reward_std": max(0.0, float(totals["reward_squared"]) / num_rows - reward_mean**2) ** 0.5,
-        "eval/posterior_std": float(totals["reward_std_sum"]) / num_rows,
-    }
-    if totals["mu"].numel():
-        mu_variance = totals["mu_squared"] / num_rows - (totals["mu"] / num_rows) ** 2
-        w_variance = totals["w_squared"] / num_pairs - (totals["w"] / num_pairs) ** 2
-        metrics |= {
-            "eval/active_units": float((mu_variance > ACTIVE_VARIANCE).sum()),
-            "eval/weight_variance": float(w_variance.mean()),
-            "eval/concentration": float(totals["concentration"]) / num_pairs,
-        }
-    return metrics
+def _side_by_side(output: RewardOutput) -> torch.Tensor:
+    """[n, 3 + 2K + 2d] float64: the fields of n rows as one tensor, for one collective."""
+    return torch.cat([field.double().view(len(field), _width(field)) for field in output], dim=1)
+
+
+def _taken_apart(packed: torch.Tensor, *, like: RewardOutput) -> RewardOutput:
+    """The inverse of `_side_by_side`; the fields are as wide as those of `like`."""
+    columns = packed.split([_width(field) for field in like], dim=1)
+    return RewardOutput(*(c.squeeze(1) if field.dim() == 1 else c for c, field in zip(columns, like, strict=True)))
+
+
+def _width(field: torch.Tensor) -> int:
+    return 1 if field.dim() == 1 else field.shape[1]

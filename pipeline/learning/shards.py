@@ -1,4 +1,4 @@
-"""A rank's share of a batch, and sums over all ranks' shares."""
+"""A rank's share of a batch, and what all ranks' shares add up to."""
 
 from __future__ import annotations
 
@@ -47,3 +47,23 @@ class Sums:
         total = engine.sum_over_ranks(flat).cpu()
         pieces = total.split([value.numel() for value in self._sums.values()])
         return {name: piece.view(self._sums[name].shape) for name, piece in zip(self._sums, pieces, strict=True)}
+
+
+class Rows:
+    """One value per row of the whole batch, each filled in by the rank that owns the row."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._num_rows = num_rows
+        self._dense: torch.Tensor | None = None
+
+    def put(self, weight: float, rows: torch.Tensor, values: torch.Tensor) -> None:
+        """Fills in `values` [n, ...] of the rows [n]; a stand-in (weight 0) only tells the shape."""
+        if self._dense is None:
+            self._dense = values.new_zeros(self._num_rows, *values.shape[1:])
+        if weight:
+            self._dense[rows] = values.detach()
+
+    def over_ranks(self, engine: TrainEngine) -> torch.Tensor:
+        """[num_rows, ...] on the CPU, equal on every rank: a sum, because other ranks' rows are zero here."""
+        assert self._dense is not None  # every rank has a micro-batch, perhaps a stand-in
+        return engine.sum_over_ranks(self._dense).cpu()

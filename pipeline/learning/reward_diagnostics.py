@@ -1,0 +1,110 @@
+"""What accuracy alone cannot see in a reward model: collapse, miscalibration, a taste for length."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.models.reward_heads import RewardOutput
+from pipeline.records import Metrics, PreferenceBatch
+
+ACTIVE_VARIANCE = 0.01
+"""A semantic dimension whose mean varies by more than this over (x, y) is active (vrm_spec section 12)."""
+
+CALIBRATION_BINS = 15
+
+
+def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
+    """The signals of vrm_spec section 12 on a whole held-out batch.
+
+    Args:
+        output: 2B rows, float64, chosen first; K and d are 0 for a Bradley-Terry head.
+        batch: the same rows.
+
+    Returns:
+        The scale of the reward, its calibration and its taste for length; with a posterior also active units, and
+        spread, concentration and supervision of the objective weights. All means are over the batch.
+    """
+    num_pairs = batch.num_pairs
+    margins = output.mean[:num_pairs] - output.mean[num_pairs:]
+    metrics = {
+        "eval/reward_mean": float(output.mean.mean()),
+        "eval/reward_std": float(output.mean.std(correction=0)),
+        "eval/posterior_std": float(output.variance.sqrt().mean()),
+        "eval/calibration_error": calibration_error(margins),
+        "eval/prefers_longer": prefers_longer(margins, batch),
+    }
+    if output.mu.shape[1]:
+        alpha = output.alpha[:num_pairs]  # the chosen row speaks for the prompt
+        w_bar = alpha / alpha.sum(-1, keepdim=True)
+        metrics |= {
+            "eval/active_units": float((output.mu.var(0, correction=0) > ACTIVE_VARIANCE).sum()),
+            "eval/weight_variance": float(w_bar.var(0, correction=0).mean()),
+            "eval/weight_entropy": float(_entropy(w_bar).mean()),
+            "eval/concentration": float(alpha.sum(-1).mean()),
+            "eval/concentration_p95": float(alpha.sum(-1).quantile(0.95)),
+            "eval/min_alpha": float(alpha.min()),
+        }
+        supervised = batch.target_mask.any(-1)
+        if supervised.any():
+            metrics["eval/target_entropy"] = float(_entropy(batch.target[supervised].double()).mean())
+            metrics["eval/target_correlation"] = target_correlation(w_bar, batch.target, batch.target_mask)
+    return metrics
+
+
+def calibration_error(margins: torch.Tensor) -> float:
+    """Expected calibration error of the Bradley-Terry confidence.
+
+    ECE = sum_bins n_bin / n * |accuracy_bin - confidence_bin|,  confidence = sigmoid(|margin|), bins of equal mass
+
+    Source: Guo et al. 2017, arXiv:1706.04599, Eq. 3, with equal-mass bins (vrm_spec section 12). A tie counts one half.
+
+    Args:
+        margins: [B] r_chosen - r_rejected.
+    """
+    order = margins.abs().argsort(stable=True)
+    confidence = torch.sigmoid(margins.abs())[order]
+    correct = (0.5 * (1.0 + torch.sign(margins)))[order]
+    gaps = [
+        len(bin_confidence) * (bin_correct.mean() - bin_confidence.mean()).abs()
+        for bin_confidence, bin_correct in zip(
+            confidence.tensor_split(CALIBRATION_BINS), correct.tensor_split(CALIBRATION_BINS), strict=True
+        )
+        if len(bin_confidence)
+    ]
+    return float(torch.stack(gaps).sum()) / len(margins)
+
+
+def prefers_longer(margins: torch.Tensor, batch: PreferenceBatch) -> float:
+    """Share of pairs of unequal length whose longer response gets the higher reward, ties one half; 0.5 if none."""
+    chosen, rejected = batch.lengths.split(batch.num_pairs)
+    unequal = chosen != rejected
+    agreement = torch.sign(margins[unequal]) * torch.sign((chosen - rejected)[unequal])
+    return float((0.5 * (1.0 + agreement)).mean()) if unequal.any() else 0.5
+
+
+def target_correlation(w_bar: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> float:
+    """Pearson correlation over prompts of inferred and target weight, averaged over objectives.
+
+    A prompt counts for the objectives annotated on it, with its weights renormalised over them, as in the loss.
+    An objective whose weight or target does not vary has correlation 0.
+
+    Args:
+        w_bar, target, mask: [B, K].
+    """
+    present = torch.where(mask, w_bar, torch.zeros_like(w_bar))
+    present = present / present.sum(-1, keepdim=True).clamp(min=1e-12)
+    correlations = [_pearson(present[rows, k], target[rows, k].double()) for k, rows in enumerate(mask.unbind(-1))]
+    return sum(correlations) / len(correlations)
+
+
+def _pearson(x: torch.Tensor, y: torch.Tensor) -> float:
+    if len(x) < 2:
+        return 0.0
+    x, y = x - x.mean(), y - y.mean()
+    norm = float(x.norm() * y.norm())
+    return float((x * y).sum()) / norm if norm > 1e-12 else 0.0
+
+
+def _entropy(p: torch.Tensor) -> torch.Tensor:
+    """[B, K] -> [B] nats."""
+    return -torch.xlogy(p, p).sum(-1)

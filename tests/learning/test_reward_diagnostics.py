@@ -1,0 +1,94 @@
+"""Diagnostics of the reward model on batches small enough to work out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from pipeline.learning.reward_diagnostics import (
+    calibration_error,
+    prefers_longer,
+    reward_diagnostics,
+    target_correlation,
+)
+from pipeline.models.reward_heads import RewardOutput
+from pipeline.records import PreferenceBatch
+
+
+def batch_of(lengths, target=None, mask=None):
+    num_pairs = len(lengths) // 2
+    target = torch.zeros(num_pairs, 2) if target is None else torch.tensor(target)
+    return PreferenceBatch(
+        input_ids=torch.zeros(len(lengths), max(lengths), dtype=torch.int64),
+        lengths=torch.tensor(lengths),
+        prompt_lengths=torch.ones(num_pairs, dtype=torch.int64),
+        target=target,
+        target_mask=torch.zeros(num_pairs, 2, dtype=torch.bool) if mask is None else torch.tensor(mask),
+        noise_seeds=torch.zeros(num_pairs, dtype=torch.int64),
+    )
+
+
+def double(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_diagnostics_of_two_pairs_by_hand():
+    output = RewardOutput(
+        sampled=double([0.0, 0.0, 0.0, 0.0]),
+        mean=double([3.0, 1.0, 1.0, -1.0]),
+        variance=double([1.0, 4.0, 1.0, 4.0]),
+        alpha=double([[3.0, 1.0], [2.0, 6.0], [9.0, 9.0], [9.0, 9.0]]),
+        mu=double([[0.0, 1.0], [1.0, 1.0], [0.0, 1.0], [1.0, 1.1]]),
+        logvar=torch.zeros(4, 2),
+        scores=torch.zeros(4, 2),
+    )
+    metrics = reward_diagnostics(output, batch_of([5, 4, 3, 4], target=[[0.5, 0.5], [1.0, 0.0]], mask=[[True] * 2] * 2))
+
+    assert metrics["eval/reward_mean"] == 1.0
+    assert metrics["eval/reward_std"] == pytest.approx(math.sqrt(2.0))  # deviations 2, 0, 0, -2
+    assert metrics["eval/posterior_std"] == 1.5
+    assert metrics["eval/active_units"] == 1.0  # variances 1/4 and about 0.002
+    assert metrics["eval/weight_variance"] == pytest.approx(1 / 16)  # w_bar (3/4, 1/4) and (1/4, 3/4)
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert metrics["eval/weight_entropy"] == pytest.approx(entropy)
+    assert metrics["eval/concentration"] == 6.0
+    assert metrics["eval/concentration_p95"] == pytest.approx(4.0 + 0.95 * 4.0)
+    assert metrics["eval/min_alpha"] == 1.0  # the rejected rows do not speak
+    assert metrics["eval/target_entropy"] == pytest.approx(math.log(2.0) / 2)
+    assert metrics["eval/target_correlation"] == pytest.approx(-1.0)
+
+
+def test_a_bradley_terry_head_has_no_posterior_to_diagnose():
+    nothing = torch.zeros(2, 0, dtype=torch.float64)
+    output = RewardOutput(double([1, 0]), double([1, 0]), double([0, 0]), nothing, nothing, nothing, nothing)
+    assert reward_diagnostics(output, batch_of([3, 3])).keys() == {
+        "eval/reward_mean",
+        "eval/reward_std",
+        "eval/posterior_std",
+        "eval/calibration_error",
+        "eval/prefers_longer",
+    }
+
+
+def test_calibration_error_is_the_distance_of_confidence_from_accuracy():
+    # One pair a bin: |accuracy - sigmoid(|margin|)|; sigmoid(ln 3) = 0.75, and the wrong pair is 0.75 away.
+    assert calibration_error(double([math.log(3.0)])) == pytest.approx(0.25)
+    assert calibration_error(double([math.log(3.0), -math.log(3.0)])) == pytest.approx((0.25 + 0.75) / 2)
+    assert calibration_error(double([0.0] * 32)) == 0.0  # a coin that says it is one: confidence 1/2, ties count 1/2
+
+
+def test_preferring_the_longer_response_counts_pairs_of_unequal_length_only():
+    # chosen lengths 5, 3, 4, 6; rejected 4, 4, 4, 2
+    batch = batch_of([5, 3, 4, 6, 4, 4, 4, 2])
+    assert prefers_longer(double([1.0, 1.0, 1.0, -1.0]), batch) == pytest.approx(1 / 3)
+    assert prefers_longer(double([1.0, -1.0, 1.0, 0.0]), batch) == pytest.approx(2.5 / 3)
+    assert prefers_longer(double([1.0]), batch_of([4, 4])) == 0.5
+
+
+def test_correlation_uses_the_annotated_objectives_and_ignores_what_does_not_vary():
+    w_bar = double([[0.2, 0.3, 0.5], [0.4, 0.1, 0.5], [0.6, 0.3, 0.1]])
+    mask = torch.tensor([[True, True, False]] * 3)
+    # Renormalised over the first two: 0.4, 0.8, 2/3. Targets 0.4, 0.8, 2/3: correlation 1; the third has none: 0.
+    target = torch.tensor([[0.4, 0.6, 0.0], [0.8, 0.2, 0.0], [2 / 3, 1 / 3, 0.0]])
+    assert target_correlation(w_bar, target, mask) == pytest.approx(2 / 3)
+    assert target_correlation(w_bar, torch.full((3, 3), 0.5), mask) == 0.0
