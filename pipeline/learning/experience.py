@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 
 from pipeline.config.schema import KLConfig, PPOConfig
 from pipeline.data.collate import pad_right
+from pipeline.errors import NumericsError, ShapeError
 from pipeline.objectives.advantages import generalized_advantages, token_rewards, transform_reward
 from pipeline.objectives.divergence import kl_estimate
 from pipeline.objectives.masked import masked_mean, whiten
@@ -47,8 +49,13 @@ def build_experience(
         reward_scale: units of the reward.
 
     Returns:
-        The experience, and metrics named `reward/*`, `kl/*`, `response/*` and `engine_gap`.
+        The experience, and metrics named `reward/*`, `kl/*`, `response/*`, `engine_gap/*`, `value/*` and `return/*`.
+
+    Raises:
+        ShapeError: the three lists, or the tokens of one rollout, do not fit each other.
+        NumericsError: a score or an evaluation is not finite.
     """
+    _require_usable(rollouts, scores, evaluations)
     logprobs = _pad([e.logprobs for e in evaluations])
     reference_logprobs = _pad([e.reference_logprobs for e in evaluations])
     values = _pad([e.values for e in evaluations])
@@ -101,6 +108,38 @@ def build_experience(
         num_response_tokens=int(mask.sum()),
     )
     return experience, metrics
+
+
+def _require_usable(
+    rollouts: Sequence[Rollout], scores: Sequence[RewardScore], evaluations: Sequence[TokenEvaluation]
+) -> None:
+    """Finds a bad row while it still has a name; later it would be a gradient that is NaN."""
+    if not len(rollouts) == len(scores) == len(evaluations) > 0:
+        raise ShapeError(f"{len(rollouts)} rollouts, {len(scores)} scores and {len(evaluations)} evaluations")
+    for rollout, score, evaluation in zip(rollouts, scores, evaluations, strict=True):
+        name = f"prompt {rollout.prompt.id!r}, sample {rollout.sample_index}"
+        lengths = {
+            "response tokens": len(rollout.response_ids),
+            "engine logprobs": len(rollout.logprobs),
+            "learner logprobs": len(evaluation.logprobs),
+            "reference logprobs": len(evaluation.reference_logprobs),
+            "values": len(evaluation.values),
+        }
+        if len(set(lengths.values())) > 1 or not rollout.response_ids:
+            raise ShapeError(f"{name}: " + ", ".join(f"{n} {what}" for what, n in lengths.items()))
+        numbers = {
+            "reward mean and std": (score.mean, score.std),
+            "learner logprobs": evaluation.logprobs,
+            "reference logprobs": evaluation.reference_logprobs,
+            "values": evaluation.values,
+        }
+        for what, row in numbers.items():
+            bad = [x for x in row if not math.isfinite(x)]
+            if bad:
+                raise NumericsError(
+                    f"{name}: {len(bad)} of {len(row)} {what} are not finite (first {bad[0]}), so nothing was trained "
+                    f"on this batch. The response begins {rollout.response_text[:80]!r}."
+                )
 
 
 def _pad(rows: Sequence[Sequence[float]]) -> torch.Tensor:

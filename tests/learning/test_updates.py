@@ -6,9 +6,10 @@ import torch
 
 from pipeline.config.schema import VariationalLossConfig
 from pipeline.data.prompts import PromptStream
-from pipeline.errors import CheckpointError, NumericsError
+from pipeline.errors import CheckpointError, NumericsError, ResourceError, ShapeError
 from pipeline.learning.engine import TorchEngine
 from pipeline.learning.experience import RewardScale, build_experience
+from pipeline.learning.ppo_update import write_policy_weights
 from pipeline.learning.schedule import learning_rate_factor, warmup_factor
 from pipeline.records import Prompt, RewardScore, Rollout, SamplingParams, TokenEvaluation
 from tests.fakes import FakeRollouts, FakeScorer
@@ -68,12 +69,16 @@ def test_reward_gradients_of_1_2_and_4_shards_agree(head, tiny_policy, world, to
         assert_same(sharded_gradients(trainer(max_tokens), batch, world_size, run), whole)
 
 
-def experience_of(learner, world, tokenizer):
+def samples_of(learner, world, tokenizer):
     rollouts = FakeRollouts(tokenizer)
     rollouts.load_weights(learner.publish_weights(0))
     prompts = PromptStream(prompts=tuple(prompts_of(world, tokenizer)), seed=0).batch(0, 3)
     sampling = SamplingParams(temperature=1.0, top_p=1.0, max_response_tokens=12, samples_per_prompt=3, seed=1)
-    samples = rollouts.generate(prompts, sampling)
+    return rollouts.generate(prompts, sampling)
+
+
+def experience_of(learner, world, tokenizer):
+    samples = samples_of(learner, world, tokenizer)
     scores = FakeScorer().score([s.prompt.messages for s in samples], [s.response_text for s in samples])
     experience, _ = build_experience(
         samples,
@@ -237,3 +242,52 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_policy, world, tokenizer,
     reward_trainer(tiny_policy, world, tokenizer, head="bt").save(str(tmp_path))
     with pytest.raises(CheckpointError, match="does not restore this model"):
         reward_trainer(tiny_policy, world, tokenizer, head="vrm").restore(str(tmp_path))
+
+
+def scored(mean=0.0, std=0.0):
+    return RewardScore(mean=mean, std=std, objective_weights=(), objective_scores=())
+
+
+def evaluated(logprobs=(-1.0,), values=(0.0,)):
+    return TokenEvaluation(logprobs=logprobs, reference_logprobs=(-1.0,) * len(logprobs), values=values)
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "scores", "evaluations", "error", "message"),
+    [
+        ([rollout((7,))], [], [evaluated()], ShapeError, "1 rollouts, 0 scores and 1 evaluations"),
+        ([rollout(())], [scored()], [evaluated((), ())], ShapeError, "prompt 'p', sample 0: 0 response tokens"),
+        ([rollout((7,))], [scored()], [evaluated(values=(0.0, 0.0))], ShapeError, "1 learner logprobs, .* 2 values"),
+        ([rollout((7,))], [scored(mean=math.nan)], [evaluated()], NumericsError, "1 of 2 reward mean .*first nan"),
+        ([rollout((7,), text="why")], [scored()], [evaluated((-math.inf,))], NumericsError, "first -inf.*begins 'why'"),
+    ],
+)
+def test_a_batch_that_would_poison_the_update_is_refused_by_name(rollouts, scores, evaluations, error, message):
+    with pytest.raises(error, match=message):
+        build_experience(
+            rollouts,
+            scores,
+            evaluations,
+            ppo=ALIGNMENT.ppo,
+            kl=ALIGNMENT.kl,
+            kl_coefficient=0.1,
+            reward_scale=RewardScale(mean=0.0, std=1.0),
+            pad_token_id=0,
+        )
+
+
+def test_publishing_into_too_small_a_shared_memory_says_how_to_enlarge_it(tmp_path):
+    # A view of one number: 4 EiB by its shape, 4 bytes in memory.
+    huge = torch.zeros(1).expand(2**60)
+    with pytest.raises(ResourceError, match=r"needs 4,398,046,511,104 MiB, .* MiB free. Enlarge .*--shm-size"):
+        write_policy_weights({"lm_head.weight": huge}, tmp_path / "policy-000000")
+
+
+def test_the_two_latest_policies_stay_published(tiny_policy, world, tokenizer, tmp_path):
+    learner = ppo_learner(tiny_policy, world, tokenizer, tmp_path)
+    for version in (0, 1, 2, 9, 3):  # 9 is the rest of a killed run
+        weights = learner.publish_weights(version)
+        assert weights.version == version
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["policy-000003"]
+    learner.publish_weights(4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["policy-000003", "policy-000004"]
