@@ -1,0 +1,117 @@
+"""Whole updates on 1, 2, 3 and 5 ranks in step: the same metrics on every rank, and the same model."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from pipeline.config.schema import OptimiserConfig
+from pipeline.data.collate import tokenise_texts
+from pipeline.learning.parameter_groups import parameter_groups
+from pipeline.learning.supervised_update import SupervisedFineTuner
+from pipeline.models.critic import Policy
+from tests.learners import ALIGNMENT, collator, ppo_learner, reward_trainer, tokenised
+from tests.learning.test_updates import experience_of, samples_of
+from tests.lockstep import run_ranks
+
+
+def assert_close(left, right, tolerance):
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name] == pytest.approx(right[name], rel=tolerance, abs=tolerance), name
+
+
+def assert_ranks_agree(world_sizes, build, work, *, tolerance=1e-5):
+    """`work(learner)` -> (list of metrics, model). Ranks agree exactly, groups of ranks within the tolerance."""
+    [(whole, model)] = run_ranks(1, build, work)
+    for world_size in world_sizes:
+        results = run_ranks(world_size, build, work)
+        for metrics, _ in results:
+            assert metrics == results[0][0], "every rank returns the metrics of the whole batch"
+        for ours, theirs in zip(results[0][0], whole, strict=True):
+            assert_close(ours, theirs, tolerance)
+        differences = torch.cat([(results[0][1][n] - model[n]).abs().flatten() for n in model])
+        # Adam divides a gradient by its own size: where it is all rounding, so is the step. Those are few.
+        assert differences.mean() < 1e-6
+
+
+@pytest.mark.parametrize("head", ["vrm", "bt"])
+def test_reward_training_in_step(head, tiny_policy, world, tokenizer):
+    pairs, collate = tokenised(world, tokenizer), collator(world, tokenizer)
+
+    def build(make_engine):
+        return reward_trainer(
+            tiny_policy, world, tokenizer, head=head, make_engine=make_engine, max_tokens=200, lr=1e-4
+        )
+
+    def work(learner):
+        # Four pairs on five ranks: the fifth only keeps the others company.
+        metrics = [learner.update(collate(pairs[first : first + 4], first), step) for step, first in enumerate((0, 4))]
+        return [*metrics, learner.evaluate(collate(pairs[8:15], 0))], learner.engine.full_state_dict()
+
+    # The weights have hardly left the prior, so their correlation magnifies rounding: 1e-4.
+    assert_ranks_agree((2, 3, 5), build, work, tolerance=1e-4)
+
+
+def test_supervised_fine_tuning_in_step(tiny_policy, world, tokenizer):
+    texts = tokenise_texts(world.sft_texts()[:9], tokenizer, max_length=128)
+
+    def build(make_engine):
+        policy = AutoModelForCausalLM.from_pretrained(tiny_policy)
+        optimiser = OptimiserConfig(learning_rate=1e-4)
+        engine = make_engine(
+            Policy(policy),
+            parameter_groups(policy, None, optimiser, head_learning_rate=1e-4),
+            betas=optimiser.betas,
+            max_grad_norm=1.0,
+        )
+        return SupervisedFineTuner(
+            engine,
+            model_config=policy.config,
+            tokenizer=tokenizer,
+            num_steps=4,
+            warmup_fraction=0.0,
+            max_tokens_per_micro_batch=80,
+        )
+
+    def work(learner):
+        metrics = [learner.update(texts[first : first + 3], step) for step, first in enumerate((0, 3))]
+        return [*metrics, learner.evaluate(texts[6:])], learner.engine.full_state_dict()
+
+    assert_ranks_agree((2, 5), build, work)
+
+
+@pytest.mark.parametrize("critic", ["separate", "value_head"])
+def test_ppo_in_step(critic, tiny_policy, world, tokenizer, tmp_path):
+    ppo = ALIGNMENT.ppo.model_copy(
+        update={
+            "critic": critic,
+            "mini_batch_size": 3,
+            "policy": OptimiserConfig(learning_rate=1e-4),
+        }
+    )
+    config = ALIGNMENT.model_copy(update={"ppo": ppo})
+    published = {}
+
+    def build(make_engine):
+        return ppo_learner(tiny_policy, world, tokenizer, tmp_path, config=config, make_engine=make_engine)
+
+    def work(learner):
+        metrics = [learner.update(experience, step) for step in range(2)]
+        evaluations = {
+            f"{field} of sample {n}": getattr(evaluation, field)
+            for n, evaluation in enumerate(learner.evaluate(samples[:4]))
+            for field in ("logprobs", "reference_logprobs", "values")
+        }
+        weights = learner.publish_weights(2)
+        probes = {f"probe {n}": p.logprobs for n, p in enumerate(weights.probes)}
+        if learner.engine.rank == 0:
+            published[learner.engine.world_size] = load_file(f"{weights.location}/model.safetensors")
+        return [*metrics, evaluations, probes], learner.engine.full_state_dict()
+
+    alone = ppo_learner(tiny_policy, world, tokenizer, tmp_path, config=config)
+    samples, experience = samples_of(alone, world, tokenizer), experience_of(alone, world, tokenizer)
+    # Nine responses in mini-batches of three, two epochs: six optimiser steps each, some ranks without a row.
+    assert_ranks_agree((2, 5), build, work)
+    assert published.keys() == {1, 2, 5}
+    assert "lm_head.weight" in published[5]
