@@ -5,36 +5,54 @@ PPO and outside users take the same road: both reach the replicas through the de
 
 from __future__ import annotations
 
+import asyncio
 import hmac
+import json
+import os
+import secrets
 import socket
+import time
+import urllib.request
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import ray
 from fastapi import FastAPI, Header, HTTPException
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
-from ray.exceptions import RayTaskError
-from ray.serve.handle import DeploymentHandle
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
+from ray.serve.schema import ApplicationStatus
 
 from pipeline.config.schema import ScoringConfig
-from pipeline.errors import DeadlineExceeded, PipelineError, ResourceError
+from pipeline.errors import DataError, DeadlineExceeded, PipelineError, ResourceError, WorkerDied, WorkerError
 from pipeline.learning.reward_scorer import RewardModelScorer
+from pipeline.ports import RewardScorer
 from pipeline.records import Message, RewardScore
 from pipeline.stages import storage
 
 APPLICATION = "vrm"
+TOKEN_VARIABLE = "VRM_SERVICE_TOKEN"
 ATTEMPTS = 3
+POLL_S = 0.2
+ROUTE_S = 10.0
+"""How long the HTTP proxy may take to learn of a new application."""
 
-api = FastAPI(title="VRM scoring service")
+Rows = tuple[list[tuple[Message, ...]], list[str]]
+"""Prompts and their responses, as many of one as of the other."""
+
+# No docs pages: they would fetch their scripts from elsewhere.
+api = FastAPI(title="VRM scoring service", docs_url=None, redoc_url=None)
+
+Text = Annotated[str, Field(max_length=100_000)]
 
 
 class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "user", "assistant"]
-    content: str = Field(max_length=100_000)
+    content: Text
 
 
 class ScoreRequest(BaseModel):
@@ -42,8 +60,8 @@ class ScoreRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: str | list[ChatMessage]
-    responses: list[str] = Field(min_length=1, max_length=256)
+    prompt: Text | Annotated[list[ChatMessage], Field(min_length=1, max_length=256)]
+    responses: list[Text] = Field(min_length=1, max_length=256)
 
 
 class ScoredResponse(BaseModel):
@@ -54,6 +72,25 @@ class ScoredResponse(BaseModel):
     objective_weights: dict[str, float]
     objective_scores: dict[str, float]
     contributions: dict[str, float]
+
+
+# Serve pickles the class below while it is being defined: what it uses stands above it.
+def score_together(scorer: RewardScorer, calls: Sequence[Rows]) -> list[list[RewardScore] | PipelineError]:
+    """Calls that arrived together are scored together; each gets its own rows back, or its own error."""
+    try:
+        scores = scorer.score(
+            [prompt for prompts, _ in calls for prompt in prompts],
+            [response for _, responses in calls for response in responses],
+        )
+    except PipelineError as error:
+        if len(calls) == 1:
+            return [error]
+        # One bad call must not fail those that happened to arrive with it.
+        return [result for call in calls for result in score_together(scorer, [call])]
+    ends = [0]
+    for _, responses in calls:
+        ends.append(ends[-1] + len(responses))
+    return [scores[first:last] for first, last in pairwise(ends)]
 
 
 @serve.deployment
@@ -76,19 +113,15 @@ class VRMService:
 
     async def score(self, prompts: list[tuple[Message, ...]], responses: list[str]) -> list[RewardScore]:
         """For callers inside the cluster: many (prompt, response) rows in one call."""
-        return await self._batched((prompts, responses))
+        scores = await self._batched((prompts, responses))
+        if isinstance(scores, PipelineError):
+            raise scores
+        return scores
 
     @serve.batch
-    async def _batched(self, calls: list[tuple[list[tuple[Message, ...]], list[str]]]) -> list[list[RewardScore]]:
-        """Calls that arrive together are scored together; each gets its own rows back."""
-        scores = self._scorer.score(
-            [prompt for prompts, _ in calls for prompt in prompts],
-            [response for _, responses in calls for response in responses],
-        )
-        ends = [0]
-        for _, responses in calls:
-            ends.append(ends[-1] + len(responses))
-        return [scores[first:last] for first, last in pairwise(ends)]
+    async def _batched(self, calls: list[Rows]) -> list[list[RewardScore] | PipelineError]:
+        # In a thread: /healthz answers while a long batch is scored.
+        return await asyncio.to_thread(score_together, self._scorer, calls)
 
     @api.get("/healthz")
     async def healthz(self) -> dict[str, str]:
@@ -109,6 +142,8 @@ class VRMService:
         else:
             prompt = tuple(message.model_dump() for message in request.prompt)
         scores = await self._batched(([prompt] * len(request.responses), request.responses))
+        if isinstance(scores, PipelineError):
+            raise HTTPException(status_code=422, detail=str(scores))
         return [self._as_response(score) for score in scores]
 
     def _as_response(self, score: RewardScore) -> ScoredResponse:
@@ -139,58 +174,144 @@ class ServedScorer:
         self._deadline_s = deadline_s
 
     def score(self, prompts: Sequence[tuple[Message, ...]], responses: Sequence[str]) -> list[RewardScore]:
+        """Scores in the order given.
+
+        Raises:
+            DataError: a prompt that the chat template refuses, or not one prompt per response.
+            DeadlineExceeded: no answer in time, over all shares and attempts together.
+            WorkerDied: a share's replica died `ATTEMPTS` times.
+        """
+        if len(prompts) != len(responses):
+            raise DataError(f"{len(prompts)} prompts but {len(responses)} responses to score")
         size = max(1, -(-len(responses) // self._replicas))
         shares = [(list(prompts[i : i + size]), list(responses[i : i + size])) for i in range(0, len(responses), size)]
+        deadline = time.monotonic() + self._deadline_s
         calls = [self._handle.score.remote(*share) for share in shares]
-        return [score for share, call in zip(shares, calls, strict=True) for score in self._result(share, call)]
+        try:
+            return [
+                score
+                for share, call in zip(shares, calls, strict=True)
+                for score in self._result(share, call, deadline, len(responses))
+            ]
+        except PipelineError:
+            for call in calls:
+                call.cancel()
+            raise
 
-    def _result(self, share: tuple[list, list], call: Any) -> list[RewardScore]:
-        """Scoring is a pure function, so a share whose replica died is simply asked again."""
+    def _result(self, share: Rows, call: DeploymentResponse, deadline: float, total: int) -> list[RewardScore]:
+        """Scoring is a pure function, so a share whose replica died is simply asked again: Serve starts another."""
         for attempt in range(ATTEMPTS):
             try:
-                return call.result(timeout_s=self._deadline_s)
+                return call.result(timeout_s=max(0.0, deadline - time.monotonic()))
             except TimeoutError as error:
                 raise DeadlineExceeded(
-                    f"the scoring service did not score {len(share[1])} responses within {self._deadline_s:.0f} s. "
+                    f"the scoring service did not score {total} responses within {self._deadline_s:g} s. "
                     "Add replicas (cluster.scoring.replicas), or raise cluster.deadlines.score_s."
                 ) from error
             except RayTaskError as error:
                 if isinstance(error.cause, PipelineError):
                     raise error.cause from error
                 raise
-            except ray.exceptions.RayActorError:
+            except (RayActorError, DeploymentUnavailableError) as error:
                 if attempt + 1 == ATTEMPTS:
-                    raise
+                    raise WorkerDied(
+                        f"scoring {len(share[1])} responses, a replica of the scoring service died {ATTEMPTS} times: "
+                        f"{error}. If memory ran out, lower cluster.scoring.max_tokens_per_batch."
+                    ) from error
                 call = self._handle.score.remote(*share)
         raise AssertionError("unreachable")
 
 
 def start_service(
-    model_uri: str, config: ScoringConfig, *, deadline_s: float, token: str | None = None
+    model_uri: str,
+    config: ScoringConfig,
+    *,
+    start_s: float,
+    deadline_s: float,
+    name: str = APPLICATION,
+    token: str | None = None,
 ) -> ServedScorer:
-    """Brings the deployment up and waits for its replicas.
+    """Brings the application up and waits for its replicas.
 
     HTTP listens on 127.0.0.1 when `config.port` is set; it asks for `token` as a bearer token, or for none when None.
+    A cluster has one Serve for all its jobs, so `name` must be the job's own. An application of that name is replaced:
+    only a killed run of the same job can have left it.
 
     Raises:
-        ResourceError: the port is taken.
+        ResourceError: the port is taken, or another application holds it.
+        WorkerError: the replicas did not start, say because the checkpoint does not load.
+        DeadlineExceeded: they were not up after `start_s`.
     """
     if config.port:
-        require_free_port(config.port)
+        if not serve.status().proxies:
+            require_free_port(config.port)
         serve.start(http_options={"host": "127.0.0.1", "port": config.port})
     else:
         serve.start(proxy_location="Disabled")
+    _delete(name)
     application = VRMService.options(
         num_replicas=config.replicas,
         max_ongoing_requests=4 * config.max_batch_size,
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
     ).bind(model_uri, config, token)
-    handle = serve.run(application, name=APPLICATION, route_prefix="/")
+    target = serve.RunTarget(application, name=name, route_prefix="/" if config.port else None)
+    [handle] = serve.run_many([target], wait_for_applications_running=False)
+    _wait_until_running(name, start_s)
+    if config.port:
+        _require_route(name, config.port)
     return ServedScorer(handle, config, deadline_s=deadline_s)
 
 
-def stop_service() -> None:
-    serve.shutdown()
+def stop_service(name: str = APPLICATION) -> None:
+    """Ends this application, and Serve itself when nobody else's is left on the cluster."""
+    _delete(name)
+    if not serve.status().applications:
+        serve.shutdown()
+
+
+def service_token() -> str:
+    """The token of VRM_SERVICE_TOKEN, or a fresh one."""
+    return os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)
+
+
+def _delete(name: str) -> None:
+    if name in serve.status().applications:
+        serve.delete(name)
+
+
+def _wait_until_running(name: str, start_s: float) -> None:
+    deadline = time.monotonic() + start_s
+    while True:
+        application = serve.status().applications[name]
+        match application.status:
+            case ApplicationStatus.RUNNING:
+                return
+            case ApplicationStatus.DEPLOY_FAILED | ApplicationStatus.UNHEALTHY:
+                raise WorkerError(f"the scoring service did not start: {application.message.strip()}")
+        if time.monotonic() > deadline:
+            reason = application.message.strip() or "no reason given"
+            raise DeadlineExceeded(
+                f"the scoring service was not up after {start_s:g} s: {reason}. "
+                "Free the CPUs or GPUs of cluster.scoring, or raise cluster.deadlines.start_s."
+            )
+        time.sleep(POLL_S)
+
+
+def _require_route(name: str, port: int) -> None:
+    """The cluster's one Serve may have been started by another job, which chose another port, or none."""
+    deadline = time.monotonic() + ROUTE_S
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/-/routes", timeout=ROUTE_S) as answer:
+                if name in json.loads(answer.read()).values():
+                    return
+        except (OSError, ValueError):
+            pass  # not up yet
+        time.sleep(POLL_S)
+    raise ResourceError(
+        f"Serve already runs on this cluster and does not listen on port {port} of this machine. "
+        "Choose cluster.scoring.port=0, or end it with `serve shutdown` when nobody uses it."
+    )
 
 
 def require_free_port(port: int) -> None:

@@ -62,18 +62,27 @@ class Rooms:
     def scorer(self, reward_model: StageResult) -> ServedScorer:
         """The scoring service of this job's reward model."""
         if self._scorer is None:
-            cluster = self.recipe.cluster
-            self._exits.callback(stop_service)
-            self._scorer = start_service(reward_model.location, cluster.scoring, deadline_s=cluster.deadlines.score_s)
+            cluster, name = self.recipe.cluster, f"vrm-{self._identity()}"
+            self._exits.callback(stop_service, name)
+            self._scorer = start_service(
+                reward_model.location,
+                cluster.scoring,
+                start_s=cluster.deadlines.start_s,
+                deadline_s=cluster.deadlines.score_s,
+                name=name,
+            )
         return self._scorer
 
     def publish_directory(self) -> str:
         """Shared memory for published weights, removed with the job; a killed job's successor reuses its place."""
         base = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
-        identity = hashlib.sha256(self.stages.workspace.uri.encode()).hexdigest()[:12]
-        directory = os.path.join(base, f"vrm-weights-{os.getuid()}-{identity}")
+        directory = os.path.join(base, f"vrm-weights-{os.getuid()}-{self._identity()}")
         self._exits.callback(shutil.rmtree, directory, ignore_errors=True)
         return directory
+
+    def _identity(self) -> str:
+        """Of the workspace: what a killed job left on the cluster, its successor finds under the same name."""
+        return hashlib.sha256(self.stages.workspace.uri.encode()).hexdigest()[:12]
 
 
 @contextmanager

@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import secrets
 import signal
 import sys
 
 from pipeline.config.schema import DeadlinesConfig, ScoringConfig
 from pipeline.errors import PipelineError
 from pipeline.models.reward_model import read_card
-
-TOKEN_VARIABLE = "VRM_SERVICE_TOKEN"
 
 
 def main() -> None:
@@ -32,12 +29,19 @@ def main() -> None:
     options = parser.parse_args()
     try:
         card = read_card(options.model)
-        from actors.vrm_service import require_free_port, start_service, stop_service
+        from actors.vrm_service import require_free_port, service_token, start_service, stop_service
 
         require_free_port(options.port)
-        token = None if options.no_token else os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)
+        token = None if options.no_token else service_token()
         config = ScoringConfig(replicas=options.replicas, gpus_per_replica=options.gpus_per_replica, port=options.port)
-        start_service(os.path.abspath(options.model), config, deadline_s=DeadlinesConfig().score_s, token=token)
+        deadlines = DeadlinesConfig()
+        start_service(
+            os.path.abspath(options.model),
+            config,
+            start_s=deadlines.start_s,
+            deadline_s=deadlines.score_s,
+            token=token,
+        )
     except PipelineError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -119,6 +119,20 @@ class VRMHeadConfig(Frozen):
     logvar_max: float = 4.0
     initial_logvar: float = -2.0
 
+    @model_validator(mode="after")
+    def _starts_inside_its_bounds(self) -> VRMHeadConfig:
+        if not self.alpha_min < self.prior_alpha < self.alpha_max:
+            raise ValueError(
+                f"prior_alpha = {self.prior_alpha} must lie between alpha_min = {self.alpha_min} and "
+                f"alpha_max = {self.alpha_max}, because the head starts at its prior"
+            )
+        if not self.logvar_min < self.initial_logvar < self.logvar_max:
+            raise ValueError(
+                f"initial_logvar = {self.initial_logvar} must lie between logvar_min = {self.logvar_min} and "
+                f"logvar_max = {self.logvar_max}"
+            )
+        return self
+
 
 class VariationalLossConfig(Frozen):
     """L = BT + kl_weight_w KL_w + kl_weight_z (KL_zw + KL_zl) + supervision_weight L_sup (vrm_spec section 3)."""

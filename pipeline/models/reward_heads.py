@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pipeline.config.schema import VRMHeadConfig
+from pipeline.errors import ShapeError
 from pipeline.objectives.variational import (
     gaussian_noise,
     reward_mean_and_variance,
@@ -39,13 +40,26 @@ class RewardOutput(NamedTuple):
 
 
 def bounded_softplus(u: torch.Tensor, *, low: float, high: float) -> torch.Tensor:
-    """alpha = high * tanh((low + softplus(u)) / high): positive, near linear, at most `high` (vrm_spec 4.4)."""
+    """alpha = high * tanh((low + softplus(u)) / high): above about `low`, near linear, below `high` (vrm_spec 4.4)."""
     return high * torch.tanh((low + nn.functional.softplus(u)) / high)
 
 
-def inverse_softplus(x: float) -> float:
-    """u with softplus(u) = x > 0."""
-    return x + math.log(-math.expm1(-x))
+def inverse_bounded_softplus(alpha: float, *, low: float, high: float) -> float:
+    """u with bounded_softplus(u) = alpha, for low < alpha < high."""
+    softplus = high * math.atanh(alpha / high) - low
+    return softplus + math.log(-math.expm1(-softplus))
+
+
+def soft_clamp(x: torch.Tensor, *, low: float, high: float) -> torch.Tensor:
+    """y = m + h * tanh(x / h), with m the middle and h half the width of [low, high]: no edge kills the gradient."""
+    middle, half = 0.5 * (high + low), 0.5 * (high - low)
+    return middle + half * torch.tanh(x / half)
+
+
+def inverse_soft_clamp(y: float, *, low: float, high: float) -> float:
+    """x with soft_clamp(x) = y, for low < y < high."""
+    middle, half = 0.5 * (high + low), 0.5 * (high - low)
+    return half * math.atanh((y - middle) / half)
 
 
 class TwoLayerHead(nn.Module):
@@ -84,8 +98,12 @@ class VRMHead(nn.Module):
             nn.init.normal_(
                 self.feature_head.output.weight[: config.semantic_dims], std=1.0 / math.sqrt(config.hidden_size)
             )
-            self.feature_head.output.bias[config.semantic_dims :] = self._logvar_input(config.initial_logvar)
-            self.weight_head.output.bias.fill_(inverse_softplus(config.prior_alpha - config.alpha_min))
+            self.feature_head.output.bias[config.semantic_dims :] = inverse_soft_clamp(
+                config.initial_logvar, low=config.logvar_min, high=config.logvar_max
+            )
+            self.weight_head.output.bias.fill_(
+                inverse_bounded_softplus(config.prior_alpha, low=config.alpha_min, high=config.alpha_max)
+            )
             nn.init.normal_(self.score_matrix, std=1.0 / math.sqrt(config.semantic_dims))
 
     def forward(
@@ -97,6 +115,10 @@ class VRMHead(nn.Module):
             prompt_hidden: [N, H] state at the last prompt token.
             response_hidden: [N, H] state at the last response token.
             noise_seeds: [B] int64 with N = 2B, chosen rows first: one draw of w per pair, one of z per row (Eq. 11).
+                None gives the posterior mean.
+
+        Raises:
+            ShapeError: the rows are not two per noise seed.
         """
         with torch.autocast(prompt_hidden.device.type, enabled=False):
             config = self.config
@@ -104,7 +126,7 @@ class VRMHead(nn.Module):
                 self.weight_head(prompt_hidden.float()), low=config.alpha_min, high=config.alpha_max
             )
             mu, raw_logvar = self.feature_head(response_hidden.float()).split(config.semantic_dims, dim=-1)
-            logvar = self._bounded_logvar(raw_logvar)
+            logvar = soft_clamp(raw_logvar, low=config.logvar_min, high=config.logvar_max)
             mean, variance = reward_mean_and_variance(alpha, mu, logvar, self.score_matrix)
             sampled = mean if noise_seeds is None else self._sampled_rewards(alpha, mu, logvar, noise_seeds)
             scores = mu @ self.score_matrix.T
@@ -113,20 +135,15 @@ class VRMHead(nn.Module):
     def _sampled_rewards(
         self, alpha: torch.Tensor, mu: torch.Tensor, logvar: torch.Tensor, noise_seeds: torch.Tensor
     ) -> torch.Tensor:
+        if len(mu) != 2 * len(noise_seeds):
+            raise ShapeError(
+                f"{len(mu)} rows for {len(noise_seeds)} noise seeds: a posterior sample needs the chosen and then the "
+                "rejected row of every pair. Pass no seeds to get the mean."
+            )
         weights = sample_dirichlet(alpha[: len(noise_seeds)], noise_seeds)
         noise = gaussian_noise(noise_seeds, draws=2, dims=mu.shape[-1]).to(mu.device)
         features = mu + torch.exp(0.5 * logvar) * noise.transpose(0, 1).flatten(0, 1)
         return (torch.cat([weights, weights]) * (features @ self.score_matrix.T)).sum(-1)
-
-    def _bounded_logvar(self, raw: torch.Tensor) -> torch.Tensor:
-        low, high = self.config.logvar_min, self.config.logvar_max
-        middle, half = 0.5 * (high + low), 0.5 * (high - low)
-        return middle + half * torch.tanh(raw / half)
-
-    def _logvar_input(self, logvar: float) -> float:
-        low, high = self.config.logvar_min, self.config.logvar_max
-        middle, half = 0.5 * (high + low), 0.5 * (high - low)
-        return half * math.atanh((logvar - middle) / half)
 
 
 class BradleyTerryHead(nn.Module):

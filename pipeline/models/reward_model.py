@@ -12,13 +12,15 @@ from typing import Literal
 
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 
 from pipeline.config.schema import Frozen, VRMHeadConfig
 from pipeline.errors import CheckpointError
-from pipeline.models.backbone import load_tokenizer
+from pipeline.models.backbone import load_config, load_tokenizer
 from pipeline.models.reward_heads import BradleyTerryHead, RewardOutput, VRMHead
 
 CARD_FILE = "reward_model.json"
@@ -128,20 +130,27 @@ def read_card(directory: str) -> RewardModelCard:
 def load_reward_model(
     directory: str, *, dtype: torch.dtype = torch.float32
 ) -> tuple[RewardModel, PreTrainedTokenizerBase, RewardModelCard]:
-    """The model in eval mode, its tokenizer and its card.
+    """The model in eval mode, its tokenizer and its card; no hub is asked.
+
+    Args:
+        dtype: of the backbone; the head is float32 always.
 
     Raises:
-        CheckpointError: files are missing, or the weights belong to another architecture.
+        CheckpointError: files are missing or damaged, or the weights belong to another architecture.
     """
     card = read_card(directory)
-    config = AutoConfig.from_pretrained(directory)
-    backbone = AutoModel.from_config(config, dtype=dtype)
+    config = load_config(directory)
+    # Every weight is about to be read; drawing them first takes a minute for four billion.
+    with no_init_weights():
+        backbone = AutoModel.from_config(config, dtype=dtype)
     model = RewardModel(backbone, make_head(card.head, config.hidden_size, len(card.objectives), card.vrm))
     weights = Path(directory) / WEIGHTS_FILE
     try:
         model.load_state_dict(load_file(weights))
     except FileNotFoundError as error:
         raise CheckpointError(f"{weights} is missing: the checkpoint is incomplete. Export it again.") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{weights} cannot be read: {error}. It was cut short; export it again.") from error
     except RuntimeError as error:
         raise CheckpointError(
             f"{weights} does not fit the architecture in {directory}/config.json and {CARD_FILE}: {error}"

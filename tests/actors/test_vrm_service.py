@@ -2,16 +2,20 @@
 
 import json
 import socket
+import threading
+import time
 import urllib.error
 import urllib.request
 
+import psutil
 import pytest
 import torch
+from ray import serve
 
 from actors.vrm_service import require_free_port, start_service, stop_service
 from pipeline.config.schema import ScoringConfig
 from pipeline.data.planted import OBJECTIVES
-from pipeline.errors import ResourceError
+from pipeline.errors import DataError, DeadlineExceeded, ResourceError, WorkerError
 from pipeline.learning.reward_scorer import RewardModelScorer
 from pipeline.models.backbone import load_backbone
 from pipeline.models.reward_model import RewardModel, make_head, save_reward_model
@@ -45,9 +49,9 @@ def service(local_ray, reward_model):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     config = ScoringConfig(cpus_per_replica=0.5, port=port)
-    scorer = start_service(reward_model, config, deadline_s=60, token=TOKEN)
+    scorer = start_service(reward_model, config, start_s=120, deadline_s=120, name="under-test", token=TOKEN)
     yield scorer, f"http://127.0.0.1:{port}"
-    stop_service()
+    stop_service("under-test")
 
 
 def post(url, body, token=TOKEN):
@@ -93,6 +97,9 @@ def test_without_the_token_nobody_is_served(service, token):
         b"{",
         {"prompt": "hi", "responses": []},
         {"prompt": 3, "responses": ["x"]},
+        {"prompt": [], "responses": ["x"]},
+        {"prompt": [{"role": "tool", "content": "hi"}], "responses": ["x"]},
+        {"prompt": "hi", "responses": ["x" * 100_001]},
         {"prompt": "hi"},
         {"prompt": "hi", "responses": ["x"], "more": 1},
     ],
@@ -102,6 +109,77 @@ def test_malformed_requests_are_refused_and_the_replica_lives(service, body):
     assert status == 422
     assert "Traceback" not in str(answer)
     assert post(f"{service[1]}/v1/score", {"prompt": "hi", "responses": ["x"]})[0] == 200
+
+
+def test_a_score_does_not_depend_on_what_shared_its_batch(service, world):
+    scorer, _ = service
+    pairs = world.heldout_pairs()
+    together = scorer.score([p.prompt for p in pairs], [p.chosen for p in pairs])
+    for pair, score in zip(pairs[:4], together[:4], strict=True):
+        [alone] = scorer.score([pair.prompt], [pair.chosen])
+        assert alone.mean == pytest.approx(score.mean, abs=1e-5)
+        assert alone.std == pytest.approx(score.std, abs=1e-5)
+
+
+def test_prompts_without_responses_are_refused(service):
+    prompt = ({"role": "user", "content": "hi"},)
+    with pytest.raises(DataError, match="2 prompts but 1 responses"):
+        service[0].score([prompt, prompt], ["x"])
+
+
+def test_no_answer_in_time_ends_in_a_deadline(service):
+    handle = serve.get_app_handle("under-test")
+    hurried = type(service[0])(handle, ScoringConfig(), deadline_s=1e-4)
+    prompt = ({"role": "user", "content": "hi"},)
+    with pytest.raises(DeadlineExceeded, match=r"64 responses within 0.0001 s"):
+        hurried.score([prompt] * 64, ["x"] * 64)
+
+
+def replicas():
+    """Processes of this test's own Ray only."""
+    return [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::ServeRepli")]
+
+
+def test_a_killed_replica_is_replaced_and_its_share_scored(service, world):
+    scorer, _ = service
+    pairs = world.heldout_pairs() * 64
+    prompts, responses = [p.prompt for p in pairs], [p.chosen for p in pairs]
+    expected = scorer.score(prompts[:16], responses[:16])
+    answers = []
+    asking = threading.Thread(target=lambda: answers.extend(scorer.score(prompts, responses)))
+    asking.start()
+    time.sleep(0.3)  # in the middle of a batch of 1,024
+    [victim] = replicas()
+    assert asking.is_alive()
+    victim.kill()
+    asking.join()
+    assert len(answers) == len(pairs)
+    assert [a.mean for a in answers[:16]] == pytest.approx([e.mean for e in expected], abs=1e-5)
+
+
+def test_two_jobs_on_one_cluster_have_a_service_each(service, reward_model, world):
+    config = ScoringConfig(cpus_per_replica=0.5)
+    other = start_service(reward_model, config, start_s=120, deadline_s=60, name="other-job")
+    pair = world.heldout_pairs()[0]
+    try:
+        assert other.score([pair.prompt], [pair.chosen]) == service[0].score([pair.prompt], [pair.chosen])
+    finally:
+        stop_service("other-job")
+    assert service[0].score([pair.prompt], [pair.chosen])
+    assert post(f"{service[1]}/v1/score", {"prompt": "hi", "responses": ["x"]})[0] == 200
+
+
+def test_another_port_than_the_one_serve_listens_on_is_refused(service, reward_model):
+    config = ScoringConfig(cpus_per_replica=0.5, port=1)
+    with pytest.raises(ResourceError, match="already"):
+        start_service(reward_model, config, start_s=120, deadline_s=60, name="other-port")
+    stop_service("other-port")
+
+
+def test_a_checkpoint_that_does_not_load_is_named(service, tmp_path):
+    with pytest.raises(WorkerError, match=r"holds no reward_model\.json"):
+        start_service(str(tmp_path), ScoringConfig(cpus_per_replica=0.5), start_s=120, deadline_s=60, name="broken")
+    stop_service("broken")
 
 
 def test_a_taken_port_is_refused_before_anything_starts():
