@@ -147,16 +147,16 @@ class VRMService:
         return [self._as_response(score) for score in scores]
 
     def _as_response(self, score: RewardScore) -> ScoredResponse:
-        # A Bradley-Terry model gives no reasons: its dicts are empty.
-        names = self._scorer.card.objectives[: len(score.objective_weights)]
-        weights = dict(zip(names, score.objective_weights, strict=True))
-        scores = dict(zip(names, score.objective_scores, strict=True))
+        # A Bradley-Terry model gives no reasons, a decoder that is a network no scores: those dicts are empty.
+        names = self._scorer.card.objectives
+        weights = dict(zip(names, score.objective_weights, strict=False))
+        scores = dict(zip(names, score.objective_scores, strict=False))
         return ScoredResponse(
             reward=score.mean,
             reward_std=score.std,
             objective_weights=weights,
             objective_scores=scores,
-            contributions={name: weights[name] * scores[name] for name in names},
+            contributions={name: weights[name] * scores[name] for name in scores},
         )
 
     def _authorise(self, authorization: str | None) -> None:

@@ -110,8 +110,8 @@ class Rollout:
 class RewardScore:
     """The reward of one response, with its reason and its error bar (VRM spec section 8).
 
-    `mean = sum_k objective_weights[k] * objective_scores[k]` exactly, for the bilinear decoder.
-    A Bradley-Terry head has no reasons: both tuples are empty and `std` is 0.
+    `mean = sum_k objective_weights[k] * objective_scores[k]` exactly, where there are scores: the "mlp" and "film"
+    decoders have none. A Bradley-Terry head has no reasons at all: both tuples are empty and `std` is 0.
     """
 
     mean: float

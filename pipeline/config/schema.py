@@ -109,8 +109,18 @@ class PreparePolicyConfig(Frozen):
 class VRMHeadConfig(Frozen):
     """The variational head (vrm_spec sections 4, 5 and 10)."""
 
+    decoder: Literal["bilinear", "hadamard", "mlp", "film"] = "bilinear"
+    """r = g(w, z). "bilinear" <w, S z> and "hadamard" <w, z> explain a reward by its objectives, exactly.
+    "mlp" and "film" are networks: they do not, and their posterior mean takes samples."""
+    decoder_hidden_size: Count = 256
+    """Width of the "mlp" and "film" decoders."""
+    inference_draws: Annotated[int, Field(ge=2)] = 16
+    """Posterior samples behind a score of the "mlp" and "film" decoders."""
     semantic_dims: Count = 16
+    """d; as many as there are objectives for "hadamard"."""
     hidden_size: Count = 512
+    weight_param: Literal["softplus", "mean_conc"] = "softplus"
+    """Concentrations one by one, or as mean times total concentration; their bounds then hold for the average one."""
     alpha_min: Positive = 0.05
     alpha_max: Positive = 1000.0
     prior_alpha: Positive = 1.0
@@ -272,6 +282,17 @@ class ExperimentConfig(Frozen):
     reward_training: RewardTrainingConfig = RewardTrainingConfig()
     alignment: AlignmentConfig = AlignmentConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
+
+    @model_validator(mode="after")
+    def _hadamard_pairs_weights_with_features(self) -> ExperimentConfig:
+        vrm = self.reward_training.vrm
+        if vrm.decoder == "hadamard" and vrm.semantic_dims != len(self.objectives):
+            raise ValueError(
+                f"reward_training.vrm.decoder = 'hadamard' multiplies weights and features one by one, but there are "
+                f"{len(self.objectives)} objectives and semantic_dims = {vrm.semantic_dims}; "
+                f"set reward_training.vrm.semantic_dims={len(self.objectives)}"
+            )
+        return self
 
 
 class RanksConfig(Frozen):

@@ -60,8 +60,7 @@ class RewardModelScorer:
                 torch.tensor([lengths[i] for i in batch], device=self._device),
                 torch.tensor([len(rows[i][0]) for i in batch], device=self._device),
             )
-            weights = output.alpha / output.alpha.sum(-1, keepdim=True)
-            columns = (output.mean, output.variance.sqrt(), weights, output.scores)
+            columns = (output.mean, output.variance.sqrt(), output.weights, output.scores)
             for i, mean, std, weight, score in zip(batch, *(c.tolist() for c in columns), strict=True):
                 scores[i] = RewardScore(
                     mean=mean, std=std, objective_weights=tuple(weight), objective_scores=tuple(score)

@@ -8,11 +8,16 @@ Shapes: B prompts, K objectives, d semantic dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from pipeline.objectives.masked import require_same_shape
 
 SIMPLEX_FLOOR = 1e-6
+
+INFERENCE_SEED = 0
+"""Of the noise with which a posterior without closed form is summed up; one for all rows, so scores repeat."""
 
 
 def dirichlet_kl(alpha: torch.Tensor, prior_alpha: torch.Tensor) -> torch.Tensor:
@@ -86,7 +91,16 @@ def sample_dirichlet(alpha: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
         torch._standard_gamma(row, _generator(seed, 0))
         for row, seed in zip(alpha.cpu(), seeds.tolist(), strict=True)
     ])  # fmt: skip
-    gammas = gammas.to(alpha.device)
+    return _onto_the_simplex(gammas.to(alpha.device))
+
+
+def dirichlet_draws(alpha: torch.Tensor, *, draws: int, seed: int) -> torch.Tensor:
+    """[B, K] concentrations to [B, draws, K] weights; every row is drawn with the same noise."""
+    gammas = torch.stack([torch._standard_gamma(row.expand(draws, -1), _generator(seed, 0)) for row in alpha.cpu()])
+    return _onto_the_simplex(gammas.to(alpha.device))
+
+
+def _onto_the_simplex(gammas: torch.Tensor) -> torch.Tensor:
     weights = (gammas / gammas.sum(-1, keepdim=True).clamp(min=torch.finfo(gammas.dtype).tiny)).clamp(min=SIMPLEX_FLOOR)
     return weights / weights.sum(-1, keepdim=True)
 
@@ -172,3 +186,35 @@ def reward_mean_and_variance(
         (-1, -2)
     )
     return (w_bar * s_bar).sum(-1), variance.clamp(min=0.0)
+
+
+def sampled_reward_mean_and_variance(
+    decode: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    alpha: torch.Tensor,
+    mu: torch.Tensor,
+    logvar: torch.Tensor,
+    *,
+    draws: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Monte-Carlo estimates of E[r] and Var[r] of r = g(w, z) for any decoder, from L draws.
+
+    m = 1/L sum_l g(w_l, z_l),  v = 1/(L - 1) sum_l (g(w_l, z_l) - m)^2,  z_l = mu + sigma * eps_l
+
+    All rows share one fixed set of noise: a score is the same whenever and beside whatever it is computed, and two
+    responses to a prompt are compared under the same weights.
+
+    Source: vrm_spec section 8.
+
+    Args:
+        decode: g, [*, K] and [*, d] -> [*].
+        alpha: [N, K]; mu, logvar: [N, d]; all float32.
+        draws: L >= 2.
+
+    Returns:
+        m [N] and v [N] >= 0.
+    """
+    weights = dirichlet_draws(alpha, draws=draws, seed=INFERENCE_SEED)
+    noise = gaussian_noise(torch.tensor([INFERENCE_SEED]), draws=draws, dims=mu.shape[-1]).to(mu.device)
+    features = mu.unsqueeze(1) + torch.exp(0.5 * logvar).unsqueeze(1) * noise
+    rewards = decode(weights, features)
+    return rewards.mean(-1), rewards.var(-1, correction=1)

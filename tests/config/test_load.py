@@ -74,6 +74,7 @@ def test_recipes_that_extend_each_other_are_refused(tmp_path):
         ("data.preferences=pairs.jsonl", "data.preferences = 'pairs.jsonl': this is a list; write [pairs.jsonl]"),
         ("data.preferences=[a,7]", "data.preferences[1] = 7: input should be a valid string"),
         ("alignment.ppo.mini_batch_size=100", "is not a multiple of ppo.mini_batch_size = 100; change one"),
+        ("reward_training.vrm.decoder=hadamard", "semantic_dims = 16; set reward_training.vrm.semantic_dims=4"),
         ("alignment.num_steps", "'alignment.num_steps' is no override; write key.path=value"),
         ("=5", "'=5' is no override"),
         ("seed=${nope}", "overrides ['seed=${nope}']: Interpolation key 'nope' not found"),

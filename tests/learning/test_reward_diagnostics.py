@@ -41,6 +41,7 @@ def test_diagnostics_of_two_pairs_by_hand():
         mu=double([[0.0, 1.0], [1.0, 1.0], [0.0, 1.0], [1.0, 1.1]]),
         logvar=torch.zeros(4, 2),
         scores=torch.zeros(4, 2),
+        weights=double([[0.75, 0.25], [0.25, 0.75], [0.5, 0.5], [0.5, 0.5]]),
     )
     metrics = reward_diagnostics(output, batch_of([5, 4, 3, 4], target=[[0.5, 0.5], [1.0, 0.0]], mask=[[True] * 2] * 2))
 
@@ -60,7 +61,7 @@ def test_diagnostics_of_two_pairs_by_hand():
 
 def test_a_bradley_terry_head_has_no_posterior_to_diagnose():
     nothing = torch.zeros(2, 0, dtype=torch.float64)
-    output = RewardOutput(double([1, 0]), double([1, 0]), double([0, 0]), nothing, nothing, nothing, nothing)
+    output = RewardOutput(double([1, 0]), double([1, 0]), double([0, 0]), *[nothing] * 5)
     assert reward_diagnostics(output, batch_of([3, 3])).keys() == {
         "eval/reward_mean",
         "eval/reward_std",

@@ -11,6 +11,7 @@ from pipeline.objectives.variational import (
     gaussian_noise,
     reward_mean_and_variance,
     sample_dirichlet,
+    sampled_reward_mean_and_variance,
     supervision_target,
     weight_supervision_kl,
 )
@@ -77,6 +78,34 @@ def test_closed_form_reward_matches_samples():
     rewards = (weights * (features @ matrix.T)).sum(-1)
     assert mean.item() == pytest.approx(rewards.mean().item(), abs=4 * rewards.std().item() / math.sqrt(n))
     assert variance.item() == pytest.approx(rewards.var().item(), rel=0.02)
+
+
+def test_sampled_moments_agree_with_the_closed_form():
+    alpha, matrix = torch.tensor([[2.0, 1.0, 0.5]]), torch.tensor([[1.0, 0.5], [-0.3, 2.0], [0.7, -1.2]])
+    mu, logvar = torch.tensor([[0.3, -1.0]]), torch.tensor([[-0.5, 0.2]])
+    mean, variance = reward_mean_and_variance(alpha, mu, logvar, matrix)
+    sampled_mean, sampled_variance = sampled_reward_mean_and_variance(
+        lambda w, z: (w * (z @ matrix.T)).sum(-1), alpha, mu, logvar, draws=100_000
+    )
+    assert sampled_mean.item() == pytest.approx(mean.item(), abs=4 * math.sqrt(variance.item() / 100_000))
+    assert sampled_variance.item() == pytest.approx(variance.item(), rel=0.03)
+
+
+def test_sampled_moments_of_a_row_depend_on_that_row_alone():
+    alpha = torch.tensor([[0.5, 1.0], [3.0, 0.2], [0.5, 1.0]])
+    mu, logvar = torch.tensor([[0.1], [0.2], [0.1]]), torch.tensor([[0.0], [-1.0], [0.0]])
+
+    def moments(rows):
+        return sampled_reward_mean_and_variance(
+            lambda w, z: w[..., 0] * z[..., 0].tanh(), alpha[rows], mu[rows], logvar[rows], draws=16
+        )
+
+    together = moments([0, 1, 2])
+    assert all(t[0] == t[2] for t in together)  # equal rows meet equal noise
+    for row in range(3):
+        assert all(
+            torch.equal(alone[0], all_rows[row]) for alone, all_rows in zip(moments([row]), together, strict=True)
+        )
 
 
 def test_the_elbo_at_kl_weight_one_never_exceeds_ln_half():
