@@ -68,6 +68,7 @@ def _train(stage: StageDirectory, recipe: Recipe, backbone_uri: str) -> Metrics:
         pad_token_id=tokenizer.pad_token_id,
         temperature=config.loss.supervision_temperature,
         seed=recipe.seed,
+        target_from=config.loss.target_from,
     )
     spec = RewardTrainerSpec(
         config=config,

@@ -53,10 +53,10 @@ def tokenised(world, tokenizer, split="train"):
     return tokenise_pairs(pairs, tokenizer, max_length=128, drop_too_long=True)
 
 
-def reward_card(head="vrm", statistics=None):
+def reward_card(head="vrm", statistics=None, vrm=HEAD):
     return RewardModelCard(
         head=head,
-        vrm=HEAD,
+        vrm=vrm,
         objectives=OBJECTIVES,
         max_length=128,
         score_mean=statistics.mean,
@@ -73,6 +73,7 @@ def reward_trainer(
     tokenizer,
     *,
     head="vrm",
+    vrm=HEAD,
     num_steps=8,
     loss=None,
     make_engine=TorchEngine,
@@ -83,7 +84,7 @@ def reward_trainer(
 
     backbone = load_backbone(tiny_policy, dtype="float32")
     torch.manual_seed(0)
-    module = make_head(head, backbone.config.hidden_size, len(OBJECTIVES), HEAD)
+    module = make_head(head, backbone.config.hidden_size, len(OBJECTIVES), vrm)
     optimiser = OptimiserConfig(learning_rate=lr)
     engine = make_engine(
         RewardModel(backbone, module),
@@ -94,7 +95,7 @@ def reward_trainer(
     statistics = statistics_of(world)
     return RewardModelTrainer(
         engine,
-        card=reward_card(head, statistics),
+        card=reward_card(head, statistics, vrm),
         statistics=statistics,
         backbone_config=backbone.config,
         tokenizer=tokenizer,

@@ -150,8 +150,27 @@ class VariationalLossConfig(Frozen):
     kl_weight_w: NonNegative = 1e-4
     kl_weight_z: NonNegative = 1e-4
     kl_warmup_fraction: Fraction = 0.3
+    kl_reduction: Literal["sum", "mean"] = "sum"
+    """Over the dimensions of w and of z; the paper's KL is the sum."""
+    free_bits: NonNegative = 0.0
+    """KL_w below this, and the pair's KL_z below twice this, is free; in nats after `kl_reduction`."""
     supervision_weight: NonNegative = 0.1
     supervision_temperature: Positive = 1.0
+    supervision: Literal["kl", "mse", "mae", "rank"] = "kl"
+    """Distance of the objective weights from their target (vrm_spec section 6.4)."""
+    supervision_on: Literal["mean", "sample", "expected_log"] = "mean"
+    """What is compared with the target: the weights' posterior mean, the sample that made the reward, or E_q[ln w]."""
+    target_from: Literal["chosen", "diff", "both"] = "chosen"
+    """Whose scores make the target: the chosen response's (the paper), the difference of the pair, the pair's mean."""
+
+    @model_validator(mode="after")
+    def _distance_fits_what_it_compares(self) -> VariationalLossConfig:
+        if self.supervision_on == "expected_log" and self.supervision not in ("kl", "rank"):
+            raise ValueError(
+                f"supervision = {self.supervision!r} compares weights, but supervision_on = 'expected_log' gives "
+                "logarithms that belong to no weights; use supervision 'kl' or 'rank', or supervision_on 'mean'"
+            )
+        return self
 
 
 class RewardTrainingConfig(Frozen):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +13,7 @@ from pipeline.data.batching import stable_seed
 from pipeline.data.chat import encode_prompt, encode_response, fit_prompt, strip_thinking
 from pipeline.data.score_statistics import ScoreStatistics
 from pipeline.errors import DataError
-from pipeline.objectives.variational import supervision_target
+from pipeline.objectives.variational import supervision_scores, supervision_target
 from pipeline.records import Message, PreferenceBatch, PreferencePair, TokenisedText
 
 
@@ -61,18 +62,23 @@ class PairCollator:
     """B tokenised pairs to one batch: chosen rows first, then rejected rows, right-padded."""
 
     statistics: ScoreStatistics
-    """Of the training split; they standardise the chosen responses' scores (Eq. 13)."""
+    """Of the training split; they standardise the responses' scores (Eq. 13)."""
     pad_token_id: int
     temperature: float
     """tau of the supervision target."""
     seed: int
+    target_from: Literal["chosen", "diff", "both"] = "chosen"
+    """Which response's scores supervise the weights."""
 
     def __call__(self, pairs: Sequence[TokenisedPair], step: int) -> PreferenceBatch:
         """The batch of a step; (seed, step, position) make each pair's noise seed."""
         sequences = [p.prompt_ids + p.chosen_ids for p in pairs] + [p.prompt_ids + p.rejected_ids for p in pairs]
-        target, target_mask = supervision_target(
-            *self.statistics.standardise([p.pair.scores_chosen for p in pairs]), temperature=self.temperature
+        scores, annotated = supervision_scores(
+            *self.statistics.standardise([p.pair.scores_chosen for p in pairs]),
+            *self.statistics.standardise([p.pair.scores_rejected for p in pairs]),
+            target_from=self.target_from,
         )
+        target, target_mask = supervision_target(scores, annotated, temperature=self.temperature)
         return PreferenceBatch(
             input_ids=pad_right(sequences, self.pad_token_id),
             lengths=torch.tensor([len(s) for s in sequences]),

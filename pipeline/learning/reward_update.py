@@ -14,7 +14,15 @@ from pipeline.learning.shards import MicroBatch, Rows, Sums, own_micro_batches
 from pipeline.models.reward_heads import RewardOutput, VRMHead
 from pipeline.models.reward_model import RewardModelCard, save_reward_model
 from pipeline.objectives.preference import bradley_terry_loss, pair_accuracy
-from pipeline.objectives.variational import dirichlet_kl, gaussian_kl, weight_supervision_kl
+from pipeline.objectives.variational import (
+    dirichlet_kl,
+    expected_log_weights,
+    gaussian_kl,
+    kl_penalty,
+    log_weights,
+    sample_dirichlet,
+    weight_supervision,
+)
 from pipeline.records import Metrics, PreferenceBatch
 
 
@@ -63,8 +71,7 @@ class RewardModelTrainer:
         for micro in self._micro_batches(batch):
             output = self._forward(batch, micro, sampled=True)
             terms = self._terms(batch, micro, output)
-            variational = kl_factor * (self.loss.kl_weight_w * terms["kl_w"] + self.loss.kl_weight_z * terms["kl_z"])
-            loss = (terms["nll"] + variational).sum() / num_pairs
+            loss = (terms["nll"] + kl_factor * terms["kl_penalty"]).sum() / num_pairs
             loss = loss + self.loss.supervision_weight * terms["supervision"].sum() / max(1, num_supervised)
             self.engine.backward(micro.weight * loss, last=micro.last)
             sums.add(micro.weight, **{name: term.sum() for name, term in terms.items()})
@@ -144,6 +151,7 @@ class RewardModelTrainer:
             "margin": margins.abs(),
             "kl_w": torch.zeros_like(margins),
             "kl_z": torch.zeros_like(margins),
+            "kl_penalty": torch.zeros_like(margins),
             "supervision": torch.zeros_like(margins),
         }
         if isinstance(self.engine.module.head, VRMHead):
@@ -153,8 +161,24 @@ class RewardModelTrainer:
             kl_z = gaussian_kl(output.mu, output.logvar, zero, zero)
             terms["kl_w"] = dirichlet_kl(alpha, prior)
             terms["kl_z"] = kl_z[:n] + kl_z[n:]
-            terms["supervision"] = weight_supervision_kl(
-                batch.target[micro.rows].to(device), batch.target_mask[micro.rows].to(device), alpha
+            mean = self.loss.kl_reduction == "mean"
+            terms["kl_penalty"] = kl_penalty(
+                terms["kl_w"] / (alpha.shape[-1] if mean else 1),
+                terms["kl_z"] / (output.mu.shape[-1] if mean else 1),
+                weight_w=self.loss.kl_weight_w,
+                weight_z=self.loss.kl_weight_z,
+                free_bits=self.loss.free_bits,
+            )
+            mask = batch.target_mask[micro.rows].to(device)
+            match self.loss.supervision_on:
+                case "mean":
+                    log_w = log_weights(alpha, mask)
+                case "sample":  # the draw that made the reward: equal seeds, equal weights
+                    log_w = log_weights(sample_dirichlet(alpha, batch.noise_seeds[micro.rows]), mask)
+                case "expected_log":
+                    log_w = expected_log_weights(alpha, mask)
+            terms["supervision"] = weight_supervision(
+                batch.target[micro.rows].to(device), mask, log_w, self.loss.supervision
             )
         return terms
 

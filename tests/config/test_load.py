@@ -75,6 +75,7 @@ def test_recipes_that_extend_each_other_are_refused(tmp_path):
         ("data.preferences=[a,7]", "data.preferences[1] = 7: input should be a valid string"),
         ("alignment.ppo.mini_batch_size=100", "is not a multiple of ppo.mini_batch_size = 100; change one"),
         ("reward_training.vrm.decoder=hadamard", "semantic_dims = 16; set reward_training.vrm.semantic_dims=4"),
+        ("reward_training.loss={supervision: mse, supervision_on: expected_log}", "use supervision 'kl' or 'rank'"),
         ("alignment.num_steps", "'alignment.num_steps' is no override; write key.path=value"),
         ("=5", "'=5' is no override"),
         ("seed=${nope}", "overrides ['seed=${nope}']: Interpolation key 'nope' not found"),
