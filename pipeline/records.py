@@ -53,6 +53,12 @@ class PreferenceBatch:
     noise_seeds: torch.Tensor
     """[B] int64: seed of each pair's posterior sample; a function of (seed, step, position), so
     neither sharding nor micro-batching changes the noise."""
+    scores: torch.Tensor
+    """[2B, K] float32: standardised annotated scores of each response, 0 where masked."""
+    score_mask: torch.Tensor
+    """[2B, K] bool: which scores were annotated."""
+    margins: torch.Tensor
+    """[B] float32: by how much the chosen response was rated better, on the annotators' scale; NaN where unknown."""
 
     @property
     def num_pairs(self) -> int:

@@ -145,7 +145,10 @@ class VRMHeadConfig(Frozen):
 
 
 class VariationalLossConfig(Frozen):
-    """L = BT + kl_weight_w KL_w + kl_weight_z (KL_zw + KL_zl) + supervision_weight L_sup (vrm_spec section 3)."""
+    """L = BT + kl_weight_w KL_w + kl_weight_z (KL_zw + KL_zl) + supervision_weight L_sup (vrm_spec section 3).
+
+    The gate has the supervision and no KL.
+    """
 
     kl_weight_w: NonNegative = 1e-4
     kl_weight_z: NonNegative = 1e-4
@@ -154,6 +157,8 @@ class VariationalLossConfig(Frozen):
     """Over the dimensions of w and of z; the paper's KL is the sum."""
     free_bits: NonNegative = 0.0
     """KL_w below this, and the pair's KL_z below twice this, is free; in nats after `kl_reduction`."""
+    score_weight: NonNegative = 0.0
+    """Of the squared error of the objective scores against their annotations; needs a decoder with scores."""
     supervision_weight: NonNegative = 0.1
     supervision_temperature: Positive = 1.0
     supervision: Literal["kl", "mse", "mae", "rank"] = "kl"
@@ -173,10 +178,37 @@ class VariationalLossConfig(Frozen):
         return self
 
 
+class PairLossConfig(Frozen):
+    """The likelihood of a comparison: of Eq. 12, or a variant that uses how clear the preference was."""
+
+    form: Literal["bt", "margin", "scaled", "ties"] = "bt"
+    """"margin" and "scaled" use the annotated margin of a pair, "ties" reads a margin of 0 as a tie.
+    The metrics do not follow: nll is always the Bradley-Terry one, and a tie counts as any other pair."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of labels taken to be wrong; for "bt"."""
+    margin_scale: Positive = 1.0
+    """Multiplies the annotated margin in "margin" and "scaled"."""
+    tie_threshold: Positive = 0.5
+    """Rewards about this close tie in "ties"."""
+
+    @model_validator(mode="after")
+    def _smooths_plain_labels(self) -> PairLossConfig:
+        if self.label_smoothing and self.form != "bt":
+            raise ValueError(
+                f"label_smoothing = {self.label_smoothing} belongs to form 'bt', not to {self.form!r}; "
+                "set one of the two"
+            )
+        return self
+
+
 class RewardTrainingConfig(Frozen):
     """Reward-model training (vrm_spec section 10)."""
 
-    head: Literal["vrm", "bt"] = "vrm"
+    head: Literal["vrm", "gate", "regression", "bt"] = "vrm"
+    """The baselines are "gate": VRM without its posterior, a deterministic gate over objective scores as in ArmoRM;
+    "regression": a score per objective, fitted to the annotations as in HelpSteer2; "bt": one linear reward."""
+    reward_weights: tuple[float, ...] = ()
+    """What each objective's score counts in the reward of "regression"; empty is the mean."""
     backbone: str | None = None
     """A checkpoint for the backbone; None starts from the prepared policy."""
     backbone_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -184,6 +216,7 @@ class RewardTrainingConfig(Frozen):
     """Train only the last n transformer layers (and the final norm); None trains all, 0 freezes the backbone."""
     vrm: VRMHeadConfig = VRMHeadConfig()
     loss: VariationalLossConfig = VariationalLossConfig()
+    pair_loss: PairLossConfig = PairLossConfig()
     batch_pairs: Count = 128
     num_steps: Count | None = None
     """None is one pass over the training pairs."""
@@ -195,6 +228,21 @@ class RewardTrainingConfig(Frozen):
     eval_every: Count = 50
     max_eval_pairs: Count = 2048
     checkpoint_every: Count = 50
+
+    @model_validator(mode="after")
+    def _head_has_what_is_asked_of_it(self) -> RewardTrainingConfig:
+        if self.head == "gate" and self.loss.supervision_on == "expected_log":
+            raise ValueError("head = 'gate' has no posterior, so loss.supervision_on = 'expected_log' means nothing")
+        if self.head == "gate" and self.vrm.decoder != "bilinear":
+            raise ValueError(f"head = 'gate' is bilinear; vrm.decoder = {self.vrm.decoder!r} needs head = 'vrm'")
+        if self.head == "vrm" and self.loss.score_weight and self.vrm.decoder in ("mlp", "film"):
+            raise ValueError(
+                f"loss.score_weight = {self.loss.score_weight}, but vrm.decoder = {self.vrm.decoder!r} has no "
+                "objective scores; use 'bilinear' or 'hadamard'"
+            )
+        if self.reward_weights and self.head != "regression":
+            raise ValueError(f"reward_weights belong to head = 'regression', not to {self.head!r}")
+        return self
 
 
 # --------------------------------------------------------------------------- alignment
@@ -301,6 +349,16 @@ class ExperimentConfig(Frozen):
     reward_training: RewardTrainingConfig = RewardTrainingConfig()
     alignment: AlignmentConfig = AlignmentConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
+
+    @model_validator(mode="after")
+    def _one_reward_weight_an_objective(self) -> ExperimentConfig:
+        given = self.reward_training.reward_weights
+        if given and len(given) != len(self.objectives):
+            raise ValueError(
+                f"reward_training.reward_weights has {len(given)} numbers for {len(self.objectives)} objectives; "
+                f"give one for each of {', '.join(self.objectives)}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _hadamard_pairs_weights_with_features(self) -> ExperimentConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -73,12 +74,12 @@ class PairCollator:
     def __call__(self, pairs: Sequence[TokenisedPair], step: int) -> PreferenceBatch:
         """The batch of a step; (seed, step, position) make each pair's noise seed."""
         sequences = [p.prompt_ids + p.chosen_ids for p in pairs] + [p.prompt_ids + p.rejected_ids for p in pairs]
-        scores, annotated = supervision_scores(
-            *self.statistics.standardise([p.pair.scores_chosen for p in pairs]),
-            *self.statistics.standardise([p.pair.scores_rejected for p in pairs]),
-            target_from=self.target_from,
+        chosen, chosen_mask = self.statistics.standardise([p.pair.scores_chosen for p in pairs])
+        rejected, rejected_mask = self.statistics.standardise([p.pair.scores_rejected for p in pairs])
+        target, target_mask = supervision_target(
+            *supervision_scores(chosen, chosen_mask, rejected, rejected_mask, target_from=self.target_from),
+            temperature=self.temperature,
         )
-        target, target_mask = supervision_target(scores, annotated, temperature=self.temperature)
         return PreferenceBatch(
             input_ids=pad_right(sequences, self.pad_token_id),
             lengths=torch.tensor([len(s) for s in sequences]),
@@ -86,6 +87,9 @@ class PairCollator:
             target=target,
             target_mask=target_mask,
             noise_seeds=torch.tensor([stable_seed("posterior", self.seed, step, b) for b in range(len(pairs))]),
+            scores=torch.cat([chosen, rejected]),
+            score_mask=torch.cat([chosen_mask, rejected_mask]),
+            margins=torch.tensor([math.nan if p.pair.margin is None else p.pair.margin for p in pairs]),
         )
 
 

@@ -203,6 +203,60 @@ class VRMHead(nn.Module):
         return self.decode(torch.cat([weights, weights]), features)
 
 
+class GateHead(nn.Module):
+    """The VRM head without its posterior: r = <softmax(u(x)), S mu(x, y)>, as deterministic as ArmoRM's gate.
+
+    What VRM must beat to claim that the variational part matters (vrm_spec section 5).
+    Source: Wang et al. 2024, arXiv:2406.12845, section 3.2, with learned instead of regressed objective scores.
+    """
+
+    def __init__(self, hidden_size: int, num_objectives: int, config: VRMHeadConfig) -> None:
+        super().__init__()
+        self.weight_head = TwoLayerHead(hidden_size, config.hidden_size, num_objectives)
+        self.feature_head = TwoLayerHead(hidden_size, config.hidden_size, config.semantic_dims)
+        self.score_matrix = nn.Parameter(torch.empty(num_objectives, config.semantic_dims, dtype=torch.float32))
+        nn.init.normal_(self.feature_head.output.weight, std=1.0 / math.sqrt(config.hidden_size))
+        nn.init.normal_(self.score_matrix, std=1.0 / math.sqrt(config.semantic_dims))
+
+    def forward(
+        self, prompt_hidden: torch.Tensor, response_hidden: torch.Tensor, noise_seeds: torch.Tensor | None
+    ) -> RewardOutput:
+        """[N, H] states -> rewards with weights and scores, without noise; the signature is the VRM head's."""
+        with torch.autocast(response_hidden.device.type, enabled=False):
+            weights = torch.softmax(self.weight_head(prompt_hidden.float()), dim=-1)
+            mu = self.feature_head(response_hidden.float())
+            scores = mu @ self.score_matrix.T
+            reward = (weights * scores).sum(-1)
+            nothing = reward.new_zeros(len(reward), 0)
+            return RewardOutput(reward, reward, torch.zeros_like(reward), nothing, mu, nothing, scores, weights)
+
+
+class RegressionHead(nn.Module):
+    """K linear scores of the response, and a fixed weighting of them: r = <v, s>, s = W h_y + c.
+
+    Source: HelpSteer2, Wang et al. 2024, arXiv:2406.08673, section 4; scores here are in standard deviations, and start
+    at 0, the mean annotation.
+    """
+
+    def __init__(self, hidden_size: int, num_objectives: int, reward_weights: tuple[float, ...]) -> None:
+        super().__init__()
+        self.reward_weights = reward_weights or (1.0 / num_objectives,) * num_objectives
+        self.linear = nn.Linear(hidden_size, num_objectives, dtype=torch.float32)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(
+        self, prompt_hidden: torch.Tensor, response_hidden: torch.Tensor, noise_seeds: torch.Tensor | None
+    ) -> RewardOutput:
+        """[N, H] states -> scores and their weighted sum; the signature is the VRM head's."""
+        with torch.autocast(response_hidden.device.type, enabled=False):
+            scores = self.linear(response_hidden.float())
+            weights = scores.new_tensor(self.reward_weights).expand_as(scores)
+            reward = (weights * scores).sum(-1)
+            nothing = reward.new_zeros(len(reward), 0)
+            return RewardOutput(reward, reward, torch.zeros_like(reward), nothing, nothing, nothing, scores, weights)
+
+
 class BradleyTerryHead(nn.Module):
     """The baseline: one linear reward on the last response token (VRM Eq. 1)."""
 
@@ -219,3 +273,6 @@ class BradleyTerryHead(nn.Module):
             reward = self.linear(response_hidden.float()).squeeze(-1)
             nothing = reward.new_zeros(len(reward), 0)
             return RewardOutput(reward, reward, torch.zeros_like(reward), *[nothing] * 5)
+
+
+RewardHead = VRMHead | GateHead | RegressionHead | BradleyTerryHead

@@ -25,6 +25,9 @@ def batch_of(lengths, target=None, mask=None):
         target=target,
         target_mask=torch.zeros(num_pairs, 2, dtype=torch.bool) if mask is None else torch.tensor(mask),
         noise_seeds=torch.zeros(num_pairs, dtype=torch.int64),
+        scores=torch.zeros(len(lengths), 2),
+        score_mask=torch.zeros(len(lengths), 2, dtype=torch.bool),
+        margins=torch.full((num_pairs,), math.nan),
     )
 
 

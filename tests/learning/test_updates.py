@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pipeline.config.load import load_recipe
-from pipeline.config.schema import VariationalLossConfig
+from pipeline.config.schema import PairLossConfig, VariationalLossConfig
 from pipeline.data.prompts import PromptStream
 from pipeline.errors import CheckpointError, NumericsError, ResourceError, ShapeError
 from pipeline.learning.engine import TorchEngine
@@ -71,6 +71,8 @@ def unevenly_annotated(pairs):
     ("head", "loss"),
     [
         ("vrm", {}),
+        ("gate", {"score_weight": 0.1}),
+        ("regression", {}),
         ("vrm", {"supervision": "mse", "supervision_on": "sample", "target_from": "both"}),
         ("vrm", {"supervision": "rank", "supervision_on": "expected_log", "target_from": "diff", "free_bits": 0.01}),
         ("vrm", {"supervision": "mae", "kl_reduction": "mean", "kl_weight_w": 0.1, "kl_weight_z": 0.1}),
@@ -94,6 +96,34 @@ def test_reward_gradients_of_1_2_and_4_shards_agree(head, loss, tiny_policy, wor
     assert any(g.abs().max() > 1e-3 for g in whole.values())
     for world_size, max_tokens in ((1, 200), (2, 300), (4, 150), (4, 10_000)):
         assert_same(sharded_gradients(trainer(max_tokens), batch, world_size, run), whole)
+
+
+def test_a_regression_head_learns_the_annotated_scores_and_nothing_else(tiny_policy, world, tokenizer):
+    pairs, collate = tokenised(world, tokenizer)[:6], collator(world, tokenizer)
+    batch = collate(pairs, step=0)
+    learner = reward_trainer(tiny_policy, world, tokenizer, head="regression", num_steps=12)
+    errors = [learner.update(batch, step)["train/score_error"] for step in range(12)]
+    assert errors[0] == pytest.approx(batch.scores.square().mean().item(), rel=1e-5)  # it starts at 0
+    assert errors[-1] < 0.5 * errors[0]
+    silent = [replace(p, pair=replace(p.pair, scores_chosen=None, scores_rejected=None)) for p in pairs]
+    learner = reward_trainer(tiny_policy, world, tokenizer, head="regression")
+    assert learner.update(collate(silent, step=0), 0)["grad_norm"] == 0.0  # no pair loss without scores
+
+
+def test_the_pair_loss_changes_the_gradient_and_not_the_metrics(tiny_policy, world, tokenizer):
+    pairs = [
+        replace(p, pair=replace(p.pair, margin=margin))
+        for p, margin in zip(tokenised(world, tokenizer), (2.0, 0.0, 1.0, None), strict=False)
+    ]
+    batch = collator(world, tokenizer)(pairs, step=0)
+    metrics = {
+        form: reward_trainer(tiny_policy, world, tokenizer, head="bt", pair_loss=PairLossConfig(form=form)).update(
+            batch, 0
+        )
+        for form in ("bt", "margin", "scaled", "ties")
+    }
+    assert len({m["train/nll"] for m in metrics.values()}) == 1
+    assert len({m["grad_norm"] for m in metrics.values()}) == 4
 
 
 def test_supervising_the_sample_supervises_the_weights_that_made_the_reward(tiny_policy, world, tokenizer):
@@ -214,6 +244,19 @@ def test_experience_by_hand():
     assert metrics["kl/per_response"] == pytest.approx((1.0 + 0.5 + 0.0) / 2)
     assert metrics["engine_gap/max"] == pytest.approx(0.1)
     assert metrics["response/stopped"] == 0.5
+
+
+def test_a_gate_learns_and_its_weights_follow_their_target(tiny_policy, world, tokenizer):
+    learner = reward_trainer(tiny_policy, world, tokenizer, head="gate", num_steps=12, max_tokens=100_000)
+    batch = collator(world, tokenizer)(tokenised(world, tokenizer)[:32], step=0)
+    metrics = [learner.update(batch, step) for step in range(12)]
+    assert metrics[0]["train/nll"] == pytest.approx(math.log(2), abs=0.15)
+    assert metrics[-1]["train/nll"] < 0.5
+    assert metrics[-1]["train/supervision"] < metrics[0]["train/supervision"]
+    assert metrics[-1]["train/kl_w"] == metrics[-1]["train/kl_z"] == 0.0
+    evaluated = learner.evaluate(batch)
+    assert evaluated["eval/active_units"] >= 2
+    assert "eval/concentration" not in evaluated
 
 
 @pytest.mark.parametrize(

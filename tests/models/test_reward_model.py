@@ -10,7 +10,14 @@ from pipeline.data.collate import pad_right
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.learning.reward_scorer import RewardModelScorer
 from pipeline.models.backbone import load_backbone, load_config, require_context, train_only_last_layers
-from pipeline.models.reward_heads import BradleyTerryHead, RewardOutput, VRMHead, mean_and_concentration
+from pipeline.models.reward_heads import (
+    BradleyTerryHead,
+    GateHead,
+    RegressionHead,
+    RewardOutput,
+    VRMHead,
+    mean_and_concentration,
+)
 from pipeline.models.reward_model import RewardModel, RewardModelCard, load_reward_model, make_head, save_reward_model
 from pipeline.objectives.variational import dirichlet_kl
 
@@ -129,6 +136,32 @@ def test_heads_stay_float32_under_autocast():
             assert {t.dtype for t in output} == {torch.float32}
 
 
+def test_a_gate_is_the_vrm_head_without_its_posterior():
+    torch.manual_seed(0)
+    gate, posterior = GateHead(8, 4, HEAD), VRMHead(8, 4, HEAD)
+    with torch.no_grad():
+        torch.nn.init.normal_(gate.weight_head.output.weight)
+        posterior.score_matrix.copy_(gate.score_matrix)
+        posterior.feature_head.hidden.load_state_dict(gate.feature_head.hidden.state_dict())
+        posterior.feature_head.output.weight[:6] = gate.feature_head.output.weight
+    h = torch.randn(4, 8), torch.randn(4, 8)
+    output, seeded = gate(*h, None), gate(*h, torch.tensor([1, 2]))
+    torch.testing.assert_close(output.scores, posterior(*h, None).scores)
+    torch.testing.assert_close(output.weights, torch.softmax(gate.weight_head(h[0]), dim=-1))
+    torch.testing.assert_close(output.mean, (output.weights * output.scores).sum(-1))
+    assert all(torch.equal(a, b) for a, b in zip(output, seeded, strict=True))  # nothing to sample
+    assert output.variance.tolist() == [0.0] * 4
+
+
+def test_a_regression_head_weighs_its_scores_as_told_and_equally_when_not():
+    for given, expected in (((1.0, 0.0, 0.5, -0.25), (1.0, 0.0, 0.5, -0.25)), ((), (0.25,) * 4)):
+        head = RegressionHead(8, 4, given)
+        torch.nn.init.normal_(head.linear.weight)
+        output = head(torch.randn(3, 8), torch.randn(3, 8), None)
+        assert output.weights[1].tolist() == list(expected)
+        torch.testing.assert_close(output.mean, output.scores @ torch.tensor(expected))
+
+
 def test_both_rows_of_a_pair_share_one_draw_of_the_weights():
     torch.manual_seed(0)
     noiseless = VRMHeadConfig(semantic_dims=6, hidden_size=32, logvar_min=-60.0, initial_logvar=-59.0)
@@ -191,8 +224,8 @@ def saved(model, tokenizer, card, directory):
 
 @pytest.mark.parametrize(
     ("head", "config"),
-    [("vrm", HEAD), ("vrm", HADAMARD), ("vrm", MLP), ("vrm", FILM), ("vrm", MEAN_CONC), ("bt", HEAD)],
-    ids=["bilinear", "hadamard", "mlp", "film", "mean_conc", "bt"],
+    [("vrm", HEAD), ("vrm", HADAMARD), ("vrm", MLP), ("vrm", FILM), ("vrm", MEAN_CONC), ("gate", HEAD), ("bt", HEAD)],
+    ids=["bilinear", "hadamard", "mlp", "film", "mean_conc", "gate", "bt"],
 )
 def test_a_checkpoint_round_trips(head, config, tiny_policy, tokenizer, world, tmp_path):
     torch.manual_seed(0)
@@ -220,6 +253,16 @@ def test_the_card_names_decoder_and_parameterisation_and_an_older_one_meant_the_
     path.write_text(json.dumps(written))
     _, _, loaded = load_reward_model(directory)
     assert loaded == card()
+
+
+def test_a_regression_checkpoint_remembers_how_it_weighs_its_scores(tiny_policy, tokenizer, tmp_path):
+    weights = (0.7, 0.8, 0.5, -0.4)
+    backbone = load_backbone(tiny_policy, dtype="float32")
+    model = RewardModel(backbone, make_head("regression", 64, 4, HEAD, reward_weights=weights))
+    written = card("regression").model_copy(update={"reward_weights": weights})
+    loaded, _, loaded_card = load_reward_model(saved(model, tokenizer, written, tmp_path))
+    assert loaded_card == written
+    assert loaded.head.reward_weights == weights
 
 
 def test_weights_of_one_decoder_are_refused_under_the_card_of_another(tiny_policy, tokenizer, tmp_path):
