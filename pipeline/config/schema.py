@@ -273,7 +273,8 @@ class PPOConfig(Frozen):
     discount: Fraction = 1.0
     gae_lambda: Fraction = 0.95
     whiten_advantages: bool = True
-    reward_transform: Literal["none", "zscore", "lcb"] = "zscore"
+    reward_transform: Literal["none", "zscore", "lcb", "log_sigmoid"] = "zscore"
+    """Of the reward model's mean and standard deviation, in units of its held-out rewards (vrm_spec section 8)."""
     lcb_coefficient: NonNegative = 1.0
     """lcb subtracts this many posterior standard deviations before the z-score."""
     reward_clip: Positive | None = 5.0
