@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from pipeline.models.reward_heads import RewardOutput
+from pipeline.objectives.preference import bradley_terry_loss, pair_accuracy
+from pipeline.objectives.variational import gaussian_kl_per_dimension
 from pipeline.records import Metrics, PreferenceBatch
 
 ACTIVE_VARIANCE = 0.01
@@ -22,7 +24,8 @@ def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
 
     Returns:
         The scale of the reward, its calibration and its taste for length; for a VRM or gate head also active units, and
-        spread and supervision of the objective weights; with a posterior their concentration. Means are over the batch.
+        spread and supervision of the objective weights; with a posterior their concentration, the divergence of the
+        least and the most used feature, and how well one posterior sample ranks. Means are over the batch.
     """
     num_pairs = batch.num_pairs
     margins = output.mean[:num_pairs] - output.mean[num_pairs:]
@@ -31,11 +34,22 @@ def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
         "eval/reward_std": float(output.mean.std(correction=0)),
         "eval/posterior_std": float(output.variance.sqrt().mean()),
         "eval/calibration_error": calibration_error(margins),
+        "eval/brier": float((1.0 - torch.sigmoid(margins)).square().mean()),
         "eval/prefers_longer": prefers_longer(margins, batch),
+        **accuracy_by_length(margins, batch),
     }
     if output.alpha.shape[1]:
         alpha = output.alpha[:num_pairs]  # the chosen row speaks for the prompt
+        sampled = output.sampled[:num_pairs] - output.sampled[num_pairs:]
+        zero = output.mu.new_zeros(1)
+        kl_z = gaussian_kl_per_dimension(output.mu, output.logvar, zero, zero).mean(0)
         metrics |= {
+            "eval/sampled_nll": float(bradley_terry_loss(sampled).mean()),
+            "eval/sampled_accuracy": float(pair_accuracy(sampled).mean()),
+            "eval/kl_z_least_dimension": float(kl_z.min()),
+            "eval/kl_z_most_dimension": float(kl_z.max()),
+            "eval/concentration_p05": float(alpha.sum(-1).quantile(0.05)),
+            "eval/max_alpha": float(alpha.max()),
             "eval/concentration": float(alpha.sum(-1).mean()),
             "eval/concentration_p95": float(alpha.sum(-1).quantile(0.95)),
             "eval/min_alpha": float(alpha.min()),
@@ -48,11 +62,14 @@ def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
             "eval/active_units": float((output.mu.var(0, correction=0) > ACTIVE_VARIANCE).sum()),
             "eval/weight_variance": float(w_bar.var(0, correction=0).mean()),
             "eval/weight_entropy": float(_entropy(w_bar).mean()),
+            "eval/weight_distance_from_uniform": float((w_bar - 1.0 / w_bar.shape[1]).abs().sum(-1).mean()),
         }
         supervised = batch.target_mask.any(-1)
         if supervised.any():
             metrics["eval/target_entropy"] = float(_entropy(batch.target[supervised].double()).mean())
             metrics["eval/target_correlation"] = target_correlation(w_bar, batch.target, batch.target_mask)
+    if output.scores.shape[1]:
+        metrics["eval/score_collinearity"] = score_collinearity(output.scores)
     return metrics
 
 
@@ -85,6 +102,29 @@ def prefers_longer(margins: torch.Tensor, batch: PreferenceBatch) -> float:
     unequal = chosen != rejected
     agreement = torch.sign(margins[unequal]) * torch.sign((chosen - rejected)[unequal])
     return float((0.5 * (1.0 + agreement)).mean()) if unequal.any() else 0.5
+
+
+def accuracy_by_length(margins: torch.Tensor, batch: PreferenceBatch) -> Metrics:
+    """Accuracy on pairs whose chosen response is longer, and on those where it is shorter; absent where none is."""
+    chosen, rejected = batch.lengths.split(batch.num_pairs)
+    sides = {"longer": chosen > rejected, "shorter": chosen < rejected}
+    correct = pair_accuracy(margins)
+    return {
+        f"eval/accuracy_chosen_{side}": float(correct[pairs].mean()) for side, pairs in sides.items() if pairs.any()
+    }
+
+
+def score_collinearity(scores: torch.Tensor) -> float:
+    """Mean absolute correlation over responses of two different objectives' scores: 1 when all say the same.
+
+    Equals 1 when the rows of S are collinear, and does not need S, which ZeRO-3 keeps in pieces.
+
+    Args:
+        scores: [N, K], K >= 2.
+    """
+    columns = scores.unbind(-1)
+    pairs = [(x, y) for k, x in enumerate(columns) for y in columns[:k]]
+    return sum(abs(_pearson(x, y)) for x, y in pairs) / len(pairs)
 
 
 def target_correlation(w_bar: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> float:
