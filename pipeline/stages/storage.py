@@ -9,8 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import uuid
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
