@@ -71,7 +71,6 @@ def _align(stage: StageDirectory, rooms: Rooms, policy: StageResult, reward_mode
             stage,
             config,
             reward_scale=RewardScale(mean=card.reward_mean, std=card.reward_std),
-            pad_token_id=tokenizer.pad_token_id,
             seed=recipe.seed,
         )
 

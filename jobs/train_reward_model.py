@@ -65,7 +65,6 @@ def _train(stage: StageDirectory, recipe: Recipe, backbone_uri: str) -> Metrics:
     num_steps = config.num_steps or max(1, len(pairs) // config.batch_pairs)
     collate = PairCollator(
         statistics=statistics,
-        pad_token_id=tokenizer.pad_token_id,
         temperature=config.loss.supervision_temperature,
         seed=recipe.seed,
     )
