@@ -25,7 +25,7 @@ from pipeline.records import Metrics, StageResult
 from pipeline.stages import storage
 from pipeline.stages.workspace import StageDirectory
 
-VERSION = 1
+VERSION = 2
 
 
 def align_policy(rooms: Rooms, policy: StageResult, reward_model: StageResult) -> StageResult:
