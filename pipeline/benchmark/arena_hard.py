@@ -34,7 +34,7 @@ OUTCOMES: Mapping[Rules, Mapping[str, tuple[float, int]]] = {
 """Verdict -> (share of the win that goes to assistant A, weight): a clear win counts three times."""
 
 RIDGE = 1e-6
-"""Keeps a model that wins every battle finite (99.99.. instead of 100); moves a rate of 1,000 battles by less than 1e-6."""
+"""Keeps a model that wins every battle finite (99.99..); moves a rate of 1,000 battles by less than 1e-6 points."""
 
 MAX_NEWTON_STEPS = 1000
 
