@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.config.schema import AlignmentConfig
-from pipeline.errors import ResourceError
 from pipeline.learning.engine import TrainEngine
-from pipeline.learning.probes import evaluate_probes
+from pipeline.learning.publishing import evaluate_probes, write_policy_weights
 from pipeline.learning.schedule import learning_rate_factor
 from pipeline.learning.shards import MicroBatch, Rows, Sums, own_micro_batches
 from pipeline.models.backbone import save_causal_lm
@@ -26,8 +23,6 @@ from pipeline.objectives.masked import masked_sum
 from pipeline.objectives.policy import clipped_policy_loss, clipped_tokens, importance_ratio
 from pipeline.objectives.value import clipped_value_loss
 from pipeline.records import Experience, Metrics, PolicyWeights, PromptGroup, Rollout, TokenEvaluation
-
-WEIGHTS_FILE = "model.safetensors"
 
 
 class PPOLearner:
@@ -189,27 +184,6 @@ class PPOLearner:
         state = self.engine.full_state_dict()
         if self.engine.rank == 0:
             save_causal_lm(_policy_part(state), self.model_config, self.tokenizer, directory)
-
-
-def write_policy_weights(state: dict[str, torch.Tensor], location: Path) -> None:
-    """One safetensors file with Hugging Face names, appearing whole or not at all.
-
-    Raises:
-        ResourceError: the file system has too little room left, as /dev/shm in a container often has.
-    """
-    location.mkdir(parents=True, exist_ok=True)
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-    free = shutil.disk_usage(location).free
-    if needed > free:
-        raise ResourceError(
-            f"publishing the policy's weights needs {needed / 2**20:,.0f} MiB, {location.parent} has "
-            f"{free / 2**20:,.0f} MiB free. Enlarge it to hold two versions of the policy (docker run --shm-size, "
-            "or mount -o remount,size=... /dev/shm), or delete what else lies there."
-        )
-    partial = location / f"{WEIGHTS_FILE}.partial"
-    # Tied tensors share memory, which safetensors refuses; the engine needs lm_head.weight spelled out anyway.
-    save_file({name: tensor.clone().contiguous() for name, tensor in state.items()}, partial)
-    os.replace(partial, location / WEIGHTS_FILE)
 
 
 def _policy_part(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

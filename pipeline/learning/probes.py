@@ -10,10 +10,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import torch
 
 from pipeline.errors import StaleEngineError
-from pipeline.models.packing import PackedTokens, pack
 from pipeline.records import Metrics, ProbeSequence, Prompt, PromptGroup
 
 RANDOM_TOKENS = 8
@@ -33,22 +31,6 @@ def choose_probes(prompts: Sequence[Prompt], *, vocabulary_size: int, seed: int,
             PromptGroup(prompt_ids=prompt.token_ids[:middle], response_ids=(prompt.token_ids[middle:] + noise,))
         )
     return probes
-
-
-def evaluate_probes(
-    policy_logprobs: Callable[[PackedTokens, int, float], torch.Tensor],
-    probes: Sequence[PromptGroup],
-    device: torch.device,
-) -> tuple[ProbeSequence, ...]:
-    """What the learner says of the probes, at temperature 1; `policy_logprobs` is called as `Policy.forward` is."""
-    packed = pack(probes).to(device)
-    with torch.no_grad():
-        rows = policy_logprobs(packed, int(packed.response_lengths.max()), 1.0).tolist()
-    return tuple(
-        ProbeSequence(prompt_ids=probe.prompt_ids, response_ids=response_ids, logprobs=tuple(row[: len(response_ids)]))
-        for probe, row in zip(probes, rows, strict=True)
-        for response_ids in probe.response_ids
-    )
 
 
 def check_engine(

@@ -11,8 +11,8 @@ from actors.rollout_pool import RolloutPool
 from pipeline.config.schema import DeadlinesConfig, RolloutConfig
 from pipeline.data.chat import encode_prompt
 from pipeline.errors import CheckpointError, StaleEngineError
-from pipeline.learning.ppo_update import write_policy_weights
 from pipeline.learning.probes import choose_probes
+from pipeline.learning.publishing import write_policy_weights
 from pipeline.models.backbone import load_causal_lm
 from pipeline.records import PolicyWeights, ProbeSequence, Prompt, SamplingParams
 

@@ -105,6 +105,8 @@ def test_init_files_are_empty():
         "pipeline.stages.workspace",
         "cluster.resources",
         "cluster.submission",
+        "actors.rollout_pool",
+        "actors.rollout_worker",
         "jobs.command_line",
         "jobs.full_pipeline",
         "jobs.score_benchmark",

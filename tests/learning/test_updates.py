@@ -9,7 +9,7 @@ from pipeline.data.prompts import PromptStream
 from pipeline.errors import CheckpointError, NumericsError, ResourceError, ShapeError
 from pipeline.learning.engine import TorchEngine
 from pipeline.learning.experience import RewardScale, build_experience
-from pipeline.learning.ppo_update import write_policy_weights
+from pipeline.learning.publishing import write_policy_weights
 from pipeline.learning.schedule import learning_rate_factor, warmup_factor
 from pipeline.records import Prompt, PromptGroup, RewardScore, Rollout, SamplingParams, TokenEvaluation
 from tests.fakes import FakeRollouts, FakeScorer
