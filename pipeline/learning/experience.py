@@ -70,9 +70,9 @@ def build_experience(
     response_lengths = torch.tensor([len(r.response_ids) for r in rollouts])
     mask = torch.arange(logprobs.shape[1]) < response_lengths.unsqueeze(-1)
     cut = torch.tensor([r.finish_reason == "length" for r in rollouts], dtype=torch.float32)
-
     mean = torch.tensor([s.mean for s in scores])
     std = torch.tensor([s.std for s in scores])
+
     reward = transform_reward(
         mean,
         std,
@@ -98,7 +98,9 @@ def build_experience(
     )
     advantages = ADVANTAGES[ppo.advantages](tokens, ppo)
     returns = torch.where(mask, advantages + values, torch.zeros_like(values))
-    kept = torch.arange(len(rollouts))
+    weights = torch.ones_like(logprobs)
+    if ppo.importance_cap is not None:
+        weights = truncated_importance_weights(logprobs, engine_logprobs, mask, cap=ppo.importance_cap)
 
     k1 = torch.where(mask, logprobs - reference_logprobs, torch.zeros_like(logprobs))
     engine_gap = torch.where(mask, (engine_logprobs - logprobs).abs(), torch.zeros_like(logprobs))
@@ -115,24 +117,17 @@ def build_experience(
         "engine_gap/max": float(engine_gap.max()),
     }
     if ppo.trains_a_critic:
-        metrics |= {"value/mean": float(masked_mean(values, mask)), "return/mean": float(masked_mean(returns, mask))}
+        metrics["value/mean"] = float(masked_mean(values, mask))
+        metrics["return/mean"] = float(masked_mean(returns, mask))
     if ppo.compares_a_group:
         groups = reward.view(-1, tokens.group_size)
-        uniform = uniform_groups(groups)
-        metrics |= {
-            "group/reward_std": float(groups.std(-1).mean()),
-            "group/uniform": float(uniform.float().mean()),
-        }
-        # When no group differs, their advantages of 0 do no harm, and the step keeps its meaning.
-        if ppo.drop_uniform_groups and not uniform.all():
-            kept = kept.view(-1, tokens.group_size)[~uniform].flatten()
-    importance_weights = torch.ones_like(logprobs)
+        metrics["group/reward_std"] = float(groups.std(-1).mean())
+        metrics["group/uniform"] = float(uniform_groups(groups).float().mean())
     if ppo.importance_cap is not None:
-        importance_weights = truncated_importance_weights(logprobs, engine_logprobs, mask, cap=ppo.importance_cap)
-        metrics |= {
-            "importance/mean": float(masked_mean(importance_weights, mask)),
-            "importance/capped": float(masked_mean((importance_weights >= ppo.importance_cap).float(), mask)),
-        }
+        metrics["importance/mean"] = float(masked_mean(weights, mask))
+        metrics["importance/capped"] = float(masked_mean((weights >= ppo.importance_cap).float(), mask))
+
+    kept = _rows_that_teach(reward, tokens.group_size) if ppo.drop_uniform_groups else torch.arange(len(rollouts))
     experience = Experience(
         input_ids=pad_right([r.prompt.token_ids + r.response_ids for r in rollouts], pad_token_id)[kept],
         prompt_lengths=torch.tensor([len(r.prompt.token_ids) for r in rollouts])[kept],
@@ -141,12 +136,19 @@ def build_experience(
         logprobs=logprobs[kept],
         reference_logprobs=reference_logprobs[kept],
         advantages=whiten(advantages[kept], mask[kept]) if ppo.whiten_advantages else advantages[kept],
-        importance_weights=importance_weights[kept],
+        importance_weights=weights[kept],
         kl_loss_coefficient=0.0 if in_reward else kl_coefficient,
         critic=CriticTargets(values=values[kept], returns=returns[kept]) if ppo.trains_a_critic else None,
         num_response_tokens=int(mask[kept].sum()),
     )
     return experience, metrics
+
+
+def _rows_that_teach(reward: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Rows of the prompts whose responses differ in reward; all rows when none do, whose advantages are then 0."""
+    differ = ~uniform_groups(reward.view(-1, group_size))
+    rows = torch.arange(len(reward)).view(-1, group_size)
+    return rows[differ].flatten() if differ.any() else rows.flatten()
 
 
 def _group_size(rollouts: Sequence[Rollout]) -> int:

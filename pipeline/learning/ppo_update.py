@@ -152,11 +152,14 @@ class PPOLearner:
         lengths = (experience.prompt_lengths + experience.response_lengths)[rows]
         for micro in own_micro_batches(lengths.tolist(), self.engine, self._max_tokens):
             own = rows[micro.rows]
-
-            def on_device(tensor: torch.Tensor, own: torch.Tensor = own) -> torch.Tensor:
-                return tensor[own].to(self.engine.device)
-
-            mask, old_logprobs = on_device(experience.mask), on_device(experience.logprobs)
+            mask, old_logprobs, reference_logprobs, advantages, weights = self._on_device(
+                own,
+                experience.mask,
+                experience.logprobs,
+                experience.reference_logprobs,
+                experience.advantages,
+                experience.importance_weights,
+            )
             width = int(lengths[micro.rows].max())
             now = TokenStatistics(
                 *self.engine.forward(
@@ -171,9 +174,9 @@ class PPOLearner:
             policy = policy_loss(
                 now.logprobs,
                 old_logprobs,
-                on_device(experience.reference_logprobs),
-                on_device(experience.advantages),
-                on_device(experience.importance_weights),
+                reference_logprobs,
+                advantages,
+                weights,
                 mask,
                 ppo=ppo,
                 kl=self.config.kl,
@@ -184,10 +187,11 @@ class PPOLearner:
                 loss = loss + experience.kl_loss_coefficient * policy.kl
                 terms["kl_loss"] = policy.kl
             if experience.critic is not None:
+                values, returns = self._on_device(own, experience.critic.values, experience.critic.returns)
                 value_loss = clipped_value_loss(
                     now.values,
-                    on_device(experience.critic.values),
-                    on_device(experience.critic.returns),
+                    values,
+                    returns,
                     mask,
                     clip_range=ppo.value_clip_range,
                     num_tokens=size.num_tokens,
@@ -207,6 +211,9 @@ class PPOLearner:
                 ratio=masked_sum(ratio, mask),
             )
         return self.engine.step(factor)
+
+    def _on_device(self, rows: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor[rows].to(self.engine.device) for tensor in tensors]
 
     def _arguments(
         self, input_ids: torch.Tensor, prompt_lengths: torch.Tensor, response_lengths: torch.Tensor, width: int

@@ -63,10 +63,12 @@ def geometric_mean_ratio(logprobs: torch.Tensor, old_logprobs: torch.Tensor, mas
 def product_ratio(logprobs: torch.Tensor, old_logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """pi(y|x) / pi_old(y|x) = exp(sum_t(log pi - log pi_old)), the whole response as one action, repeated: [B, T].
 
+    Cut at e^20, where its gradient ends: a product over a thousand tokens would leave float32.
+
     Source: Ahmadian et al. 2024 (RLOO), arXiv:2402.14740, section 3: the bandit view of a response.
     """
     log_ratio = _log_ratio(logprobs, old_logprobs, mask)
-    return torch.exp(log_ratio.sum(-1, keepdim=True)).expand_as(log_ratio)
+    return torch.exp(log_ratio.sum(-1, keepdim=True).clamp(max=20.0)).expand_as(log_ratio)
 
 
 def truncated_importance_weights(

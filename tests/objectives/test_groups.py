@@ -90,6 +90,15 @@ def test_ratios_per_token_per_response_and_their_geometric_mean():
     torch.testing.assert_close(product_ratio(NEW, OLD, MASK), torch.tensor([[8.0] * 3, [0.5] * 3]))
 
 
+def test_the_ratio_of_a_long_response_stays_finite_with_its_gradient():
+    new = torch.full((1, 1000), 1.0, requires_grad=True)
+    everywhere = torch.ones(1, 1000, dtype=torch.bool)
+    ratio = product_ratio(new, torch.zeros(1, 1000), everywhere)
+    clipped_surrogate(ratio, -torch.ones(1, 1000), clip_low=0.2, clip_high=0.2).sum().backward()
+    assert ratio.max().item() == pytest.approx(math.exp(20.0))
+    assert new.grad.abs().max() == 0.0
+
+
 def test_clip_higher_leaves_more_room_above_than_below():
     ratio = torch.tensor([[1.25, 1.5, 0.5, 0.5]])
     advantages = torch.tensor([[1.0, 1.0, -1.0, 1.0]])
