@@ -133,6 +133,17 @@ class TokenEvaluation:
     logprobs: tuple[float, ...]
     reference_logprobs: tuple[float, ...]
     values: tuple[float, ...]
+    """0 throughout where the algorithm trains no critic."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticTargets:
+    """What the critic learns from one batch."""
+
+    values: torch.Tensor
+    """[B, T] under the critic before the update."""
+    returns: torch.Tensor
+    """[B, T]: advantages before whitening, plus values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,12 +159,16 @@ class Experience:
     """[B, T] bool."""
     logprobs: torch.Tensor
     """[B, T] under the policy before the update."""
-    values: torch.Tensor
-    """[B, T] under the critic before the update."""
+    reference_logprobs: torch.Tensor
+    """[B, T] under the frozen reference."""
     advantages: torch.Tensor
-    """[B, T], whitened over the masked tokens of the whole batch."""
-    returns: torch.Tensor
-    """[B, T]: advantages before whitening, plus values."""
+    """[B, T]; PPO and REINFORCE++ whiten them over the masked tokens of the whole batch."""
+    importance_weights: torch.Tensor
+    """[B, T] of each token in the policy loss: 1, unless the recipe corrects for the engine's own distribution."""
+    kl_loss_coefficient: float
+    """Weight of the KL term of the loss in this step; 0 where the KL is part of the reward."""
+    critic: CriticTargets | None
+    """None where the algorithm trains no critic."""
     num_response_tokens: int
     """The loss denominator of the whole batch, counted before sharding."""
 

@@ -1,4 +1,4 @@
-"""PPO alignment, one screen."""
+"""Alignment, one screen, whatever the algorithm."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def align(
 ) -> Metrics:
     """Restores the last commit, then: sample, score, evaluate, update, publish, until `num_steps`.
 
-    Consumes `prompts.batch(step)`. Waits for every rollout of a step before its update (synchronous PPO). The rollout
+    Consumes `prompts.batch(step)`. Waits for every rollout of a step before its update (synchronous). The rollout
     engines hold the learner's weights, proven by the gate, before any of their samples is used.
 
     Returns:
@@ -72,6 +72,7 @@ def align(
                 kl=config.kl,
                 kl_coefficient=kl_coefficient,
                 reward_scale=reward_scale,
+                max_response_tokens=config.max_response_tokens,
             )
             kl = measured["kl/per_response"]
             if config.kl.stop_above is not None and kl > config.kl.stop_above:
@@ -91,8 +92,7 @@ def align(
                 )
             gate = rollouts.load_weights(learner.publish_weights(step + 1))
             clock.lap("weights")
-            tokens = experience.num_response_tokens
-            metrics = measured | updated | gate | clock.metrics(tokens)
+            metrics = measured | updated | gate | clock.metrics(sum(len(s.response_ids) for s in samples))
             log.write(step, metrics)
             last = step + 1 == config.num_steps
             if (step + 1) % config.checkpoint_every == 0 and not last:

@@ -88,6 +88,7 @@ def experience_of(learner, world, tokenizer):
         kl=ALIGNMENT.kl,
         kl_coefficient=0.05,
         reward_scale=RewardScale(mean=0.0, std=1.0),
+        max_response_tokens=12,
     )
     return experience
 
@@ -165,10 +166,11 @@ def test_experience_by_hand():
         kl=ALIGNMENT.kl,
         kl_coefficient=0.1,
         reward_scale=RewardScale(mean=1.0, std=2.0),
+        max_response_tokens=2,
     )
     # z-scores 1 and 50 -> 2 (clipped); the second was cut: 2 - 1 = 1.
     # row 0: R = (-.1 * 1, -.1 * .5 + 1) = (-.1, .95); lambda = gamma = 1: returns (.85, .95)
-    torch.testing.assert_close(experience.returns, torch.tensor([[0.85, 0.95], [1.0, 0.0]]))
+    torch.testing.assert_close(experience.critic.returns, torch.tensor([[0.85, 0.95], [1.0, 0.0]]))
     torch.testing.assert_close(experience.advantages, torch.tensor([[0.35, 0.7], [1.0, 0.0]]))
     assert experience.num_response_tokens == 3
     assert experience.sequences == (
@@ -273,6 +275,7 @@ def test_a_batch_that_would_poison_the_update_is_refused_by_name(rollouts, score
             kl=ALIGNMENT.kl,
             kl_coefficient=0.1,
             reward_scale=RewardScale(mean=0.0, std=1.0),
+            max_response_tokens=2,
         )
 
 
