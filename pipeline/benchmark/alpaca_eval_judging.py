@@ -179,29 +179,23 @@ class AlpacaEvalJudging:
 def pair_by_instruction(
     answers: Sequence[ModelOutput], baseline: Sequence[ModelOutput]
 ) -> list[tuple[ModelOutput, ModelOutput]]:
-    """Each answer with the baseline's to the same instruction; an instruction that repeats is paired in order.
+    """Each answer with the baseline's to the same instruction, in the order of the answers.
 
     Raises:
-        DataError: the baseline does not answer an instruction (as often).
+        DataError: the baseline does not answer an instruction, or somebody answers one twice.
     """
-    theirs = dict(zip(_numbered(baseline), baseline, strict=True))
-    ours = dict(zip(_numbered(answers), answers, strict=True))
-    missing = [instruction for instruction, _ in ours.keys() - theirs.keys()]
+    for side in (answers, baseline):
+        text, count = Counter(output.instruction for output in side).most_common(1)[0]
+        if count > 1:
+            raise DataError(f"{side[0].generator} answers {text!r:.80} {count} times; keep one answer of each instruction")
+    theirs = {output.instruction: output for output in baseline}
+    missing = [answer.instruction for answer in answers if answer.instruction not in theirs]
     if missing:
         raise DataError(
-            f"the baseline has no answer to {len(missing)} of {len(answers)} instructions, as {missing[0]!r:.80}. "
-            "Judge answers to the same instructions."
+            f"{baseline[0].generator} has no answer to {len(missing)} of {len(answers)} instructions, as "
+            f"{missing[0]!r:.80}. Judge answers to the same instructions."
         )
-    return [(answer, theirs[key]) for key, answer in ours.items()]
-
-
-def _numbered(outputs: Sequence[ModelOutput]) -> list[tuple[str, int]]:
-    seen: Counter[str] = Counter()
-    keys = []
-    for output in outputs:
-        keys.append((output.instruction, seen[output.instruction]))
-        seen[output.instruction] += 1
-    return keys
+    return [(answer, theirs[answer.instruction]) for answer in answers]
 
 
 def _request(ours: ModelOutput, theirs: ModelOutput, template: Sequence[Message]) -> JudgeRequest:
