@@ -3,11 +3,11 @@
     python jobs/judge_benchmark.py --benchmark alpaca_eval --answers aligned/model_outputs.json \\
         --baseline base/model_outputs.json --templates alpaca_eval_clf.txt \\
         --judge https://api.openai.com/v1 --model gpt-4-1106-preview --out results/annotations.json
-    python jobs/judge_benchmark.py --benchmark arena_hard --questions question.jsonl --answers model_answer/ours.jsonl \\
-        --baseline model_answer/gpt-4-0314.jsonl --templates judge_config.yaml \\
+    python jobs/judge_benchmark.py --benchmark arena_hard --questions question.jsonl \\
+        --answers model_answer/ours.jsonl --baseline model_answer/gpt-4-0314.jsonl --templates judge_config.yaml \\
         --judge vrm:runs/tiny/stages/train_reward_model-.../result --out model_judgment/vrm/ours.jsonl
-    python jobs/judge_benchmark.py --benchmark mt_bench --questions question.jsonl --answers model_answer/ours.jsonl \\
-        --references reference_answer/gpt-4.jsonl --templates judge_prompts.jsonl \\
+    python jobs/judge_benchmark.py --benchmark mt_bench --questions question.jsonl \\
+        --answers model_answer/ours.jsonl --references reference_answer/gpt-4.jsonl --templates judge_prompts.jsonl \\
         --judge replay:judgments.cache --out model_judgment/gpt-4_single.jsonl
 
 The key of an endpoint is read from VRM_JUDGE_API_KEY (another variable: --api-key-env). Every judgment is kept in
@@ -27,16 +27,13 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from pipeline.benchmark import alpaca_eval_judging as alpaca_eval
-from pipeline.benchmark import arena_hard_judging as arena_hard
-from pipeline.benchmark import mt_bench_judging as mt_bench
+from pipeline.benchmark import alpaca_eval_judging, arena_hard_files, arena_hard_judging, mt_bench, mt_bench_judging
 from pipeline.benchmark.arena_hard import parse_verdict
 from pipeline.benchmark.judges.chat import ChatJudge, ChatLimits
 from pipeline.benchmark.judges.replay import ReplayJudge
 from pipeline.benchmark.judging import Judge, JudgedBenchmark, collect
 from pipeline.benchmark.judging_account import JudgingAccount, account, read_price
 from pipeline.benchmark.judgment_cache import JudgmentCache
-from pipeline.benchmark.mt_bench import parse_score
 from pipeline.data.files import content_fingerprint
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.stages import storage
@@ -47,31 +44,31 @@ SCORING_TOKENS = 8192
 
 
 def open_alpaca_eval(options: argparse.Namespace) -> JudgedBenchmark:
-    return alpaca_eval.AlpacaEvalJudging(
-        alpaca_eval.read_model_outputs(options.answers),
-        alpaca_eval.read_model_outputs(options.baseline),
-        alpaca_eval.read_chatml(options.templates),
+    return alpaca_eval_judging.AlpacaEvalJudging(
+        alpaca_eval_judging.read_model_outputs(options.answers),
+        alpaca_eval_judging.read_model_outputs(options.baseline),
+        alpaca_eval_judging.read_chatml(options.templates),
         annotator=options.templates.stem,
     )
 
 
 def open_arena_hard(options: argparse.Namespace) -> JudgedBenchmark:
-    return arena_hard.ArenaHardJudging(
-        arena_hard.read_arena_questions(options.questions),
-        arena_hard.read_arena_answers(options.answers),
-        arena_hard.read_arena_answers(options.baseline),
-        arena_hard.read_arena_template(options.templates),
+    return arena_hard_judging.ArenaHardJudging(
+        arena_hard_judging.read_arena_questions(options.questions),
+        arena_hard_files.read_answers([str(options.answers)]),
+        arena_hard_files.read_answers([str(options.baseline)]),
+        arena_hard_judging.read_arena_template(options.templates),
         parse=partial(parse_verdict, rules="v2"),
     )
 
 
 def open_mt_bench(options: argparse.Namespace) -> JudgedBenchmark:
-    return mt_bench.MTBenchJudging(
-        mt_bench.read_mt_bench_questions(options.questions),
-        mt_bench.read_mt_bench_answers(options.answers),
-        mt_bench.read_mt_bench_answers(options.references),
-        mt_bench.read_grading_templates(options.templates),
-        parse=parse_score,
+    return mt_bench_judging.MTBenchJudging(
+        mt_bench_judging.read_mt_bench_questions(options.questions),
+        mt_bench.read_answers([str(options.answers)]),
+        mt_bench.read_answers([str(options.references)]),
+        mt_bench_judging.read_grading_templates(options.templates),
+        parse=mt_bench.parse_score,
     )
 
 
@@ -163,7 +160,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--references", type=Path, metavar="FILE", help="reference answers (mt_bench)")
     endpoint = parser.add_argument_group("endpoints only")
     endpoint.add_argument("--model", help="the judge's name at the endpoint")
-    endpoint.add_argument("--api-key-env", default="VRM_JUDGE_API_KEY", metavar="NAME", help="holds the key (%(default)s)")
+    endpoint.add_argument("--api-key-env", default="VRM_JUDGE_API_KEY", metavar="NAME", help="of its key (%(default)s)")
     endpoint.add_argument("--concurrency", type=int, default=8, help="requests at a time (%(default)s)")
     endpoint.add_argument("--requests-per-minute", type=float, metavar="N", help="starts of requests, retries included")
     endpoint.add_argument("--deadline-s", type=float, default=300.0, help="for a request and its retries (%(default)s)")

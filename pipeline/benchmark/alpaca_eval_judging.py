@@ -187,7 +187,7 @@ def pair_by_instruction(
     for side in (answers, baseline):
         text, count = Counter(output.instruction for output in side).most_common(1)[0]
         if count > 1:
-            raise DataError(f"{side[0].generator} answers {text!r:.80} {count} times; keep one answer of each instruction")
+            raise DataError(f"{side[0].generator} answers {text!r:.80} {count} times; keep one of them")
     theirs = {output.instruction: output for output in baseline}
     missing = [answer.instruction for answer in answers if answer.instruction not in theirs]
     if missing:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pipeline.benchmark.arena_hard_files import ModelAnswer
 from pipeline.benchmark.judging import (
     Comparison,
     Judge,
@@ -17,6 +18,7 @@ from pipeline.benchmark.judging import (
     JudgeSampling,
     Outcome,
     Unanswered,
+    answers_of_one_model,
     fill,
     require_fields,
 )
@@ -26,7 +28,7 @@ from pipeline.errors import DataError
 SAMPLING = JudgeSampling(temperature=0.0, max_tokens=4096, top_logprobs=0)
 
 PLACEHOLDERS = (("QUESTION", "ANSWER_A", "ANSWER_B"), ("question_1", "answer_1", "answer_2"))
-"""What the templates of the newer and of the v0.1 repository call question, first and second answer."""
+"""What the templates of v2 and of v0.1 call question, first and second answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +46,6 @@ class ArenaQuestion:
     prompt: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class ArenaAnswers:
-    """One model's answers."""
-
-    model: str
-    texts: Mapping[str, str]
-    """By uid of the question."""
-
-
 def read_arena_template(path: Path) -> ArenaTemplate:
     """The `system_prompt` and `prompt_template` of a YAML settings file, as v0.1's config/judge_config.yaml.
 
@@ -65,7 +58,7 @@ def read_arena_template(path: Path) -> ArenaTemplate:
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} is no template ({error!r}). Give a YAML file with system_prompt and prompt_template; "
-            "newer versions of Arena-Hard keep the system prompt in utils/judge_utils.py: copy it into the file."
+            "v2 keeps the system prompt in utils/judge_utils.py: copy it into the file."
         ) from error
     # v0.1 writes a list with one template a turn of the judge.
     turns = user if isinstance(user, list) else [user]
@@ -77,50 +70,22 @@ def read_arena_template(path: Path) -> ArenaTemplate:
 
 
 def read_arena_questions(path: Path) -> list[ArenaQuestion]:
-    """question.jsonl in the newer layout {uid, category, prompt} or in v0.1's {question_id, category, turns}.
+    """question.jsonl in the v2 layout {uid, category, prompt} or in v0.1's {question_id, category, turns}.
 
     Raises:
-        DataError: a row of neither kind, or without exactly one turn.
+        DataError: a row of neither kind, or of several turns.
     """
     questions = []
     for row in read_rows(str(path)):
-        try:
-            if "uid" in row.values:
-                uid, prompt = row.values["uid"], row.values["prompt"]
-            else:
-                uid, [turn] = row.values["question_id"], row.values["turns"]
-                prompt = turn["content"]
-            questions.append(ArenaQuestion(uid=uid, category=row.values["category"], prompt=prompt))
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{row.place}: no Arena-Hard question ({error!r})") from error
+        if "uid" in row.values:
+            uid, prompt = row.require("uid", str), row.require("prompt", str)
+        else:
+            uid, turns = row.require("question_id", str), row.require("turns", list)
+            if len(turns) != 1 or not isinstance(turns[0].get("content"), str):
+                raise DataError(f"{row.place}, field 'turns': {turns!r:.60} is not one turn with its content")
+            prompt = turns[0]["content"]
+        questions.append(ArenaQuestion(uid=uid, category=row.require("category", str), prompt=prompt))
     return questions
-
-
-def read_arena_answers(path: Path) -> ArenaAnswers:
-    """model_answer/<model>.jsonl in the newer layout {uid, model, messages} or v0.1's {question_id, model_id, choices}.
-
-    Raises:
-        DataError: a row of neither kind, two for one question, or answers of several models.
-    """
-    texts: dict[str, str] = {}
-    models = set()
-    for row in read_rows(str(path)):
-        try:
-            if "uid" in row.values:
-                uid, model = row.values["uid"], row.values["model"]
-                text = row.values["messages"][-1]["content"]["answer"]
-            else:
-                uid, model = row.values["question_id"], row.values["model_id"]
-                text = row.values["choices"][0]["turns"][0]["content"]
-        except (KeyError, IndexError, TypeError) as error:
-            raise DataError(f"{row.place}: no Arena-Hard answer ({error!r})") from error
-        if uid in texts:
-            raise DataError(f"{row.place}: a second answer to question {uid}")
-        texts[uid] = text
-        models.add(model)
-    if len(models) != 1:
-        raise DataError(f"{path} holds answers of {len(models)} models ({sorted(models)}); give one model's answers")
-    return ArenaAnswers(model=models.pop(), texts=texts)
 
 
 class ArenaHardJudging:
@@ -129,8 +94,8 @@ class ArenaHardJudging:
     def __init__(
         self,
         questions: Sequence[ArenaQuestion],
-        answers: ArenaAnswers,
-        baseline: ArenaAnswers,
+        answers: Sequence[ModelAnswer],
+        baseline: Sequence[ModelAnswer],
         template: ArenaTemplate,
         *,
         parse: Callable[[str], str | None],
@@ -140,33 +105,30 @@ class ArenaHardJudging:
             parse: verdict ("A>B", "B>>A", ...) from a judgment's text, None where there is none.
 
         Raises:
-            DataError: a question without an answer.
+            DataError: a question without an answer, or answers of several models.
         """
-        for side in (answers, baseline):
-            missing = [question.uid for question in questions if question.uid not in side.texts]
-            if missing:
-                raise DataError(
-                    f"{side.model} has no answer to {len(missing)} of {len(questions)} questions, as {missing[0]}. "
-                    "Generate them, or leave the questions out of --questions."
-                )
-        self._questions, self._answers, self._baseline, self._parse = questions, answers, baseline, parse
-        self.requests = [
-            _request(question, *shown, template)
-            for question in questions
-            for ours, theirs in [(answers.texts[question.uid], baseline.texts[question.uid])]
-            for shown in ((theirs, ours), (ours, theirs))
-        ]
+        self._questions, self._parse = questions, parse
+        uids = [question.uid for question in questions]
+        self._model, ours = answers_of_one_model(answers, uids, what="answers")
+        self._baseline, theirs = answers_of_one_model(baseline, uids, what="baseline's answers")
+        self.requests = []
+        for question in questions:
+            answer_of_model, answer_of_baseline = ours[question.uid].output, theirs[question.uid].output
+            self.requests += [
+                _request(question, answer_of_baseline, answer_of_model, template),
+                _request(question, answer_of_model, answer_of_baseline, template),
+            ]
 
     def rows(self, outcomes: Sequence[Outcome], judge: Judge) -> JudgedRows:
-        """model_judgment/<judge>/<model>.jsonl in the newer layout."""
+        """model_judgment/<judge>/<model>.jsonl in the v2 layout."""
         games = [self._game(request, outcome) for request, outcome in zip(self.requests, outcomes, strict=True)]
         rows = [
             {
                 "uid": question.uid,
                 "category": question.category,
                 "judge": judge.model,
-                "model": self._answers.model,
-                "baseline": self._baseline.model,
+                "model": self._model,
+                "baseline": self._baseline,
                 "games": games[2 * i : 2 * i + 2],
             }
             for i, question in enumerate(self._questions)

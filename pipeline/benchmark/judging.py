@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from pipeline.errors import DataError
 from pipeline.records import Message
@@ -172,6 +172,46 @@ class JudgedBenchmark(Protocol):
 
     def rows(self, outcomes: Sequence[Outcome], judge: Judge) -> JudgedRows:
         """Rows for the outcomes of `requests`, in their order."""
+
+
+class QuestionAnswer(Protocol):
+    """An answer that knows its question and its model."""
+
+    @property
+    def question_id(self) -> Any: ...
+
+    @property
+    def model(self) -> str: ...
+
+
+A = TypeVar("A", bound=QuestionAnswer)
+
+
+def answers_of_one_model(answers: Sequence[A], needed: Sequence[Any], *, what: str) -> tuple[str, dict[Any, A]]:
+    """The model's name, and its answer to each question.
+
+    Args:
+        needed: question ids that must be answered.
+        what: what the answers are, for the letter.
+
+    Raises:
+        DataError: several models, two answers to one question, or a needed one missing.
+    """
+    models = sorted({answer.model for answer in answers})
+    if len(models) != 1:
+        raise DataError(f"the {what} are those of {len(models)} models ({', '.join(models)}); give one model's")
+    by_question: dict[Any, A] = {}
+    for answer in answers:
+        if answer.question_id in by_question:
+            raise DataError(f"the {what} of {models[0]} answer question {answer.question_id} twice; keep one of them")
+        by_question[answer.question_id] = answer
+    missing = [question_id for question_id in needed if question_id not in by_question]
+    if missing:
+        raise DataError(
+            f"the {what} of {models[0]} lack {len(missing)} of {len(needed)} questions, as {missing[0]}. "
+            "Generate them, or leave those questions out of the question file."
+        )
+    return models[0], by_question
 
 
 def fill(template: str, fields: Mapping[str, str]) -> str:

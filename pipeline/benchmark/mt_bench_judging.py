@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.benchmark.judging import Judge, JudgedRows, JudgeRequest, JudgeSampling, Outcome, Unanswered, fill
-from pipeline.data.files import Row, read_rows
+from pipeline.benchmark.judging import (
+    Judge,
+    JudgedRows,
+    JudgeRequest,
+    JudgeSampling,
+    Outcome,
+    Unanswered,
+    answers_of_one_model,
+    fill,
+    require_fields,
+)
+from pipeline.benchmark.mt_bench import FAILED, ModelAnswer
+from pipeline.data.files import read_rows
 from pipeline.errors import DataError
 
 SAMPLING = JudgeSampling(temperature=0.0, max_tokens=2048, top_logprobs=0)
@@ -20,8 +30,13 @@ PLAIN = ("single-v1", "single-v1-multi-turn")
 WITH_REFERENCE = ("single-math-v1", "single-math-v1-multi-turn")
 """Names of the prompts in judge_prompts.jsonl, for turns 1 and 2."""
 
-NO_SCORE = -1
-"""What the layout says where a judgment has no score."""
+PLACED = {
+    PLAIN[0]: ("question", "answer"),
+    PLAIN[1]: ("question_1", "answer_1", "question_2", "answer_2"),
+    WITH_REFERENCE[0]: ("question", "ref_answer_1", "answer"),
+    WITH_REFERENCE[1]: ("question_1", "ref_answer_1", "question_2", "ref_answer_2", "answer_1", "answer_2"),
+}
+"""What each prompt shows the judge."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,29 +55,22 @@ class MTBenchQuestion:
     turns: tuple[str, str]
 
 
-@dataclass(frozen=True, kw_only=True)
-class MTBenchAnswers:
-    """One model's answers, or the references."""
-
-    model: str
-    turns: Mapping[int, tuple[str, str]]
-    """By question_id; the first choice."""
-
-
 def read_grading_templates(path: Path) -> dict[str, GradingTemplate]:
     """The four prompts of single-answer grading, by name, from FastChat's judge_prompts.jsonl.
 
     Raises:
-        DataError: one of them is missing.
+        DataError: one of them is missing, or does not show question and answer.
     """
     templates = {}
     for row in read_rows(str(path)):
-        with _named(row, "judge prompt"):
-            template = GradingTemplate(
-                name=row.values["name"], system=row.values["system_prompt"], user=row.values["prompt_template"]
-            )
+        template = GradingTemplate(
+            name=row.require("name", str),
+            system=row.require("system_prompt", str),
+            user=row.require("prompt_template", str),
+        )
         templates[template.name] = template
-    missing = [name for name in (*PLAIN, *WITH_REFERENCE) if name not in templates]
+        require_fields(template.user, PLACED.get(template.name, ()), place=row.place)
+    missing = [name for name in PLACED if name not in templates]
     if missing:
         raise DataError(f"{path} has no prompt {', '.join(missing)}; give FastChat's judge_prompts.jsonl")
     return templates
@@ -76,34 +84,15 @@ def read_mt_bench_questions(path: Path) -> list[MTBenchQuestion]:
     """
     questions = []
     for row in read_rows(str(path)):
-        with _named(row, "MT-Bench question"):
-            first, second = row.values["turns"]
-            questions.append(
-                MTBenchQuestion(
-                    question_id=row.values["question_id"], category=row.values["category"], turns=(first, second)
-                )
+        turns = row.require("turns", list)
+        if len(turns) != 2:
+            raise DataError(f"{row.place}, field 'turns': {len(turns)} turns; MT-Bench asks two")
+        questions.append(
+            MTBenchQuestion(
+                question_id=row.require("question_id", int), category=row.require("category", str), turns=tuple(turns)
             )
+        )
     return questions
-
-
-def read_mt_bench_answers(path: Path) -> MTBenchAnswers:
-    """model_answer/<model>.jsonl, or reference_answer/<model>.jsonl: {question_id, model_id, choices}.
-
-    Raises:
-        DataError: a row of another kind, two for one question, or answers of several models.
-    """
-    turns: dict[int, tuple[str, str]] = {}
-    models = set()
-    for row in read_rows(str(path)):
-        with _named(row, "MT-Bench answer"):
-            question_id, [first, second] = row.values["question_id"], row.values["choices"][0]["turns"]
-            models.add(row.values["model_id"])
-        if question_id in turns:
-            raise DataError(f"{row.place}: a second answer to question {question_id}")
-        turns[question_id] = (first, second)
-    if len(models) != 1:
-        raise DataError(f"{path} holds answers of {len(models)} models ({sorted(models)}); give one model's answers")
-    return MTBenchAnswers(model=models.pop(), turns=turns)
 
 
 class MTBenchJudging:
@@ -112,8 +101,8 @@ class MTBenchJudging:
     def __init__(
         self,
         questions: Sequence[MTBenchQuestion],
-        answers: MTBenchAnswers,
-        references: MTBenchAnswers,
+        answers: Sequence[ModelAnswer],
+        references: Sequence[ModelAnswer],
         templates: Mapping[str, GradingTemplate],
         *,
         parse: Callable[[str], float],
@@ -123,24 +112,27 @@ class MTBenchJudging:
             references: of the categories math, reasoning and coding. Upstream looks them up under the judge's name;
                 here they are a file of their own, so that any judge sees the same ones.
             templates: by name.
-            parse: score from a judgment's text, -1 where there is none.
+            parse: score from a judgment's text, FAILED where there is none.
 
         Raises:
-            DataError: a question without an answer, or without the reference it needs.
+            DataError: a question without an answer of two turns, or without the reference it needs.
         """
-        graded = [question for question in questions if question.category in REFERENCE_CATEGORIES]
-        for what, side, needed in (("answer", answers, questions), ("reference", references, graded)):
-            missing = [question.question_id for question in needed if question.question_id not in side.turns]
-            if missing:
+        ids = [question.question_id for question in questions]
+        with_reference = [q.question_id for q in questions if q.category in REFERENCE_CATEGORIES]
+        self._model, given = answers_of_one_model(answers, ids, what="answers")
+        _, right = answers_of_one_model(references, with_reference, what="reference answers")
+        for answer in (*given.values(), *right.values()):
+            if len(answer.turns) != 2:
                 raise DataError(
-                    f"{side.model} has no {what} to {len(missing)} of {len(needed)} questions, as {missing[0]}"
+                    f"{answer.model} answers question {answer.question_id} in {len(answer.turns)} turns, not in 2"
                 )
-        self._model, self._parse = answers.model, parse
+        self._parse = parse
         self._asked: list[tuple[int, int, str]] = []
         self.requests: list[JudgeRequest] = []
         for question in questions:
             names = WITH_REFERENCE if question.category in REFERENCE_CATEGORIES else PLAIN
-            fields = _fields(question, answers, references)
+            reference = right[question.question_id].turns if question.category in REFERENCE_CATEGORIES else ()
+            fields = _fields(question, given[question.question_id].turns, reference)
             for turn, name in enumerate(names, start=1):
                 self._asked.append((question.question_id, turn, name))
                 self.requests.append(_request(templates[name], fields))
@@ -158,27 +150,23 @@ class MTBenchJudging:
                 "turn": turn,
             }
             if isinstance(outcome, Unanswered):
-                rows.append(row | {"judgment": "", "score": NO_SCORE, "tstamp": 0.0, "failure": outcome.reason})
+                rows.append(row | {"judgment": "", "score": FAILED, "tstamp": 0.0, "failure": outcome.reason})
                 continue
             score = self._parse(outcome.text)
-            unparsed += score == NO_SCORE
+            unparsed += score == FAILED
             rows.append(row | {"judgment": outcome.text, "score": score, "tstamp": outcome.time})
         return JudgedRows(rows=rows, unparsed=unparsed)
 
 
-def _fields(question: MTBenchQuestion, answers: MTBenchAnswers, references: MTBenchAnswers) -> dict[str, str]:
-    first, second = answers.turns[question.question_id]
-    fields = {
+def _fields(question: MTBenchQuestion, answer: Sequence[str], reference: Sequence[str]) -> dict[str, str]:
+    """What the prompts of either turn name."""
+    return {
         "question": question.turns[0],
-        "question_1": question.turns[0],
-        "question_2": question.turns[1],
-        "answer": first,
-        "answer_1": first,
-        "answer_2": second,
+        "answer": answer[0],
+        **{f"question_{turn}": text for turn, text in enumerate(question.turns, start=1)},
+        **{f"answer_{turn}": text for turn, text in enumerate(answer, start=1)},
+        **{f"ref_answer_{turn}": text for turn, text in enumerate(reference, start=1)},
     }
-    if question.category in REFERENCE_CATEGORIES:
-        fields["ref_answer_1"], fields["ref_answer_2"] = references.turns[question.question_id]
-    return fields
 
 
 def _request(template: GradingTemplate, fields: Mapping[str, str]) -> JudgeRequest:
@@ -190,12 +178,3 @@ def _request(template: GradingTemplate, fields: Mapping[str, str]) -> JudgeReque
         sampling=SAMPLING,
         comparison=None,
     )
-
-
-@contextmanager
-def _named(row: Row, kind: str) -> Iterator[None]:
-    """A row that lacks what is read from it is refused by its place."""
-    try:
-        yield
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise DataError(f"{row.place}: no {kind} ({error!r})") from error
