@@ -161,18 +161,18 @@ class AlpacaEvalJudging:
             if ours.dataset is not None:
                 row["dataset"] = ours.dataset
             if ours.output == theirs.output:
-                rows.append(row | {"preference": 1.5, "raw_completion": None})
+                rows.append(row | {"preference": 1.5, "preference_raw_completion": None})
                 continue
             match next(remaining):
                 case Unanswered(reason=reason):
-                    rows.append(row | {"preference": None, "raw_completion": None, "failure": reason})
+                    rows.append(row | {"preference": None, "preference_raw_completion": None, "failure": reason})
                 case judgment:
                     preference = shown_preference(judgment, self._parse)
                     if preference is None:
                         unparsed += 1
                     elif is_switched(ours.instruction):
                         preference = 3.0 - preference
-                    rows.append(row | {"preference": preference, "raw_completion": judgment.text})
+                    rows.append(row | {"preference": preference, "preference_raw_completion": judgment.text})
         return JudgedRows(rows=rows, unparsed=unparsed)
 
 

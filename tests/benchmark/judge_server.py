@@ -25,7 +25,8 @@ def completion(text, *, logprobs=None, tokens=(100, 7), finish_reason="stop") ->
     if logprobs is not None:
         top = [{"token": token, "logprob": value} for token, value in logprobs.items()]
         choice["logprobs"] = {"content": [{"token": text, "logprob": 0.0, "top_logprobs": top}]}
-    body = {"choices": [choice], "usage": {"prompt_tokens": tokens[0], "completion_tokens": tokens[1]}}
+    usage = {"prompt_tokens": tokens[0], "completion_tokens": tokens[1], "total_tokens": sum(tokens)}
+    body = {"object": "chat.completion", "choices": [choice], "usage": usage}
     return 200, {}, json.dumps(body).encode()
 
 
