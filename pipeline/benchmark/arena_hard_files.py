@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,23 +54,27 @@ class Games:
     """Model -> games without a verdict."""
 
 
-def read_games(files: Sequence[str], *, baseline: str, rules: Rules) -> Games:
-    """Judgments of either layout, and upstream's battle files {question_id, model_a, model_b, winner}.
+def read_games(files: Sequence[str], *, baseline: str) -> Games:
+    """Judgments, each by the rules of the edition it is laid out for, and upstream's battle files.
+
+    A battle file holds {question_id, model_a, model_b, winner}, a clear win three times.
 
     Raises:
         DataError: names file, line and field; or a judgment was made against another baseline.
     """
-    battles, judgments = [], []
+    battles: list[Battle] = []
+    judges: set[str] = set()
+    failures: Counter[str] = Counter()
     for row in (row for file in files for row in read_rows(file)):
         if "winner" in row.values:
             battles.append(_battle(row))
-        else:
-            judgments.append(_judgment(row, baseline))
-    return Games(
-        battles=battles + to_battles(judgments, rules),
-        judges=tuple(sorted({judgment.judge for judgment in judgments})),
-        failures=count_failures(judgments, rules),
-    )
+            continue
+        rules: Rules = "v2" if "uid" in row.values else "v0.1"
+        judgment = _judgment(row, baseline)
+        battles += to_battles([judgment], rules)
+        judges.add(judgment.judge)
+        failures.update(count_failures([judgment], rules))
+    return Games(battles=battles, judges=tuple(sorted(judges)), failures=dict(failures))
 
 
 def read_answers(files: Sequence[str]) -> list[ModelAnswer]:
@@ -129,31 +134,29 @@ def _judgment(row: Row, baseline: str) -> Judgment:
     if judged_against != baseline:
         raise DataError(f"{row.place}: judged against {judged_against!r}, not {baseline!r}. Give that baseline.")
     games = row.require("games", list)
-    if len(games) != 2 or not all(game is None or isinstance(game, Mapping) for game in games):
-        raise DataError(f"{row.place}, field 'games': {games!r:.60} are not two games")
-    first, second = (None if game is None else game.get("score") for game in games)
+    verdicts = [game.get("score") if isinstance(game, Mapping) else None for game in games]
+    if len(games) != 2 or not all(verdict is None or isinstance(verdict, str) for verdict in verdicts):
+        raise DataError(f"{row.place}, field 'games': {games!r:.60} are not two games with a score like 'A>B'")
     return Judgment(
         question_id=_question_id(row),
         model=row.require("model", str),
         baseline=baseline,
         judge=row.require("judge", str),
-        verdicts=(first, second),
+        verdicts=(verdicts[0], verdicts[1]),
     )
 
 
 def _answer(row: Row) -> ModelAnswer:
-    is_v2 = "messages" in row.values
+    is_v2 = "uid" in row.values
     try:
-        if is_v2:
-            output, num_tokens = row.values["messages"][-1]["content"]["answer"], row.values["metadata"]["token_len"]
-        else:
-            turn = row.values["choices"][0]["turns"][0]
-            output, num_tokens = turn["content"], _token_len(row, turn)
+        output, num_tokens = _v2_answer(row.values) if is_v2 else _v0_1_answer(row.values)
     except (KeyError, IndexError, TypeError) as error:
         raise DataError(
             f"{row.place}: no answer with its number of tokens ({error!r}). Give choices[0].turns[0].content with "
             "conv_metadata.token_len, or messages[-1].content.answer with metadata.token_len."
         ) from error
+    if not isinstance(output, str) or not isinstance(num_tokens, int):
+        raise DataError(f"{row.place}: {output!r:.40} is no answer, or {num_tokens!r:.40} no number of tokens")
     return ModelAnswer(
         question_id=_question_id(row),
         model=row.require("model" if is_v2 else "model_id", str),
@@ -162,9 +165,15 @@ def _answer(row: Row) -> ModelAnswer:
     )
 
 
-def _token_len(row: Row, turn: Mapping[str, Any]) -> int:
-    """Early v0.1 files count the tokens in the turn, later ones beside it."""
-    return turn["token_len"] if "token_len" in turn else row.values["conv_metadata"]["token_len"]
+def _v2_answer(values: Mapping[str, Any]) -> tuple[Any, Any]:
+    return values["messages"][-1]["content"]["answer"], values["metadata"]["token_len"]
+
+
+def _v0_1_answer(values: Mapping[str, Any]) -> tuple[Any, Any]:
+    turn = values["choices"][0]["turns"][0]
+    # Early files count the tokens in the turn, later ones beside it.
+    counted = turn if "token_len" in turn else values["conv_metadata"]
+    return turn["content"], counted["token_len"]
 
 
 def _question_id(row: Row) -> str:
