@@ -26,6 +26,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.benchmark import alpaca_eval_judging, arena_hard_files, arena_hard_judging, mt_bench, mt_bench_judging
 from pipeline.benchmark.arena_hard import parse_verdict
@@ -72,12 +73,21 @@ def open_mt_bench(options: argparse.Namespace) -> JudgedBenchmark:
     )
 
 
-BENCHMARKS: dict[str, tuple[Callable[[argparse.Namespace], JudgedBenchmark], set[str]]] = {
-    "alpaca_eval": (open_alpaca_eval, {"baseline"}),
-    "arena_hard": (open_arena_hard, {"baseline", "questions"}),
-    "mt_bench": (open_mt_bench, {"questions", "references"}),
+class Benchmark(NamedTuple):
+    """How a benchmark is opened."""
+
+    open: Callable[[argparse.Namespace], JudgedBenchmark]
+    needs: set[str]
+    """Files besides answers and templates."""
+    suffix: str
+    """Of the file its scorer reads: .json holds a list, .jsonl one row a line."""
+
+
+BENCHMARKS = {
+    "alpaca_eval": Benchmark(open_alpaca_eval, {"baseline"}, ".json"),
+    "arena_hard": Benchmark(open_arena_hard, {"baseline", "questions"}, ".jsonl"),
+    "mt_bench": Benchmark(open_mt_bench, {"questions", "references"}, ".jsonl"),
 }
-"""How to open a benchmark, and the files it needs besides answers and templates."""
 
 
 def open_judge(options: argparse.Namespace) -> Judge:
@@ -101,7 +111,8 @@ def open_judge(options: argparse.Namespace) -> Judge:
                 requests_per_minute=options.requests_per_minute,
                 deadline_s=options.deadline_s,
             )
-            return ChatJudge(options.judge, options.model, api_key=os.environ.get(options.api_key_env), limits=limits)
+            api_key = os.environ.get(options.api_key_env, "").strip() or None
+            return ChatJudge(options.judge, options.model, api_key=api_key, limits=limits)
     raise ConfigError(f"--judge {options.judge!r}: give an endpoint (https://...), replay:FILE or vrm:DIRECTORY")
 
 
@@ -119,8 +130,7 @@ def open_reward_model(directory: str) -> Judge:
 
 def judge_benchmark(options: argparse.Namespace) -> JudgingAccount:
     """Writes the rows and the summary; every input is read before anything is asked."""
-    open_benchmark, _ = BENCHMARKS[options.benchmark]
-    benchmark = open_benchmark(options)
+    benchmark = BENCHMARKS[options.benchmark].open(options)
     judge = open_judge(options)
     price = None if options.prices is None else read_price(options.prices, judge.model)
     storage.require_writable(str(options.out.parent), needs_bytes=0)
@@ -138,6 +148,7 @@ def judge_benchmark(options: argparse.Namespace) -> JudgingAccount:
     files = {name: getattr(options, name) for name in ("answers", "baseline", "questions", "references", "templates")}
     summary = {
         "benchmark": options.benchmark,
+        "rows": len(judged.rows),
         **asdict(costs),
         "sampling": asdict(benchmark.requests[0].sampling) if benchmark.requests else None,
         "inputs": {name: content_fingerprint(str(file)) for name, file in files.items() if file is not None},
@@ -152,7 +163,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--answers", required=True, type=Path, metavar="FILE", help="of the model that is judged")
     parser.add_argument("--templates", required=True, type=Path, metavar="FILE", help="the judge's prompts")
     parser.add_argument("--judge", required=True, metavar="URL|replay:FILE|vrm:DIR", help="who judges")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help=".json for a list, else one row a line")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="annotations.json or judgments .jsonl")
     parser.add_argument("--cache", type=Path, metavar="FILE", help="judgments so far (<out>.cache)")
     parser.add_argument("--prices", type=Path, metavar="FILE", help='{model: {"prompt": ..., "completion": ...}}, JSON')
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="its answers (alpaca_eval, arena_hard)")
@@ -165,7 +176,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     endpoint.add_argument("--requests-per-minute", type=float, metavar="N", help="starts of requests, retries included")
     endpoint.add_argument("--deadline-s", type=float, default=300.0, help="for a request and its retries (%(default)s)")
     options = parser.parse_args(arguments)
-    _, needed = BENCHMARKS[options.benchmark]
+    _, needed, suffix = BENCHMARKS[options.benchmark]
+    if options.out.suffix != suffix:
+        parser.error(f"{options.benchmark} is written to a {suffix} file, not to {options.out}")
     for name in ("baseline", "questions", "references"):
         given = getattr(options, name) is not None
         if given != (name in needed):

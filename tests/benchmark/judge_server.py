@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -84,8 +84,9 @@ def judge_server(answer: Callable[[dict[str, Any], int], Reply]):
             self.send_response(status)
             for name, value in {"content-length": str(len(content)), **headers}.items():
                 self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(content)
+            with suppress(BrokenPipeError):  # a client that was killed, or whose deadline is over
+                self.end_headers()
+                self.wfile.write(content)
 
         def log_message(self, *arguments):
             pass

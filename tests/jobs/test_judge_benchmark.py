@@ -128,7 +128,7 @@ def test_a_killed_run_resumes_without_asking_twice(alpaca):
     def answer(body, n):
         if n == 5:
             reached.set()
-            release.wait(60)
+            release.wait(120)
         return completion("m", logprobs={"m": -0.1, "M": -2.0})
 
     with judge_server(answer) as server:
@@ -136,7 +136,7 @@ def test_a_killed_run_resumes_without_asking_twice(alpaca):
         command = [sys.executable, "-m", "jobs.judge_benchmark", *arguments]
         environment = {**os.environ, KEY: "sk-of-this-test"}
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        assert reached.wait(60)
+        assert reached.wait(120)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         release.set()
@@ -281,7 +281,8 @@ def test_a_judge_that_cannot_judge_is_refused_before_anything_is_asked_or_writte
 @pytest.mark.parametrize(
     ("arguments", "letter"),
     [
-        (["--benchmark", "alpaca_eval"], "alpaca_eval needs --baseline"),
+        (["--benchmark", "alpaca_eval"], "written to a .json file, not to o.jsonl"),
+        (["--benchmark", "arena_hard"], "arena_hard needs --baseline"),
         (["--benchmark", "arena_hard", "--baseline", "b"], "arena_hard needs --questions"),
         (["--benchmark", "mt_bench", "--questions", "q"], "mt_bench needs --references"),
         (["--benchmark", "mt_bench", "--baseline", "b"], "mt_bench has no --baseline"),
@@ -289,5 +290,5 @@ def test_a_judge_that_cannot_judge_is_refused_before_anything_is_asked_or_writte
 )
 def test_files_a_benchmark_needs_or_does_not_know_are_named(arguments, letter, capsys):
     with pytest.raises(SystemExit):
-        parse([*arguments, "--answers", "a", "--templates", "t", "--judge", "j", "--out", "o"])
+        parse([*arguments, "--answers", "a", "--templates", "t", "--judge", "j", "--out", "o.jsonl"])
     assert letter in capsys.readouterr().err

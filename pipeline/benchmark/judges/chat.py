@@ -16,6 +16,7 @@ import httpx
 from pipeline.benchmark.judging import JudgeRequest, Judgment, Outcome, Record, Unanswered
 from pipeline.errors import ConfigError, PipelineError, WorkerError
 
+CONNECT_S = 10.0
 LONGEST_WAIT_S = 60.0
 """Between two attempts, unless the endpoint asks for more."""
 FAILURES_IN_A_ROW = 10
@@ -51,16 +52,21 @@ class ChatJudge:
             api_key: sent as bearer token; None for an endpoint that asks for none.
 
         Raises:
-            ConfigError: the URL is none, or carries credentials.
+            ConfigError: the URL is none, or carries credentials; or the key cannot stand in a header.
         """
-        parsed = httpx.URL(url) if url.startswith(("http://", "https://")) else None
-        if parsed is None or not parsed.host:
-            raise ConfigError(f"{url!r} is no endpoint; give its base URL, as in https://api.openai.com/v1")
+        try:
+            parsed = httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise ConfigError(f"the judge's URL cannot be read: {error}") from error
         if parsed.userinfo or parsed.query:
             raise ConfigError(
                 f"the endpoint at {parsed.host} was given with credentials or a query in its URL, which is written to "
                 "the results. Put the key into the environment variable instead."
             )
+        if parsed.scheme not in ("http", "https") or not parsed.host:
+            raise ConfigError(f"{url!r} is no endpoint; give its base URL, as in https://api.openai.com/v1")
+        if api_key is not None and (not api_key.isascii() or not api_key.isprintable() or " " in api_key):
+            raise ConfigError("the API key holds blanks, line ends or other characters that cannot stand in a header")
         self.name = url.rstrip("/")
         self.model = model
         self._api_key = api_key
@@ -107,8 +113,12 @@ class ChatJudge:
                 record(i, outcome)
 
         headers = {} if self._api_key is None else {"authorization": f"Bearer {self._api_key}"}
-        timeout = httpx.Timeout(self._limits.deadline_s, connect=10.0)
-        async with httpx.AsyncClient(headers=headers, timeout=timeout) as client, asyncio.TaskGroup() as workers:
+        client = httpx.AsyncClient(
+            headers=headers,
+            timeout=httpx.Timeout(self._limits.deadline_s, connect=CONNECT_S),
+            limits=httpx.Limits(max_connections=self._limits.concurrency),
+        )
+        async with client, asyncio.TaskGroup() as workers:
             for _ in range(min(self._limits.concurrency, len(requests))):
                 workers.create_task(work())
 
@@ -147,7 +157,7 @@ class ChatJudge:
             body |= {"logprobs": True, "top_logprobs": sampling.top_logprobs}
         try:
             response = await client.post(f"{self.name}/chat/completions", json=body)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise _Transient(type(error).__name__) from error
         if response.is_success:
             return _judgment(response)
