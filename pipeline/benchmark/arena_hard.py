@@ -34,7 +34,7 @@ OUTCOMES: Mapping[Rules, Mapping[str, tuple[float, int]]] = {
 """Verdict -> (share of the win that goes to assistant A, weight): a clear win counts three times."""
 
 RIDGE = 1e-6
-"""Keeps a model that wins every battle finite (99.99.. instead of 100) and moves no other rate by 1e-6 points."""
+"""Keeps a model that wins every battle finite (99.99..); moves a rate of 1,000 battles by less than 1e-6 points."""
 
 MAX_NEWTON_STEPS = 1000
 
@@ -125,7 +125,7 @@ def win_rate(
     WR_m = 100 sigmoid(theta_m - theta_baseline),
     theta  = argmin sum_i w_i BCE(sigmoid(theta_{a_i} - theta_{b_i}), y_i)
 
-    where every opponent is the baseline this is the weighted mean of (wins + ties/2). Upstream's Elo is
+    Where every opponent is the baseline, this is the weighted mean of (wins + ties/2). Upstream's Elo is
     400 theta / ln 10, anchored at the baseline; the rate is the same.
 
     Args:

@@ -213,10 +213,10 @@ def test_at_equal_styles_style_control_is_the_win_rate():
 
 
 def length_only_world(num_battles, seed=0):
-    """The model writes longer answers, and a longer answer wins by its length alone: logit P = 2 (t_m - t_b)/(sum)."""
+    """The model writes longer answers, and length alone decides: logit P = 4 (t_m - t_b)/(t_m + t_b + 1)."""
     rng = np.random.default_rng(seed)
     ours, theirs = rng.lognormal(6.3, 0.5, num_battles).astype(int), rng.lognormal(6.0, 0.5, num_battles).astype(int)
-    p_model = 1 / (1 + np.exp(-2 * (ours - theirs) / (ours + theirs + 1)))
+    p_model = 1 / (1 + np.exp(-4 * (ours - theirs) / (ours + theirs + 1)))
     battles = [battle(float(loses), question_id=str(n)) for n, loses in enumerate(rng.random(num_battles) > p_model)]
     styles = {("m", str(n)): Style(tokens=int(t), headers=0, lists=0, bolds=0) for n, t in enumerate(ours)}
     styles |= {("base", str(n)): Style(tokens=int(t), headers=0, lists=0, bolds=0) for n, t in enumerate(theirs)}
@@ -229,9 +229,9 @@ def test_where_only_length_decides_uncentred_control_finds_equals():
     centred, uncentred = (
         style_controlled_win_rate(battles, styles, "base", centred=c, num_resamples=2) for c in (True, False)
     )
-    assert plain > 56
+    assert plain > 60
     # Upstream's centring leaves the model's average surplus of length in its favour.
-    assert centred.models["m"]["win_rate"] > plain - 0.5
+    assert centred.models["m"]["win_rate"] > plain + 1
     assert uncentred.models["m"]["win_rate"] == pytest.approx(50, abs=1.0)
     assert centred.coefficients["tokens"] > 0
 
