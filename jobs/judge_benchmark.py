@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -40,6 +41,7 @@ from pipeline.errors import ConfigError, PipelineError
 from pipeline.stages import storage
 
 UNANSWERED, BAD_INPUT = 1, 2
+PROGRESS_S = 10.0
 SCORING_TOKENS = 8192
 """Tokens the reward model scores at once."""
 
@@ -128,6 +130,19 @@ def open_reward_model(directory: str) -> Judge:
     return RewardModelJudge(scorer, model=f"vrm-{content_fingerprint(directory)[:12]}")
 
 
+def progress_line() -> Callable[[int, int], None]:
+    """Says now and then on the terminal how far the judge is."""
+    due = time.monotonic() + PROGRESS_S
+
+    def progress(done: int, total: int) -> None:
+        nonlocal due
+        if time.monotonic() >= due:
+            due = time.monotonic() + PROGRESS_S
+            print(f"judged {done} of {total}", file=sys.stderr, flush=True)
+
+    return progress
+
+
 def judge_benchmark(options: argparse.Namespace) -> JudgingAccount:
     """Writes the rows and the summary; every input is read before anything is asked."""
     benchmark = BENCHMARKS[options.benchmark].open(options)
@@ -137,7 +152,7 @@ def judge_benchmark(options: argparse.Namespace) -> JudgingAccount:
     # A replay file may be edited and replayed again: what it says is not remembered anywhere else.
     remembers = not isinstance(judge, ReplayJudge)
     with JudgmentCache.open(options.cache) if remembers else nullcontext() as cache:
-        collected = collect(judge, benchmark.requests, cache)
+        collected = collect(judge, benchmark.requests, cache, progress=progress_line())
     judged = benchmark.rows(collected.outcomes, judge)
     costs = account(judge, collected, unparsed=judged.unparsed, price=price)
     if options.out.suffix == ".json":

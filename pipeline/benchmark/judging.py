@@ -127,10 +127,19 @@ class Collected:
     """Keys of the requests that this run sent to the judge; the others were known."""
 
 
-def collect(judge: Judge, requests: Sequence[JudgeRequest], store: Store | None) -> Collected:
+def collect(
+    judge: Judge,
+    requests: Sequence[JudgeRequest],
+    store: Store | None,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Collected:
     """The outcome of every request: remembered where the store knows it, else asked, and remembered when answered.
 
     What a judge did not answer is not remembered: the next run asks it again.
+
+    Args:
+        progress: called with (outcomes so far, outcomes in all) after each new one.
     """
     keys = [request_key(judge, request) for request in requests]
     outcomes: dict[str, Outcome] = {}
@@ -142,11 +151,13 @@ def collect(judge: Judge, requests: Sequence[JudgeRequest], store: Store | None)
         else:
             missing[key] = request
     asked = list(missing)
+    total = len(outcomes) + len(asked)
 
     def record(i: int, outcome: Outcome) -> None:
         if store is not None and isinstance(outcome, Judgment):
             store.append(asked[i], judge, missing[asked[i]], outcome)
         outcomes[asked[i]] = outcome
+        progress(len(outcomes), total)
 
     judge.judge(list(missing.values()), record)
     return Collected(outcomes=tuple(outcomes[key] for key in keys), keys=tuple(keys), asked=frozenset(asked))

@@ -73,6 +73,14 @@ def test_what_was_judged_is_not_asked_again_and_what_was_not_is(tmp_path):
     assert [outcome.text for outcome in collected.outcomes] == ["A", "B", "C"]
 
 
+def test_progress_counts_what_was_known_and_what_failed(tmp_path):
+    with JudgmentCache.open(tmp_path / "c") as cache:
+        collect(Echo(), [ask("a")], cache)
+        steps = []
+        collect(Echo(leaves={"b"}), [ask(t) for t in "abca"], cache, progress=lambda *step: steps.append(step))
+    assert steps == [(2, 3), (3, 3)]
+
+
 @pytest.mark.parametrize(
     ("judge", "request_"),
     [
