@@ -109,6 +109,7 @@ def test_init_files_are_empty():
         "actors.rollout_worker",
         "jobs.command_line",
         "jobs.full_pipeline",
+        "jobs.judge_benchmark",
         "jobs.score_benchmark",
         "jobs.status",
     ],
