@@ -70,11 +70,16 @@ class RewardModel(nn.Module):
         Returns:
             The fields of `RewardOutput`, as a plain tuple for the sake of ZeRO-3's hooks.
         """
+        return tuple(self.head(*self.encode(input_ids, lengths, prompt_lengths), noise_seeds))
+
+    def encode(
+        self, input_ids: torch.Tensor, lengths: torch.Tensor, prompt_lengths: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[N, H] hidden states at the last prompt token and at the last response token: what the head sees."""
         # Padding stands to the right of every real token, so the causal mask alone hides it.
         hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
         rows = torch.arange(len(input_ids), device=input_ids.device)
-        output = self.head(hidden[rows, prompt_lengths - 1], hidden[rows, lengths - 1], noise_seeds)
-        return tuple(output)
+        return hidden[rows, prompt_lengths - 1], hidden[rows, lengths - 1]
 
 
 def make_head(
