@@ -107,6 +107,7 @@ def test_init_files_are_empty():
         "cluster.submission",
         "jobs.command_line",
         "jobs.full_pipeline",
+        "jobs.pac_bayes",
         "jobs.status",
     ],
 )
