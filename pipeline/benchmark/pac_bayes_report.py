@@ -187,7 +187,9 @@ def _on_the_paper_bound(report: PacBayesReport) -> list[str]:
             _growth("1/2", bound.pairs_below_coin, report.kl_per_pair),
         ]
     if report.bounds["kl_inverse"].vacuous:
-        sentences.append("kl_inverse approaches 1 and never passes it: its 1 is no better news than the others' more.")
+        sentences.append(
+            "kl_inverse approaches 1 and never passes it: its 1.0000 says what the others' larger numbers say."
+        )
     if report.training.num_prompts < n:
         sentences.append(
             f"All three take the n pairs as independent; {n:,} pairs share {report.training.num_prompts:,} prompts."

@@ -1,7 +1,7 @@
 """Upper bounds on the risk of a ranker: PAC-Bayes on its training pairs, Clopper-Pearson on held-out ones.
 
 Source: VRM, arXiv 2603.04974, Eqs. 15-20; equation numbers are the paper's. All bounds have one form
-(Germain et al. 2009, "PAC-Bayesian learning of linear classifiers", Theorem 2.1). With probability 1 - delta over n
+(that of Germain et al. 2009, "PAC-Bayesian learning of linear classifiers"). With probability 1 - delta over n
 pairs, for all posteriors Q at once,
 
     distance(R_hat(Q), R(Q)) <= ( D(Q||P) + c(n, delta) ) / m(n)
@@ -65,7 +65,7 @@ def squared_distance_inverse(q: float, budget: float) -> float:
 
 
 BOUNDS: Mapping[str, PacBayesBound] = {
-    # McAllester 1999, "PAC-Bayesian model averaging", Theorem 1: the paper's Eq. 19.
+    # McAllester 1999, "PAC-Bayesian model averaging": the paper's Eq. 19.
     # R <= R_hat + sqrt( (D + ln 1/delta + 5/2 ln n + 8) / (2n - 1) )
     "mcallester99": PacBayesBound(
         distance=squared_distance,
@@ -81,7 +81,7 @@ BOUNDS: Mapping[str, PacBayesBound] = {
         confidence=lambda n, delta: math.log(1.0 / delta) + math.log(n) + 2.0,
         scale=lambda n: 2.0 * n - 1.0,
     ),
-    # Seeger 2002 with the constant of Maurer 2004, arXiv:cs/0411099, Theorem 5: the tightest of the three.
+    # Seeger 2002 with the constant of Maurer 2004, arXiv:cs/0411099: the tightest of the three.
     # kl(R_hat||R) <= (D + ln( 2 sqrt(n) / delta )) / n
     "kl_inverse": PacBayesBound(
         distance=binary_kl,
