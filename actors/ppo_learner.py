@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.config.schema import AlignmentConfig, RanksConfig
+from pipeline.records import PromptGroup
 from pipeline.stages import storage
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class PPOLearnerSpec:
     reward_model_uri: str
     """The critic's backbone starts from this reward model's."""
     dtype: str
-    probes: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    probes: tuple[PromptGroup, ...]
     publish_directory: str
     seed: int
 

@@ -101,7 +101,7 @@ class VRMService:
     def __init__(self, model_uri: str, config: ScoringConfig, token: str | None) -> None:
         import torch
 
-        torch.set_num_threads(max(1, int(config.cpus_per_replica)))
+        torch.set_num_threads(config.threads_per_replica or max(1, int(config.cpus_per_replica)))
         device = "cuda" if config.gpus_per_replica > 0 else "cpu"
         with storage.reading(model_uri) as directory:
             self._scorer = RewardModelScorer.load(

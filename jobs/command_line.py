@@ -89,7 +89,7 @@ def dry_run(options: Options) -> None:
         print(f"This machine has it: {here['CPU']:g} CPU, {here['GPU']:g} GPU.")
 
 
-def run_job(description: str, body: Callable[[Rooms], None]) -> None:
+def run_job(description: str, body: Callable[[Rooms], object]) -> None:
     """Parses, opens workspace and cluster, runs `body`; a pipeline error ends the process with its message alone."""
     try:
         options = parse(description)

@@ -120,7 +120,6 @@ def measure(options: argparse.Namespace, recipe: Recipe | None) -> str:
             model,
             side,
             prior=card.vrm,
-            pad_token_id=tokenizer.pad_token_id,
             samples=options.samples,
             seed=options.seed,
             max_tokens_per_batch=options.max_tokens_per_batch,

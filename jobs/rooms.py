@@ -20,6 +20,7 @@ from jobs.command_line import Options
 from pipeline.config.schema import Recipe
 from pipeline.records import StageResult
 from pipeline.stages import storage
+from pipeline.stages.requests import forget_requests, requested_rollout_workers
 from pipeline.stages.runner import StageRunner
 from pipeline.stages.workspace import Workspace
 
@@ -43,6 +44,7 @@ class Rooms:
             recipe = self.recipe
             alignment, benchmark = recipe.alignment, recipe.benchmark
             directory = self._exits.enter_context(storage.reading(policy.location))
+            forget_requests(self.stages.workspace.uri)
             self._pool = self._exits.enter_context(
                 RolloutPool(
                     directory,
@@ -55,6 +57,7 @@ class Rooms:
                     ),
                     gate_tolerance=alignment.gate_tolerance or TOLERANCE[recipe.policy.dtype],
                     seed=recipe.seed,
+                    requested_workers=lambda: requested_rollout_workers(self.stages.workspace.uri),
                 )
             )
         return self._pool

@@ -28,7 +28,7 @@ from pipeline.records import Metrics, StageResult
 from pipeline.stages import storage
 from pipeline.stages.workspace import StageDirectory
 
-VERSION = 1
+VERSION = 2
 
 
 def train_reward_model(rooms: Rooms, policy: StageResult) -> StageResult:
@@ -65,7 +65,6 @@ def _train(stage: StageDirectory, recipe: Recipe, backbone_uri: str) -> Metrics:
     num_steps = config.num_steps or max(1, len(pairs) // config.batch_pairs)
     collate = PairCollator(
         statistics=statistics,
-        pad_token_id=tokenizer.pad_token_id,
         temperature=config.loss.supervision_temperature,
         seed=recipe.seed,
     )
@@ -100,10 +99,8 @@ def _train(stage: StageDirectory, recipe: Recipe, backbone_uri: str) -> Metrics:
 
 def longer_is_better(pairs: Sequence[TokenisedPair]) -> float:
     """Accuracy of the rule that prefers the longer response; a tie counts one half."""
-    wins = [
-        0.5 * (1 + (len(p.chosen_ids) > len(p.rejected_ids)) - (len(p.chosen_ids) < len(p.rejected_ids))) for p in pairs
-    ]
-    return sum(wins) / len(wins)
+    lengths = [tuple(map(len, p.tokens.response_ids)) for p in pairs]
+    return sum(0.5 * (1 + (chosen > rejected) - (chosen < rejected)) for chosen, rejected in lengths) / len(lengths)
 
 
 if __name__ == "__main__":

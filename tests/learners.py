@@ -45,7 +45,7 @@ def statistics_of(world):
 
 
 def collator(world, tokenizer):
-    return PairCollator(statistics=statistics_of(world), pad_token_id=tokenizer.pad_token_id, temperature=1.0, seed=0)
+    return PairCollator(statistics=statistics_of(world), temperature=1.0, seed=0)
 
 
 def tokenised(world, tokenizer, split="train"):

@@ -280,6 +280,9 @@ class RanksConfig(Frozen):
     ranks: Count = 1
     cpus_per_rank: NonNegative = 1.0
     gpus_per_rank: NonNegative = 0.0
+    threads_per_rank: Count | None = None
+    """Threads of one rank's matrix products; None takes its whole CPUs, at least one. Phases that take turns may each
+    use cores that others have reserved."""
     zero_stage: Literal[1, 2, 3] = 2
     offload_optimiser: bool = False
     max_restarts: Annotated[int, Field(ge=0)] = 1
@@ -292,6 +295,8 @@ class RolloutConfig(Frozen):
     workers: Count = 1
     cpus_per_worker: NonNegative = 1.0
     gpus_per_worker: NonNegative = 0.0
+    threads_per_worker: Count | None = None
+    """As `threads_per_rank`."""
     kv_cache_gib: Count = 1
     """CPU engines only: size of the KV cache."""
     gpu_memory_fraction: Fraction = 0.9
@@ -308,6 +313,8 @@ class ScoringConfig(Frozen):
     replicas: Count = 1
     cpus_per_replica: NonNegative = 1.0
     gpus_per_replica: NonNegative = 0.0
+    threads_per_replica: Count | None = None
+    """As `threads_per_rank`."""
     max_tokens_per_batch: Count = 16384
     batch_wait_s: NonNegative = 0.01
     max_batch_size: Count = 64

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.config.schema import KLConfig, PPOConfig
-from pipeline.data.collate import pad_right
 from pipeline.errors import NumericsError, ShapeError
 from pipeline.objectives.advantages import generalized_advantages, token_rewards, transform_reward
 from pipeline.objectives.divergence import kl_estimate
@@ -34,7 +33,6 @@ def build_experience(
     kl: KLConfig,
     kl_coefficient: float,
     reward_scale: RewardScale,
-    pad_token_id: int,
 ) -> tuple[Experience, Metrics]:
     """Shapes rewards, estimates advantages over the whole batch, and measures the batch.
 
@@ -97,9 +95,7 @@ def build_experience(
         "return/mean": float(masked_mean(returns, mask)),
     }
     experience = Experience(
-        input_ids=pad_right([r.prompt.token_ids + r.response_ids for r in rollouts], pad_token_id),
-        prompt_lengths=torch.tensor([len(r.prompt.token_ids) for r in rollouts]),
-        response_lengths=response_lengths,
+        sequences=tuple(r.tokens for r in rollouts),
         mask=mask,
         logprobs=logprobs,
         values=values,

@@ -10,9 +10,10 @@ import torch
 
 from pipeline.config.schema import VRMHeadConfig
 from pipeline.data.batching import plan_micro_batches, stable_seed
-from pipeline.data.collate import TokenisedPair, pad_right
+from pipeline.data.collate import TokenisedPair
 from pipeline.data.preferences import normalised_prompt
 from pipeline.errors import ConfigError
+from pipeline.models.packing import pack
 from pipeline.models.reward_heads import RewardOutput
 from pipeline.models.reward_model import RewardModel
 from pipeline.objectives.preference import pair_accuracy
@@ -56,7 +57,6 @@ def posterior_risk(
     pairs: Sequence[TokenisedPair],
     *,
     prior: VRMHeadConfig,
-    pad_token_id: int,
     samples: int,
     seed: int,
     max_tokens_per_batch: int,
@@ -74,7 +74,7 @@ def posterior_risk(
         prior: what p(w) was in training; p(z) = N(0, I).
         samples: S >= 2 draws a pair.
         seed: of the draws.
-        max_tokens_per_batch: padded tokens of one forward pass, both responses of a pair included.
+        max_tokens_per_batch: tokens of one forward pass, both responses of a pair included.
 
     Raises:
         ConfigError: fewer than two draws a pair.
@@ -85,9 +85,9 @@ def posterior_risk(
     wrong_draws = torch.zeros(len(pairs), samples, dtype=torch.bool)
     wrong_means = torch.zeros(len(pairs), dtype=torch.bool)
     kl_w, kl_z = torch.zeros(len(pairs), dtype=torch.float64), torch.zeros(2, len(pairs), dtype=torch.float64)
-    widths = [2 * pair.longest for pair in pairs]
-    for rows in plan_micro_batches(widths, world_size=1, max_tokens=max_tokens_per_batch)[0]:
-        prompts, responses = _hidden_states(model, [pairs[i] for i in rows], pad_token_id, device)
+    lengths = [pair.tokens.num_tokens for pair in pairs]
+    for rows in plan_micro_batches(lengths, world_size=1, max_tokens=max_tokens_per_batch)[0]:
+        prompts, responses = model.encode(pack([pairs[i].tokens for i in rows]).to(device))
         posterior: RewardOutput = model.head(prompts, responses, None)
         wrong_means[rows] = _wrong(posterior.mean)
         for s in range(samples):
@@ -114,18 +114,6 @@ def posterior_risk(
     )
 
 
-def _hidden_states(
-    model: RewardModel, pairs: Sequence[TokenisedPair], pad_token_id: int, device: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[2n, H] states at the last prompt and the last response token, chosen rows first: one pass for all draws."""
-    sequences = [p.prompt_ids + p.chosen_ids for p in pairs] + [p.prompt_ids + p.rejected_ids for p in pairs]
-    return model.encode(
-        pad_right(sequences, pad_token_id).to(device),
-        torch.tensor([len(s) for s in sequences], device=device),
-        torch.tensor([len(p.prompt_ids) for p in pairs], device=device).repeat(2),
-    )
-
-
 def _wrong(rewards: torch.Tensor) -> torch.Tensor:
     """[2n] rewards, chosen first -> [n] bool."""
     chosen, rejected = rewards.cpu().chunk(2)
@@ -135,5 +123,5 @@ def _wrong(rewards: torch.Tensor) -> torch.Tensor:
 def _fingerprint(pairs: Sequence[TokenisedPair]) -> str:
     digest = hashlib.sha256()
     for pair in pairs:
-        digest.update(repr((pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)).encode())
+        digest.update(repr((pair.tokens.prompt_ids, *pair.tokens.response_ids)).encode())
     return digest.hexdigest()

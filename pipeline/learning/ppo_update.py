@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +14,18 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.config.schema import AlignmentConfig
-from pipeline.data.collate import pad_right
 from pipeline.errors import ResourceError
 from pipeline.learning.engine import TrainEngine
+from pipeline.learning.probes import evaluate_probes
 from pipeline.learning.schedule import learning_rate_factor
-from pipeline.learning.shards import Rows, Sums, own_micro_batches
+from pipeline.learning.shards import MicroBatch, Rows, Sums, own_micro_batches
 from pipeline.models.backbone import save_causal_lm
 from pipeline.models.critic import TokenStatistics
+from pipeline.models.packing import PackedTokens, pack
 from pipeline.objectives.masked import masked_sum
 from pipeline.objectives.policy import clipped_policy_loss, clipped_tokens, importance_ratio
 from pipeline.objectives.value import clipped_value_loss
-from pipeline.records import Experience, Metrics, PolicyWeights, ProbeSequence, Rollout, TokenEvaluation
+from pipeline.records import Experience, Metrics, PolicyWeights, PromptGroup, Rollout, TokenEvaluation
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -46,7 +47,7 @@ class PPOLearner:
         config: AlignmentConfig,
         model_config: PretrainedConfig,
         tokenizer: PreTrainedTokenizerBase,
-        probes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+        probes: Sequence[PromptGroup],
         publish_directory: str,
         seed: int,
     ) -> None:
@@ -67,19 +68,12 @@ class PPOLearner:
     def evaluate(self, rollouts: Sequence[Rollout]) -> list[TokenEvaluation]:
         """Policy and reference log-probabilities and values of every response token, at the sampling temperature."""
         self.engine.module.eval()
-        sequences = [r.prompt.token_ids + r.response_ids for r in rollouts]
-        prompt_lengths = torch.tensor([len(r.prompt.token_ids) for r in rollouts])
-        response_lengths = torch.tensor([len(r.response_ids) for r in rollouts])
-        width = int(response_lengths.max())
+        sequences = [rollout.tokens for rollout in rollouts]
+        response_lengths = [sequence.num_response_tokens for sequence in sequences]
         rows = Rows(len(rollouts))
         with torch.no_grad():
-            for micro in own_micro_batches([len(s) for s in sequences], self.engine, self._max_tokens):
-                arguments = self._arguments(
-                    pad_right([sequences[row] for row in micro.rows.tolist()], self.tokenizer.pad_token_id),
-                    prompt_lengths[micro.rows],
-                    response_lengths[micro.rows],
-                    width,
-                )
+            for micro, packed in self._packed(sequences):
+                arguments = packed, max(response_lengths), self.config.temperature
                 statistics = TokenStatistics(*self.engine.forward(*arguments))
                 reference = self.reference(*arguments)
                 rows.put(
@@ -92,7 +86,7 @@ class PPOLearner:
                 reference_logprobs=tuple(references[b][:n]),
                 values=tuple(values[b][:n]),
             )
-            for b, n in enumerate(response_lengths.tolist())
+            for b, n in enumerate(response_lengths)
         ]
 
     # ------------------------------------------------------------------ update
@@ -104,7 +98,7 @@ class PPOLearner:
         factor = learning_rate_factor(step, num_steps=self.config.num_steps, warmup_fraction=ppo.policy.warmup_fraction)
         sums, norms = Sums(), []
         for epoch in range(ppo.epochs):
-            order = np.random.default_rng([self.seed, step, epoch]).permutation(len(experience.input_ids))
+            order = np.random.default_rng([self.seed, step, epoch]).permutation(len(experience.sequences))
             for first in range(0, len(order), ppo.mini_batch_size):
                 rows = torch.from_numpy(order[first : first + ppo.mini_batch_size])
                 norms.append(self._optimiser_step(experience, rows, factor, sums))
@@ -124,25 +118,14 @@ class PPOLearner:
 
     def _optimiser_step(self, experience: Experience, rows: torch.Tensor, factor: float, sums: Sums) -> float:
         ppo = self.config.ppo
-        lengths = (experience.prompt_lengths + experience.response_lengths)[rows]
         num_tokens = int(experience.mask[rows].sum())
-        for micro in own_micro_batches(lengths.tolist(), self.engine, self._max_tokens):
+        for micro, packed in self._packed([experience.sequences[row] for row in rows.tolist()]):
             own = rows[micro.rows]
             batch = {
                 name: getattr(experience, name)[own].to(self.engine.device)
                 for name in ("mask", "logprobs", "values", "advantages", "returns")
             }
-            width = int(lengths[micro.rows].max())
-            now = TokenStatistics(
-                *self.engine.forward(
-                    *self._arguments(
-                        experience.input_ids[own, :width],
-                        experience.prompt_lengths[own],
-                        experience.response_lengths[own],
-                        experience.mask.shape[1],
-                    )
-                )
-            )
+            now = TokenStatistics(*self.engine.forward(packed, experience.mask.shape[1], self.config.temperature))
             mask = batch["mask"]
             policy_loss = clipped_policy_loss(
                 now.logprobs,
@@ -173,27 +156,19 @@ class PPOLearner:
             )
         return self.engine.step(factor)
 
-    def _arguments(
-        self, input_ids: torch.Tensor, prompt_lengths: torch.Tensor, response_lengths: torch.Tensor, width: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, float]:
-        device = self.engine.device
-        return (
-            input_ids.to(device),
-            prompt_lengths.to(device),
-            response_lengths.to(device),
-            width,
-            self.config.temperature,
-        )
-
-    @property
-    def _max_tokens(self) -> int:
-        return self.config.max_tokens_per_micro_batch
+    def _packed(self, sequences: Sequence[PromptGroup]) -> Iterator[tuple[MicroBatch, PackedTokens]]:
+        """This rank's micro-batches of the sequences, on its device."""
+        lengths = [sequence.num_tokens for sequence in sequences]
+        for micro in own_micro_batches(lengths, self.engine, self.config.max_tokens_per_micro_batch):
+            yield micro, pack([sequences[row] for row in micro.rows.tolist()]).to(self.engine.device)
 
     # ------------------------------------------------------------------ publish and save
 
     def publish_weights(self, version: int) -> PolicyWeights:
         """Writes the policy where rollout workers of this node read it, with the gate's probes; keeps the last two."""
-        probes = self._evaluate_probes()
+        self.engine.module.eval()
+        # Every rank runs every probe: they are few, and ZeRO-3 needs the company.
+        probes = evaluate_probes(lambda *a: self.engine.forward(*a)[0], self.probes, self.engine.device)
         state = self.engine.full_state_dict()
         location = self._location(version)
         if self.engine.rank == 0:
@@ -206,23 +181,6 @@ class PPOLearner:
 
     def _location(self, version: int) -> Path:
         return Path(self.publish_directory) / f"policy-{version:06d}"
-
-    def _evaluate_probes(self) -> tuple[ProbeSequence, ...]:
-        """Every rank runs every probe: they are few, and ZeRO-3 needs the company."""
-        self.engine.module.eval()
-        device = self.engine.device
-        prompt_lengths = torch.tensor([len(p) for p, _ in self.probes], device=device)
-        response_lengths = torch.tensor([len(r) for _, r in self.probes], device=device)
-        input_ids = pad_right([p + r for p, r in self.probes], self.tokenizer.pad_token_id).to(device)
-        width = int(response_lengths.max())
-        with torch.no_grad():
-            rows = TokenStatistics(
-                *self.engine.forward(input_ids, prompt_lengths, response_lengths, width, 1.0)
-            ).logprobs.tolist()
-        return tuple(
-            ProbeSequence(prompt_ids=p, response_ids=r, logprobs=tuple(row[: len(r)]))
-            for (p, r), row in zip(self.probes, rows, strict=True)
-        )
 
     def save(self, directory: str) -> None:
         self.engine.save(directory)

@@ -10,17 +10,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import torch
 
 from pipeline.errors import StaleEngineError
-from pipeline.records import Metrics, ProbeSequence, Prompt
+from pipeline.models.packing import PackedTokens, pack
+from pipeline.records import Metrics, ProbeSequence, Prompt, PromptGroup
 
 RANDOM_TOKENS = 8
 
 
-def choose_probes(
-    prompts: Sequence[Prompt], *, vocabulary_size: int, seed: int, count: int = 8
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(prompt_ids, response_ids) of the probes: real prompts cut in half, each ended by a few random tokens.
+def choose_probes(prompts: Sequence[Prompt], *, vocabulary_size: int, seed: int, count: int = 8) -> list[PromptGroup]:
+    """Sequences to compare: real prompts cut in half, the second half as a response that ends in a few random tokens.
 
     The halves exercise the states a policy really visits, the random tokens rows of the output layer it rarely does.
     """
@@ -29,8 +29,26 @@ def choose_probes(
     for prompt in prompts[:count]:
         middle = max(1, len(prompt.token_ids) // 2)
         noise = tuple(int(t) for t in rng.integers(vocabulary_size, size=RANDOM_TOKENS))
-        probes.append((prompt.token_ids[:middle], prompt.token_ids[middle:] + noise))
+        probes.append(
+            PromptGroup(prompt_ids=prompt.token_ids[:middle], response_ids=(prompt.token_ids[middle:] + noise,))
+        )
     return probes
+
+
+def evaluate_probes(
+    policy_logprobs: Callable[[PackedTokens, int, float], torch.Tensor],
+    probes: Sequence[PromptGroup],
+    device: torch.device,
+) -> tuple[ProbeSequence, ...]:
+    """What the learner says of the probes, at temperature 1; `policy_logprobs` is called as `Policy.forward` is."""
+    packed = pack(probes).to(device)
+    with torch.no_grad():
+        rows = policy_logprobs(packed, int(packed.response_lengths.max()), 1.0).tolist()
+    return tuple(
+        ProbeSequence(prompt_ids=probe.prompt_ids, response_ids=response_ids, logprobs=tuple(row[: len(response_ids)]))
+        for probe, row in zip(probes, rows, strict=True)
+        for response_ids in probe.response_ids
+    )
 
 
 def check_engine(

@@ -7,36 +7,23 @@ from pathlib import Path
 
 import torch
 
-from pipeline.data.collate import pad_right
 from pipeline.learning.ppo_update import write_policy_weights
+from pipeline.learning.probes import evaluate_probes
 from pipeline.models.backbone import load_causal_lm
 from pipeline.models.critic import Policy
-from pipeline.records import PolicyWeights, ProbeSequence
+from pipeline.records import PolicyWeights, PromptGroup
 
 
 def publish_checkpoint(
     checkpoint: str,
     location: str,
-    probes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+    probes: Sequence[PromptGroup],
     *,
     dtype: str,
     version: int,
 ) -> PolicyWeights:
     """Writes the policy's weights to `location` and evaluates the gate's probes with it, in one process."""
-    model, tokenizer = load_causal_lm(checkpoint, dtype=dtype)
-    input_ids = pad_right([prompt + response for prompt, response in probes], tokenizer.pad_token_id)
-    prompt_lengths = torch.tensor([len(prompt) for prompt, _ in probes])
-    response_lengths = torch.tensor([len(response) for _, response in probes])
-    with torch.inference_mode():
-        rows = Policy(model.eval())(
-            input_ids, prompt_lengths, response_lengths, int(response_lengths.max()), 1.0
-        ).tolist()
+    model, _ = load_causal_lm(checkpoint, dtype=dtype)
+    evaluated = evaluate_probes(Policy(model.eval()), probes, torch.device("cpu"))
     write_policy_weights(model.state_dict(), Path(location))
-    return PolicyWeights(
-        version=version,
-        location=location,
-        probes=tuple(
-            ProbeSequence(prompt_ids=prompt, response_ids=response, logprobs=tuple(row[: len(response)]))
-            for (prompt, response), row in zip(probes, rows, strict=True)
-        ),
-    )
+    return PolicyWeights(version=version, location=location, probes=evaluated)

@@ -76,7 +76,7 @@ def calibration_error(margins: torch.Tensor) -> float:
 
 def prefers_longer(margins: torch.Tensor, batch: PreferenceBatch) -> float:
     """Share of pairs of unequal length whose longer response gets the higher reward, ties one half; 0.5 if none."""
-    chosen, rejected = batch.lengths.split(batch.num_pairs)
+    chosen, rejected = torch.tensor([[len(ids) for ids in pair.response_ids] for pair in batch.pairs]).T
     unequal = chosen != rejected
     agreement = torch.sign(margins[unequal]) * torch.sign((chosen - rejected)[unequal])
     return float((0.5 * (1.0 + agreement)).mean()) if unequal.any() else 0.5

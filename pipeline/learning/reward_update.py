@@ -11,6 +11,7 @@ from pipeline.learning.engine import TrainEngine
 from pipeline.learning.reward_diagnostics import reward_diagnostics
 from pipeline.learning.schedule import learning_rate_factor, warmup_factor
 from pipeline.learning.shards import MicroBatch, Rows, Sums, own_micro_batches
+from pipeline.models.packing import pack
 from pipeline.models.reward_heads import RewardOutput, VRMHead
 from pipeline.models.reward_model import RewardModelCard, save_reward_model
 from pipeline.objectives.preference import bradley_terry_loss, pair_accuracy
@@ -75,7 +76,7 @@ class RewardModelTrainer:
             **self._means(totals, num_pairs, num_supervised, "train"),
             "grad_norm": grad_norm,
             "pairs": float(num_pairs),
-            "tokens": float(batch.lengths.sum()),
+            "tokens": float(sum(pair.num_tokens for pair in batch.pairs)),
         }
 
     def evaluate(self, batch: PreferenceBatch) -> Metrics:
@@ -118,21 +119,12 @@ class RewardModelTrainer:
     # ------------------------------------------------------------------ one micro-batch
 
     def _micro_batches(self, batch: PreferenceBatch) -> list[MicroBatch]:
-        longest = torch.maximum(*batch.lengths.split(batch.num_pairs))
-        return list(own_micro_batches((2 * longest).tolist(), self.engine, self.max_tokens))
+        return list(own_micro_batches([pair.num_tokens for pair in batch.pairs], self.engine, self.max_tokens))
 
     def _forward(self, batch: PreferenceBatch, micro: MicroBatch, *, sampled: bool) -> RewardOutput:
-        both = _both(micro, batch)
-        lengths = batch.lengths[both]
-        device = self.engine.device
-        return RewardOutput(
-            *self.engine.forward(
-                batch.input_ids[both, : int(lengths.max())].to(device),
-                lengths.to(device),
-                batch.prompt_lengths[micro.rows].repeat(2).to(device),
-                batch.noise_seeds[micro.rows] if sampled else None,
-            )
-        )
+        packed = pack([batch.pairs[row] for row in micro.rows.tolist()])
+        seeds = batch.noise_seeds[micro.rows] if sampled else None
+        return RewardOutput(*self.engine.forward(packed.to(self.engine.device), seeds))
 
     def _terms(self, batch: PreferenceBatch, micro: MicroBatch, output: RewardOutput) -> dict[str, torch.Tensor]:
         """[n] per pair: the loss's terms and the numbers that expose a collapse."""

@@ -25,7 +25,6 @@ def align(
     config: AlignmentConfig,
     *,
     reward_scale: RewardScale,
-    pad_token_id: int,
     seed: int,
 ) -> Metrics:
     """Restores the last commit, then: sample, score, evaluate, update, publish, until `num_steps`.
@@ -73,7 +72,6 @@ def align(
                 kl=config.kl,
                 kl_coefficient=kl_coefficient,
                 reward_scale=reward_scale,
-                pad_token_id=pad_token_id,
             )
             kl = measured["kl/per_response"]
             if config.kl.stop_above is not None and kl > config.kl.stop_above:

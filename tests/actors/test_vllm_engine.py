@@ -66,7 +66,8 @@ def publish(tokenizer, prompts, tmp_path_factory):
             version=version,
             location=str(location),
             probes=tuple(
-                ProbeSequence(prompt_ids=p, response_ids=r, logprobs=tuple(logprobs_of(model, p, r))) for p, r in probes
+                ProbeSequence(prompt_ids=p, response_ids=r, logprobs=tuple(logprobs_of(model, p, r)))
+                for p, r in ((probe.prompt_ids, probe.response_ids[0]) for probe in probes)
             ),
         )
 

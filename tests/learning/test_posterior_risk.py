@@ -7,6 +7,7 @@ import torch
 from pipeline.errors import ConfigError
 from pipeline.learning.posterior_risk import posterior_risk
 from pipeline.models.backbone import load_backbone
+from pipeline.models.packing import pack
 from pipeline.models.reward_heads import VRMHead, inverse_bounded_softplus, inverse_soft_clamp
 from pipeline.models.reward_model import RewardModel
 from tests.learners import HEAD, collator, reward_trainer, tokenised
@@ -31,7 +32,6 @@ def measure(model, pairs, *, samples=8, seed=0, max_tokens=512):
         model,
         pairs,
         prior=HEAD,
-        pad_token_id=1,
         samples=samples,
         seed=seed,
         max_tokens_per_batch=max_tokens,
@@ -65,15 +65,11 @@ def test_with_certain_weights_the_gibbs_risk_is_the_normal_tail_of_the_margin(mo
     pairs = tokenised(world, tokenizer)
     tails = []
     for pair in pairs:
-        rows = [torch.tensor([pair.prompt_ids + ids]) for ids in (pair.chosen_ids, pair.rejected_ids)]
         with torch.no_grad():
-            posteriors = [
-                head(*model.encode(row, torch.tensor([row.shape[1]]), torch.tensor([len(pair.prompt_ids)])), None)
-                for row in rows
-            ]
+            posterior = head(*model.encode(pack([pair.tokens])), None)
         direction = head.score_matrix.detach().mean(0)  # w^T S
-        mean = float((direction * (posteriors[0].mu - posteriors[1].mu)).sum())
-        variance = float((direction**2 * (posteriors[0].logvar.exp() + posteriors[1].logvar.exp())).sum())
+        mean = float((direction * (posterior.mu[0] - posterior.mu[1])).sum())
+        variance = float((direction**2 * posterior.logvar.exp().sum(0)).sum())
         tails.append(0.5 * math.erfc(mean / math.sqrt(2.0 * variance)))
     sure = [i for i, tail in enumerate(tails) if tail < 0.4]  # over all pairs the tails average to the coin's 1/2
     expected = sum(tails[i] for i in sure) / len(sure)
@@ -99,7 +95,9 @@ def test_swapping_the_responses_swaps_their_parts_of_the_divergence(model, world
     that_says_something(model)
     pairs = tokenised(world, tokenizer)
     risk = measure(model, pairs)
-    swapped = measure(model, [replace(p, chosen_ids=p.rejected_ids, rejected_ids=p.chosen_ids) for p in pairs])
+    swapped = measure(
+        model, [replace(p, tokens=replace(p.tokens, response_ids=p.tokens.response_ids[::-1])) for p in pairs]
+    )
     assert (swapped.kl_z_chosen, swapped.kl_z_rejected) == pytest.approx((risk.kl_z_rejected, risk.kl_z_chosen))
     assert abs(risk.kl_z_chosen - risk.kl_z_rejected) > 0.1
     assert swapped.mean_reward_errors == 64 - risk.mean_reward_errors

@@ -12,16 +12,17 @@ from pipeline.learning.reward_diagnostics import (
     target_correlation,
 )
 from pipeline.models.reward_heads import RewardOutput
-from pipeline.records import PreferenceBatch
+from pipeline.records import PreferenceBatch, PromptGroup
 
 
 def batch_of(lengths, target=None, mask=None):
     num_pairs = len(lengths) // 2
     target = torch.zeros(num_pairs, 2) if target is None else torch.tensor(target)
     return PreferenceBatch(
-        input_ids=torch.zeros(len(lengths), max(lengths), dtype=torch.int64),
-        lengths=torch.tensor(lengths),
-        prompt_lengths=torch.ones(num_pairs, dtype=torch.int64),
+        pairs=tuple(
+            PromptGroup(prompt_ids=(1,), response_ids=((2,) * chosen, (2,) * rejected))
+            for chosen, rejected in zip(lengths[:num_pairs], lengths[num_pairs:], strict=True)
+        ),
         target=target,
         target_mask=torch.zeros(num_pairs, 2, dtype=torch.bool) if mask is None else torch.tensor(mask),
         noise_seeds=torch.zeros(num_pairs, dtype=torch.int64),

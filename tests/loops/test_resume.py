@@ -91,7 +91,6 @@ def run_alignment(tiny_policy, world, tokenizer, path, *, kill=None):
         stage_at(path, "align_policy"),
         ALIGNMENT,
         reward_scale=RewardScale(mean=0.0, std=1.0),
-        pad_token_id=tokenizer.pad_token_id,
         seed=0,
     )
     return metrics, rollouts
@@ -146,7 +145,6 @@ def run_until_the_kl_limit(tiny_policy, world, tokenizer, path, *, too_far_from,
         stage,
         config,
         reward_scale=RewardScale(mean=0.0, std=1.0),
-        pad_token_id=tokenizer.pad_token_id,
         seed=0,
     )
     return metrics, stage
