@@ -196,8 +196,8 @@ def _on_the_paper_bound(report: PacBayesReport) -> list[str]:
         )
     return [
         *sentences,
-        "No value of it would be a certificate: the encoders that make Q were fitted to these same pairs, and R(Q) "
-        "applies them to pairs they have not seen; the prior over w and z does not pay for that choice.",
+        "No value of these bounds would be a certificate: the encoders that make Q were fitted to these same pairs, "
+        "and R(Q) applies them to pairs they have not seen; the prior over w and z does not pay for that choice.",
     ]
 
 
