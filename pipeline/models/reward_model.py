@@ -64,8 +64,12 @@ class RewardModel(nn.Module):
         Returns:
             The fields of `RewardOutput`, a row per response, as a plain tuple for the sake of ZeRO-3's hooks.
         """
+        return tuple(self.head(*self.encode(packed), noise_seeds))
+
+    def encode(self, packed: PackedTokens) -> tuple[torch.Tensor, torch.Tensor]:
+        """[R, H] states at the last prompt token and at the last token of each response: what the head sees."""
         states = packed_states(self.backbone, packed)
-        return tuple(self.head(states[packed.prompt_ends], states[packed.response_ends], noise_seeds))
+        return states[packed.prompt_ends], states[packed.response_ends]
 
 
 def make_head(

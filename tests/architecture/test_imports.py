@@ -111,6 +111,7 @@ def test_init_files_are_empty():
         "jobs.full_pipeline",
         "jobs.judge_benchmark",
         "jobs.score_benchmark",
+        "jobs.pac_bayes",
         "jobs.status",
     ],
 )
