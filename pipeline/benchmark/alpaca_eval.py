@@ -5,7 +5,8 @@ model of its preferences is fitted, and read off where both answers are equally 
 
 Source: Dubois et al. 2024, arXiv:2404.04475, with the constants of its reference implementation, alpaca_eval 0.6.6.
 Where we differ: difficulties are joined on the instruction text, not on the row number, so a file that lacks an
-instruction is not shifted; what cannot be a preference is refused instead of dropped.
+instruction is not shifted (the official coefficients of phi-2, which lacks two, are those of shifted rows); what cannot
+be a preference is refused instead of dropped.
 """
 
 from __future__ import annotations
@@ -257,7 +258,8 @@ def fit_coefficients(
         gamed: rows without c, at a tenth of the weight.
 
     Raises:
-        DataError: fewer annotated rows than folds, or all length differences are equal.
+        DataError: fewer annotated rows than folds, all length differences are equal, or one side wins every row for
+            certain and there are no gamed rows.
     """
     p = _win_probabilities(annotations.preferences)
     differences = np.asarray(annotations.baseline_lengths, float) - np.asarray(annotations.model_lengths, float)
@@ -284,6 +286,11 @@ def fit_coefficients(
         weights = np.concatenate([np.full(len(gamed.difficulty), GAMED_ROW_WEIGHT), weights])
         p = np.concatenate([gamed.win_probabilities, p])
     parsed = ~np.isnan(p)
+    if p[parsed].max() == 0.0 or p[parsed].min() == 1.0:
+        raise DataError(
+            f"annotations of {annotations.model}: every preference is {p[parsed][0] + 1.0:g}, so the likelihood has no "
+            "maximum. Report `win_rate` alone, or fit with gamed rows."
+        )
     found = _fit_soft_logistic(features[parsed], p[parsed], weights[parsed])
     return Coefficients(found[0], 0.0 if difficulty is None else found[1], found[-1])
 

@@ -1,4 +1,5 @@
 import csv
+import importlib
 import json
 import logging
 import math
@@ -8,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import sklearn
+import yaml
 from scipy.optimize import brentq, least_squares
 
 from pipeline.benchmark.alpaca_eval import (
@@ -22,7 +24,9 @@ from pipeline.benchmark.alpaca_eval import (
     read_gamed_rows,
     win_rate,
 )
+from pipeline.benchmark.answers import write_answers
 from pipeline.errors import DataError, ShapeError
+from pipeline.records import Answer, RewardScore
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "alpaca_eval"
 BASELINE = "gpt4_1106_preview"
@@ -151,8 +155,10 @@ def test_without_difficulty_the_minimal_model_is_fitted():
 
 def test_the_result_says_whose_difficulty_it_stands_on():
     rows, difficulty = planted_rows(Coefficients(-1.0, 0.5, 0.0), num_rows=50)
-    [note] = length_controlled_win_rate(rows, difficulty)["notes"]
+    result = length_controlled_win_rate(rows, difficulty)
+    [note] = result["notes"]
     assert BASELINE in note
+    assert json.loads(json.dumps(result)) == result
 
 
 @pytest.mark.parametrize(
@@ -201,6 +207,12 @@ def test_equal_length_differences_are_refused():
 def test_fewer_rows_than_folds_are_refused():
     with pytest.raises(DataError, match="5 folds, and 4 rows"):
         length_controlled_win_rate(annotations([1.2] * 4 + [None]), [0.0] * 5)
+
+
+@pytest.mark.parametrize("verdict", [1.0, 2.0])
+def test_certain_verdicts_for_one_side_have_no_fit(verdict):
+    with pytest.raises(DataError, match=f"every preference is {verdict:g}"):
+        length_controlled_win_rate(annotations([verdict] * 9), [0.0] * 9)
 
 
 def test_gamed_rows_need_the_difficulty():
@@ -433,6 +445,18 @@ def test_our_own_fit_is_half_a_point_from_the_leaderboard(
     assert np.max(np.abs(errors)) < 1.5
 
 
+def test_the_official_coefficients_of_phi_2_are_those_of_shifted_rows(
+    official, official_coefficients, difficulty, difficulty_by_text, stand_in_gamed_rows
+):
+    """It answers 803 instructions; row i is not instruction i. Joined by text, difficulty counts twice as much."""
+    rows, reference = official["phi-2"], official_coefficients["phi-2"]
+    joined = np.array([difficulty_by_text[text] for text in rows.instructions])
+    by_text = fit_coefficients(rows, joined, stand_in_gamed_rows)
+    by_position = fit_coefficients(rows, difficulty[: len(rows.instructions)], stand_in_gamed_rows)
+    assert by_position == pytest.approx(reference, abs=0.15)
+    assert by_text.difficulty > 1.7 * reference.difficulty
+
+
 def test_gamed_rows_tell_short_from_bad(official, leaderboard, difficulty_by_text, stand_in_gamed_rows):
     # All answers of this model are the same 68 characters: nothing in its own rows does.
     gamed_model, official_lc = official["gpt4_gamed"], float(leaderboard["gpt4_gamed"]["length_controlled_winrate"])
@@ -495,7 +519,7 @@ def judged_rows(seed, difficulty):
     lengths, model_lengths = random.integers(20, 4000, (2, 805))
     standardised = (lengths - model_lengths) / np.std(lengths - model_lengths, ddof=1)
     noise = 2.0 * random.normal(size=805) - random.uniform(0, 3)
-    preferences = 1.0 + sigmoid(-1.2 * np.tanh(standardised) + 0.7 * difficulty + noise)
+    preferences = 1.0 + sigmoid(-1.2 * np.tanh(standardised) + 0.7 * np.array(difficulty) + noise)
     preferences[:7] = [0.0, 1.5, 1.0, 2.0, math.nan, math.nan, 0.0]
     return [
         {
@@ -535,7 +559,7 @@ def test_every_number_is_that_of_alpaca_eval(upstream, gamed_csv, tmp_path, vari
 @pytest.mark.filterwarnings("ignore")
 def test_an_extreme_change_is_one_to_alpaca_eval_too(upstream):
     for raw in range(0, 101, 4):
-        for lc in np.arange(0.3, 100.0, 1.7):
+        for lc in np.arange(0.3, 100.0, 1.7).tolist():
             assert is_extreme_change(raw, lc) is bool(upstream.get_is_extreme_changes(raw, lc))
 
 
@@ -547,3 +571,58 @@ def test_the_baseline_against_itself_is_that_of_alpaca_eval(upstream, tmp_path):
     path.write_text(json.dumps(rows))
     ours = length_controlled_win_rate(read_annotations(path), [0.0, 1.0, 2.0])
     assert {name: ours[name] for name in theirs} == pytest.approx(theirs)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_alpaca_eval_judges_our_model_outputs_and_we_read_its_annotations(upstream, tmp_path):
+    """The whole way round: our answers, its annotator with a judge that always says "b", our statistics."""
+    main = importlib.import_module("alpaca_eval.main")
+    paths = {}
+    for generator, text in (("base", "because {}"), ("aligned", "ünïcode {}\n\nfor a reason")):
+        paths[generator] = tmp_path / generator / "model_outputs.json"
+        score = RewardScore(mean=0.5, std=0.1, objective_weights=(0.25, 0.75), objective_scores=(-1.0, 1.0))
+        answers = [
+            Answer(
+                prompt_id=f"p{i}",
+                instruction=f"why {i} ?",
+                # The first two answers of both are the same: a draw without asking the judge.
+                output=text.format(i) if i > 1 else "because",
+                generator=generator,
+                score=score,
+            )
+            for i in range(12)
+        ]
+        write_answers(paths[generator], answers, dataset="tiny")
+    judge = tmp_path / "judge"
+    judge.mkdir()
+    (judge / "prompt.txt").write_text("{instruction} {output_1} {output_2}")
+    config = {
+        "prompt_template": "judge/prompt.txt",
+        "fn_completions": "test_completions",
+        "completions_kwargs": {"value": "b"},
+        "fn_completion_parser": "regex_parser",
+        "completion_parser_kwargs": {"outputs_to_match": {1: "a", 2: "b"}},
+    }
+    (judge / "configs.yaml").write_text(yaml.safe_dump({"judge": config}))
+    out = tmp_path / "out"
+    out.mkdir()
+    leaderboard, _ = main.evaluate(
+        model_outputs=paths["aligned"],
+        reference_outputs=paths["base"],
+        annotators_config=str(judge),
+        precomputed_leaderboard=None,
+        output_path=str(out),
+        fn_metric="get_winrate",
+        sort_by="win_rate",
+        is_return_instead_of_print=True,
+    )
+    rows = read_annotations(out / "annotations.json")
+    assert (rows.baseline, rows.model) == ("base", "aligned")
+    lengths = {f"why {i} ?": len(f"ünïcode {i}\n\nfor a reason") if i > 1 else len("because") for i in range(12)}
+    assert dict(zip(rows.instructions, rows.model_lengths, strict=True)) == lengths
+    ours, theirs = win_rate(rows.preferences), leaderboard.loc["aligned"].to_dict()
+    assert ours["n_draws"] == 2
+    assert {name: theirs[name] for name in ours.keys() & theirs.keys()} == pytest.approx(
+        {name: ours[name] for name in ours.keys() & theirs.keys()}
+    )
+    assert {"win_rate", "standard_error", "discrete_win_rate", "n_wins"} <= theirs.keys()
