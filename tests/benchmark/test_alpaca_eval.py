@@ -486,22 +486,8 @@ def test_the_fit_is_that_of_the_reference_implementation(official, difficulty_by
 
 
 @pytest.fixture
-def upstream(monkeypatch):
-    """alpaca_eval's own module; what it sets for the whole process is set back."""
-    level = logging.getLogger().level
-    module = pytest.importorskip(
-        "alpaca_eval.metrics.glm_winrate",
-        reason="needs the peer package alpaca_eval 0.6.6, and pkg_resources (setuptools < 81)",
-        exc_type=ImportError,
-    )
-    with sklearn.config_context():
-        yield module
-    logging.getLogger().setLevel(level)
-
-
-@pytest.fixture
-def gamed_csv(tmp_path, upstream, monkeypatch):
-    """A df_gamed.csv with 805 instructions of two gamed models, where alpaca_eval expects its download."""
+def gamed_csv(tmp_path):
+    """A df_gamed.csv with 805 instructions of two gamed models, one verdict unparsed."""
     random = np.random.default_rng(1)
     difficulty = np.tile(random.normal(0.0, 1.5, 805), 2)
     differences = np.concatenate([random.normal(-0.8, 1.0, 805), random.normal(1.2, 1.0, 805)])
@@ -509,7 +495,6 @@ def gamed_csv(tmp_path, upstream, monkeypatch):
     models = ["verbose"] * 805 + ["concise"] * 805
     path = tmp_path / "df_gamed.csv"
     write_gamed_csv(path, (models, [*range(805)] * 2, difficulty, [*p[:-1], ""], differences, [False] * 1610))
-    monkeypatch.setattr(upstream, "hf_hub_download", lambda **_: path)
     return path
 
 
@@ -535,10 +520,36 @@ def judged_rows(seed, difficulty):
     ]
 
 
+def test_the_fit_with_gamed_rows_is_that_of_the_reference_implementation(gamed_csv, tmp_path):
+    gamed, difficulty = read_gamed_rows(gamed_csv)
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(judged_rows(0, difficulty)))
+    result = length_controlled_win_rate(read_annotations(path), difficulty, gamed=gamed)
+    # alpaca_eval 0.6.6 with scikit-learn 1.9.1, `length_controlled_v1`, on the same two files.
+    assert result["length_controlled_winrate"] == pytest.approx(29.298503173, abs=1e-6)
+    assert result["lc_standard_error"] == pytest.approx(0.507132288, abs=1e-6)
+    assert list(result["coefficients"].values()) == pytest.approx([-0.937860428, 0.515275477, -0.933446585], abs=1e-6)
+
+
+@pytest.fixture
+def upstream():
+    """alpaca_eval's own module; what it sets for the whole process is set back."""
+    level = logging.getLogger().level
+    module = pytest.importorskip(
+        "alpaca_eval.metrics.glm_winrate",
+        reason="needs the peer package alpaca_eval 0.6.6, and pkg_resources (setuptools < 81)",
+        exc_type=ImportError,
+    )
+    with sklearn.config_context():
+        yield module
+    logging.getLogger().setLevel(level)
+
+
 @pytest.mark.filterwarnings("ignore")  # alpaca_eval's: it calls scikit-learn by names that will go.
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("variant", ["length_controlled_v1", "length_controlled_noreg", "length_controlled_minimal"])
-def test_every_number_is_that_of_alpaca_eval(upstream, gamed_csv, tmp_path, variant, seed):
+def test_every_number_is_that_of_alpaca_eval(upstream, gamed_csv, monkeypatch, tmp_path, variant, seed):
+    monkeypatch.setattr(upstream, "hf_hub_download", lambda **_: gamed_csv)
     gamed, difficulty = read_gamed_rows(gamed_csv)
     rows = judged_rows(seed, difficulty)
     path = tmp_path / "annotations.json"
