@@ -224,8 +224,12 @@ def length_controlled_win_rate(
     if gamma is not None:
         notes.append(
             f"Instruction difficulty and gamed rows are AlpacaEval's, measured with {OFFICIAL_BASELINE} as the "
-            f"baseline and GPT-4 Turbo as the judge; the baseline here is {annotations.baseline}."
+            "baseline and GPT-4 Turbo as the judge."
         )
+        if annotations.baseline != OFFICIAL_BASELINE:
+            notes.append(
+                f"The baseline here is {annotations.baseline}: no number of the leaderboard compares with these."
+            )
     if extreme:
         notes.append(
             f"The length-controlled win rate {lc:.1f} is far from the raw one, {result['win_rate']:.1f}: the fit may "
@@ -258,6 +262,7 @@ def fit_coefficients(
         gamed: rows without c, at a tenth of the weight.
 
     Raises:
+        ShapeError: not one difficulty per row.
         DataError: fewer annotated rows than folds, all length differences are equal, or one side wins every row for
             certain and there are no gamed rows.
     """
@@ -276,6 +281,8 @@ def fit_coefficients(
         )
     columns = [np.tanh(differences / spread), np.ones(len(p))]
     if difficulty is not None:
+        if len(difficulty) != len(p):
+            raise ShapeError(f"{len(difficulty)} difficulties for {len(p)} annotated rows. Give one per row.")
         columns.insert(1, difficulty)
     features, weights = np.stack(columns, axis=1), np.ones(len(p))
     if gamed is not None:

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import importlib
 import json
 import logging
@@ -161,6 +162,12 @@ def test_the_result_says_whose_difficulty_it_stands_on():
     assert json.loads(json.dumps(result)) == result
 
 
+def test_another_baseline_is_said_not_to_compare_with_the_leaderboard():
+    rows = dataclasses.replace(annotations([1.5, 1.5]), baseline="gpt-4o")
+    result = length_controlled_win_rate(rows, [0.0, 1.0], coefficients=Coefficients(0.0, 0.0, 0.0))
+    assert "gpt-4o" in result["notes"][1]
+
+
 @pytest.mark.parametrize(
     ("raw", "length_controlled", "extreme"),
     # Of 20 a quarter is 5, of the 80 above it 20; of 50 it is 12.5 to both sides. At least 10 either way.
@@ -187,6 +194,11 @@ def test_a_repeated_instruction_is_refused():
 def test_columns_of_different_length_are_refused():
     with pytest.raises(ShapeError, match="3 instructions, 3 preferences, 2 and 3 lengths"):
         annotations([1.0] * 3, baseline_lengths=[1, 2])
+
+
+def test_a_fit_needs_one_difficulty_per_row():
+    with pytest.raises(ShapeError, match="8 difficulties for 9 annotated rows"):
+        fit_coefficients(annotations([1.2] * 9), np.zeros(8))
 
 
 def test_an_instruction_without_difficulty_is_refused():
