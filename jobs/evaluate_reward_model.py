@@ -16,7 +16,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipeline.benchmark.reward_evaluation import BENCHMARKS, as_json, as_table, compare, evaluate, survey
@@ -27,7 +27,7 @@ from pipeline.stages.metrics_log import as_clock
 SECONDS_BETWEEN_LINES = 5.0
 
 
-def options() -> argparse.Namespace:
+def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="result directory of train_reward_model")
     parser.add_argument("--pairs", required=True, nargs="+", metavar="FILE", help=".jsonl or .parquet, or directories")
@@ -39,7 +39,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default cuda where there is one")
     parser.add_argument("--max-tokens-per-batch", type=int, default=ScoringConfig().max_tokens_per_batch)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def evaluate_reward_model(asked: argparse.Namespace) -> str:
@@ -115,8 +115,8 @@ def progress(total: int) -> Callable[[int, int], None]:
     return report
 
 
-def main() -> None:
-    asked = options()
+def main(arguments: Sequence[str] | None = None) -> None:
+    asked = options(arguments)
     try:
         print("\n" + evaluate_reward_model(asked))
     except PipelineError as error:

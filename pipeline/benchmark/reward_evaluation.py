@@ -77,7 +77,16 @@ class Evaluation:
 
 def _pairs(rows: Rows) -> Statistic:
     margins = np.array([row.chosen[0].reward - row.rejected[0].reward for row in rows])
-    return lambda indices: pair_accuracy(margins[indices])
+    decided = np.array([not row.annotators_tie for row in rows])
+
+    def accuracies(indices: np.ndarray) -> Metrics:
+        metrics = pair_accuracy(margins[indices])
+        kept = indices[decided[indices]]
+        if len(kept) > 0 and not decided.all():
+            metrics["annotators_decided"] = pair_accuracy(margins[kept])["accuracy_tie_half"]
+        return metrics
+
+    return accuracies
 
 
 def _best_of_n(rows: Rows) -> Statistic:

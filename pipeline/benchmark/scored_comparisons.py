@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 CHUNK = 128
 """Comparisons that are in memory at a time; enough to sort rows of like length into micro-batches."""
 
+FIELDS = ("id", "subset", "content_key", "prompt_key", "cut", "annotators_tie")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredResponse:
@@ -44,6 +46,7 @@ class ScoredComparison:
     prompt_key: str
     cut: bool
     """The model did not read all of a prompt or a response: they exceed its length."""
+    annotators_tie: bool
     chosen: tuple[ScoredResponse, ...]
     rejected: tuple[ScoredResponse, ...]
 
@@ -97,7 +100,7 @@ def read_scored(path: Path) -> tuple[list[ScoredComparison], str]:
     for row in read_rows(str(path)):
         try:
             chosen, rejected = (tuple(_response(r) for r in row.values[side]) for side in ("chosen", "rejected"))
-            fields = {name: row.values[name] for name in ("id", "subset", "content_key", "prompt_key", "cut")}
+            fields = {name: row.values[name] for name in FIELDS}
             scored_by.add(row.values["scored_by"])
         except (KeyError, TypeError) as error:
             raise DataError(
@@ -169,6 +172,7 @@ def _score_chunk(chunk: Sequence[Comparison], scorer: RewardModelScorer, scored_
             "prompt_key": row.prompt_key,
             "scored_by": scored_by,
             "cut": not all(scorer.fits(row.prompt, response) for response in (*row.chosen, *row.rejected)),
+            "annotators_tie": row.annotators_tie,
             "chosen": chosen,
             "rejected": rejected,
         }

@@ -28,6 +28,8 @@ class Comparison:
     prompt: tuple[Message, ...]
     chosen: tuple[str, ...]
     rejected: tuple[str, ...]
+    annotators_tie: bool
+    """The data set's own scores of both sides are there, and equal: the label is a coin."""
 
     @property
     def content_key(self) -> str:
@@ -51,7 +53,8 @@ def read_comparisons(files: Sequence[str], *, subset_field: str | None = None) -
 
     A row has `prompt` (a text or a conversation), `chosen` and `rejected`, each one text, one conversation that ends
     with the response, or a list of texts. Conversations with turns before the response bring their own prompt, which
-    must be the same on both sides. `id` is optional, and so is `subset`.
+    must be the same on both sides. `id` and `subset` are optional; so are the annotators' `score_chosen` and
+    `score_rejected`, as in UltraFeedback.
 
     Args:
         files: files, or directories of such files.
@@ -66,6 +69,7 @@ def read_comparisons(files: Sequence[str], *, subset_field: str | None = None) -
 
 
 def _comparison(row: Row, subset_field: str | None) -> Comparison:
+    identity, score = row.values.get("id"), row.values.get("score_chosen")
     chosen, chosen_prompt = _responses(row, "chosen")
     rejected, rejected_prompt = _responses(row, "rejected")
     if chosen_prompt != rejected_prompt:
@@ -74,12 +78,13 @@ def _comparison(row: Row, subset_field: str | None) -> Comparison:
             "different prompts. Give the prompt once, in the field 'prompt', and the last turns alone."
         )
     return Comparison(
-        id=str(row.values.get("id", row.place)),
+        id=str(row.place if identity is None else identity),
         subset=_subset(row, subset_field),
         place=row.place,
         prompt=chosen_prompt or as_messages(row.values.get("prompt"), place=f"{row.place}, field 'prompt'"),
         chosen=chosen,
         rejected=rejected,
+        annotators_tie=score is not None and bool(score == row.values.get("score_rejected")),
     )
 
 

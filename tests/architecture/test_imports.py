@@ -106,6 +106,7 @@ def test_init_files_are_empty():
         "cluster.resources",
         "cluster.submission",
         "jobs.command_line",
+        "jobs.evaluate_reward_model",
         "jobs.full_pipeline",
         "jobs.status",
     ],
