@@ -59,14 +59,16 @@ def pair_diagnostics(pairs: ScoredPairs) -> Metrics:
     draw of the objective weights, which two single scores cannot tell.
 
     Returns:
-        `nll`, `brier`, `calibration_error` of p = sigmoid(margin), `probit/...` the same of the probability that
-        knows its uncertainty; `mean_abs_margin`; `aurc/...` (`risk_coverage_area`) with |margin|, the standard
-        deviation and their ratio as confidence, all to be held against 1 - `accuracy_tie_half`, the area when
-        confidence knows nothing; `prefers_longer`, `length_correlation`, and the accuracy, ties one half, where the
-        chosen response is the longer or the shorter one (NaN where there is no such pair).
+        `nll`, `brier`, `calibration_error` of p = sigmoid(margin), and `probit/...` the same of the probability that
+        knows its uncertainty (`probit_margins`); `mean_abs_margin`;
+        `aurc/...` (`risk_coverage_area`) with |margin|, the standard deviation and their ratio as confidence, and
+        `aurc_gain/...`, how far that is below the error rate: 0 is a confidence that knows nothing of the errors;
+        `prefers_longer`, `length_correlation`, and the accuracy, ties one half, where the chosen response is the
+        longer or the shorter one (NaN where there is no such pair).
     """
     margins = pairs.chosen - pairs.rejected
     correct = _correct(margins)
+    errors = 1.0 - correct
     confidences = {"margin": np.abs(margins)}
     metrics = calibration(margins) | {"mean_abs_margin": float(np.abs(margins).mean())}
     variance = pairs.chosen_std**2 + pairs.rejected_std**2
@@ -76,7 +78,9 @@ def pair_diagnostics(pairs: ScoredPairs) -> Metrics:
         # A margin without uncertainty is the most confident of its size; the floor only keeps 0 / 0 out.
         std = np.sqrt(np.maximum(variance, np.finfo(np.float64).tiny))
         confidences |= {"std": -std, "margin_over_std": np.abs(margins) / std}
-    metrics |= {f"aurc/{name}": risk_coverage_area(1.0 - correct, conf) for name, conf in confidences.items()}
+    areas = {name: risk_coverage_area(errors, confidence) for name, confidence in confidences.items()}
+    metrics |= {f"aurc/{name}": area for name, area in areas.items()}
+    metrics |= {f"aurc_gain/{name}": float(errors.mean()) - area for name, area in areas.items()}
     longer, shorter = pairs.length_gap > 0, pairs.length_gap < 0
     return metrics | {
         "prefers_longer": prefers_longer(margins, pairs.length_gap),

@@ -38,7 +38,7 @@ class ScoredResponse:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredComparison:
-    """What an aggregation needs of one comparison: no texts, so a large file fits in memory."""
+    """What an aggregation needs of one comparison: no texts, so under a kilobyte a pair."""
 
     id: str
     subset: str

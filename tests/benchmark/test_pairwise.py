@@ -152,6 +152,7 @@ def test_diagnostics_of_three_pairs_by_hand():
 def test_a_standard_deviation_that_knows_the_error_lowers_the_risk():
     metrics = pair_diagnostics(pairs(std=1.0))  # of the margin: 0.5, 2, 1
     assert metrics["aurc/std"] == pytest.approx((0 + 0 + 1 / 3) / 3)
+    assert metrics["aurc_gain/std"] == pytest.approx(1 / 3 - 1 / 9)
     assert metrics["aurc/margin_over_std"] == pytest.approx((0 + 0 + 1 / 3) / 3)  # 4, 1/2, 1
     logits = [m / math.sqrt(1 + math.pi / 8 * v) for m, v in ((2, 0.25), (-1, 4.0), (1, 1.0))]
     assert metrics["probit/nll"] == pytest.approx(sum(math.log1p(math.exp(-x)) for x in logits) / 3)

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.benchmark.reward_evaluation import as_json, as_table, compare, evaluate, survey
@@ -211,6 +212,28 @@ def test_length_alone_passes_the_easy_third_of_rm_bench_and_fails_the_hard_one()
     assert scores["easy"] > 0.8
     assert 0.4 < scores["normal"] < 0.6
     assert scores["hard"] < 0.2
+
+
+def test_best_of_n_on_published_lists_agrees_with_a_plain_count(tmp_path):
+    """RMB names its responses otherwise; renamed, its lists of 2 to 6 losers are best-of-n rows."""
+    source = SHARED / "rmb" / "rmb_bon_sample.parquet"
+    if not source.exists():
+        pytest.skip(f"{source} is not here: a published benchmark")
+    rows = [
+        {
+            "prompt": row["conversation_input"],
+            "chosen": row["best"],
+            "rejected": [loser["answer"] for loser in row["losers"]],
+        }
+        for row in pq.read_table(source).to_pylist()
+    ]
+    file = tmp_path / "rmb.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluation = evaluate([rated_by_length(row) for row in read_comparisons([str(file)])], "best_of_n", seed=0)
+
+    longest = sum(len(row["chosen"]) > max(map(len, row["rejected"])) for row in rows)
+    assert evaluation.accuracies["accuracy"].value == pytest.approx(longest / 785)
+    assert evaluation.responses == sum(1 + len(row["rejected"]) for row in rows)
 
 
 def test_length_alone_is_worse_than_a_coin_on_the_adversarial_pairs_of_llmbar():
