@@ -24,7 +24,8 @@ def bootstrap_intervals(
     """Percentile intervals of every metric, drawing whole groups of rows with replacement.
 
     Source: Efron 1979, "Bootstrap methods"; rows of one group (one prompt) are not independent, so they are
-    drawn together. A metric that some draws do not have (no row of its subset came up) has the interval of the others.
+    drawn together. A metric that some draws do not have (no row of its subset came up) has the interval of the
+    others; with one group alone nothing is known of its variation, and the ends are NaN.
 
     Args:
         statistic: of row indices.
@@ -40,6 +41,9 @@ def bootstrap_intervals(
     codes = np.array([numbers.setdefault(group, len(numbers)) for group in groups])
     rows, sizes = codes.argsort(kind="stable"), np.bincount(codes)
     starts = sizes.cumsum() - sizes
+    names = statistic(np.arange(len(codes)))
+    if len(sizes) == 1:
+        return dict.fromkeys(names, (float("nan"), float("nan")))
     rng = np.random.default_rng(seed)
     drawn = []
     for _ in range(draws):
@@ -48,10 +52,7 @@ def bootstrap_intervals(
         # Where each drawn group begins in `rows`, minus where it lands in the draw.
         offsets = np.repeat(starts[group] - (size.cumsum() - size), size)
         drawn.append(statistic(rows[offsets + np.arange(len(offsets))]))
-    return {
-        name: _interval(np.array([metrics.get(name, np.nan) for metrics in drawn]), level)
-        for name in statistic(np.arange(len(codes)))
-    }
+    return {name: _interval(np.array([metrics.get(name, np.nan) for metrics in drawn]), level) for name in names}
 
 
 def difference(statistic: Statistic, other: Statistic) -> Statistic:

@@ -243,9 +243,11 @@ def compare(rows: Rows, others: Rows, benchmark: str, *, seed: int) -> dict[str,
     """Every metric of `rows` minus that of `others`, with the interval of the paired bootstrap.
 
     Args:
-        rows, others: the same comparisons in the same order (`aligned`), scored by two models.
+        rows, others: the same comparisons in the same order (`aligned`), scored by two models. Names and subsets are
+            those of `rows`.
     """
     accuracies = BENCHMARKS[benchmark].accuracies
+    others = [replace(row, chosen=o.chosen, rejected=o.rejected) for row, o in zip(rows, others, strict=True)]
     differences = _estimates(difference(accuracies(rows), accuracies(others)), rows, seed)
     if all(row.is_pair for row in rows):
         differences |= _estimates(difference(_diagnostics(rows), _diagnostics(others)), rows, seed)
@@ -270,7 +272,7 @@ def as_table(evaluation: Evaluation, comparison: Mapping[str, Estimate]) -> str:
         f"{'':<28}{'value':>9}  {'95% interval':<18}{'longer is better':>18}",
     ]
     lines += [
-        f"{name:<28}{_estimate(value)}{evaluation.longer_is_better.get(name, math.nan):>18.3f}"
+        f"{name:<28}{_estimate(value)}{evaluation.longer_is_better[name]:>18.3f}"
         for name, value in evaluation.accuracies.items()
     ]
     if evaluation.diagnostics:

@@ -142,8 +142,8 @@ def _skip_scored(rows: Iterator[Comparison], path: Path, scored_by: str) -> int:
             row = next(rows, None)
             if row is None or not _is_line_of(line, row, scored_by):
                 raise DataError(
-                    f"{path}, line {done + 1}: scored by another model, or from other data, than this evaluation. "
-                    "Give another --out, or delete the file."
+                    f"{path}, line {done + 1}: scored by another model, or from other data or with other subsets, "
+                    "than this evaluation. Give another --out, or delete the file."
                 )
             done, whole = done + 1, whole + len(line)
     os.truncate(path, whole)
@@ -153,7 +153,8 @@ def _skip_scored(rows: Iterator[Comparison], path: Path, scored_by: str) -> int:
 def _is_line_of(line: bytes, row: Comparison, scored_by: str) -> bool:
     try:
         values = json.loads(line)
-        return bool(values["scored_by"] == scored_by and values["content_key"] == row.content_key)
+        found = [values[name] for name in ("scored_by", "content_key", "id", "subset", "annotators_tie")]
+        return found == [scored_by, row.content_key, row.id, row.subset, row.annotators_tie]
     except (ValueError, KeyError, TypeError):  # not a line of ours at all
         return False
 

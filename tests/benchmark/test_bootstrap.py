@@ -66,6 +66,12 @@ def test_a_metric_that_some_draws_lack_has_the_interval_of_the_others():
     assert all(math.isnan(end) for end in nowhere)
 
 
+def test_one_prompt_gives_no_interval():
+    low, high = bootstrap_intervals(mean_of([0.0, 1.0]), ["p", "p"], seed=0)["mean"]
+    assert math.isnan(low)
+    assert math.isnan(high)
+
+
 def test_a_bootstrap_of_nothing_is_refused():
     with pytest.raises(ShapeError, match="no rows"):
         bootstrap_intervals(mean_of([]), [], seed=0)

@@ -121,6 +121,13 @@ def test_a_model_with_a_posterior_is_compared_with_one_without():
     assert "aurc/std" not in differences
 
 
+def test_the_other_models_file_may_name_its_subsets_otherwise():
+    ours = [scored(2, 1, subset="hep-go"), scored(0, 1, subset="donotanswer", prompt="q")]
+    theirs = [scored(0, 1, subset="code"), scored(0, 1, subset="safety", prompt="q")]
+    differences = compare(ours, theirs, "rewardbench", seed=0)
+    assert (differences["Reasoning"].value, differences["Safety"].value) == (1.0, 0.0)
+
+
 def test_the_table_names_what_matters():
     rows = [scored(2, 1, subset="a", lengths=(9, 4)), scored(0, 1, subset="b", prompt="q", lengths=(9, 4))]
     evaluation = evaluate(rows, "pairs", seed=0)
@@ -136,7 +143,7 @@ def test_numbers_that_are_not_there_are_null_in_json():
     evaluation = evaluate([scored(2, 1, lengths=(9, 4))], "pairs", seed=0)
     written = json.loads(json.dumps(as_json(evaluation), allow_nan=False))
     assert written["diagnostics"]["accuracy/chosen_shorter"] == {"value": None, "low": None, "high": None}
-    assert written["accuracies"]["accuracy"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert written["accuracies"]["accuracy"] == {"value": 1.0, "low": None, "high": None}  # one prompt varies nowhere
 
 
 def comparison(chosen, rejected, *, subset="all", name="r"):

@@ -111,8 +111,10 @@ def test_a_finished_evaluation_loads_no_model(tmp_path):
         ([comparison(1), comparison(2)], "other/cpu", 1),
         ([comparison(1), comparison(3)], "model/cpu", 2),
         ([comparison(1)], "model/cpu", 2),
+        ([comparison(1, subset="other"), comparison(2)], "model/cpu", 1),
+        ([comparison(1), comparison(2, id="7")], "model/cpu", 2),
     ],
-    ids=["another model", "another row", "fewer rows"],
+    ids=["another model", "another row", "fewer rows", "another subset field", "another name"],
 )
 def test_rows_of_another_evaluation_are_neither_used_nor_overwritten(tmp_path, rows, scored_by, line):
     path = tmp_path / "rows.jsonl"
