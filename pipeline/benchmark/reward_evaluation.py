@@ -60,6 +60,8 @@ class Evaluation:
     """One reward model on one set of rows."""
 
     rows: int
+    prompts: int
+    """What the intervals draw; far fewer prompts than rows make wide ones."""
     responses: int
     cut: int
     """Rows of which the model did not read all."""
@@ -230,6 +232,7 @@ def evaluate(rows: Rows, benchmark: str, *, seed: int) -> Evaluation:
     accuracies = BENCHMARKS[benchmark].accuracies
     return Evaluation(
         rows=len(rows),
+        prompts=len({_group(row) for row in rows}),
         responses=sum(len(row.chosen) + len(row.rejected) for row in rows),
         cut=sum(row.cut for row in rows),
         accuracies=_estimates(accuracies(rows), rows, seed),
@@ -266,7 +269,7 @@ def as_json(value: Any) -> Any:
 def as_table(evaluation: Evaluation, comparison: Mapping[str, Estimate]) -> str:
     """What the terminal shows."""
     lines = [
-        f"{evaluation.rows:,} rows, {evaluation.responses:,} responses; "
+        f"{evaluation.rows:,} rows of {evaluation.prompts:,} prompts, {evaluation.responses:,} responses; "
         f"{evaluation.cut:,} rows longer than the model reads, and cut",
         "",
         f"{'':<28}{'value':>9}  {'95% interval':<18}{'longer is better':>18}",

@@ -44,7 +44,7 @@ def test_pairs_by_hand():
         scored(5, 3, subset="b", prompt="4", lengths=(4, 4)),
     ]
     evaluation = evaluate(rows, "pairs", seed=0)
-    assert (evaluation.rows, evaluation.responses, evaluation.cut) == (4, 8, 1)
+    assert (evaluation.rows, evaluation.prompts, evaluation.responses, evaluation.cut) == (4, 4, 8, 1)
     assert values(evaluation.accuracies) == {"accuracy": 0.5, "accuracy_tie_half": 0.625, "ties": 0.25}
     assert evaluation.longer_is_better == {"accuracy": 0.5, "accuracy_tie_half": 0.625, "ties": 0.25}
     assert evaluation.diagnostics["mean_abs_margin"].value == pytest.approx((1 + 0 + 3 + 2) / 4)
@@ -132,7 +132,7 @@ def test_the_table_names_what_matters():
     rows = [scored(2, 1, subset="a", lengths=(9, 4)), scored(0, 1, subset="b", prompt="q", lengths=(9, 4))]
     evaluation = evaluate(rows, "pairs", seed=0)
     table = as_table(evaluation, compare(rows, rows, "pairs", seed=0))
-    assert "2 rows, 4 responses; 0 rows longer than the model reads" in table
+    assert "2 rows of 2 prompts, 4 responses; 0 rows longer than the model reads" in table
     accuracy = next(line for line in table.splitlines() if line.startswith("accuracy "))
     assert accuracy.split() == ["accuracy", "0.500", "[0.000,", "1.000]", "1.000"]  # the last: longer is better
     assert "this minus the other" in table

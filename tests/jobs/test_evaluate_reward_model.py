@@ -15,6 +15,7 @@ from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.learning.reward_scorer import RewardModelScorer
 from pipeline.models.backbone import load_backbone
 from pipeline.models.reward_model import RewardModel, RewardModelCard, make_head, save_reward_model
+from tests.learners import collator, reward_trainer, tokenised
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = VRMHeadConfig(semantic_dims=6, hidden_size=32)
@@ -90,6 +91,23 @@ def test_pairs_from_file_to_metrics(models, pairs, tmp_path):
     assert metrics["subsets"]["s0"]["rows"] == 8
     assert {"aurc/std", "probit/nll", "length_correlation"} <= metrics["diagnostics"].keys()
     assert f"accuracy{right / 16:>29.3f}" in table
+
+
+def test_the_numbers_are_those_of_training(tiny_policy, world, tokenizer, pairs, tmp_path):
+    """The trainer's held-out metrics and the job's, from one model by two ways."""
+    trainer = reward_trainer(tiny_policy, world, tokenizer)
+    collate = collator(world, tokenizer)
+    for step in range(4):
+        trainer.update(collate(tokenised(world, tokenizer)[:16], step), step)
+    trained = trainer.evaluate(collate(tokenised(world, tokenizer, "heldout"), 0))
+    trainer.export(str(tmp_path / "model"))
+    run("--model", tmp_path / "model", "--pairs", write(tmp_path / "pairs.jsonl", pairs), "--out", tmp_path / "out")
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    diagnostics = {name: estimate["value"] for name, estimate in metrics["diagnostics"].items()}
+    assert metrics["accuracies"]["accuracy_tie_half"]["value"] == pytest.approx(trained["eval/accuracy"])
+    assert diagnostics["nll"] == pytest.approx(trained["eval/nll"], abs=1e-5)
+    assert diagnostics["mean_abs_margin"] == pytest.approx(trained["eval/margin"], abs=1e-5)
+    assert diagnostics["calibration_error"] == pytest.approx(trained["eval/calibration_error"], abs=1e-5)
 
 
 def test_scores_do_not_depend_on_what_shared_a_batch(models, pairs, tmp_path):
