@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
+from pipeline.benchmark.pairwise import calibration_error, prefers_longer
 from pipeline.models.reward_heads import RewardOutput
 from pipeline.records import Metrics, PreferenceBatch
 
 ACTIVE_VARIANCE = 0.01
 """A semantic dimension whose mean varies by more than this over (x, y) is active (vrm_spec section 12)."""
-
-CALIBRATION_BINS = 15
 
 
 def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
@@ -25,13 +25,14 @@ def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
         spread, concentration and supervision of the objective weights. All means are over the batch.
     """
     num_pairs = batch.num_pairs
-    margins = output.mean[:num_pairs] - output.mean[num_pairs:]
+    margins = (output.mean[:num_pairs] - output.mean[num_pairs:]).cpu().numpy()
+    length_gaps = np.array([len(chosen) - len(rejected) for chosen, rejected in (p.response_ids for p in batch.pairs)])
     metrics = {
         "eval/reward_mean": float(output.mean.mean()),
         "eval/reward_std": float(output.mean.std(correction=0)),
         "eval/posterior_std": float(output.variance.sqrt().mean()),
         "eval/calibration_error": calibration_error(margins),
-        "eval/prefers_longer": prefers_longer(margins, batch),
+        "eval/prefers_longer": prefers_longer(margins, length_gaps),
     }
     if output.mu.shape[1]:
         alpha = output.alpha[:num_pairs]  # the chosen row speaks for the prompt
@@ -49,37 +50,6 @@ def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
             metrics["eval/target_entropy"] = float(_entropy(batch.target[supervised].double()).mean())
             metrics["eval/target_correlation"] = target_correlation(w_bar, batch.target, batch.target_mask)
     return metrics
-
-
-def calibration_error(margins: torch.Tensor) -> float:
-    """Expected calibration error of the Bradley-Terry confidence.
-
-    ECE = sum_bins n_bin / n * |accuracy_bin - confidence_bin|,  confidence = sigmoid(|margin|), bins of equal mass
-
-    Source: Guo et al. 2017, arXiv:1706.04599, Eq. 3, with equal-mass bins (vrm_spec section 12). A tie counts one half.
-
-    Args:
-        margins: [B] r_chosen - r_rejected.
-    """
-    order = margins.abs().argsort(stable=True)
-    confidence = torch.sigmoid(margins.abs())[order]
-    correct = (0.5 * (1.0 + torch.sign(margins)))[order]
-    gaps = [
-        len(bin_confidence) * (bin_correct.mean() - bin_confidence.mean()).abs()
-        for bin_confidence, bin_correct in zip(
-            confidence.tensor_split(CALIBRATION_BINS), correct.tensor_split(CALIBRATION_BINS), strict=True
-        )
-        if len(bin_confidence)
-    ]
-    return float(torch.stack(gaps).sum()) / len(margins)
-
-
-def prefers_longer(margins: torch.Tensor, batch: PreferenceBatch) -> float:
-    """Share of pairs of unequal length whose longer response gets the higher reward, ties one half; 0.5 if none."""
-    chosen, rejected = torch.tensor([[len(ids) for ids in pair.response_ids] for pair in batch.pairs]).T
-    unequal = chosen != rejected
-    agreement = torch.sign(margins[unequal]) * torch.sign((chosen - rejected)[unequal])
-    return float((0.5 * (1.0 + agreement)).mean()) if unequal.any() else 0.5
 
 
 def target_correlation(w_bar: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> float:

@@ -69,6 +69,11 @@ class RewardModelScorer:
                 )
         return [scores[row] for row in range(len(encoded))]
 
+    def fits(self, prompt: tuple[Message, ...], response: str) -> bool:
+        """Whether `score` reads all of both, rather than cutting them to the model's length."""
+        response_ids = encode_response(self._tokenizer, strip_thinking(response))
+        return len(encode_prompt(self._tokenizer, prompt)) + len(response_ids) <= self.card.max_length
+
     def _encode(self, prompt: tuple[Message, ...], response: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         response_ids = encode_response(self._tokenizer, strip_thinking(response))
         if len(response_ids) >= self.card.max_length:

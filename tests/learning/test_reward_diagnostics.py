@@ -5,12 +5,7 @@ import math
 import pytest
 import torch
 
-from pipeline.learning.reward_diagnostics import (
-    calibration_error,
-    prefers_longer,
-    reward_diagnostics,
-    target_correlation,
-)
+from pipeline.learning.reward_diagnostics import reward_diagnostics, target_correlation
 from pipeline.models.reward_heads import RewardOutput
 from pipeline.records import PreferenceBatch, PromptGroup
 
@@ -45,6 +40,8 @@ def test_diagnostics_of_two_pairs_by_hand():
     )
     metrics = reward_diagnostics(output, batch_of([5, 4, 3, 4], target=[[0.5, 0.5], [1.0, 0.0]], mask=[[True] * 2] * 2))
 
+    assert metrics["eval/prefers_longer"] == 1.0  # the second pair has equal lengths
+    assert metrics["eval/calibration_error"] == pytest.approx(1.0 - 1.0 / (1.0 + math.exp(-2.0)))
     assert metrics["eval/reward_mean"] == 1.0
     assert metrics["eval/reward_std"] == pytest.approx(math.sqrt(2.0))  # deviations 2, 0, 0, -2
     assert metrics["eval/posterior_std"] == 1.5
@@ -69,21 +66,6 @@ def test_a_bradley_terry_head_has_no_posterior_to_diagnose():
         "eval/calibration_error",
         "eval/prefers_longer",
     }
-
-
-def test_calibration_error_is_the_distance_of_confidence_from_accuracy():
-    # One pair a bin: |accuracy - sigmoid(|margin|)|; sigmoid(ln 3) = 0.75, and the wrong pair is 0.75 away.
-    assert calibration_error(double([math.log(3.0)])) == pytest.approx(0.25)
-    assert calibration_error(double([math.log(3.0), -math.log(3.0)])) == pytest.approx((0.25 + 0.75) / 2)
-    assert calibration_error(double([0.0] * 32)) == 0.0  # a coin that says it is one: confidence 1/2, ties count 1/2
-
-
-def test_preferring_the_longer_response_counts_pairs_of_unequal_length_only():
-    # chosen lengths 5, 3, 4, 6; rejected 4, 4, 4, 2
-    batch = batch_of([5, 3, 4, 6, 4, 4, 4, 2])
-    assert prefers_longer(double([1.0, 1.0, 1.0, -1.0]), batch) == pytest.approx(1 / 3)
-    assert prefers_longer(double([1.0, -1.0, 1.0, 0.0]), batch) == pytest.approx(2.5 / 3)
-    assert prefers_longer(double([1.0]), batch_of([4, 4])) == 0.5
 
 
 def test_correlation_uses_the_annotated_objectives_and_ignores_what_does_not_vary():
