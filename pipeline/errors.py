@@ -11,9 +11,10 @@
     ├── CheckpointError      weights that do not belong to this model
     ├── NumericsError        numbers that must not be trained on
     │   └── StaleEngineError     the rollout engine does not hold the learner's weights
-    └── WorkerError          a remote process that failed
-        ├── WorkerDied           it is gone, and so is its retry budget
-        └── DeadlineExceeded     it did not answer in time
+    ├── WorkerError          a remote process that failed
+    │   ├── WorkerDied           it is gone, and so is its retry budget
+    │   └── DeadlineExceeded     it did not answer in time
+    └── Preempted            asked to leave, and left behind a commit
 
 Each error carries its message alone, so it survives pickling across a Ray boundary unchanged.
 A message is a short letter: what happened, with which values, and what to do next.
@@ -74,3 +75,7 @@ class WorkerDied(WorkerError):
 
 class DeadlineExceeded(WorkerError):
     """A remote call did not return in time; the message says which, and for how long it ran."""
+
+
+class Preempted(PipelineError):
+    """The process was asked to end; what it had done is committed, and the same command resumes."""

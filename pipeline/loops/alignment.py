@@ -37,6 +37,7 @@ def align(
 
     Raises:
         NumericsError: the KL stop rule applies, and there is no earlier commit to end with.
+        Preempted: the process is about to be ended; the step it was in is committed.
     """
     sampling = SamplingParams(
         temperature=config.temperature,
@@ -95,9 +96,10 @@ def align(
             metrics = measured | updated | gate | clock.metrics(sum(len(s.response_ids) for s in samples))
             log.write(step, metrics)
             last = step + 1 == config.num_steps
-            if (step + 1) % config.checkpoint_every == 0 and not last:
+            if not last and stage.is_commit_due(step, every=config.checkpoint_every):
                 learner.save(stage.checkpoints.uri(step))
                 stage.checkpoints.commit(step, state={"kl_coefficient": kl_coefficient, "metrics": metrics})
+                stage.leave_if_preempted(step)
     learner.export(stage.result_uri)
     return metrics
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from pipeline.data.batching import step_indices
 from pipeline.data.prompts import PromptStream
-from pipeline.errors import NumericsError
+from pipeline.errors import NumericsError, Preempted
 from pipeline.learning.experience import RewardScale
 from pipeline.loops.alignment import align
 from pipeline.loops.supervised_training import train
@@ -22,8 +22,8 @@ class Killed(BaseException):
     """Stands for kill -9: nothing may catch it."""
 
 
-def stage_at(path, name):
-    return StageDirectory(str(path), name, "0" * 64)
+def stage_at(path, name, **options):
+    return StageDirectory(str(path), name, "0" * 64, **options)
 
 
 def weights(path):
@@ -35,20 +35,23 @@ def assert_bit_equal(left, right):
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def run_reward_training(tiny_policy, world, tokenizer, path, *, kill_before_update=None):
+def run_reward_training(tiny_policy, world, tokenizer, path, *, kill_before_update=None, preempt_in_update=None):
     learner = reward_trainer(tiny_policy, world, tokenizer, num_steps=6)
     update = learner.update
+    notice = []
 
     def mortal_update(batch, step):
         if step == kill_before_update:
             raise Killed
+        if step == preempt_in_update:
+            notice.append("SIGTERM")
         return update(batch, step)
 
     learner.update = mortal_update
     pairs, collate = tokenised(world, tokenizer), collator(world, tokenizer)
     return train(
         learner,
-        stage_at(path, "train_reward_model"),
+        stage_at(path, "train_reward_model", preempted=lambda: bool(notice)),
         batch_of=lambda step: collate([pairs[i] for i in step_indices(len(pairs), 8, step, 0)], step),
         heldout=collate(tokenised(world, tokenizer, "heldout"), 0),
         num_steps=6,
@@ -67,6 +70,19 @@ def test_resumed_reward_training_equals_the_uninterrupted_run(step, tiny_policy,
     assert_bit_equal(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
     rows = read_metrics(tmp_path / "killed" / METRICS_FILE)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 5]  # no step twice but the final evaluation
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 4])
+def test_a_preempted_run_commits_the_step_it_is_in_and_its_successor_ends_with_the_same_weights(
+    step, tiny_policy, world, tokenizer, tmp_path
+):
+    whole = run_reward_training(tiny_policy, world, tokenizer, tmp_path / "whole")
+    with pytest.raises(Preempted, match=rf"train_reward_model is committed behind step {step + 1}\. The same command"):
+        run_reward_training(tiny_policy, world, tokenizer, tmp_path / "preempted", preempt_in_update=step)
+    committed = stage_at(tmp_path / "preempted", "train_reward_model").checkpoints.latest()
+    assert committed.step == step
+    assert run_reward_training(tiny_policy, world, tokenizer, tmp_path / "preempted") == whole
+    assert_bit_equal(weights(tmp_path / "preempted"), weights(tmp_path / "whole"))
 
 
 def run_alignment(tiny_policy, world, tokenizer, path, *, kill=None):
