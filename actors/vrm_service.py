@@ -6,7 +6,6 @@ PPO and outside users take the same road: both reach the replicas through the de
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import os
 import secrets
@@ -15,22 +14,24 @@ import time
 import urllib.request
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Header, HTTPException
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.serve.schema import ApplicationStatus
 
+from actors.vrm_api import build_api
 from pipeline.config.schema import ScoringConfig
 from pipeline.errors import DataError, DeadlineExceeded, PipelineError, ResourceError, WorkerDied, WorkerError
 from pipeline.learning.reward_scorer import RewardModelScorer
 from pipeline.ports import RewardScorer
 from pipeline.records import Message, RewardScore
+from pipeline.serving.desk import Rows, ScoringDesk, describe
 from pipeline.stages import storage
+from pipeline.stages.fingerprint import directory_fingerprint
+from pipeline.stages.runner import installed_versions
 
 APPLICATION = "vrm"
 TOKEN_VARIABLE = "VRM_SERVICE_TOKEN"
@@ -39,42 +40,7 @@ POLL_S = 0.2
 ROUTE_S = 10.0
 """How long the HTTP proxy may take to learn of a new application."""
 
-Rows = tuple[list[tuple[Message, ...]], list[str]]
-"""Prompts and their responses, as many of one as of the other."""
 
-# No docs pages: they would fetch their scripts from elsewhere.
-api = FastAPI(title="VRM scoring service", docs_url=None, redoc_url=None)
-
-Text = Annotated[str, Field(max_length=100_000)]
-
-
-class ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    role: Literal["system", "user", "assistant"]
-    content: Text
-
-
-class ScoreRequest(BaseModel):
-    """One prompt and the responses to score."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    prompt: Text | Annotated[list[ChatMessage], Field(min_length=1, max_length=256)]
-    responses: list[Text] = Field(min_length=1, max_length=256)
-
-
-class ScoredResponse(BaseModel):
-    """reward = sum of contributions, for the VRM head."""
-
-    reward: float
-    reward_std: float
-    objective_weights: dict[str, float]
-    objective_scores: dict[str, float]
-    contributions: dict[str, float]
-
-
-# Serve pickles the class below while it is being defined: what it uses stands above it.
 def score_together(scorer: RewardScorer, calls: Sequence[Rows]) -> list[list[RewardScore] | PipelineError]:
     """Calls that arrived together are scored together; each gets its own rows back, or its own error."""
     try:
@@ -94,7 +60,7 @@ def score_together(scorer: RewardScorer, calls: Sequence[Rows]) -> list[list[Rew
 
 
 @serve.deployment
-@serve.ingress(api)
+@serve.ingress()
 class VRMService:
     """One replica: a reward model in memory."""
 
@@ -107,13 +73,22 @@ class VRMService:
             self._scorer = RewardModelScorer.load(
                 directory, max_tokens_per_batch=config.max_tokens_per_batch, device=device
             )
+            fingerprint = directory_fingerprint(directory)
+        self._desk = ScoringDesk(self._score_rows, describe(self._scorer.card, fingerprint, installed_versions()))
         self._token = token
         self._batched.set_max_batch_size(config.max_batch_size)
         self._batched.set_batch_wait_timeout_s(config.batch_wait_s)
 
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Serve calls it once the model is loaded."""
+        return build_api(self._desk, token=self._token)
+
     async def score(self, prompts: list[tuple[Message, ...]], responses: list[str]) -> list[RewardScore]:
         """For callers inside the cluster: many (prompt, response) rows in one call."""
-        scores = await self._batched((prompts, responses))
+        return await self._score_rows((prompts, responses))
+
+    async def _score_rows(self, rows: Rows) -> list[RewardScore]:
+        scores = await self._batched(rows)
         if isinstance(scores, PipelineError):
             raise scores
         return scores
@@ -122,47 +97,6 @@ class VRMService:
     async def _batched(self, calls: list[Rows]) -> list[list[RewardScore] | PipelineError]:
         # In a thread: /healthz answers while a long batch is scored.
         return await asyncio.to_thread(score_together, self._scorer, calls)
-
-    @api.get("/healthz")
-    async def healthz(self) -> dict[str, str]:
-        return {"status": "ok"}
-
-    @api.get("/v1/model")
-    async def model(self, authorization: str | None = Header(default=None)) -> dict[str, Any]:
-        self._authorise(authorization)
-        return self._scorer.card.model_dump()
-
-    @api.post("/v1/score")
-    async def score_over_http(
-        self, request: ScoreRequest, authorization: str | None = Header(default=None)
-    ) -> list[ScoredResponse]:
-        self._authorise(authorization)
-        if isinstance(request.prompt, str):
-            prompt: tuple[Message, ...] = ({"role": "user", "content": request.prompt},)
-        else:
-            prompt = tuple(message.model_dump() for message in request.prompt)
-        scores = await self._batched(([prompt] * len(request.responses), request.responses))
-        if isinstance(scores, PipelineError):
-            raise HTTPException(status_code=422, detail=str(scores))
-        return [self._as_response(score) for score in scores]
-
-    def _as_response(self, score: RewardScore) -> ScoredResponse:
-        # A Bradley-Terry model gives no reasons: its dicts are empty.
-        names = self._scorer.card.objectives[: len(score.objective_weights)]
-        weights = dict(zip(names, score.objective_weights, strict=True))
-        scores = dict(zip(names, score.objective_scores, strict=True))
-        return ScoredResponse(
-            reward=score.mean,
-            reward_std=score.std,
-            objective_weights=weights,
-            objective_scores=scores,
-            contributions={name: weights[name] * scores[name] for name in names},
-        )
-
-    def _authorise(self, authorization: str | None) -> None:
-        expected = f"Bearer {self._token}"
-        if self._token is not None and not hmac.compare_digest((authorization or "").encode(), expected.encode()):
-            raise HTTPException(status_code=401, detail="missing or wrong bearer token")
 
 
 class ServedScorer:

@@ -47,6 +47,7 @@ def read_answers(path: Path) -> list[Answer]:
                     std=row["score"]["std"],
                     objective_weights=tuple(row["score"]["objective_weights"]),
                     objective_scores=tuple(row["score"]["objective_scores"]),
+                    concentration=row["score"].get("concentration", 0.0),
                 ),
             )
             for row in rows

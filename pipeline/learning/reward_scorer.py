@@ -60,11 +60,16 @@ class RewardModelScorer:
                 torch.tensor([lengths[i] for i in batch], device=self._device),
                 torch.tensor([len(rows[i][0]) for i in batch], device=self._device),
             )
-            weights = output.alpha / output.alpha.sum(-1, keepdim=True)
-            columns = (output.mean, output.variance.sqrt(), weights, output.scores)
-            for i, mean, std, weight, score in zip(batch, *(c.tolist() for c in columns), strict=True):
+            total = output.alpha.sum(-1)
+            weights = output.alpha / total.unsqueeze(-1)
+            columns = (output.mean, output.variance.sqrt(), weights, output.scores, total)
+            for i, mean, std, weight, score, concentration in zip(batch, *(c.tolist() for c in columns), strict=True):
                 scores[i] = RewardScore(
-                    mean=mean, std=std, objective_weights=tuple(weight), objective_scores=tuple(score)
+                    mean=mean,
+                    std=std,
+                    objective_weights=tuple(weight),
+                    objective_scores=tuple(score),
+                    concentration=concentration,
                 )
         return [score for score in scores if score is not None]
 

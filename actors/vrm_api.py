@@ -1,0 +1,165 @@
+"""The scoring service over HTTP: routes and their errors around a `ScoringDesk`. Knows no Ray, so tests need none."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import json
+import logging
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pipeline.errors import DataError, DeadlineExceeded, PipelineError
+from pipeline.serving.desk import ScoringDesk
+from pipeline.serving.protocol import (
+    BestOfAnswer,
+    BestOfRequest,
+    CompareAnswer,
+    CompareRequest,
+    EitherScoreRequest,
+    Health,
+    ModelAnswer,
+    ScoreAnswer,
+    ScoreManyAnswer,
+    ScoreRequest,
+)
+
+logger = logging.getLogger(__name__)
+
+STATUS_OF: tuple[tuple[type[PipelineError], int], ...] = ((DataError, 422), (DeadlineExceeded, 504))
+"""What the asker can do something about; every other error is the service's own."""
+
+
+def build_api(desk: ScoringDesk, *, token: str | None) -> FastAPI:
+    """The application; asks for `token` wherever the model is used, or for none when None."""
+    # No docs pages: they would fetch their scripts from elsewhere. /openapi.json is there.
+    api = FastAPI(title="VRM scoring service", version="1", docs_url=None, redoc_url=None)
+    api.state.desk = desk
+    api.state.token = token
+    api.include_router(open_routes)
+    api.include_router(routes, dependencies=[Depends(require_token)])
+    api.add_exception_handler(RequestValidationError, _refuse_body)
+    api.add_exception_handler(PipelineError, _tell_pipeline_error)
+    api.add_middleware(NoTracebacks)
+    return api
+
+
+def desk_of(request: Request) -> ScoringDesk:
+    return request.app.state.desk
+
+
+def require_token(request: Request) -> None:
+    """Bearer token, or the password of basic authentication: OpenRLHF can only put it into the URL.
+
+    Raises:
+        HTTPException: 401.
+    """
+    expected = request.app.state.token
+    if expected is not None and not hmac.compare_digest(_given_token(request).encode(), expected.encode()):
+        raise HTTPException(401, "missing or wrong bearer token", headers={"www-authenticate": "Bearer"})
+
+
+Desk = Annotated[ScoringDesk, Depends(desk_of)]
+
+open_routes = APIRouter()
+routes = APIRouter(prefix="/v1")
+
+
+@open_routes.get("/healthz")
+async def healthz() -> Health:
+    """The process answers."""
+    return Health(status="ok")
+
+
+@open_routes.get("/readyz")
+async def readyz() -> Health:
+    """The model is loaded: there is no service before it is."""
+    return Health(status="ok")
+
+
+@routes.get("/model")
+async def model(desk: Desk) -> ModelAnswer:
+    """The model behind the service: objectives, decoder, statistics, versions."""
+    return desk.model
+
+
+@routes.post("/score")
+async def score(request: EitherScoreRequest, desk: Desk) -> ScoreAnswer | ScoreManyAnswer:
+    """Rewards with intervals and reasons: `{prompt, responses}`, or `{items: [{prompt, responses}, ...]}`."""
+    return await (desk.score(request) if isinstance(request, ScoreRequest) else desk.score_many(request))
+
+
+@routes.post("/compare")
+async def compare(request: CompareRequest, desk: Desk) -> CompareAnswer:
+    """P(a > b), the contribution of each objective, and which one decided."""
+    return await desk.compare(request)
+
+
+@routes.post("/best_of")
+async def best_of(request: BestOfRequest, desk: Desk) -> BestOfAnswer:
+    """The candidates from best to worst, by reward or by its lower confidence bound."""
+    return await desk.best_of(request)
+
+
+class NoTracebacks:
+    """The outermost layer: what nobody foresaw is logged here, and the asker learns only that it happened.
+
+    Without it Starlette would raise the error again behind its answer, and Serve would send its traceback out.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched_send)
+        except Exception:
+            logger.exception("%s %s failed", scope.get("method"), scope.get("path"))
+            if scope["type"] != "http" or started:
+                raise
+            await _error(500, "the service failed; its log says why")(scope, receive, send)
+
+
+def _given_token(request: Request) -> str:
+    scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
+    match scheme.lower():
+        case "bearer":
+            return credentials
+        case "basic":
+            try:
+                return base64.b64decode(credentials).decode(errors="replace").partition(":")[2]
+            except (binascii.Error, ValueError):
+                return ""
+        case _:
+            return ""
+
+
+def _error(status: int, detail: Any, headers: dict[str, str] | None = None) -> Response:
+    # ASCII: what a request smuggled in (half a surrogate pair as a field name) must not break the answer.
+    return Response(json.dumps({"detail": detail}), status, headers=headers, media_type="application/json")
+
+
+async def _refuse_body(request: Request, error: RequestValidationError) -> Response:
+    """Where and what, without the input: it may be huge, secret, or no JSON (NaN)."""
+    complaints = [{"loc": list(e["loc"]), "msg": e["msg"], "type": e["type"]} for e in error.errors()[:20]]
+    return _error(422, complaints)
+
+
+async def _tell_pipeline_error(request: Request, error: PipelineError) -> Response:
+    for kind, status in STATUS_OF:
+        if isinstance(error, kind):
+            return _error(status, str(error))
+    logger.error("%s %s failed: %s", request.method, request.url.path, error)
+    return _error(500, "the service failed; its log says why")

@@ -1,0 +1,123 @@
+"""Between HTTP and the model: the questions people ask of a reward, answered from scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+from pipeline.errors import NumericsError
+from pipeline.models.reward_model import RewardModelCard
+from pipeline.objectives.comparison import compare, rank
+from pipeline.records import Message, RewardScore
+from pipeline.serving.protocol import (
+    BestOfAnswer,
+    BestOfRequest,
+    Candidate,
+    CompareAnswer,
+    CompareRequest,
+    ModelAnswer,
+    ObjectiveStatistics,
+    ScoreAnswer,
+    ScoredResponse,
+    ScoreManyAnswer,
+    ScoreManyRequest,
+    ScoreRequest,
+    as_messages,
+)
+
+Rows = tuple[list[tuple[Message, ...]], list[str]]
+"""Prompts and their responses, as many of one as of the other."""
+
+
+class ScoringDesk:
+    """Answers the requests of the protocol with one model."""
+
+    def __init__(self, score_rows: Callable[[Rows], Awaitable[list[RewardScore]]], model: ModelAnswer) -> None:
+        self.model = model
+        self._score_rows = score_rows
+
+    async def score(self, request: ScoreRequest) -> ScoreAnswer:
+        scores = await self.scores([(as_messages(request.prompt), response) for response in request.responses])
+        return ScoreAnswer(model_fingerprint=self.fingerprint, scores=[self._scored(score) for score in scores])
+
+    async def score_many(self, request: ScoreManyRequest) -> ScoreManyAnswer:
+        scores = await self.scores(
+            [(as_messages(item.prompt), response) for item in request.items for response in item.responses]
+        )
+        left = iter(scores)
+        items = [[self._scored(next(left)) for _ in item.responses] for item in request.items]
+        return ScoreManyAnswer(model_fingerprint=self.fingerprint, items=items)
+
+    async def compare(self, request: CompareRequest) -> CompareAnswer:
+        prompt = as_messages(request.prompt)
+        a, b = await self.scores([(prompt, request.a), (prompt, request.b)])
+        result = compare(a, b)
+        return CompareAnswer(
+            model_fingerprint=self.fingerprint,
+            probability=result.probability,
+            preferred="tie" if result.margin == 0.0 else "a" if result.margin > 0.0 else "b",
+            margin=result.margin,
+            margin_std=result.margin_std,
+            contributions=dict(zip(self.model.objectives, result.contributions, strict=False)),
+            decided_by=None if result.deciding is None else self.model.objectives[result.deciding],
+            a=self._scored(a),
+            b=self._scored(b),
+        )
+
+    async def best_of(self, request: BestOfRequest) -> BestOfAnswer:
+        prompt = as_messages(request.prompt)
+        scores = await self.scores([(prompt, response) for response in request.responses])
+        ranking = [
+            Candidate(index=i, bound=bound, **self._scored(scores[i]).model_dump())
+            for i, bound in rank(scores, lcb=request.lcb)
+        ]
+        return BestOfAnswer(model_fingerprint=self.fingerprint, best=ranking[0].index, ranking=ranking)
+
+    async def scores(self, rows: Sequence[tuple[tuple[Message, ...], str]]) -> list[RewardScore]:
+        """One score per (prompt, response), in order.
+
+        Raises:
+            DataError: a conversation that the chat template refuses.
+            NumericsError: a reward that is not finite.
+        """
+        scores = await self._score_rows(([prompt for prompt, _ in rows], [response for _, response in rows]))
+        for score in scores:
+            if not (math.isfinite(score.mean) and math.isfinite(score.std)):
+                raise NumericsError(f"the model gave a reward of {score.mean} with a standard deviation of {score.std}")
+        return scores
+
+    @property
+    def fingerprint(self) -> str:
+        return self.model.model_fingerprint
+
+    def _scored(self, score: RewardScore) -> ScoredResponse:
+        # A Bradley-Terry model has objectives on its card, but gives no reasons.
+        names = self.model.objectives[: len(score.objective_weights)]
+        weights = dict(zip(names, score.objective_weights, strict=True))
+        scores = dict(zip(names, score.objective_scores, strict=True))
+        return ScoredResponse(
+            reward=score.mean,
+            reward_std=score.std,
+            concentration=score.concentration,
+            objective_weights=weights,
+            objective_scores=scores,
+            contributions={name: weights[name] * scores[name] for name in names},
+        )
+
+
+def describe(card: RewardModelCard, fingerprint: str, versions: Mapping[str, str]) -> ModelAnswer:
+    """What `GET /v1/model` says of a checkpoint."""
+    statistics = zip(card.objectives, card.score_mean, card.score_std, strict=False)  # no annotations, no statistics
+    return ModelAnswer(
+        model_fingerprint=fingerprint,
+        head=card.head,
+        decoder="bilinear" if card.head == "vrm" else "linear",
+        objectives=list(card.objectives),
+        semantic_dims=card.vrm.semantic_dims if card.head == "vrm" else 0,
+        max_length=card.max_length,
+        reward_mean=card.reward_mean,
+        reward_std=card.reward_std,
+        objective_statistics={name: ObjectiveStatistics(mean=mean, std=std) for name, mean, std in statistics},
+        metrics=dict(card.metrics),
+        versions=dict(versions),
+    )
