@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipeline.errors import DataError, DeadlineExceeded, PipelineError
+from pipeline.errors import DataError, DeadlineExceeded, Overloaded, PipelineError
 from pipeline.serving.desk import ScoringDesk
 from pipeline.serving.protocol import (
     BestOfAnswer,
@@ -31,7 +31,7 @@ from pipeline.serving.protocol import (
 
 logger = logging.getLogger(__name__)
 
-STATUS_OF: tuple[tuple[type[PipelineError], int], ...] = ((DataError, 422), (DeadlineExceeded, 504))
+STATUS_OF: tuple[tuple[type[PipelineError], int], ...] = ((DataError, 422), (Overloaded, 429), (DeadlineExceeded, 504))
 """What the asker can do something about; every other error is the service's own."""
 
 
@@ -45,6 +45,7 @@ def build_api(desk: ScoringDesk, *, token: str | None) -> FastAPI:
     api.include_router(routes, dependencies=[Depends(require_token)])
     api.add_exception_handler(RequestValidationError, _refuse_body)
     api.add_exception_handler(PipelineError, _tell_pipeline_error)
+    api.add_middleware(BoundedBody, max_bytes=desk.model.limits.max_request_bytes)
     api.add_middleware(NoTracebacks)
     return api
 
@@ -77,8 +78,11 @@ async def healthz() -> Health:
 
 
 @open_routes.get("/readyz")
-async def readyz() -> Health:
-    """The model is loaded: there is no service before it is."""
+async def readyz(desk: Desk, response: Response) -> Health:
+    """The model is loaded (there is no service before it is) and would take a request now; 503 when it is full."""
+    if desk.admission.is_full:
+        response.status_code = 503
+        return Health(status="busy")
     return Health(status="ok")
 
 
@@ -104,6 +108,35 @@ async def compare(request: CompareRequest, desk: Desk) -> CompareAnswer:
 async def best_of(request: BestOfRequest, desk: Desk) -> BestOfAnswer:
     """The candidates from best to worst, by reward or by its lower confidence bound."""
     return await desk.best_of(request)
+
+
+class BoundedBody:
+    """Stops reading a request that is larger than `max_bytes`, whatever length it declared."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        received = 0
+
+        async def bounded_receive() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_bytes:
+                raise HTTPException(413, self._refusal)
+            return message
+
+        declared = dict(scope.get("headers", ())).get(b"content-length", b"0")
+        if declared.isdigit() and len(declared) < 20 and int(declared) <= self._max_bytes:
+            await self._app(scope, bounded_receive, send)
+        else:
+            await _error(413, self._refusal)(scope, receive, send)
+
+    @property
+    def _refusal(self) -> str:
+        return f"a request may hold {self._max_bytes} bytes. Split it, or raise cluster.scoring.max_request_bytes."
 
 
 class NoTracebacks:
@@ -160,6 +193,7 @@ async def _refuse_body(request: Request, error: RequestValidationError) -> Respo
 async def _tell_pipeline_error(request: Request, error: PipelineError) -> Response:
     for kind, status in STATUS_OF:
         if isinstance(error, kind):
-            return _error(status, str(error))
+            wait = {"retry-after": str(desk_of(request).admission.retry_after_s)} if status == 429 else None
+            return _error(status, str(error), wait)
     logger.error("%s %s failed: %s", request.method, request.url.path, error)
     return _error(500, "the service failed; its log says why")

@@ -18,6 +18,7 @@ from itertools import pairwise
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.serve.schema import ApplicationStatus
@@ -28,6 +29,7 @@ from pipeline.errors import DataError, DeadlineExceeded, PipelineError, Resource
 from pipeline.learning.reward_scorer import RewardModelScorer
 from pipeline.ports import RewardScorer
 from pipeline.records import Message, RewardScore
+from pipeline.serving.admission import Admission
 from pipeline.serving.desk import Rows, ScoringDesk, describe
 from pipeline.stages import storage
 from pipeline.stages.fingerprint import directory_fingerprint
@@ -64,7 +66,7 @@ def score_together(scorer: RewardScorer, calls: Sequence[Rows]) -> list[list[Rew
 class VRMService:
     """One replica: a reward model in memory."""
 
-    def __init__(self, model_uri: str, config: ScoringConfig, token: str | None) -> None:
+    def __init__(self, model_uri: str, config: ScoringConfig, token: str | None, deadline_s: float) -> None:
         import torch
 
         torch.set_num_threads(max(1, int(config.cpus_per_replica)))
@@ -74,7 +76,9 @@ class VRMService:
                 directory, max_tokens_per_batch=config.max_tokens_per_batch, device=device
             )
             fingerprint = directory_fingerprint(directory)
-        self._desk = ScoringDesk(self._score_rows, describe(self._scorer.card, fingerprint, installed_versions()))
+        model = describe(self._scorer.card, config, fingerprint, installed_versions())
+        self._admission = Admission(config.max_pending_rows)
+        self._desk = ScoringDesk(self._score_rows, model, self._admission, deadline_s=deadline_s)
         self._token = token
         self._batched.set_max_batch_size(config.max_batch_size)
         self._batched.set_batch_wait_timeout_s(config.batch_wait_s)
@@ -85,7 +89,8 @@ class VRMService:
 
     async def score(self, prompts: list[tuple[Message, ...]], responses: list[str]) -> list[RewardScore]:
         """For callers inside the cluster: many (prompt, response) rows in one call."""
-        return await self._score_rows((prompts, responses))
+        with self._admission.take(len(responses)):
+            return await self._score_rows((prompts, responses))
 
     async def _score_rows(self, rows: Rows) -> list[RewardScore]:
         scores = await self._batched(rows)
@@ -168,6 +173,7 @@ def start_service(
     """Brings the application up and waits for its replicas.
 
     HTTP listens on 127.0.0.1 when `config.port` is set; it asks for `token` as a bearer token, or for none when None.
+    `deadline_s` is how long a request may take, over HTTP and through the handle.
     A cluster has one Serve for all its jobs, so `name` must be the job's own. An application of that name is replaced:
     only a killed run of the same job can have left it.
 
@@ -186,8 +192,11 @@ def start_service(
     application = VRMService.options(
         num_replicas=config.replicas,
         max_ongoing_requests=4 * config.max_batch_size,
+        # Each proxy and each handle has such a queue of its own: many users over HTTP never shut out a training run.
+        max_queued_requests=4 * config.max_batch_size,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1.0),
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
-    ).bind(model_uri, config, token)
+    ).bind(model_uri, config, token, deadline_s)
     target = serve.RunTarget(application, name=name, route_prefix="/" if config.port else None)
     [handle] = serve.run_many([target], wait_for_applications_running=False)
     _wait_until_running(name, start_s)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-from pipeline.errors import NumericsError
+from pipeline.config.schema import ScoringConfig
+from pipeline.errors import DataError, DeadlineExceeded, NumericsError
 from pipeline.models.reward_model import RewardModelCard
 from pipeline.objectives.comparison import compare, rank
 from pipeline.records import Message, RewardScore
+from pipeline.serving.admission import Admission
 from pipeline.serving.protocol import (
+    MAX_TEXT_CHARS,
     BestOfAnswer,
     BestOfRequest,
     Candidate,
     CompareAnswer,
     CompareRequest,
+    Limits,
     ModelAnswer,
     ObjectiveStatistics,
     ScoreAnswer,
@@ -32,9 +37,18 @@ Rows = tuple[list[tuple[Message, ...]], list[str]]
 class ScoringDesk:
     """Answers the requests of the protocol with one model."""
 
-    def __init__(self, score_rows: Callable[[Rows], Awaitable[list[RewardScore]]], model: ModelAnswer) -> None:
+    def __init__(
+        self,
+        score_rows: Callable[[Rows], Awaitable[list[RewardScore]]],
+        model: ModelAnswer,
+        admission: Admission,
+        *,
+        deadline_s: float,
+    ) -> None:
         self.model = model
+        self.admission = admission
         self._score_rows = score_rows
+        self._deadline_s = deadline_s
 
     async def score(self, request: ScoreRequest) -> ScoreAnswer:
         scores = await self.scores([(as_messages(request.prompt), response) for response in request.responses])
@@ -77,10 +91,27 @@ class ScoringDesk:
         """One score per (prompt, response), in order.
 
         Raises:
-            DataError: a conversation that the chat template refuses.
+            DataError: a conversation that the chat template refuses, or too many rows.
+            Overloaded: the replica is full.
+            DeadlineExceeded: they were not scored in time.
             NumericsError: a reward that is not finite.
         """
-        scores = await self._score_rows(([prompt for prompt, _ in rows], [response for _, response in rows]))
+        if len(rows) > self.model.limits.max_rows:
+            raise DataError(
+                f"{len(rows)} responses in one request, at most {self.model.limits.max_rows} are taken. "
+                "Split it, or raise cluster.scoring.max_rows_per_request."
+            )
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                with self.admission.admit(len(rows)):
+                    scores = await self._score_rows(
+                        ([prompt for prompt, _ in rows], [response for _, response in rows])
+                    )
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                f"{len(rows)} responses were not scored within {self._deadline_s:g} s. "
+                "Ask for fewer at once, or raise cluster.deadlines.score_s."
+            ) from error
         for score in scores:
             if not (math.isfinite(score.mean) and math.isfinite(score.std)):
                 raise NumericsError(f"the model gave a reward of {score.mean} with a standard deviation of {score.std}")
@@ -105,7 +136,9 @@ class ScoringDesk:
         )
 
 
-def describe(card: RewardModelCard, fingerprint: str, versions: Mapping[str, str]) -> ModelAnswer:
+def describe(
+    card: RewardModelCard, config: ScoringConfig, fingerprint: str, versions: Mapping[str, str]
+) -> ModelAnswer:
     """What `GET /v1/model` says of a checkpoint."""
     statistics = zip(card.objectives, card.score_mean, card.score_std, strict=False)  # no annotations, no statistics
     return ModelAnswer(
@@ -120,4 +153,9 @@ def describe(card: RewardModelCard, fingerprint: str, versions: Mapping[str, str
         objective_statistics={name: ObjectiveStatistics(mean=mean, std=std) for name, mean, std in statistics},
         metrics=dict(card.metrics),
         versions=dict(versions),
+        limits=Limits(
+            max_request_bytes=config.max_request_bytes,
+            max_rows=config.max_rows_per_request,
+            max_text_chars=MAX_TEXT_CHARS,
+        ),
     )

@@ -11,7 +11,9 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from pipeline.records import Message
 
-Text = Annotated[str, Field(max_length=100_000)]
+MAX_TEXT_CHARS = 100_000
+
+Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 
 
 class Request(BaseModel):
@@ -140,6 +142,15 @@ class ObjectiveStatistics(BaseModel):
     std: float
 
 
+class Limits(BaseModel):
+    """Of one request."""
+
+    max_request_bytes: int
+    max_rows: int
+    """Responses, over all prompts."""
+    max_text_chars: int
+
+
 class ModelAnswer(Answer):
     """The model behind the service."""
 
@@ -161,6 +172,7 @@ class ModelAnswer(Answer):
     metrics: dict[str, float]
     """Held-out metrics at the end of training."""
     versions: dict[str, str]
+    limits: Limits
 
 
 class Health(BaseModel):

@@ -8,10 +8,11 @@ import httpx
 import pytest
 
 from actors.vrm_api import build_api
-from pipeline.config.schema import VRMHeadConfig
+from pipeline.config.schema import ScoringConfig, VRMHeadConfig
 from pipeline.errors import DataError
 from pipeline.models.reward_model import RewardModelCard
 from pipeline.records import RewardScore
+from pipeline.serving.admission import Admission
 from pipeline.serving.desk import ScoringDesk, describe
 
 CARD = RewardModelCard(
@@ -53,8 +54,11 @@ async def score_rows(rows):
     return [words_and_letters(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
 
-def api(token=None, rows=score_rows):
-    return build_api(ScoringDesk(rows, describe(CARD, "f00d", {"torch": "2"})), token=token)
+def api(token=None, rows=score_rows, deadline_s=5.0, **limits):
+    config = ScoringConfig(**limits)
+    admission = Admission(config.max_pending_rows)
+    desk = ScoringDesk(rows, describe(CARD, config, "f00d", {"torch": "2"}), admission, deadline_s=deadline_s)
+    return build_api(desk, token=token)
 
 
 def ask(method, path, body=None, *, app=None, **options):
@@ -184,6 +188,66 @@ def test_what_fails_inside_stays_inside(response, caplog):
     assert answer.status_code == 500
     assert answer.json() == {"detail": "the service failed; its log says why"}
     assert ("a secret" in caplog.text) == (response == "break")
+
+
+def test_a_request_that_is_too_large_is_refused_unread():
+    app = api(max_request_bytes=1000)
+    body = {"prompt": "hi", "responses": ["x" * 1000]}
+    answer = ask("POST", "/v1/score", body, app=app)
+    assert answer.status_code == 413
+    assert "cluster.scoring.max_request_bytes" in answer.json()["detail"]
+    assert ask("POST", "/v1/score", body, app=app, headers={"content-length": "-1"}).status_code == 413
+
+
+def test_a_request_that_hides_its_size_is_cut_off():
+    async def endless():
+        while True:
+            yield b" " * 500
+
+    answer = ask("POST", "/v1/score", app=api(max_request_bytes=1000), content=endless())
+    assert answer.status_code == 413
+
+
+def test_more_rows_than_a_request_may_hold_are_refused():
+    items = [{"prompt": "hi", "responses": ["x", "y"]}] * 3
+    answer = ask("POST", "/v1/score", {"items": items}, app=api(max_rows_per_request=5))
+    assert answer.status_code == 422
+    assert "6 responses in one request, at most 5" in answer.json()["detail"]
+
+
+def test_a_full_replica_says_when_to_come_back_and_then_serves():
+    async def exchange():
+        release = asyncio.Event()
+
+        async def slow_rows(rows):
+            await release.wait()
+            return await score_rows(rows)
+
+        transport = httpx.ASGITransport(app=api(rows=slow_rows, max_pending_rows=3))
+        async with httpx.AsyncClient(transport=transport, base_url="http://vrm") as client:
+            first = asyncio.create_task(client.post("/v1/score", json={"prompt": "hi", "responses": ["x"] * 3}))
+            await asyncio.sleep(0.05)
+            refused = await client.post("/v1/score", json={"prompt": "hi", "responses": ["x"]})
+            busy = await client.get("/readyz")
+            healthy = await client.get("/healthz")
+            release.set()
+            served = await first
+            again = await client.post("/v1/score", json={"prompt": "hi", "responses": ["x"]})
+        return refused, busy, healthy, served, again
+
+    refused, busy, healthy, served, again = asyncio.run(exchange())
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+    assert (busy.status_code, busy.json(), healthy.status_code) == (503, {"status": "busy"}, 200)
+    assert (served.status_code, again.status_code) == (200, 200)
+
+
+def test_an_answer_that_takes_too_long_is_given_up():
+    async def never(rows):
+        await asyncio.sleep(60)
+
+    answer = ask("POST", "/v1/score", {"prompt": "hi", "responses": ["x"]}, app=api(rows=never, deadline_s=0.01))
+    assert answer.status_code == 504
+    assert "1 responses were not scored within 0.01 s" in answer.json()["detail"]
 
 
 def test_the_interface_is_described_in_openapi():
