@@ -102,7 +102,7 @@ def test_init_files_are_empty():
     [
         "pipeline.config.schema",
         "pipeline.config.load",
-        "pipeline.serving.protocol",
+        "pipeline.serving.client",
         "pipeline.stages.workspace",
         "cluster.resources",
         "cluster.submission",
