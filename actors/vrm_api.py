@@ -1,4 +1,4 @@
-"""The scoring service over HTTP: routes and their errors around a `ScoringDesk`. Knows no Ray, so tests need none."""
+"""The scoring service over HTTP: routes, token and errors around a `ScoringDesk`. Knows no Ray, so tests need none."""
 
 from __future__ import annotations
 
@@ -7,27 +7,17 @@ import binascii
 import hmac
 import json
 import logging
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from actors.vrm_dropins import dropins
+from actors.vrm_routes import desk_of, open_routes, routes
 from pipeline.errors import DataError, DeadlineExceeded, Overloaded, PipelineError
 from pipeline.serving.desk import ScoringDesk
-from pipeline.serving.protocol import (
-    BestOfAnswer,
-    BestOfRequest,
-    CompareAnswer,
-    CompareRequest,
-    EitherScoreRequest,
-    Health,
-    ModelAnswer,
-    ScoreAnswer,
-    ScoreManyAnswer,
-    ScoreRequest,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -42,16 +32,13 @@ def build_api(desk: ScoringDesk, *, token: str | None) -> FastAPI:
     api.state.desk = desk
     api.state.token = token
     api.include_router(open_routes)
-    api.include_router(routes, dependencies=[Depends(require_token)])
+    for router in (routes, dropins):
+        api.include_router(router, dependencies=[Depends(require_token)])
     api.add_exception_handler(RequestValidationError, _refuse_body)
     api.add_exception_handler(PipelineError, _tell_pipeline_error)
     api.add_middleware(BoundedBody, max_bytes=desk.model.limits.max_request_bytes)
     api.add_middleware(NoTracebacks)
     return api
-
-
-def desk_of(request: Request) -> ScoringDesk:
-    return request.app.state.desk
 
 
 def require_token(request: Request) -> None:
@@ -63,51 +50,6 @@ def require_token(request: Request) -> None:
     expected = request.app.state.token
     if expected is not None and not hmac.compare_digest(_given_token(request).encode(), expected.encode()):
         raise HTTPException(401, "missing or wrong bearer token", headers={"www-authenticate": "Bearer"})
-
-
-Desk = Annotated[ScoringDesk, Depends(desk_of)]
-
-open_routes = APIRouter()
-routes = APIRouter(prefix="/v1")
-
-
-@open_routes.get("/healthz")
-async def healthz() -> Health:
-    """The process answers."""
-    return Health(status="ok")
-
-
-@open_routes.get("/readyz")
-async def readyz(desk: Desk, response: Response) -> Health:
-    """The model is loaded (there is no service before it is) and would take a request now; 503 when it is full."""
-    if desk.admission.is_full:
-        response.status_code = 503
-        return Health(status="busy")
-    return Health(status="ok")
-
-
-@routes.get("/model")
-async def model(desk: Desk) -> ModelAnswer:
-    """The model behind the service: objectives, decoder, statistics, versions."""
-    return desk.model
-
-
-@routes.post("/score")
-async def score(request: EitherScoreRequest, desk: Desk) -> ScoreAnswer | ScoreManyAnswer:
-    """Rewards with intervals and reasons: `{prompt, responses}`, or `{items: [{prompt, responses}, ...]}`."""
-    return await (desk.score(request) if isinstance(request, ScoreRequest) else desk.score_many(request))
-
-
-@routes.post("/compare")
-async def compare(request: CompareRequest, desk: Desk) -> CompareAnswer:
-    """P(a > b), the contribution of each objective, and which one decided."""
-    return await desk.compare(request)
-
-
-@routes.post("/best_of")
-async def best_of(request: BestOfRequest, desk: Desk) -> BestOfAnswer:
-    """The candidates from best to worst, by reward or by its lower confidence bound."""
-    return await desk.best_of(request)
 
 
 class BoundedBody:

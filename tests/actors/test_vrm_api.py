@@ -61,6 +61,12 @@ def api(token=None, rows=score_rows, deadline_s=5.0, **limits):
     return build_api(desk, token=token)
 
 
+def chatml(response):
+    """A conversation as a trainer renders it; None stops where the assistant speaks."""
+    prompt = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    return prompt if response is None else f"{prompt}{response}<|im_end|>\n"
+
+
 def ask(method, path, body=None, *, app=None, **options):
     """One request; bytes go as they are."""
     options |= {"content": body} if isinstance(body, bytes) else {"json": body} if body is not None else {}
