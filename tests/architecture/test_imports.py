@@ -103,6 +103,7 @@ def test_init_files_are_empty():
         "pipeline.config.schema",
         "pipeline.config.load",
         "pipeline.serving.client",
+        "pipeline.serving.trl_reward",
         "pipeline.stages.workspace",
         "cluster.resources",
         "cluster.submission",
