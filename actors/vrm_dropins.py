@@ -25,15 +25,13 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from actors.vrm_routes import Desk
 from pipeline.data.rendered_chat import split_rendered, without_ending
 from pipeline.errors import DataError
-from pipeline.records import Message, RewardScore
-from pipeline.serving.desk import ScoringDesk
+from pipeline.records import RewardScore
+from pipeline.serving.desk import Row, ScoringDesk
 from pipeline.serving.protocol import ChatMessage, Text, as_messages
 
 dropins = APIRouter()
 
 Texts = Annotated[list[Text], Field(min_length=1, max_length=1024)]
-
-Row = tuple[tuple[Message, ...], str]
 
 
 class Lenient(BaseModel):

@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.config import BackpressureConfig
-from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.serve.schema import ApplicationStatus
 
@@ -30,6 +30,7 @@ from pipeline.learning.reward_scorer import RewardModelScorer
 from pipeline.ports import RewardScorer
 from pipeline.records import Message, RewardScore
 from pipeline.serving.admission import Admission
+from pipeline.serving.cache import ScoreCache
 from pipeline.serving.desk import Rows, ScoringDesk, describe
 from pipeline.stages import storage
 from pipeline.stages.fingerprint import directory_fingerprint
@@ -77,8 +78,13 @@ class VRMService:
             )
             fingerprint = directory_fingerprint(directory)
         model = describe(self._scorer.card, config, fingerprint, installed_versions())
-        self._admission = Admission(config.max_pending_rows)
-        self._desk = ScoringDesk(self._score_rows, model, self._admission, deadline_s=deadline_s)
+        self._desk = ScoringDesk(
+            self._score_rows,
+            model,
+            admission=Admission(config.max_pending_rows),
+            cache=ScoreCache(config.cache_entries),
+            deadline_s=deadline_s,
+        )
         self._token = token
         self._batched.set_max_batch_size(config.max_batch_size)
         self._batched.set_batch_wait_timeout_s(config.batch_wait_s)
@@ -89,8 +95,7 @@ class VRMService:
 
     async def score(self, prompts: list[tuple[Message, ...]], responses: list[str]) -> list[RewardScore]:
         """For callers inside the cluster: many (prompt, response) rows in one call."""
-        with self._admission.take(len(responses)):
-            return await self._score_rows((prompts, responses))
+        return await self._desk.scores_for_training((prompts, responses))
 
     async def _score_rows(self, rows: Rows) -> list[RewardScore]:
         scores = await self._batched(rows)
@@ -198,7 +203,13 @@ def start_service(
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
     ).bind(model_uri, config, token, deadline_s)
     target = serve.RunTarget(application, name=name, route_prefix="/" if config.port else None)
-    [handle] = serve.run_many([target], wait_for_applications_running=False)
+    try:
+        [handle] = serve.run_many([target], wait_for_applications_running=False)
+    except RayServeException as error:
+        raise ResourceError(
+            f"Serve already answers HTTP for another application on this cluster: {error.args[0]}. "
+            "Choose cluster.scoring.port=0, or end the other job."
+        ) from error
     _wait_until_running(name, start_s)
     if config.port:
         _require_route(name, config.port)

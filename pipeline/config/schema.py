@@ -318,6 +318,8 @@ class ScoringConfig(Frozen):
     """Over HTTP. Each row costs at most the model's `max_length` tokens, so this bounds the tokens of a request too."""
     max_pending_rows: Count = 8192
     """Per replica; beyond it, HTTP requests are refused with 429 and Retry-After."""
+    cache_entries: Annotated[int, Field(ge=0)] = 65536
+    """Scores that a replica remembers for HTTP requests, about 1 KB each; 0 remembers none."""
 
 
 class DeadlinesConfig(Frozen):

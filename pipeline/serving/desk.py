@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from pipeline.config.schema import ScoringConfig
 from pipeline.errors import DataError, DeadlineExceeded, NumericsError
@@ -12,6 +13,7 @@ from pipeline.models.reward_model import RewardModelCard
 from pipeline.objectives.comparison import compare, rank
 from pipeline.records import Message, RewardScore
 from pipeline.serving.admission import Admission
+from pipeline.serving.cache import ScoreCache, row_key
 from pipeline.serving.protocol import (
     MAX_TEXT_CHARS,
     BestOfAnswer,
@@ -30,8 +32,20 @@ from pipeline.serving.protocol import (
     as_messages,
 )
 
+Row = tuple[tuple[Message, ...], str]
+"""A prompt and its response."""
+
 Rows = tuple[list[tuple[Message, ...]], list[str]]
 """Prompts and their responses, as many of one as of the other."""
+
+
+@dataclass
+class Counts:
+    """Finite scores since the replica started; sums, so that a monitor can take rates and means."""
+
+    rows: int = 0
+    reward_sum: float = 0.0
+    reward_std_sum: float = 0.0
 
 
 class ScoringDesk:
@@ -41,12 +55,15 @@ class ScoringDesk:
         self,
         score_rows: Callable[[Rows], Awaitable[list[RewardScore]]],
         model: ModelAnswer,
-        admission: Admission,
         *,
+        admission: Admission,
+        cache: ScoreCache,
         deadline_s: float,
     ) -> None:
         self.model = model
         self.admission = admission
+        self.cache = cache
+        self.counts = Counts()
         self._score_rows = score_rows
         self._deadline_s = deadline_s
 
@@ -87,8 +104,8 @@ class ScoringDesk:
         ]
         return BestOfAnswer(model_fingerprint=self.fingerprint, best=ranking[0].index, ranking=ranking)
 
-    async def scores(self, rows: Sequence[tuple[tuple[Message, ...], str]]) -> list[RewardScore]:
-        """One score per (prompt, response), in order.
+    async def scores(self, rows: Sequence[Row]) -> list[RewardScore]:
+        """One score per row, in order; a row that occurs twice, or was scored before, costs nothing again.
 
         Raises:
             DataError: a conversation that the chat template refuses, or too many rows.
@@ -101,20 +118,43 @@ class ScoringDesk:
                 f"{len(rows)} responses in one request, at most {self.model.limits.max_rows} are taken. "
                 "Split it, or raise cluster.scoring.max_rows_per_request."
             )
-        try:
-            async with asyncio.timeout(self._deadline_s):
-                with self.admission.admit(len(rows)):
-                    scores = await self._score_rows(
-                        ([prompt for prompt, _ in rows], [response for _, response in rows])
+        keys = [row_key(*row) for row in rows]
+        known = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
+        new = {key: row for key, row in zip(keys, rows, strict=True) if known[key] is None}
+        if new:
+            try:
+                async with asyncio.timeout(self._deadline_s):
+                    with self.admission.admit(len(new)):
+                        scores = await self._counted_scores(_transposed(list(new.values())))
+            except TimeoutError as error:
+                raise DeadlineExceeded(
+                    f"{len(new)} responses were not scored within {self._deadline_s:g} s. "
+                    "Ask for fewer at once, or raise cluster.deadlines.score_s."
+                ) from error
+            for key, score in zip(new, scores, strict=True):
+                if not _is_finite(score):
+                    raise NumericsError(
+                        f"the model gave a reward of {score.mean} with a standard deviation of {score.std}"
                     )
-        except TimeoutError as error:
-            raise DeadlineExceeded(
-                f"{len(rows)} responses were not scored within {self._deadline_s:g} s. "
-                "Ask for fewer at once, or raise cluster.deadlines.score_s."
-            ) from error
-        for score in scores:
-            if not (math.isfinite(score.mean) and math.isfinite(score.std)):
-                raise NumericsError(f"the model gave a reward of {score.mean} with a standard deviation of {score.std}")
+                self.cache.put(key, score)
+                known[key] = score
+        return [found for key in keys if (found := known[key]) is not None]
+
+    async def scores_for_training(self, rows: Rows) -> list[RewardScore]:
+        """The same for the run that the service belongs to: never refused, and never from the cache.
+
+        Whether a row had been asked for before would otherwise decide with which others it shares a batch, and so its
+        last digits: a resumed run would not repeat an uninterrupted one.
+        """
+        with self.admission.take(len(rows[1])):
+            return await self._counted_scores(rows)
+
+    async def _counted_scores(self, rows: Rows) -> list[RewardScore]:
+        scores = await self._score_rows(rows)
+        for score in filter(_is_finite, scores):
+            self.counts.rows += 1
+            self.counts.reward_sum += score.mean
+            self.counts.reward_std_sum += score.std
         return scores
 
     @property
@@ -134,6 +174,14 @@ class ScoringDesk:
             objective_scores=scores,
             contributions={name: weights[name] * scores[name] for name in names},
         )
+
+
+def _is_finite(score: RewardScore) -> bool:
+    return math.isfinite(score.mean) and math.isfinite(score.std)
+
+
+def _transposed(rows: Sequence[Row]) -> Rows:
+    return [prompt for prompt, _ in rows], [response for _, response in rows]
 
 
 def describe(

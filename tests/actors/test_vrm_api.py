@@ -13,6 +13,7 @@ from pipeline.errors import DataError
 from pipeline.models.reward_model import RewardModelCard
 from pipeline.records import RewardScore
 from pipeline.serving.admission import Admission
+from pipeline.serving.cache import ScoreCache
 from pipeline.serving.desk import ScoringDesk, describe
 
 CARD = RewardModelCard(
@@ -56,8 +57,13 @@ async def score_rows(rows):
 
 def api(token=None, rows=score_rows, deadline_s=5.0, **limits):
     config = ScoringConfig(**limits)
-    admission = Admission(config.max_pending_rows)
-    desk = ScoringDesk(rows, describe(CARD, config, "f00d", {"torch": "2"}), admission, deadline_s=deadline_s)
+    desk = ScoringDesk(
+        rows,
+        describe(CARD, config, "f00d", {"torch": "2"}),
+        admission=Admission(config.max_pending_rows),
+        cache=ScoreCache(config.cache_entries),
+        deadline_s=deadline_s,
+    )
     return build_api(desk, token=token)
 
 
@@ -231,9 +237,9 @@ def test_a_full_replica_says_when_to_come_back_and_then_serves():
 
         transport = httpx.ASGITransport(app=api(rows=slow_rows, max_pending_rows=3))
         async with httpx.AsyncClient(transport=transport, base_url="http://vrm") as client:
-            first = asyncio.create_task(client.post("/v1/score", json={"prompt": "hi", "responses": ["x"] * 3}))
+            first = asyncio.create_task(client.post("/v1/score", json={"prompt": "hi", "responses": ["a", "b", "c"]}))
             await asyncio.sleep(0.05)
-            refused = await client.post("/v1/score", json={"prompt": "hi", "responses": ["x"]})
+            refused = await client.post("/v1/score", json={"prompt": "hi", "responses": ["y"]})
             busy = await client.get("/readyz")
             healthy = await client.get("/healthz")
             release.set()
@@ -245,6 +251,29 @@ def test_a_full_replica_says_when_to_come_back_and_then_serves():
     assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
     assert (busy.status_code, busy.json(), healthy.status_code) == (503, {"status": "busy"}, 200)
     assert (served.status_code, again.status_code) == (200, 200)
+
+
+def test_what_was_scored_before_is_not_scored_again():
+    scored = []
+
+    async def counted(rows):
+        scored.append(rows[1])
+        return await score_rows(rows)
+
+    app = api(rows=counted)
+    first = ask("POST", "/v1/score", {"prompt": "hi", "responses": ["a", "b b", "a"]}, app=app).json()
+    assert [score["reward"] for score in first["scores"]] == [0.0, -0.5, 0.0]
+    ask("POST", "/v1/best_of", {"prompt": "hi", "responses": ["c", "b b"]}, app=app)
+    # As a message it is the same prompt; another one makes other rows.
+    ask("POST", "/v1/compare", {"prompt": [{"role": "user", "content": "hi"}], "a": "c", "b": "a"}, app=app)
+    ask("POST", "/v1/compare", {"prompt": "ho", "a": "c", "b": "a"}, app=app)
+    assert scored == [["a", "b b"], ["c"], ["c", "a"]]
+
+
+def test_a_refused_row_is_not_remembered():
+    app = api()
+    for _ in range(2):
+        assert ask("POST", "/v1/score", {"prompt": "hi", "responses": ["refuse"]}, app=app).status_code == 422
 
 
 def test_an_answer_that_takes_too_long_is_given_up():
