@@ -15,6 +15,7 @@ from fastapi.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from actors.vrm_dropins import dropins
+from actors.vrm_metrics import Measured, ServiceMetrics
 from actors.vrm_routes import desk_of, open_routes, routes
 from pipeline.errors import DataError, DeadlineExceeded, Overloaded, PipelineError
 from pipeline.serving.desk import ScoringDesk
@@ -25,12 +26,17 @@ STATUS_OF: tuple[tuple[type[PipelineError], int], ...] = ((DataError, 422), (Ove
 """What the asker can do something about; every other error is the service's own."""
 
 
-def build_api(desk: ScoringDesk, *, token: str | None) -> FastAPI:
-    """The application; asks for `token` wherever the model is used, or for none when None."""
+def build_api(desk: ScoringDesk, *, token: str | None, replica: str) -> FastAPI:
+    """The application; asks for `token` wherever the model is used, or for none when None.
+
+    Args:
+        replica: its name in the metrics.
+    """
     # No docs pages: they would fetch their scripts from elsewhere. /openapi.json is there.
     api = FastAPI(title="VRM scoring service", version="1", docs_url=None, redoc_url=None)
     api.state.desk = desk
     api.state.token = token
+    api.state.metrics = metrics = ServiceMetrics(desk, replica=replica)
     api.include_router(open_routes)
     for router in (routes, dropins):
         api.include_router(router, dependencies=[Depends(require_token)])
@@ -38,6 +44,7 @@ def build_api(desk: ScoringDesk, *, token: str | None) -> FastAPI:
     api.add_exception_handler(PipelineError, _tell_pipeline_error)
     api.add_middleware(BoundedBody, max_bytes=desk.model.limits.max_request_bytes)
     api.add_middleware(NoTracebacks)
+    api.add_middleware(Measured, metrics=metrics)
     return api
 
 

@@ -46,6 +46,12 @@ async def readyz(desk: Desk, response: Response) -> Health:
     return Health(status="ok")
 
 
+@open_routes.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus metrics of the replica that answers."""
+    return Response(request.app.state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
 @routes.get("/model")
 async def model(desk: Desk) -> ModelAnswer:
     """The model behind the service: objectives, decoder, statistics, versions."""

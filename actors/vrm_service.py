@@ -91,7 +91,8 @@ class VRMService:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls it once the model is loaded."""
-        return build_api(self._desk, token=self._token)
+        replica = serve.get_replica_context().replica_id.unique_id
+        return build_api(self._desk, token=self._token, replica=replica)
 
     async def score(self, prompts: list[tuple[Message, ...]], responses: list[str]) -> list[RewardScore]:
         """For callers inside the cluster: many (prompt, response) rows in one call."""

@@ -64,7 +64,7 @@ def api(token=None, rows=score_rows, deadline_s=5.0, **limits):
         cache=ScoreCache(config.cache_entries),
         deadline_s=deadline_s,
     )
-    return build_api(desk, token=token)
+    return build_api(desk, token=token, replica="r1")
 
 
 def chatml(response):
@@ -283,6 +283,32 @@ def test_an_answer_that_takes_too_long_is_given_up():
     answer = ask("POST", "/v1/score", {"prompt": "hi", "responses": ["x"]}, app=api(rows=never, deadline_s=0.01))
     assert answer.status_code == 504
     assert "1 responses were not scored within 0.01 s" in answer.json()["detail"]
+
+
+def test_a_monitor_sees_requests_rows_and_rewards():
+    app = api(token="secret")
+    auth = {"authorization": "Bearer secret"}
+    for responses in (["a b", "abcd"], ["a b"]):
+        ask("POST", "/v1/score", {"prompt": "hi", "responses": responses}, app=app, headers=auth)
+    ask("POST", "/v1/score", {"prompt": "hi", "responses": ["break"]}, app=app, headers=auth)
+    ask("POST", "/v1/score", {}, app=app)
+    ask("GET", "/no/such/path", app=app)
+    lines = ask("GET", "/metrics", app=app).text.splitlines()
+    assert {
+        'vrm_requests_total{replica="r1",route="/v1/score",status="200"} 2.0',
+        'vrm_requests_total{replica="r1",route="/v1/score",status="401"} 1.0',
+        'vrm_requests_total{replica="r1",route="/v1/score",status="500"} 1.0',
+        'vrm_requests_total{replica="r1",route="other",status="404"} 1.0',
+        'vrm_request_seconds_count{replica="r1",route="/v1/score"} 4.0',
+        'vrm_cache_lookups_total{replica="r1",result="hit"} 1.0',
+        'vrm_cache_lookups_total{replica="r1",result="miss"} 3.0',
+        'vrm_cache_entries{replica="r1"} 2.0',
+        'vrm_pending_rows{replica="r1"} 0.0',
+        'vrm_reward_count{replica="r1"} 2.0',
+        'vrm_reward_sum{replica="r1"} -2.0',
+        'vrm_reward_std_sum{replica="r1"} 2.5',
+        'vrm_model_info{fingerprint="f00d",head="vrm",replica="r1"} 1.0',
+    } <= set(lines)
 
 
 def test_the_interface_is_described_in_openapi():
