@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -20,6 +21,15 @@ from pipeline.serving.protocol import (
     ScoreRequest,
 )
 
+PAGE = Path(__file__).with_name("vrm_page.html")
+PAGE_HEADERS = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "referrer-policy": "no-referrer",
+}
+
 
 def desk_of(request: Request) -> ScoringDesk:
     return request.app.state.desk
@@ -29,6 +39,12 @@ Desk = Annotated[ScoringDesk, Depends(desk_of)]
 
 open_routes = APIRouter()
 routes = APIRouter(prefix="/v1")
+
+
+@open_routes.get("/", include_in_schema=False)
+async def page() -> Response:
+    """Paste a prompt and two responses. It asks for the token itself, and loads nothing from elsewhere."""
+    return Response(PAGE.read_text(), media_type="text/html", headers=PAGE_HEADERS)
 
 
 @open_routes.get("/healthz")

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import re
 
 import httpx
 import pytest
@@ -309,6 +310,28 @@ def test_a_monitor_sees_requests_rows_and_rewards():
         'vrm_reward_std_sum{replica="r1"} 2.5',
         'vrm_model_info{fingerprint="f00d",head="vrm",replica="r1"} 1.0',
     } <= set(lines)
+
+
+def test_the_page_loads_nothing_from_elsewhere_and_holds_no_secret():
+    answer = ask("GET", "/", app=api(token="secret"))
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    addresses = re.findall(r"https?://[^\s\"'<>]+", answer.text)
+    assert addresses == ["http://www.w3.org/2000/svg"]
+    assert not re.search(r"<(link|img|iframe)|@import|url\(|innerHTML|src=", answer.text)
+    assert "secret" not in answer.text
+
+
+def test_the_page_asks_for_fields_that_the_answer_has():
+    text = ask("GET", "/").text
+    answer = ask("POST", "/v1/compare", {"prompt": "hi", "a": "a b", "b": "abcde"}).json()
+    for field in re.findall(r"\banswer\.(\w+)", text):
+        assert field in answer or field in {"a", "b", "ok", "json", "statusText"}, field
+    for field in re.findall(r"\banswer\.[ab]\.(\w+)|\{reward, (reward_std)", text):
+        assert "".join(field) in answer["a"], field
+    for field in re.findall(r"\bmodel\.(\w+)", text):
+        assert field in ask("GET", "/v1/model").json(), field
 
 
 def test_the_interface_is_described_in_openapi():
