@@ -19,6 +19,7 @@ from pipeline.errors import DataError, DeadlineExceeded, ResourceError, WorkerEr
 from pipeline.learning.reward_scorer import RewardModelScorer
 from pipeline.models.backbone import load_backbone
 from pipeline.models.reward_model import RewardModel, make_head, save_reward_model
+from pipeline.serving.client import VRMScorer
 from pipeline.stages.fingerprint import directory_fingerprint
 from tests.learners import HEAD, reward_card, statistics_of
 
@@ -126,6 +127,27 @@ def test_malformed_requests_are_refused_and_the_replica_lives(service, body):
     assert [replica.pid for replica in replicas()] == before
 
 
+def test_the_client_and_the_training_run_read_the_same_rewards(service, world):
+    scorer, url = service
+    pairs = world.heldout_pairs()
+    prompts, responses = [pair.prompt for pair in pairs], [pair.chosen for pair in pairs]
+    with VRMScorer(url, token=TOKEN, deadline_s=60, batch_size=5) as client:
+        answer = client.score_rows(prompts, responses)
+        assert client.model().objectives == list(OBJECTIVES)
+        better, worse = client.best_of(prompts[0], [responses[0], pairs[0].rejected]).ranking
+    assert better.reward >= worse.reward
+    for over_http, inside in zip(answer.scores, scorer.score(prompts, responses), strict=True):
+        assert over_http.reward == pytest.approx(inside.mean, abs=1e-5)
+        assert over_http.concentration == pytest.approx(inside.concentration, rel=1e-5)
+
+
+def test_page_health_and_metrics_need_no_token(service):
+    _, url = service
+    for path, words in (("", "Which response is better"), ("healthz", "ok"), ("metrics", "vrm_requests_total")):
+        with urllib.request.urlopen(f"{url}/{path}", timeout=30) as answer:
+            assert words in answer.read().decode()
+
+
 def test_a_score_does_not_depend_on_what_shared_its_batch(service, world):
     scorer, _ = service
     pairs = world.heldout_pairs()
@@ -163,11 +185,19 @@ def test_a_killed_replica_is_replaced_and_its_share_scored(service, world):
     answers = []
     asking = threading.Thread(target=lambda: answers.extend(scorer.score(prompts, responses)))
     asking.start()
+    client = VRMScorer(service[1], token=TOKEN, deadline_s=120)
+    over_http = []
+    # A prompt that was not asked before: the replica's memory must not answer it.
+    waiting = threading.Thread(target=lambda: over_http.append(client.score("what of the saw ?", responses[:16])))
+    waiting.start()
     time.sleep(0.3)  # in the middle of a batch of 1,024
     [victim] = replicas()
     assert asking.is_alive()
     victim.kill()
     asking.join()
+    waiting.join()
+    client.close()
+    assert len(over_http[0].scores) == 16
     assert len(answers) == len(pairs)
     assert [a.mean for a in answers[:16]] == pytest.approx([e.mean for e in expected], abs=1e-5)
 
