@@ -13,6 +13,7 @@
     │   └── StaleEngineError     the rollout engine does not hold the learner's weights
     ├── WorkerError          a remote process that failed
     │   ├── WorkerDied           it is gone, and so is its retry budget
+    │   ├── Overloaded           it has more to do than it may take on
     │   └── DeadlineExceeded     it did not answer in time
     └── Preempted            asked to leave, and left behind a commit
 
@@ -71,6 +72,10 @@ class WorkerError(PipelineError):
 
 class WorkerDied(WorkerError):
     """A remote process is gone and its retry budget is spent."""
+
+
+class Overloaded(WorkerError):
+    """A remote process refuses more work for now; the message says when to ask again."""
 
 
 class DeadlineExceeded(WorkerError):

@@ -124,6 +124,8 @@ class RewardScore:
     std: float
     objective_weights: tuple[float, ...]
     objective_scores: tuple[float, ...]
+    concentration: float = 0.0
+    """A = sum_k alpha_k of the Dirichlet over the weights; 0 where the weights are not random."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ def write_answers(path: Path, answers: Sequence[Answer], *, dataset: str) -> Non
             "prompt_id": answer.prompt_id,
             "reward_mean": answer.score.mean,
             "reward_std": answer.score.std,
+            "reward_concentration": answer.score.concentration,
             **{f"{WEIGHT}{k}": value for k, value in enumerate(answer.score.objective_weights)},
             **{f"{SCORE}{k}": value for k, value in enumerate(answer.score.objective_scores)},
         }
@@ -55,6 +56,7 @@ def read_answers(path: Path) -> list[Answer]:
                     std=row["reward_std"],
                     objective_weights=_numbered(row, WEIGHT),
                     objective_scores=_numbered(row, SCORE),
+                    concentration=row["reward_concentration"],
                 ),
             )
             for row in rows

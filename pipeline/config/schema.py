@@ -404,6 +404,13 @@ class ScoringConfig(Frozen):
     max_batch_size: Count = 64
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """HTTP port on localhost; 0 serves the Ray handle only."""
+    max_request_bytes: Count = 8 * 2**20
+    max_rows_per_request: Count = 1024
+    """Over HTTP. Each row costs at most the model's `max_length` tokens, so this bounds the tokens of a request too."""
+    max_pending_rows: Count = 8192
+    """Per replica; beyond it, HTTP requests are refused with 429 and Retry-After."""
+    cache_entries: Annotated[int, Field(ge=0)] = 65536
+    """Scores that a replica remembers for HTTP requests, about 1 KB each; 0 remembers none."""
 
 
 class DeadlinesConfig(Frozen):

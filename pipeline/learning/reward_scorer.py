@@ -61,11 +61,16 @@ class RewardModelScorer:
         for batch in plan_micro_batches(lengths, world_size=1, max_tokens=self._max_tokens)[0]:
             output = score_packed(self._model, pack([groups[g] for g in batch]).to(self._device))
             rows = in_packed_order([shared[g] for g in batch])
-            weights = output.alpha / output.alpha.sum(-1, keepdim=True)
-            columns = (output.mean, output.variance.sqrt(), weights, output.scores)
-            for row, mean, std, weight, score in zip(rows, *(c.tolist() for c in columns), strict=True):
+            total = output.alpha.sum(-1)
+            weights = output.alpha / total.unsqueeze(-1)
+            columns = (output.mean, output.variance.sqrt(), weights, output.scores, total)
+            for row, mean, std, weight, score, concentration in zip(rows, *(c.tolist() for c in columns), strict=True):
                 scores[row] = RewardScore(
-                    mean=mean, std=std, objective_weights=tuple(weight), objective_scores=tuple(score)
+                    mean=mean,
+                    std=std,
+                    objective_weights=tuple(weight),
+                    objective_scores=tuple(score),
+                    concentration=concentration,
                 )
         return [scores[row] for row in range(len(encoded))]
 

@@ -13,7 +13,7 @@ FLOORS = [
     {"jobs"},
     {"actors"},
     {"cluster"},
-    {"pipeline.loops"},
+    {"pipeline.loops", "pipeline.serving"},
     {"pipeline.learning", "pipeline.data", "pipeline.benchmark", "pipeline.stages"},
     {"pipeline.models", "pipeline.objectives"},
     {"pipeline.records", "pipeline.ports", "pipeline.errors", "pipeline.config"},
@@ -102,6 +102,8 @@ def test_init_files_are_empty():
     [
         "pipeline.config.schema",
         "pipeline.config.load",
+        "pipeline.serving.client",
+        "pipeline.serving.trl_reward",
         "pipeline.stages.workspace",
         "cluster.resources",
         "cluster.submission",
