@@ -46,7 +46,6 @@ def build(samples, scores, evaluations, config):
         kl_coefficient=config.kl.coefficient,
         reward_scale=RewardScale(mean=0.0, std=1.0),
         max_response_tokens=config.max_response_tokens,
-        pad_token_id=0,
     )
 
 
@@ -106,7 +105,7 @@ def test_a_kl_in_the_loss_leaves_the_reward_alone():
 def test_dynamic_sampling_drops_the_prompt_whose_samples_are_all_alike():
     config = config_of("dapo", overlong_buffer=0.0)
     experience, metrics = build(TWO_GROUPS, [score(m) for m in (3.0, 1.0, 0.5, 0.5)], EVALUATIONS, config)
-    assert experience.input_ids.tolist() == [[1, 2, 7, 8], [1, 2, 9, 0]]
+    assert [sequence.response_ids for sequence in experience.sequences] == [((7, 8),), ((9,),)]
     assert experience.num_response_tokens == 3
     assert metrics["group/uniform"] == 0.5
     assert metrics["reward/mean"] == 1.25  # of all four
@@ -115,7 +114,7 @@ def test_dynamic_sampling_drops_the_prompt_whose_samples_are_all_alike():
 def test_a_batch_of_nothing_but_uniform_groups_is_kept_and_teaches_nothing():
     config = config_of("dapo", overlong_buffer=0.0)
     experience, _ = build(TWO_GROUPS, [score(1.0)] * 4, EVALUATIONS, config)
-    assert len(experience.input_ids) == 4
+    assert len(experience.sequences) == 4
     assert experience.advantages.abs().max() == 0.0
 
 
