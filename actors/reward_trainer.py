@@ -46,7 +46,13 @@ def build_reward_trainer(spec: RewardTrainerSpec, device: torch.device) -> Rewar
     if config.gradient_checkpointing:
         backbone.gradient_checkpointing_enable()
     torch.manual_seed(spec.seed)
-    head = make_head(config.head, backbone.config.hidden_size, len(spec.statistics.objectives), config.vrm)
+    head = make_head(
+        config.head,
+        backbone.config.hidden_size,
+        len(spec.statistics.objectives),
+        config.vrm,
+        reward_weights=config.reward_weights,
+    )
     model = RewardModel(backbone, head)
     engine = DeepSpeedEngine(
         model,
@@ -67,6 +73,7 @@ def build_reward_trainer(spec: RewardTrainerSpec, device: torch.device) -> Rewar
         reward_mean=0.0,
         reward_std=1.0,
         metrics={},
+        reward_weights=config.reward_weights,
     )
     return RewardModelTrainer(
         engine,
@@ -75,6 +82,7 @@ def build_reward_trainer(spec: RewardTrainerSpec, device: torch.device) -> Rewar
         backbone_config=backbone.config,
         tokenizer=tokenizer,
         loss=config.loss,
+        pair_loss=config.pair_loss,
         num_steps=spec.num_steps,
         warmup_fraction=config.optimiser.warmup_fraction,
         max_tokens_per_micro_batch=config.max_tokens_per_micro_batch,

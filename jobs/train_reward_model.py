@@ -18,7 +18,7 @@ from pipeline.config.schema import Recipe
 from pipeline.data.batching import step_indices
 from pipeline.data.chat import require_chat_template
 from pipeline.data.collate import PairCollator, tokenise_pairs
-from pipeline.data.preferences import shared_prompts
+from pipeline.data.preferences import require_annotations, shared_prompts
 from pipeline.data.score_statistics import ScoreStatistics
 from pipeline.data.source import data_fingerprints, load_data
 from pipeline.loops.supervised_training import train
@@ -53,6 +53,9 @@ def _train(stage: StageDirectory, recipe: Recipe, backbone_uri: str) -> Metrics:
     heldout = tokenise_pairs(
         data.heldout_pairs[: config.max_eval_pairs], tokenizer, max_length=config.max_length, drop_too_long=False
     )
+    require_annotations(
+        [p.pair for p in pairs], scores=config.head == "regression", margins=config.pair_loss.form != "bt"
+    )
     statistics = ScoreStatistics.of((p.pair for p in pairs), recipe.objectives)
     shared = shared_prompts((p.pair.prompt for p in pairs), (p.pair.prompt for p in heldout))
     print(
@@ -66,6 +69,7 @@ def _train(stage: StageDirectory, recipe: Recipe, backbone_uri: str) -> Metrics:
         statistics=statistics,
         temperature=config.loss.supervision_temperature,
         seed=recipe.seed,
+        target_from=config.loss.target_from,
     )
     spec = RewardTrainerSpec(
         config=config,

@@ -63,6 +63,12 @@ class PreferenceBatch:
     noise_seeds: torch.Tensor
     """[B] int64: seed of each pair's posterior sample; a function of (seed, step, position), so
     neither sharding nor micro-batching changes the noise."""
+    scores: torch.Tensor
+    """[2B, K] float32: standardised annotated scores of each response, 0 where masked."""
+    score_mask: torch.Tensor
+    """[2B, K] bool: which scores were annotated."""
+    margins: torch.Tensor
+    """[B] float32: by how much the chosen response was rated better, on the annotators' scale; NaN where unknown."""
 
     @property
     def num_pairs(self) -> int:
@@ -116,8 +122,8 @@ class Rollout:
 class RewardScore:
     """The reward of one response, with its reason and its error bar (VRM spec section 8).
 
-    `mean = sum_k objective_weights[k] * objective_scores[k]` exactly, for the bilinear decoder.
-    A Bradley-Terry head has no reasons: both tuples are empty and `std` is 0.
+    `mean = sum_k objective_weights[k] * objective_scores[k]` exactly, where there are scores: the "mlp" and "film"
+    decoders have none. A Bradley-Terry head has no reasons at all: both tuples are empty and `std` is 0.
     """
 
     mean: float

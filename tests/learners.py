@@ -8,6 +8,7 @@ from pipeline.config.schema import (
     AlignmentConfig,
     KLConfig,
     OptimiserConfig,
+    PairLossConfig,
     PPOConfig,
     VariationalLossConfig,
     VRMHeadConfig,
@@ -53,10 +54,10 @@ def tokenised(world, tokenizer, split="train"):
     return tokenise_pairs(pairs, tokenizer, max_length=128, drop_too_long=True)
 
 
-def reward_card(head="vrm", statistics=None):
+def reward_card(head="vrm", statistics=None, vrm=HEAD):
     return RewardModelCard(
         head=head,
-        vrm=HEAD,
+        vrm=vrm,
         objectives=OBJECTIVES,
         max_length=128,
         score_mean=statistics.mean,
@@ -73,8 +74,10 @@ def reward_trainer(
     tokenizer,
     *,
     head="vrm",
+    vrm=HEAD,
     num_steps=8,
     loss=None,
+    pair_loss=None,
     make_engine=TorchEngine,
     max_tokens=512,
     lr=1e-3,
@@ -83,7 +86,7 @@ def reward_trainer(
 
     backbone = load_backbone(tiny_policy, dtype="float32")
     torch.manual_seed(0)
-    module = make_head(head, backbone.config.hidden_size, len(OBJECTIVES), HEAD)
+    module = make_head(head, backbone.config.hidden_size, len(OBJECTIVES), vrm)
     optimiser = OptimiserConfig(learning_rate=lr)
     engine = make_engine(
         RewardModel(backbone, module),
@@ -94,11 +97,12 @@ def reward_trainer(
     statistics = statistics_of(world)
     return RewardModelTrainer(
         engine,
-        card=reward_card(head, statistics),
+        card=reward_card(head, statistics, vrm),
         statistics=statistics,
         backbone_config=backbone.config,
         tokenizer=tokenizer,
         loss=loss or VariationalLossConfig(),
+        pair_loss=pair_loss or PairLossConfig(),
         num_steps=num_steps,
         warmup_fraction=0.1,
         max_tokens_per_micro_batch=max_tokens,

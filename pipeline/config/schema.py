@@ -111,8 +111,18 @@ class PreparePolicyConfig(Frozen):
 class VRMHeadConfig(Frozen):
     """The variational head (vrm_spec sections 4, 5 and 10)."""
 
+    decoder: Literal["bilinear", "hadamard", "mlp", "film"] = "bilinear"
+    """r = g(w, z). "bilinear" <w, S z> and "hadamard" <w, z> explain a reward by its objectives, exactly.
+    "mlp" and "film" are networks: they do not, and their posterior mean takes samples."""
+    decoder_hidden_size: Count = 256
+    """Width of the "mlp" and "film" decoders."""
+    inference_draws: Annotated[int, Field(ge=2)] = 16
+    """Posterior samples behind a score of the "mlp" and "film" decoders."""
     semantic_dims: Count = 16
+    """d; as many as there are objectives for "hadamard"."""
     hidden_size: Count = 512
+    weight_param: Literal["softplus", "mean_conc"] = "softplus"
+    """Concentrations one by one, or as mean times total concentration; their bounds then hold for the average one."""
     alpha_min: Positive = 0.05
     alpha_max: Positive = 1000.0
     prior_alpha: Positive = 1.0
@@ -137,19 +147,70 @@ class VRMHeadConfig(Frozen):
 
 
 class VariationalLossConfig(Frozen):
-    """L = BT + kl_weight_w KL_w + kl_weight_z (KL_zw + KL_zl) + supervision_weight L_sup (vrm_spec section 3)."""
+    """L = BT + kl_weight_w KL_w + kl_weight_z (KL_zw + KL_zl) + supervision_weight L_sup (vrm_spec section 3).
+
+    The gate has the supervision and no KL.
+    """
 
     kl_weight_w: NonNegative = 1e-4
     kl_weight_z: NonNegative = 1e-4
     kl_warmup_fraction: Fraction = 0.3
+    kl_reduction: Literal["sum", "mean"] = "sum"
+    """Over the dimensions of w and of z; the paper's KL is the sum."""
+    free_bits: NonNegative = 0.0
+    """KL_w below this, and the pair's KL_z below twice this, is free; in nats after `kl_reduction`."""
+    score_weight: NonNegative = 0.0
+    """Of the squared error of the objective scores against their annotations; needs a decoder with scores."""
     supervision_weight: NonNegative = 0.1
     supervision_temperature: Positive = 1.0
+    supervision: Literal["kl", "mse", "mae", "rank"] = "kl"
+    """Distance of the objective weights from their target (vrm_spec section 6.4)."""
+    supervision_on: Literal["mean", "sample", "expected_log"] = "mean"
+    """What is compared with the target: the weights' posterior mean, the sample that made the reward, or E_q[ln w]."""
+    target_from: Literal["chosen", "diff", "both"] = "chosen"
+    """Whose scores make the target: the chosen response's (the paper), the difference of the pair, the pair's mean."""
+
+    @model_validator(mode="after")
+    def _distance_fits_what_it_compares(self) -> VariationalLossConfig:
+        if self.supervision_on == "expected_log" and self.supervision not in ("kl", "rank"):
+            raise ValueError(
+                f"supervision = {self.supervision!r} compares weights, but supervision_on = 'expected_log' gives "
+                "logarithms that belong to no weights; use supervision 'kl' or 'rank', or supervision_on 'mean'"
+            )
+        return self
+
+
+class PairLossConfig(Frozen):
+    """The likelihood of a comparison: of Eq. 12, or a variant that uses how clear the preference was."""
+
+    form: Literal["bt", "margin", "scaled", "ties"] = "bt"
+    """"margin" and "scaled" use the annotated margin of a pair, "ties" reads a margin of 0 as a tie.
+    The metrics do not follow: nll is always the Bradley-Terry one, and a tie counts as any other pair."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of labels taken to be wrong; for "bt"."""
+    margin_scale: Positive = 1.0
+    """Multiplies the annotated margin in "margin" and "scaled"."""
+    tie_threshold: Positive = 0.5
+    """Rewards about this close tie in "ties"."""
+
+    @model_validator(mode="after")
+    def _smooths_plain_labels(self) -> PairLossConfig:
+        if self.label_smoothing and self.form != "bt":
+            raise ValueError(
+                f"label_smoothing = {self.label_smoothing} belongs to form 'bt', not to {self.form!r}; "
+                "set one of the two"
+            )
+        return self
 
 
 class RewardTrainingConfig(Frozen):
     """Reward-model training (vrm_spec section 10)."""
 
-    head: Literal["vrm", "bt"] = "vrm"
+    head: Literal["vrm", "gate", "regression", "bt"] = "vrm"
+    """The baselines are "gate": VRM without its posterior, a deterministic gate over objective scores as in ArmoRM;
+    "regression": a score per objective, fitted to the annotations as in HelpSteer2; "bt": one linear reward."""
+    reward_weights: tuple[float, ...] = ()
+    """What each objective's score counts in the reward of "regression"; empty is the mean."""
     backbone: str | None = None
     """A checkpoint for the backbone; None starts from the prepared policy."""
     backbone_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -157,6 +218,7 @@ class RewardTrainingConfig(Frozen):
     """Train only the last n transformer layers (and the final norm); None trains all, 0 freezes the backbone."""
     vrm: VRMHeadConfig = VRMHeadConfig()
     loss: VariationalLossConfig = VariationalLossConfig()
+    pair_loss: PairLossConfig = PairLossConfig()
     batch_pairs: Count = 128
     num_steps: Count | None = None
     """None is one pass over the training pairs."""
@@ -168,6 +230,21 @@ class RewardTrainingConfig(Frozen):
     eval_every: Count = 50
     max_eval_pairs: Count = 2048
     checkpoint_every: Count = 50
+
+    @model_validator(mode="after")
+    def _head_has_what_is_asked_of_it(self) -> RewardTrainingConfig:
+        if self.head == "gate" and self.loss.supervision_on == "expected_log":
+            raise ValueError("head = 'gate' has no posterior, so loss.supervision_on = 'expected_log' means nothing")
+        if self.head == "gate" and self.vrm.decoder != "bilinear":
+            raise ValueError(f"head = 'gate' is bilinear; vrm.decoder = {self.vrm.decoder!r} needs head = 'vrm'")
+        if self.head == "vrm" and self.loss.score_weight and self.vrm.decoder in ("mlp", "film"):
+            raise ValueError(
+                f"loss.score_weight = {self.loss.score_weight}, but vrm.decoder = {self.vrm.decoder!r} has no "
+                "objective scores; use 'bilinear' or 'hadamard'"
+            )
+        if self.reward_weights and self.head != "regression":
+            raise ValueError(f"reward_weights belong to head = 'regression', not to {self.head!r}")
+        return self
 
 
 # --------------------------------------------------------------------------- alignment
@@ -234,7 +311,8 @@ class PPOConfig(Frozen):
     discount: Fraction = 1.0
     gae_lambda: Fraction = 0.95
     whiten_advantages: bool = True
-    reward_transform: Literal["none", "zscore", "lcb"] = "zscore"
+    reward_transform: Literal["none", "zscore", "lcb", "log_sigmoid"] = "zscore"
+    """Of the reward model's mean and standard deviation, in units of its held-out rewards (vrm_spec section 8)."""
     lcb_coefficient: NonNegative = 1.0
     """lcb subtracts this many posterior standard deviations before the z-score."""
     reward_clip: Positive | None = 5.0
@@ -356,6 +434,27 @@ class ExperimentConfig(Frozen):
     reward_training: RewardTrainingConfig = RewardTrainingConfig()
     alignment: AlignmentConfig = AlignmentConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
+
+    @model_validator(mode="after")
+    def _one_reward_weight_an_objective(self) -> ExperimentConfig:
+        given = self.reward_training.reward_weights
+        if given and len(given) != len(self.objectives):
+            raise ValueError(
+                f"reward_training.reward_weights has {len(given)} numbers for {len(self.objectives)} objectives; "
+                f"give one for each of {', '.join(self.objectives)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _hadamard_pairs_weights_with_features(self) -> ExperimentConfig:
+        vrm = self.reward_training.vrm
+        if vrm.decoder == "hadamard" and vrm.semantic_dims != len(self.objectives):
+            raise ValueError(
+                f"reward_training.vrm.decoder = 'hadamard' multiplies weights and features one by one, but there are "
+                f"{len(self.objectives)} objectives and semantic_dims = {vrm.semantic_dims}; "
+                f"set reward_training.vrm.semantic_dims={len(self.objectives)}"
+            )
+        return self
 
 
 class RanksConfig(Frozen):

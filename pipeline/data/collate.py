@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +14,7 @@ from pipeline.data.batching import stable_seed
 from pipeline.data.chat import encode_prompt, encode_response, fit_prompt, strip_thinking
 from pipeline.data.score_statistics import ScoreStatistics
 from pipeline.errors import DataError
-from pipeline.objectives.variational import supervision_target
+from pipeline.objectives.variational import supervision_scores, supervision_target
 from pipeline.records import Message, PreferenceBatch, PreferencePair, PromptGroup
 
 
@@ -57,21 +59,29 @@ class PairCollator:
     """B tokenised pairs to one batch."""
 
     statistics: ScoreStatistics
-    """Of the training split; they standardise the chosen responses' scores (Eq. 13)."""
+    """Of the training split; they standardise the responses' scores (Eq. 13)."""
     temperature: float
     """tau of the supervision target."""
     seed: int
+    target_from: Literal["chosen", "diff", "both"] = "chosen"
+    """Which response's scores supervise the weights."""
 
     def __call__(self, pairs: Sequence[TokenisedPair], step: int) -> PreferenceBatch:
         """The batch of a step; (seed, step, position) make each pair's noise seed."""
+        chosen, chosen_mask = self.statistics.standardise([p.pair.scores_chosen for p in pairs])
+        rejected, rejected_mask = self.statistics.standardise([p.pair.scores_rejected for p in pairs])
         target, target_mask = supervision_target(
-            *self.statistics.standardise([p.pair.scores_chosen for p in pairs]), temperature=self.temperature
+            *supervision_scores(chosen, chosen_mask, rejected, rejected_mask, target_from=self.target_from),
+            temperature=self.temperature,
         )
         return PreferenceBatch(
             pairs=tuple(p.tokens for p in pairs),
             target=target,
             target_mask=target_mask,
             noise_seeds=torch.tensor([stable_seed("posterior", self.seed, step, b) for b in range(len(pairs))]),
+            scores=torch.cat([chosen, rejected]),
+            score_mask=torch.cat([chosen_mask, rejected_mask]),
+            margins=torch.tensor([math.nan if p.pair.margin is None else p.pair.margin for p in pairs]),
         )
 
 

@@ -69,6 +69,30 @@ def split_by_prompt(
     return sides
 
 
+def require_annotations(pairs: Sequence[PreferencePair], *, scores: bool, margins: bool) -> None:
+    """Refuses pairs that a loss cannot learn from; what one pair lacks is left out, what all lack is a mistake.
+
+    Raises:
+        DataError: no pair has scores, or none has a margin, where asked for; or a margin is negative.
+    """
+    if scores and not any(p.scores_chosen or p.scores_rejected for p in pairs):
+        raise DataError(
+            f"none of {len(pairs)} training pairs has objective scores, and this reward model learns from nothing else "
+            "(reward_training.head = 'regression'). Give annotated pairs, or another head."
+        )
+    if margins and all(p.margin is None for p in pairs):
+        raise DataError(
+            f"none of {len(pairs)} training pairs has a margin, which reward_training.pair_loss.form asks for. "
+            "Give pairs with a field 'margin', or use the form 'bt'."
+        )
+    for pair in pairs if margins else ():
+        if pair.margin is not None and pair.margin < 0:
+            raise DataError(
+                f"pair {pair.id!r} has margin {pair.margin}: its chosen response was rated worse. "
+                "Swap the two, or drop it."
+            )
+
+
 def shared_prompts(left: Iterable[Sequence[Message]], right: Iterable[Sequence[Message]]) -> int:
     """How many distinct normalised prompts stand on both sides."""
     return len({normalised_prompt(m) for m in left} & {normalised_prompt(m) for m in right})

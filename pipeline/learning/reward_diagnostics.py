@@ -17,12 +17,12 @@ def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
     """The signals of vrm_spec section 12 on a whole held-out batch.
 
     Args:
-        output: 2B rows, float64, chosen first; K and d are 0 for a Bradley-Terry head.
+        output: 2B rows, float64, chosen first; a field that a head does not know is 0 wide.
         batch: the same rows.
 
     Returns:
-        The scale of the reward, its calibration and its taste for length; with a posterior also active units, and
-        spread, concentration and supervision of the objective weights. All means are over the batch.
+        The scale of the reward, its calibration and its taste for length; for a VRM or gate head also active units, and
+        spread and supervision of the objective weights; with a posterior their concentration. Means are over the batch.
     """
     num_pairs = batch.num_pairs
     margins = (output.mean[:num_pairs] - output.mean[num_pairs:]).cpu().numpy()
@@ -34,16 +34,21 @@ def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
         "eval/calibration_error": calibration_error(margins),
         "eval/prefers_longer": prefers_longer(margins, length_gaps),
     }
-    if output.mu.shape[1]:
+    if output.alpha.shape[1]:
         alpha = output.alpha[:num_pairs]  # the chosen row speaks for the prompt
-        w_bar = alpha / alpha.sum(-1, keepdim=True)
+        metrics |= {
+            "eval/concentration": float(alpha.sum(-1).mean()),
+            "eval/concentration_p95": float(alpha.sum(-1).quantile(0.95)),
+            "eval/min_alpha": float(alpha.min()),
+        }
+    if output.mu.shape[1]:
+        # Divided here in float64: correlations of weights that hardly vary magnify rounding.
+        weights = (output.alpha if output.alpha.shape[1] else output.weights)[:num_pairs]
+        w_bar = weights / weights.sum(-1, keepdim=True)
         metrics |= {
             "eval/active_units": float((output.mu.var(0, correction=0) > ACTIVE_VARIANCE).sum()),
             "eval/weight_variance": float(w_bar.var(0, correction=0).mean()),
             "eval/weight_entropy": float(_entropy(w_bar).mean()),
-            "eval/concentration": float(alpha.sum(-1).mean()),
-            "eval/concentration_p95": float(alpha.sum(-1).quantile(0.95)),
-            "eval/min_alpha": float(alpha.min()),
         }
         supervised = batch.target_mask.any(-1)
         if supervised.any():

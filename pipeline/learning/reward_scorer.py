@@ -61,9 +61,7 @@ class RewardModelScorer:
         for batch in plan_micro_batches(lengths, world_size=1, max_tokens=self._max_tokens)[0]:
             output = score_packed(self._model, pack([groups[g] for g in batch]).to(self._device))
             rows = in_packed_order([shared[g] for g in batch])
-            total = output.alpha.sum(-1)
-            weights = output.alpha / total.unsqueeze(-1)
-            columns = (output.mean, output.variance.sqrt(), weights, output.scores, total)
+            columns = (output.mean, output.variance.sqrt(), output.weights, output.scores, output.alpha.sum(-1))
             for row, mean, std, weight, score, concentration in zip(rows, *(c.tolist() for c in columns), strict=True):
                 scores[row] = RewardScore(
                     mean=mean,

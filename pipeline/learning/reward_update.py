@@ -5,17 +5,32 @@ from __future__ import annotations
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from pipeline.config.schema import VariationalLossConfig
+from pipeline.config.schema import PairLossConfig, VariationalLossConfig
 from pipeline.data.score_statistics import ScoreStatistics
 from pipeline.learning.engine import TrainEngine
 from pipeline.learning.reward_diagnostics import reward_diagnostics
 from pipeline.learning.schedule import learning_rate_factor, warmup_factor
 from pipeline.learning.shards import MicroBatch, Rows, Sums, own_micro_batches
 from pipeline.models.packing import pack
-from pipeline.models.reward_heads import RewardOutput, VRMHead
+from pipeline.models.reward_heads import GateHead, RegressionHead, RewardOutput, VRMHead
 from pipeline.models.reward_model import RewardModelCard, save_reward_model
-from pipeline.objectives.preference import bradley_terry_loss, pair_accuracy
-from pipeline.objectives.variational import dirichlet_kl, gaussian_kl, weight_supervision_kl
+from pipeline.objectives.preference import (
+    bradley_terry_loss,
+    margin_loss,
+    pair_accuracy,
+    scaled_loss,
+    score_error,
+    tie_loss,
+)
+from pipeline.objectives.variational import (
+    dirichlet_kl,
+    expected_log_weights,
+    gaussian_kl,
+    kl_penalty,
+    log_weights,
+    sample_dirichlet,
+    weight_supervision,
+)
 from pipeline.records import Metrics, PreferenceBatch
 
 
@@ -23,11 +38,13 @@ class RewardModelTrainer:
     """Minimises the negative pairwise ELBO plus supervision. Implements `Learner[PreferenceBatch]`.
 
     L = 1/B sum_b [ -log sigmoid(r_w - r_l) + beta_w KL_w + beta_z (KL_zw + KL_zl) ] + lambda / B_sup sum_b L_sup
-    with one posterior sample of the rewards, and the betas warmed up linearly from 0.
+    with one posterior sample of the rewards, and the betas warmed up linearly from 0. B counts pairs, B_sup pairs with
+    a supervision target, both over the whole batch and all ranks.
 
     Source: VRM, arXiv 2603.04974, Eqs. 11-14; KL weights far below 1, because at 1 with fixed priors the optimum is a
-    constant reward (vrm_spec section 3). The engine's module is a `RewardModel`; a Bradley-Terry head
-    has only the first term.
+    constant reward (vrm_spec section 3). The engine's module is a `RewardModel`; a gate has no KL, a
+    Bradley-Terry head only the first term, and a regression head only the squared error of its scores, averaged over
+    the annotated ones.
     """
 
     def __init__(
@@ -39,6 +56,7 @@ class RewardModelTrainer:
         backbone_config: PretrainedConfig,
         tokenizer: PreTrainedTokenizerBase,
         loss: VariationalLossConfig,
+        pair_loss: PairLossConfig,
         num_steps: int,
         warmup_fraction: float,
         max_tokens_per_micro_batch: int,
@@ -49,31 +67,34 @@ class RewardModelTrainer:
         self.backbone_config = backbone_config
         self.tokenizer = tokenizer
         self.loss = loss
+        self.pair_loss = pair_loss
         self.num_steps = num_steps
         self.warmup_fraction = warmup_fraction
         self.max_tokens = max_tokens_per_micro_batch
+        self.score_weight = 1.0 if isinstance(engine.module.head, RegressionHead) else loss.score_weight
 
     def restore(self, checkpoint: str) -> None:
         self.engine.load(checkpoint)
 
     def update(self, batch: PreferenceBatch, step: int) -> Metrics:
         self.engine.module.train()
-        num_pairs, num_supervised = batch.num_pairs, int(batch.target_mask.any(-1).sum())
+        num_pairs, num_supervised, num_scores = _counts(batch)
         kl_factor = warmup_factor(step, num_steps=self.num_steps, warmup_fraction=self.loss.kl_warmup_fraction)
         sums = Sums()
         for micro in self._micro_batches(batch):
             output = self._forward(batch, micro, sampled=True)
             terms = self._terms(batch, micro, output)
-            variational = kl_factor * (self.loss.kl_weight_w * terms["kl_w"] + self.loss.kl_weight_z * terms["kl_z"])
-            loss = (terms["nll"] + variational).sum() / num_pairs
+            loss = (terms["pair_loss"] + kl_factor * terms["kl_penalty"]).sum() / num_pairs
             loss = loss + self.loss.supervision_weight * terms["supervision"].sum() / max(1, num_supervised)
+            if self.score_weight:
+                loss = loss + self.score_weight * terms["score_error"].sum() / max(1, num_scores)
             self.engine.backward(micro.weight * loss, last=micro.last)
             sums.add(micro.weight, **{name: term.sum() for name, term in terms.items()})
         factor = learning_rate_factor(step, num_steps=self.num_steps, warmup_fraction=self.warmup_fraction)
         grad_norm = self.engine.step(factor)
         totals = sums.over_ranks(self.engine)
         return {
-            **self._means(totals, num_pairs, num_supervised, "train"),
+            **self._means(totals, batch, "train"),
             "grad_norm": grad_norm,
             "pairs": float(num_pairs),
             "tokens": float(sum(pair.num_tokens for pair in batch.pairs)),
@@ -81,8 +102,7 @@ class RewardModelTrainer:
 
     def evaluate(self, batch: PreferenceBatch) -> Metrics:
         self.engine.module.eval()
-        num_pairs, num_supervised = batch.num_pairs, int(batch.target_mask.any(-1).sum())
-        sums, rows = Sums(), Rows(2 * num_pairs)
+        sums, rows = Sums(), Rows(2 * batch.num_pairs)
         with torch.no_grad():
             for micro in self._micro_batches(batch):
                 output = self._forward(batch, micro, sampled=False)
@@ -91,7 +111,7 @@ class RewardModelTrainer:
                 rows.put(micro.weight, _both(micro, batch), _side_by_side(output))
         totals = sums.over_ranks(self.engine)
         whole = _taken_apart(rows.over_ranks(self.engine), like=output)
-        metrics = self._means(totals, num_pairs, num_supervised, "eval") | reward_diagnostics(whole, batch)
+        metrics = self._means(totals, batch, "eval") | reward_diagnostics(whole, batch)
         # The card keeps the statistics of the latest evaluation; the loop evaluates once more before it exports.
         self.card = self.card.model_copy(
             update={
@@ -130,30 +150,88 @@ class RewardModelTrainer:
         """[n] per pair: the loss's terms and the numbers that expose a collapse."""
         n = len(micro.rows)
         margins = output.sampled[:n] - output.sampled[n:]
+        nothing = torch.zeros_like(margins)
         terms = {
             "nll": bradley_terry_loss(margins),
             "accuracy": pair_accuracy(margins),
             "margin": margins.abs(),
-            "kl_w": torch.zeros_like(margins),
-            "kl_z": torch.zeros_like(margins),
-            "supervision": torch.zeros_like(margins),
+            "pair_loss": nothing,
+            "kl_w": nothing,
+            "kl_z": nothing,
+            "kl_penalty": nothing,
+            "supervision": nothing,
+            "score_error": nothing,
         }
-        if isinstance(self.engine.module.head, VRMHead):
+        head, alpha = self.engine.module.head, output.alpha[:n]
+        if not isinstance(head, RegressionHead):
+            terms["pair_loss"] = pair_loss(margins, batch.margins[micro.rows].to(margins.device), self.pair_loss)
+        if isinstance(head, VRMHead):
+            terms |= self._divergences(alpha, output)
+        if isinstance(head, VRMHead | GateHead):
+            terms["supervision"] = self._supervision(batch, micro, alpha, output.weights[:n])
+        if self.score_weight:
+            both = _both(micro, batch)
             device = margins.device
-            alpha, prior = output.alpha[:n], output.alpha.new_full((1,), self.card.vrm.prior_alpha)
-            zero = output.mu.new_zeros(1)
-            kl_z = gaussian_kl(output.mu, output.logvar, zero, zero)
-            terms["kl_w"] = dirichlet_kl(alpha, prior)
-            terms["kl_z"] = kl_z[:n] + kl_z[n:]
-            terms["supervision"] = weight_supervision_kl(
-                batch.target[micro.rows].to(device), batch.target_mask[micro.rows].to(device), alpha
-            )
+            error = score_error(output.scores, batch.scores[both].to(device), batch.score_mask[both].to(device))
+            terms["score_error"] = error[:n] + error[n:]
         return terms
 
-    def _means(self, totals: dict[str, torch.Tensor], num_pairs: int, num_supervised: int, split: str) -> Metrics:
+    def _divergences(self, alpha: torch.Tensor, output: RewardOutput) -> dict[str, torch.Tensor]:
+        """[n] nats per pair, and their weighted sum in the loss; `alpha` [n, K] is the chosen rows'."""
+        n, prior, zero = len(alpha), alpha.new_full((1,), self.card.vrm.prior_alpha), output.mu.new_zeros(1)
+        kl_w, kl_z = dirichlet_kl(alpha, prior), gaussian_kl(output.mu, output.logvar, zero, zero)
+        kl_z = kl_z[:n] + kl_z[n:]
+        mean = self.loss.kl_reduction == "mean"
+        penalty = kl_penalty(
+            kl_w / (alpha.shape[-1] if mean else 1),
+            kl_z / (output.mu.shape[-1] if mean else 1),
+            weight_w=self.loss.kl_weight_w,
+            weight_z=self.loss.kl_weight_z,
+            free_bits=self.loss.free_bits,
+        )
+        return {"kl_w": kl_w, "kl_z": kl_z, "kl_penalty": penalty}
+
+    def _supervision(
+        self, batch: PreferenceBatch, micro: MicroBatch, alpha: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """[n] distance of the objective weights from their target; a gate has no `alpha` [n, K], only `weights`."""
+        target, mask = (t[micro.rows].to(weights.device) for t in (batch.target, batch.target_mask))
+        if not alpha.shape[1]:
+            log_w = log_weights(weights, mask)
+        elif self.loss.supervision_on == "mean":
+            log_w = log_weights(alpha, mask)
+        elif self.loss.supervision_on == "sample":  # the draw that made the reward: equal seeds, equal weights
+            log_w = log_weights(sample_dirichlet(alpha, batch.noise_seeds[micro.rows]), mask)
+        else:
+            log_w = expected_log_weights(alpha, mask)
+        return weight_supervision(target, mask, log_w, self.loss.supervision)
+
+    def _means(self, totals: dict[str, torch.Tensor], batch: PreferenceBatch, split: str) -> Metrics:
+        num_pairs, num_supervised, num_scores = _counts(batch)
         names = ("nll", "accuracy", "margin", "kl_w", "kl_z")
         means = {f"{split}/{name}": float(totals[name]) / num_pairs for name in names}
-        return means | {f"{split}/supervision": float(totals["supervision"]) / max(1, num_supervised)}
+        means[f"{split}/supervision"] = float(totals["supervision"]) / max(1, num_supervised)
+        if self.score_weight:
+            means[f"{split}/score_error"] = float(totals["score_error"]) / max(1, num_scores)
+        return means
+
+
+def pair_loss(margins: torch.Tensor, annotated: torch.Tensor, config: PairLossConfig) -> torch.Tensor:
+    """[B] the configured negative log-likelihood of B comparisons; `annotated` is NaN where the margin is unknown."""
+    match config.form:
+        case "bt":
+            return bradley_terry_loss(margins, label_smoothing=config.label_smoothing)
+        case "margin":
+            return margin_loss(margins, annotated, scale=config.margin_scale)
+        case "scaled":
+            return scaled_loss(margins, annotated, scale=config.margin_scale)
+        case "ties":
+            return tie_loss(margins, annotated, threshold=config.tie_threshold)
+
+
+def _counts(batch: PreferenceBatch) -> tuple[int, int, int]:
+    """The denominators: pairs, pairs with a supervision target, annotated scores; of the whole batch on every rank."""
+    return batch.num_pairs, int(batch.target_mask.any(-1).sum()), int(batch.score_mask.sum())
 
 
 def _both(micro: MicroBatch, batch: PreferenceBatch) -> torch.Tensor:

@@ -13,15 +13,20 @@ from torch import nn
 
 from pipeline.config.schema import VRMHeadConfig
 from pipeline.errors import ShapeError
+from pipeline.models.decoders import FiLMDecoder, MLPDecoder
 from pipeline.objectives.variational import (
     gaussian_noise,
     reward_mean_and_variance,
     sample_dirichlet,
+    sampled_reward_mean_and_variance,
 )
+
+FLOORS_IN_ALPHA_MIN = 50.0
+"""alpha_min over the smallest single concentration of `mean_conc`."""
 
 
 class RewardOutput(NamedTuple):
-    """What a head says of N (prompt, response) rows, float32. K and d are 0 for the Bradley-Terry head."""
+    """What a head says of N (prompt, response) rows, float32. A field a head knows nothing of is 0 wide."""
 
     sampled: torch.Tensor
     """[N] one posterior sample of the reward; the mean when no noise was asked for."""
@@ -36,7 +41,9 @@ class RewardOutput(NamedTuple):
     logvar: torch.Tensor
     """[N, d] Gaussian log-variances."""
     scores: torch.Tensor
-    """[N, K] posterior mean objective scores."""
+    """[N, K] posterior mean objective scores, where mean = <weights, scores>; 0 wide for the other decoders."""
+    weights: torch.Tensor
+    """[N, K] posterior mean objective weights."""
 
 
 def bounded_softplus(u: torch.Tensor, *, low: float, high: float) -> torch.Tensor:
@@ -62,6 +69,24 @@ def inverse_soft_clamp(y: float, *, low: float, high: float) -> float:
     return half * math.atanh((y - middle) / half)
 
 
+def mean_and_concentration(u: torch.Tensor, *, low: float, high: float) -> torch.Tensor:
+    """alpha = f + c * softmax(u_1..u_K),  c / K = bounded_softplus(u_{K+1}) from low - f to high,  f = low / 50.
+
+    The mean of the weights and their total concentration are outputs of their own, so supervising the one leaves the
+    other alone (vrm_spec 4.4). The floor f is ours: where the softmax reaches 0, lgamma(alpha) would be infinite.
+
+    Args:
+        u: [N, K + 1].
+
+    Returns:
+        [N, K] concentrations; their mean over the objectives lies between `low` and `high` + f.
+    """
+    num_objectives = u.shape[-1] - 1
+    floor = low / FLOORS_IN_ALPHA_MIN
+    share = bounded_softplus(u[:, num_objectives:], low=low - floor, high=high)
+    return floor + num_objectives * share * torch.softmax(u[:, :num_objectives], dim=-1)
+
+
 class TwoLayerHead(nn.Module):
     """Linear -> SiLU -> Linear in float32; the output layer starts at zero weight, so its bias alone sets the start."""
 
@@ -78,11 +103,11 @@ class TwoLayerHead(nn.Module):
 
 
 class VRMHead(nn.Module):
-    """Weight head, feature head and bilinear decoder (VRM, arXiv 2603.04974, Eqs. 3-5 and 12; vrm_spec sections 4-5).
+    """Weight head, feature head and decoder (VRM, arXiv 2603.04974, Eqs. 3-5 and 12; vrm_spec sections 4-5).
 
-    alpha(x) = bounded softplus of the weight head at the last prompt token
+    alpha(x) = weight head at the last prompt token
     (mu, logvar)(x, y) = feature head at the last response token
-    r = <w, S z>,  s = S z the K objective scores
+    r = g(w, z):  bilinear <w, S z>,  hadamard <w, z>,  or a network (`pipeline/models/decoders.py`)
 
     At the start alpha(x) equals the prior, so KL_w = 0.
     """
@@ -90,9 +115,19 @@ class VRMHead(nn.Module):
     def __init__(self, hidden_size: int, num_objectives: int, config: VRMHeadConfig) -> None:
         super().__init__()
         self.config = config
-        self.weight_head = TwoLayerHead(hidden_size, config.hidden_size, num_objectives)
+        separate_mean = config.weight_param == "mean_conc"
+        self.weight_head = TwoLayerHead(hidden_size, config.hidden_size, num_objectives + separate_mean)
         self.feature_head = TwoLayerHead(hidden_size, config.hidden_size, 2 * config.semantic_dims)
-        self.score_matrix = nn.Parameter(torch.empty(num_objectives, config.semantic_dims, dtype=torch.float32))
+        self.decoder: MLPDecoder | FiLMDecoder | None = None
+        match config.decoder:
+            case "bilinear":
+                self.score_matrix = nn.Parameter(torch.empty(num_objectives, config.semantic_dims, dtype=torch.float32))
+            case "hadamard":
+                self.register_buffer("score_matrix", torch.eye(num_objectives), persistent=False)
+            case "mlp":
+                self.decoder = MLPDecoder(num_objectives, config.semantic_dims, config.decoder_hidden_size)
+            case "film":
+                self.decoder = FiLMDecoder(num_objectives, config.semantic_dims, config.decoder_hidden_size)
         with torch.no_grad():
             # A zero feature head would give mu = 0 and no gradient to S: let mu start small instead.
             nn.init.normal_(
@@ -101,15 +136,25 @@ class VRMHead(nn.Module):
             self.feature_head.output.bias[config.semantic_dims :] = inverse_soft_clamp(
                 config.initial_logvar, low=config.logvar_min, high=config.logvar_max
             )
-            self.weight_head.output.bias.fill_(
-                inverse_bounded_softplus(config.prior_alpha, low=config.alpha_min, high=config.alpha_max)
-            )
-            nn.init.normal_(self.score_matrix, std=1.0 / math.sqrt(config.semantic_dims))
+            if separate_mean:
+                floor = config.alpha_min / FLOORS_IN_ALPHA_MIN
+                self.weight_head.output.bias[num_objectives] = inverse_bounded_softplus(
+                    config.prior_alpha - floor, low=config.alpha_min - floor, high=config.alpha_max
+                )
+            else:
+                self.weight_head.output.bias.fill_(
+                    inverse_bounded_softplus(config.prior_alpha, low=config.alpha_min, high=config.alpha_max)
+                )
+            if config.decoder == "bilinear":
+                nn.init.normal_(self.score_matrix, std=1.0 / math.sqrt(config.semantic_dims))
 
     def forward(
         self, prompt_hidden: torch.Tensor, response_hidden: torch.Tensor, noise_seeds: torch.Tensor | None
     ) -> RewardOutput:
         """Posterior and reward of N rows.
+
+        Mean and variance are exact for the linear decoders; for the others they are those of `inference_draws` samples
+        with the same fixed noise for every row, so a score depends on nothing but its row.
 
         Args:
             prompt_hidden: [N, H] state at the last prompt token.
@@ -122,15 +167,27 @@ class VRMHead(nn.Module):
         """
         with torch.autocast(prompt_hidden.device.type, enabled=False):
             config = self.config
-            alpha = bounded_softplus(
-                self.weight_head(prompt_hidden.float()), low=config.alpha_min, high=config.alpha_max
-            )
+            concentrations = mean_and_concentration if config.weight_param == "mean_conc" else bounded_softplus
+            alpha = concentrations(self.weight_head(prompt_hidden.float()), low=config.alpha_min, high=config.alpha_max)
             mu, raw_logvar = self.feature_head(response_hidden.float()).split(config.semantic_dims, dim=-1)
             logvar = soft_clamp(raw_logvar, low=config.logvar_min, high=config.logvar_max)
-            mean, variance = reward_mean_and_variance(alpha, mu, logvar, self.score_matrix)
+            if self.decoder is None:
+                mean, variance = reward_mean_and_variance(alpha, mu, logvar, self.score_matrix)
+                scores = mu @ self.score_matrix.T
+            else:
+                with torch.no_grad():  # the loss takes the sample alone
+                    mean, variance = sampled_reward_mean_and_variance(
+                        self.decoder, alpha, mu, logvar, draws=config.inference_draws
+                    )
+                scores = mu.new_zeros(len(mu), 0)
             sampled = mean if noise_seeds is None else self._sampled_rewards(alpha, mu, logvar, noise_seeds)
-            scores = mu @ self.score_matrix.T
-            return RewardOutput(sampled, mean, variance, alpha, mu, logvar, scores)
+            return RewardOutput(sampled, mean, variance, alpha, mu, logvar, scores, alpha / alpha.sum(-1, keepdim=True))
+
+    def decode(self, weights: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """r = g(w, z): [*, K] and [*, d] -> [*]."""
+        if self.decoder is None:
+            return (weights * (features @ self.score_matrix.T)).sum(-1)
+        return self.decoder(weights, features)
 
     def _sampled_rewards(
         self, alpha: torch.Tensor, mu: torch.Tensor, logvar: torch.Tensor, noise_seeds: torch.Tensor
@@ -143,7 +200,61 @@ class VRMHead(nn.Module):
         weights = sample_dirichlet(alpha[: len(noise_seeds)], noise_seeds)
         noise = gaussian_noise(noise_seeds, draws=2, dims=mu.shape[-1]).to(mu.device)
         features = mu + torch.exp(0.5 * logvar) * noise.transpose(0, 1).flatten(0, 1)
-        return (torch.cat([weights, weights]) * (features @ self.score_matrix.T)).sum(-1)
+        return self.decode(torch.cat([weights, weights]), features)
+
+
+class GateHead(nn.Module):
+    """The VRM head without its posterior: r = <softmax(u(x)), S mu(x, y)>, as deterministic as ArmoRM's gate.
+
+    What VRM must beat to claim that the variational part matters (vrm_spec section 5).
+    Source: Wang et al. 2024, arXiv:2406.12845, section 3.2, with learned instead of regressed objective scores.
+    """
+
+    def __init__(self, hidden_size: int, num_objectives: int, config: VRMHeadConfig) -> None:
+        super().__init__()
+        self.weight_head = TwoLayerHead(hidden_size, config.hidden_size, num_objectives)
+        self.feature_head = TwoLayerHead(hidden_size, config.hidden_size, config.semantic_dims)
+        self.score_matrix = nn.Parameter(torch.empty(num_objectives, config.semantic_dims, dtype=torch.float32))
+        nn.init.normal_(self.feature_head.output.weight, std=1.0 / math.sqrt(config.hidden_size))
+        nn.init.normal_(self.score_matrix, std=1.0 / math.sqrt(config.semantic_dims))
+
+    def forward(
+        self, prompt_hidden: torch.Tensor, response_hidden: torch.Tensor, noise_seeds: torch.Tensor | None
+    ) -> RewardOutput:
+        """[N, H] states -> rewards with weights and scores, without noise; the signature is the VRM head's."""
+        with torch.autocast(response_hidden.device.type, enabled=False):
+            weights = torch.softmax(self.weight_head(prompt_hidden.float()), dim=-1)
+            mu = self.feature_head(response_hidden.float())
+            scores = mu @ self.score_matrix.T
+            reward = (weights * scores).sum(-1)
+            nothing = reward.new_zeros(len(reward), 0)
+            return RewardOutput(reward, reward, torch.zeros_like(reward), nothing, mu, nothing, scores, weights)
+
+
+class RegressionHead(nn.Module):
+    """K linear scores of the response, and a fixed weighting of them: r = <v, s>, s = W h_y + c.
+
+    Source: HelpSteer2, Wang et al. 2024, arXiv:2406.08673, section 4; scores here are in standard deviations, and start
+    at 0, the mean annotation.
+    """
+
+    def __init__(self, hidden_size: int, num_objectives: int, reward_weights: tuple[float, ...]) -> None:
+        super().__init__()
+        self.reward_weights = reward_weights or (1.0 / num_objectives,) * num_objectives
+        self.linear = nn.Linear(hidden_size, num_objectives, dtype=torch.float32)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(
+        self, prompt_hidden: torch.Tensor, response_hidden: torch.Tensor, noise_seeds: torch.Tensor | None
+    ) -> RewardOutput:
+        """[N, H] states -> scores and their weighted sum; the signature is the VRM head's."""
+        with torch.autocast(response_hidden.device.type, enabled=False):
+            scores = self.linear(response_hidden.float())
+            weights = scores.new_tensor(self.reward_weights).expand_as(scores)
+            reward = (weights * scores).sum(-1)
+            nothing = reward.new_zeros(len(reward), 0)
+            return RewardOutput(reward, reward, torch.zeros_like(reward), nothing, nothing, nothing, scores, weights)
 
 
 class BradleyTerryHead(nn.Module):
@@ -161,4 +272,7 @@ class BradleyTerryHead(nn.Module):
         with torch.autocast(response_hidden.device.type, enabled=False):
             reward = self.linear(response_hidden.float()).squeeze(-1)
             nothing = reward.new_zeros(len(reward), 0)
-            return RewardOutput(reward, reward, torch.zeros_like(reward), nothing, nothing, nothing, nothing)
+            return RewardOutput(reward, reward, torch.zeros_like(reward), *[nothing] * 5)
+
+
+RewardHead = VRMHead | GateHead | RegressionHead | BradleyTerryHead

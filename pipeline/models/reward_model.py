@@ -22,17 +22,21 @@ from pipeline.config.schema import Frozen, VRMHeadConfig
 from pipeline.errors import CheckpointError
 from pipeline.models.backbone import load_config, load_tokenizer
 from pipeline.models.packing import PackedTokens, packed_states, use_packed_attention
-from pipeline.models.reward_heads import BradleyTerryHead, RewardOutput, VRMHead
+from pipeline.models.reward_heads import BradleyTerryHead, GateHead, RegressionHead, RewardHead, RewardOutput, VRMHead
 
 CARD_FILE = "reward_model.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
+HeadKind = Literal["vrm", "gate", "regression", "bt"]
+
+
 class RewardModelCard(Frozen):
     """What a reward-model checkpoint holds, in words."""
 
-    head: Literal["vrm", "bt"]
+    head: HeadKind
     vrm: VRMHeadConfig
+    """Sizes of the vrm and the gate head; decoder and parameterisation of the vrm head."""
     objectives: tuple[str, ...]
     max_length: int
     score_mean: tuple[float, ...]
@@ -43,12 +47,14 @@ class RewardModelCard(Frozen):
     reward_std: float
     metrics: dict[str, float]
     """Held-out metrics at the end of training."""
+    reward_weights: tuple[float, ...] = ()
+    """Weights of the objectives in the reward of a regression head; empty is the mean."""
 
 
 class RewardModel(nn.Module):
     """r(x, y) and its posterior from one causal pass over prompt and response (vrm_spec section 4)."""
 
-    def __init__(self, backbone: PreTrainedModel, head: VRMHead | BradleyTerryHead) -> None:
+    def __init__(self, backbone: PreTrainedModel, head: RewardHead) -> None:
         super().__init__()
         use_packed_attention(backbone)
         self.backbone = backbone
@@ -73,11 +79,21 @@ class RewardModel(nn.Module):
 
 
 def make_head(
-    kind: Literal["vrm", "bt"], hidden_size: int, num_objectives: int, config: VRMHeadConfig
-) -> VRMHead | BradleyTerryHead:
+    kind: HeadKind,
+    hidden_size: int,
+    num_objectives: int,
+    config: VRMHeadConfig,
+    *,
+    reward_weights: tuple[float, ...] = (),
+) -> RewardHead:
+    """A new head; `reward_weights` are the regression head's."""
     match kind:
         case "vrm":
             return VRMHead(hidden_size, num_objectives, config)
+        case "gate":
+            return GateHead(hidden_size, num_objectives, config)
+        case "regression":
+            return RegressionHead(hidden_size, num_objectives, reward_weights)
         case "bt":
             return BradleyTerryHead(hidden_size)
 
@@ -136,7 +152,7 @@ def load_reward_model(
     # Every weight is about to be read; drawing them first takes a minute for four billion.
     with no_init_weights():
         backbone = AutoModel.from_config(config, dtype=dtype)
-    head = make_head(card.head, config.hidden_size, len(card.objectives), card.vrm)
+    head = make_head(card.head, config.hidden_size, len(card.objectives), card.vrm, reward_weights=card.reward_weights)
     weights = Path(directory) / WEIGHTS_FILE
     try:
         # Before the model is put together: that proves on a few tokens that the backbone can be packed.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from torch.nn import functional as F
 
 from pipeline.errors import ShapeError
 from pipeline.objectives.masked import require_same_shape
@@ -17,7 +18,7 @@ from pipeline.objectives.masked import require_same_shape
 def transform_reward(
     mean: torch.Tensor,
     std: torch.Tensor,
-    kind: Literal["none", "zscore", "lcb"],
+    kind: Literal["none", "zscore", "lcb", "log_sigmoid"],
     *,
     reward_mean: float,
     reward_std: float,
@@ -29,18 +30,20 @@ def transform_reward(
     none:   r
     zscore: (r - m) / s
     lcb:    (r - c * std - m) / s        lower confidence bound: an uncertain reward counts less
+    log_sigmoid: log sigmoid(r - m)      being better than average counts, being better still hardly
     then clipped to [-clip, clip].  m, s are the reward model's statistics on held-out responses.
 
-    Source: vrm_spec sections 8 and 10.
+    Source: vrm_spec sections 8 and 10; log_sigmoid from Wang et al. 2024, arXiv:2402.00742, who take a reference reward
+    per prompt where we take the one m.
 
     Args:
         mean, std: [B] posterior mean and standard deviation of the reward.
-        reward_mean, reward_std: m and s > 0; ignored by "none".
+        reward_mean, reward_std: m and s > 0; "none" ignores both, "log_sigmoid" s.
         lcb_coefficient: c >= 0.
         clip: bound after scaling, or None.
 
     Returns:
-        [B] rewards, dimensionless unless "none".
+        [B] rewards; in units of s for "zscore" and "lcb", nats <= 0 for "log_sigmoid".
     """
     match kind:
         case "none":
@@ -49,6 +52,8 @@ def transform_reward(
             reward = (mean - reward_mean) / reward_std
         case "lcb":
             reward = (mean - lcb_coefficient * std - reward_mean) / reward_std
+        case "log_sigmoid":
+            reward = F.logsigmoid(mean - reward_mean)
     return reward if clip is None else reward.clamp(-clip, clip)
 
 

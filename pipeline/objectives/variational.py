@@ -8,11 +8,18 @@ Shapes: B prompts, K objectives, d semantic dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
+from torch.nn import functional as F
 
 from pipeline.objectives.masked import require_same_shape
 
 SIMPLEX_FLOOR = 1e-6
+
+INFERENCE_SEED = 0
+"""Of the noise with which a posterior without closed form is summed up; one for all rows, so scores repeat."""
 
 
 def dirichlet_kl(alpha: torch.Tensor, prior_alpha: torch.Tensor) -> torch.Tensor:
@@ -66,6 +73,28 @@ def gaussian_kl_per_dimension(
     return 0.5 * (scaled - 1.0 - logvar + prior_logvar)
 
 
+def kl_penalty(
+    kl_w: torch.Tensor, kl_z: torch.Tensor, *, weight_w: float, weight_z: float, free_bits: float
+) -> torch.Tensor:
+    """beta_w max(KL_w, f) + beta_z max(KL_zw + KL_zl, 2 f): below f a divergence is free.
+
+    Source: the weighted KL terms of VRM Eq. 14; free bits as in Kingma et al. 2016, arXiv:1606.04934, Eq. 15, but per
+    sample and not of a mini-batch mean, so that sharding changes nothing (vrm_spec section 3).
+
+    Args:
+        kl_w: [B] divergence of the objective weights.
+        kl_z: [B] divergences of both responses' features, added.
+        weight_w, weight_z: beta_w, beta_z >= 0.
+        free_bits: f >= 0, in the unit of the divergences; 0 leaves them as they are.
+
+    Returns:
+        [B].
+    """
+    if free_bits > 0:
+        kl_w, kl_z = kl_w.clamp(min=free_bits), kl_z.clamp(min=2.0 * free_bits)
+    return weight_w * kl_w + weight_z * kl_z
+
+
 def sample_dirichlet(alpha: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
     """w ~ Dir(alpha), one draw per row, differentiable in alpha (Eq. 10).
 
@@ -86,7 +115,16 @@ def sample_dirichlet(alpha: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
         torch._standard_gamma(row, _generator(seed, 0))
         for row, seed in zip(alpha.cpu(), seeds.tolist(), strict=True)
     ])  # fmt: skip
-    gammas = gammas.to(alpha.device)
+    return _onto_the_simplex(gammas.to(alpha.device))
+
+
+def dirichlet_draws(alpha: torch.Tensor, *, draws: int, seed: int) -> torch.Tensor:
+    """[B, K] concentrations to [B, draws, K] weights; every row is drawn with the same noise."""
+    gammas = torch.stack([torch._standard_gamma(row.expand(draws, -1), _generator(seed, 0)) for row in alpha.cpu()])
+    return _onto_the_simplex(gammas.to(alpha.device))
+
+
+def _onto_the_simplex(gammas: torch.Tensor) -> torch.Tensor:
     weights = (gammas / gammas.sum(-1, keepdim=True).clamp(min=torch.finfo(gammas.dtype).tiny)).clamp(min=SIMPLEX_FLOOR)
     return weights / weights.sum(-1, keepdim=True)
 
@@ -100,13 +138,45 @@ def _generator(seed: int, stream: int) -> torch.Generator:
     return torch.Generator().manual_seed(2 * seed + stream)
 
 
+def supervision_scores(
+    chosen: torch.Tensor,
+    chosen_mask: torch.Tensor,
+    rejected: torch.Tensor,
+    rejected_mask: torch.Tensor,
+    *,
+    target_from: Literal["chosen", "diff", "both"],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scores whose softmax is the supervision target (vrm_spec section 6.6).
+
+    chosen: s_w                          Eq. 13; the paper's
+    diff:   s_w - s_l                    what separates the pair, where both are annotated
+    both:   the mean of s_w and s_l      or the one that is annotated
+
+    Args:
+        chosen, rejected: [B, K] standardised scores s_w and s_l, 0 where masked.
+        chosen_mask, rejected_mask: [B, K] bool, True where annotated.
+
+    Returns:
+        scores [B, K] and their mask [B, K].
+    """
+    require_same_shape(chosen=chosen, chosen_mask=chosen_mask, rejected=rejected, rejected_mask=rejected_mask)
+    match target_from:
+        case "chosen":
+            return chosen, chosen_mask
+        case "diff":
+            return chosen - rejected, chosen_mask & rejected_mask
+        case "both":
+            annotated = chosen_mask.int() + rejected_mask.int()
+            return (chosen + rejected) / annotated.clamp(min=1), annotated > 0
+
+
 def supervision_target(
     standardised: torch.Tensor, mask: torch.Tensor, *, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """t = softmax(s_hat / tau) over the annotated objectives, Eq. 13.
 
     Args:
-        standardised: [B, K] scores of the chosen response, zero mean and unit variance; ignored where masked.
+        standardised: [B, K] from `supervision_scores`, in units of standard deviations; ignored where masked.
         mask: [B, K] bool, True where annotated.
         temperature: tau > 0.
 
@@ -121,26 +191,71 @@ def supervision_target(
     return torch.where(mask, target, torch.zeros_like(target)), mask
 
 
-def weight_supervision_kl(target: torch.Tensor, mask: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    """KL( t || w_bar ) with w_bar the posterior mean renormalised over the annotated objectives, Eq. 13.
+def log_weights(weights: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """ln( w_k / sum_{j in mask} w_j ): log-weights renormalised over the annotated objectives.
 
-    L_b = sum_{k in mask} t_k * (ln t_k - ln w_bar_k),   w_bar_k = alpha_k / sum_{j in mask} alpha_j
+    A renormalised sub-vector of a Dirichlet is the Dirichlet of the sub-alpha, so `weights` may also be concentrations:
+    the result is then the logarithm of the sub-vector's posterior mean.
 
-    A renormalised sub-vector of a Dirichlet is the Dirichlet of the sub-alpha, so this is exact for partial scores.
+    Args:
+        weights: [B, K] > 0, of any scale.
+        mask: [B, K] bool from `supervision_target`.
+
+    Returns:
+        [B, K]; meaningless where masked, but finite.
+    """
+    require_same_shape(weights=weights, mask=mask)
+    present = torch.where(mask, weights, torch.zeros_like(weights)).sum(-1, keepdim=True)
+    return weights.log() - torch.where(mask.any(-1, keepdim=True), present, torch.ones_like(present)).log()
+
+
+def expected_log_weights(alpha: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """E_q[ ln w_k ] = digamma(alpha_k) - digamma( sum_{j in mask} alpha_j ), of the renormalised weights.
+
+    Args and result as in `log_weights`, `weights` being the concentrations.
+    """
+    require_same_shape(alpha=alpha, mask=mask)
+    present = torch.where(mask, alpha, torch.zeros_like(alpha)).sum(-1, keepdim=True)
+    present = torch.where(mask.any(-1, keepdim=True), present, torch.ones_like(present))
+    return torch.digamma(alpha) - torch.digamma(present)
+
+
+def weight_supervision(
+    target: torch.Tensor, mask: torch.Tensor, log_w: torch.Tensor, form: Literal["kl", "mse", "mae", "rank"]
+) -> torch.Tensor:
+    """L_sup: how far the objective weights are from their target, Eq. 13.
+
+    kl:   sum_k t_k (ln t_k - ln w_k)                the paper's; with expected logarithms E_q[ KL(t || w) ], exactly
+    mse:  sum_k (t_k - w_k)^2
+    mae:  sum_k |t_k - w_k|
+    rank: mean over ordered pairs with t_k > t_j of softplus(-(ln w_k - ln w_j)), 0 without such a pair
+
+    All over the annotated objectives.
+
+    Source: VRM, arXiv 2603.04974, Eq. 13 and section 6.5; vrm_spec section 6.4.
 
     Args:
         target: [B, K] from `supervision_target`.
         mask: [B, K] bool from `supervision_target`.
-        alpha: [B, K] float32 concentrations.
+        log_w: [B, K] from `log_weights` or `expected_log_weights`; the latter for "kl" and "rank" only.
 
     Returns:
-        [B] nats; 0 for rows without annotation.
+        [B], nats for "kl" and "rank"; 0 for rows without annotation.
     """
-    require_same_shape(target=target, mask=mask, alpha=alpha)
-    supervised = mask.any(-1, keepdim=True)
-    present = torch.where(mask, alpha, torch.zeros_like(alpha)).sum(-1, keepdim=True)
-    log_w = alpha.log() - torch.where(supervised, present, torch.ones_like(present)).log()
-    return torch.where(mask, torch.xlogy(target, target) - target * log_w, torch.zeros_like(target)).sum(-1)
+    require_same_shape(target=target, mask=mask, log_w=log_w)
+    match form:
+        case "kl":
+            terms = torch.xlogy(target, target) - target * log_w
+        case "mse":
+            terms = (target - log_w.exp()) ** 2
+        case "mae":
+            terms = (target - log_w.exp()).abs()
+        case "rank":
+            above = (target.unsqueeze(-1) > target.unsqueeze(-2)) & mask.unsqueeze(-1) & mask.unsqueeze(-2)
+            losses = F.softplus(log_w.unsqueeze(-2) - log_w.unsqueeze(-1))
+            losses = torch.where(above, losses, torch.zeros_like(losses))
+            return losses.sum((-1, -2)) / above.sum((-1, -2)).clamp(min=1)
+    return torch.where(mask, terms, torch.zeros_like(terms)).sum(-1)
 
 
 def reward_mean_and_variance(
@@ -172,3 +287,35 @@ def reward_mean_and_variance(
         (-1, -2)
     )
     return (w_bar * s_bar).sum(-1), variance.clamp(min=0.0)
+
+
+def sampled_reward_mean_and_variance(
+    decode: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    alpha: torch.Tensor,
+    mu: torch.Tensor,
+    logvar: torch.Tensor,
+    *,
+    draws: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Monte-Carlo estimates of E[r] and Var[r] of r = g(w, z) for any decoder, from L draws.
+
+    m = 1/L sum_l g(w_l, z_l),  v = 1/(L - 1) sum_l (g(w_l, z_l) - m)^2,  z_l = mu + sigma * eps_l
+
+    All rows share one fixed set of noise: a score is the same whenever and beside whatever it is computed, and two
+    responses to a prompt are compared under the same weights.
+
+    Source: vrm_spec section 8.
+
+    Args:
+        decode: g, [*, K] and [*, d] -> [*].
+        alpha: [N, K]; mu, logvar: [N, d]; all float32.
+        draws: L >= 2.
+
+    Returns:
+        m [N] and v [N] >= 0.
+    """
+    weights = dirichlet_draws(alpha, draws=draws, seed=INFERENCE_SEED)
+    noise = gaussian_noise(torch.tensor([INFERENCE_SEED]), draws=draws, dims=mu.shape[-1]).to(mu.device)
+    features = mu.unsqueeze(1) + torch.exp(0.5 * logvar).unsqueeze(1) * noise
+    rewards = decode(weights, features)
+    return rewards.mean(-1), rewards.var(-1, correction=1)

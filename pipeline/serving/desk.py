@@ -162,17 +162,17 @@ class ScoringDesk:
         return self.model.model_fingerprint
 
     def _scored(self, score: RewardScore) -> ScoredResponse:
-        # A Bradley-Terry model has objectives on its card, but gives no reasons.
-        names = self.model.objectives[: len(score.objective_weights)]
-        weights = dict(zip(names, score.objective_weights, strict=True))
-        scores = dict(zip(names, score.objective_scores, strict=True))
+        # A Bradley-Terry model gives no weights, a decoder that is a network no scores: those dicts are empty.
+        names = self.model.objectives
+        weights = dict(zip(names, score.objective_weights, strict=False))
+        scores = dict(zip(names, score.objective_scores, strict=False))
         return ScoredResponse(
             reward=score.mean,
             reward_std=score.std,
             concentration=score.concentration,
             objective_weights=weights,
             objective_scores=scores,
-            contributions={name: weights[name] * scores[name] for name in names},
+            contributions={name: weights[name] * scores[name] for name in scores},
         )
 
 
@@ -184,6 +184,10 @@ def _transposed(rows: Sequence[Row]) -> Rows:
     return [prompt for prompt, _ in rows], [response for _, response in rows]
 
 
+DECODERS = {"gate": "bilinear", "regression": "linear", "bt": "linear"}
+"""Of the heads that have no choice of it."""
+
+
 def describe(
     card: RewardModelCard, config: ScoringConfig, fingerprint: str, versions: Mapping[str, str]
 ) -> ModelAnswer:
@@ -192,7 +196,7 @@ def describe(
     return ModelAnswer(
         model_fingerprint=fingerprint,
         head=card.head,
-        decoder="bilinear" if card.head == "vrm" else "linear",
+        decoder=DECODERS.get(card.head, card.vrm.decoder),
         objectives=list(card.objectives),
         semantic_dims=card.vrm.semantic_dims if card.head == "vrm" else 0,
         max_length=card.max_length,

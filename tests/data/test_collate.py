@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -23,6 +25,21 @@ def test_a_batch_holds_each_prompt_once_then_the_chosen_and_the_rejected_respons
     torch.testing.assert_close(batch.target.sum(-1), torch.ones(3))
     assert torch.equal(batch.noise_seeds, collate(pairs, step=4).noise_seeds)
     assert not torch.equal(batch.noise_seeds, collate(pairs, step=5).noise_seeds)
+
+
+def test_a_batch_holds_the_standardised_scores_of_both_responses_and_the_margins(world, tokenizer):
+    pairs = tokenise_pairs(world.train_pairs()[:2], tokenizer, max_length=128, drop_too_long=True)
+    statistics = ScoreStatistics(objectives=("honesty", "safety"), mean=(3.0, 2.0), std=(2.0, 1.0), count=(4, 4))
+    annotated = replace(
+        pairs[0].pair, scores_chosen={"honesty": 5.0, "safety": 2.0}, scores_rejected={"safety": 4.0}, margin=1.5
+    )
+    bare = replace(pairs[1].pair, scores_chosen=None, scores_rejected=None, margin=None)
+    rows = [replace(row, pair=pair) for row, pair in zip(pairs, (annotated, bare), strict=True)]
+    batch = PairCollator(statistics=statistics, pad_token_id=tokenizer.pad_token_id, temperature=1.0, seed=0)(rows, 0)
+    assert batch.scores.tolist() == [[1.0, 0.0], [0.0, 0.0], [0.0, 2.0], [0.0, 0.0]]
+    assert batch.score_mask.tolist() == [[True, True], [False, False], [False, True], [False, False]]
+    assert batch.margins[0].item() == 1.5
+    assert batch.margins[1].isnan()
 
 
 def test_long_pairs_are_dropped_in_training_and_cut_from_the_left_in_evaluation(world, tokenizer):

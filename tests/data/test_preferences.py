@@ -6,7 +6,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.schema import DataConfig, ExperimentConfig
-from pipeline.data.preferences import read_pairs, shared_prompts, split_by_prompt, take_pairs
+from pipeline.data.preferences import (
+    read_pairs,
+    require_annotations,
+    shared_prompts,
+    split_by_prompt,
+    take_pairs,
+)
 from pipeline.data.prompts import read_prompts, tokenise_prompts
 from pipeline.data.score_statistics import ScoreStatistics
 from pipeline.data.source import load_data
@@ -262,3 +268,17 @@ def test_files_become_a_run_whose_heldout_prompts_are_held_out(tmp_path):
     assert shared_prompts((m for _, m in data.heldout_prompts), (p.prompt for p in data.train_pairs)) == 0
     with pytest.raises(ConfigError, match="needs at least one data set"):
         load_data(experiment.model_copy(update={"data": DataConfig(source="files")}))
+
+
+def test_pairs_that_lack_what_the_loss_learns_from_are_refused(tmp_path):
+    [bare] = read(pairs_file(tmp_path, row()))
+    require_annotations([bare], scores=False, margins=False)
+    with pytest.raises(DataError, match="none of 1 training pairs has objective scores"):
+        require_annotations([bare], scores=True, margins=False)
+    with pytest.raises(DataError, match="none of 1 training pairs has a margin"):
+        require_annotations([bare], scores=False, margins=True)
+    annotated = read(pairs_file(tmp_path, row(margin=0, scores_rejected={"honesty": 1})))
+    require_annotations([bare, *annotated], scores=True, margins=True)  # one that has it is enough
+    swapped = read(pairs_file(tmp_path, row(id="p7", margin=-1)))
+    with pytest.raises(DataError, match=r"pair 'p7' has margin -1\.0: its chosen response was rated worse"):
+        require_annotations([*annotated, *swapped], scores=False, margins=True)

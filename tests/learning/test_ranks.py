@@ -35,7 +35,7 @@ def assert_ranks_agree(world_sizes, build, work, *, tolerance=1e-5):
         assert differences.mean() < 1e-6
 
 
-@pytest.mark.parametrize("head", ["vrm", "bt"])
+@pytest.mark.parametrize("head", ["vrm", "gate", "regression", "bt"])
 def test_reward_training_in_step(head, tiny_policy, world, tokenizer):
     pairs, collate = tokenised(world, tokenizer), collator(world, tokenizer)
 

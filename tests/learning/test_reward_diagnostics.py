@@ -21,6 +21,9 @@ def batch_of(lengths, target=None, mask=None):
         target=target,
         target_mask=torch.zeros(num_pairs, 2, dtype=torch.bool) if mask is None else torch.tensor(mask),
         noise_seeds=torch.zeros(num_pairs, dtype=torch.int64),
+        scores=torch.zeros(len(lengths), 2),
+        score_mask=torch.zeros(len(lengths), 2, dtype=torch.bool),
+        margins=torch.full((num_pairs,), math.nan),
     )
 
 
@@ -37,6 +40,7 @@ def test_diagnostics_of_two_pairs_by_hand():
         mu=double([[0.0, 1.0], [1.0, 1.0], [0.0, 1.0], [1.0, 1.1]]),
         logvar=torch.zeros(4, 2),
         scores=torch.zeros(4, 2),
+        weights=double([[0.75, 0.25], [0.25, 0.75], [0.5, 0.5], [0.5, 0.5]]),
     )
     metrics = reward_diagnostics(output, batch_of([5, 4, 3, 4], target=[[0.5, 0.5], [1.0, 0.0]], mask=[[True] * 2] * 2))
 
@@ -58,7 +62,7 @@ def test_diagnostics_of_two_pairs_by_hand():
 
 def test_a_bradley_terry_head_has_no_posterior_to_diagnose():
     nothing = torch.zeros(2, 0, dtype=torch.float64)
-    output = RewardOutput(double([1, 0]), double([1, 0]), double([0, 0]), nothing, nothing, nothing, nothing)
+    output = RewardOutput(double([1, 0]), double([1, 0]), double([0, 0]), *[nothing] * 5)
     assert reward_diagnostics(output, batch_of([3, 3])).keys() == {
         "eval/reward_mean",
         "eval/reward_std",

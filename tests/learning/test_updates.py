@@ -4,16 +4,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.config.schema import VariationalLossConfig
+from pipeline.config.load import load_recipe
+from pipeline.config.schema import PairLossConfig, VariationalLossConfig
 from pipeline.data.prompts import PromptStream
 from pipeline.errors import CheckpointError, NumericsError, ResourceError, ShapeError
 from pipeline.learning.engine import TorchEngine
 from pipeline.learning.experience import RewardScale, build_experience
 from pipeline.learning.publishing import write_policy_weights
 from pipeline.learning.schedule import learning_rate_factor, warmup_factor
+from pipeline.objectives.variational import sample_dirichlet, weight_supervision
 from pipeline.records import Prompt, PromptGroup, RewardScore, Rollout, SamplingParams, TokenEvaluation
 from tests.fakes import FakeRollouts, FakeScorer
-from tests.learners import ALIGNMENT, collator, ppo_learner, prompts_of, reward_trainer, tokenised
+from tests.learners import ALIGNMENT, HEAD, collator, ppo_learner, prompts_of, reward_trainer, tokenised
 
 
 class ShardOfMany(TorchEngine):
@@ -51,13 +53,40 @@ def assert_same(left, right):
         torch.testing.assert_close(left[name], right[name], atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("head", ["vrm", "bt"])
-def test_reward_gradients_of_1_2_and_4_shards_agree(head, tiny_policy, world, tokenizer):
-    batch = collator(world, tokenizer)(tokenised(world, tokenizer)[:13], step=3)
+def unevenly_annotated(pairs):
+    """Every third pair without scores, every other third without one objective of the chosen response."""
+    annotated = []
+    for i, tokenised_pair in enumerate(pairs):
+        pair = tokenised_pair.pair
+        if i % 3 == 0:
+            pair = replace(pair, scores_chosen=None, scores_rejected=None)
+        if i % 3 == 1:
+            partial = {name: score for name, score in pair.scores_chosen.items() if name != "honesty"}
+            pair = replace(pair, scores_chosen=partial)
+        annotated.append(replace(tokenised_pair, pair=pair))
+    return annotated
+
+
+@pytest.mark.parametrize(
+    ("head", "loss"),
+    [
+        ("vrm", {}),
+        ("gate", {"score_weight": 0.1}),
+        ("regression", {}),
+        ("vrm", {"supervision": "mse", "supervision_on": "sample", "target_from": "both"}),
+        ("vrm", {"supervision": "rank", "supervision_on": "expected_log", "target_from": "diff", "free_bits": 0.01}),
+        ("vrm", {"supervision": "mae", "kl_reduction": "mean", "kl_weight_w": 0.1, "kl_weight_z": 0.1}),
+        ("bt", {"kl_reduction": "mean"}),
+    ],
+)
+def test_reward_gradients_of_1_2_and_4_shards_agree(head, loss, tiny_policy, world, tokenizer):
+    loss = VariationalLossConfig(**loss)
+    collate = replace(collator(world, tokenizer), target_from=loss.target_from)
+    batch = collate(unevenly_annotated(tokenised(world, tokenizer)[:13]), step=3)
 
     def trainer(max_tokens):
         return lambda make_engine: reward_trainer(
-            tiny_policy, world, tokenizer, head=head, make_engine=make_engine, max_tokens=max_tokens
+            tiny_policy, world, tokenizer, head=head, loss=loss, make_engine=make_engine, max_tokens=max_tokens
         )
 
     def run(learner, batch):
@@ -67,6 +96,44 @@ def test_reward_gradients_of_1_2_and_4_shards_agree(head, tiny_policy, world, to
     assert any(g.abs().max() > 1e-3 for g in whole.values())
     for world_size, max_tokens in ((1, 200), (2, 300), (4, 150), (4, 10_000)):
         assert_same(sharded_gradients(trainer(max_tokens), batch, world_size, run), whole)
+
+
+def test_a_regression_head_learns_the_annotated_scores_and_nothing_else(tiny_policy, world, tokenizer):
+    pairs, collate = tokenised(world, tokenizer)[:6], collator(world, tokenizer)
+    batch = collate(pairs, step=0)
+    learner = reward_trainer(tiny_policy, world, tokenizer, head="regression", num_steps=12)
+    errors = [learner.update(batch, step)["train/score_error"] for step in range(12)]
+    assert errors[0] == pytest.approx(batch.scores.square().mean().item(), rel=1e-5)  # it starts at 0
+    assert errors[-1] < 0.5 * errors[0]
+    silent = [replace(p, pair=replace(p.pair, scores_chosen=None, scores_rejected=None)) for p in pairs]
+    learner = reward_trainer(tiny_policy, world, tokenizer, head="regression")
+    assert learner.update(collate(silent, step=0), 0)["grad_norm"] == 0.0  # no pair loss without scores
+
+
+def test_the_pair_loss_changes_the_gradient_and_not_the_metrics(tiny_policy, world, tokenizer):
+    pairs = [
+        replace(p, pair=replace(p.pair, margin=margin))
+        for p, margin in zip(tokenised(world, tokenizer), (2.0, 0.0, 1.0, None), strict=False)
+    ]
+    batch = collator(world, tokenizer)(pairs, step=0)
+    metrics = {
+        form: reward_trainer(tiny_policy, world, tokenizer, head="bt", pair_loss=PairLossConfig(form=form)).update(
+            batch, 0
+        )
+        for form in ("bt", "margin", "scaled", "ties")
+    }
+    assert len({m["train/nll"] for m in metrics.values()}) == 1
+    assert len({m["grad_norm"] for m in metrics.values()}) == 4
+
+
+def test_supervising_the_sample_supervises_the_weights_that_made_the_reward(tiny_policy, world, tokenizer):
+    batch = collator(world, tokenizer)(tokenised(world, tokenizer)[:6], step=3)
+    sampled = VariationalLossConfig(supervision_on="sample")
+    metrics = reward_trainer(tiny_policy, world, tokenizer, loss=sampled).update(batch, 3)
+    # At the start alpha = 1 for every prompt, so the draws are those of the seeds alone.
+    weights = sample_dirichlet(torch.ones(6, 4), batch.noise_seeds)
+    loss = weight_supervision(batch.target, batch.target_mask, weights.log(), "kl")
+    assert metrics["train/supervision"] == pytest.approx(loss.mean().item(), rel=1e-3)
 
 
 def samples_of(learner, world, tokenizer):
@@ -182,10 +249,27 @@ def test_experience_by_hand():
     assert metrics["response/stopped"] == 0.5
 
 
-def test_training_lowers_the_loss_and_exposes_no_collapse_at_the_default_weight(tiny_policy, world, tokenizer):
-    learner = reward_trainer(tiny_policy, world, tokenizer, num_steps=30, max_tokens=100_000)
-    batch = collator(world, tokenizer)(tokenised(world, tokenizer), step=0)
-    losses = [learner.update(batch, step)["train/nll"] for step in range(30)]
+def test_a_gate_learns_and_its_weights_follow_their_target(tiny_policy, world, tokenizer):
+    learner = reward_trainer(tiny_policy, world, tokenizer, head="gate", num_steps=12, max_tokens=100_000)
+    batch = collator(world, tokenizer)(tokenised(world, tokenizer)[:32], step=0)
+    metrics = [learner.update(batch, step) for step in range(12)]
+    assert metrics[0]["train/nll"] == pytest.approx(math.log(2), abs=0.15)
+    assert metrics[-1]["train/nll"] < 0.5
+    assert metrics[-1]["train/supervision"] < metrics[0]["train/supervision"]
+    assert metrics[-1]["train/kl_w"] == metrics[-1]["train/kl_z"] == 0.0
+    evaluated = learner.evaluate(batch)
+    assert evaluated["eval/active_units"] >= 2
+    assert "eval/concentration" not in evaluated
+
+
+@pytest.mark.parametrize(
+    "changed", [{}, {"decoder": "mlp"}, {"decoder": "film"}, {"weight_param": "mean_conc"}], ids=str
+)
+def test_training_lowers_the_loss_and_exposes_no_collapse_at_the_default_weight(changed, tiny_policy, world, tokenizer):
+    config = HEAD.model_copy(update=changed)
+    learner = reward_trainer(tiny_policy, world, tokenizer, vrm=config, num_steps=12, max_tokens=100_000)
+    batch = collator(world, tokenizer)(tokenised(world, tokenizer)[:32], step=0)
+    losses = [learner.update(batch, step)["train/nll"] for step in range(12)]
     assert losses[0] == pytest.approx(math.log(2), abs=0.15)
     assert losses[-1] < 0.5
     metrics = learner.evaluate(batch)
@@ -193,34 +277,50 @@ def test_training_lowers_the_loss_and_exposes_no_collapse_at_the_default_weight(
     assert metrics["eval/margin"] > 0.1
 
 
-def test_the_literal_objective_collapses(tiny_policy, world, tokenizer):
+def test_the_literal_objective_collapses_and_the_default_weight_does_not(tiny_policy, world, tokenizer):
     """vrm_spec section 3: at KL weight 1 the optimum is a constant reward. Accuracy alone would not tell."""
-    literal = VariationalLossConfig(kl_weight_w=1.0, kl_weight_z=1.0, kl_warmup_fraction=0.0, supervision_weight=0.0)
-    learner = reward_trainer(tiny_policy, world, tokenizer, num_steps=60, loss=literal, max_tokens=100_000, lr=3e-3)
+    literal = load_recipe("paper_literal").reward_training.loss
+    assert (literal.kl_weight_w, literal.kl_weight_z, literal.kl_warmup_fraction) == (1.0, 1.0, 0.0)
     batch = collator(world, tokenizer)(tokenised(world, tokenizer)[:32], step=0)
-    for step in range(60):
-        # Fresh noise each step, as in training: with one fixed draw the model would memorise the noise.
-        metrics = learner.update(replace(batch, noise_seeds=batch.noise_seeds + 1000 * step), step)
-    evaluated = learner.evaluate(batch)
-    assert metrics["train/kl_w"] + metrics["train/kl_z"] < 0.1
-    assert evaluated["eval/nll"] == pytest.approx(math.log(2), abs=0.03)
-    assert evaluated["eval/margin"] < 0.1
-    assert evaluated["eval/active_units"] == 0
+
+    def trained(loss):
+        loss = loss.model_copy(update={"supervision_weight": 0.0})
+        learner = reward_trainer(tiny_policy, world, tokenizer, num_steps=60, loss=loss, max_tokens=100_000, lr=3e-3)
+        for step in range(60):
+            # Fresh noise each step, as in training: with one fixed draw the model would memorise the noise.
+            metrics = learner.update(replace(batch, noise_seeds=batch.noise_seeds + 1000 * step), step)
+        return metrics | learner.evaluate(batch)
+
+    collapsed, useful = trained(literal), trained(VariationalLossConfig())
+    assert collapsed["train/kl_w"] + collapsed["train/kl_z"] < 0.1
+    assert collapsed["eval/nll"] == pytest.approx(math.log(2), abs=0.01)
+    assert collapsed["eval/margin"] < 0.02
+    assert collapsed["eval/accuracy"] > 0.8
+    assert collapsed["eval/active_units"] == 0
+    assert useful["train/kl_w"] + useful["train/kl_z"] > 1.0
+    assert useful["train/nll"] < 0.5
+    assert useful["eval/margin"] > 0.5
+    assert useful["eval/active_units"] >= 2
 
 
-def test_no_annotation_and_no_supervision_weight_train_the_same_model(tiny_policy, world, tokenizer):
+@pytest.mark.parametrize(
+    "loss", [{}, {"supervision": "rank", "supervision_on": "expected_log"}, {"supervision": "mse"}], ids=str
+)
+def test_no_annotation_and_no_supervision_weight_train_the_same_model(loss, tiny_policy, world, tokenizer):
     pairs = tokenised(world, tokenizer)[:8]
     batch = collator(world, tokenizer)(pairs, step=0)
-    bare = type(batch)(
-        **{**vars(batch), "target": torch.zeros_like(batch.target), "target_mask": torch.zeros_like(batch.target_mask)}
-    )
-    without_weight = reward_trainer(tiny_policy, world, tokenizer, loss=VariationalLossConfig(supervision_weight=0.0))
-    without_scores = reward_trainer(tiny_policy, world, tokenizer, loss=VariationalLossConfig(supervision_weight=0.1))
-    for step in range(2):
-        without_weight.update(batch, step)
-        without_scores.update(bare, step)
-    left, right = without_weight.engine.full_state_dict(), without_scores.engine.full_state_dict()
-    assert all(torch.equal(left[name], right[name]) for name in left)
+    unannotated = [replace(p, pair=replace(p.pair, scores_chosen=None, scores_rejected=None)) for p in pairs]
+    bare = collator(world, tokenizer)(unannotated, step=0)
+    states = []
+    for weight, rows in ((0.0, batch), (0.1, bare), (0.1, batch)):
+        config = VariationalLossConfig(supervision_weight=weight, **loss)
+        learner = reward_trainer(tiny_policy, world, tokenizer, loss=config)
+        for step in range(2):
+            learner.update(rows, step)
+        states.append(learner.engine.full_state_dict())
+    without_weight, without_scores, supervised = states
+    assert all(torch.equal(without_weight[name], without_scores[name]) for name in without_weight)
+    assert not all(torch.equal(without_weight[name], supervised[name]) for name in without_weight)
 
 
 def test_the_learning_rate_warms_up_and_decays_to_zero():

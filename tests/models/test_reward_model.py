@@ -10,24 +10,35 @@ from pipeline.errors import CheckpointError, ConfigError
 from pipeline.learning.reward_scorer import RewardModelScorer
 from pipeline.models.backbone import load_backbone, load_config, require_context, train_only_last_layers
 from pipeline.models.packing import pack
-from pipeline.models.reward_heads import BradleyTerryHead, RewardOutput, VRMHead
-from pipeline.models.reward_model import RewardModel, RewardModelCard, load_reward_model, save_reward_model
+from pipeline.models.reward_heads import (
+    BradleyTerryHead,
+    GateHead,
+    RegressionHead,
+    RewardOutput,
+    VRMHead,
+    mean_and_concentration,
+)
+from pipeline.models.reward_model import RewardModel, RewardModelCard, load_reward_model, make_head, save_reward_model
 from pipeline.objectives.variational import dirichlet_kl
 from pipeline.records import PromptGroup
 
 HEAD = VRMHeadConfig(semantic_dims=6, hidden_size=32)
+HADAMARD = VRMHeadConfig(decoder="hadamard", semantic_dims=4, hidden_size=32)
+MLP = VRMHeadConfig(decoder="mlp", decoder_hidden_size=16, semantic_dims=6, hidden_size=32)
+FILM = VRMHeadConfig(decoder="film", decoder_hidden_size=16, semantic_dims=6, hidden_size=32)
+MEAN_CONC = VRMHeadConfig(weight_param="mean_conc", semantic_dims=6, hidden_size=32)
 
 
-def vrm(tiny_policy, seed=0):
+def vrm(tiny_policy, seed=0, config=HEAD):
     torch.manual_seed(seed)
     backbone = load_backbone(tiny_policy, dtype="float32")
-    return RewardModel(backbone, VRMHead(backbone.config.hidden_size, 4, HEAD))
+    return RewardModel(backbone, VRMHead(backbone.config.hidden_size, 4, config))
 
 
-def card(head="vrm"):
+def card(head="vrm", config=HEAD):
     return RewardModelCard(
         head=head,
-        vrm=HEAD,
+        vrm=config,
         objectives=("helpfulness", "honesty", "safety", "brevity"),
         max_length=64,
         score_mean=(),
@@ -38,26 +49,118 @@ def card(head="vrm"):
     )
 
 
-def test_the_head_starts_at_its_priors():
-    head = VRMHead(8, 4, HEAD)
+@pytest.mark.parametrize("config", [HEAD, MEAN_CONC], ids=["softplus", "mean_conc"])
+def test_the_head_starts_at_its_priors(config):
+    head = VRMHead(8, 4, config)
     output = head(torch.randn(3, 8), torch.randn(3, 8), None)
     torch.testing.assert_close(output.alpha, torch.ones(3, 4), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(dirichlet_kl(output.alpha, torch.ones(4)), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(output.logvar, torch.full((3, 6), -2.0), atol=1e-4, rtol=0)
 
 
-def test_the_mean_reward_is_the_sum_of_its_contributions():
+@pytest.mark.parametrize("config", [HEAD, HADAMARD], ids=["bilinear", "hadamard"])
+def test_the_mean_reward_is_the_sum_of_its_contributions(config):
     torch.manual_seed(0)
-    output = VRMHead(8, 4, HEAD)(torch.randn(5, 8), torch.randn(5, 8), None)
-    weights = output.alpha / output.alpha.sum(-1, keepdim=True)
-    torch.testing.assert_close(output.mean, (weights * output.scores).sum(-1))
+    output = VRMHead(8, 4, config)(torch.randn(5, 8), torch.randn(5, 8), None)
+    torch.testing.assert_close(output.weights, output.alpha / output.alpha.sum(-1, keepdim=True))
+    torch.testing.assert_close(output.mean, (output.weights * output.scores).sum(-1))
+
+
+def test_hadamard_is_bilinear_with_the_identity():
+    torch.manual_seed(0)
+    hadamard, bilinear = (VRMHead(8, 4, HADAMARD.model_copy(update={"decoder": d})) for d in ("hadamard", "bilinear"))
+    bilinear.load_state_dict({**hadamard.state_dict(), "score_matrix": torch.eye(4)})
+    torch.nn.init.normal_(hadamard.weight_head.output.weight)
+    bilinear.weight_head.load_state_dict(hadamard.weight_head.state_dict())
+    inputs = torch.randn(4, 8), torch.randn(4, 8), torch.tensor([3, 4])
+    for ours, theirs in zip(hadamard(*inputs), bilinear(*inputs), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("config", [MLP, FILM], ids=["mlp", "film"])
+def test_the_mean_of_a_network_is_that_of_its_samples(config):
+    torch.manual_seed(0)
+    head, precise = VRMHead(8, 4, config), VRMHead(8, 4, config.model_copy(update={"inference_draws": 50_000}))
+    with torch.no_grad():
+        for parameter in head.decoder.parameters():
+            parameter.mul_(3.0)  # else the network is nearly linear, and its mean the network of the means
+        precise.load_state_dict(head.state_dict())
+        prompt, response, n = torch.randn(1, 8), torch.randn(1, 8), 4000
+        output = precise(prompt, response, None)
+        sampled = head(prompt.expand(2 * n, 8), response.expand(2 * n, 8), torch.arange(n)).sampled[:n]
+        at_the_means = head.decode(output.weights, output.mu)
+    tolerance = 4 * sampled.std().item() * math.sqrt(1 / n + 1 / 50_000)
+    assert output.mean.item() == pytest.approx(sampled.mean().item(), abs=tolerance)
+    assert output.variance.item() == pytest.approx(sampled.var().item(), rel=0.1)
+    assert abs(at_the_means.item() - output.mean.item()) > tolerance
+    assert output.scores.shape == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "config", [HEAD, HADAMARD, MLP, FILM, MEAN_CONC], ids=lambda c: f"{c.decoder}-{c.weight_param}"
+)
+def test_the_loss_of_a_pair_reaches_every_parameter_of_the_head(config):
+    torch.manual_seed(0)
+    head = VRMHead(8, 4, config)
+    torch.nn.init.normal_(head.weight_head.output.weight)
+    output = head(torch.randn(6, 8), torch.randn(6, 8), torch.tensor([1, 2, 3]))
+    (output.sampled[:3] - output.sampled[3:]).sigmoid().sum().backward()
+    for name, parameter in head.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_the_mean_of_the_weights_is_apart_from_their_concentration():
+    u = torch.tensor([[1.0, 0.0, -1.0, 2.0, v] for v in (-3.0, 0.0, 5.0)])
+    alpha = mean_and_concentration(u, low=0.05, high=1000.0)
+    w_bar = alpha / alpha.sum(-1, keepdim=True)
+    torch.testing.assert_close(w_bar, torch.softmax(u[:, :4], dim=-1), atol=0.01, rtol=0)
+    # A / K = f + bounded softplus from .049: .05 + ln(1 + e^v), and far from the upper bound
+    expected = [0.05 + math.log1p(math.exp(v)) for v in (-3.0, 0.0, 5.0)]
+    torch.testing.assert_close(alpha.mean(-1), torch.tensor(expected), atol=1e-4, rtol=1e-4)
+
+
+def test_a_certain_mean_keeps_the_divergence_finite():
+    u = torch.tensor([[400.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 1e6]], requires_grad=True)
+    alpha = mean_and_concentration(u, low=0.05, high=1000.0)
+    assert alpha.min().item() >= 0.05 / 50
+    assert alpha.mean(-1).max().item() <= 1000.001
+    kl = dirichlet_kl(alpha, torch.ones(4))
+    kl.sum().backward()
+    assert torch.isfinite(kl).all()
+    assert torch.isfinite(u.grad).all()
 
 
 def test_heads_stay_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        for head in (VRMHead(8, 4, HEAD), BradleyTerryHead(8)):
+        for head in (VRMHead(8, 4, HEAD), VRMHead(8, 4, MLP), VRMHead(8, 4, FILM), BradleyTerryHead(8)):
             output = head(torch.randn(4, 8).bfloat16(), torch.randn(4, 8).bfloat16(), torch.tensor([1, 2]))
             assert {t.dtype for t in output} == {torch.float32}
+
+
+def test_a_gate_is_the_vrm_head_without_its_posterior():
+    torch.manual_seed(0)
+    gate, posterior = GateHead(8, 4, HEAD), VRMHead(8, 4, HEAD)
+    with torch.no_grad():
+        torch.nn.init.normal_(gate.weight_head.output.weight)
+        posterior.score_matrix.copy_(gate.score_matrix)
+        posterior.feature_head.hidden.load_state_dict(gate.feature_head.hidden.state_dict())
+        posterior.feature_head.output.weight[:6] = gate.feature_head.output.weight
+    h = torch.randn(4, 8), torch.randn(4, 8)
+    output, seeded = gate(*h, None), gate(*h, torch.tensor([1, 2]))
+    torch.testing.assert_close(output.scores, posterior(*h, None).scores)
+    torch.testing.assert_close(output.weights, torch.softmax(gate.weight_head(h[0]), dim=-1))
+    torch.testing.assert_close(output.mean, (output.weights * output.scores).sum(-1))
+    assert all(torch.equal(a, b) for a, b in zip(output, seeded, strict=True))  # nothing to sample
+    assert output.variance.tolist() == [0.0] * 4
+
+
+def test_a_regression_head_weighs_its_scores_as_told_and_equally_when_not():
+    for given, expected in (((1.0, 0.0, 0.5, -0.25), (1.0, 0.0, 0.5, -0.25)), ((), (0.25,) * 4)):
+        head = RegressionHead(8, 4, given)
+        torch.nn.init.normal_(head.linear.weight)
+        output = head(torch.randn(3, 8), torch.randn(3, 8), None)
+        assert output.weights[1].tolist() == list(expected)
+        torch.testing.assert_close(output.mean, output.scores @ torch.tensor(expected))
 
 
 def test_both_rows_of_a_pair_share_one_draw_of_the_weights():
@@ -81,8 +184,9 @@ def test_alpha_is_the_same_from_the_chosen_and_the_rejected_row(tiny_policy, wor
     assert not torch.allclose(output.mu[0], output.mu[1], atol=1e-3)
 
 
-def test_a_score_does_not_depend_on_its_batch(tiny_policy, tokenizer, world, tmp_path):
-    model = vrm(tiny_policy)
+@pytest.mark.parametrize("config", [HEAD, MLP, FILM], ids=lambda c: c.decoder)
+def test_a_score_does_not_depend_on_its_batch(config, tiny_policy, tokenizer, world):
+    model = vrm(tiny_policy, config=config)
     scorer = RewardModelScorer(model.eval(), tokenizer, card(), max_tokens_per_batch=100)
     pairs = world.heldout_pairs()
     prompts, responses = [p.prompt for p in pairs], [p.chosen for p in pairs]
@@ -91,6 +195,7 @@ def test_a_score_does_not_depend_on_its_batch(tiny_policy, tokenizer, world, tmp
     for a, b in zip(together, alone, strict=True):
         assert a.mean == pytest.approx(b.mean, abs=1e-4)
         assert a.std == pytest.approx(b.std, abs=1e-4)
+    assert scorer.score(prompts, responses) == together
 
 
 def test_thinking_is_not_scored(tiny_policy, tokenizer, world):
@@ -107,21 +212,28 @@ def test_an_over_long_response_is_still_scored_at_the_end_of_its_turn(tiny_polic
     assert response[-1] == tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize("head", ["vrm", "bt"])
-def test_a_checkpoint_round_trips(head, tiny_policy, tokenizer, world, tmp_path):
+def saved(model, tokenizer, card, directory):
+    save_reward_model(
+        str(directory),
+        state_dict=model.state_dict(),
+        backbone_config=model.backbone.config.to_dict(),
+        tokenizer=tokenizer,
+        card=card,
+    )
+    return str(directory)
+
+
+@pytest.mark.parametrize(
+    ("head", "config"),
+    [("vrm", HEAD), ("vrm", HADAMARD), ("vrm", MLP), ("vrm", FILM), ("vrm", MEAN_CONC), ("gate", HEAD), ("bt", HEAD)],
+    ids=["bilinear", "hadamard", "mlp", "film", "mean_conc", "gate", "bt"],
+)
+def test_a_checkpoint_round_trips(head, config, tiny_policy, tokenizer, world, tmp_path):
     torch.manual_seed(0)
     backbone = load_backbone(tiny_policy, dtype="float32")
-    module = VRMHead(64, 4, HEAD) if head == "vrm" else BradleyTerryHead(64)
-    model = RewardModel(backbone, module).eval()
-    save_reward_model(
-        str(tmp_path),
-        state_dict=model.state_dict(),
-        backbone_config=backbone.config.to_dict(),
-        tokenizer=tokenizer,
-        card=card(head),
-    )
-    loaded, loaded_tokenizer, loaded_card = load_reward_model(str(tmp_path))
-    assert loaded_card == card(head)
+    model = RewardModel(backbone, make_head(head, 64, 4, config)).eval()
+    loaded, loaded_tokenizer, loaded_card = load_reward_model(saved(model, tokenizer, card(head, config), tmp_path))
+    assert loaded_card == card(head, config)
     prompt = [world.heldout_prompts[0].messages]
     before = RewardModelScorer(model, tokenizer, card(head), max_tokens_per_batch=100).score(prompt, ["do check"])
     after = RewardModelScorer(loaded, loaded_tokenizer, loaded_card, max_tokens_per_batch=100).score(
@@ -131,15 +243,37 @@ def test_a_checkpoint_round_trips(head, tiny_policy, tokenizer, world, tmp_path)
     assert not list(tmp_path.glob("*.bin")) + list(tmp_path.glob("*.pt"))
 
 
+def test_the_card_names_decoder_and_parameterisation_and_an_older_one_meant_the_first_of_each(
+    tiny_policy, tokenizer, tmp_path
+):
+    directory = saved(vrm(tiny_policy), tokenizer, card(), tmp_path)
+    path = tmp_path / "reward_model.json"
+    written = json.loads(path.read_text())
+    assert (written["vrm"].pop("decoder"), written["vrm"].pop("weight_param")) == ("bilinear", "softplus")
+    del written["vrm"]["decoder_hidden_size"], written["vrm"]["inference_draws"]
+    path.write_text(json.dumps(written))
+    _, _, loaded = load_reward_model(directory)
+    assert loaded == card()
+
+
+def test_a_regression_checkpoint_remembers_how_it_weighs_its_scores(tiny_policy, tokenizer, tmp_path):
+    weights = (0.7, 0.8, 0.5, -0.4)
+    backbone = load_backbone(tiny_policy, dtype="float32")
+    model = RewardModel(backbone, make_head("regression", 64, 4, HEAD, reward_weights=weights))
+    written = card("regression").model_copy(update={"reward_weights": weights})
+    loaded, _, loaded_card = load_reward_model(saved(model, tokenizer, written, tmp_path))
+    assert loaded_card == written
+    assert loaded.head.reward_weights == weights
+
+
+def test_weights_of_one_decoder_are_refused_under_the_card_of_another(tiny_policy, tokenizer, tmp_path):
+    directory = saved(vrm(tiny_policy), tokenizer, card(config=FILM), tmp_path)
+    with pytest.raises(CheckpointError, match=r"(?s)does not fit .*Missing key.*head\.decoder\.features"):
+        load_reward_model(directory)
+
+
 def test_a_checkpoint_of_another_architecture_is_refused(tiny_policy, tokenizer, tmp_path):
-    model = vrm(tiny_policy)
-    save_reward_model(
-        str(tmp_path),
-        state_dict=model.state_dict(),
-        backbone_config=model.backbone.config.to_dict(),
-        tokenizer=tokenizer,
-        card=card(),
-    )
+    saved(vrm(tiny_policy), tokenizer, card(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3, "layer_types": None}))
     with pytest.raises(CheckpointError, match="does not fit the architecture"):

@@ -108,6 +108,10 @@ def test_reward_transforms_by_hand():
     assert transform_reward(mean, std, "none", **scale).tolist() == [3.0, 5.0]
     assert transform_reward(mean, std, "zscore", **scale).tolist() == [1.0, 5.0]
     assert transform_reward(mean, std, "lcb", **scale).tolist() == [0.5, 5.0]
+    # ln 3 above the mean: sigmoid 3/4. Far above it is nothing to gain, far below the clip ends the loss.
+    mean = torch.tensor([1.0 + math.log(3.0), 1.0, 100.0, -100.0])
+    transformed = transform_reward(mean, std, "log_sigmoid", **scale).tolist()
+    assert transformed == pytest.approx([math.log(3 / 4), math.log(1 / 2), 0.0, -5.0])
 
 
 def test_chunked_logprobs_equal_the_plain_ones_with_their_gradients():

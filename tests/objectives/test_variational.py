@@ -7,12 +7,17 @@ from torch.distributions import Dirichlet, kl_divergence
 from pipeline.objectives.preference import bradley_terry_loss
 from pipeline.objectives.variational import (
     dirichlet_kl,
+    expected_log_weights,
     gaussian_kl,
     gaussian_noise,
+    kl_penalty,
+    log_weights,
     reward_mean_and_variance,
     sample_dirichlet,
+    sampled_reward_mean_and_variance,
+    supervision_scores,
     supervision_target,
-    weight_supervision_kl,
+    weight_supervision,
 )
 
 
@@ -79,6 +84,34 @@ def test_closed_form_reward_matches_samples():
     assert variance.item() == pytest.approx(rewards.var().item(), rel=0.02)
 
 
+def test_sampled_moments_agree_with_the_closed_form():
+    alpha, matrix = torch.tensor([[2.0, 1.0, 0.5]]), torch.tensor([[1.0, 0.5], [-0.3, 2.0], [0.7, -1.2]])
+    mu, logvar = torch.tensor([[0.3, -1.0]]), torch.tensor([[-0.5, 0.2]])
+    mean, variance = reward_mean_and_variance(alpha, mu, logvar, matrix)
+    sampled_mean, sampled_variance = sampled_reward_mean_and_variance(
+        lambda w, z: (w * (z @ matrix.T)).sum(-1), alpha, mu, logvar, draws=100_000
+    )
+    assert sampled_mean.item() == pytest.approx(mean.item(), abs=4 * math.sqrt(variance.item() / 100_000))
+    assert sampled_variance.item() == pytest.approx(variance.item(), rel=0.03)
+
+
+def test_sampled_moments_of_a_row_depend_on_that_row_alone():
+    alpha = torch.tensor([[0.5, 1.0], [3.0, 0.2], [0.5, 1.0]])
+    mu, logvar = torch.tensor([[0.1], [0.2], [0.1]]), torch.tensor([[0.0], [-1.0], [0.0]])
+
+    def moments(rows):
+        return sampled_reward_mean_and_variance(
+            lambda w, z: w[..., 0] * z[..., 0].tanh(), alpha[rows], mu[rows], logvar[rows], draws=16
+        )
+
+    together = moments([0, 1, 2])
+    assert all(t[0] == t[2] for t in together)  # equal rows meet equal noise
+    for row in range(3):
+        assert all(
+            torch.equal(alone[0], all_rows[row]) for alone, all_rows in zip(moments([row]), together, strict=True)
+        )
+
+
 def test_the_elbo_at_kl_weight_one_never_exceeds_ln_half():
     """vrm_spec section 3: with fixed priors, every encoder and decoder is bounded by ln 1/2."""
     generator = torch.Generator().manual_seed(1)
@@ -109,7 +142,88 @@ def test_supervision_target_is_the_softmax_of_the_annotated_scores():
 def test_weight_supervision_renormalises_over_the_annotated_objectives():
     target = torch.tensor([[0.25, 0.75, 0.0], [0.0, 0.0, 0.0]])
     mask = torch.tensor([[True, True, False], [False, False, False]])
-    alpha = torch.tensor([[1.0, 1.0, 8.0], [1.0, 2.0, 3.0]])
+    log_w = log_weights(torch.tensor([[1.0, 1.0, 8.0], [1.0, 2.0, 3.0]]), mask)
     expected = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
-    loss = weight_supervision_kl(target, mask, alpha)
-    torch.testing.assert_close(loss, torch.tensor([expected, 0.0]))
+    torch.testing.assert_close(weight_supervision(target, mask, log_w, "kl"), torch.tensor([expected, 0.0]))
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        # target (.5, .3, .2), weights (.2, .5, .3)
+        ("kl", 0.5 * math.log(0.5 / 0.2) + 0.3 * math.log(0.3 / 0.5) + 0.2 * math.log(0.2 / 0.3)),
+        ("mse", 0.09 + 0.04 + 0.01),
+        ("mae", 0.3 + 0.2 + 0.1),
+        # pairs (1, 2), (1, 3), (2, 3): softplus(-ln(w_k / w_j)) = ln(1 + w_j / w_k)
+        ("rank", (math.log(1 + 5 / 2) + math.log(1 + 3 / 2) + math.log(1 + 3 / 5)) / 3),
+    ],
+)
+def test_supervision_by_hand(form, expected):
+    target, weights = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.2, 0.5, 0.3]])
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    assert weight_supervision(target, mask, log_weights(weights, mask), form).item() == pytest.approx(expected)
+    scaled = log_weights(40.0 * weights, mask)  # concentrations: their sum does not matter
+    assert weight_supervision(target, mask, scaled, form).item() == pytest.approx(expected, rel=1e-5)
+    # A fourth objective without annotation changes nothing, however large its weight.
+    target, weights = (torch.cat([x, torch.tensor([[y]])], dim=1) for x, y in ((target, 0.0), (weights, 7.0)))
+    mask = torch.tensor([[True, True, True, False]])
+    assert weight_supervision(target, mask, log_weights(weights, mask), form).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("form", ["kl", "mse", "mae", "rank"])
+def test_rows_without_annotation_have_no_loss_and_no_gradient(form):
+    alpha = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]], requires_grad=True)
+    target = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 0.0]])
+    mask = torch.tensor([[True, True, False], [False, False, False]])
+    loss = weight_supervision(target, mask, log_weights(alpha, mask), form)
+    loss.sum().backward()
+    assert loss[1].item() == 0.0
+    assert alpha.grad[1].tolist() == [0.0, 0.0, 0.0]
+    assert torch.isfinite(alpha.grad).all()
+    if form == "rank":  # equal targets order nothing
+        assert loss[0].item() == 0.0
+
+
+def test_every_form_has_its_least_value_at_the_target_except_rank_which_goes_on():
+    target = torch.tensor([[0.5, 0.3, 0.2]])
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    for form in ("kl", "mse", "mae"):
+        assert weight_supervision(target, mask, target.log(), form).item() == pytest.approx(0.0, abs=1e-7)
+    steeper = log_weights(target**8, mask)
+    assert weight_supervision(target, mask, steeper, "rank") < weight_supervision(target, mask, target.log(), "rank")
+
+
+def test_expected_logarithms_are_those_of_the_samples():
+    # E[ln w] under Dir(1, 1) is digamma(1) - digamma(2) = -1; a third, masked objective drops out.
+    mask = torch.tensor([[True, True, False]])
+    alpha = torch.tensor([[1.0, 1.0, 8.0]])
+    torch.testing.assert_close(expected_log_weights(alpha, mask)[0, :2], torch.tensor([-1.0, -1.0]))
+    target = torch.tensor([[0.25, 0.75, 0.0]])
+    exact = weight_supervision(target, mask, expected_log_weights(alpha, mask), "kl").item()
+    draws = sample_dirichlet(alpha.expand(20_000, 3), torch.arange(20_000))
+    every = mask.expand(20_000, 3)
+    sampled = weight_supervision(target.expand(20_000, 3), every, log_weights(draws, every), "kl")
+    assert exact == pytest.approx(sampled.mean().item(), abs=4 * sampled.std().item() / math.sqrt(20_000))
+
+
+def test_the_target_may_come_from_either_response_or_from_their_difference():
+    chosen, chosen_mask = torch.tensor([[2.0, 1.0, 0.0, 0.0]]), torch.tensor([[True, True, False, False]])
+    rejected, rejected_mask = torch.tensor([[1.0, 0.0, -3.0, 0.0]]), torch.tensor([[True, False, True, False]])
+
+    def scores(target_from):
+        values, mask = supervision_scores(chosen, chosen_mask, rejected, rejected_mask, target_from=target_from)
+        return [value if known else None for value, known in zip(values[0].tolist(), mask[0].tolist(), strict=True)]
+
+    assert scores("chosen") == [2.0, 1.0, None, None]
+    assert scores("diff") == [1.0, None, None, None]
+    assert scores("both") == [1.5, 1.0, -3.0, None]
+
+
+def test_free_bits_neither_cost_nor_pull():
+    kl_w = torch.tensor([0.5, 3.0], requires_grad=True)
+    kl_z = torch.tensor([1.9, 5.0], requires_grad=True)
+    penalty = kl_penalty(kl_w, kl_z, weight_w=0.1, weight_z=0.01, free_bits=1.0)
+    torch.testing.assert_close(penalty, torch.tensor([0.1 * 1 + 0.01 * 2, 0.1 * 3 + 0.01 * 5]))
+    penalty.sum().backward()
+    torch.testing.assert_close(kl_w.grad, torch.tensor([0.0, 0.1]))
+    torch.testing.assert_close(kl_z.grad, torch.tensor([0.0, 0.01]))
