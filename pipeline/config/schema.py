@@ -342,6 +342,15 @@ class PPOConfig(Frozen):
         return self.clip_range if self.clip_range_high is None else self.clip_range_high
 
     @model_validator(mode="after")
+    def _clip_range_was_set_as_a_pair(self) -> PPOConfig:
+        if self.upper_clip_range < self.clip_range:
+            raise ValueError(
+                f"clip_range_high = {self.upper_clip_range:g} is below clip_range = {self.clip_range:g}: one of them "
+                "comes from the algorithm's standard values, so set both"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _dual_clip_lies_beyond_the_clip(self) -> PPOConfig:
         if self.dual_clip_ratio is None:
             return self

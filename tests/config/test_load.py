@@ -201,6 +201,10 @@ def test_ppo_and_reinforce_need_no_group():
             ["alignment.algorithm=cispo", GROUP, "alignment.ppo.dual_clip_ratio=3"],
             "dual_clip_ratio = 3.0 is for surrogate = clip, not cispo",
         ),
+        (
+            ["alignment.algorithm=gspo", GROUP, "alignment.ppo.clip_range=0.2"],
+            "alignment.ppo: clip_range_high = 0.0004 is below clip_range = 0.2: one of them comes from",
+        ),
         (["alignment.ppo.drop_uniform_groups=true"], "samples_per_prompt = 1 must be at least 2"),
     ],
 )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.config.schema import AlignmentConfig
 from pipeline.data.batching import step_indices
 from pipeline.data.prompts import PromptStream
 from pipeline.errors import NumericsError, Preempted
@@ -85,8 +86,8 @@ def test_a_preempted_run_commits_the_step_it_is_in_and_its_successor_ends_with_t
     assert_bit_equal(weights(tmp_path / "preempted"), weights(tmp_path / "whole"))
 
 
-def run_alignment(tiny_policy, world, tokenizer, path, *, kill=None):
-    learner = ppo_learner(tiny_policy, world, tokenizer, path / "published")
+def run_alignment(tiny_policy, world, tokenizer, path, *, kill=None, config=ALIGNMENT):
+    learner = ppo_learner(tiny_policy, world, tokenizer, path / "published", config=config)
     rollouts = FakeRollouts(tokenizer)
     if kill is not None:
         method, call = kill
@@ -105,7 +106,7 @@ def run_alignment(tiny_policy, world, tokenizer, path, *, kill=None):
         learner,
         PromptStream(prompts=tuple(prompts_of(world, tokenizer)), seed=0),
         stage_at(path, "align_policy"),
-        ALIGNMENT,
+        config,
         reward_scale=RewardScale(mean=0.0, std=1.0),
         seed=0,
     )
@@ -125,6 +126,21 @@ def test_resumed_alignment_equals_the_uninterrupted_run(kill, tiny_policy, world
     assert timeless(resumed) == timeless(whole)
     assert_bit_equal(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
     assert rollouts.loaded[0] in (2, 4)  # it went on behind a commit, not from the start
+
+
+def test_resumed_alignment_without_a_critic_equals_the_uninterrupted_run(tiny_policy, world, tokenizer, tmp_path):
+    dapo = AlignmentConfig.model_validate(
+        ALIGNMENT.model_dump(exclude_unset=True, exclude={"kl"}) | {"algorithm": "dapo", "num_steps": 4}
+    )
+    whole, _ = run_alignment(tiny_policy, world, tokenizer, tmp_path / "whole", config=dapo)
+    with pytest.raises(Killed):
+        run_alignment(tiny_policy, world, tokenizer, tmp_path / "killed", kill=("update", 3), config=dapo)
+    resumed, rollouts = run_alignment(tiny_policy, world, tokenizer, tmp_path / "killed", config=dapo)
+    assert timeless(resumed) == timeless(whole)
+    assert_bit_equal(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+    assert rollouts.loaded == [2, 3, 4]
+    # Two samples with equally many e's are a uniform group; somewhere in the run one was left out.
+    assert any(row["group/uniform"] > 0 for row in read_metrics(tmp_path / "whole" / METRICS_FILE))
 
 
 def test_every_step_samples_its_own_prompts_from_the_policy_of_that_step(tiny_policy, world, tokenizer, tmp_path):
