@@ -21,7 +21,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
-from ray.serve.schema import ApplicationStatus
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from actors.vrm_api import build_api
 from pipeline.config.schema import ScoringConfig
@@ -32,12 +32,12 @@ from pipeline.records import Message, RewardScore
 from pipeline.serving.admission import Admission
 from pipeline.serving.cache import ScoreCache
 from pipeline.serving.desk import Rows, ScoringDesk, describe
+from pipeline.serving.protocol import TOKEN_VARIABLE
 from pipeline.stages import storage
 from pipeline.stages.fingerprint import directory_fingerprint
 from pipeline.stages.runner import installed_versions
 
 APPLICATION = "vrm"
-TOKEN_VARIABLE = "VRM_SERVICE_TOKEN"
 ATTEMPTS = 3
 POLL_S = 0.2
 ROUTE_S = 10.0
@@ -242,14 +242,19 @@ def _wait_until_running(name: str, start_s: float) -> None:
             case ApplicationStatus.RUNNING:
                 return
             case ApplicationStatus.DEPLOY_FAILED | ApplicationStatus.UNHEALTHY:
-                raise WorkerError(f"the scoring service did not start: {application.message.strip()}")
+                raise WorkerError(f"the scoring service did not start: {_reason(application)}")
         if time.monotonic() > deadline:
-            reason = application.message.strip() or "no reason given"
             raise DeadlineExceeded(
-                f"the scoring service was not up after {start_s:g} s: {reason}. "
+                f"the scoring service was not up after {start_s:g} s: {_reason(application)}. "
                 "Free the CPUs or GPUs of cluster.scoring, or raise cluster.deadlines.start_s."
             )
         time.sleep(POLL_S)
+
+
+def _reason(application: ApplicationStatusOverview) -> str:
+    """Serve tells why a replica failed sometimes of the application, sometimes only of its deployment."""
+    told = [application.message, *(deployment.message for deployment in application.deployments.values())]
+    return "; ".join(dict.fromkeys(text.strip() for text in told if text.strip())) or "no reason given"
 
 
 def _require_route(name: str, port: int) -> None:

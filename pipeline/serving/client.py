@@ -26,9 +26,15 @@ from pydantic import ValidationError
 
 from pipeline.errors import ConfigError, DataError, DeadlineExceeded, WorkerError
 from pipeline.records import Message
-from pipeline.serving.protocol import Answer, BestOfAnswer, CompareAnswer, ModelAnswer, ScoreAnswer, ScoreManyAnswer
-
-TOKEN_VARIABLE = "VRM_SERVICE_TOKEN"
+from pipeline.serving.protocol import (
+    TOKEN_VARIABLE,
+    Answer,
+    BestOfAnswer,
+    CompareAnswer,
+    ModelAnswer,
+    ScoreAnswer,
+    ScoreManyAnswer,
+)
 
 Prompt = str | Sequence[Message]
 """The words of one user, or every turn up to where the assistant speaks."""

@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from pipeline.records import Message
 
+TOKEN_VARIABLE = "VRM_SERVICE_TOKEN"
+"""Environment variable that both sides take the bearer token from."""
+
 MAX_TEXT_CHARS = 100_000
 
 Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]

@@ -83,6 +83,14 @@ def test_a_pair_has_the_moments_of_the_difference_of_its_features():
     assert sum(result.contributions) == pytest.approx(result.margin, abs=1e-5)
 
 
+def test_a_prompt_that_was_cut_differently_for_each_response_still_adds_up():
+    other = RewardScore(mean=0.8, std=0.3, objective_weights=(0.2, 0.8), objective_scores=(0.0, 1.0), concentration=9.0)
+    result = compare(A, other)
+    assert sum(result.contributions) == pytest.approx(result.margin) == pytest.approx(0.2)
+    # s_a^T C s_b is -2 * 1/16 under the weights of A, and -2 * 0.2 * 0.8 / 10 under the other's.
+    assert reward_covariance(A, other) == reward_covariance(other, A) == pytest.approx((-0.125 - 0.032) / 2)
+
+
 def test_without_a_bound_the_highest_mean_wins():
     assert rank([plain(1.0), plain(3.0), plain(2.0)], lcb=0.0) == [(1, 3.0), (2, 2.0), (0, 1.0)]
 
