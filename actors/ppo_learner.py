@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.config.schema import AlignmentConfig, RanksConfig
+from pipeline.records import PromptGroup
 from pipeline.stages import storage
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class PPOLearnerSpec:
     reward_model_uri: str
     """The critic's backbone starts from this reward model's."""
     dtype: str
-    probes: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    probes: tuple[PromptGroup, ...]
     publish_directory: str
     seed: int
 
@@ -42,7 +43,7 @@ def build_ppo_learner(spec: PPOLearnerSpec, device: torch.device) -> PPOLearner:
     with storage.reading(spec.policy_uri) as directory:
         policy, tokenizer = load_causal_lm(directory, dtype="float32")
         reference, _ = load_causal_lm(directory, dtype=spec.dtype)
-    critic = _critic_backbone(spec) if ppo.critic == "separate" else None
+    critic = _critic_backbone(spec) if ppo.trains_a_critic and ppo.critic == "separate" else None
     for backbone in (policy, critic):
         if backbone is None:
             continue
@@ -50,6 +51,7 @@ def build_ppo_learner(spec: PPOLearnerSpec, device: torch.device) -> PPOLearner:
         if config.gradient_checkpointing:
             backbone.gradient_checkpointing_enable()
     model = PolicyWithCritic(policy, critic)
+    model.value_head.requires_grad_(ppo.trains_a_critic)  # without a critic it stays at the zero it starts from
     groups = parameter_groups(policy, model.value_head, ppo.policy, head_learning_rate=ppo.critic_learning_rate)
     if critic is not None:
         critic_optimiser = ppo.policy.model_copy(update={"learning_rate": ppo.critic_learning_rate})

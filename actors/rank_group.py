@@ -76,7 +76,7 @@ class RankGroup:
         start_s: float,
     ) -> None:
         self.name = name
-        threads = max(1, int(config.cpus_per_rank))
+        threads = config.threads_per_rank or max(1, int(config.cpus_per_rank))
         on_gpu = config.gpus_per_rank > 0
         environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         if not on_gpu:

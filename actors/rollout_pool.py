@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -59,6 +59,7 @@ class RolloutPool:
         gate_tolerance: float,
         seed: int,
         worker: type = RolloutWorker,
+        requested_workers: Callable[[], int | None] = lambda: None,
     ) -> None:
         """Starts the workers and returns at once; the first `load_weights` waits for them.
 
@@ -67,6 +68,7 @@ class RolloutPool:
             max_model_len: tokens of prompt and response together.
             gate_tolerance: largest mean absolute logprob difference to the learner, nats.
             worker: what runs in each Ray actor.
+            requested_workers: asked between batches; the pool grows or shrinks to what it says, None changes nothing.
         """
         if config.gpus_per_worker > 1:
             raise ConfigError(
@@ -83,6 +85,9 @@ class RolloutPool:
         self._restarts_left = config.max_restarts
         self._num_started = 0
         self._workers: list[Worker] = []
+        self._requested_workers = requested_workers
+        self._joining: list[Worker] = []
+        self._given_up: int | None = None
         self.resize(config.workers)
 
     @property
@@ -100,6 +105,33 @@ class RolloutPool:
             joining, _ = self._load(joining, self._weights)
         self._workers += joining
 
+    def _follow_request(self) -> None:
+        """Shrinks at once; grows without waiting: a worker that starts while others sample joins at the next update."""
+        wanted = self._requested_workers()
+        if wanted is None:
+            return
+        while self._joining and len(self._workers) + len(self._joining) > wanted:
+            _end(self._joining.pop())
+        while len(self._workers) > wanted:
+            _end(self._workers.pop())
+        if wanted != self._given_up:
+            self._joining += [self._start_worker() for _ in range(wanted - len(self._workers) - len(self._joining))]
+        for worker in list(self._joining):
+            ready, _ = ray.wait([worker.started], timeout=0)
+            if ready:
+                self._joining.remove(worker)
+                self._join(worker, wanted)
+
+    def _join(self, worker: Worker, wanted: int) -> None:
+        try:
+            ray.get(worker.started)
+        except (RayActorError, RayTaskError) as error:
+            # The run goes on with the workers it has: a request from outside must not end it.
+            self._given_up = wanted
+            logger.warning("%s, asked for from outside, did not start: %s", worker.name, error)
+        else:
+            self._workers.append(worker)
+
     def load_weights(self, weights: PolicyWeights) -> Metrics:
         """Gives every engine the published policy; the slowest engine and the widest gap make the metrics.
 
@@ -107,9 +139,11 @@ class RolloutPool:
             StaleEngineError: an engine does not reproduce the learner's probe log-probabilities.
             WorkerDied, DeadlineExceeded: a worker is gone, or does not answer.
         """
+        self._follow_request()
         self._weights = weights
         self._workers, metrics = self._load(self._workers, weights)
         return {
+            "rollout/workers": float(len(self._workers)),
             "gate/mean": max(m["gate/mean"] for m in metrics),
             "gate/max": max(m["gate/max"] for m in metrics),
             "weights/seconds": max(m["weights/seconds"] for m in metrics),
@@ -154,9 +188,9 @@ class RolloutPool:
 
     def close(self) -> None:
         """Ends the workers; nothing of them needs saving."""
-        for worker in self._workers:
+        for worker in (*self._workers, *self._joining):
             _end(worker)
-        self._workers = []
+        self._workers, self._joining = [], []
 
     def __enter__(self) -> RolloutPool:
         return self
@@ -181,7 +215,7 @@ class RolloutPool:
         if config.gpus_per_worker == 0:
             environment |= {
                 "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
-                "OMP_NUM_THREADS": str(max(1, int(config.cpus_per_worker))),
+                "OMP_NUM_THREADS": str(config.threads_per_worker or max(1, int(config.cpus_per_worker))),
                 "CUDA_VISIBLE_DEVICES": "",
             }
         name = f"rollout worker {self._num_started}"

@@ -6,7 +6,6 @@ PPO and outside users take the same road: both reach the replicas through the de
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import os
 import secrets
@@ -15,66 +14,36 @@ import time
 import urllib.request
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Header, HTTPException
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.config import BackpressureConfig
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
-from ray.serve.schema import ApplicationStatus
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
+from actors.vrm_api import build_api
 from pipeline.config.schema import ScoringConfig
 from pipeline.errors import DataError, DeadlineExceeded, PipelineError, ResourceError, WorkerDied, WorkerError
 from pipeline.learning.reward_scorer import RewardModelScorer
 from pipeline.ports import RewardScorer
 from pipeline.records import Message, RewardScore
+from pipeline.serving.admission import Admission
+from pipeline.serving.cache import ScoreCache
+from pipeline.serving.desk import Rows, ScoringDesk, describe
+from pipeline.serving.protocol import TOKEN_VARIABLE
 from pipeline.stages import storage
+from pipeline.stages.fingerprint import directory_fingerprint
+from pipeline.stages.runner import installed_versions
 
 APPLICATION = "vrm"
-TOKEN_VARIABLE = "VRM_SERVICE_TOKEN"
 ATTEMPTS = 3
 POLL_S = 0.2
 ROUTE_S = 10.0
 """How long the HTTP proxy may take to learn of a new application."""
 
-Rows = tuple[list[tuple[Message, ...]], list[str]]
-"""Prompts and their responses, as many of one as of the other."""
 
-# No docs pages: they would fetch their scripts from elsewhere.
-api = FastAPI(title="VRM scoring service", docs_url=None, redoc_url=None)
-
-Text = Annotated[str, Field(max_length=100_000)]
-
-
-class ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    role: Literal["system", "user", "assistant"]
-    content: Text
-
-
-class ScoreRequest(BaseModel):
-    """One prompt and the responses to score."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    prompt: Text | Annotated[list[ChatMessage], Field(min_length=1, max_length=256)]
-    responses: list[Text] = Field(min_length=1, max_length=256)
-
-
-class ScoredResponse(BaseModel):
-    """reward = sum of contributions, for the VRM head."""
-
-    reward: float
-    reward_std: float
-    objective_weights: dict[str, float]
-    objective_scores: dict[str, float]
-    contributions: dict[str, float]
-
-
-# Serve pickles the class below while it is being defined: what it uses stands above it.
 def score_together(scorer: RewardScorer, calls: Sequence[Rows]) -> list[list[RewardScore] | PipelineError]:
     """Calls that arrived together are scored together; each gets its own rows back, or its own error."""
     try:
@@ -94,26 +63,43 @@ def score_together(scorer: RewardScorer, calls: Sequence[Rows]) -> list[list[Rew
 
 
 @serve.deployment
-@serve.ingress(api)
+@serve.ingress()
 class VRMService:
     """One replica: a reward model in memory."""
 
-    def __init__(self, model_uri: str, config: ScoringConfig, token: str | None) -> None:
+    def __init__(self, model_uri: str, config: ScoringConfig, token: str | None, deadline_s: float) -> None:
         import torch
 
-        torch.set_num_threads(max(1, int(config.cpus_per_replica)))
+        torch.set_num_threads(config.threads_per_replica or max(1, int(config.cpus_per_replica)))
         device = "cuda" if config.gpus_per_replica > 0 else "cpu"
         with storage.reading(model_uri) as directory:
             self._scorer = RewardModelScorer.load(
                 directory, max_tokens_per_batch=config.max_tokens_per_batch, device=device
             )
+            fingerprint = directory_fingerprint(directory)
+        model = describe(self._scorer.card, config, fingerprint, installed_versions())
+        self._desk = ScoringDesk(
+            self._score_rows,
+            model,
+            admission=Admission(config.max_pending_rows),
+            cache=ScoreCache(config.cache_entries),
+            deadline_s=deadline_s,
+        )
         self._token = token
         self._batched.set_max_batch_size(config.max_batch_size)
         self._batched.set_batch_wait_timeout_s(config.batch_wait_s)
 
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Serve calls it once the model is loaded."""
+        replica = serve.get_replica_context().replica_id.unique_id
+        return build_api(self._desk, token=self._token, replica=replica)
+
     async def score(self, prompts: list[tuple[Message, ...]], responses: list[str]) -> list[RewardScore]:
         """For callers inside the cluster: many (prompt, response) rows in one call."""
-        scores = await self._batched((prompts, responses))
+        return await self._desk.scores_for_training((prompts, responses))
+
+    async def _score_rows(self, rows: Rows) -> list[RewardScore]:
+        scores = await self._batched(rows)
         if isinstance(scores, PipelineError):
             raise scores
         return scores
@@ -122,47 +108,6 @@ class VRMService:
     async def _batched(self, calls: list[Rows]) -> list[list[RewardScore] | PipelineError]:
         # In a thread: /healthz answers while a long batch is scored.
         return await asyncio.to_thread(score_together, self._scorer, calls)
-
-    @api.get("/healthz")
-    async def healthz(self) -> dict[str, str]:
-        return {"status": "ok"}
-
-    @api.get("/v1/model")
-    async def model(self, authorization: str | None = Header(default=None)) -> dict[str, Any]:
-        self._authorise(authorization)
-        return self._scorer.card.model_dump()
-
-    @api.post("/v1/score")
-    async def score_over_http(
-        self, request: ScoreRequest, authorization: str | None = Header(default=None)
-    ) -> list[ScoredResponse]:
-        self._authorise(authorization)
-        if isinstance(request.prompt, str):
-            prompt: tuple[Message, ...] = ({"role": "user", "content": request.prompt},)
-        else:
-            prompt = tuple(message.model_dump() for message in request.prompt)
-        scores = await self._batched(([prompt] * len(request.responses), request.responses))
-        if isinstance(scores, PipelineError):
-            raise HTTPException(status_code=422, detail=str(scores))
-        return [self._as_response(score) for score in scores]
-
-    def _as_response(self, score: RewardScore) -> ScoredResponse:
-        # A Bradley-Terry model gives no reasons, a decoder that is a network no scores: those dicts are empty.
-        names = self._scorer.card.objectives
-        weights = dict(zip(names, score.objective_weights, strict=False))
-        scores = dict(zip(names, score.objective_scores, strict=False))
-        return ScoredResponse(
-            reward=score.mean,
-            reward_std=score.std,
-            objective_weights=weights,
-            objective_scores=scores,
-            contributions={name: weights[name] * scores[name] for name in scores},
-        )
-
-    def _authorise(self, authorization: str | None) -> None:
-        expected = f"Bearer {self._token}"
-        if self._token is not None and not hmac.compare_digest((authorization or "").encode(), expected.encode()):
-            raise HTTPException(status_code=401, detail="missing or wrong bearer token")
 
 
 class ServedScorer:
@@ -234,6 +179,7 @@ def start_service(
     """Brings the application up and waits for its replicas.
 
     HTTP listens on 127.0.0.1 when `config.port` is set; it asks for `token` as a bearer token, or for none when None.
+    `deadline_s` is how long a request may take, over HTTP and through the handle.
     A cluster has one Serve for all its jobs, so `name` must be the job's own. An application of that name is replaced:
     only a killed run of the same job can have left it.
 
@@ -252,10 +198,19 @@ def start_service(
     application = VRMService.options(
         num_replicas=config.replicas,
         max_ongoing_requests=4 * config.max_batch_size,
+        # Each proxy and each handle has such a queue of its own: many users over HTTP never shut out a training run.
+        max_queued_requests=4 * config.max_batch_size,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1.0),
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
-    ).bind(model_uri, config, token)
+    ).bind(model_uri, config, token, deadline_s)
     target = serve.RunTarget(application, name=name, route_prefix="/" if config.port else None)
-    [handle] = serve.run_many([target], wait_for_applications_running=False)
+    try:
+        [handle] = serve.run_many([target], wait_for_applications_running=False)
+    except RayServeException as error:
+        raise ResourceError(
+            f"Serve already answers HTTP for another application on this cluster: {error.args[0]}. "
+            "Choose cluster.scoring.port=0, or end the other job."
+        ) from error
     _wait_until_running(name, start_s)
     if config.port:
         _require_route(name, config.port)
@@ -287,14 +242,19 @@ def _wait_until_running(name: str, start_s: float) -> None:
             case ApplicationStatus.RUNNING:
                 return
             case ApplicationStatus.DEPLOY_FAILED | ApplicationStatus.UNHEALTHY:
-                raise WorkerError(f"the scoring service did not start: {application.message.strip()}")
+                raise WorkerError(f"the scoring service did not start: {_reason(application)}")
         if time.monotonic() > deadline:
-            reason = application.message.strip() or "no reason given"
             raise DeadlineExceeded(
-                f"the scoring service was not up after {start_s:g} s: {reason}. "
+                f"the scoring service was not up after {start_s:g} s: {_reason(application)}. "
                 "Free the CPUs or GPUs of cluster.scoring, or raise cluster.deadlines.start_s."
             )
         time.sleep(POLL_S)
+
+
+def _reason(application: ApplicationStatusOverview) -> str:
+    """Serve tells why a replica failed sometimes of the application, sometimes only of its deployment."""
+    told = [application.message, *(deployment.message for deployment in application.deployments.values())]
+    return "; ".join(dict.fromkeys(text.strip() for text in told if text.strip())) or "no reason given"
 
 
 def _require_route(name: str, port: int) -> None:

@@ -25,7 +25,7 @@ from pipeline.records import Metrics, StageResult
 from pipeline.stages import storage
 from pipeline.stages.workspace import StageDirectory
 
-VERSION = 1
+VERSION = 2
 
 
 def align_policy(rooms: Rooms, policy: StageResult, reward_model: StageResult) -> StageResult:
@@ -71,7 +71,6 @@ def _align(stage: StageDirectory, rooms: Rooms, policy: StageResult, reward_mode
             stage,
             config,
             reward_scale=RewardScale(mean=card.reward_mean, std=card.reward_std),
-            pad_token_id=tokenizer.pad_token_id,
             seed=recipe.seed,
         )
 

@@ -13,12 +13,14 @@ from cluster.resources import as_table, check_plan, plan_resources, this_machine
 from cluster.submission import is_submitted_job
 from pipeline.config.load import load_recipe
 from pipeline.config.schema import Recipe
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, PipelineError, Preempted
 
 if TYPE_CHECKING:
     from jobs.rooms import Rooms
 
 BAD_INPUT = 2
+PREEMPTED = 75
+"""EX_TEMPFAIL of sysexits.h: try again."""
 CLUSTERS = {"RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"}
 """Environment variables that name a cluster other than one the job would start itself."""
 
@@ -89,8 +91,11 @@ def dry_run(options: Options) -> None:
         print(f"This machine has it: {here['CPU']:g} CPU, {here['GPU']:g} GPU.")
 
 
-def run_job(description: str, body: Callable[[Rooms], None]) -> None:
-    """Parses, opens workspace and cluster, runs `body`; a pipeline error ends the process with its message alone."""
+def run_job(description: str, body: Callable[[Rooms], object]) -> None:
+    """Parses, opens workspace and cluster, runs `body`; a pipeline error ends the process with its message alone.
+
+    Exit codes: 0 done, 2 bad input or a failure the message explains, 75 asked to end and committed.
+    """
     try:
         options = parse(description)
         if options.dry_run:
@@ -101,6 +106,9 @@ def run_job(description: str, body: Callable[[Rooms], None]) -> None:
 
         with open_rooms(options) as rooms:
             body(rooms)
+    except Preempted as notice:
+        print(notice, file=sys.stderr, flush=True)
+        sys.exit(PREEMPTED)
     except PipelineError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         sys.exit(BAD_INPUT)

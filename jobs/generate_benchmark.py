@@ -30,7 +30,7 @@ from pipeline.records import Answer, Metrics, Prompt, StageResult
 from pipeline.stages import storage
 from pipeline.stages.workspace import StageDirectory
 
-VERSION = 1
+VERSION = 2
 BASE, ALIGNED = "base", "aligned"
 
 

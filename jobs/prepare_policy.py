@@ -26,7 +26,7 @@ from pipeline.records import Metrics, StageResult
 from pipeline.stages import storage
 from pipeline.stages.workspace import StageDirectory
 
-VERSION = 1
+VERSION = 2
 HELDOUT_TEXTS = 256
 
 
@@ -78,6 +78,7 @@ def _fine_tune(stage: StageDirectory, recipe: Recipe) -> Metrics:
 
 def _write_starting_policy(recipe: Recipe, directory: str) -> PreTrainedTokenizerBase:
     """The checkpoint the recipe names, or a tiny random model, as a Hugging Face directory. Returns its tokenizer."""
+    tokenizer: PreTrainedTokenizerBase
     if recipe.policy.checkpoint is None:
         tokenizer = build_tokenizer()
         model = create_tiny_causal_lm(recipe.policy.tiny, tokenizer, seed=recipe.seed)

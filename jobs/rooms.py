@@ -20,6 +20,8 @@ from jobs.command_line import Options
 from pipeline.config.schema import Recipe
 from pipeline.records import StageResult
 from pipeline.stages import storage
+from pipeline.stages.preemption import PreemptionNotice
+from pipeline.stages.requests import forget_requests, requested_rollout_workers
 from pipeline.stages.runner import StageRunner
 from pipeline.stages.workspace import Workspace
 
@@ -43,6 +45,7 @@ class Rooms:
             recipe = self.recipe
             alignment, benchmark = recipe.alignment, recipe.benchmark
             directory = self._exits.enter_context(storage.reading(policy.location))
+            forget_requests(self.stages.workspace.uri)
             self._pool = self._exits.enter_context(
                 RolloutPool(
                     directory,
@@ -55,6 +58,7 @@ class Rooms:
                     ),
                     gate_tolerance=alignment.gate_tolerance or TOLERANCE[recipe.policy.dtype],
                     seed=recipe.seed,
+                    requested_workers=lambda: requested_rollout_workers(self.stages.workspace.uri),
                 )
             )
         return self._pool
@@ -91,6 +95,10 @@ def open_rooms(options: Options) -> Iterator[Rooms]:
     recipe = options.recipe
     transformers_logging.disable_progress_bar()  # the progress lines are the stages' own
     with ExitStack() as exits:
-        workspace = exits.enter_context(Workspace.open(options.workspace, job=job_id(), take_over=options.take_over))
+        notice = PreemptionNotice()
+        workspace = exits.enter_context(
+            Workspace.open(options.workspace, job=job_id(), take_over=options.take_over, preempted=notice.is_given)
+        )
         exits.enter_context(open_cluster(recipe.cluster, plan_resources(recipe.cluster)))
+        exits.enter_context(notice.watching())  # behind ray.init, which handles SIGTERM by leaving at once
         yield Rooms(recipe, StageRunner(workspace), exits)

@@ -4,6 +4,9 @@
     curl -H "Authorization: Bearer $TOKEN" -H "content-type: application/json" \
          -d '{"prompt": "...", "responses": ["...", "..."]}' http://127.0.0.1:8000/v1/score
 
+http://127.0.0.1:8000/ compares two responses in a browser. OpenRLHF takes http://vrm:$TOKEN@127.0.0.1:8000/get_reward,
+TRL takes pipeline.serving.trl_reward.VRMReward, Python takes pipeline.serving.client.VRMScorer.
+
 Prints the bearer token it asks for: VRM_SERVICE_TOKEN, or a fresh one. Ctrl-C stops it.
 """
 

@@ -7,18 +7,17 @@ Runs the stage before it when its result is not in the workspace.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from actors.rank_group import RankGroup
 from actors.ranked_learner import RankedLearner
 from actors.reward_trainer import RewardTrainerSpec, build_reward_trainer
 from jobs.command_line import run_job
 from jobs.prepare_policy import prepare_policy
 from jobs.rooms import Rooms
+from pipeline.benchmark.pairwise import longer_is_better
 from pipeline.config.schema import Recipe
 from pipeline.data.batching import step_indices
 from pipeline.data.chat import require_chat_template
-from pipeline.data.collate import PairCollator, TokenisedPair, tokenise_pairs
+from pipeline.data.collate import PairCollator, tokenise_pairs
 from pipeline.data.preferences import require_annotations, shared_prompts
 from pipeline.data.score_statistics import ScoreStatistics
 from pipeline.data.source import data_fingerprints, load_data
@@ -29,7 +28,7 @@ from pipeline.records import Metrics, StageResult
 from pipeline.stages import storage
 from pipeline.stages.workspace import StageDirectory
 
-VERSION = 1
+VERSION = 2
 
 
 def train_reward_model(rooms: Rooms, policy: StageResult) -> StageResult:
@@ -69,7 +68,6 @@ def _train(stage: StageDirectory, recipe: Recipe, backbone_uri: str) -> Metrics:
     num_steps = config.num_steps or max(1, len(pairs) // config.batch_pairs)
     collate = PairCollator(
         statistics=statistics,
-        pad_token_id=tokenizer.pad_token_id,
         temperature=config.loss.supervision_temperature,
         seed=recipe.seed,
         target_from=config.loss.target_from,
@@ -101,16 +99,10 @@ def _train(stage: StageDirectory, recipe: Recipe, backbone_uri: str) -> Metrics:
         "data/train_pairs": float(len(pairs)),
         "data/heldout_pairs": float(len(heldout)),
         "data/shared_prompts": float(shared),
-        "eval/longer_is_better": longer_is_better(heldout),
+        "eval/longer_is_better": longer_is_better(
+            [len(c) - len(r) for c, r in (p.tokens.response_ids for p in heldout)]
+        ),
     }
-
-
-def longer_is_better(pairs: Sequence[TokenisedPair]) -> float:
-    """Accuracy of the rule that prefers the longer response; a tie counts one half."""
-    wins = [
-        0.5 * (1 + (len(p.chosen_ids) > len(p.rejected_ids)) - (len(p.chosen_ids) < len(p.rejected_ids))) for p in pairs
-    ]
-    return sum(wins) / len(wins)
 
 
 if __name__ == "__main__":

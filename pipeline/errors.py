@@ -11,9 +11,11 @@
     ├── CheckpointError      weights that do not belong to this model
     ├── NumericsError        numbers that must not be trained on
     │   └── StaleEngineError     the rollout engine does not hold the learner's weights
-    └── WorkerError          a remote process that failed
-        ├── WorkerDied           it is gone, and so is its retry budget
-        └── DeadlineExceeded     it did not answer in time
+    ├── WorkerError          a remote process that failed
+    │   ├── WorkerDied           it is gone, and so is its retry budget
+    │   ├── Overloaded           it has more to do than it may take on
+    │   └── DeadlineExceeded     it did not answer in time
+    └── Preempted            asked to leave, and left behind a commit
 
 Each error carries its message alone, so it survives pickling across a Ray boundary unchanged.
 A message is a short letter: what happened, with which values, and what to do next.
@@ -72,5 +74,13 @@ class WorkerDied(WorkerError):
     """A remote process is gone and its retry budget is spent."""
 
 
+class Overloaded(WorkerError):
+    """A remote process refuses more work for now; the message says when to ask again."""
+
+
 class DeadlineExceeded(WorkerError):
     """A remote call did not return in time; the message says which, and for how long it ran."""
+
+
+class Preempted(PipelineError):
+    """The process was asked to end; what it had done is committed, and the same command resumes."""

@@ -34,18 +34,28 @@ class PreferencePair:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptGroup:
+    """A prompt and the responses to it, in one model's tokens; every response ends with the end of its turn."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[tuple[int, ...], ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """The prompt counts once: what a packed forward pass computes."""
+        return len(self.prompt_ids) + self.num_response_tokens
+
+    @property
+    def num_response_tokens(self) -> int:
+        return sum(map(len, self.response_ids))
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreferenceBatch:
-    """B tokenised pairs, right-padded; rows [0, B) are the chosen, rows [B, 2B) the rejected.
+    """B tokenised pairs. Where rows are spoken of, rows [0, B) are the chosen responses, rows [B, 2B) the rejected."""
 
-    `prompt_lengths[b]` is shared by rows b and b + B, whose first tokens are the same prompt.
-    """
-
-    input_ids: torch.Tensor
-    """[2B, L] int64."""
-    lengths: torch.Tensor
-    """[2B] int64: prompt + response tokens of each row; the last one is the end-of-turn token."""
-    prompt_lengths: torch.Tensor
-    """[B] int64."""
+    pairs: tuple[PromptGroup, ...]
+    """Two responses each: the chosen, then the rejected."""
     target: torch.Tensor
     """[B, K] float32: supervision distribution over the objectives, 0 where masked."""
     target_mask: torch.Tensor
@@ -62,15 +72,7 @@ class PreferenceBatch:
 
     @property
     def num_pairs(self) -> int:
-        return self.prompt_lengths.shape[0]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenisedText:
-    """One training text for supervised fine-tuning: loss on the tokens after the prompt."""
-
-    token_ids: tuple[int, ...]
-    prompt_length: int
+        return len(self.pairs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +113,10 @@ class Rollout:
     policy_version: int
     finish_reason: FinishReason
 
+    @property
+    def tokens(self) -> PromptGroup:
+        return PromptGroup(prompt_ids=self.prompt.token_ids, response_ids=(self.response_ids,))
+
 
 @dataclass(frozen=True, kw_only=True)
 class RewardScore:
@@ -124,6 +130,8 @@ class RewardScore:
     std: float
     objective_weights: tuple[float, ...]
     objective_scores: tuple[float, ...]
+    concentration: float = 0.0
+    """A = sum_k alpha_k of the Dirichlet over the weights; 0 where the weights are not random."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +141,17 @@ class TokenEvaluation:
     logprobs: tuple[float, ...]
     reference_logprobs: tuple[float, ...]
     values: tuple[float, ...]
+    """0 throughout where the algorithm trains no critic."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticTargets:
+    """What the critic learns from one batch."""
+
+    values: torch.Tensor
+    """[B, T] under the critic before the update."""
+    returns: torch.Tensor
+    """[B, T]: advantages before whitening, plus values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,22 +161,22 @@ class Experience:
     Column t of every [B, T] tensor is response token t; `mask` is True on real tokens.
     """
 
-    input_ids: torch.Tensor
-    """[B, L] int64: prompt and response, right-padded."""
-    prompt_lengths: torch.Tensor
-    """[B] int64."""
-    response_lengths: torch.Tensor
-    """[B] int64."""
+    sequences: tuple[PromptGroup, ...]
+    """B prompts with one response each."""
     mask: torch.Tensor
     """[B, T] bool."""
     logprobs: torch.Tensor
     """[B, T] under the policy before the update."""
-    values: torch.Tensor
-    """[B, T] under the critic before the update."""
+    reference_logprobs: torch.Tensor
+    """[B, T] under the frozen reference."""
     advantages: torch.Tensor
-    """[B, T], whitened over the masked tokens of the whole batch."""
-    returns: torch.Tensor
-    """[B, T]: advantages before whitening, plus values."""
+    """[B, T]; PPO and REINFORCE++ whiten them over the masked tokens of the whole batch."""
+    importance_weights: torch.Tensor
+    """[B, T] of each token in the policy loss: 1, unless the recipe corrects for the engine's own distribution."""
+    kl_loss_coefficient: float
+    """Weight of the KL term of the loss in this step; 0 where the KL is part of the reward."""
+    critic: CriticTargets | None
+    """None where the algorithm trains no critic."""
     num_response_tokens: int
     """The loss denominator of the whole batch, counted before sharding."""
 

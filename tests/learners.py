@@ -46,7 +46,7 @@ def statistics_of(world):
 
 
 def collator(world, tokenizer):
-    return PairCollator(statistics=statistics_of(world), pad_token_id=tokenizer.pad_token_id, temperature=1.0, seed=0)
+    return PairCollator(statistics=statistics_of(world), temperature=1.0, seed=0)
 
 
 def tokenised(world, tokenizer, split="train"):
@@ -118,8 +118,10 @@ def ppo_learner(tiny_policy, world, tokenizer, publish_directory, *, config=ALIG
 
     policy = AutoModelForCausalLM.from_pretrained(tiny_policy)
     torch.manual_seed(0)
-    critic = load_backbone(tiny_policy, dtype="float32") if config.ppo.critic == "separate" else None
+    separate = config.ppo.trains_a_critic and config.ppo.critic == "separate"
+    critic = load_backbone(tiny_policy, dtype="float32") if separate else None
     model = PolicyWithCritic(policy, critic)
+    model.value_head.requires_grad_(config.ppo.trains_a_critic)
     groups = parameter_groups(policy, model.value_head, config.ppo.policy, head_learning_rate=1e-3)
     if critic is not None:
         groups += parameter_groups(critic, None, config.ppo.policy, head_learning_rate=1e-3)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import DataError
 from pipeline.records import Answer, RewardScore
 
+WEIGHT, SCORE = "objective_weight_", "objective_score_"
+
 
 def write_answers(path: Path, answers: Sequence[Answer], *, dataset: str) -> None:
-    """A JSON list of {instruction, output, generator, dataset}, as alpaca_eval reads it; ours stand beside them."""
+    """A JSON list of {instruction, output, generator, dataset}, as alpaca_eval reads it; ours stand beside them.
+
+    Every value is a string or a number: alpaca_eval looks for repeated rows, and fails on a nested one.
+    """
     rows = [
         {
             "instruction": answer.instruction,
@@ -20,7 +25,11 @@ def write_answers(path: Path, answers: Sequence[Answer], *, dataset: str) -> Non
             "generator": answer.generator,
             "dataset": dataset,
             "prompt_id": answer.prompt_id,
-            "score": asdict(answer.score),
+            "reward_mean": answer.score.mean,
+            "reward_std": answer.score.std,
+            "reward_concentration": answer.score.concentration,
+            **{f"{WEIGHT}{k}": value for k, value in enumerate(answer.score.objective_weights)},
+            **{f"{SCORE}{k}": value for k, value in enumerate(answer.score.objective_scores)},
         }
         for answer in answers
     ]
@@ -43,13 +52,18 @@ def read_answers(path: Path) -> list[Answer]:
                 output=row["output"],
                 generator=row["generator"],
                 score=RewardScore(
-                    mean=row["score"]["mean"],
-                    std=row["score"]["std"],
-                    objective_weights=tuple(row["score"]["objective_weights"]),
-                    objective_scores=tuple(row["score"]["objective_scores"]),
+                    mean=row["reward_mean"],
+                    std=row["reward_std"],
+                    objective_weights=_numbered(row, WEIGHT),
+                    objective_scores=_numbered(row, SCORE),
+                    concentration=row["reward_concentration"],
                 ),
             )
             for row in rows
         ]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise DataError(f"{path} holds no scored answers: {error!r}") from error
+
+
+def _numbered(row: Mapping[str, Any], prefix: str) -> tuple[float, ...]:
+    return tuple(row[f"{prefix}{k}"] for k in range(sum(name.startswith(prefix) for name in row)))

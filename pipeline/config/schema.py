@@ -7,9 +7,11 @@ This package imports neither torch nor transformers nor ray, so `--dry-run` answ
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pipeline.config.algorithms import Algorithm, with_standard_values
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -249,10 +251,13 @@ class RewardTrainingConfig(Frozen):
 
 
 class KLConfig(Frozen):
-    """The per-token KL penalty to the reference policy."""
+    """The KL penalty to the reference policy."""
 
     coefficient: NonNegative = 0.01
     estimator: Literal["k1", "k2", "k3"] = "k1"
+    place: Literal["reward", "loss"] = "reward"
+    """"reward": subtracted from the reward of the token that caused it, before advantages are estimated.
+    "loss": added to the policy loss, averaged like it, with a gradient of its own."""
     target: Positive | None = None
     """Nats per response to aim at with the adaptive controller (Ziegler et al. 2019); None keeps the coefficient."""
     horizon: Positive = 10_000
@@ -260,14 +265,47 @@ class KLConfig(Frozen):
     stop_above: Positive | None = None
     """Stop the stage, with its last good checkpoint, when KL per response exceeds this many nats."""
 
+    @model_validator(mode="after")
+    def _has_a_gradient(self) -> KLConfig:
+        if self.place == "loss" and self.estimator == "k1" and self.coefficient > 0:
+            raise ValueError(
+                "estimator = k1 in the loss has a gradient whose mean is zero, so it would only add noise; "
+                "use estimator = k2 or k3, or place = reward"
+            )
+        return self
+
 
 class PPOConfig(Frozen):
-    """PPO (vrm_spec sections 10 and 11)."""
+    """The update of the policy: PPO (vrm_spec sections 10 and 11), and its family (section 20).
+
+    `alignment.algorithm` chooses `advantages`, `ratio`, `surrogate`, `aggregation` and the values that go with them.
+    """
 
     epochs: Count = 1
     mini_batch_size: Count = 128
     """Responses per optimiser step, over all shards."""
+    advantages: Literal["gae", "rewards_to_go", "group_zscore", "group_centred", "leave_one_out"] = "gae"
+    """Where advantages come from: "gae" a critic; "rewards_to_go" the token rewards alone; the other three the rewards
+    of the other responses to the same prompt. Only "gae" trains a critic."""
+    ratio: Literal["token", "geometric_mean", "product"] = "token"
+    """Of pi to pi_old: of each token, or of the whole response, per token or in full."""
+    surrogate: Literal["clip", "cispo"] = "clip"
+    """"clip" bounds what a token can gain; "cispo" bounds its weight and keeps its gradient."""
+    aggregation: Literal["token_mean", "sequence_mean", "fixed_length"] = "token_mean"
+    """Average over all tokens; over tokens of a response, then over responses; or the sum of tokens divided by
+    responses * max_response_tokens."""
     clip_range: Positive = 0.2
+    """The ratio is clipped to [1 - clip_range, 1 + clip_range_high]."""
+    clip_range_high: Positive | None = None
+    """None is clip_range."""
+    dual_clip_ratio: Annotated[float, Field(gt=1)] | None = None
+    """Bounds the surrogate of a token with a negative advantage A at dual_clip_ratio * A; 3 is usual, None no bound."""
+    importance_cap: Annotated[float, Field(ge=1)] | None = None
+    """Weigh each token by min(pi_learner / pi_engine, importance_cap), where the engine samples from a slightly other
+    distribution than the learner computes; 2 is usual, None weighs all alike."""
+    stop_update_above_kl: Positive | None = None
+    """End the update of a step, not the stage, after a mini-batch whose mean KL per token from the sampling policy
+    exceeds this many nats; 0.01 to 0.05 is usual."""
     value_clip_range: Positive | None = 0.2
     value_coefficient: NonNegative = 0.1
     discount: Fraction = 1.0
@@ -280,18 +318,58 @@ class PPOConfig(Frozen):
     reward_clip: Positive | None = 5.0
     no_stop_penalty: NonNegative = 1.0
     """Subtracted, after scaling, from responses cut at the length limit."""
+    overlong_buffer: Fraction = 0.0
+    """Share of max_response_tokens, at its end, over which the reward falls by 1, after scaling; 0 is no penalty."""
+    drop_uniform_groups: bool = False
+    """Leave out prompts whose responses all have the same reward."""
     policy: OptimiserConfig = OptimiserConfig(learning_rate=5e-7)
     critic_learning_rate: Positive = 9e-6
     critic: Literal["separate", "value_head"] = "separate"
     """"separate": a critic with its own backbone, initialised from the reward model's.
-    "value_head": a scalar head on the policy's trunk."""
+    "value_head": a scalar head on the policy's trunk. Read only where `advantages` is "gae"."""
     trainable_layers: Annotated[int, Field(ge=0)] | None = None
+
+    @property
+    def trains_a_critic(self) -> bool:
+        return self.advantages == "gae"
+
+    @property
+    def compares_a_group(self) -> bool:
+        return self.drop_uniform_groups or self.advantages in ("group_zscore", "group_centred", "leave_one_out")
+
+    @property
+    def upper_clip_range(self) -> float:
+        return self.clip_range if self.clip_range_high is None else self.clip_range_high
+
+    @model_validator(mode="after")
+    def _clip_range_was_set_as_a_pair(self) -> PPOConfig:
+        if self.upper_clip_range < self.clip_range:
+            raise ValueError(
+                f"clip_range_high = {self.upper_clip_range:g} is below clip_range = {self.clip_range:g}: one of them "
+                "comes from the algorithm's standard values, so set both"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _dual_clip_lies_beyond_the_clip(self) -> PPOConfig:
+        if self.dual_clip_ratio is None:
+            return self
+        if self.surrogate != "clip":
+            raise ValueError(f"dual_clip_ratio = {self.dual_clip_ratio} is for surrogate = clip, not {self.surrogate}")
+        if self.dual_clip_ratio <= 1.0 + self.upper_clip_range:
+            raise ValueError(
+                f"dual_clip_ratio = {self.dual_clip_ratio} must exceed 1 + the upper clip range, "
+                f"{1.0 + self.upper_clip_range:g}"
+            )
+        return self
 
 
 class AlignmentConfig(Frozen):
-    """PPO alignment of the policy against the reward model."""
+    """Alignment of the policy against the reward model, by PPO or an algorithm of its family."""
 
     num_steps: Count = 100
+    algorithm: Algorithm = "ppo"
+    """A name for values of `kl` and `ppo` (pipeline/config/algorithms.py); what stands beside it wins over them."""
     prompts_per_step: Count = 256
     samples_per_prompt: Count = 1
     max_prompt_tokens: Count = 1024
@@ -307,6 +385,21 @@ class AlignmentConfig(Frozen):
     gate_tolerance: Positive | None = None
     """Largest mean absolute logprob difference between engine and learner after a weight update;
     None chooses 1e-4 for float32 and 0.05 for bfloat16."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_the_algorithm(cls, written: Any) -> Any:
+        return with_standard_values(written)
+
+    @model_validator(mode="after")
+    def _groups_have_members(self) -> AlignmentConfig:
+        if self.ppo.compares_a_group and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"algorithm = {self.algorithm} (ppo.advantages = {self.ppo.advantages}) compares the responses to one "
+                f"prompt, so samples_per_prompt = {self.samples_per_prompt} must be at least 2; 8 is usual, with "
+                "prompts_per_step divided by as much"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch_holds_whole_mini_batches(self) -> AlignmentConfig:
@@ -379,6 +472,9 @@ class RanksConfig(Frozen):
     ranks: Count = 1
     cpus_per_rank: NonNegative = 1.0
     gpus_per_rank: NonNegative = 0.0
+    threads_per_rank: Count | None = None
+    """Threads of one rank's matrix products; None takes its whole CPUs, at least one. Phases that take turns may each
+    use cores that others have reserved."""
     zero_stage: Literal[1, 2, 3] = 2
     offload_optimiser: bool = False
     max_restarts: Annotated[int, Field(ge=0)] = 1
@@ -391,6 +487,8 @@ class RolloutConfig(Frozen):
     workers: Count = 1
     cpus_per_worker: NonNegative = 1.0
     gpus_per_worker: NonNegative = 0.0
+    threads_per_worker: Count | None = None
+    """As `threads_per_rank`."""
     kv_cache_gib: Count = 1
     """CPU engines only: size of the KV cache."""
     gpu_memory_fraction: Fraction = 0.9
@@ -407,11 +505,20 @@ class ScoringConfig(Frozen):
     replicas: Count = 1
     cpus_per_replica: NonNegative = 1.0
     gpus_per_replica: NonNegative = 0.0
+    threads_per_replica: Count | None = None
+    """As `threads_per_rank`."""
     max_tokens_per_batch: Count = 16384
     batch_wait_s: NonNegative = 0.01
     max_batch_size: Count = 64
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """HTTP port on localhost; 0 serves the Ray handle only."""
+    max_request_bytes: Count = 8 * 2**20
+    max_rows_per_request: Count = 1024
+    """Over HTTP. Each row costs at most the model's `max_length` tokens, so this bounds the tokens of a request too."""
+    max_pending_rows: Count = 8192
+    """Per replica; beyond it, HTTP requests are refused with 429 and Retry-After."""
+    cache_entries: Annotated[int, Field(ge=0)] = 65536
+    """Scores that a replica remembers for HTTP requests, about 1 KB each; 0 remembers none."""
 
 
 class DeadlinesConfig(Frozen):

@@ -32,7 +32,7 @@ def step_indices(num_items: int, batch_size: int, step: int, seed: int) -> list[
 
 
 def plan_micro_batches(lengths: Sequence[int], *, world_size: int, max_tokens: int) -> list[list[list[int]]]:
-    """Deals rows to ranks and packs each rank's rows into micro-batches of at most `max_tokens` padded tokens.
+    """Deals rows to ranks and packs each rank's rows into micro-batches of at most `max_tokens` tokens.
 
     Rows are dealt longest first, in a snake, so ranks get like amounts of work; a row longer than the budget gets a
     micro-batch of its own. Every rank gets the same number of micro-batches, some perhaps empty, because a
@@ -41,7 +41,7 @@ def plan_micro_batches(lengths: Sequence[int], *, world_size: int, max_tokens: i
     Args:
         lengths: tokens of each row.
         world_size: number of ranks.
-        max_tokens: budget of one micro-batch, padding included.
+        max_tokens: budget of one micro-batch.
 
     Returns:
         plan[rank][micro_batch] = row indices.
@@ -58,11 +58,13 @@ def plan_micro_batches(lengths: Sequence[int], *, world_size: int, max_tokens: i
 
 def _pack(rows: list[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     packed: list[list[int]] = []
-    for row in rows:  # longest first: the first row of a micro-batch sets its padded width
-        if packed and lengths[packed[-1][0]] * (len(packed[-1]) + 1) <= max_tokens:
-            packed[-1].append(row)
-        else:
-            packed.append([row])
+    room = 0
+    for row in rows:
+        if lengths[row] > room:
+            packed.append([])
+            room = max_tokens
+        packed[-1].append(row)
+        room -= lengths[row]
     return packed
 
 

@@ -15,21 +15,16 @@ from pipeline.data.chat import encode_prompt, encode_response, fit_prompt, strip
 from pipeline.data.score_statistics import ScoreStatistics
 from pipeline.errors import DataError
 from pipeline.objectives.variational import supervision_scores, supervision_target
-from pipeline.records import Message, PreferenceBatch, PreferencePair, TokenisedText
+from pipeline.records import Message, PreferenceBatch, PreferencePair, PromptGroup
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenisedPair:
-    """A pair in the reward model's tokens; both sequences begin with the same prompt."""
+    """A pair in words and in the reward model's tokens."""
 
     pair: PreferencePair
-    prompt_ids: tuple[int, ...]
-    chosen_ids: tuple[int, ...]
-    rejected_ids: tuple[int, ...]
-
-    @property
-    def longest(self) -> int:
-        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+    tokens: PromptGroup
+    """The chosen, then the rejected response."""
 
 
 def tokenise_pairs(
@@ -49,7 +44,8 @@ def tokenise_pairs(
             if drop_too_long or longest >= max_length:
                 continue
             prompt = fit_prompt(prompt, max(chosen, rejected, key=len), max_length)
-        tokenised.append(TokenisedPair(pair=pair, prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected))
+        tokens = PromptGroup(prompt_ids=prompt, response_ids=(chosen, rejected))
+        tokenised.append(TokenisedPair(pair=pair, tokens=tokens))
     if not tokenised:
         raise DataError(
             f"none of {len(pairs)} pairs fits in max_length = {max_length} tokens. "
@@ -60,11 +56,10 @@ def tokenise_pairs(
 
 @dataclass(frozen=True, kw_only=True)
 class PairCollator:
-    """B tokenised pairs to one batch: chosen rows first, then rejected rows, right-padded."""
+    """B tokenised pairs to one batch."""
 
     statistics: ScoreStatistics
     """Of the training split; they standardise the responses' scores (Eq. 13)."""
-    pad_token_id: int
     temperature: float
     """tau of the supervision target."""
     seed: int
@@ -73,7 +68,6 @@ class PairCollator:
 
     def __call__(self, pairs: Sequence[TokenisedPair], step: int) -> PreferenceBatch:
         """The batch of a step; (seed, step, position) make each pair's noise seed."""
-        sequences = [p.prompt_ids + p.chosen_ids for p in pairs] + [p.prompt_ids + p.rejected_ids for p in pairs]
         chosen, chosen_mask = self.statistics.standardise([p.pair.scores_chosen for p in pairs])
         rejected, rejected_mask = self.statistics.standardise([p.pair.scores_rejected for p in pairs])
         target, target_mask = supervision_target(
@@ -81,9 +75,7 @@ class PairCollator:
             temperature=self.temperature,
         )
         return PreferenceBatch(
-            input_ids=pad_right(sequences, self.pad_token_id),
-            lengths=torch.tensor([len(s) for s in sequences]),
-            prompt_lengths=torch.tensor([len(p.prompt_ids) for p in pairs]),
+            pairs=tuple(p.tokens for p in pairs),
             target=target,
             target_mask=target_mask,
             noise_seeds=torch.tensor([stable_seed("posterior", self.seed, step, b) for b in range(len(pairs))]),
@@ -95,7 +87,7 @@ class PairCollator:
 
 def tokenise_texts(
     texts: Sequence[tuple[tuple[Message, ...], str]], tokenizer: PreTrainedTokenizerBase, *, max_length: int
-) -> list[TokenisedText]:
+) -> list[PromptGroup]:
     """Encodes (messages, response) texts for fine-tuning and drops those longer than `max_length`.
 
     Raises:
@@ -103,18 +95,13 @@ def tokenise_texts(
     """
     tokenised = []
     for messages, response in texts:
-        prompt = encode_prompt(tokenizer, messages)
-        text = TokenisedText(token_ids=prompt + encode_response(tokenizer, response), prompt_length=len(prompt))
-        if len(text.token_ids) <= max_length:
+        text = PromptGroup(
+            prompt_ids=encode_prompt(tokenizer, messages), response_ids=(encode_response(tokenizer, response),)
+        )
+        if text.num_tokens <= max_length:
             tokenised.append(text)
     if not tokenised:
         raise DataError(
             f"none of {len(texts)} texts fits in prepare_policy.max_length = {max_length} tokens. Raise it."
         )
     return tokenised
-
-
-def pad_right(sequences: Sequence[Sequence[int]], pad_token_id: int) -> torch.Tensor:
-    """[N, longest] int64."""
-    width = max(len(s) for s in sequences)
-    return torch.tensor([[*s, *[pad_token_id] * (width - len(s))] for s in sequences], dtype=torch.int64)

@@ -7,12 +7,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow.parquet as pq
 from pyarrow import ArrowInvalid
 
 from pipeline.errors import DataError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,17 @@ class Row:
     number: int
     """1-based."""
     values: dict[str, Any]
+
+    def require(self, field: str, kind: type[T]) -> T:
+        """The value of a field.
+
+        Raises:
+            DataError: the field is missing or of another kind.
+        """
+        value = self.values.get(field)
+        if not isinstance(value, kind):
+            raise DataError(f"{self.place}, field {field!r}: {value!r:.60} is no {kind.__name__}")
+        return value
 
 
 def read_rows(path: str) -> Iterator[Row]:

@@ -239,7 +239,7 @@ class PlantedWorld:
             prompt = prompts[int(rng.integers(len(prompts)))]
             first, second = _random_response(prompt.topic, rng), _random_response(prompt.topic, rng)
             gap = self.gold.reward(prompt.messages, first) - self.gold.reward(prompt.messages, second)
-            if gap == 0:
+            if abs(gap) < 1e-9:  # a tie, whatever rounding makes of it
                 continue
             p_first = float(gap > 0) if clean else 1.0 / (1.0 + np.exp(-gap / self.config.label_temperature))
             chosen, rejected = (first, second) if rng.random() < p_first else (second, first)

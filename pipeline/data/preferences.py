@@ -111,6 +111,14 @@ def take_pairs(pairs: Sequence[PreferencePair], max_pairs: int | None, seed: int
     return [pairs[i] for i in sorted(chosen)]
 
 
+def first_of_each_prompt(pairs: Iterable[PreferencePair]) -> list[PreferencePair]:
+    """One pair a normalised prompt, the first: independent trials where the prompts are."""
+    first: dict[str, PreferencePair] = {}
+    for pair in pairs:
+        first.setdefault(normalised_prompt(pair.prompt), pair)
+    return list(first.values())
+
+
 # ----------------------------------------------------------------------------- adapters
 
 

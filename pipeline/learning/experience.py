@@ -1,20 +1,22 @@
-"""Rollouts, their scores and the learner's evaluation of them become the experience of one PPO step."""
+"""Rollouts, their scores and the learner's evaluation of them become the experience of one step."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from pipeline.config.schema import KLConfig, PPOConfig
-from pipeline.data.collate import pad_right
 from pipeline.errors import NumericsError, ShapeError
-from pipeline.objectives.advantages import generalized_advantages, token_rewards, transform_reward
+from pipeline.learning.algorithm import ADVANTAGES, ScoredTokens
+from pipeline.objectives.advantages import overlong_penalty, token_rewards, transform_reward, uniform_groups
 from pipeline.objectives.divergence import kl_estimate
 from pipeline.objectives.masked import masked_mean, whiten
-from pipeline.records import Experience, Metrics, RewardScore, Rollout, TokenEvaluation
+from pipeline.objectives.policy import truncated_importance_weights
+from pipeline.records import CriticTargets, Experience, Metrics, RewardScore, Rollout, TokenEvaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,22 +36,25 @@ def build_experience(
     kl: KLConfig,
     kl_coefficient: float,
     reward_scale: RewardScale,
-    pad_token_id: int,
+    max_response_tokens: int,
 ) -> tuple[Experience, Metrics]:
     """Shapes rewards, estimates advantages over the whole batch, and measures the batch.
 
-    R_t = -beta k_t + 1[t = last] r~,  r~ the transformed reward minus the penalty of a response cut at the limit;
-    (A, returns) by GAE; A whitened over all response tokens. Nothing here depends on how the batch is sharded later.
+    R_t = -beta k_t + 1[t = last] r~,  r~ the transformed reward minus the penalties of a response cut at the limit, or
+    close to it; no KL here where it is part of the loss. A by the recipe's estimator, for PPO GAE, then whitened over
+    all response tokens. Nothing here depends on how the batch is sharded later.
 
-    Source: vrm_spec section 11.
+    Source: vrm_spec sections 11 and 20.
 
     Args:
-        rollouts, scores, evaluations: B of each, in the same order.
+        rollouts, scores, evaluations: B of each, in the same order: by prompt, then by sample.
         kl_coefficient: beta of this step.
         reward_scale: units of the reward.
+        max_response_tokens: the sampler's limit.
 
     Returns:
-        The experience, and metrics named `reward/*`, `kl/*`, `response/*`, `engine_gap/*`, `value/*` and `return/*`.
+        The experience, and metrics of all rollouts named `reward/*`, `kl/*`, `response/*`, `engine_gap/*`, and where
+        they have a meaning `value/*`, `return/*`, `group/*` and `importance/*`.
 
     Raises:
         ShapeError: the three lists, or the tokens of one rollout, do not fit each other.
@@ -63,9 +68,9 @@ def build_experience(
     response_lengths = torch.tensor([len(r.response_ids) for r in rollouts])
     mask = torch.arange(logprobs.shape[1]) < response_lengths.unsqueeze(-1)
     cut = torch.tensor([r.finish_reason == "length" for r in rollouts], dtype=torch.float32)
-
     mean = torch.tensor([s.mean for s in scores])
     std = torch.tensor([s.std for s in scores])
+
     reward = transform_reward(
         mean,
         std,
@@ -76,9 +81,24 @@ def build_experience(
         clip=ppo.reward_clip,
     )
     reward = reward - ppo.no_stop_penalty * cut
+    if ppo.overlong_buffer > 0:
+        buffer_tokens = ppo.overlong_buffer * max_response_tokens
+        reward = reward + overlong_penalty(
+            response_lengths, max_tokens=max_response_tokens, buffer_tokens=buffer_tokens
+        )
     token_kl = kl_estimate(logprobs, reference_logprobs, kl.estimator)
-    rewards = token_rewards(reward, token_kl, mask, kl_coefficient=kl_coefficient)
-    advantages, returns = generalized_advantages(rewards, values, mask, gamma=ppo.discount, lam=ppo.gae_lambda)
+    in_reward = kl.place == "reward"
+    tokens = ScoredTokens(
+        rewards=token_rewards(reward, token_kl, mask, kl_coefficient=kl_coefficient if in_reward else 0.0),
+        values=values,
+        mask=mask,
+        group_size=_group_size(rollouts) if ppo.compares_a_group else 1,
+    )
+    advantages = ADVANTAGES[ppo.advantages](tokens, ppo)
+    returns = torch.where(mask, advantages + values, torch.zeros_like(values))
+    weights = torch.ones_like(logprobs)
+    if ppo.importance_cap is not None:
+        weights = truncated_importance_weights(logprobs, engine_logprobs, mask, cap=ppo.importance_cap)
 
     k1 = torch.where(mask, logprobs - reference_logprobs, torch.zeros_like(logprobs))
     engine_gap = torch.where(mask, (engine_logprobs - logprobs).abs(), torch.zeros_like(logprobs))
@@ -93,21 +113,51 @@ def build_experience(
         "response/stopped": float(1.0 - cut.mean()),
         "engine_gap/mean": float(masked_mean(engine_gap, mask)),
         "engine_gap/max": float(engine_gap.max()),
-        "value/mean": float(masked_mean(values, mask)),
-        "return/mean": float(masked_mean(returns, mask)),
     }
+    if ppo.trains_a_critic:
+        metrics["value/mean"] = float(masked_mean(values, mask))
+        metrics["return/mean"] = float(masked_mean(returns, mask))
+    if ppo.compares_a_group:
+        groups = reward.view(-1, tokens.group_size)
+        metrics["group/reward_std"] = float(groups.std(-1).mean())
+        metrics["group/uniform"] = float(uniform_groups(groups).float().mean())
+    if ppo.importance_cap is not None:
+        metrics["importance/mean"] = float(masked_mean(weights, mask))
+        metrics["importance/capped"] = float(masked_mean((weights >= ppo.importance_cap).float(), mask))
+
+    kept = _rows_that_teach(reward, tokens.group_size) if ppo.drop_uniform_groups else torch.arange(len(rollouts))
     experience = Experience(
-        input_ids=pad_right([r.prompt.token_ids + r.response_ids for r in rollouts], pad_token_id),
-        prompt_lengths=torch.tensor([len(r.prompt.token_ids) for r in rollouts]),
-        response_lengths=response_lengths,
-        mask=mask,
-        logprobs=logprobs,
-        values=values,
-        advantages=whiten(advantages, mask) if ppo.whiten_advantages else advantages,
-        returns=returns,
-        num_response_tokens=int(mask.sum()),
+        sequences=tuple(rollouts[row].tokens for row in kept.tolist()),
+        mask=mask[kept],
+        logprobs=logprobs[kept],
+        reference_logprobs=reference_logprobs[kept],
+        advantages=whiten(advantages[kept], mask[kept]) if ppo.whiten_advantages else advantages[kept],
+        importance_weights=weights[kept],
+        kl_loss_coefficient=0.0 if in_reward else kl_coefficient,
+        critic=CriticTargets(values=values[kept], returns=returns[kept]) if ppo.trains_a_critic else None,
+        num_response_tokens=int(mask[kept].sum()),
     )
     return experience, metrics
+
+
+def _rows_that_teach(reward: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Rows of the prompts whose responses differ in reward; all rows when none do, whose advantages are then 0."""
+    differ = ~uniform_groups(reward.view(-1, group_size))
+    rows = torch.arange(len(reward)).view(-1, group_size)
+    return rows[differ].flatten() if differ.any() else rows.flatten()
+
+
+def _group_size(rollouts: Sequence[Rollout]) -> int:
+    """G, where the rollouts are G samples of one prompt, then G of the next."""
+    size = 1 + max(r.sample_index for r in rollouts)
+    if [r.sample_index for r in rollouts] != [*range(size)] * (len(rollouts) // size):
+        found = Counter(r.prompt.id for r in rollouts)
+        few, many = found.most_common()[-1], found.most_common()[0]
+        raise ShapeError(
+            f"{len(rollouts)} rollouts are not whole groups of samples 0 to {size - 1}, ordered by prompt: "
+            f"{many[0]!r} has {many[1]}, {few[0]!r} has {few[1]}. Group advantages need every sample of every prompt."
+        )
+    return size
 
 
 def _require_usable(
@@ -129,6 +179,7 @@ def _require_usable(
             raise ShapeError(f"{name}: " + ", ".join(f"{n} {what}" for what, n in lengths.items()))
         numbers = {
             "reward mean and std": (score.mean, score.std),
+            "engine logprobs": rollout.logprobs,
             "learner logprobs": evaluation.logprobs,
             "reference logprobs": evaluation.reference_logprobs,
             "values": evaluation.values,

@@ -1,41 +1,41 @@
-"""PPO, one rank's part of it: evaluate rollouts, update, publish."""
+"""PPO and its family, one rank's part of it: evaluate rollouts, update, publish."""
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.config.schema import AlignmentConfig
-from pipeline.data.collate import pad_right
-from pipeline.errors import ResourceError
+from pipeline.learning.algorithm import policy_loss
 from pipeline.learning.engine import TrainEngine
+from pipeline.learning.publishing import evaluate_probes, write_policy_weights
 from pipeline.learning.schedule import learning_rate_factor
-from pipeline.learning.shards import Rows, Sums, own_micro_batches
+from pipeline.learning.shards import MicroBatch, Rows, Sums, own_micro_batches
 from pipeline.models.backbone import save_causal_lm
 from pipeline.models.critic import TokenStatistics
+from pipeline.models.packing import PackedTokens, pack
+from pipeline.objectives.aggregation import MiniBatchSize
 from pipeline.objectives.masked import masked_sum
-from pipeline.objectives.policy import clipped_policy_loss, clipped_tokens, importance_ratio
+from pipeline.objectives.policy import importance_ratio
 from pipeline.objectives.value import clipped_value_loss
-from pipeline.records import Experience, Metrics, PolicyWeights, ProbeSequence, Rollout, TokenEvaluation
-
-WEIGHTS_FILE = "model.safetensors"
+from pipeline.records import Experience, Metrics, PolicyWeights, PromptGroup, Rollout, TokenEvaluation
 
 
 class PPOLearner:
-    """Clipped-surrogate PPO with a critic and a frozen reference. Implements `PolicyLearner`.
+    """Policy gradients with a frozen reference and, where the algorithm has one, a critic. Implements `PolicyLearner`.
 
-    Minimises  L = L_policy + c_v L_value  per mini-batch, both summed over tokens and divided by the mini-batch's
-    global token count, for `ppo.epochs` passes over the batch.
+    Minimises  L = L_policy + beta L_KL + c_v L_value  per mini-batch, for `ppo.epochs` passes over the batch. Every
+    term is a sum over tokens divided by counts of the whole mini-batch. PPO has its KL in the reward (beta = 0 here),
+    the group algorithms have no critic (no L_value).
 
-    Source: Schulman et al. 2017, arXiv:1707.06347; vrm_spec section 11. The engine's module is a `PolicyWithCritic`.
+    Source: Schulman et al. 2017, arXiv:1707.06347; vrm_spec sections 11 and 20. The engine's module is a
+    `PolicyWithCritic`; without a critic its value head is frozen at zero.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class PPOLearner:
         config: AlignmentConfig,
         model_config: PretrainedConfig,
         tokenizer: PreTrainedTokenizerBase,
-        probes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+        probes: Sequence[PromptGroup],
         publish_directory: str,
         seed: int,
     ) -> None:
@@ -67,19 +67,12 @@ class PPOLearner:
     def evaluate(self, rollouts: Sequence[Rollout]) -> list[TokenEvaluation]:
         """Policy and reference log-probabilities and values of every response token, at the sampling temperature."""
         self.engine.module.eval()
-        sequences = [r.prompt.token_ids + r.response_ids for r in rollouts]
-        prompt_lengths = torch.tensor([len(r.prompt.token_ids) for r in rollouts])
-        response_lengths = torch.tensor([len(r.response_ids) for r in rollouts])
-        width = int(response_lengths.max())
+        sequences = [rollout.tokens for rollout in rollouts]
+        response_lengths = [sequence.num_response_tokens for sequence in sequences]
         rows = Rows(len(rollouts))
         with torch.no_grad():
-            for micro in own_micro_batches([len(s) for s in sequences], self.engine, self._max_tokens):
-                arguments = self._arguments(
-                    pad_right([sequences[row] for row in micro.rows.tolist()], self.tokenizer.pad_token_id),
-                    prompt_lengths[micro.rows],
-                    response_lengths[micro.rows],
-                    width,
-                )
+            for micro, packed in self._packed(sequences):
+                arguments = packed, max(response_lengths), self.config.temperature
                 statistics = TokenStatistics(*self.engine.forward(*arguments))
                 reference = self.reference(*arguments)
                 rows.put(
@@ -92,108 +85,127 @@ class PPOLearner:
                 reference_logprobs=tuple(references[b][:n]),
                 values=tuple(values[b][:n]),
             )
-            for b, n in enumerate(response_lengths.tolist())
+            for b, n in enumerate(response_lengths)
         ]
 
     # ------------------------------------------------------------------ update
 
     def update(self, experience: Experience, step: int) -> Metrics:
-        """`ppo.epochs` passes of mini-batches; the order is a function of (seed, step, epoch)."""
+        """`ppo.epochs` passes of mini-batches, or fewer when the policy has moved too far from the one that sampled."""
         self.engine.module.train()
         ppo = self.config.ppo
         factor = learning_rate_factor(step, num_steps=self.config.num_steps, warmup_fraction=ppo.policy.warmup_fraction)
-        sums, norms = Sums(), []
-        for epoch in range(ppo.epochs):
-            order = np.random.default_rng([self.seed, step, epoch]).permutation(len(experience.input_ids))
-            for first in range(0, len(order), ppo.mini_batch_size):
-                rows = torch.from_numpy(order[first : first + ppo.mini_batch_size])
-                norms.append(self._optimiser_step(experience, rows, factor, sums))
+        sums, norms, num_tokens = Sums(), [], 0
+        for rows in self._mini_batches(len(experience.sequences), step):
+            size = MiniBatchSize(
+                num_tokens=int(experience.mask[rows].sum()),
+                num_responses=len(rows),
+                max_response_tokens=self.config.max_response_tokens,
+            )
+            drift = Sums()
+            norms.append(self._optimiser_step(experience, rows, size, factor, sums, drift))
+            num_tokens += size.num_tokens
+            if ppo.stop_update_above_kl is not None:
+                moved = drift.over_ranks(self.engine)["approximate_kl"] / size.num_tokens
+                if moved > ppo.stop_update_above_kl:
+                    break
         totals = {name: float(total) for name, total in sums.over_ranks(self.engine).items()}
-        num_tokens = experience.num_response_tokens * ppo.epochs
-        return {
-            # The two losses are already divided by their mini-batch's tokens; average them over optimiser steps.
-            "ppo/policy_loss": totals["policy_loss"] / len(norms),
-            "ppo/value_loss": totals["value_loss"] / len(norms),
+        # Losses are already divided by the counts of their mini-batch; average them over optimiser steps.
+        losses = {f"ppo/{name}": total / len(norms) for name, total in totals.items() if name.endswith("_loss")}
+        return losses | {
             "ppo/entropy": totals["entropy"] / num_tokens,
             "ppo/clip_fraction": totals["clipped"] / num_tokens,
             "ppo/approximate_kl": totals["approximate_kl"] / num_tokens,
             "ppo/ratio_mean": totals["ratio"] / num_tokens,
+            "ppo/optimiser_steps": float(len(norms)),
             "grad_norm": max(norms),
             "learning_rate": ppo.policy.learning_rate * factor,
         }
 
-    def _optimiser_step(self, experience: Experience, rows: torch.Tensor, factor: float, sums: Sums) -> float:
+    def _mini_batches(self, num_rows: int, step: int) -> Iterator[torch.Tensor]:
+        """Rows of each optimiser step, in an order that is a function of (seed, step, epoch).
+
+        Dropped groups leave a batch that the mini-batch size need not divide: it is cut into equal parts near it.
+        """
         ppo = self.config.ppo
-        lengths = (experience.prompt_lengths + experience.response_lengths)[rows]
-        num_tokens = int(experience.mask[rows].sum())
-        for micro in own_micro_batches(lengths.tolist(), self.engine, self._max_tokens):
+        num_parts = max(1, round(num_rows / ppo.mini_batch_size))
+        for epoch in range(ppo.epochs):
+            order = np.random.default_rng([self.seed, step, epoch]).permutation(num_rows)
+            yield from map(torch.from_numpy, np.array_split(order, num_parts))
+
+    def _optimiser_step(
+        self, experience: Experience, rows: torch.Tensor, size: MiniBatchSize, factor: float, sums: Sums, drift: Sums
+    ) -> float:
+        """Returns the gradient norm; adds this rank's share of the metrics to `sums`, and of the KL to `drift`."""
+        ppo = self.config.ppo
+        for micro, packed in self._packed([experience.sequences[row] for row in rows.tolist()]):
             own = rows[micro.rows]
-            batch = {
-                name: getattr(experience, name)[own].to(self.engine.device)
-                for name in ("mask", "logprobs", "values", "advantages", "returns")
-            }
-            width = int(lengths[micro.rows].max())
-            now = TokenStatistics(
-                *self.engine.forward(
-                    *self._arguments(
-                        experience.input_ids[own, :width],
-                        experience.prompt_lengths[own],
-                        experience.response_lengths[own],
-                        experience.mask.shape[1],
-                    )
-                )
+            mask, old_logprobs, reference_logprobs, advantages, weights = self._on_device(
+                own,
+                experience.mask,
+                experience.logprobs,
+                experience.reference_logprobs,
+                experience.advantages,
+                experience.importance_weights,
             )
-            mask = batch["mask"]
-            policy_loss = clipped_policy_loss(
+            now = TokenStatistics(*self.engine.forward(packed, experience.mask.shape[1], self.config.temperature))
+            policy = policy_loss(
                 now.logprobs,
-                batch["logprobs"],
-                batch["advantages"],
+                old_logprobs,
+                reference_logprobs,
+                advantages,
+                weights,
                 mask,
-                clip_range=ppo.clip_range,
-                num_tokens=num_tokens,
+                ppo=ppo,
+                kl=self.config.kl,
+                size=size,
             )
-            value_loss = clipped_value_loss(
-                now.values,
-                batch["values"],
-                batch["returns"],
-                mask,
-                clip_range=ppo.value_clip_range,
-                num_tokens=num_tokens,
-            )
-            self.engine.backward(micro.weight * (policy_loss + ppo.value_coefficient * value_loss), last=micro.last)
-            ratio = importance_ratio(now.logprobs.detach(), batch["logprobs"], mask)
+            loss, terms = policy.surrogate, {"policy_loss": policy.surrogate}
+            if experience.kl_loss_coefficient > 0:
+                loss = loss + experience.kl_loss_coefficient * policy.kl
+                terms["kl_loss"] = policy.kl
+            if experience.critic is not None:
+                values, returns = self._on_device(own, experience.critic.values, experience.critic.returns)
+                value_loss = clipped_value_loss(
+                    now.values,
+                    values,
+                    returns,
+                    mask,
+                    clip_range=ppo.value_clip_range,
+                    num_tokens=size.num_tokens,
+                )
+                loss = loss + ppo.value_coefficient * value_loss
+                terms["value_loss"] = value_loss
+            self.engine.backward(micro.weight * loss, last=micro.last)
+            ratio = importance_ratio(now.logprobs.detach(), old_logprobs, mask)
+            approximate_kl = masked_sum(ratio - 1.0 - ratio.log(), mask)
+            drift.add(micro.weight, approximate_kl=approximate_kl)
             sums.add(
                 micro.weight,
-                policy_loss=policy_loss,
-                value_loss=value_loss,
+                **terms,
                 entropy=masked_sum(now.entropy, mask),
-                clipped=clipped_tokens(ratio, batch["advantages"], mask, clip_range=ppo.clip_range),
-                approximate_kl=masked_sum(ratio - 1.0 - ratio.log(), mask),
+                clipped=policy.num_bounded,
+                approximate_kl=approximate_kl,
                 ratio=masked_sum(ratio, mask),
             )
         return self.engine.step(factor)
 
-    def _arguments(
-        self, input_ids: torch.Tensor, prompt_lengths: torch.Tensor, response_lengths: torch.Tensor, width: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, float]:
-        device = self.engine.device
-        return (
-            input_ids.to(device),
-            prompt_lengths.to(device),
-            response_lengths.to(device),
-            width,
-            self.config.temperature,
-        )
+    def _on_device(self, rows: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor[rows].to(self.engine.device) for tensor in tensors]
 
-    @property
-    def _max_tokens(self) -> int:
-        return self.config.max_tokens_per_micro_batch
+    def _packed(self, sequences: Sequence[PromptGroup]) -> Iterator[tuple[MicroBatch, PackedTokens]]:
+        """This rank's micro-batches of the sequences, on its device."""
+        lengths = [sequence.num_tokens for sequence in sequences]
+        for micro in own_micro_batches(lengths, self.engine, self.config.max_tokens_per_micro_batch):
+            yield micro, pack([sequences[row] for row in micro.rows.tolist()]).to(self.engine.device)
 
     # ------------------------------------------------------------------ publish and save
 
     def publish_weights(self, version: int) -> PolicyWeights:
         """Writes the policy where rollout workers of this node read it, with the gate's probes; keeps the last two."""
-        probes = self._evaluate_probes()
+        self.engine.module.eval()
+        # Every rank runs every probe: they are few, and ZeRO-3 needs the company.
+        probes = evaluate_probes(lambda *a: self.engine.forward(*a)[0], self.probes, self.engine.device)
         state = self.engine.full_state_dict()
         location = self._location(version)
         if self.engine.rank == 0:
@@ -207,23 +219,6 @@ class PPOLearner:
     def _location(self, version: int) -> Path:
         return Path(self.publish_directory) / f"policy-{version:06d}"
 
-    def _evaluate_probes(self) -> tuple[ProbeSequence, ...]:
-        """Every rank runs every probe: they are few, and ZeRO-3 needs the company."""
-        self.engine.module.eval()
-        device = self.engine.device
-        prompt_lengths = torch.tensor([len(p) for p, _ in self.probes], device=device)
-        response_lengths = torch.tensor([len(r) for _, r in self.probes], device=device)
-        input_ids = pad_right([p + r for p, r in self.probes], self.tokenizer.pad_token_id).to(device)
-        width = int(response_lengths.max())
-        with torch.no_grad():
-            rows = TokenStatistics(
-                *self.engine.forward(input_ids, prompt_lengths, response_lengths, width, 1.0)
-            ).logprobs.tolist()
-        return tuple(
-            ProbeSequence(prompt_ids=p, response_ids=r, logprobs=tuple(row[: len(r)]))
-            for (p, r), row in zip(self.probes, rows, strict=True)
-        )
-
     def save(self, directory: str) -> None:
         self.engine.save(directory)
 
@@ -231,27 +226,6 @@ class PPOLearner:
         state = self.engine.full_state_dict()
         if self.engine.rank == 0:
             save_causal_lm(_policy_part(state), self.model_config, self.tokenizer, directory)
-
-
-def write_policy_weights(state: dict[str, torch.Tensor], location: Path) -> None:
-    """One safetensors file with Hugging Face names, appearing whole or not at all.
-
-    Raises:
-        ResourceError: the file system has too little room left, as /dev/shm in a container often has.
-    """
-    location.mkdir(parents=True, exist_ok=True)
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-    free = shutil.disk_usage(location).free
-    if needed > free:
-        raise ResourceError(
-            f"publishing the policy's weights needs {needed / 2**20:,.0f} MiB, {location.parent} has "
-            f"{free / 2**20:,.0f} MiB free. Enlarge it to hold two versions of the policy (docker run --shm-size, "
-            "or mount -o remount,size=... /dev/shm), or delete what else lies there."
-        )
-    partial = location / f"{WEIGHTS_FILE}.partial"
-    # Tied tensors share memory, which safetensors refuses; the engine needs lm_head.weight spelled out anyway.
-    save_file({name: tensor.clone().contiguous() for name, tensor in state.items()}, partial)
-    os.replace(partial, location / WEIGHTS_FILE)
 
 
 def _policy_part(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -12,15 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from pipeline.errors import StaleEngineError
-from pipeline.records import Metrics, ProbeSequence, Prompt
+from pipeline.records import Metrics, ProbeSequence, Prompt, PromptGroup
 
 RANDOM_TOKENS = 8
 
 
-def choose_probes(
-    prompts: Sequence[Prompt], *, vocabulary_size: int, seed: int, count: int = 8
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(prompt_ids, response_ids) of the probes: real prompts cut in half, each ended by a few random tokens.
+def choose_probes(prompts: Sequence[Prompt], *, vocabulary_size: int, seed: int, count: int = 8) -> list[PromptGroup]:
+    """Sequences to compare: real prompts cut in half, the second half as a response that ends in a few random tokens.
 
     The halves exercise the states a policy really visits, the random tokens rows of the output layer it rarely does.
     """
@@ -29,7 +27,9 @@ def choose_probes(
     for prompt in prompts[:count]:
         middle = max(1, len(prompt.token_ids) // 2)
         noise = tuple(int(t) for t in rng.integers(vocabulary_size, size=RANDOM_TOKENS))
-        probes.append((prompt.token_ids[:middle], prompt.token_ids[middle:] + noise))
+        probes.append(
+            PromptGroup(prompt_ids=prompt.token_ids[:middle], response_ids=(prompt.token_ids[middle:] + noise,))
+        )
     return probes
 
 

@@ -1,42 +1,71 @@
-"""A finished checkpoint, published to rollout engines the way the learner publishes a policy under training."""
+"""A policy on its way to the rollout engines: its weights, and the probes that prove they arrived."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
-from pipeline.data.collate import pad_right
-from pipeline.learning.ppo_update import write_policy_weights
+from pipeline.errors import ResourceError
 from pipeline.models.backbone import load_causal_lm
 from pipeline.models.critic import Policy
-from pipeline.records import PolicyWeights, ProbeSequence
+from pipeline.models.packing import PackedTokens, pack
+from pipeline.records import PolicyWeights, ProbeSequence, PromptGroup
+
+WEIGHTS_FILE = "model.safetensors"
 
 
 def publish_checkpoint(
     checkpoint: str,
     location: str,
-    probes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+    probes: Sequence[PromptGroup],
     *,
     dtype: str,
     version: int,
 ) -> PolicyWeights:
-    """Writes the policy's weights to `location` and evaluates the gate's probes with it, in one process."""
-    model, tokenizer = load_causal_lm(checkpoint, dtype=dtype)
-    input_ids = pad_right([prompt + response for prompt, response in probes], tokenizer.pad_token_id)
-    prompt_lengths = torch.tensor([len(prompt) for prompt, _ in probes])
-    response_lengths = torch.tensor([len(response) for _, response in probes])
-    with torch.inference_mode():
-        rows = Policy(model.eval())(
-            input_ids, prompt_lengths, response_lengths, int(response_lengths.max()), 1.0
-        ).tolist()
+    """Publishes a finished checkpoint as the learner publishes a policy under training, in one process."""
+    model, _ = load_causal_lm(checkpoint, dtype=dtype)
+    evaluated = evaluate_probes(Policy(model.eval()), probes, torch.device("cpu"))
     write_policy_weights(model.state_dict(), Path(location))
-    return PolicyWeights(
-        version=version,
-        location=location,
-        probes=tuple(
-            ProbeSequence(prompt_ids=prompt, response_ids=response, logprobs=tuple(row[: len(response)]))
-            for (prompt, response), row in zip(probes, rows, strict=True)
-        ),
+    return PolicyWeights(version=version, location=location, probes=evaluated)
+
+
+def evaluate_probes(
+    policy_logprobs: Callable[[PackedTokens, int, float], torch.Tensor],
+    probes: Sequence[PromptGroup],
+    device: torch.device,
+) -> tuple[ProbeSequence, ...]:
+    """What the learner says of the probes, at temperature 1; `policy_logprobs` is called as `Policy.forward` is."""
+    packed = pack(probes).to(device)
+    with torch.no_grad():
+        rows = policy_logprobs(packed, int(packed.response_lengths.max()), 1.0).tolist()
+    return tuple(
+        ProbeSequence(prompt_ids=probe.prompt_ids, response_ids=response_ids, logprobs=tuple(row[: len(response_ids)]))
+        for probe, row in zip(probes, rows, strict=True)
+        for response_ids in probe.response_ids
     )
+
+
+def write_policy_weights(state: dict[str, torch.Tensor], location: Path) -> None:
+    """One safetensors file with Hugging Face names, appearing whole or not at all.
+
+    Raises:
+        ResourceError: the file system has too little room left, as /dev/shm in a container often has.
+    """
+    location.mkdir(parents=True, exist_ok=True)
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    free = shutil.disk_usage(location).free
+    if needed > free:
+        raise ResourceError(
+            f"publishing the policy's weights needs {needed / 2**20:,.0f} MiB, {location.parent} has "
+            f"{free / 2**20:,.0f} MiB free. Enlarge it to hold two versions of the policy (docker run --shm-size, "
+            "or mount -o remount,size=... /dev/shm), or delete what else lies there."
+        )
+    partial = location / f"{WEIGHTS_FILE}.partial"
+    # Tied tensors share memory, which safetensors refuses; the engine needs lm_head.weight spelled out anyway.
+    save_file({name: tensor.clone().contiguous() for name, tensor in state.items()}, partial)
+    os.replace(partial, location / WEIGHTS_FILE)

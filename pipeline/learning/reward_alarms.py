@@ -76,10 +76,9 @@ ALARMS = (
     ),
     Alarm(
         "length_bias",
-        ("eval/prefers_longer",),
-        # With two responses a prompt Spearman's rho of reward and length is 1 or -1, and on average 2 p - 1.
-        lambda preference: 2 * preference - 1 > 0.4,
-        "the longer response nearly always wins. Compare eval/longer_is_better of the data, and balance it.",
+        ("eval/length_correlation",),
+        lambda correlation: correlation > 0.4,
+        "rewards follow the length of responses. Compare eval/longer_is_better of the data, and balance it.",
     ),
     Alarm(
         "supervision_mismatch",

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 
+from pipeline.benchmark.pairwise import ScoredPairs, pair_diagnostics
 from pipeline.models.reward_heads import RewardOutput
 from pipeline.objectives.preference import bradley_terry_loss, pair_accuracy
 from pipeline.objectives.variational import gaussian_kl_per_dimension
 from pipeline.records import Metrics, PreferenceBatch
 
+PAIR_METRICS = (
+    "calibration_error",
+    "brier",
+    "probit/nll",
+    "prefers_longer",
+    "length_correlation",
+    "accuracy/chosen_longer",
+    "accuracy/chosen_shorter",
+)
+"""Of `pair_diagnostics`, those that vrm_spec section 12 logs at every evaluation."""
+
 ACTIVE_VARIANCE = 0.01
 """A semantic dimension whose mean varies by more than this over (x, y) is active (vrm_spec section 12)."""
-
-CALIBRATION_BINS = 15
 
 
 def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
@@ -28,15 +41,11 @@ def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
         least and the most used feature, and how well one posterior sample ranks. Means are over the batch.
     """
     num_pairs = batch.num_pairs
-    margins = output.mean[:num_pairs] - output.mean[num_pairs:]
     metrics = {
         "eval/reward_mean": float(output.mean.mean()),
         "eval/reward_std": float(output.mean.std(correction=0)),
         "eval/posterior_std": float(output.variance.sqrt().mean()),
-        "eval/calibration_error": calibration_error(margins),
-        "eval/brier": float((1.0 - torch.sigmoid(margins)).square().mean()),
-        "eval/prefers_longer": prefers_longer(margins, batch),
-        **accuracy_by_length(margins, batch),
+        **_of_pairs(output, batch),
     }
     if output.alpha.shape[1]:
         alpha = output.alpha[:num_pairs]  # the chosen row speaks for the prompt
@@ -73,44 +82,26 @@ def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
     return metrics
 
 
-def calibration_error(margins: torch.Tensor) -> float:
-    """Expected calibration error of the Bradley-Terry confidence.
-
-    ECE = sum_bins n_bin / n * |accuracy_bin - confidence_bin|,  confidence = sigmoid(|margin|), bins of equal mass
-
-    Source: Guo et al. 2017, arXiv:1706.04599, Eq. 3, with equal-mass bins (vrm_spec section 12). A tie counts one half.
-
-    Args:
-        margins: [B] r_chosen - r_rejected.
-    """
-    order = margins.abs().argsort(stable=True)
-    confidence = torch.sigmoid(margins.abs())[order]
-    correct = (0.5 * (1.0 + torch.sign(margins)))[order]
-    gaps = [
-        len(bin_confidence) * (bin_correct.mean() - bin_confidence.mean()).abs()
-        for bin_confidence, bin_correct in zip(
-            confidence.tensor_split(CALIBRATION_BINS), correct.tensor_split(CALIBRATION_BINS), strict=True
+def _of_pairs(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
+    """Calibration of the margins, and what length has to do with them."""
+    means, stds = (column.cpu().numpy() for column in (output.mean, output.variance.sqrt()))
+    n = batch.num_pairs
+    measured = pair_diagnostics(
+        ScoredPairs(
+            chosen=means[:n],
+            rejected=means[n:],
+            chosen_std=stds[:n],
+            rejected_std=stds[n:],
+            length_gap=np.array(
+                [len(chosen) - len(rejected) for chosen, rejected in (p.response_ids for p in batch.pairs)]
+            ),
         )
-        if len(bin_confidence)
-    ]
-    return float(torch.stack(gaps).sum()) / len(margins)
-
-
-def prefers_longer(margins: torch.Tensor, batch: PreferenceBatch) -> float:
-    """Share of pairs of unequal length whose longer response gets the higher reward, ties one half; 0.5 if none."""
-    chosen, rejected = batch.lengths.split(batch.num_pairs)
-    unequal = chosen != rejected
-    agreement = torch.sign(margins[unequal]) * torch.sign((chosen - rejected)[unequal])
-    return float((0.5 * (1.0 + agreement)).mean()) if unequal.any() else 0.5
-
-
-def accuracy_by_length(margins: torch.Tensor, batch: PreferenceBatch) -> Metrics:
-    """Accuracy on pairs whose chosen response is longer, and on those where it is shorter; absent where none is."""
-    chosen, rejected = batch.lengths.split(batch.num_pairs)
-    sides = {"longer": chosen > rejected, "shorter": chosen < rejected}
-    correct = pair_accuracy(margins)
+    )
+    # NaN is "no such pair".
     return {
-        f"eval/accuracy_chosen_{side}": float(correct[pairs].mean()) for side, pairs in sides.items() if pairs.any()
+        f"eval/{name.replace('/', '_')}": measured[name]
+        for name in PAIR_METRICS
+        if name in measured and not math.isnan(measured[name])
     }
 
 

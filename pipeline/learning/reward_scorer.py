@@ -9,10 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.batching import plan_micro_batches
 from pipeline.data.chat import encode_prompt, encode_response, fit_prompt, strip_thinking
-from pipeline.data.collate import pad_right
 from pipeline.errors import DataError
-from pipeline.models.reward_model import RewardModel, RewardModelCard, load_reward_model, score_rows
-from pipeline.records import Message, RewardScore
+from pipeline.models.packing import in_packed_order, pack
+from pipeline.models.reward_model import RewardModel, RewardModelCard, load_reward_model, score_packed
+from pipeline.records import Message, PromptGroup, RewardScore
 
 
 class RewardModelScorer:
@@ -48,24 +48,34 @@ class RewardModelScorer:
         """
         if len(prompts) != len(responses):
             raise DataError(f"{len(prompts)} prompts but {len(responses)} responses to score")
-        rows = [self._encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-        lengths = [len(prompt) + len(response) for prompt, response in rows]
-        scores: list[RewardScore | None] = [None] * len(rows)
-        if not rows:
+        encoded = [self._encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        shared = share_prompts(encoded, max_tokens=self._max_tokens)
+        groups = [
+            PromptGroup(prompt_ids=encoded[rows[0]][0], response_ids=tuple(encoded[row][1] for row in rows))
+            for rows in shared
+        ]
+        scores: dict[int, RewardScore] = {}
+        if not groups:
             return []
+        lengths = [group.num_tokens for group in groups]
         for batch in plan_micro_batches(lengths, world_size=1, max_tokens=self._max_tokens)[0]:
-            output = score_rows(
-                self._model,
-                pad_right([rows[i][0] + rows[i][1] for i in batch], self._tokenizer.pad_token_id).to(self._device),
-                torch.tensor([lengths[i] for i in batch], device=self._device),
-                torch.tensor([len(rows[i][0]) for i in batch], device=self._device),
-            )
-            columns = (output.mean, output.variance.sqrt(), output.weights, output.scores)
-            for i, mean, std, weight, score in zip(batch, *(c.tolist() for c in columns), strict=True):
-                scores[i] = RewardScore(
-                    mean=mean, std=std, objective_weights=tuple(weight), objective_scores=tuple(score)
+            output = score_packed(self._model, pack([groups[g] for g in batch]).to(self._device))
+            rows = in_packed_order([shared[g] for g in batch])
+            columns = (output.mean, output.variance.sqrt(), output.weights, output.scores, output.alpha.sum(-1))
+            for row, mean, std, weight, score, concentration in zip(rows, *(c.tolist() for c in columns), strict=True):
+                scores[row] = RewardScore(
+                    mean=mean,
+                    std=std,
+                    objective_weights=tuple(weight),
+                    objective_scores=tuple(score),
+                    concentration=concentration,
                 )
-        return [score for score in scores if score is not None]
+        return [scores[row] for row in range(len(encoded))]
+
+    def fits(self, prompt: tuple[Message, ...], response: str) -> bool:
+        """Whether `score` reads all of both, rather than cutting them to the model's length."""
+        response_ids = encode_response(self._tokenizer, strip_thinking(response))
+        return len(encode_prompt(self._tokenizer, prompt)) + len(response_ids) <= self.card.max_length
 
     def _encode(self, prompt: tuple[Message, ...], response: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         response_ids = encode_response(self._tokenizer, strip_thinking(response))
@@ -73,3 +83,17 @@ class RewardModelScorer:
             response_ids = (*response_ids[: self.card.max_length - 2], response_ids[-1])
         prompt_ids = fit_prompt(encode_prompt(self._tokenizer, prompt), response_ids, self.card.max_length)
         return prompt_ids, response_ids
+
+
+def share_prompts(encoded: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], *, max_tokens: int) -> list[list[int]]:
+    """Rows of equal prompt side by side, as many as fit in `max_tokens` with the prompt counted once."""
+    groups: list[list[int]] = []
+    latest: dict[tuple[int, ...], tuple[list[int], int]] = {}
+    for row, (prompt_ids, response_ids) in enumerate(encoded):
+        group, room = latest.get(prompt_ids, ([], 0))
+        if len(response_ids) > room:
+            group, room = [], max_tokens - len(prompt_ids)
+            groups.append(group)
+        group.append(row)
+        latest[prompt_ids] = group, room - len(response_ids)
+    return groups

@@ -12,6 +12,7 @@ from pipeline.learning.reward_alarms import check_alarms
 from pipeline.learning.reward_diagnostics import reward_diagnostics
 from pipeline.learning.schedule import learning_rate_factor, warmup_factor
 from pipeline.learning.shards import MicroBatch, Rows, Sums, own_micro_batches
+from pipeline.models.packing import pack
 from pipeline.models.reward_heads import GateHead, RegressionHead, RewardOutput, VRMHead
 from pipeline.models.reward_model import RewardModelCard, save_reward_model
 from pipeline.objectives.preference import (
@@ -102,7 +103,7 @@ class RewardModelTrainer:
             **self.training,
             "grad_norm": grad_norm,
             "pairs": float(num_pairs),
-            "tokens": float(batch.lengths.sum()),
+            "tokens": float(sum(pair.num_tokens for pair in batch.pairs)),
         }
 
     def evaluate(self, batch: PreferenceBatch) -> Metrics:
@@ -145,21 +146,11 @@ class RewardModelTrainer:
     # ------------------------------------------------------------------ one micro-batch
 
     def _micro_batches(self, batch: PreferenceBatch) -> list[MicroBatch]:
-        longest = torch.maximum(*batch.lengths.split(batch.num_pairs))
-        return list(own_micro_batches((2 * longest).tolist(), self.engine, self.max_tokens))
+        return list(own_micro_batches([pair.num_tokens for pair in batch.pairs], self.engine, self.max_tokens))
 
     def _forward(self, batch: PreferenceBatch, micro: MicroBatch) -> RewardOutput:
-        both = _both(micro, batch)
-        lengths = batch.lengths[both]
-        device = self.engine.device
-        return RewardOutput(
-            *self.engine.forward(
-                batch.input_ids[both, : int(lengths.max())].to(device),
-                lengths.to(device),
-                batch.prompt_lengths[micro.rows].repeat(2).to(device),
-                batch.noise_seeds[micro.rows],
-            )
-        )
+        packed = pack([batch.pairs[row] for row in micro.rows.tolist()])
+        return RewardOutput(*self.engine.forward(packed.to(self.engine.device), batch.noise_seeds[micro.rows]))
 
     def _terms(self, batch: PreferenceBatch, micro: MicroBatch, output: RewardOutput) -> dict[str, torch.Tensor]:
         """[n] per pair: the loss's terms and the numbers that expose a collapse."""

@@ -7,17 +7,16 @@ from collections.abc import Sequence
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from pipeline.data.collate import pad_right
 from pipeline.learning.engine import TrainEngine
 from pipeline.learning.schedule import learning_rate_factor
 from pipeline.learning.shards import MicroBatch, Sums, own_micro_batches
 from pipeline.models.backbone import save_causal_lm
-from pipeline.objectives.masked import masked_sum
-from pipeline.records import Metrics, TokenisedText
+from pipeline.models.packing import pack
+from pipeline.records import Metrics, PromptGroup
 
 
 class SupervisedFineTuner:
-    """Minimises the mean negative log-likelihood of response tokens. Implements `Learner[Sequence[TokenisedText]]`.
+    """Minimises the mean negative log-likelihood of response tokens. Implements `Learner[Sequence[PromptGroup]]`.
 
     The engine's module is a `Policy`.
     """
@@ -42,11 +41,11 @@ class SupervisedFineTuner:
     def restore(self, checkpoint: str) -> None:
         self.engine.load(checkpoint)
 
-    def update(self, batch: Sequence[TokenisedText], step: int) -> Metrics:
+    def update(self, batch: Sequence[PromptGroup], step: int) -> Metrics:
         self.engine.module.train()
         num_tokens = _num_response_tokens(batch)
         sums = Sums()
-        for micro in own_micro_batches([len(text.token_ids) for text in batch], self.engine, self.max_tokens):
+        for micro in own_micro_batches([text.num_tokens for text in batch], self.engine, self.max_tokens):
             nll = self._nll_sum(batch, micro)
             self.engine.backward(micro.weight * nll / num_tokens, last=micro.last)
             sums.add(micro.weight, nll=nll)
@@ -55,11 +54,11 @@ class SupervisedFineTuner:
         nll_sum = float(sums.over_ranks(self.engine)["nll"])
         return {"train/nll": nll_sum / num_tokens, "grad_norm": grad_norm, "tokens": float(num_tokens)}
 
-    def evaluate(self, batch: Sequence[TokenisedText]) -> Metrics:
+    def evaluate(self, batch: Sequence[PromptGroup]) -> Metrics:
         self.engine.module.eval()
         sums = Sums()
         with torch.no_grad():
-            for micro in own_micro_batches([len(text.token_ids) for text in batch], self.engine, self.max_tokens):
+            for micro in own_micro_batches([text.num_tokens for text in batch], self.engine, self.max_tokens):
                 sums.add(micro.weight, nll=self._nll_sum(batch, micro))
         return {"eval/nll": float(sums.over_ranks(self.engine)["nll"]) / _num_response_tokens(batch)}
 
@@ -72,18 +71,11 @@ class SupervisedFineTuner:
             policy = {name.removeprefix("policy."): tensor for name, tensor in state.items()}
             save_causal_lm(policy, self.model_config, self.tokenizer, directory)
 
-    def _nll_sum(self, batch: Sequence[TokenisedText], micro: MicroBatch) -> torch.Tensor:
-        texts = [batch[row] for row in micro.rows.tolist()]
-        device = self.engine.device
-        prompt_lengths = torch.tensor([text.prompt_length for text in texts], device=device)
-        lengths = torch.tensor([len(text.token_ids) for text in texts], device=device)
-        response_lengths = lengths - prompt_lengths
-        input_ids = pad_right([text.token_ids for text in texts], self.tokenizer.pad_token_id).to(device)
-        columns = int(response_lengths.max())
-        logprobs = self.engine.forward(input_ids, prompt_lengths, response_lengths, columns, 1.0)
-        mask = torch.arange(columns, device=device) < response_lengths.unsqueeze(-1)
-        return -masked_sum(logprobs, mask)
+    def _nll_sum(self, batch: Sequence[PromptGroup], micro: MicroBatch) -> torch.Tensor:
+        packed = pack([batch[row] for row in micro.rows.tolist()]).to(self.engine.device)
+        # Padding counts nothing: its log-probability is 0.
+        return -self.engine.forward(packed, int(packed.response_lengths.max()), 1.0).sum()
 
 
-def _num_response_tokens(batch: Sequence[TokenisedText]) -> int:
-    return sum(len(text.token_ids) - text.prompt_length for text in batch)
+def _num_response_tokens(batch: Sequence[PromptGroup]) -> int:
+    return sum(text.num_response_tokens for text in batch)

@@ -1,4 +1,4 @@
-"""PPO alignment, one screen."""
+"""Alignment, one screen, whatever the algorithm."""
 
 from __future__ import annotations
 
@@ -25,12 +25,11 @@ def align(
     config: AlignmentConfig,
     *,
     reward_scale: RewardScale,
-    pad_token_id: int,
     seed: int,
 ) -> Metrics:
     """Restores the last commit, then: sample, score, evaluate, update, publish, until `num_steps`.
 
-    Consumes `prompts.batch(step)`. Waits for every rollout of a step before its update (synchronous PPO). The rollout
+    Consumes `prompts.batch(step)`. Waits for every rollout of a step before its update (synchronous). The rollout
     engines hold the learner's weights, proven by the gate, before any of their samples is used.
 
     Returns:
@@ -38,6 +37,7 @@ def align(
 
     Raises:
         NumericsError: the KL stop rule applies, and there is no earlier commit to end with.
+        Preempted: the process is about to be ended; the step it was in is committed.
     """
     sampling = SamplingParams(
         temperature=config.temperature,
@@ -73,7 +73,7 @@ def align(
                 kl=config.kl,
                 kl_coefficient=kl_coefficient,
                 reward_scale=reward_scale,
-                pad_token_id=pad_token_id,
+                max_response_tokens=config.max_response_tokens,
             )
             kl = measured["kl/per_response"]
             if config.kl.stop_above is not None and kl > config.kl.stop_above:
@@ -93,13 +93,13 @@ def align(
                 )
             gate = rollouts.load_weights(learner.publish_weights(step + 1))
             clock.lap("weights")
-            tokens = experience.num_response_tokens
-            metrics = measured | updated | gate | clock.metrics(tokens)
+            metrics = measured | updated | gate | clock.metrics(sum(len(s.response_ids) for s in samples))
             log.write(step, metrics)
             last = step + 1 == config.num_steps
-            if (step + 1) % config.checkpoint_every == 0 and not last:
+            if not last and stage.is_commit_due(step, every=config.checkpoint_every):
                 learner.save(stage.checkpoints.uri(step))
                 stage.checkpoints.commit(step, state={"kl_coefficient": kl_coefficient, "metrics": metrics})
+                stage.leave_if_preempted(step)
     learner.export(stage.result_uri)
     return metrics
 

@@ -29,6 +29,9 @@ def train(
 
     Returns:
         The held-out metrics of the finished model.
+
+    Raises:
+        Preempted: the process is about to be ended; the step it was in is committed.
     """
     checkpoint = stage.checkpoints.latest()
     if checkpoint is not None:
@@ -40,9 +43,10 @@ def train(
             if (step + 1) % eval_every == 0 and step + 1 < num_steps:
                 metrics |= learner.evaluate(heldout)
             log.write(step, metrics)
-            if (step + 1) % checkpoint_every == 0 and step + 1 < num_steps:
+            if step + 1 < num_steps and stage.is_commit_due(step, every=checkpoint_every):
                 learner.save(stage.checkpoints.uri(step))
                 stage.checkpoints.commit(step, state={})
+                stage.leave_if_preempted(step)
         final = learner.evaluate(heldout)
         log.write(num_steps - 1, final)
     learner.export(stage.result_uri)

@@ -86,7 +86,8 @@ def load_causal_lm(
     else:
         model = _from_pretrained(AutoModelForCausalLM, checkpoint, dtype, trust_remote_code)
         tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
-    require_causal(model.base_model, checkpoint)
+    backbone: Any = model.base_model
+    require_causal(backbone, checkpoint)
     require_plain_head(model, checkpoint)
     return model, tokenizer
 

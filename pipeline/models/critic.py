@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from pipeline.models.packing import PackedTokens, packed_states, use_packed_attention
 from pipeline.objectives.logprobs import token_logprobs_and_entropy
 
 
@@ -31,6 +32,9 @@ class PolicyWithCritic(nn.Module):
 
     def __init__(self, policy: PreTrainedModel, critic: PreTrainedModel | None) -> None:
         super().__init__()
+        use_packed_attention(policy)
+        if critic is not None:
+            use_packed_attention(critic)
         self.policy = policy
         self.critic = critic
         width = policy.config.hidden_size if critic is None else critic.config.hidden_size
@@ -38,34 +42,23 @@ class PolicyWithCritic(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        prompt_lengths: torch.Tensor,
-        response_lengths: torch.Tensor,
-        num_columns: int,
-        temperature: float,
-    ) -> tuple[torch.Tensor, ...]:
-        """Evaluates B right-padded rollouts.
+    def forward(self, packed: PackedTokens, num_columns: int, temperature: float) -> tuple[torch.Tensor, ...]:
+        """Evaluates B rollouts.
 
         Args:
-            input_ids: [B, L] int64, prompt then response.
-            prompt_lengths, response_lengths: [B] int64.
+            packed: B responses, on the model's device.
             num_columns: T of the result, at least the longest response.
             temperature: divides the logits, equal to the engine's.
 
         Returns:
             The fields of `TokenStatistics`, as a plain tuple for the sake of ZeRO-3's hooks.
         """
-        states = ResponseStates.locate(input_ids, prompt_lengths, response_lengths, num_columns)
-        hidden = self.policy.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        logprobs, entropy = states.logprobs_and_entropy(self.policy, hidden, temperature)
-        value_hidden = (
-            hidden if self.critic is None else self.critic(input_ids=input_ids, use_cache=False).last_hidden_state
-        )
-        with torch.autocast(input_ids.device.type, enabled=False):
-            values = self.value_head(states.select(value_hidden).float()).squeeze(-1)
-        return logprobs, entropy, states.scatter(values)
+        states = packed_states(_trunk(self.policy), packed)
+        logprobs, entropy = _logprobs_and_entropy(self.policy, states, packed, temperature)
+        value_states = states if self.critic is None else packed_states(self.critic, packed)
+        with torch.autocast(states.device.type, enabled=False):
+            values = self.value_head(value_states[packed.predictors].float()).squeeze(-1)
+        return tuple(_to_rows(flat, packed, num_columns) for flat in (logprobs, entropy, values))
 
 
 class Policy(nn.Module):
@@ -73,59 +66,33 @@ class Policy(nn.Module):
 
     def __init__(self, policy: PreTrainedModel) -> None:
         super().__init__()
+        use_packed_attention(policy)
         self.policy = policy
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        prompt_lengths: torch.Tensor,
-        response_lengths: torch.Tensor,
-        num_columns: int,
-        temperature: float,
-    ) -> torch.Tensor:
+    def forward(self, packed: PackedTokens, num_columns: int, temperature: float) -> torch.Tensor:
         """[B, T] float32 log-probabilities, 0 on padding; arguments as in `PolicyWithCritic.forward`."""
-        states = ResponseStates.locate(input_ids, prompt_lengths, response_lengths, num_columns)
-        hidden = self.policy.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return states.logprobs_and_entropy(self.policy, hidden, temperature)[0]
+        states = packed_states(_trunk(self.policy), packed)
+        return _to_rows(_logprobs_and_entropy(self.policy, states, packed, temperature)[0], packed, num_columns)
 
 
-class ResponseStates:
-    """Where in a padded batch the states lie that predict the response tokens.
+def _trunk(policy: Any) -> PreTrainedModel:
+    """The decoder without its language-model head."""
+    return policy.base_model
 
-    Response token t of row b stands at position prompt_lengths[b] + t and is predicted one position earlier.
-    """
 
-    def __init__(
-        self, mask: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor
-    ) -> None:
-        self.mask = mask
-        self.rows = rows
-        self.positions = positions
-        self.token_ids = token_ids
+def _logprobs_and_entropy(
+    policy: PreTrainedModel, states: torch.Tensor, packed: PackedTokens, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N] each, of the response tokens."""
+    return token_logprobs_and_entropy(
+        states[packed.predictors],
+        policy.get_output_embeddings(),
+        packed.token_ids[packed.response_tokens],
+        temperature=temperature,
+    )
 
-    @classmethod
-    def locate(
-        cls, input_ids: torch.Tensor, prompt_lengths: torch.Tensor, response_lengths: torch.Tensor, num_columns: int
-    ) -> ResponseStates:
-        columns = torch.arange(num_columns, device=input_ids.device)
-        mask = columns < response_lengths.unsqueeze(-1)
-        rows, t = mask.nonzero(as_tuple=True)
-        positions = prompt_lengths[rows] - 1 + t
-        return cls(mask, rows, positions, input_ids[rows, positions + 1])
 
-    def select(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[B, L, H] -> [N, H], the states of the N real response tokens."""
-        return hidden[self.rows, self.positions]
-
-    def scatter(self, flat: torch.Tensor) -> torch.Tensor:
-        """[N] -> [B, T], 0 on padding."""
-        return torch.zeros(self.mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(self.mask, flat)
-
-    def logprobs_and_entropy(
-        self, policy: PreTrainedModel, hidden: torch.Tensor, temperature: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, T] log-probabilities and entropies of the response tokens."""
-        logprobs, entropy = token_logprobs_and_entropy(
-            self.select(hidden), policy.get_output_embeddings(), self.token_ids, temperature=temperature
-        )
-        return self.scatter(logprobs), self.scatter(entropy)
+def _to_rows(flat: torch.Tensor, packed: PackedTokens, num_columns: int) -> torch.Tensor:
+    """[N] -> [B, num_columns], a row per response, 0 on padding."""
+    mask = torch.arange(num_columns, device=flat.device) < packed.response_lengths.unsqueeze(-1)
+    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)

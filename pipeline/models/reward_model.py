@@ -21,6 +21,7 @@ from transformers.initialization import no_init_weights
 from pipeline.config.schema import Frozen, VRMHeadConfig
 from pipeline.errors import CheckpointError
 from pipeline.models.backbone import load_config, load_tokenizer
+from pipeline.models.packing import PackedTokens, packed_states, use_packed_attention
 from pipeline.models.reward_heads import BradleyTerryHead, GateHead, RegressionHead, RewardHead, RewardOutput, VRMHead
 
 CARD_FILE = "reward_model.json"
@@ -55,32 +56,26 @@ class RewardModel(nn.Module):
 
     def __init__(self, backbone: PreTrainedModel, head: RewardHead) -> None:
         super().__init__()
+        use_packed_attention(backbone)
         self.backbone = backbone
         self.head = head
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        lengths: torch.Tensor,
-        prompt_lengths: torch.Tensor,
-        noise_seeds: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, ...]:
-        """Scores N right-padded rows.
+    def forward(self, packed: PackedTokens, noise_seeds: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        """Scores the R responses of packed groups; the weights of a response are those of its prompt.
 
         Args:
-            input_ids: [N, L] int64, prompt then response.
-            lengths: [N] tokens of each row; the last is the end-of-turn token.
-            prompt_lengths: [N] prompt tokens of each row.
-            noise_seeds: [B] with N = 2B for one posterior sample per pair, or None for the posterior mean.
+            packed: R responses, on the model's device.
+            noise_seeds: [B] with R = 2B for one posterior sample per pair, or None for the posterior mean.
 
         Returns:
-            The fields of `RewardOutput`, as a plain tuple for the sake of ZeRO-3's hooks.
+            The fields of `RewardOutput`, a row per response, as a plain tuple for the sake of ZeRO-3's hooks.
         """
-        # Padding stands to the right of every real token, so the causal mask alone hides it.
-        hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
-        rows = torch.arange(len(input_ids), device=input_ids.device)
-        output = self.head(hidden[rows, prompt_lengths - 1], hidden[rows, lengths - 1], noise_seeds)
-        return tuple(output)
+        return tuple(self.head(*self.encode(packed), noise_seeds))
+
+    def encode(self, packed: PackedTokens) -> tuple[torch.Tensor, torch.Tensor]:
+        """[R, H] states at the last prompt token and at the last token of each response: what the head sees."""
+        states = packed_states(self.backbone, packed)
+        return states[packed.prompt_ends], states[packed.response_ends]
 
 
 def make_head(
@@ -103,12 +98,10 @@ def make_head(
             return BradleyTerryHead(hidden_size)
 
 
-def score_rows(
-    model: RewardModel, input_ids: torch.Tensor, lengths: torch.Tensor, prompt_lengths: torch.Tensor
-) -> RewardOutput:
-    """Posterior-mean scores of N rows, without gradient."""
+def score_packed(model: RewardModel, packed: PackedTokens) -> RewardOutput:
+    """Posterior-mean scores of R responses, without gradient."""
     with torch.inference_mode():
-        return RewardOutput(*model(input_ids, lengths, prompt_lengths))
+        return RewardOutput(*model(packed))
 
 
 def save_reward_model(
@@ -160,10 +153,10 @@ def load_reward_model(
     with no_init_weights():
         backbone = AutoModel.from_config(config, dtype=dtype)
     head = make_head(card.head, config.hidden_size, len(card.objectives), card.vrm, reward_weights=card.reward_weights)
-    model = RewardModel(backbone, head)
     weights = Path(directory) / WEIGHTS_FILE
     try:
-        model.load_state_dict(load_file(weights))
+        # Before the model is put together: that proves on a few tokens that the backbone can be packed.
+        nn.ModuleDict({"backbone": backbone, "head": head}).load_state_dict(load_file(weights))
     except FileNotFoundError as error:
         raise CheckpointError(f"{weights} is missing: the checkpoint is incomplete. Export it again.") from error
     except SafetensorError as error:
@@ -172,4 +165,4 @@ def load_reward_model(
         raise CheckpointError(
             f"{weights} does not fit the architecture in {directory}/config.json and {CARD_FILE}: {error}"
         ) from error
-    return model.eval(), load_tokenizer(directory), card
+    return RewardModel(backbone, head).eval(), load_tokenizer(directory), card

@@ -1,4 +1,8 @@
-"""From rewards to advantages: reward shaping, token rewards, generalised advantage estimation."""
+"""From rewards to advantages: reward shaping, token rewards, and the estimators of what a response was worth.
+
+Estimators with a critic or per-token rewards take [B, T]; those that compare the G responses to one prompt take [P, G],
+one row per prompt.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
+from pipeline.errors import ShapeError
 from pipeline.objectives.masked import require_same_shape
 
 
@@ -50,6 +55,24 @@ def transform_reward(
         case "log_sigmoid":
             reward = F.logsigmoid(mean - reward_mean)
     return reward if clip is None else reward.clamp(-clip, clip)
+
+
+def overlong_penalty(lengths: torch.Tensor, *, max_tokens: int, buffer_tokens: float) -> torch.Tensor:
+    """0 up to L_max - L_buf, then down to -1 at L_max in a straight line: a warning before the cut.
+
+    R_length = clip((L_max - L_buf - |y|) / L_buf, -1, 0)
+
+    Source: Yu et al. 2025 (DAPO), arXiv:2503.14476, Eq. 13.
+
+    Args:
+        lengths: [B] response tokens |y|.
+        max_tokens: L_max, the sampler's limit.
+        buffer_tokens: 0 < L_buf <= L_max.
+
+    Returns:
+        [B] in [-1, 0], to be added to the reward.
+    """
+    return ((max_tokens - buffer_tokens - lengths) / buffer_tokens).clamp(-1.0, 0.0)
 
 
 def token_rewards(scores: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor, *, kl_coefficient: float) -> torch.Tensor:
@@ -108,3 +131,75 @@ def generalized_advantages(
         running = deltas[:, t] + gamma * lam * running
         advantages[:, t] = running
     return advantages, torch.where(mask, advantages + values, torch.zeros_like(values))
+
+
+def rewards_to_go(rewards: torch.Tensor, mask: torch.Tensor, *, gamma: float) -> torch.Tensor:
+    """A_t = sum_l gamma^l R_{t+l}: REINFORCE, which is GAE with no critic (V = 0) and lambda = 1.
+
+    Source: Hu et al. 2025 (REINFORCE++), arXiv:2501.03262: with the KL of every token in its reward, then whitened over
+    all tokens of the batch (`masked.whiten`).
+
+    Args:
+        rewards: [B, T] token rewards.
+        mask: [B, T] bool, True on response tokens.
+        gamma: discount in [0, 1].
+
+    Returns:
+        [B, T], 0 on padding; not whitened.
+    """
+    return generalized_advantages(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0)[0]
+
+
+# ------------------------------------------------------------------ groups: G responses to one prompt
+
+
+def group_zscores(rewards: torch.Tensor, *, eps: float = 1e-4) -> torch.Tensor:
+    """A_i = (R_i - mean_G R) / (sd_G R + eps): GRPO. A group whose rewards are equal teaches nothing: A = 0.
+
+    sd with Bessel's correction and eps outside the root, as in TRL (verl adds 1e-6 instead).
+
+    Source: Shao et al. 2024, arXiv:2402.03300, section 4.1.2.
+
+    Args:
+        rewards: [P, G] one reward per response, G >= 2.
+        eps: in units of the reward.
+
+    Returns:
+        [P, G].
+
+    Raises:
+        ShapeError: G < 2, so there is nothing to compare with.
+    """
+    return group_centred(rewards) / (rewards.std(-1, keepdim=True) + eps)
+
+
+def group_centred(rewards: torch.Tensor) -> torch.Tensor:
+    """A_i = R_i - mean_G R: Dr. GRPO, which leaves out the division that favours prompts with little spread.
+
+    Source: Liu et al. 2025, arXiv:2503.20783, section 3. Arguments and errors as in `group_zscores`.
+    """
+    _require_groups(rewards)
+    return rewards - rewards.mean(-1, keepdim=True)
+
+
+def leave_one_out(rewards: torch.Tensor) -> torch.Tensor:
+    """A_i = R_i - mean of the other G - 1 rewards: RLOO, an unbiased baseline.
+
+    Source: Ahmadian et al. 2024, arXiv:2402.14740, section 3. Arguments and errors as in `group_zscores`.
+    """
+    _require_groups(rewards)
+    return rewards - (rewards.sum(-1, keepdim=True) - rewards) / (rewards.shape[-1] - 1)
+
+
+def uniform_groups(rewards: torch.Tensor) -> torch.Tensor:
+    """[P] bool: all G rewards are equal, so every group advantage is 0 and dynamic sampling drops the prompt.
+
+    Source: Yu et al. 2025 (DAPO), arXiv:2503.14476, Eq. 11, which samples on until the batch is full again; here it is
+    only smaller, so that the prompts of a step stay a function of (seed, step).
+    """
+    return rewards.amax(-1) == rewards.amin(-1)
+
+
+def _require_groups(rewards: torch.Tensor) -> None:
+    if rewards.dim() != 2 or rewards.shape[1] < 2:
+        raise ShapeError(f"group advantages need rewards [prompts, samples >= 2], got {list(rewards.shape)}")

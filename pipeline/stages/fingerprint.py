@@ -1,10 +1,11 @@
-"""The identity of a stage's result: what it was computed from."""
+"""The identity of a stage's result: what it was computed from, and what it holds."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -22,3 +23,13 @@ def fingerprint(name: str, version: int, config: Mapping[str, Any], inputs: Sequ
     identity = {"name": name, "version": version, "config": config, "inputs": list(inputs)}
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def directory_fingerprint(directory: str) -> str:
+    """SHA-256 over the names and contents of all files below a directory; where it lies is no part of it."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in Path(directory).rglob("*") if path.is_file()):
+        with path.open("rb") as stream:
+            contents = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest.update(f"{contents}  {path.relative_to(directory).as_posix()}\n".encode())
+    return digest.hexdigest()

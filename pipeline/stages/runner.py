@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from pipeline.errors import WorkerDied
+from pipeline.errors import Preempted, WorkerDied
 from pipeline.records import Metrics, StageResult
 from pipeline.stages.fingerprint import fingerprint
 from pipeline.stages.metrics_log import as_clock
@@ -70,6 +70,8 @@ class StageRunner:
             stage.checkpoints.delete()
             print(f"{name:<19} finished before, skipped", flush=True)
             return finished
+        if self.workspace.preempted():
+            raise Preempted(f"asked to end: {name} was not begun. The same command resumes.")
         checkpoint = stage.checkpoints.latest()
         begin = "starts" if checkpoint is None else f"resumes behind step {checkpoint.step + 1}"
         print(f"{name:<19} {begin}", flush=True)

@@ -10,6 +10,7 @@ import errno
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -134,7 +135,8 @@ def require_writable(uri: str, *, needs_bytes: int) -> None:
     Raises:
         WorkspaceError: it cannot be written, or has less than `needs_bytes` free.
     """
-    probe = join(uri, "probe.txt")
+    # A name of its own: two jobs may try one workspace at the same moment.
+    probe = join(uri, f"probe-{uuid.uuid4().hex}.txt")
     try:
         write_text(probe, "written before anything expensive")
         delete_file(probe)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from pipeline.errors import CorruptManifest
+from pipeline.errors import CorruptManifest, Preempted
 from pipeline.records import Metrics, StageResult
 from pipeline.stages import ownership, storage
 from pipeline.stages.metrics_log import METRICS_FILE, MetricsLog, read_metrics
@@ -47,6 +47,11 @@ class Checkpoint:
 
 def _always() -> None:
     """A commit that asks nobody."""
+
+
+def _never() -> bool:
+    """A notice that is not given."""
+    return False
 
 
 class CheckpointStore:
@@ -114,12 +119,14 @@ class StageDirectory:
         *,
         keep_checkpoints: int = 2,
         require_ownership: Callable[[], None] = _always,
+        preempted: Callable[[], bool] = _never,
     ) -> None:
         self.uri = uri
         self.name = name
         self.fingerprint = fingerprint
         self.result_uri = storage.join(uri, "result")
         self._require_ownership = require_ownership
+        self._preempted = preempted
         self.checkpoints = CheckpointStore(
             storage.join(uri, "checkpoints"), keep=keep_checkpoints, before_commit=self._before_commit
         )
@@ -137,6 +144,19 @@ class StageDirectory:
         return StageResult(
             name=self.name, fingerprint=manifest["fingerprint"], location=self.result_uri, metrics=manifest["metrics"]
         )
+
+    def is_commit_due(self, step: int, *, every: int) -> bool:
+        """Every so many steps, and when this process is about to be ended."""
+        return (step + 1) % every == 0 or self._preempted()
+
+    def leave_if_preempted(self, step: int) -> None:
+        """To be called behind the commit of `step`.
+
+        Raises:
+            Preempted: this process was asked to end.
+        """
+        if self._preempted():
+            raise Preempted(f"asked to end: {self.name} is committed behind step {step + 1}. The same command resumes.")
 
     def delete_uncommitted(self) -> None:
         """Removes what a killed run left behind without a commit: a half-exported result, a half-saved checkpoint."""
@@ -205,12 +225,21 @@ class StageDirectory:
 class Workspace:
     """A directory held by one job at a time."""
 
-    def __init__(self, uri: str, owner: Owner) -> None:
+    def __init__(self, uri: str, owner: Owner, *, preempted: Callable[[], bool] = _never) -> None:
         self.uri = uri
+        self.preempted = preempted
         self._owner = owner
 
     @classmethod
-    def open(cls, uri: str, *, job: str, take_over: bool = False, needs_bytes: int = LEAST_FREE_BYTES) -> Workspace:
+    def open(
+        cls,
+        uri: str,
+        *,
+        job: str,
+        take_over: bool = False,
+        needs_bytes: int = LEAST_FREE_BYTES,
+        preempted: Callable[[], bool] = _never,
+    ) -> Workspace:
         """Takes the workspace for this process, or says who has it.
 
         Args:
@@ -218,13 +247,14 @@ class Workspace:
             job: what to call this job in front of others.
             take_over: take it from a living owner too.
             needs_bytes: estimate of what the run will write.
+            preempted: asked after every step whether this process is about to be ended.
 
         Raises:
             WorkspaceLocked: another living job holds it.
             WorkspaceError: it cannot be written, or has too little space.
         """
         storage.require_writable(uri, needs_bytes=needs_bytes)
-        return cls(uri, ownership.take(uri, job, take_over=take_over))
+        return cls(uri, ownership.take(uri, job, take_over=take_over), preempted=preempted)
 
     def stage(self, name: str, fingerprint: str, *, keep_checkpoints: int = 2) -> StageDirectory:
         uri = storage.join(self.uri, "stages", f"{name}-{fingerprint[:12]}")
@@ -234,6 +264,7 @@ class Workspace:
             fingerprint,
             keep_checkpoints=keep_checkpoints,
             require_ownership=lambda: ownership.require_ownership(self.uri, self._owner),
+            preempted=self.preempted,
         )
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 
 from actors.rollout_pool import RolloutPool
 from pipeline.config.schema import DeadlinesConfig, RolloutConfig
@@ -67,9 +68,9 @@ def open_pool(tmp_path):
     """Opens pools of scripted workers whose script lies in `tmp_path`."""
     pools = []
 
-    def open_pool(*, generate_s=30.0, **config):
+    def open_pool(*, generate_s=30.0, requested_workers=lambda: None, **config):
         config = RolloutConfig(**{"workers": 2, "cpus_per_worker": 0.1, "chunk_size": 3} | config)
-        deadlines = DeadlinesConfig(start_s=30, generate_s=generate_s, weights_s=30)
+        deadlines = DeadlinesConfig(start_s=120, generate_s=generate_s, weights_s=120)
         pools.append(
             RolloutPool(
                 str(tmp_path),
@@ -80,6 +81,7 @@ def open_pool(tmp_path):
                 gate_tolerance=1e-4,
                 seed=0,
                 worker=ScriptedWorker,
+                requested_workers=requested_workers,
             )
         )
         return pools[-1]
@@ -101,7 +103,13 @@ def test_any_number_of_workers_gives_the_same_rollouts_in_order(open_pool):
     together = pool.generate(PROMPTS, SAMPLING)
     pool.resize(2)
 
-    assert metrics == {"gate/mean": 1e-6, "gate/max": 2e-6, "weights/seconds": 0.5, "weights/gb_per_s": 2.0}
+    assert metrics == {
+        "rollout/workers": 1.0,
+        "gate/mean": 1e-6,
+        "gate/max": 2e-6,
+        "weights/seconds": 0.5,
+        "weights/gb_per_s": 2.0,
+    }
     assert [(r.prompt.id, r.sample_index) for r in alone] == [(p.id, i) for p in PROMPTS for i in range(2)]
     assert {r.policy_version for r in alone} == {3}
     assert together == alone == pool.generate(PROMPTS, SAMPLING)
@@ -157,6 +165,40 @@ def test_a_joining_worker_that_fails_the_gate_does_not_join(open_pool, tmp_path)
         pool.resize(2)
 
     assert pool.num_workers == 1
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return condition()
+
+
+def test_a_running_job_follows_requests_up_and_down_without_waiting_for_those_who_join(open_pool):
+    latest = []
+    pool = open_pool(workers=1, requested_workers=lambda: latest[-1])
+
+    sizes, rollouts = [], []
+    for wish in (None, 3, 3, 1):
+        latest.append(wish)
+        sizes.append(pool.load_weights(weights(0))["rollout/workers"])
+        rollouts.append(pool.generate(PROMPTS, SAMPLING))
+        if wish == 3:
+            until(lambda: len(ray.wait([w.started for w in pool._joining], num_returns=2, timeout=0)[0]) == 2)
+
+    assert sizes[0] == 1
+    assert sizes[2:] == [3, 1]
+    assert rollouts == [rollouts[0]] * 4
+
+
+def test_a_request_that_cannot_be_met_does_not_end_the_run(open_pool, tmp_path):
+    pool = open_pool(workers=1, requested_workers=lambda: 2)
+    (tmp_path / "refuse to start").touch()
+
+    assert until(lambda: pool.load_weights(weights(0)) and pool._given_up == 2)
+
+    assert not pool._joining
+    assert pool.load_weights(weights(1))["rollout/workers"] == 1
 
 
 def test_requests_that_cannot_be_met_are_refused_before_any_work(open_pool):

@@ -11,8 +11,8 @@ from actors.rollout_pool import RolloutPool
 from pipeline.config.schema import DeadlinesConfig, RolloutConfig
 from pipeline.data.chat import encode_prompt
 from pipeline.errors import CheckpointError, StaleEngineError
-from pipeline.learning.ppo_update import write_policy_weights
 from pipeline.learning.probes import choose_probes
+from pipeline.learning.publishing import write_policy_weights
 from pipeline.models.backbone import load_causal_lm
 from pipeline.records import PolicyWeights, ProbeSequence, Prompt, SamplingParams
 
@@ -66,7 +66,8 @@ def publish(tokenizer, prompts, tmp_path_factory):
             version=version,
             location=str(location),
             probes=tuple(
-                ProbeSequence(prompt_ids=p, response_ids=r, logprobs=tuple(logprobs_of(model, p, r))) for p, r in probes
+                ProbeSequence(prompt_ids=p, response_ids=r, logprobs=tuple(logprobs_of(model, p, r)))
+                for p, r in ((probe.prompt_ids, probe.response_ids[0]) for probe in probes)
             ),
         )
 

@@ -19,6 +19,8 @@ from pipeline.errors import DataError, DeadlineExceeded, ResourceError, WorkerEr
 from pipeline.learning.reward_scorer import RewardModelScorer
 from pipeline.models.backbone import load_backbone
 from pipeline.models.reward_model import RewardModel, make_head, save_reward_model
+from pipeline.serving.client import VRMScorer
+from pipeline.stages.fingerprint import directory_fingerprint
 from tests.learners import HEAD, reward_card, statistics_of
 
 pytestmark = pytest.mark.components
@@ -78,11 +80,24 @@ def test_served_scores_equal_the_model_in_this_process(service, reward_model, wo
 def test_the_reward_over_http_is_the_sum_of_its_contributions(service, world):
     _, url = service
     prompt = [dict(m) for m in world.heldout_prompts[0].messages]
-    status, [scored] = post(f"{url}/v1/score", {"prompt": prompt, "responses": ["do check another source ."]})
+    status, answer = post(f"{url}/v1/score", {"prompt": prompt, "responses": ["do check another source ."]})
     assert status == 200
+    [scored] = answer["scores"]
     assert tuple(scored["contributions"]) == OBJECTIVES
     assert sum(scored["contributions"].values()) == pytest.approx(scored["reward"], abs=1e-5)
     assert sum(scored["objective_weights"].values()) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_every_answer_names_the_checkpoint(service, reward_model):
+    expected = directory_fingerprint(reward_model)
+    for path, body in (
+        ("score", {"prompt": "hi", "responses": ["x"]}),
+        ("score", {"items": [{"prompt": "hi", "responses": ["x"]}]}),
+        ("compare", {"prompt": "hi", "a": "x", "b": "y"}),
+        ("best_of", {"prompt": "hi", "responses": ["x", "y"]}),
+    ):
+        status, answer = post(f"{service[1]}/v1/{path}", body)
+        assert (status, answer["model_fingerprint"]) == (200, expected)
 
 
 @pytest.mark.parametrize("token", [None, "wrong"])
@@ -95,20 +110,42 @@ def test_without_the_token_nobody_is_served(service, token):
     "body",
     [
         b"{",
+        b"[" * 100_000,
+        b'{"prompt": "hi", "responses": ["\xff\xfe"]}',
+        b'{"prompt": "hi", "responses": ["\\ud800"]}',
+        {"prompt": "hi", "responses": [float("nan")]},
         {"prompt": "hi", "responses": []},
-        {"prompt": 3, "responses": ["x"]},
-        {"prompt": [], "responses": ["x"]},
-        {"prompt": [{"role": "tool", "content": "hi"}], "responses": ["x"]},
-        {"prompt": "hi", "responses": ["x" * 100_001]},
-        {"prompt": "hi"},
-        {"prompt": "hi", "responses": ["x"], "more": 1},
     ],
+    ids=lambda body: str(body)[:30],
 )
 def test_malformed_requests_are_refused_and_the_replica_lives(service, body):
+    before = [replica.pid for replica in replicas()]
     status, answer = post(f"{service[1]}/v1/score", body)
-    assert status == 422
+    assert status in {400, 422}
     assert "Traceback" not in str(answer)
     assert post(f"{service[1]}/v1/score", {"prompt": "hi", "responses": ["x"]})[0] == 200
+    assert [replica.pid for replica in replicas()] == before
+
+
+def test_the_client_and_the_training_run_read_the_same_rewards(service, world):
+    scorer, url = service
+    pairs = world.heldout_pairs()
+    prompts, responses = [pair.prompt for pair in pairs], [pair.chosen for pair in pairs]
+    with VRMScorer(url, token=TOKEN, deadline_s=60, batch_size=5) as client:
+        answer = client.score_rows(prompts, responses)
+        assert client.model().objectives == list(OBJECTIVES)
+        better, worse = client.best_of(prompts[0], [responses[0], pairs[0].rejected]).ranking
+    assert better.reward >= worse.reward
+    for over_http, inside in zip(answer.scores, scorer.score(prompts, responses), strict=True):
+        assert over_http.reward == pytest.approx(inside.mean, abs=1e-5)
+        assert over_http.concentration == pytest.approx(inside.concentration, rel=1e-5)
+
+
+def test_page_health_and_metrics_need_no_token(service):
+    _, url = service
+    for path, words in (("", "Which response is better"), ("healthz", "ok"), ("metrics", "vrm_requests_total")):
+        with urllib.request.urlopen(f"{url}/{path}", timeout=30) as answer:
+            assert words in answer.read().decode()
 
 
 def test_a_score_does_not_depend_on_what_shared_its_batch(service, world):
@@ -148,11 +185,19 @@ def test_a_killed_replica_is_replaced_and_its_share_scored(service, world):
     answers = []
     asking = threading.Thread(target=lambda: answers.extend(scorer.score(prompts, responses)))
     asking.start()
+    client = VRMScorer(service[1], token=TOKEN, deadline_s=120)
+    over_http = []
+    # A prompt that was not asked before: the replica's memory must not answer it.
+    waiting = threading.Thread(target=lambda: over_http.append(client.score("what of the saw ?", responses[:16])))
+    waiting.start()
     time.sleep(0.3)  # in the middle of a batch of 1,024
     [victim] = replicas()
     assert asking.is_alive()
     victim.kill()
     asking.join()
+    waiting.join()
+    client.close()
+    assert len(over_http[0].scores) == 16
     assert len(answers) == len(pairs)
     assert [a.mean for a in answers[:16]] == pytest.approx([e.mean for e in expected], abs=1e-5)
 

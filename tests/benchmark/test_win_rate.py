@@ -26,17 +26,20 @@ def test_unpaired_scores_are_refused(scores, baseline):
         win_rate(scores, baseline)
 
 
-def answer(output):
-    score = RewardScore(mean=1.5, std=0.5, objective_weights=(0.25, 0.75), objective_scores=(0.0, 2.0))
+def answer(output, objective_weights=(0.25, 0.75), objective_scores=(0.0, 2.0)):
+    score = RewardScore(mean=1.5, std=0.5, objective_weights=objective_weights, objective_scores=objective_scores)
     return Answer(prompt_id="p", instruction="why ?", output=output, generator="tiny-base", score=score)
 
 
 def test_answers_round_trip_in_alpaca_evals_form(tmp_path):
     path = tmp_path / "model_outputs.json"
-    write_answers(path, [answer("because"), answer("ünïcode")], dataset="tiny")
-    assert read_answers(path) == [answer("because"), answer("ünïcode")]
-    row = json.loads(path.read_text())[0]
-    assert (row["instruction"], row["output"], row["generator"]) == ("why ?", "because", "tiny-base")
+    answers = [answer("because"), answer("ünïcode", (), ()), answer("", tuple(range(12)), tuple(range(12)))]
+    write_answers(path, answers, dataset="tiny")
+    assert read_answers(path) == answers
+    rows = json.loads(path.read_text())
+    assert (rows[0]["instruction"], rows[0]["output"], rows[0]["generator"]) == ("why ?", "because", "tiny-base")
+    # alpaca_eval drops repeated rows, and cannot compare nested ones.
+    assert {type(value) for row in rows for value in row.values()} <= {str, int, float}
 
 
 @pytest.mark.parametrize("text", ["{", '[{"output": "x"}]', "3"])

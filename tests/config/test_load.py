@@ -1,9 +1,13 @@
 """A recipe becomes a frozen configuration, or a letter that says what is wrong with it."""
 
+from typing import get_args
+
 import pytest
 from pydantic import ValidationError
 
+from pipeline.config.algorithms import STANDARD_VALUES, Algorithm
 from pipeline.config.load import RECIPES, load_recipe
+from pipeline.config.schema import AlignmentConfig, OptimiserConfig, PPOConfig
 from pipeline.errors import ConfigError
 
 MINIMAL = "name: mine\nobjectives: [helpfulness, safety]\n"
@@ -128,3 +132,83 @@ def test_a_missing_recipe_names_the_known_ones(tmp_path):
         load_recipe("tinny")
     with pytest.raises(ConfigError, match=r"recipe .*/no\.yaml does not exist"):
         load_recipe(f"{tmp_path}/no.yaml")
+
+
+# --------------------------------------------------------------------------- algorithms
+
+GROUP = "alignment.samples_per_prompt=8"
+
+
+def test_an_algorithm_is_a_name_for_its_standard_values():
+    dapo = load_recipe("tiny", ["alignment.algorithm=dapo", GROUP]).alignment
+    assert (dapo.ppo.advantages, dapo.ppo.aggregation, dapo.ppo.drop_uniform_groups) == (
+        "group_zscore",
+        "token_mean",
+        True,
+    )
+    assert (dapo.ppo.clip_range, dapo.ppo.upper_clip_range) == (0.2, 0.28)
+    assert not dapo.ppo.trains_a_critic
+    gspo = load_recipe("tiny", ["alignment.algorithm=gspo", GROUP]).alignment
+    assert (gspo.ppo.ratio, gspo.ppo.clip_range, gspo.ppo.upper_clip_range) == ("geometric_mean", 3e-4, 4e-4)
+
+
+def test_what_a_recipe_writes_wins_over_the_algorithm(tmp_path):
+    path = write(
+        tmp_path, MINIMAL + "alignment: {algorithm: grpo, samples_per_prompt: 4, ppo: {policy: {weight_decay: 0.0}}}\n"
+    )
+    grpo = load_recipe(path, ["alignment.kl.coefficient=0.001"]).alignment
+    assert (grpo.kl.coefficient, grpo.kl.estimator, grpo.kl.place) == (0.001, "k3", "loss")
+    assert (grpo.ppo.policy.learning_rate, grpo.ppo.policy.weight_decay) == (1e-6, 0.0)
+
+
+@pytest.mark.parametrize("algorithm", STANDARD_VALUES)
+def test_a_written_out_configuration_means_the_same_again(algorithm):
+    config = AlignmentConfig(algorithm=algorithm, samples_per_prompt=2)
+    assert AlignmentConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_every_algorithm_has_standard_values_and_ppo_has_the_defaults():
+    assert set(STANDARD_VALUES) == set(get_args(Algorithm))
+    assert AlignmentConfig(algorithm="ppo") == AlignmentConfig()
+
+
+def test_sections_built_in_python_count_as_written_where_they_were_set():
+    config = AlignmentConfig(
+        algorithm="dapo", samples_per_prompt=2, ppo=PPOConfig(clip_range=0.1, policy=OptimiserConfig(learning_rate=0.5))
+    )
+    assert (config.ppo.clip_range, config.ppo.upper_clip_range) == (0.1, 0.28)
+    assert config.ppo.policy.learning_rate == 0.5
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"])
+def test_a_group_of_one_is_refused(algorithm):
+    with pytest.raises(ConfigError, match=rf"{algorithm} \(.*\) compares .* samples_per_prompt = 1 must be at least 2"):
+        load_recipe("tiny", [f"alignment.algorithm={algorithm}"])
+
+
+def test_ppo_and_reinforce_need_no_group():
+    assert load_recipe("tiny", ["alignment.algorithm=reinforce_plus_plus"]).alignment.samples_per_prompt == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "letter"),
+    [
+        (["alignment.algorithm=ppoo"], "alignment.algorithm = 'ppoo': input should be 'ppo', 'grpo', 'dr_grpo'"),
+        (["alignment.algorithm=[ppo]"], "alignment.algorithm = ['ppo']: input should be 'ppo'"),
+        (["alignment.kl.place=loss"], "alignment.kl: estimator = k1 in the loss has a gradient whose mean is zero"),
+        (["alignment.ppo.dual_clip_ratio=1.1"], "dual_clip_ratio = 1.1 must exceed 1 + the upper clip range, 1.2"),
+        (
+            ["alignment.algorithm=cispo", GROUP, "alignment.ppo.dual_clip_ratio=3"],
+            "dual_clip_ratio = 3.0 is for surrogate = clip, not cispo",
+        ),
+        (
+            ["alignment.algorithm=gspo", GROUP, "alignment.ppo.clip_range=0.2"],
+            "alignment.ppo: clip_range_high = 0.0004 is below clip_range = 0.2: one of them comes from",
+        ),
+        (["alignment.ppo.drop_uniform_groups=true"], "samples_per_prompt = 1 must be at least 2"),
+    ],
+)
+def test_choices_that_cannot_go_together_are_a_letter(overrides, letter):
+    with pytest.raises(ConfigError) as error:
+        load_recipe("tiny", overrides)
+    assert letter in str(error.value)

@@ -4,24 +4,24 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.data.chat import encode_prompt, require_chat_template
+from pipeline.data.chat import encode_prompt, encode_response, require_chat_template
 from pipeline.data.collate import PairCollator, tokenise_pairs
 from pipeline.data.planted import OBJECTIVES
 from pipeline.data.score_statistics import ScoreStatistics
 from pipeline.errors import DataError
 
 
-def test_a_batch_holds_chosen_then_rejected_rows_with_one_prompt(world, tokenizer):
+def test_a_batch_holds_each_prompt_once_then_the_chosen_and_the_rejected_response(world, tokenizer):
     pairs = tokenise_pairs(world.train_pairs()[:3], tokenizer, max_length=128, drop_too_long=True)
     statistics = ScoreStatistics.of(world.train_pairs(), OBJECTIVES)
-    collate = PairCollator(statistics=statistics, pad_token_id=tokenizer.pad_token_id, temperature=1.0, seed=0)
+    collate = PairCollator(statistics=statistics, temperature=1.0, seed=0)
     batch = collate(pairs, step=4)
     for b in range(3):
-        n = int(batch.prompt_lengths[b])
-        assert tuple(batch.input_ids[b, :n].tolist()) == encode_prompt(tokenizer, pairs[b].pair.prompt)
-        assert torch.equal(batch.input_ids[b, :n], batch.input_ids[b + 3, :n])
-    ends = batch.input_ids[torch.arange(6), batch.lengths - 1]
-    assert ends.tolist() == [tokenizer.eos_token_id] * 6
+        assert batch.pairs[b].prompt_ids == encode_prompt(tokenizer, pairs[b].pair.prompt)
+        chosen, rejected = batch.pairs[b].response_ids
+        assert chosen == encode_response(tokenizer, pairs[b].pair.chosen)
+        assert rejected == encode_response(tokenizer, pairs[b].pair.rejected)
+        assert chosen[-1] == rejected[-1] == tokenizer.eos_token_id
     torch.testing.assert_close(batch.target.sum(-1), torch.ones(3))
     assert torch.equal(batch.noise_seeds, collate(pairs, step=4).noise_seeds)
     assert not torch.equal(batch.noise_seeds, collate(pairs, step=5).noise_seeds)
@@ -45,12 +45,12 @@ def test_a_batch_holds_the_standardised_scores_of_both_responses_and_the_margins
 def test_long_pairs_are_dropped_in_training_and_cut_from_the_left_in_evaluation(world, tokenizer):
     [pair] = world.train_pairs()[:1]
     [whole] = tokenise_pairs([pair], tokenizer, max_length=128, drop_too_long=True)
-    limit = whole.longest - 3
+    limit = len(whole.tokens.prompt_ids) + max(map(len, whole.tokens.response_ids)) - 3
     with pytest.raises(DataError, match=f"none of 1 pairs fits in max_length = {limit}"):
         tokenise_pairs([pair], tokenizer, max_length=limit, drop_too_long=True)
     [cut] = tokenise_pairs([pair], tokenizer, max_length=limit, drop_too_long=False)
-    assert cut.prompt_ids == whole.prompt_ids[3:]
-    assert cut.chosen_ids == whole.chosen_ids
+    assert cut.tokens.prompt_ids == whole.tokens.prompt_ids[3:]
+    assert cut.tokens.response_ids == whole.tokens.response_ids
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer):

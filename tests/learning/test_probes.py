@@ -73,9 +73,9 @@ def test_probes_split_real_prompts_and_end_in_random_tokens_of_the_vocabulary():
     probes = choose_probes(prompts, vocabulary_size=50, seed=1)
 
     assert len(probes) == 8
-    assert [p for p, _ in probes[:2]] == [(0, 1, 2), (1, 2, 3)]
-    assert [r[:3] for _, r in probes[:2]] == [(3, 4, 5), (4, 5, 6)]
-    noise = [r[3:] for _, r in probes]
+    assert [probe.prompt_ids for probe in probes[:2]] == [(0, 1, 2), (1, 2, 3)]
+    assert [probe.response_ids[0][:3] for probe in probes[:2]] == [(3, 4, 5), (4, 5, 6)]
+    noise = [probe.response_ids[0][3:] for probe in probes]
     assert len(set(noise)) == 8
     assert all(len(n) == 8 and set(n) <= set(range(50)) for n in noise)
     assert probes == choose_probes(prompts, vocabulary_size=50, seed=1)

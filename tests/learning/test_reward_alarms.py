@@ -17,7 +17,7 @@ HEALTHY = {
     "eval/score_collinearity": 0.4,
     "eval/reward_std": 1.3,
     "eval/calibration_error": 0.04,
-    "eval/prefers_longer": 0.55,
+    "eval/length_correlation": 0.1,
     "eval/target_correlation": 0.3,
 }
 
@@ -42,7 +42,7 @@ def test_a_healthy_model_raises_no_alarm_and_all_are_checked():
         ("scale_drift", {"eval/reward_std": 2.1}),
         ("scale_drift", {"eval/reward_std": 0.49}),
         ("miscalibration", {"eval/calibration_error": 0.11}),
-        ("length_bias", {"eval/prefers_longer": 0.71}),
+        ("length_bias", {"eval/length_correlation": 0.41}),
         ("supervision_mismatch", {"eval/target_correlation": 0.04}),
         ("memorised_prompts", {"train/accuracy": 0.84}),
     ],
@@ -65,7 +65,7 @@ def test_each_failure_raises_its_alarm_and_no_other(name, change):
         {"eval/reward_std": 1.9},
         {"eval/reward_std": 0.51},
         {"eval/calibration_error": 0.09},
-        {"eval/prefers_longer": 0.69},
+        {"eval/length_correlation": 0.39},
         {"eval/target_correlation": 0.06},
         {"train/accuracy": 0.82},
     ],
@@ -79,7 +79,7 @@ def test_what_was_not_measured_cannot_alarm():
         "eval/accuracy": 0.7,
         "eval/margin": 0.0,
         "eval/calibration_error": 0.3,
-        "eval/prefers_longer": 0.5,
+        "eval/length_correlation": 0.1,
     }
     assert check_alarms(bradley_terry) == {"alarm/miscalibration": 1.0, "alarm/length_bias": 0.0, "eval/alarms": 1.0}
 

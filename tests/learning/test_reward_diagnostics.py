@@ -5,25 +5,19 @@ import math
 import pytest
 import torch
 
-from pipeline.learning.reward_diagnostics import (
-    accuracy_by_length,
-    calibration_error,
-    prefers_longer,
-    reward_diagnostics,
-    score_collinearity,
-    target_correlation,
-)
+from pipeline.learning.reward_diagnostics import reward_diagnostics, score_collinearity, target_correlation
 from pipeline.models.reward_heads import RewardOutput
-from pipeline.records import PreferenceBatch
+from pipeline.records import PreferenceBatch, PromptGroup
 
 
 def batch_of(lengths, target=None, mask=None):
     num_pairs = len(lengths) // 2
     target = torch.zeros(num_pairs, 2) if target is None else torch.tensor(target)
     return PreferenceBatch(
-        input_ids=torch.zeros(len(lengths), max(lengths), dtype=torch.int64),
-        lengths=torch.tensor(lengths),
-        prompt_lengths=torch.ones(num_pairs, dtype=torch.int64),
+        pairs=tuple(
+            PromptGroup(prompt_ids=(1,), response_ids=((2,) * chosen, (2,) * rejected))
+            for chosen, rejected in zip(lengths[:num_pairs], lengths[num_pairs:], strict=True)
+        ),
         target=target,
         target_mask=torch.zeros(num_pairs, 2, dtype=torch.bool) if mask is None else torch.tensor(mask),
         noise_seeds=torch.zeros(num_pairs, dtype=torch.int64),
@@ -50,6 +44,8 @@ def test_diagnostics_of_two_pairs_by_hand():
     )
     metrics = reward_diagnostics(output, batch_of([5, 4, 3, 4], target=[[0.5, 0.5], [1.0, 0.0]], mask=[[True] * 2] * 2))
 
+    assert metrics["eval/prefers_longer"] == 1.0  # the second pair has equal lengths
+    assert metrics["eval/calibration_error"] == pytest.approx(1.0 - 1.0 / (1.0 + math.exp(-2.0)))
     assert metrics["eval/reward_mean"] == 1.0
     assert metrics["eval/reward_std"] == pytest.approx(math.sqrt(2.0))  # deviations 2, 0, 0, -2
     assert metrics["eval/posterior_std"] == 1.5
@@ -73,6 +69,9 @@ def test_diagnostics_of_two_pairs_by_hand():
     assert metrics["eval/score_collinearity"] == pytest.approx(1.0)  # the second score is -2 times the first
     assert metrics["eval/accuracy_chosen_longer"] == 1.0  # 5 against 3 tokens, and 4 against 4
     assert "eval/accuracy_chosen_shorter" not in metrics
+    # Standard deviations 1 and 1, 2 and 2: margins 2 with variances 2 and 8
+    probit = [2.0 / math.sqrt(1 + math.pi / 8 * variance) for variance in (2.0, 8.0)]
+    assert metrics["eval/probit_nll"] == pytest.approx(sum(math.log(1 + math.exp(-x)) for x in probit) / 2)
     assert metrics["eval/target_entropy"] == pytest.approx(math.log(2.0) / 2)
     assert metrics["eval/target_correlation"] == pytest.approx(-1.0)
 
@@ -87,29 +86,7 @@ def test_a_bradley_terry_head_has_no_posterior_to_diagnose():
         "eval/calibration_error",
         "eval/brier",
         "eval/prefers_longer",
-    }
-
-
-def test_calibration_error_is_the_distance_of_confidence_from_accuracy():
-    # One pair a bin: |accuracy - sigmoid(|margin|)|; sigmoid(ln 3) = 0.75, and the wrong pair is 0.75 away.
-    assert calibration_error(double([math.log(3.0)])) == pytest.approx(0.25)
-    assert calibration_error(double([math.log(3.0), -math.log(3.0)])) == pytest.approx((0.25 + 0.75) / 2)
-    assert calibration_error(double([0.0] * 32)) == 0.0  # a coin that says it is one: confidence 1/2, ties count 1/2
-
-
-def test_preferring_the_longer_response_counts_pairs_of_unequal_length_only():
-    # chosen lengths 5, 3, 4, 6; rejected 4, 4, 4, 2
-    batch = batch_of([5, 3, 4, 6, 4, 4, 4, 2])
-    assert prefers_longer(double([1.0, 1.0, 1.0, -1.0]), batch) == pytest.approx(1 / 3)
-    assert prefers_longer(double([1.0, -1.0, 1.0, 0.0]), batch) == pytest.approx(2.5 / 3)
-    assert prefers_longer(double([1.0]), batch_of([4, 4])) == 0.5
-
-
-def test_accuracy_is_split_by_which_response_is_longer():
-    batch = batch_of([5, 3, 4, 6, 4, 4, 4, 2])  # chosen longer, shorter, equal, longer
-    assert accuracy_by_length(double([1.0, 1.0, -1.0, -1.0]), batch) == {
-        "eval/accuracy_chosen_longer": 0.5,
-        "eval/accuracy_chosen_shorter": 1.0,
+        "eval/length_correlation",
     }
 
 

@@ -10,10 +10,10 @@ from pipeline.data.prompts import PromptStream
 from pipeline.errors import CheckpointError, NumericsError, ResourceError, ShapeError
 from pipeline.learning.engine import TorchEngine
 from pipeline.learning.experience import RewardScale, build_experience
-from pipeline.learning.ppo_update import write_policy_weights
+from pipeline.learning.publishing import write_policy_weights
 from pipeline.learning.schedule import learning_rate_factor, warmup_factor
 from pipeline.objectives.variational import sample_dirichlet, weight_supervision
-from pipeline.records import Prompt, RewardScore, Rollout, SamplingParams, TokenEvaluation
+from pipeline.records import Prompt, PromptGroup, RewardScore, Rollout, SamplingParams, TokenEvaluation
 from tests.fakes import FakeRollouts, FakeScorer
 from tests.learners import ALIGNMENT, HEAD, collator, ppo_learner, prompts_of, reward_trainer, tokenised
 
@@ -155,7 +155,7 @@ def experience_of(learner, world, tokenizer):
         kl=ALIGNMENT.kl,
         kl_coefficient=0.05,
         reward_scale=RewardScale(mean=0.0, std=1.0),
-        pad_token_id=tokenizer.pad_token_id,
+        max_response_tokens=12,
     )
     return experience
 
@@ -233,14 +233,17 @@ def test_experience_by_hand():
         kl=ALIGNMENT.kl,
         kl_coefficient=0.1,
         reward_scale=RewardScale(mean=1.0, std=2.0),
-        pad_token_id=0,
+        max_response_tokens=2,
     )
     # z-scores 1 and 50 -> 2 (clipped); the second was cut: 2 - 1 = 1.
     # row 0: R = (-.1 * 1, -.1 * .5 + 1) = (-.1, .95); lambda = gamma = 1: returns (.85, .95)
-    torch.testing.assert_close(experience.returns, torch.tensor([[0.85, 0.95], [1.0, 0.0]]))
+    torch.testing.assert_close(experience.critic.returns, torch.tensor([[0.85, 0.95], [1.0, 0.0]]))
     torch.testing.assert_close(experience.advantages, torch.tensor([[0.35, 0.7], [1.0, 0.0]]))
     assert experience.num_response_tokens == 3
-    assert experience.input_ids.tolist() == [[1, 2, 7, 8], [1, 2, 9, 0]]
+    assert experience.sequences == (
+        PromptGroup(prompt_ids=(1, 2), response_ids=((7, 8),)),
+        PromptGroup(prompt_ids=(1, 2), response_ids=((9,),)),
+    )
     assert metrics["kl/per_response"] == pytest.approx((1.0 + 0.5 + 0.0) / 2)
     assert metrics["engine_gap/max"] == pytest.approx(0.1)
     assert metrics["response/stopped"] == 0.5
@@ -389,7 +392,7 @@ def test_a_batch_that_would_poison_the_update_is_refused_by_name(rollouts, score
             kl=ALIGNMENT.kl,
             kl_coefficient=0.1,
             reward_scale=RewardScale(mean=0.0, std=1.0),
-            pad_token_id=0,
+            max_response_tokens=2,
         )
 
 

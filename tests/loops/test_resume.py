@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.config.schema import AlignmentConfig
 from pipeline.data.batching import step_indices
 from pipeline.data.prompts import PromptStream
-from pipeline.errors import NumericsError
+from pipeline.errors import NumericsError, Preempted
 from pipeline.learning.experience import RewardScale
 from pipeline.loops.alignment import align
 from pipeline.loops.supervised_training import train
@@ -22,8 +23,8 @@ class Killed(BaseException):
     """Stands for kill -9: nothing may catch it."""
 
 
-def stage_at(path, name):
-    return StageDirectory(str(path), name, "0" * 64)
+def stage_at(path, name, **options):
+    return StageDirectory(str(path), name, "0" * 64, **options)
 
 
 def weights(path):
@@ -35,20 +36,23 @@ def assert_bit_equal(left, right):
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def run_reward_training(tiny_policy, world, tokenizer, path, *, kill_before_update=None):
+def run_reward_training(tiny_policy, world, tokenizer, path, *, kill_before_update=None, preempt_in_update=None):
     learner = reward_trainer(tiny_policy, world, tokenizer, num_steps=6)
     update = learner.update
+    notice = []
 
     def mortal_update(batch, step):
         if step == kill_before_update:
             raise Killed
+        if step == preempt_in_update:
+            notice.append("SIGTERM")
         return update(batch, step)
 
     learner.update = mortal_update
     pairs, collate = tokenised(world, tokenizer), collator(world, tokenizer)
     return train(
         learner,
-        stage_at(path, "train_reward_model"),
+        stage_at(path, "train_reward_model", preempted=lambda: bool(notice)),
         batch_of=lambda step: collate([pairs[i] for i in step_indices(len(pairs), 8, step, 0)], step),
         heldout=collate(tokenised(world, tokenizer, "heldout"), 0),
         num_steps=6,
@@ -69,8 +73,21 @@ def test_resumed_reward_training_equals_the_uninterrupted_run(step, tiny_policy,
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 5]  # no step twice but the final evaluation
 
 
-def run_alignment(tiny_policy, world, tokenizer, path, *, kill=None):
-    learner = ppo_learner(tiny_policy, world, tokenizer, path / "published")
+@pytest.mark.parametrize("step", [0, 1, 2, 4])
+def test_a_preempted_run_commits_the_step_it_is_in_and_its_successor_ends_with_the_same_weights(
+    step, tiny_policy, world, tokenizer, tmp_path
+):
+    whole = run_reward_training(tiny_policy, world, tokenizer, tmp_path / "whole")
+    with pytest.raises(Preempted, match=rf"train_reward_model is committed behind step {step + 1}\. The same command"):
+        run_reward_training(tiny_policy, world, tokenizer, tmp_path / "preempted", preempt_in_update=step)
+    committed = stage_at(tmp_path / "preempted", "train_reward_model").checkpoints.latest()
+    assert committed.step == step
+    assert run_reward_training(tiny_policy, world, tokenizer, tmp_path / "preempted") == whole
+    assert_bit_equal(weights(tmp_path / "preempted"), weights(tmp_path / "whole"))
+
+
+def run_alignment(tiny_policy, world, tokenizer, path, *, kill=None, config=ALIGNMENT):
+    learner = ppo_learner(tiny_policy, world, tokenizer, path / "published", config=config)
     rollouts = FakeRollouts(tokenizer)
     if kill is not None:
         method, call = kill
@@ -89,9 +106,8 @@ def run_alignment(tiny_policy, world, tokenizer, path, *, kill=None):
         learner,
         PromptStream(prompts=tuple(prompts_of(world, tokenizer)), seed=0),
         stage_at(path, "align_policy"),
-        ALIGNMENT,
+        config,
         reward_scale=RewardScale(mean=0.0, std=1.0),
-        pad_token_id=tokenizer.pad_token_id,
         seed=0,
     )
     return metrics, rollouts
@@ -110,6 +126,21 @@ def test_resumed_alignment_equals_the_uninterrupted_run(kill, tiny_policy, world
     assert timeless(resumed) == timeless(whole)
     assert_bit_equal(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
     assert rollouts.loaded[0] in (2, 4)  # it went on behind a commit, not from the start
+
+
+def test_resumed_alignment_without_a_critic_equals_the_uninterrupted_run(tiny_policy, world, tokenizer, tmp_path):
+    dapo = AlignmentConfig.model_validate(
+        ALIGNMENT.model_dump(exclude_unset=True, exclude={"kl"}) | {"algorithm": "dapo", "num_steps": 4}
+    )
+    whole, _ = run_alignment(tiny_policy, world, tokenizer, tmp_path / "whole", config=dapo)
+    with pytest.raises(Killed):
+        run_alignment(tiny_policy, world, tokenizer, tmp_path / "killed", kill=("update", 3), config=dapo)
+    resumed, rollouts = run_alignment(tiny_policy, world, tokenizer, tmp_path / "killed", config=dapo)
+    assert timeless(resumed) == timeless(whole)
+    assert_bit_equal(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+    assert rollouts.loaded == [2, 3, 4]
+    # Two samples with equally many e's are a uniform group; somewhere in the run one was left out.
+    assert any(row["group/uniform"] > 0 for row in read_metrics(tmp_path / "whole" / METRICS_FILE))
 
 
 def test_every_step_samples_its_own_prompts_from_the_policy_of_that_step(tiny_policy, world, tokenizer, tmp_path):
@@ -146,7 +177,6 @@ def run_until_the_kl_limit(tiny_policy, world, tokenizer, path, *, too_far_from,
         stage,
         config,
         reward_scale=RewardScale(mean=0.0, std=1.0),
-        pad_token_id=tokenizer.pad_token_id,
         seed=0,
     )
     return metrics, stage

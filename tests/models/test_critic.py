@@ -2,6 +2,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.models.critic import PolicyWithCritic, TokenStatistics
+from pipeline.models.packing import pack
+from pipeline.records import PromptGroup
 
 
 def test_token_statistics_equal_a_plain_forward(tiny_policy):
@@ -9,11 +11,12 @@ def test_token_statistics_equal_a_plain_forward(tiny_policy):
     model = PolicyWithCritic(lm, None).eval()
     torch.nn.init.normal_(model.value_head.weight)
     prompts, responses = [(5, 6, 7), (8, 9)], [(10, 11), (12, 13, 14)]
-    rows = [p + r for p, r in zip(prompts, responses, strict=True)]
+    rows = [PromptGroup(prompt_ids=p, response_ids=(r,)) for p, r in zip(prompts, responses, strict=True)]
+    plain = AutoModelForCausalLM.from_pretrained(tiny_policy)
     with torch.no_grad():
-        got = TokenStatistics(*model(torch.tensor(rows), torch.tensor([3, 2]), torch.tensor([2, 3]), 4, 0.5))
+        got = TokenStatistics(*model(pack(rows), 4, 0.5))
         for b, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            out = lm(torch.tensor([prompt + response]), output_hidden_states=True)
+            out = plain(torch.tensor([prompt + response]), output_hidden_states=True)
             log_pi = torch.log_softmax(out.logits[0] / 0.5, -1)
             places = [len(prompt) - 1 + t for t in range(len(response))]
             expected = torch.stack([log_pi[p, token] for p, token in zip(places, response, strict=True)])
@@ -25,7 +28,5 @@ def test_token_statistics_equal_a_plain_forward(tiny_policy):
 
 def test_a_fresh_critic_predicts_nothing(tiny_policy):
     lm = AutoModelForCausalLM.from_pretrained(tiny_policy)
-    output = PolicyWithCritic(lm, None)(
-        torch.ones(1, 4, dtype=torch.int64), torch.tensor([2]), torch.tensor([2]), 2, 1.0
-    )
+    output = PolicyWithCritic(lm, None)(pack([PromptGroup(prompt_ids=(1, 1), response_ids=((1, 1),))]), 2, 1.0)
     assert TokenStatistics(*output).values.abs().sum() == 0

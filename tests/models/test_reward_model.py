@@ -6,10 +6,10 @@ import torch
 from transformers import LlamaConfig, LlamaModel
 
 from pipeline.config.schema import VRMHeadConfig
-from pipeline.data.collate import pad_right
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.learning.reward_scorer import RewardModelScorer
 from pipeline.models.backbone import load_backbone, load_config, require_context, train_only_last_layers
+from pipeline.models.packing import pack
 from pipeline.models.reward_heads import (
     BradleyTerryHead,
     GateHead,
@@ -20,6 +20,7 @@ from pipeline.models.reward_heads import (
 )
 from pipeline.models.reward_model import RewardModel, RewardModelCard, load_reward_model, make_head, save_reward_model
 from pipeline.objectives.variational import dirichlet_kl
+from pipeline.records import PromptGroup
 
 HEAD = VRMHeadConfig(semantic_dims=6, hidden_size=32)
 HADAMARD = VRMHeadConfig(decoder="hadamard", semantic_dims=4, hidden_size=32)
@@ -177,8 +178,8 @@ def test_alpha_is_the_same_from_the_chosen_and_the_rejected_row(tiny_policy, wor
     model = vrm(tiny_policy).eval()
     with torch.no_grad():
         torch.nn.init.normal_(model.head.weight_head.output.weight)
-        rows = [(7, 8, 9, 20, 21), (7, 8, 9, 40, 41, 42, 43)]
-        output = RewardOutput(*model(pad_right(rows, 1), torch.tensor([5, 7]), torch.tensor([3, 3])))
+        pair = PromptGroup(prompt_ids=(7, 8, 9), response_ids=((20, 21), (40, 41, 42, 43)))
+        output = RewardOutput(*model(pack([pair])))
     torch.testing.assert_close(output.alpha[0], output.alpha[1], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(output.mu[0], output.mu[1], atol=1e-3)
 
@@ -296,7 +297,7 @@ def test_a_llama_backbone_works_too():
         vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
     )
     model = RewardModel(LlamaModel(config), VRMHead(32, 4, HEAD))
-    output = RewardOutput(*model(torch.ones(2, 6, dtype=torch.int64), torch.tensor([6, 4]), torch.tensor([2, 2])))
+    output = RewardOutput(*model(pack([PromptGroup(prompt_ids=(1, 1), response_ids=((1, 1, 1, 1), (1, 1)))])))
     assert output.mean.shape == (2,)
     assert math.isfinite(output.mean.sum().item())
 

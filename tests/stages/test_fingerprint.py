@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from pipeline.config.load import load_recipe
-from pipeline.stages.fingerprint import fingerprint
+from pipeline.stages.fingerprint import directory_fingerprint, fingerprint
 
 
 def test_fingerprint_is_the_hash_of_canonical_json():
@@ -41,3 +41,15 @@ def test_rescaling_the_cluster_keeps_every_stage():
 def test_a_number_that_json_cannot_hold_is_refused():
     with pytest.raises(ValueError, match="not JSON compliant"):
         fingerprint("align", 1, {"learning_rate": float("inf")}, [])
+
+
+def test_a_directory_is_known_by_its_files_wherever_it_lies(tmp_path):
+    for place in ("here", "there"):
+        (tmp_path / place / "deep").mkdir(parents=True)
+        (tmp_path / place / "deep" / "b.json").write_text("2")
+        (tmp_path / place / "a.json").write_text("1")
+    here, there = (directory_fingerprint(str(tmp_path / place)) for place in ("here", "there"))
+    one, two = (hashlib.sha256(text).hexdigest() for text in (b"1", b"2"))
+    assert here == there == hashlib.sha256(f"{one}  a.json\n{two}  deep/b.json\n".encode()).hexdigest()
+    (tmp_path / "there" / "a.json").rename(tmp_path / "there" / "c.json")
+    assert directory_fingerprint(str(tmp_path / "there")) != here

@@ -122,7 +122,7 @@ def test_of_two_jobs_that_start_together_one_gets_it(tmp_path):
             time.sleep(0.05)
         assert sorted(p.poll() is None for p in processes) == [False, False, True]
         refused = [p.stderr.read().decode() for p in processes if p.poll() is not None]
-        assert all("WorkspaceLocked" in text for text in refused)
+        assert all("WorkspaceLocked" in text for text in refused), refused
     finally:
         for process in processes:
             process.kill()

@@ -1,0 +1,92 @@
+"""The service's own routes: health, and the questions of `pipeline/serving/protocol.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request, Response
+
+from pipeline.serving.desk import ScoringDesk
+from pipeline.serving.protocol import (
+    BestOfAnswer,
+    BestOfRequest,
+    CompareAnswer,
+    CompareRequest,
+    EitherScoreRequest,
+    Health,
+    ModelAnswer,
+    ScoreAnswer,
+    ScoreManyAnswer,
+    ScoreRequest,
+)
+
+PAGE = Path(__file__).with_name("vrm_page.html")
+PAGE_HEADERS = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "referrer-policy": "no-referrer",
+}
+
+
+def desk_of(request: Request) -> ScoringDesk:
+    return request.app.state.desk
+
+
+Desk = Annotated[ScoringDesk, Depends(desk_of)]
+
+open_routes = APIRouter()
+routes = APIRouter(prefix="/v1")
+
+
+@open_routes.get("/", include_in_schema=False)
+async def page() -> Response:
+    """Paste a prompt and two responses. It asks for the token itself, and loads nothing from elsewhere."""
+    return Response(PAGE.read_text(), media_type="text/html", headers=PAGE_HEADERS)
+
+
+@open_routes.get("/healthz")
+async def healthz() -> Health:
+    """The process answers."""
+    return Health(status="ok")
+
+
+@open_routes.get("/readyz")
+async def readyz(desk: Desk, response: Response) -> Health:
+    """The model is loaded (there is no service before it is) and would take a request now; 503 when it is full."""
+    if desk.admission.is_full:
+        response.status_code = 503
+        return Health(status="busy")
+    return Health(status="ok")
+
+
+@open_routes.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus metrics of the replica that answers."""
+    return Response(request.app.state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@routes.get("/model")
+async def model(desk: Desk) -> ModelAnswer:
+    """The model behind the service: objectives, decoder, statistics, versions."""
+    return desk.model
+
+
+@routes.post("/score")
+async def score(request: EitherScoreRequest, desk: Desk) -> ScoreAnswer | ScoreManyAnswer:
+    """Rewards with intervals and reasons: `{prompt, responses}`, or `{items: [{prompt, responses}, ...]}`."""
+    return await (desk.score(request) if isinstance(request, ScoreRequest) else desk.score_many(request))
+
+
+@routes.post("/compare")
+async def compare(request: CompareRequest, desk: Desk) -> CompareAnswer:
+    """P(a > b), the contribution of each objective, and which one decided."""
+    return await desk.compare(request)
+
+
+@routes.post("/best_of")
+async def best_of(request: BestOfRequest, desk: Desk) -> BestOfAnswer:
+    """The candidates from best to worst, by reward or by its lower confidence bound."""
+    return await desk.best_of(request)

@@ -1,0 +1,222 @@
+"""A judge's verdicts on benchmark answers, in the layout that the benchmark's own scorer reads.
+
+    python jobs/judge_benchmark.py --benchmark alpaca_eval --answers aligned/model_outputs.json \\
+        --baseline base/model_outputs.json --templates alpaca_eval_clf.txt \\
+        --judge https://api.openai.com/v1 --model gpt-4-1106-preview --out results/annotations.json
+    python jobs/judge_benchmark.py --benchmark arena_hard --questions question.jsonl \\
+        --answers model_answer/ours.jsonl --baseline model_answer/gpt-4-0314.jsonl --templates judge_config.yaml \\
+        --judge vrm:runs/tiny/stages/train_reward_model-.../result --out model_judgment/vrm/ours.jsonl
+    python jobs/judge_benchmark.py --benchmark mt_bench --questions question.jsonl \\
+        --answers model_answer/ours.jsonl --references reference_answer/gpt-4.jsonl --templates judge_prompts.jsonl \\
+        --judge replay:judgments.cache --out model_judgment/gpt-4_single.jsonl
+
+The key of an endpoint is read from VRM_JUDGE_API_KEY (another variable: --api-key-env). Every judgment is kept in
+<out>.cache as it comes: a run that was stopped asks only for what is missing. <out>.summary.json says what was asked,
+what failed and what it cost. Exits with 1 when requests stayed unanswered; the same command then asks for those alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline.benchmark import alpaca_eval_judging, arena_hard_files, arena_hard_judging, mt_bench, mt_bench_judging
+from pipeline.benchmark.arena_hard import parse_verdict
+from pipeline.benchmark.judges.chat import ChatJudge, ChatLimits
+from pipeline.benchmark.judges.replay import ReplayJudge
+from pipeline.benchmark.judging import Judge, JudgedBenchmark, collect
+from pipeline.benchmark.judging_account import JudgingAccount, account, read_price
+from pipeline.benchmark.judgment_cache import JudgmentCache
+from pipeline.data.files import content_fingerprint
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.stages import storage
+
+UNANSWERED, BAD_INPUT = 1, 2
+PROGRESS_S = 10.0
+SCORING_TOKENS = 8192
+"""Tokens the reward model scores at once."""
+
+
+def open_alpaca_eval(options: argparse.Namespace) -> JudgedBenchmark:
+    return alpaca_eval_judging.AlpacaEvalJudging(
+        alpaca_eval_judging.read_model_outputs(options.answers),
+        alpaca_eval_judging.read_model_outputs(options.baseline),
+        alpaca_eval_judging.read_chatml(options.templates),
+        annotator=options.templates.stem,
+    )
+
+
+def open_arena_hard(options: argparse.Namespace) -> JudgedBenchmark:
+    return arena_hard_judging.ArenaHardJudging(
+        arena_hard_judging.read_arena_questions(options.questions),
+        arena_hard_files.read_answers([str(options.answers)]),
+        arena_hard_files.read_answers([str(options.baseline)]),
+        arena_hard_judging.read_arena_template(options.templates),
+        parse=partial(parse_verdict, rules="v2"),
+    )
+
+
+def open_mt_bench(options: argparse.Namespace) -> JudgedBenchmark:
+    return mt_bench_judging.MTBenchJudging(
+        mt_bench_judging.read_mt_bench_questions(options.questions),
+        mt_bench.read_answers([str(options.answers)]),
+        mt_bench.read_answers([str(options.references)]),
+        mt_bench_judging.read_grading_templates(options.templates),
+        parse=mt_bench.parse_score,
+    )
+
+
+class Benchmark(NamedTuple):
+    """How a benchmark is opened."""
+
+    open: Callable[[argparse.Namespace], JudgedBenchmark]
+    needs: set[str]
+    """Files besides answers and templates."""
+    suffix: str
+    """Of the file its scorer reads: .json holds a list, .jsonl one row a line."""
+
+
+BENCHMARKS = {
+    "alpaca_eval": Benchmark(open_alpaca_eval, {"baseline"}, ".json"),
+    "arena_hard": Benchmark(open_arena_hard, {"baseline", "questions"}, ".jsonl"),
+    "mt_bench": Benchmark(open_mt_bench, {"questions", "references"}, ".jsonl"),
+}
+
+
+def open_judge(options: argparse.Namespace) -> Judge:
+    """The judge behind --judge.
+
+    Raises:
+        ConfigError: no judge, or an endpoint without --model.
+        DataError, CheckpointError: its file or directory cannot be used.
+    """
+    kind, _, place = options.judge.partition(":")
+    match kind:
+        case "replay":
+            return ReplayJudge(Path(place))
+        case "vrm":
+            return open_reward_model(place)
+        case "http" | "https":
+            if options.model is None:
+                raise ConfigError(f"the endpoint {options.judge} needs --model, the name of the model it shall serve")
+            limits = ChatLimits(
+                concurrency=options.concurrency,
+                requests_per_minute=options.requests_per_minute,
+                deadline_s=options.deadline_s,
+            )
+            api_key = os.environ.get(options.api_key_env, "").strip() or None
+            return ChatJudge(options.judge, options.model, api_key=api_key, limits=limits)
+    raise ConfigError(f"--judge {options.judge!r}: give an endpoint (https://...), replay:FILE or vrm:DIRECTORY")
+
+
+def open_reward_model(directory: str) -> Judge:
+    # Only this judge needs torch.
+    import torch
+
+    from pipeline.benchmark.judges.reward_model import RewardModelJudge
+    from pipeline.learning.reward_scorer import RewardModelScorer
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    scorer = RewardModelScorer.load(directory, max_tokens_per_batch=SCORING_TOKENS, device=device)
+    return RewardModelJudge(scorer, model=f"vrm-{content_fingerprint(directory)[:12]}")
+
+
+def progress_line() -> Callable[[int, int], None]:
+    """Says now and then on the terminal how far the judge is."""
+    due = time.monotonic() + PROGRESS_S
+
+    def progress(done: int, total: int) -> None:
+        nonlocal due
+        if time.monotonic() >= due:
+            due = time.monotonic() + PROGRESS_S
+            print(f"judged {done} of {total}", file=sys.stderr, flush=True)
+
+    return progress
+
+
+def judge_benchmark(options: argparse.Namespace) -> JudgingAccount:
+    """Writes the rows and the summary; every input is read before anything is asked."""
+    benchmark = BENCHMARKS[options.benchmark].open(options)
+    judge = open_judge(options)
+    price = None if options.prices is None else read_price(options.prices, judge.model)
+    storage.require_writable(str(options.out.parent), needs_bytes=0)
+    # A replay file may be edited and replayed again: what it says is not remembered anywhere else.
+    remembers = not isinstance(judge, ReplayJudge)
+    with JudgmentCache.open(options.cache) if remembers else nullcontext() as cache:
+        collected = collect(judge, benchmark.requests, cache, progress=progress_line())
+    judged = benchmark.rows(collected.outcomes, judge)
+    costs = account(judge, collected, unparsed=judged.unparsed, price=price)
+    if options.out.suffix == ".json":
+        text = json.dumps(judged.rows, indent=1, ensure_ascii=False)
+    else:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in judged.rows)
+    storage.write_text(str(options.out), text)
+    files = {name: getattr(options, name) for name in ("answers", "baseline", "questions", "references", "templates")}
+    summary = {
+        "benchmark": options.benchmark,
+        "rows": len(judged.rows),
+        **asdict(costs),
+        "sampling": asdict(benchmark.requests[0].sampling) if benchmark.requests else None,
+        "inputs": {name: content_fingerprint(str(file)) for name, file in files.items() if file is not None},
+    }
+    storage.write_text(str(options.out.with_suffix(".summary.json")), json.dumps(summary, indent=1, ensure_ascii=False))
+    return costs
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--benchmark", required=True, choices=sorted(BENCHMARKS))
+    parser.add_argument("--answers", required=True, type=Path, metavar="FILE", help="of the model that is judged")
+    parser.add_argument("--templates", required=True, type=Path, metavar="FILE", help="the judge's prompts")
+    parser.add_argument("--judge", required=True, metavar="URL|replay:FILE|vrm:DIR", help="who judges")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="annotations.json or judgments .jsonl")
+    parser.add_argument("--cache", type=Path, metavar="FILE", help="judgments so far (<out>.cache)")
+    parser.add_argument("--prices", type=Path, metavar="FILE", help='{model: {"prompt": ..., "completion": ...}}, JSON')
+    parser.add_argument("--baseline", type=Path, metavar="FILE", help="its answers (alpaca_eval, arena_hard)")
+    parser.add_argument("--questions", type=Path, metavar="FILE", help="question.jsonl (arena_hard, mt_bench)")
+    parser.add_argument("--references", type=Path, metavar="FILE", help="reference answers (mt_bench)")
+    endpoint = parser.add_argument_group("endpoints only")
+    endpoint.add_argument("--model", help="the judge's name at the endpoint")
+    endpoint.add_argument("--api-key-env", default="VRM_JUDGE_API_KEY", metavar="NAME", help="of its key (%(default)s)")
+    endpoint.add_argument("--concurrency", type=int, default=8, help="requests at a time (%(default)s)")
+    endpoint.add_argument("--requests-per-minute", type=float, metavar="N", help="starts of requests, retries included")
+    endpoint.add_argument("--deadline-s", type=float, default=300.0, help="for a request and its retries (%(default)s)")
+    options = parser.parse_args(arguments)
+    _, needed, suffix = BENCHMARKS[options.benchmark]
+    if options.out.suffix != suffix:
+        parser.error(f"{options.benchmark} is written to a {suffix} file, not to {options.out}")
+    for name in ("baseline", "questions", "references"):
+        given = getattr(options, name) is not None
+        if given != (name in needed):
+            parser.error(f"{options.benchmark} {'has no' if given else 'needs'} --{name}")
+    if options.cache is None:
+        options.cache = options.out.with_name(f"{options.out.name}.cache")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    try:
+        costs = judge_benchmark(options)
+    except PipelineError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    lines = costs.lines()
+    width = max(len(what) for what, _ in lines)
+    print("\n".join(f"{what:<{width}}  {value}" for what, value in lines))
+    if costs.unanswered:
+        print(f"{sum(costs.unanswered.values())} unanswered; the same command asks for them again.", file=sys.stderr)
+        sys.exit(UNANSWERED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Scores of a judge's verdicts: a table on the terminal and <benchmark>.json in --out.
+
+    python jobs/score_benchmark.py --benchmark arena_hard --judgments model_judgment/gpt-4o/*.jsonl \\
+        --baseline gpt-4-1106-preview --answers model_answer/*.jsonl --out runs/scores
+    python jobs/score_benchmark.py --benchmark mt_bench --judgments gpt-4_single.jsonl --out runs/scores
+
+Needs no cluster. Arena-Hard's models are fitted together: with --answers, style-controlled rates depend on which are
+given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.benchmark import arena_hard, arena_hard_files, mt_bench
+from pipeline.data.files import content_fingerprint
+from pipeline.errors import PipelineError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """What a benchmark says: all of it for the file, the headline for the terminal."""
+
+    metrics: dict[str, Any]
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def score_arena_hard(options: argparse.Namespace) -> Scored:
+    """Win rates over the baseline; style-controlled ones too where answers are given."""
+    games = arena_hard_files.read_games(options.judgments, baseline=options.baseline)
+    models = arena_hard.win_rate(games.battles, options.baseline, seed=options.seed)
+    header = ["model", "win rate", "95% over questions", "95% as upstream", "failed games"]
+    columns = {
+        model: [
+            _number(m["win_rate"]),
+            _interval(m["low"], m["high"]),
+            _interval(m["upstream_low"], m["upstream_high"]),
+            str(games.failures.get(model, 0)),
+        ]
+        for model, m in models.items()
+    }
+    controlled = {}
+    if options.answers:
+        styles = arena_hard_files.styles_of(arena_hard_files.read_answers(options.answers))
+        for name, centred in (("sc_upstream", True), ("sc_uncentred", False)):
+            controlled[name] = arena_hard.style_controlled_win_rate(
+                games.battles, styles, options.baseline, centred=centred, seed=options.seed
+            )
+            header.append(name)
+            for model, m in controlled[name].models.items():
+                columns[model].append(_number(m["win_rate"]))
+    metrics = {
+        "baseline": options.baseline,
+        "judges": games.judges,
+        "failures": games.failures,
+        "models": models,
+        "style_control": {name: asdict(control) for name, control in controlled.items()},
+    }
+    ranked = sorted(columns, key=lambda model: -models[model]["win_rate"])
+    return Scored(metrics=metrics, header=tuple(header), rows=[(model, *columns[model]) for model in ranked])
+
+
+def score_mt_bench(options: argparse.Namespace) -> Scored:
+    """Mean grades."""
+    judgments = mt_bench.read_judgments(options.judgments)
+    models = mt_bench.scores(judgments, seed=options.seed)
+    ranked = sorted(models, key=lambda model: -models[model]["average"])
+    keys = ("average", "turn_1", "turn_2", *(f"category/{name}" for name in mt_bench.CATEGORIES))
+    rows = []
+    for model in ranked:
+        m = models[model]
+        grades = [_number(m[key]) if key in m else "" for key in keys]
+        rows.append((model, grades[0], _interval(m["low"], m["high"]), *grades[1:], f"{m['failures']:.0f}"))
+    return Scored(
+        metrics={"judges": sorted({judgment.judge for judgment in judgments}), "models": models},
+        header=("model", "average", "95% over questions", "turn 1", "turn 2", *mt_bench.CATEGORIES, "failed"),
+        rows=rows,
+    )
+
+
+SCORERS: dict[str, Callable[[argparse.Namespace], Scored]] = {
+    "arena_hard": score_arena_hard,
+    "mt_bench": score_mt_bench,
+}
+
+
+def score(options: argparse.Namespace) -> str:
+    """Writes the metrics and returns the table."""
+    scored = SCORERS[options.benchmark](options)
+    inputs = {file: content_fingerprint(file) for file in (*options.judgments, *(options.answers or ()))}
+    metrics = {"benchmark": options.benchmark, **scored.metrics, "seed": options.seed, "inputs": inputs}
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / f"{options.benchmark}.json").write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
+    return as_table(scored.header, scored.rows)
+
+
+def as_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Names to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return "\n".join(
+        "  ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
+        for cells in (header, *rows)
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def _interval(low: float, high: float) -> str:
+    return f"[{low:.2f}, {high:.2f}]"
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--benchmark", required=True, choices=sorted(SCORERS))
+    parser.add_argument("--judgments", required=True, nargs="+", metavar="FILE", help=".jsonl or .parquet files")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where <benchmark>.json is written")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
+    arena = parser.add_argument_group("arena_hard only")
+    arena.add_argument("--baseline", metavar="MODEL", help="the model that the judge compared with (gpt-4-0314)")
+    arena.add_argument("--answers", nargs="+", metavar="FILE", help="all models' answers: adds style control")
+    options = parser.parse_args(arguments)
+    if options.benchmark == "arena_hard":
+        options.baseline = options.baseline or "gpt-4-0314"
+    elif options.baseline or options.answers:
+        parser.error(f"--baseline and --answers mean nothing to {options.benchmark}")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    try:
+        print(score(options))
+    except PipelineError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

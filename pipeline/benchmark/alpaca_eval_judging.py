@@ -1,0 +1,215 @@
+"""AlpacaEval 2: which of two answers is better, by the first token a judge writes (vrm_spec section 16)."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.benchmark.judging import (
+    Comparison,
+    Judge,
+    JudgedRows,
+    JudgeRequest,
+    JudgeSampling,
+    Judgment,
+    Outcome,
+    Unanswered,
+    fill,
+    require_fields,
+)
+from pipeline.errors import DataError
+from pipeline.records import Message
+
+FIRST, SECOND = "m", "M"
+"""What the prompt of alpaca_eval_clf calls the answers it shows first and second."""
+
+SAMPLING = JudgeSampling(temperature=1.0, max_tokens=1, top_logprobs=5)
+"""Of the annotator weighted_alpaca_eval_gpt4_turbo."""
+
+SEED = 0
+"""Of the annotator, and so of its coin."""
+
+CHATML = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOutput:
+    """One row of a `model_outputs.json`."""
+
+    instruction: str
+    output: str
+    generator: str
+    dataset: str | None
+
+
+def read_model_outputs(path: Path) -> list[ModelOutput]:
+    """The answers of one model.
+
+    Raises:
+        DataError: no JSON list of {instruction, output, generator}, an empty one, or one of several generators.
+    """
+    try:
+        rows = [
+            ModelOutput(
+                instruction=row["instruction"],
+                output=row["output"],
+                generator=row["generator"],
+                dataset=row.get("dataset"),
+            )
+            for row in json.loads(path.read_text())
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} holds no AlpacaEval answers ({error!r}); give a model_outputs.json") from error
+    generators = sorted({row.generator for row in rows})
+    if len(generators) != 1:
+        raise DataError(
+            f"{path} holds answers of {len(generators)} generators ({generators}); give one model's answers"
+        )
+    return rows
+
+
+def read_chatml(path: Path) -> tuple[Message, ...]:
+    """The messages of a ChatML prompt file, as alpaca_eval_clf.txt.
+
+    Raises:
+        DataError: it cannot be read, or lacks {instruction}, {output_1} or {output_2}.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the template {path} cannot be read: {error}") from error
+    require_fields(text, ("instruction", "output_1", "output_2"), place=str(path))
+    messages = tuple({"role": role, "content": content.strip()} for role, content in CHATML.findall(text))
+    if not messages:
+        raise DataError(
+            f"{path} holds no ChatML (<|im_start|>role ... <|im_end|>); give AlpacaEval's alpaca_eval_clf.txt"
+        )
+    return messages
+
+
+def is_switched(instruction: str) -> bool:
+    """Whether the model's answer is shown first: AlpacaEval's coin, a function of the instruction alone."""
+    return random.Random(f"is_switched_outputs{instruction}{SEED}").choices([False, True])[0]
+
+
+def parse_identifier(text: str) -> float | None:
+    """1 where the judge names the first answer, 2 where it names the second, None otherwise."""
+    return {FIRST: 1.0, SECOND: 2.0}.get(text.strip())
+
+
+def shown_preference(judgment: Judgment, parse: Callable[[str], float | None]) -> float | None:
+    """The preference in [1, 2] between the answers as shown, 1 for the first; None where the judgment has none.
+
+    2 - p(m) / (p(m) + p(M)) over the alternatives to the first token, an absent one having p = 0; without
+    log-probabilities, what the text says.
+
+    Source: `logprob_parser` of alpaca_eval 0.6.6.
+    """
+    if not judgment.first_token_logprobs:
+        return parse(judgment.text)
+    first, second = (math.exp(judgment.first_token_logprobs.get(token, -math.inf)) for token in (FIRST, SECOND))
+    return 2.0 - first / (first + second) if first + second > 0.0 else None
+
+
+class AlpacaEvalJudging:
+    """Implements `JudgedBenchmark`: one request for each pair of answers that differ."""
+
+    def __init__(
+        self,
+        answers: Sequence[ModelOutput],
+        baseline: Sequence[ModelOutput],
+        template: Sequence[Message],
+        *,
+        annotator: str,
+        parse: Callable[[str], float | None] = parse_identifier,
+    ) -> None:
+        """
+        Args:
+            annotator: name of the prompt, for the rows.
+            parse: preference from a judgment's text, where it has no log-probabilities.
+
+        Raises:
+            DataError: an answer's instruction is not among the baseline's.
+        """
+        self._pairs = pair_by_instruction(answers, baseline)
+        self._annotator = annotator
+        self._parse = parse
+        differing = [(ours, theirs) for ours, theirs in self._pairs if ours.output != theirs.output]
+        self.requests = [_request(ours, theirs, template) for ours, theirs in differing]
+
+    def rows(self, outcomes: Sequence[Outcome], judge: Judge) -> JudgedRows:
+        """annotations.json: output_1 is the baseline's, and 1 + P(the model's is better) the preference."""
+        remaining = iter(outcomes)
+        rows = []
+        unparsed = 0
+        for ours, theirs in self._pairs:
+            row: dict[str, Any] = {
+                "instruction": ours.instruction,
+                "output_1": theirs.output,
+                "generator_1": theirs.generator,
+                "output_2": ours.output,
+                "generator_2": ours.generator,
+                "annotator": f"{self._annotator}/{judge.model}",
+            }
+            if ours.dataset is not None:
+                row["dataset"] = ours.dataset
+            if ours.output == theirs.output:
+                rows.append(row | {"preference": 1.5, "preference_raw_completion": None})
+                continue
+            match next(remaining):
+                case Unanswered(reason=reason):
+                    rows.append(row | {"preference": None, "preference_raw_completion": None, "failure": reason})
+                case judgment:
+                    preference = shown_preference(judgment, self._parse)
+                    if preference is None:
+                        unparsed += 1
+                    elif is_switched(ours.instruction):
+                        preference = 3.0 - preference
+                    rows.append(row | {"preference": preference, "preference_raw_completion": judgment.text})
+        return JudgedRows(rows=rows, unparsed=unparsed)
+
+
+def pair_by_instruction(
+    answers: Sequence[ModelOutput], baseline: Sequence[ModelOutput]
+) -> list[tuple[ModelOutput, ModelOutput]]:
+    """Each answer with the baseline's to the same instruction, in the order of the answers.
+
+    Raises:
+        DataError: the baseline does not answer an instruction, or somebody answers one twice.
+    """
+    for side in (answers, baseline):
+        text, count = Counter(output.instruction for output in side).most_common(1)[0]
+        if count > 1:
+            raise DataError(f"{side[0].generator} answers {text!r:.80} {count} times; keep one of them")
+    theirs = {output.instruction: output for output in baseline}
+    missing = [answer.instruction for answer in answers if answer.instruction not in theirs]
+    if missing:
+        raise DataError(
+            f"{baseline[0].generator} has no answer to {len(missing)} of {len(answers)} instructions, as "
+            f"{missing[0]!r:.80}. Judge answers to the same instructions."
+        )
+    return [(answer, theirs[answer.instruction]) for answer in answers]
+
+
+def _request(ours: ModelOutput, theirs: ModelOutput, template: Sequence[Message]) -> JudgeRequest:
+    shown = (ours.output, theirs.output) if is_switched(ours.instruction) else (theirs.output, ours.output)
+    fields = {"instruction": ours.instruction, "output_1": shown[0], "output_2": shown[1]}
+    return JudgeRequest(
+        messages=tuple({"role": turn["role"], "content": fill(turn["content"], fields)} for turn in template),
+        sampling=SAMPLING,
+        comparison=Comparison(
+            prompt=({"role": "user", "content": ours.instruction},),
+            answer_a=shown[0],
+            answer_b=shown[1],
+            verdict_a=FIRST,
+            verdict_b=SECOND,
+            verdict_tie="",
+        ),
+    )

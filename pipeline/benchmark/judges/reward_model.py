@@ -1,0 +1,82 @@
+"""The reward model as a judge: it compares by the probability that one answer beats the other."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+
+from pipeline.benchmark.judging import Comparison, JudgeRequest, Judgment, Record
+from pipeline.errors import ConfigError
+from pipeline.objectives.preference import probit_preference
+from pipeline.ports import RewardScorer
+from pipeline.records import RewardScore
+
+PAIRS_AT_ONCE = 64
+"""Pairs scored between two records: what a kill can lose."""
+
+
+class RewardModelJudge:
+    """Implements `Judge` with any `RewardScorer`; reads the comparison of a request, not its messages."""
+
+    name = "vrm"
+
+    def __init__(self, scorer: RewardScorer, *, model: str) -> None:
+        """`model` names the checkpoint by its content: judgments are remembered under it."""
+        self.model = model
+        self._scorer = scorer
+
+    def judge(self, requests: Sequence[JudgeRequest], record: Record) -> None:
+        """Verdicts in the benchmark's words, with ln P(a) and ln P(b) as their log-probabilities.
+
+        The verdict is never a strong one ([[A>>B]]): by how much an answer must be better for that, the model was not
+        taught.
+
+        Raises:
+            ConfigError: a request asks for a grade.
+        """
+        comparisons = [request.comparison for request in requests if request.comparison is not None]
+        if len(comparisons) < len(requests):
+            raise ConfigError(
+                "a reward model compares two answers; this benchmark asks for grades from 1 to 10. "
+                "Give an endpoint or a replay file as --judge."
+            )
+        for start in range(0, len(comparisons), PAIRS_AT_ONCE):
+            pairs = comparisons[start : start + PAIRS_AT_ONCE]
+            scores = self._scorer.score(
+                [pair.prompt for pair in pairs for _ in range(2)],
+                [answer for pair in pairs for answer in (pair.answer_a, pair.answer_b)],
+            )
+            for i, pair in enumerate(pairs):
+                record(start + i, _judgment(pair, probability_b_beats_a(scores[2 * i], scores[2 * i + 1])))
+
+
+def probability_b_beats_a(a: RewardScore, b: RewardScore) -> float:
+    """P(b > a) = sigmoid((mean_b - mean_a) / sqrt(1 + pi/8 (std_a^2 + std_b^2))), vrm_spec section 8.
+
+    The variance is that of independent rewards: the covariance through the shared weights w is not part of a score.
+    It moves the probability, never the verdict.
+    """
+    mean = torch.tensor(b.mean - a.mean, dtype=torch.float64)
+    variance = torch.tensor(a.std**2 + b.std**2, dtype=torch.float64)
+    return float(probit_preference(mean, variance))
+
+
+def _judgment(pair: Comparison, b_beats_a: float) -> Judgment:
+    winner = pair.verdict_b if b_beats_a > 0.5 else pair.verdict_a
+    logprobs = {pair.verdict_a: _log(1.0 - b_beats_a), pair.verdict_b: _log(b_beats_a)}
+    return Judgment(
+        text=pair.verdict_tie if b_beats_a == 0.5 else winner,
+        first_token_logprobs=logprobs,
+        finish_reason="stop",
+        prompt_tokens=0,
+        completion_tokens=0,
+        time=time.time(),
+    )
+
+
+def _log(probability: float) -> float:
+    return math.log(max(probability, sys.float_info.min))

@@ -1,0 +1,180 @@
+"""MT-Bench, single-answer grading: one grade for each of two turns (vrm_spec section 18)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.benchmark.judging import (
+    Judge,
+    JudgedRows,
+    JudgeRequest,
+    JudgeSampling,
+    Outcome,
+    Unanswered,
+    answers_of_one_model,
+    fill,
+    require_fields,
+)
+from pipeline.benchmark.mt_bench import FAILED, ModelAnswer
+from pipeline.data.files import read_rows
+from pipeline.errors import DataError
+
+SAMPLING = JudgeSampling(temperature=0.0, max_tokens=2048, top_logprobs=0)
+
+REFERENCE_CATEGORIES = ("math", "reasoning", "coding")
+
+PLAIN = ("single-v1", "single-v1-multi-turn")
+WITH_REFERENCE = ("single-math-v1", "single-math-v1-multi-turn")
+"""Names of the prompts in judge_prompts.jsonl, for turns 1 and 2."""
+
+PLACED = {
+    PLAIN[0]: ("question", "answer"),
+    PLAIN[1]: ("question_1", "answer_1", "question_2", "answer_2"),
+    WITH_REFERENCE[0]: ("question", "ref_answer_1", "answer"),
+    WITH_REFERENCE[1]: ("question_1", "ref_answer_1", "question_2", "ref_answer_2", "answer_1", "answer_2"),
+}
+"""What each prompt shows the judge."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradingTemplate:
+    """One row of judge_prompts.jsonl."""
+
+    name: str
+    system: str
+    user: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MTBenchQuestion:
+    question_id: int
+    category: str
+    turns: tuple[str, str]
+
+
+def read_grading_templates(path: Path) -> dict[str, GradingTemplate]:
+    """The four prompts of single-answer grading, by name, from FastChat's judge_prompts.jsonl.
+
+    Raises:
+        DataError: one of them is missing, or does not show question and answer.
+    """
+    templates = {}
+    for row in read_rows(str(path)):
+        template = GradingTemplate(
+            name=row.require("name", str),
+            system=row.require("system_prompt", str),
+            user=row.require("prompt_template", str),
+        )
+        templates[template.name] = template
+        require_fields(template.user, PLACED.get(template.name, ()), place=row.place)
+    missing = [name for name in PLACED if name not in templates]
+    if missing:
+        raise DataError(f"{path} has no prompt {', '.join(missing)}; give FastChat's judge_prompts.jsonl")
+    return templates
+
+
+def read_mt_bench_questions(path: Path) -> list[MTBenchQuestion]:
+    """question.jsonl: {question_id, category, turns: [2]}.
+
+    Raises:
+        DataError: a row of another kind.
+    """
+    questions = []
+    for row in read_rows(str(path)):
+        turns = row.require("turns", list)
+        if len(turns) != 2:
+            raise DataError(f"{row.place}, field 'turns': {len(turns)} turns; MT-Bench asks two")
+        questions.append(
+            MTBenchQuestion(
+                question_id=row.require("question_id", int), category=row.require("category", str), turns=tuple(turns)
+            )
+        )
+    return questions
+
+
+class MTBenchJudging:
+    """Implements `JudgedBenchmark`: two requests a question, turn 1 and turn 2."""
+
+    def __init__(
+        self,
+        questions: Sequence[MTBenchQuestion],
+        answers: Sequence[ModelAnswer],
+        references: Sequence[ModelAnswer],
+        templates: Mapping[str, GradingTemplate],
+        *,
+        parse: Callable[[str], float],
+    ) -> None:
+        """
+        Args:
+            references: of the categories math, reasoning and coding. Upstream looks them up under the judge's name;
+                here they are a file of their own, so that any judge sees the same ones.
+            templates: by name.
+            parse: score from a judgment's text, FAILED where there is none.
+
+        Raises:
+            DataError: a question without an answer of two turns, or without the reference it needs.
+        """
+        ids = [question.question_id for question in questions]
+        with_reference = [q.question_id for q in questions if q.category in REFERENCE_CATEGORIES]
+        self._model, given = answers_of_one_model(answers, ids, what="answers")
+        _, right = answers_of_one_model(references, with_reference, what="reference answers")
+        for answer in (*given.values(), *right.values()):
+            if len(answer.turns) != 2:
+                raise DataError(
+                    f"{answer.model} answers question {answer.question_id} in {len(answer.turns)} turns, not in 2"
+                )
+        self._parse = parse
+        self._asked: list[tuple[int, int, str]] = []
+        self.requests: list[JudgeRequest] = []
+        for question in questions:
+            names = WITH_REFERENCE if question.category in REFERENCE_CATEGORIES else PLAIN
+            reference = right[question.question_id].turns if question.category in REFERENCE_CATEGORIES else ()
+            fields = _fields(question, given[question.question_id].turns, reference)
+            for turn, name in enumerate(names, start=1):
+                self._asked.append((question.question_id, turn, name))
+                self.requests.append(_request(templates[name], fields))
+
+    def rows(self, outcomes: Sequence[Outcome], judge: Judge) -> JudgedRows:
+        """model_judgment/<judge>_single.jsonl."""
+        rows: list[dict[str, Any]] = []
+        unparsed = 0
+        for (question_id, turn, name), request, outcome in zip(self._asked, self.requests, outcomes, strict=True):
+            row = {
+                "question_id": question_id,
+                "model": self._model,
+                "judge": [judge.model, name],
+                "user_prompt": request.messages[-1]["content"],
+                "turn": turn,
+            }
+            if isinstance(outcome, Unanswered):
+                rows.append(row | {"judgment": "", "score": FAILED, "tstamp": 0.0, "failure": outcome.reason})
+                continue
+            score = self._parse(outcome.text)
+            unparsed += score == FAILED
+            rows.append(row | {"judgment": outcome.text, "score": score, "tstamp": outcome.time})
+        return JudgedRows(rows=rows, unparsed=unparsed)
+
+
+def _fields(question: MTBenchQuestion, answer: Sequence[str], reference: Sequence[str]) -> dict[str, str]:
+    """What the prompts of either turn name."""
+    return {
+        "question": question.turns[0],
+        "answer": answer[0],
+        **{f"question_{turn}": text for turn, text in enumerate(question.turns, start=1)},
+        **{f"answer_{turn}": text for turn, text in enumerate(answer, start=1)},
+        **{f"ref_answer_{turn}": text for turn, text in enumerate(reference, start=1)},
+    }
+
+
+def _request(template: GradingTemplate, fields: Mapping[str, str]) -> JudgeRequest:
+    return JudgeRequest(
+        messages=(
+            {"role": "system", "content": template.system},
+            {"role": "user", "content": fill(template.user, fields)},
+        ),
+        sampling=SAMPLING,
+        comparison=None,
+    )

@@ -1,0 +1,116 @@
+"""What the name of an alignment algorithm stands for: its standard values of `alignment.kl` and `alignment.ppo`.
+
+All of them are one update (`pipeline/learning/ppo_update.py`) that differs in how advantages come from scored rollouts,
+in the loss of a token and in how tokens are averaged. A name fills in those choices before the recipe is read; what a
+recipe writes wins, and the printed configuration shows what runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+Algorithm = Literal["ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_plus_plus"]
+
+_CRITIC_FREE_POLICY = {"learning_rate": 1e-6}
+"""Of DeepSeekMath, DAPO, Dr. GRPO and TRL's trainers."""
+
+STANDARD_VALUES: Mapping[str, Mapping[str, Any]] = {
+    # Schulman et al. 2017, arXiv:1707.06347. The defaults of the schema.
+    "ppo": {},
+    # Shao et al. 2024, arXiv:2402.03300: KL in the loss, beta 0.04.
+    "grpo": {
+        "kl": {"place": "loss", "estimator": "k3", "coefficient": 0.04},
+        "ppo": {
+            "advantages": "group_zscore",
+            "aggregation": "sequence_mean",
+            "whiten_advantages": False,
+            "policy": _CRITIC_FREE_POLICY,
+        },
+    },
+    # Liu et al. 2025, arXiv:2503.20783: neither divides by the group's deviation nor by the response's length; no KL.
+    "dr_grpo": {
+        "kl": {"place": "loss", "estimator": "k3", "coefficient": 0.0},
+        "ppo": {
+            "advantages": "group_centred",
+            "aggregation": "fixed_length",
+            "whiten_advantages": False,
+            "policy": _CRITIC_FREE_POLICY,
+        },
+    },
+    # Yu et al. 2025, arXiv:2503.14476: clip-higher, token mean, overlong penalty over the last fifth, no KL.
+    "dapo": {
+        "kl": {"place": "loss", "estimator": "k3", "coefficient": 0.0},
+        "ppo": {
+            "advantages": "group_zscore",
+            "aggregation": "token_mean",
+            "clip_range": 0.2,
+            "clip_range_high": 0.28,
+            "overlong_buffer": 0.2,
+            "no_stop_penalty": 0.0,
+            "drop_uniform_groups": True,
+            "whiten_advantages": False,
+            "policy": _CRITIC_FREE_POLICY,
+        },
+    },
+    # Zheng et al. 2025, arXiv:2507.18071: a ratio per response, so a clip range per response. No KL.
+    "gspo": {
+        "kl": {"place": "loss", "estimator": "k3", "coefficient": 0.0},
+        "ppo": {
+            "advantages": "group_zscore",
+            "ratio": "geometric_mean",
+            "aggregation": "sequence_mean",
+            "clip_range": 3e-4,
+            "clip_range_high": 4e-4,
+            "whiten_advantages": False,
+            "policy": _CRITIC_FREE_POLICY,
+        },
+    },
+    # MiniMax 2025, arXiv:2506.13585: no bound below, no KL; the bound of 5 above is ScaleRL's, arXiv:2510.13786.
+    "cispo": {
+        "kl": {"place": "loss", "estimator": "k3", "coefficient": 0.0},
+        "ppo": {
+            "advantages": "group_zscore",
+            "surrogate": "cispo",
+            "aggregation": "token_mean",
+            "clip_range": 1.0,
+            "clip_range_high": 4.0,
+            "whiten_advantages": False,
+            "policy": _CRITIC_FREE_POLICY,
+        },
+    },
+    # Ahmadian et al. 2024, arXiv:2402.14740: a response is one action; KL in its reward (beta 0.05 as in TRL).
+    "rloo": {
+        "kl": {"place": "reward", "estimator": "k1", "coefficient": 0.05},
+        "ppo": {
+            "advantages": "leave_one_out",
+            "ratio": "product",
+            "aggregation": "sequence_mean",
+            "whiten_advantages": False,
+            "policy": _CRITIC_FREE_POLICY,
+        },
+    },
+    # Hu et al. 2025, arXiv:2501.03262: PPO without its critic, whitened over the batch; KL k1 in the token rewards.
+    "reinforce_plus_plus": {"ppo": {"advantages": "rewards_to_go"}},
+}
+
+
+def with_standard_values(written: Any) -> Any:
+    """The values of an `alignment` section on top of those its algorithm stands for."""
+    if not isinstance(written, Mapping):
+        return written
+    # An unknown name has no values; the schema says which names there are.
+    return _overlay(STANDARD_VALUES.get(str(written.get("algorithm", "ppo")), {}), written)
+
+
+def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {**below, **above}
+    for key, section in below.items():
+        written = merged[key]
+        if isinstance(written, BaseModel):
+            written = written.model_dump(exclude_unset=True)
+        if isinstance(section, Mapping) and isinstance(written, Mapping):
+            merged[key] = _overlay(section, written)
+    return merged

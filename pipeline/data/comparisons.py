@@ -1,0 +1,122 @@
+"""Rows that compare responses to one prompt: pairs, best-of-n lists, and lists with several right answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.data.files import Row, read_rows
+from pipeline.data.preferences import normalised_prompt
+from pipeline.data.prompts import as_messages
+from pipeline.errors import DataError
+from pipeline.records import Message
+
+NO_SUBSET = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Every chosen response should be rewarded above every rejected one."""
+
+    id: str
+    subset: str
+    place: str
+    """"<file>, line <n>": what an error message needs."""
+    prompt: tuple[Message, ...]
+    chosen: tuple[str, ...]
+    rejected: tuple[str, ...]
+    annotators_tie: bool
+    """The data set's own scores of both sides are there, and equal: the label is a coin."""
+
+    @property
+    def content_key(self) -> str:
+        """Hash of all texts: equal rows of two files, or of two evaluations, have equal keys."""
+        texts = [[[turn["role"], turn["content"]] for turn in self.prompt], self.chosen, self.rejected]
+        return _digest(json.dumps(texts))
+
+    @property
+    def prompt_key(self) -> str:
+        """Hash of the normalised prompt: rows of one prompt are not independent of each other."""
+        return prompt_key(self.prompt)
+
+
+def prompt_key(prompt: Sequence[Message]) -> str:
+    """Hash of a prompt, lower case and white space aside."""
+    return _digest(normalised_prompt(prompt))
+
+
+def read_comparisons(files: Sequence[str], *, subset_field: str | None = None) -> Iterator[Comparison]:
+    """Streams the rows of JSONL and Parquet files.
+
+    A row has `prompt` (a text or a conversation), `chosen` and `rejected`, each one text, one conversation that ends
+    with the response, or a list of texts. Conversations with turns before the response bring their own prompt, which
+    must be the same on both sides. `id` and `subset` are optional; so are the annotators' `score_chosen` and
+    `score_rejected`, as in UltraFeedback.
+
+    Args:
+        files: files, or directories of such files.
+        subset_field: field that names the subset, required in every row; None reads `subset` where it is there.
+
+    Raises:
+        DataError: names file, line, field and cure.
+    """
+    for file in files:
+        for row in read_rows(file):
+            yield _comparison(row, subset_field)
+
+
+def _comparison(row: Row, subset_field: str | None) -> Comparison:
+    identity, score = row.values.get("id"), row.values.get("score_chosen")
+    chosen, chosen_prompt = _responses(row, "chosen")
+    rejected, rejected_prompt = _responses(row, "rejected")
+    if chosen_prompt != rejected_prompt:
+        raise DataError(
+            f"{row.place}: the conversations 'chosen' and 'rejected' differ before their last turn, so they answer "
+            "different prompts. Give the prompt once, in the field 'prompt', and the last turns alone."
+        )
+    return Comparison(
+        id=str(row.place if identity is None else identity),
+        subset=_subset(row, subset_field),
+        place=row.place,
+        prompt=chosen_prompt or as_messages(row.values.get("prompt"), place=f"{row.place}, field 'prompt'"),
+        chosen=chosen,
+        rejected=rejected,
+        annotators_tie=score is not None and bool(score == row.values.get("score_rejected")),
+    )
+
+
+def _responses(row: Row, field: str) -> tuple[tuple[str, ...], tuple[Message, ...]]:
+    """The responses, and the prompt if they bring one."""
+    value, place = row.values.get(field), f"{row.place}, field {field!r}"
+    if isinstance(value, str):
+        return (value,), ()
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        return tuple(value), ()
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        *prompt, response = value
+        if response.get("role") != "assistant" or not isinstance(response.get("content"), str):
+            raise DataError(f"{place}: the conversation must end with a turn of the role 'assistant'")
+        return (response["content"],), as_messages(prompt, place=place) if prompt else ()
+    raise DataError(
+        f"{place}: {value!r:.60} is no response; give a text, a non-empty list of texts, or a conversation of "
+        "{role, content}. Rename the columns of a file that calls its responses otherwise."
+    )
+
+
+def _subset(row: Row, field: str | None) -> str:
+    value: Any = row.values.get(field or "subset")
+    if value is None:
+        if field is None:
+            return NO_SUBSET
+        raise DataError(
+            f"{row.place}, field {field!r}: not there, but it names the subset. The row has "
+            f"{', '.join(sorted(row.values))}; choose another field with --subset-field."
+        )
+    return str(value)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

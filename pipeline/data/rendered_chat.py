@@ -1,0 +1,99 @@
+"""Conversations that a trainer has already rendered to text, read back as messages.
+
+Trainers send a reward server what their policy saw: one string, in the markup of the policy's chat template. The reward
+model may use another template, so the string is taken apart here and rendered again by the reward model's own
+(vrm_spec section 4.3).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from pipeline.errors import DataError
+from pipeline.records import Message
+
+
+@dataclass(frozen=True)
+class Markup:
+    """How one family of chat templates writes a conversation."""
+
+    name: str
+    turn: re.Pattern[str]
+    """A whole turn: role, content."""
+    open_turn: re.Pattern[str]
+    """The assistant's turn, not ended: content."""
+
+
+def _markup(name: str, start: str, between: str, end: str) -> Markup:
+    head = rf"{start}\s*(?P<role>system|user|assistant|model){between}"
+    return Markup(
+        name,
+        re.compile(rf"{head}(?P<content>.*?){end}\s*", re.DOTALL),
+        re.compile(rf"{start}\s*(?:assistant|model)(?:{between}(?P<content>.*))?\Z", re.DOTALL),
+    )
+
+
+MARKUPS = (
+    _markup("ChatML", r"<\|im_start\|>", r"\s", r"<\|im_end\|>"),
+    _markup("Llama 3", r"<\|start_header_id\|>", r"<\|end_header_id\|>\n\n", r"<\|eot_id\|>"),
+    _markup("Gemma", r"<start_of_turn>", r"\n", r"<end_of_turn>"),
+)
+
+BEGINNINGS = ("<|begin_of_text|>", "<bos>", "<s>")
+ENDINGS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "<eos>", "</s>")
+
+
+def split_rendered(text: str, prompt: str | None = None) -> tuple[tuple[Message, ...], str]:
+    """A rendered conversation as its messages and the response that ends it.
+
+    Args:
+        text: prompt and response in one string, special tokens included.
+        prompt: how `text` begins; needed only for a text without markup, where nothing else marks the border.
+
+    Raises:
+        DataError: no known markup and no such prompt, text between the turns, or no response at the end.
+    """
+    stripped = text
+    for beginning in BEGINNINGS:
+        stripped = stripped.removeprefix(beginning)
+    for markup in MARKUPS:
+        turns, rest = _turns(stripped, markup)
+        if not turns:
+            continue
+        if opened := markup.open_turn.match(rest):
+            return tuple(turns), without_ending(opened["content"] or "")
+        if without_ending(rest).strip():
+            raise DataError(f"after {len(turns)} {markup.name} turns stands {rest[:60]!r}, which is no turn")
+        if turns[-1]["role"] != "assistant" or len(turns) == 1:
+            raise DataError(f"a conversation to score ends with the assistant, this one with {turns[-1]['role']!r}")
+        return tuple(turns[:-1]), turns[-1]["content"]
+    if prompt is not None and text.startswith(prompt):
+        return ({"role": "user", "content": prompt},), without_ending(text[len(prompt) :])
+    raise DataError(
+        f"nothing in {text[:60]!r} says where the response begins. Send the conversation as ChatML, Llama 3 or Gemma "
+        "turns, or with the prompt that it starts with."
+    )
+
+
+def without_ending(text: str) -> str:
+    """A response without the tokens that end a turn or pad a batch, and the white space around those."""
+    end = len(text)
+    while True:
+        # From the back and without copies: a text may be nothing but padding.
+        behind = end
+        while behind and text[behind - 1].isspace():
+            behind -= 1
+        ending = next((ending for ending in ENDINGS if text.endswith(ending, 0, behind)), None)
+        if ending is None:
+            return text[:end]
+        end = behind - len(ending)
+
+
+def _turns(text: str, markup: Markup) -> tuple[list[dict[str, str]], str]:
+    turns, position = [], 0
+    while turn := markup.turn.match(text, position):
+        role = "assistant" if turn["role"] == "model" else turn["role"]
+        turns.append({"role": role, "content": turn["content"]})
+        position = turn.end()
+    return turns, text[position:]

@@ -1,0 +1,231 @@
+"""Prompts and their responses laid end to end: no padding, and every prompt computed once.
+
+A causal decoder gives a prompt's tokens the same states whatever follows them, so the responses to one prompt can share
+it. Chosen and rejected of a pair, or the samples of a prompt, then cost one prompt instead of one each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from pipeline.errors import CheckpointError
+from pipeline.records import PromptGroup
+
+ATTENTION = "shared_prompt"
+
+PROBE = PromptGroup(prompt_ids=(1, 2, 3), response_ids=((4, 5), (6, 7)))
+
+LARGEST_GAP = 0.05
+"""Relative; bfloat16 rounds to 0.01, another model differs by 1."""
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedTokens:
+    """G groups of a prompt and its responses, end to end: T tokens, R responses, N response tokens.
+
+    Responses are numbered: the first of every group, then the second of every group, and so on. For preference pairs
+    these are the chosen, then the rejected ones.
+    """
+
+    lengths: tuple[tuple[int, ...], ...]
+    """Of each group: tokens of its prompt, then of each response; they lie in this order."""
+    token_ids: torch.Tensor
+    """[T] int64."""
+    positions: torch.Tensor
+    """[T] int64: place in prompt + response; every response goes on where its prompt ended."""
+    prompt_ends: torch.Tensor
+    """[R] int64: index of the last prompt token of each response."""
+    response_ends: torch.Tensor
+    """[R] int64: index of the last token of each response."""
+    response_tokens: torch.Tensor
+    """[N] int64: index of every response token, response by response."""
+    predictors: torch.Tensor
+    """[N] int64: index of the token whose state predicts it."""
+    response_lengths: torch.Tensor
+    """[R] int64."""
+
+    def to(self, device: torch.device | str) -> PackedTokens:
+        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "lengths"}
+        return replace(self, **tensors)
+
+
+def pack(groups: Sequence[PromptGroup]) -> PackedTokens:
+    """Lays groups end to end; every prompt and every response holds a token at least."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    responses: list[tuple[int, int, int, int]] = []  # number within its group, end of prompt, start, end
+    for group in groups:
+        prompt_length = len(group.prompt_ids)
+        token_ids += group.prompt_ids
+        positions += range(prompt_length)
+        prompt_end = len(token_ids) - 1
+        for number, response_ids in enumerate(group.response_ids):
+            responses.append((number, prompt_end, len(token_ids), len(token_ids) + len(response_ids) - 1))
+            token_ids += response_ids
+            positions += range(prompt_length, prompt_length + len(response_ids))
+    responses.sort(key=lambda response: response[0])  # stable: groups keep their order
+    _, prompt_ends, starts, ends = zip(*responses, strict=True)
+    return PackedTokens(
+        lengths=tuple((len(g.prompt_ids), *map(len, g.response_ids)) for g in groups),
+        token_ids=torch.tensor(token_ids),
+        positions=torch.tensor(positions),
+        prompt_ends=torch.tensor(prompt_ends),
+        response_ends=torch.tensor(ends),
+        response_tokens=torch.tensor([t for s, e in zip(starts, ends, strict=True) for t in range(s, e + 1)]),
+        predictors=torch.tensor([t for _, p, s, e in responses for t in (p, *range(s, e))]),
+        response_lengths=torch.tensor([e - s + 1 for s, e in zip(starts, ends, strict=True)]),
+    )
+
+
+def in_packed_order(groups: Sequence[Sequence[Item]]) -> list[Item]:
+    """One item per response, group by group, to the order in which `pack` numbers responses."""
+    return [group[n] for n in range(max(map(len, groups))) for group in groups if n < len(group)]
+
+
+def packed_states(backbone: PreTrainedModel, packed: PackedTokens) -> torch.Tensor:
+    """[T, H] final-norm states, equal to those of each prompt + response run alone.
+
+    Args:
+        backbone: a decoder without its head that `use_packed_attention` has seen.
+        packed: on the backbone's device.
+    """
+    return backbone(
+        input_ids=packed.token_ids.unsqueeze(0),
+        position_ids=packed.positions.unsqueeze(0),
+        use_cache=False,
+        group_lengths=packed.lengths,
+    ).last_hidden_state.squeeze(0)
+
+
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Makes a decoder read `PackedTokens`; afterwards it cannot generate, having no cache.
+
+    Raises:
+        CheckpointError: its attention is not pluggable, or packing changes its states, because something in it besides
+            attention carries information from one token to the next.
+    """
+    if model.config._attn_implementation == ATTENTION:
+        return
+    backbone: Any = model.base_model
+    device = next(model.parameters()).device
+    alone = [torch.tensor([[*PROBE.prompt_ids, *response]], device=device) for response in PROBE.response_ids]
+    with torch.no_grad():
+        expected = torch.stack([backbone(input_ids=row, use_cache=False).last_hidden_state[0, -1] for row in alone])
+        try:
+            model.set_attn_implementation(ATTENTION)
+        except ValueError as error:
+            raise CheckpointError(
+                f"a {model.config.model_type} model takes no attention but its own ({error}), so sequences cannot be "
+                "packed. Use a decoder such as Qwen3 or Llama."
+            ) from error
+        packed = pack([PROBE]).to(device)
+        states = packed_states(backbone, packed)[packed.response_ends]
+    gap = float((states - expected).norm() / expected.norm())
+    if not gap <= LARGEST_GAP:
+        raise CheckpointError(
+            f"packed sequences change the states of a {model.config.model_type} model by {gap:.1%}: something in it "
+            "besides attention carries information from token to token. Use a decoder such as Qwen3 or Llama."
+        )
+
+
+def shared_prompt_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    *,
+    scaling: float,
+    group_lengths: tuple[tuple[int, ...], ...],
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention over packed groups, in the form Hugging Face decoders call.
+
+    A prompt token sees the prompt up to itself; a response token sees its prompt and its own response up to itself.
+    Each is one plain causal attention, so nothing is computed for pairs of tokens that do not see each other.
+
+    Args:
+        query: [1, heads, T, D].
+        key, value: [1, key-value heads, T, D].
+        scaling: factor on the scores.
+        group_lengths: `PackedTokens.lengths`.
+        dropout: probability at which attention weights are dropped.
+        sliding_window: a token sees at most this many tokens, itself included; None sees all.
+
+    Returns:
+        [1, T, heads, D], and no weights.
+    """
+    if softcap is not None:
+        raise CheckpointError(f"attention scores capped at {softcap} (Gemma 2) are not supported; use Qwen3 or Llama")
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    flat = [length for lengths in group_lengths for length in lengths]
+    pieces = iter(zip(query.split(flat, 2), key.split(flat, 2), value.split(flat, 2), strict=True))
+    attended = [
+        _attend(q, k, v, scaling=scaling, dropout=dropout, window=sliding_window)
+        for lengths in group_lengths
+        for q, k, v in _with_their_prompts(pieces, len(lengths))
+    ]
+    return torch.cat(attended, dim=2).transpose(1, 2).contiguous(), None
+
+
+Piece = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _with_their_prompts(pieces: Iterator[Piece], num_pieces: int) -> Iterator[Piece]:
+    """The next group's prompt, then its responses with the prompt's keys and values before their own."""
+    prompt_query, prompt_key, prompt_value = next(pieces)
+    yield prompt_query, prompt_key, prompt_value
+    for _ in range(num_pieces - 1):
+        query, key, value = next(pieces)
+        yield query, torch.cat([prompt_key, key], dim=2), torch.cat([prompt_value, value], dim=2)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float,
+    dropout: float,
+    window: int | None,
+) -> torch.Tensor:
+    """Causal attention of the last positions, as many as `query` has, over all positions of `key`."""
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    mask: Any = None
+    if window is not None and num_keys > window:
+        distance = _distance(num_queries, num_keys, query.device)
+        mask = (distance >= 0) & (distance < window)
+    elif num_queries < num_keys:
+        # On a GPU this names a flash kernel; elsewhere it would only become the mask it stands for.
+        on_gpu = query.is_cuda
+        mask = causal_lower_right(num_queries, num_keys) if on_gpu else _distance(num_queries, num_keys) >= 0
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+    )
+
+
+def _distance(num_queries: int, num_keys: int, device: torch.device | None = None) -> torch.Tensor:
+    """[num_queries, num_keys]: how far before the query a key lies; negative after it."""
+    places = torch.arange(num_keys, device=device)
+    return places[num_keys - num_queries :].unsqueeze(1) - places
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """The attention above knows from the lengths who sees whom."""
+
+
+AttentionInterface.register(ATTENTION, shared_prompt_attention)
+AttentionMaskInterface.register(ATTENTION, _no_mask)

@@ -1,0 +1,405 @@
+"""The scoring service from Python, without torch or ray: `VRMScorer`, and `AsyncVRMScorer` for asyncio.
+
+    with VRMScorer("http://127.0.0.1:8000", token="...") as scorer:
+        answer = scorer.score("Why is the sky blue?", ["Rayleigh scattering.", "Because."])
+        answer.scores[0].reward, answer.scores[0].reward_std, answer.scores[0].contributions
+
+Scoring is a pure function, so whatever fails on the way is simply asked again until the deadline. Both clients share
+one exchange, written as a generator that says what to send and how long to wait; they differ in how they do so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from types import TracebackType
+from typing import Any, TypeVar
+
+import httpx
+from pydantic import ValidationError
+
+from pipeline.errors import ConfigError, DataError, DeadlineExceeded, WorkerError
+from pipeline.records import Message
+from pipeline.serving.protocol import (
+    TOKEN_VARIABLE,
+    Answer,
+    BestOfAnswer,
+    CompareAnswer,
+    ModelAnswer,
+    ScoreAnswer,
+    ScoreManyAnswer,
+)
+
+Prompt = str | Sequence[Message]
+"""The words of one user, or every turn up to where the assistant speaks."""
+
+ATTEMPTS = 6
+"""How often a service that cannot be reached, or that failed, is asked. A busy one is asked until the deadline."""
+
+BUSY = {429, 503}
+FAILED = {500, 502, 504}
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 30.0
+CONNECT_S = 10.0
+
+BATCH_BYTES = 4 * 2**20
+"""Half of what a service takes by default."""
+
+AnswerType = TypeVar("AnswerType", bound=Answer)
+
+
+@dataclass(frozen=True)
+class Send:
+    """Send the request, and wait no longer than this for its answer."""
+
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Do nothing for a while."""
+
+    seconds: float
+
+
+Exchange = Generator[Send | Pause, httpx.Response | httpx.TransportError | None, httpx.Response]
+
+
+def exchange(
+    url: str,
+    deadline_s: float,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    uniform: Callable[[float, float], float] = random.uniform,
+) -> Exchange:
+    """One question, asked until it is answered: yields what to do next, is sent what came of it, returns the answer.
+
+    Pauses double, and each is drawn uniformly between nothing and its length ("full jitter"), so that workers which
+    failed together do not come back together; after 429 or 503, Retry-After is waited out first.
+
+    Raises:
+        ConfigError: the token is wrong.
+        DataError: the service refuses the question.
+        WorkerError: it could not be reached, or failed, `ATTEMPTS` times.
+        DeadlineExceeded: no answer after `deadline_s`.
+    """
+    ends = clock() + deadline_s
+    pause_s, failures, trouble = FIRST_PAUSE_S, 0, "it was not asked yet"
+    while (left := ends - clock()) > 0:
+        outcome = yield Send(left)
+        at_least_s = 0.0
+        if isinstance(outcome, httpx.Response):
+            if outcome.is_success:
+                return outcome
+            trouble = f"{outcome.status_code}: {_detail(outcome)}"
+            if outcome.status_code in {401, 403}:
+                raise ConfigError(f"{url} refuses the token ({trouble}). Pass token=..., or set {TOKEN_VARIABLE}.")
+            if outcome.status_code not in BUSY | FAILED:
+                raise DataError(f"{url} refuses the request ({trouble})")
+            at_least_s = _retry_after_s(outcome)
+            failures += outcome.status_code in FAILED
+        else:
+            trouble = repr(outcome)
+            failures += 1
+        if failures >= ATTEMPTS:
+            raise WorkerError(f"{url} failed {failures} times, at last with {trouble}. Is the service running there?")
+        wait_s = at_least_s + uniform(0.0, pause_s)
+        if clock() + wait_s >= ends:
+            break
+        yield Pause(wait_s)
+        pause_s = min(2.0 * pause_s, LONGEST_PAUSE_S)
+    raise DeadlineExceeded(
+        f"{url} did not answer within {deadline_s:g} s, at last with {trouble}. Ask for less at once, "
+        "serve with more replicas, or raise deadline_s."
+    )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What both clients are made of.
+
+    Args:
+        url: of the service, say http://127.0.0.1:8000.
+        token: its bearer token; None for a service without one.
+        deadline_s: how long a call may take, over all its requests and retries.
+        batch_size: responses per request.
+        concurrency: requests in flight at once.
+    """
+
+    url: str
+    token: str | None
+    deadline_s: float
+    batch_size: int
+    concurrency: int
+
+    def client_options(self) -> dict[str, Any]:
+        headers = {} if self.token is None else {"authorization": f"Bearer {self.token}"}
+        return {"base_url": self.url, "headers": headers, "limits": httpx.Limits(max_connections=self.concurrency)}
+
+
+def _settings(url: str, token: str | None, deadline_s: float, batch_size: int, concurrency: int) -> Settings:
+    token = os.environ.get(TOKEN_VARIABLE) if token is None else token
+    return Settings(url.rstrip("/"), token, deadline_s, batch_size, concurrency)
+
+
+class VRMScorer:
+    """Blocking client; many threads may share one. It can be pickled; its connections stay behind."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        deadline_s: float = 600.0,
+        batch_size: int = 64,
+        concurrency: int = 4,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        """See `Settings`; the token defaults to VRM_SERVICE_TOKEN."""
+        self._settings = _settings(url, token, deadline_s, batch_size, concurrency)
+        self._client = httpx.Client(transport=transport, **self._settings.client_options())
+
+    def score(self, prompt: Prompt, responses: Sequence[str]) -> ScoreAnswer:
+        """The responses to one prompt, in order."""
+        return self.score_rows([prompt] * len(responses), responses)
+
+    def score_rows(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> ScoreAnswer:
+        """One score per (prompt, response), in order, in as many requests as it takes.
+
+        Raises:
+            DataError: not one prompt per response, none at all, or what the service refuses.
+            ConfigError, WorkerError, DeadlineExceeded: as `exchange`.
+        """
+        bodies = plan_requests(prompts, responses, self._settings.batch_size)
+        ends = time.monotonic() + self._settings.deadline_s
+
+        def ask(body: Mapping[str, Any]) -> ScoreManyAnswer:
+            return self._ask("POST", "/v1/score", ScoreManyAnswer, body, deadline_s=ends - time.monotonic())
+
+        if len(bodies) == 1:
+            return merge([ask(bodies[0])])
+        with ThreadPoolExecutor(self._settings.concurrency) as threads:
+            calls = [threads.submit(ask, body) for body in bodies]
+            try:
+                return merge([call.result() for call in calls])
+            except BaseException:
+                for call in calls:
+                    call.cancel()
+                raise
+
+    def compare(self, prompt: Prompt, a: str, b: str) -> CompareAnswer:
+        """P(a > b), and because of what."""
+        return self._ask("POST", "/v1/compare", CompareAnswer, {"prompt": _json_of(prompt), "a": a, "b": b})
+
+    def best_of(self, prompt: Prompt, responses: Sequence[str], *, lcb: float = 0.0) -> BestOfAnswer:
+        """The candidates from best to worst by reward - lcb * reward_std."""
+        body = {"prompt": _json_of(prompt), "responses": list(responses), "lcb": lcb}
+        return self._ask("POST", "/v1/best_of", BestOfAnswer, body)
+
+    def model(self) -> ModelAnswer:
+        """The model behind the service."""
+        return self._ask("GET", "/v1/model", ModelAnswer, None)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def __enter__(self) -> VRMScorer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __getstate__(self) -> Settings:
+        return self._settings
+
+    def __setstate__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._client = httpx.Client(**settings.client_options())
+
+    def _ask(
+        self, method: str, path: str, kind: type[AnswerType], body: Any, deadline_s: float | None = None
+    ) -> AnswerType:
+        steps = exchange(self._settings.url, self._settings.deadline_s if deadline_s is None else deadline_s)
+        outcome: httpx.Response | httpx.TransportError | None = None
+        try:
+            while True:
+                step = steps.send(outcome)
+                outcome = None
+                if isinstance(step, Pause):
+                    time.sleep(step.seconds)
+                    continue
+                try:
+                    outcome = self._client.request(method, path, json=body, timeout=_timeout(step))
+                except httpx.TransportError as error:
+                    outcome = error
+        except StopIteration as answered:
+            return _parse(answered.value, kind, self._settings.url)
+
+
+class AsyncVRMScorer:
+    """The same for asyncio."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        deadline_s: float = 600.0,
+        batch_size: int = 64,
+        concurrency: int = 4,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        """See `Settings`; the token defaults to VRM_SERVICE_TOKEN."""
+        self._settings = _settings(url, token, deadline_s, batch_size, concurrency)
+        self._client = httpx.AsyncClient(transport=transport, **self._settings.client_options())
+
+    async def score(self, prompt: Prompt, responses: Sequence[str]) -> ScoreAnswer:
+        """The responses to one prompt, in order."""
+        return await self.score_rows([prompt] * len(responses), responses)
+
+    async def score_rows(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> ScoreAnswer:
+        """As `VRMScorer.score_rows`."""
+        bodies = plan_requests(prompts, responses, self._settings.batch_size)
+        ends = time.monotonic() + self._settings.deadline_s
+        room = asyncio.Semaphore(self._settings.concurrency)
+
+        async def ask(body: Mapping[str, Any]) -> ScoreManyAnswer:
+            async with room:
+                return await self._ask("POST", "/v1/score", ScoreManyAnswer, body, deadline_s=ends - time.monotonic())
+
+        calls = [asyncio.ensure_future(ask(body)) for body in bodies]
+        try:
+            return merge(await asyncio.gather(*calls))
+        finally:
+            for call in calls:
+                call.cancel()
+
+    async def compare(self, prompt: Prompt, a: str, b: str) -> CompareAnswer:
+        """P(a > b), and because of what."""
+        return await self._ask("POST", "/v1/compare", CompareAnswer, {"prompt": _json_of(prompt), "a": a, "b": b})
+
+    async def best_of(self, prompt: Prompt, responses: Sequence[str], *, lcb: float = 0.0) -> BestOfAnswer:
+        """The candidates from best to worst by reward - lcb * reward_std."""
+        body = {"prompt": _json_of(prompt), "responses": list(responses), "lcb": lcb}
+        return await self._ask("POST", "/v1/best_of", BestOfAnswer, body)
+
+    async def model(self) -> ModelAnswer:
+        """The model behind the service."""
+        return await self._ask("GET", "/v1/model", ModelAnswer, None)
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def __aenter__(self) -> AsyncVRMScorer:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _ask(
+        self, method: str, path: str, kind: type[AnswerType], body: Any, deadline_s: float | None = None
+    ) -> AnswerType:
+        steps = exchange(self._settings.url, self._settings.deadline_s if deadline_s is None else deadline_s)
+        outcome: httpx.Response | httpx.TransportError | None = None
+        try:
+            while True:
+                step = steps.send(outcome)
+                outcome = None
+                if isinstance(step, Pause):
+                    await asyncio.sleep(step.seconds)
+                    continue
+                try:
+                    outcome = await self._client.request(method, path, json=body, timeout=_timeout(step))
+                except httpx.TransportError as error:
+                    outcome = error
+        except StopIteration as answered:
+            return _parse(answered.value, kind, self._settings.url)
+
+
+def plan_requests(prompts: Sequence[Prompt], responses: Sequence[str], batch_size: int) -> list[dict[str, Any]]:
+    """The bodies of `POST /v1/score`, of at most `batch_size` responses and about `BATCH_BYTES` each, in order.
+
+    Neighbours with the same prompt share it.
+
+    Raises:
+        DataError: not one prompt per response, or none at all.
+    """
+    if len(prompts) != len(responses) or not responses:
+        raise DataError(
+            f"{len(prompts)} prompts and {len(responses)} responses to score: one prompt per response, please"
+        )
+    rows = [(_json_of(prompt), response) for prompt, response in zip(prompts, responses, strict=True)]
+    return [
+        {
+            "items": [
+                {"prompt": prompt, "responses": [response for _, response in group]}
+                for prompt, group in groupby(batch, key=lambda row: row[0])
+            ]
+        }
+        for batch in _batches(rows, batch_size)
+    ]
+
+
+def merge(answers: Sequence[ScoreManyAnswer]) -> ScoreAnswer:
+    """The scores of a call's requests, in order.
+
+    Raises:
+        WorkerError: the service changed its model in between; such scores cannot be compared.
+    """
+    fingerprints = sorted({answer.model_fingerprint for answer in answers})
+    if len(fingerprints) > 1:
+        raise WorkerError(
+            f"the service changed its model during the call ({' and '.join(f[:12] for f in fingerprints)}). Ask again."
+        )
+    scores = [score for answer in answers for item in answer.items for score in item]
+    return ScoreAnswer(model_fingerprint=fingerprints[0], scores=scores)
+
+
+def _batches(rows: Sequence[tuple[Any, str]], batch_size: int) -> Iterator[list[tuple[Any, str]]]:
+    batch: list[tuple[Any, str]] = []
+    size = 0
+    for prompt, response in rows:
+        added = len(str(prompt).encode(errors="replace")) + len(response.encode(errors="replace"))
+        if batch and (len(batch) == batch_size or size + added > BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append((prompt, response))
+        size += added
+    yield batch
+
+
+def _json_of(prompt: Prompt) -> str | list[dict[str, str]]:
+    return prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
+
+
+def _timeout(step: Send) -> httpx.Timeout:
+    return httpx.Timeout(step.timeout_s, connect=min(step.timeout_s, CONNECT_S))
+
+
+def _detail(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["detail"])[:500]
+    except (ValueError, KeyError, TypeError):
+        return response.text[:200]
+
+
+def _retry_after_s(response: httpx.Response) -> float:
+    given = response.headers.get("retry-after", "")
+    return float(given) if given.isdigit() else 0.0  # the other form, a date, would need clocks that agree
+
+
+def _parse(response: httpx.Response, kind: type[AnswerType], url: str) -> AnswerType:
+    try:
+        return kind.model_validate_json(response.content)
+    except ValidationError as error:
+        raise WorkerError(f"{url} is no VRM scoring service, or another version of it: {error}") from error

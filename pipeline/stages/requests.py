@@ -1,0 +1,40 @@
+"""What a user asks of a running job, left in its workspace and read by the job between batches."""
+
+from __future__ import annotations
+
+import json
+
+from pipeline.errors import ConfigError, WorkspaceError
+from pipeline.stages import storage
+from pipeline.stages.ownership import read_owner
+
+REQUEST_FILE = "rollout_workers.json"
+
+
+def request_rollout_workers(workspace: str, num_workers: int) -> None:
+    """Asks the job that holds the workspace for another number of rollout workers.
+
+    Raises:
+        ConfigError: fewer than one worker.
+        WorkspaceError: no running job holds the workspace.
+    """
+    if num_workers < 1:
+        raise ConfigError(f"{num_workers} rollout workers cannot sample; ask for at least 1.")
+    owner = read_owner(workspace)
+    if owner is None or owner.is_gone():
+        last = "" if owner is None else f"; its last owner, {owner}, is dead"
+        raise WorkspaceError(
+            f"no job runs in {workspace}{last}. Start it with cluster.rollout.workers={num_workers} instead."
+        )
+    storage.write_text(storage.join(workspace, REQUEST_FILE), json.dumps({"rollout_workers": num_workers}))
+
+
+def requested_rollout_workers(workspace: str) -> int | None:
+    """What was asked of the running job, if anything."""
+    text = storage.read_text(storage.join(workspace, REQUEST_FILE))
+    return None if text is None else int(json.loads(text)["rollout_workers"])
+
+
+def forget_requests(workspace: str) -> None:
+    """A request is for the job that runs; the next one starts as its recipe says."""
+    storage.delete_file(storage.join(workspace, REQUEST_FILE))

@@ -1,0 +1,130 @@
+"""The forms in which other trainers ask for rewards."""
+
+import base64
+import json
+import struct
+
+import pytest
+
+from tests.actors.test_vrm_api import api, ask, chatml
+
+# words_and_letters: (words - letters) / 2.
+SHORT, LONG = "a b", "abcdef"  # -0.5 and -2.5
+
+
+def test_openrlhf_gets_one_reward_per_query():
+    body = {"query": [chatml(SHORT), chatml(LONG)], "prompts": [chatml(None)] * 2, "labels": [None, "x"]}
+    answer = ask("POST", "/get_reward", body).json()
+    assert answer["rewards"] == answer["scores"] == [-0.5, -2.5]
+    assert answer["extra_logs"] == {
+        "vrm/reward_std": [1.25, 1.75],
+        "vrm/helpfulness": [1.0, 0.5],
+        "vrm/brevity": [-1.5, -3.0],
+    }
+    assert answer["model_fingerprint"] == "f00d"
+
+
+def test_openrlhf_without_a_chat_template_marks_the_response_by_its_prompt():
+    answer = ask("POST", "/get_reward", {"query": ["hi: a b</s>"], "prompts": ["hi: "], "labels": [None]})
+    assert answer.json()["rewards"] == [-0.5]
+
+
+def test_openrlhf_can_only_put_the_token_into_the_url():
+    app, body = api(token="secret"), {"query": [chatml(SHORT)], "prompts": [chatml(None)], "labels": [None]}
+    assert ask("POST", "/get_reward", body, app=app).status_code == 401
+    assert ask("POST", "http://vrm:secret@vrm/get_reward", body, app=app).status_code == 200
+
+
+def test_a_query_without_a_border_is_refused():
+    answer = ask("POST", "/get_reward", {"query": ["who said what?"]})
+    assert answer.status_code == 422
+    assert "says where the response begins" in answer.json()["detail"]
+
+
+def test_vllm_classifies_into_one_class_whose_logit_is_the_reward():
+    """What verl's reward loop reads: output["data"][-1]["probs"][-1]."""
+    body = {"model": "any", "input": chatml(SHORT), "use_activation": False, "priority": 3}
+    answer = ask("POST", "/classify", body).json()
+    assert answer["data"] == [{"index": 0, "label": "LABEL_0", "probs": [-0.5], "num_classes": 1}]
+    assert (answer["object"], answer["model"]) == ("list", "f00d")
+
+
+def test_many_inputs_keep_their_order_and_messages_need_no_markup():
+    many = ask("POST", "/classify", {"input": [chatml(LONG), chatml(SHORT)], "use_activation": False}).json()
+    assert [item["probs"] for item in many["data"]] == [[-2.5], [-0.5]]
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": LONG}]
+    assert ask("POST", "/classify", {"messages": messages, "activation": False}).json()["data"][0]["probs"] == [-2.5]
+
+
+def test_vllms_default_is_a_sigmoid():
+    answer = ask("POST", "/classify", {"input": chatml(SHORT)}).json()
+    assert answer["data"][0]["probs"] == [pytest.approx(0.3775406688)]
+
+
+def test_a_very_bad_response_has_probability_nearly_zero():
+    answer = ask("POST", "/classify", {"input": chatml("x" * 9000)}).json()
+    assert answer["data"][0]["probs"] == [0.0]
+
+
+def test_pooling_is_a_vector_of_one():
+    body = {"input": chatml(SHORT), "use_activation": False}
+    assert ask("POST", "/pooling", body).json()["data"] == [{"index": 0, "object": "pooling", "data": [-0.5]}]
+    encoded = ask("POST", "/pooling", body | {"encoding_format": "base64"}).json()["data"][0]["data"]
+    assert struct.unpack("<f", base64.b64decode(encoded)) == (-0.5,)
+
+
+@pytest.mark.parametrize(
+    "names", [("queries", "documents"), ("queries", "items"), ("text_1", "text_2"), ("data_1", "data_2")]
+)
+def test_pairs_go_by_any_of_vllms_names(names):
+    one, two = names
+    answer = ask("POST", "/score", {one: "hi", two: [SHORT, LONG], "use_activation": False}).json()
+    assert answer["data"] == [
+        {"index": 0, "object": "score", "score": -0.5},
+        {"index": 1, "object": "score", "score": -2.5},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/score", {"queries": ["a", "b"], "documents": ["a", "b", "c"]}),
+        ("/score", {"queries": ["a", "b"]}),
+        ("/score", {"queries": "a", "documents": []}),
+        ("/score", {"queries": "a", "documents": [{"content": []}]}),
+        ("/classify", {}),
+        ("/classify", {"input": [1, 2, 3]}),
+        ("/classify", {"input": "plain words"}),
+        ("/classify", {"messages": [{"role": "user", "content": "x"}]}),
+        ("/classify", {"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "x"}]}),
+        ("/pooling", {"input": "x", "encoding_format": "bytes"}),
+        ("/pooling", {"input": "x", "task": "embed"}),
+        ("/get_reward", {"query": []}),
+        ("/get_reward", {"query": "x"}),
+        ("/get_reward", {"query": ["x"], "prompts": ["x", "y"]}),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_with_a_reason(path, body):
+    answer = ask("POST", path, body)
+    assert answer.status_code == 422
+    assert answer.json()["detail"]
+
+
+@pytest.mark.components
+def test_vllms_own_classes_read_the_answers():
+    """vLLM takes ten seconds to import, hence the marker."""
+    classify = pytest.importorskip("vllm.entrypoints.pooling.classify.protocol")
+    pooling = pytest.importorskip("vllm.entrypoints.pooling.pooling.protocol")
+    scoring = pytest.importorskip("vllm.entrypoints.pooling.scoring.protocol")
+    text, pair = {"input": chatml(SHORT)}, {"queries": "hi", "documents": SHORT}
+    for kind, path, body in (
+        (classify.ClassificationResponse, "/classify", text),
+        (pooling.PoolingResponse, "/pooling", text),
+        (scoring.ScoreResponse, "/score", pair),
+    ):
+        answer = ask("POST", path, body).json()
+        theirs = kind.model_validate(answer)
+        assert theirs.model_extra == {}
+        assert json.loads(theirs.model_dump_json()) == answer
+    classify.ClassificationCompletionRequest.model_validate(text)
+    scoring.ScoreQueriesDocumentsRequest.model_validate(pair)

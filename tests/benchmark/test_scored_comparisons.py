@@ -1,0 +1,174 @@
+"""Scoring into a file: streaming, interruption, refusal."""
+
+import json
+import math
+
+import pytest
+
+from pipeline.benchmark.scored_comparisons import CHUNK, aligned, read_scored, score_to_file
+from pipeline.data.comparisons import Comparison
+from pipeline.errors import DataError, NumericsError
+from pipeline.records import RewardScore
+
+
+class LengthScorer:
+    """Rewards a response by its number of characters; reads 40 of them at most."""
+
+    def __init__(self):
+        self.calls = []
+
+    def score(self, prompts, responses):
+        self.calls.append(len(responses))
+        return [
+            RewardScore(mean=float(len(text)), std=0.5, objective_weights=(1.0,), objective_scores=(float(len(text)),))
+            for text in responses
+        ]
+
+    def fits(self, prompt, response):
+        return len(response) <= 40
+
+
+def comparison(n, **changes):
+    fields = {
+        "id": str(n),
+        "subset": "all",
+        "place": f"rows.jsonl, line {n}",
+        "prompt": ({"role": "user", "content": f"question {n}"},),
+        "chosen": ("x" * (n % 7),),
+        "rejected": ("y" * 3,),
+        "annotators_tie": False,
+    }
+    return Comparison(**{**fields, **changes})
+
+
+def score(comparisons, path, scorer=None, scored_by="model/cpu"):
+    scorer, reports = scorer or LengthScorer(), []
+    score_to_file(
+        comparisons,
+        path,
+        scored_by=scored_by,
+        load_scorer=lambda: scorer,
+        report=lambda done, kept: reports.append((done, kept)),
+    )
+    return scorer, reports
+
+
+def test_scores_are_read_back_as_they_were_given(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    lists = comparison(1, chosen=("a", "bbbb"), rejected=("<think>long thoughts</think>\ncc",), annotators_tie=True)
+    score([lists, comparison(2, rejected=("y" * 41,))], path)
+    (first, second), scored_by = read_scored(path)
+    assert scored_by == "model/cpu"
+    assert [r.reward for r in first.chosen] == [1.0, 4.0]
+    assert [r.characters for r in (*first.chosen, *first.rejected)] == [1, 4, 2]  # thoughts are not scored
+    assert (first.id, first.annotators_tie, first.cut, second.cut) == ("1", True, False, True)
+    assert first.content_key == lists.content_key
+    assert second.rejected[0].std == 0.5
+    line = json.loads(path.read_text().splitlines()[0])
+    assert line["chosen"][1]["objective_scores"] == [4.0]  # the reasons of a reward stay in the file
+
+
+def test_rows_are_scored_while_they_are_read(tmp_path):
+    """Texts of one chunk are in memory, however long the file is."""
+    scorer, ahead = LengthScorer(), []
+
+    def reading():
+        for n in range(3 * CHUNK + 5):
+            ahead.append(2 * n - sum(scorer.calls))
+            yield comparison(n)
+
+    _, reports = score(reading(), tmp_path / "rows.jsonl", scorer)
+    assert max(ahead) < 2 * CHUNK
+    assert reports == [(CHUNK, 0), (2 * CHUNK, 0), (3 * CHUNK, 0), (3 * CHUNK + 5, 0)]
+
+
+def test_an_interrupted_run_goes_on_behind_its_last_whole_line(tmp_path):
+    rows = [comparison(n) for n in range(CHUNK + 40)]
+    whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
+    score(rows, whole)
+    broken.write_bytes(whole.read_bytes()[: len(whole.read_bytes()) * 3 // 4])
+    kept = broken.read_bytes().count(b"\n")
+    scorer, reports = score(rows, broken)
+    assert broken.read_bytes() == whole.read_bytes()
+    assert sum(scorer.calls) == 2 * (len(rows) - kept)
+    assert reports == [(len(rows), kept)]
+
+
+def test_a_finished_evaluation_loads_no_model(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    score([comparison(1)], path)
+
+    def refuse():
+        raise AssertionError("loaded")
+
+    score_to_file([comparison(1)], path, scored_by="model/cpu", load_scorer=refuse, report=lambda done, kept: None)
+    assert len(read_scored(path)[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "scored_by", "line"),
+    [
+        ([comparison(1), comparison(2)], "other/cpu", 1),
+        ([comparison(1), comparison(3)], "model/cpu", 2),
+        ([comparison(1)], "model/cpu", 2),
+        ([comparison(1, subset="other"), comparison(2)], "model/cpu", 1),
+        ([comparison(1), comparison(2, id="7")], "model/cpu", 2),
+    ],
+    ids=["another model", "another row", "fewer rows", "another subset field", "another name"],
+)
+def test_rows_of_another_evaluation_are_neither_used_nor_overwritten(tmp_path, rows, scored_by, line):
+    path = tmp_path / "rows.jsonl"
+    score([comparison(1), comparison(2)], path)
+    before = path.read_bytes()
+    with pytest.raises(DataError, match=f"line {line}: scored by another model, or from other data"):
+        score(rows, path, scored_by=scored_by)
+    assert path.read_bytes() == before
+
+
+def test_a_file_that_is_something_else_is_not_overwritten(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("my thesis\n")
+    with pytest.raises(DataError, match="Give another --out"):
+        score([comparison(1)], path)
+    assert path.read_text() == "my thesis\n"
+
+
+def test_a_reward_that_is_no_number_is_named_with_its_row(tmp_path):
+    class Broken(LengthScorer):
+        def score(self, prompts, responses):
+            return [RewardScore(mean=math.nan, std=0.0, objective_weights=(), objective_scores=()) for _ in responses]
+
+    with pytest.raises(NumericsError, match=r"rows\.jsonl, line 4: reward nan .* for the response 'xxxx'"):
+        score([comparison(4)], tmp_path / "rows.jsonl", Broken())
+
+
+def test_rows_are_aligned_by_their_texts(tmp_path):
+    rows = [comparison(n) for n in range(5)]
+    score(reversed(rows), tmp_path / "other.jsonl")
+    others, _ = read_scored(tmp_path / "other.jsonl")
+    assert [row.id for row in aligned([row.content_key for row in rows], others, place="other.jsonl")] == list("01234")
+
+
+@pytest.mark.parametrize(("first", "count", "missing"), [(0, 4, 0), (1, 5, 1)])
+def test_other_rows_are_refused(tmp_path, first, count, missing):
+    score([comparison(n) for n in range(5)], tmp_path / "other.jsonl")
+    others, _ = read_scored(tmp_path / "other.jsonl")
+    keys = [comparison(n).content_key for n in range(first, first + count)]
+    with pytest.raises(DataError, match=rf"5 rows and this evaluation {count}, of which {missing} are not in it"):
+        aligned(keys, others, place="other.jsonl")
+
+
+def test_a_file_without_scores_is_refused(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "why ?", "chosen": "a", "rejected": "b"}\n')
+    with pytest.raises(DataError, match=r"line 1: no scored comparison .* Give the rows\.jsonl of an evaluation"):
+        read_scored(path)
+
+
+def test_rows_of_two_models_in_one_file_are_refused(tmp_path):
+    score([comparison(1)], tmp_path / "a.jsonl", scored_by="a/cpu")
+    score([comparison(1)], tmp_path / "b.jsonl", scored_by="b/cpu")
+    both = tmp_path / "both.jsonl"
+    both.write_text((tmp_path / "a.jsonl").read_text() + (tmp_path / "b.jsonl").read_text())
+    with pytest.raises(DataError, match="rows of 2 models"):
+        read_scored(both)

@@ -1,0 +1,93 @@
+"""The table and the file of a judge's verdicts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.score_benchmark import SCORERS, parse, score
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def arena_games(tmp_path):
+    """x wins and ties, y loses, each on two questions."""
+    rows = [
+        {"uid": uid, "judge": "gpt-4o", "model": model, "baseline": "base", "games": [{"score": s} for s in verdicts]}
+        for uid in ("q1", "q2")
+        for model, verdicts in (("x", ("B>A", "A=B")), ("y", ("A>B", "B>A")))
+    ]
+    return jsonl(tmp_path / "judgments.jsonl", rows)
+
+
+def arena_answers(tmp_path):
+    rows = [
+        {"question_id": uid, "model_id": model, "choices": [{"turns": [{"content": "x", "token_len": 5}]}]}
+        for uid in ("q1", "q2")
+        for model in ("base", "x", "y")
+    ]
+    return jsonl(tmp_path / "answers.jsonl", rows)
+
+
+def arguments(tmp_path, benchmark, judgments, *more):
+    return ["--benchmark", benchmark, "--judgments", judgments, "--out", str(tmp_path / "scores"), *more]
+
+
+def test_arena_hard_ranks_the_models_and_keeps_what_the_numbers_depend_on(tmp_path):
+    options = arguments(tmp_path, "arena_hard", arena_games(tmp_path), "--baseline", "base")
+    header, first, second = score(parse([*options, "--answers", arena_answers(tmp_path)])).splitlines()
+    assert header.split()[-2:] == ["sc_upstream", "sc_uncentred"]
+    assert first.split()[:2] == ["x", "75.00"]
+    assert second.split()[0] == "y"
+    metrics = json.loads((tmp_path / "scores" / "arena_hard.json").read_text())
+    assert (metrics["baseline"], metrics["judges"], metrics["failures"]) == ("base", ["gpt-4o"], {"x": 0, "y": 0})
+    assert sorted(metrics["style_control"]["sc_uncentred"]["models"]) == ["x", "y"]
+    assert len(metrics["inputs"]) == 2
+
+
+def test_mt_bench_shows_turns_and_categories(tmp_path):
+    common = {"model": "m", "judge": ["gpt-4", "single-v1"], "user_prompt": "?", "judgment": "[[..]]"}
+    grades = [(81, 1, 8), (81, 2, 6), (101, 1, 1), (102, 1, -1)]
+    rows = [{**common, "question_id": q, "turn": turn, "score": s} for q, turn, s in grades]
+    table = score(parse(arguments(tmp_path, "mt_bench", jsonl(tmp_path / "j.jsonl", rows))))
+    header, line = table.splitlines()
+    assert header.split()[-2:] == ["humanities", "failed"]
+    # model, average, its interval, turn 1, turn 2, writing, reasoning; the other categories are empty.
+    assert line.split() == ["m", "5.00", "[1.00,", "7.00]", "4.50", "6.00", "7.00", "1.00", "1"]
+    metrics = json.loads((tmp_path / "scores" / "mt_bench.json").read_text())
+    assert metrics["models"]["m"]["failures"] == 1
+    assert metrics["judges"] == ["gpt-4"]
+
+
+def test_the_same_judgments_give_the_same_file(tmp_path):
+    options = parse(arguments(tmp_path, "arena_hard", arena_games(tmp_path), "--baseline", "base"))
+    files = []
+    for _ in range(2):
+        score(options)
+        files.append((tmp_path / "scores" / "arena_hard.json").read_text())
+    assert files[0] == files[1]
+
+
+def test_a_flag_of_another_benchmark_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse(arguments(tmp_path, "mt_bench", "j.jsonl", "--baseline", "base"))
+    assert "--baseline and --answers mean nothing to mt_bench" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("benchmark", sorted(SCORERS))
+def test_a_bad_file_is_a_letter_and_writes_nothing(benchmark, tmp_path):
+    command = [sys.executable, "-m", "jobs.score_benchmark"]
+    command += arguments(tmp_path, benchmark, jsonl(tmp_path / "j.jsonl", [{"uid": "q"}]))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "DataError: " in done.stderr
+    assert "j.jsonl, line 1, field" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "scores").exists()
