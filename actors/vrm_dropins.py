@@ -224,7 +224,7 @@ def _contributions(desk: ScoringDesk, scores: Sequence[RewardScore]) -> dict[str
     return {
         f"vrm/{name}": [score.objective_weights[k] * score.objective_scores[k] for score in scores]
         for k, name in enumerate(desk.model.objectives)
-        if scores[0].objective_weights
+        if scores[0].objective_scores
     }
 
 

@@ -22,7 +22,7 @@ class Comparison:
     """E[Delta]."""
     margin_std: float
     contributions: tuple[float, ...]
-    """What each objective adds to the margin; empty for a Bradley-Terry model."""
+    """What each objective adds to the margin; empty for a model without objective scores."""
     deciding: int | None
     """The objective that speaks loudest for the preferred response; None for a tie, or without objectives."""
 
@@ -57,7 +57,8 @@ def reward_covariance(a: RewardScore, b: RewardScore) -> float:
     """Cov[r_a, r_b] = s_a^T C s_b,  C = (diag(w_bar) - w_bar w_bar^T) / (A + 1), the covariance of a Dirichlet.
 
     A prompt that had to be cut to fit its response may have been cut differently for a and b; C is then the mean of
-    the two posteriors', so that the covariance stays symmetric. 0 where the weights are not random.
+    the two posteriors', so that the covariance stays symmetric. 0 where the weights are not random, and without
+    objective scores: a network decoder does not say how its rewards move together, so its margins look too uncertain.
     """
     return 0.5 * (_weight_form(a, a, b) + _weight_form(b, a, b))
 
@@ -74,7 +75,7 @@ def rank(scores: Sequence[RewardScore], *, lcb: float) -> list[tuple[int, float]
 
 def _weight_form(weights_of: RewardScore, a: RewardScore, b: RewardScore) -> float:
     """s_a^T C s_b with C of one response's posterior."""
-    if weights_of.concentration == 0.0:
+    if weights_of.concentration == 0.0 or not a.objective_scores:
         return 0.0
     w_bar = weights_of.objective_weights
     products = sum(w * s * t for w, s, t in zip(w_bar, a.objective_scores, b.objective_scores, strict=True))
@@ -84,4 +85,6 @@ def _weight_form(weights_of: RewardScore, a: RewardScore, b: RewardScore) -> flo
 
 
 def _contributions(score: RewardScore) -> list[float]:
+    if not score.objective_scores:
+        return []
     return [w * s for w, s in zip(score.objective_weights, score.objective_scores, strict=True)]

@@ -57,6 +57,16 @@ def test_a_bradley_terry_model_gives_a_probability_without_reasons():
     assert (result.margin_std, result.contributions, result.deciding) == (0.0, (), None)
 
 
+def test_a_network_decoder_gives_a_probability_without_reasons():
+    a, b = (
+        RewardScore(mean=m, std=1.0, objective_weights=(0.5, 0.5), objective_scores=(), concentration=3.0)
+        for m in (2.0, 1.0)
+    )
+    result = compare(a, b)
+    assert (result.margin, result.contributions, result.deciding) == (1.0, (), None)
+    assert result.margin_std == pytest.approx(math.sqrt(2.0))
+
+
 def test_a_pair_has_the_moments_of_the_difference_of_its_features():
     """Delta = <w, S (z_a - z_b)>, and z_a - z_b is Gaussian: the closed form of one response applies to it."""
     torch.manual_seed(0)
