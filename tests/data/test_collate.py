@@ -35,7 +35,7 @@ def test_a_batch_holds_the_standardised_scores_of_both_responses_and_the_margins
     )
     bare = replace(pairs[1].pair, scores_chosen=None, scores_rejected=None, margin=None)
     rows = [replace(row, pair=pair) for row, pair in zip(pairs, (annotated, bare), strict=True)]
-    batch = PairCollator(statistics=statistics, pad_token_id=tokenizer.pad_token_id, temperature=1.0, seed=0)(rows, 0)
+    batch = PairCollator(statistics=statistics, temperature=1.0, seed=0)(rows, 0)
     assert batch.scores.tolist() == [[1.0, 0.0], [0.0, 0.0], [0.0, 2.0], [0.0, 0.0]]
     assert batch.score_mask.tolist() == [[True, True], [False, False], [False, True], [False, False]]
     assert batch.margins[0].item() == 1.5
