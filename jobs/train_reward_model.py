@@ -21,6 +21,7 @@ from pipeline.data.collate import PairCollator, tokenise_pairs
 from pipeline.data.preferences import require_annotations, shared_prompts
 from pipeline.data.score_statistics import ScoreStatistics
 from pipeline.data.source import data_fingerprints, load_data
+from pipeline.learning.reward_alarms import alarm_letters
 from pipeline.loops.supervised_training import train
 from pipeline.models.backbone import load_tokenizer
 from pipeline.records import Metrics, StageResult
@@ -92,6 +93,8 @@ def _train(stage: StageDirectory, recipe: Recipe, backbone_uri: str) -> Metrics:
             eval_every=config.eval_every,
             checkpoint_every=config.checkpoint_every,
         )
+    for letter in alarm_letters(metrics):
+        print(f"train_reward_model  {letter}", flush=True)
     return metrics | {
         "data/train_pairs": float(len(pairs)),
         "data/heldout_pairs": float(len(heldout)),

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
-from pipeline.benchmark.pairwise import calibration_error, prefers_longer
+from pipeline.benchmark.pairwise import ScoredPairs, pair_diagnostics
 from pipeline.models.reward_heads import RewardOutput
+from pipeline.objectives.preference import bradley_terry_loss, pair_accuracy
+from pipeline.objectives.variational import gaussian_kl_per_dimension
 from pipeline.records import Metrics, PreferenceBatch
+
+PAIR_METRICS = (
+    "calibration_error",
+    "brier",
+    "probit/nll",
+    "prefers_longer",
+    "length_correlation",
+    "accuracy/chosen_longer",
+    "accuracy/chosen_shorter",
+)
+"""Of `pair_diagnostics`, those that vrm_spec section 12 logs at every evaluation."""
 
 ACTIVE_VARIANCE = 0.01
 """A semantic dimension whose mean varies by more than this over (x, y) is active (vrm_spec section 12)."""
@@ -22,21 +37,28 @@ def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
 
     Returns:
         The scale of the reward, its calibration and its taste for length; for a VRM or gate head also active units, and
-        spread and supervision of the objective weights; with a posterior their concentration. Means are over the batch.
+        spread and supervision of the objective weights; with a posterior their concentration, the divergence of the
+        least and the most used feature, and how well one posterior sample ranks. Means are over the batch.
     """
     num_pairs = batch.num_pairs
-    margins = (output.mean[:num_pairs] - output.mean[num_pairs:]).cpu().numpy()
-    length_gaps = np.array([len(chosen) - len(rejected) for chosen, rejected in (p.response_ids for p in batch.pairs)])
     metrics = {
         "eval/reward_mean": float(output.mean.mean()),
         "eval/reward_std": float(output.mean.std(correction=0)),
         "eval/posterior_std": float(output.variance.sqrt().mean()),
-        "eval/calibration_error": calibration_error(margins),
-        "eval/prefers_longer": prefers_longer(margins, length_gaps),
+        **_of_pairs(output, batch),
     }
     if output.alpha.shape[1]:
         alpha = output.alpha[:num_pairs]  # the chosen row speaks for the prompt
+        sampled = output.sampled[:num_pairs] - output.sampled[num_pairs:]
+        zero = output.mu.new_zeros(1)
+        kl_z = gaussian_kl_per_dimension(output.mu, output.logvar, zero, zero).mean(0)
         metrics |= {
+            "eval/sampled_nll": float(bradley_terry_loss(sampled).mean()),
+            "eval/sampled_accuracy": float(pair_accuracy(sampled).mean()),
+            "eval/kl_z_least_dimension": float(kl_z.min()),
+            "eval/kl_z_most_dimension": float(kl_z.max()),
+            "eval/concentration_p05": float(alpha.sum(-1).quantile(0.05)),
+            "eval/max_alpha": float(alpha.max()),
             "eval/concentration": float(alpha.sum(-1).mean()),
             "eval/concentration_p95": float(alpha.sum(-1).quantile(0.95)),
             "eval/min_alpha": float(alpha.min()),
@@ -49,12 +71,51 @@ def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
             "eval/active_units": float((output.mu.var(0, correction=0) > ACTIVE_VARIANCE).sum()),
             "eval/weight_variance": float(w_bar.var(0, correction=0).mean()),
             "eval/weight_entropy": float(_entropy(w_bar).mean()),
+            "eval/weight_distance_from_uniform": float((w_bar - 1.0 / w_bar.shape[1]).abs().sum(-1).mean()),
         }
         supervised = batch.target_mask.any(-1)
         if supervised.any():
             metrics["eval/target_entropy"] = float(_entropy(batch.target[supervised].double()).mean())
             metrics["eval/target_correlation"] = target_correlation(w_bar, batch.target, batch.target_mask)
+    if output.scores.shape[1]:
+        metrics["eval/score_collinearity"] = score_collinearity(output.scores)
     return metrics
+
+
+def _of_pairs(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
+    """Calibration of the margins, and what length has to do with them."""
+    means, stds = (column.cpu().numpy() for column in (output.mean, output.variance.sqrt()))
+    n = batch.num_pairs
+    measured = pair_diagnostics(
+        ScoredPairs(
+            chosen=means[:n],
+            rejected=means[n:],
+            chosen_std=stds[:n],
+            rejected_std=stds[n:],
+            length_gap=np.array(
+                [len(chosen) - len(rejected) for chosen, rejected in (p.response_ids for p in batch.pairs)]
+            ),
+        )
+    )
+    # NaN is "no such pair".
+    return {
+        f"eval/{name.replace('/', '_')}": measured[name]
+        for name in PAIR_METRICS
+        if name in measured and not math.isnan(measured[name])
+    }
+
+
+def score_collinearity(scores: torch.Tensor) -> float:
+    """Mean absolute correlation over responses of two different objectives' scores: 1 when all say the same.
+
+    Equals 1 when the rows of S are collinear, and does not need S, which ZeRO-3 keeps in pieces.
+
+    Args:
+        scores: [N, K], K >= 2.
+    """
+    columns = scores.unbind(-1)
+    pairs = [(x, y) for k, x in enumerate(columns) for y in columns[:k]]
+    return sum(abs(_pearson(x, y)) for x, y in pairs) / len(pairs)
 
 
 def target_correlation(w_bar: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> float:

@@ -8,6 +8,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from pipeline.config.schema import PairLossConfig, VariationalLossConfig
 from pipeline.data.score_statistics import ScoreStatistics
 from pipeline.learning.engine import TrainEngine
+from pipeline.learning.reward_alarms import check_alarms
 from pipeline.learning.reward_diagnostics import reward_diagnostics
 from pipeline.learning.schedule import learning_rate_factor, warmup_factor
 from pipeline.learning.shards import MicroBatch, Rows, Sums, own_micro_batches
@@ -72,6 +73,8 @@ class RewardModelTrainer:
         self.warmup_fraction = warmup_fraction
         self.max_tokens = max_tokens_per_micro_batch
         self.score_weight = 1.0 if isinstance(engine.module.head, RegressionHead) else loss.score_weight
+        self.training: Metrics = {}
+        """Of the latest update, for the alarms that compare training with held-out pairs."""
 
     def restore(self, checkpoint: str) -> None:
         self.engine.load(checkpoint)
@@ -82,19 +85,22 @@ class RewardModelTrainer:
         kl_factor = warmup_factor(step, num_steps=self.num_steps, warmup_fraction=self.loss.kl_warmup_fraction)
         sums = Sums()
         for micro in self._micro_batches(batch):
-            output = self._forward(batch, micro, sampled=True)
+            output = self._forward(batch, micro)
             terms = self._terms(batch, micro, output)
             loss = (terms["pair_loss"] + kl_factor * terms["kl_penalty"]).sum() / num_pairs
             loss = loss + self.loss.supervision_weight * terms["supervision"].sum() / max(1, num_supervised)
             if self.score_weight:
                 loss = loss + self.score_weight * terms["score_error"].sum() / max(1, num_scores)
             self.engine.backward(micro.weight * loss, last=micro.last)
+            terms |= {"reward": output.mean.double(), "squared_reward": output.mean.double() ** 2}
             sums.add(micro.weight, **{name: term.sum() for name, term in terms.items()})
         factor = learning_rate_factor(step, num_steps=self.num_steps, warmup_fraction=self.warmup_fraction)
         grad_norm = self.engine.step(factor)
         totals = sums.over_ranks(self.engine)
+        mean, square = (float(totals[name]) / (2 * num_pairs) for name in ("reward", "squared_reward"))
+        self.training = self._means(totals, batch, "train") | {"train/reward_std": max(0.0, square - mean**2) ** 0.5}
         return {
-            **self._means(totals, batch, "train"),
+            **self.training,
             "grad_norm": grad_norm,
             "pairs": float(num_pairs),
             "tokens": float(sum(pair.num_tokens for pair in batch.pairs)),
@@ -105,13 +111,14 @@ class RewardModelTrainer:
         sums, rows = Sums(), Rows(2 * batch.num_pairs)
         with torch.no_grad():
             for micro in self._micro_batches(batch):
-                output = self._forward(batch, micro, sampled=False)
-                terms = self._terms(batch, micro, output)
+                output = self._forward(batch, micro)
+                terms = self._terms(batch, micro, output._replace(sampled=output.mean))
                 sums.add(micro.weight, **{name: term.sum() for name, term in terms.items()})
                 rows.put(micro.weight, _both(micro, batch), _side_by_side(output))
         totals = sums.over_ranks(self.engine)
         whole = _taken_apart(rows.over_ranks(self.engine), like=output)
         metrics = self._means(totals, batch, "eval") | reward_diagnostics(whole, batch)
+        metrics |= check_alarms(self.training | metrics)
         # The card keeps the statistics of the latest evaluation; the loop evaluates once more before it exports.
         self.card = self.card.model_copy(
             update={
@@ -141,10 +148,9 @@ class RewardModelTrainer:
     def _micro_batches(self, batch: PreferenceBatch) -> list[MicroBatch]:
         return list(own_micro_batches([pair.num_tokens for pair in batch.pairs], self.engine, self.max_tokens))
 
-    def _forward(self, batch: PreferenceBatch, micro: MicroBatch, *, sampled: bool) -> RewardOutput:
+    def _forward(self, batch: PreferenceBatch, micro: MicroBatch) -> RewardOutput:
         packed = pack([batch.pairs[row] for row in micro.rows.tolist()])
-        seeds = batch.noise_seeds[micro.rows] if sampled else None
-        return RewardOutput(*self.engine.forward(packed.to(self.engine.device), seeds))
+        return RewardOutput(*self.engine.forward(packed.to(self.engine.device), batch.noise_seeds[micro.rows]))
 
     def _terms(self, batch: PreferenceBatch, micro: MicroBatch, output: RewardOutput) -> dict[str, torch.Tensor]:
         """[n] per pair: the loss's terms and the numbers that expose a collapse."""

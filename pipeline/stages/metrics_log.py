@@ -18,6 +18,7 @@ SHOWN = {
     "eval/nll": "held-out nll",
     "train/accuracy": "accuracy",
     "eval/accuracy": "held-out accuracy",
+    "eval/alarms": "alarms",
     "reward/mean": "reward",
     "kl/per_response": "kl",
     "response/tokens": "length",

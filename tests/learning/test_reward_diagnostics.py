@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pipeline.learning.reward_diagnostics import reward_diagnostics, target_correlation
+from pipeline.learning.reward_diagnostics import reward_diagnostics, score_collinearity, target_correlation
 from pipeline.models.reward_heads import RewardOutput
 from pipeline.records import PreferenceBatch, PromptGroup
 
@@ -33,13 +33,13 @@ def double(values):
 
 def test_diagnostics_of_two_pairs_by_hand():
     output = RewardOutput(
-        sampled=double([0.0, 0.0, 0.0, 0.0]),
+        sampled=double([2.0, 0.0, 1.0, 0.0]),
         mean=double([3.0, 1.0, 1.0, -1.0]),
         variance=double([1.0, 4.0, 1.0, 4.0]),
         alpha=double([[3.0, 1.0], [2.0, 6.0], [9.0, 9.0], [9.0, 9.0]]),
         mu=double([[0.0, 1.0], [1.0, 1.0], [0.0, 1.0], [1.0, 1.1]]),
-        logvar=torch.zeros(4, 2),
-        scores=torch.zeros(4, 2),
+        logvar=torch.zeros(4, 2, dtype=torch.float64),
+        scores=double([[1.0, -2.0], [2.0, -4.0], [3.0, -6.0], [4.0, -8.0]]),
         weights=double([[0.75, 0.25], [0.25, 0.75], [0.5, 0.5], [0.5, 0.5]]),
     )
     metrics = reward_diagnostics(output, batch_of([5, 4, 3, 4], target=[[0.5, 0.5], [1.0, 0.0]], mask=[[True] * 2] * 2))
@@ -55,7 +55,23 @@ def test_diagnostics_of_two_pairs_by_hand():
     assert metrics["eval/weight_entropy"] == pytest.approx(entropy)
     assert metrics["eval/concentration"] == 6.0
     assert metrics["eval/concentration_p95"] == pytest.approx(4.0 + 0.95 * 4.0)
+    assert metrics["eval/concentration_p05"] == pytest.approx(4.0 + 0.05 * 4.0)
     assert metrics["eval/min_alpha"] == 1.0  # the rejected rows do not speak
+    assert metrics["eval/max_alpha"] == 6.0
+    assert metrics["eval/weight_distance_from_uniform"] == 0.5  # 1/4 + 1/4, twice
+    # Margins of the means 2 and 2, of the sample 1 and 0: a tie is an error.
+    assert metrics["eval/brier"] == pytest.approx((1 - 1 / (1 + math.exp(-2.0))) ** 2)
+    assert metrics["eval/sampled_accuracy"] == 0.5
+    assert metrics["eval/sampled_nll"] == pytest.approx((math.log(1 + math.exp(-1.0)) + math.log(2.0)) / 2)
+    # Unit variances: KL_z of a dimension is mu^2 / 2, on average 1/4 and (1 + 1 + 1 + 1.21) / 8
+    assert metrics["eval/kl_z_least_dimension"] == pytest.approx(0.25)
+    assert metrics["eval/kl_z_most_dimension"] == pytest.approx(4.21 / 8)
+    assert metrics["eval/score_collinearity"] == pytest.approx(1.0)  # the second score is -2 times the first
+    assert metrics["eval/accuracy_chosen_longer"] == 1.0  # 5 against 3 tokens, and 4 against 4
+    assert "eval/accuracy_chosen_shorter" not in metrics
+    # Standard deviations 1 and 1, 2 and 2: margins 2 with variances 2 and 8
+    probit = [2.0 / math.sqrt(1 + math.pi / 8 * variance) for variance in (2.0, 8.0)]
+    assert metrics["eval/probit_nll"] == pytest.approx(sum(math.log(1 + math.exp(-x)) for x in probit) / 2)
     assert metrics["eval/target_entropy"] == pytest.approx(math.log(2.0) / 2)
     assert metrics["eval/target_correlation"] == pytest.approx(-1.0)
 
@@ -68,8 +84,17 @@ def test_a_bradley_terry_head_has_no_posterior_to_diagnose():
         "eval/reward_std",
         "eval/posterior_std",
         "eval/calibration_error",
+        "eval/brier",
         "eval/prefers_longer",
+        "eval/length_correlation",
     }
+
+
+def test_scores_that_vary_apart_are_not_collinear():
+    apart = double([[1.0, 1.0, 0.0], [1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [-1.0, -1.0, 0.0]])
+    assert score_collinearity(apart) == 0.0
+    apart[:, 2] = apart[:, 0]
+    assert score_collinearity(apart) == pytest.approx(1 / 3)  # one of three pairs
 
 
 def test_correlation_uses_the_annotated_objectives_and_ignores_what_does_not_vary():

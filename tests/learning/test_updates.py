@@ -249,6 +249,22 @@ def test_experience_by_hand():
     assert metrics["response/stopped"] == 0.5
 
 
+def test_an_evaluation_measures_the_mean_and_compares_it_with_a_sample(tiny_policy, world, tokenizer):
+    learner = reward_trainer(tiny_policy, world, tokenizer)
+    batch = collator(world, tokenizer)(tokenised(world, tokenizer)[:8], step=0)
+    first = learner.evaluate(batch)
+    other_noise = learner.evaluate(replace(batch, noise_seeds=batch.noise_seeds + 1))
+    changed = {name for name in first if first[name] != other_noise[name]}
+    assert (
+        {"eval/sampled_nll"}
+        <= changed
+        <= {"eval/sampled_nll", "eval/sampled_accuracy", "alarm/latent_bypass", "eval/alarms"}
+    )
+    assert "alarm/memorised_prompts" not in first  # no update to compare with
+    learner.update(batch, 0)
+    assert "alarm/memorised_prompts" in learner.evaluate(batch)
+
+
 def test_a_gate_learns_and_its_weights_follow_their_target(tiny_policy, world, tokenizer):
     learner = reward_trainer(tiny_policy, world, tokenizer, head="gate", num_steps=12, max_tokens=100_000)
     batch = collator(world, tokenizer)(tokenised(world, tokenizer)[:32], step=0)
@@ -296,6 +312,7 @@ def test_the_literal_objective_collapses_and_the_default_weight_does_not(tiny_po
     assert collapsed["eval/nll"] == pytest.approx(math.log(2), abs=0.01)
     assert collapsed["eval/margin"] < 0.02
     assert collapsed["eval/accuracy"] > 0.8
+    assert (collapsed["alarm/z_collapse"], useful["alarm/z_collapse"]) == (1.0, 0.0)
     assert collapsed["eval/active_units"] == 0
     assert useful["train/kl_w"] + useful["train/kl_z"] > 1.0
     assert useful["train/nll"] < 0.5
