@@ -22,7 +22,7 @@ class Comparison:
     """E[Delta]."""
     margin_std: float
     contributions: tuple[float, ...]
-    """What each objective adds to the margin; empty for a model without objective scores."""
+    """What each objective adds to the margin; empty where the reward is no sum over objectives."""
     deciding: int | None
     """The objective that speaks loudest for the preferred response; None for a tie, or without objectives."""
 
@@ -34,7 +34,8 @@ def compare(a: RewardScore, b: RewardScore) -> Comparison:
     Var[Delta] = Var[r_a] + Var[r_b] - 2 * Cov[r_a, r_b],   Cov[r_a, r_b] = s_a^T C s_b
     P(a > b)   = sigmoid( E / sqrt(1 + pi/8 * Var) )
 
-    Source: vrm_spec section 8, for the bilinear decoder. It writes Var[Delta] with the difference D = s_a - s_b and the
+    Source: vrm_spec section 8, for the bilinear decoder; for one that is a network the two rewards are taken as
+    independent. The source writes Var[Delta] with the difference D = s_a - s_b and the
     sum of both feature covariances; this is the same number, written with what a `RewardScore` holds. Only w is shared
     by the two responses, so only C = Cov[w] correlates them.
     """
@@ -57,8 +58,8 @@ def reward_covariance(a: RewardScore, b: RewardScore) -> float:
     """Cov[r_a, r_b] = s_a^T C s_b,  C = (diag(w_bar) - w_bar w_bar^T) / (A + 1), the covariance of a Dirichlet.
 
     A prompt that had to be cut to fit its response may have been cut differently for a and b; C is then the mean of
-    the two posteriors', so that the covariance stays symmetric. 0 where the weights are not random, and without
-    objective scores: a network decoder does not say how its rewards move together, so its margins look too uncertain.
+    the two posteriors', so that the covariance stays symmetric. 0 where the weights are not random, or the reward is no
+    sum over objectives.
     """
     return 0.5 * (_weight_form(a, a, b) + _weight_form(b, a, b))
 
@@ -85,6 +86,4 @@ def _weight_form(weights_of: RewardScore, a: RewardScore, b: RewardScore) -> flo
 
 
 def _contributions(score: RewardScore) -> list[float]:
-    if not score.objective_scores:
-        return []
-    return [w * s for w, s in zip(score.objective_weights, score.objective_scores, strict=True)]
+    return [w * s for w, s in zip(score.objective_weights, score.objective_scores, strict=bool(score.objective_scores))]

@@ -2,6 +2,8 @@
 
 import base64
 import json
+import math
+import random
 import struct
 
 import pytest
@@ -108,6 +110,48 @@ def test_what_cannot_be_scored_is_refused_with_a_reason(path, body):
     answer = ask("POST", path, body)
     assert answer.status_code == 422
     assert answer.json()["detail"]
+
+
+WHOLE = {
+    "/v1/score": {"prompt": "hi", "responses": ["a"]},
+    "/v1/compare": {"prompt": "hi", "a": "x", "b": "y"},
+    "/v1/best_of": {"prompt": "hi", "responses": ["a"], "lcb": 1},
+    "/get_reward": {"query": [chatml("a")], "prompts": [chatml(None)]},
+    "/classify": {"input": chatml("a")},
+    "/pooling": {"input": chatml("a")},
+    "/score": {"queries": "a", "documents": ["b"]},
+}
+FIELDS = [
+    *dict.fromkeys(field for body in WHOLE.values() for field in body),
+    "items",
+    "messages",
+    "role",
+    "content",
+    "\ud800",
+]
+LEAVES = [None, True, -1, 10**400, math.nan, math.inf, "", "user", "\ud800", "\0", chatml(None), "<|im_start|>" * 50]
+
+
+def anything(rng, depth=0):
+    kind = rng.randrange(3) if depth < 4 else 0
+    if kind == 0:
+        return rng.choice(LEAVES)
+    if kind == 1:
+        return [anything(rng, depth + 1) for _ in range(rng.randrange(4))]
+    return {rng.choice(FIELDS): anything(rng, depth + 1) for _ in range(rng.randrange(5))}
+
+
+@pytest.mark.parametrize("path", WHOLE)
+def test_no_request_however_mangled_breaks_the_service(path):
+    rng, app = random.Random(path), api()
+    for _ in range(50):
+        body = WHOLE[path] | {rng.choice(FIELDS): anything(rng) for _ in range(rng.randrange(3))}
+        raw = bytearray(json.dumps(body).encode())
+        for _ in range(rng.randrange(3)):
+            raw[rng.randrange(len(raw))] = rng.randrange(256)
+        answer = ask("POST", path, bytes(raw), app=app, headers={"content-type": "application/json"})
+        assert answer.status_code in {200, 400, 422}, bytes(raw)
+        assert answer.json()
 
 
 @pytest.mark.components

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from pipeline.benchmark.judges.replay import ReplayJudge
-from pipeline.benchmark.judges.reward_model import RewardModelJudge, probability_b_beats_a
+from pipeline.benchmark.judges.reward_model import RewardModelJudge
 from pipeline.benchmark.judging import (
     Comparison,
     JudgeRequest,
@@ -207,14 +207,6 @@ def test_a_missing_replay_is_named(tmp_path):
 
 def score(mean, std=0.0):
     return RewardScore(mean=mean, std=std, objective_weights=(), objective_scores=())
-
-
-def test_the_probability_that_b_wins_is_the_probit_of_the_margin():
-    assert probability_b_beats_a(score(1.0), score(1.0 + math.log(3.0))) == pytest.approx(0.75)
-    assert probability_b_beats_a(score(2.0, 9.0), score(2.0, 1.0)) == 0.5
-    # Variance 8/pi in all: the margin is divided by sqrt(2).
-    uncertain = probability_b_beats_a(score(0.0, math.sqrt(4 / math.pi)), score(2.0, math.sqrt(4 / math.pi)))
-    assert uncertain == pytest.approx(1 / (1 + math.exp(-math.sqrt(2.0))))
 
 
 class LengthScorer:

@@ -57,16 +57,6 @@ def test_a_bradley_terry_model_gives_a_probability_without_reasons():
     assert (result.margin_std, result.contributions, result.deciding) == (0.0, (), None)
 
 
-def test_a_network_decoder_gives_a_probability_without_reasons():
-    a, b = (
-        RewardScore(mean=m, std=1.0, objective_weights=(0.5, 0.5), objective_scores=(), concentration=3.0)
-        for m in (2.0, 1.0)
-    )
-    result = compare(a, b)
-    assert (result.margin, result.contributions, result.deciding) == (1.0, (), None)
-    assert result.margin_std == pytest.approx(math.sqrt(2.0))
-
-
 def test_a_pair_has_the_moments_of_the_difference_of_its_features():
     """Delta = <w, S (z_a - z_b)>, and z_a - z_b is Gaussian: the closed form of one response applies to it."""
     torch.manual_seed(0)
@@ -111,3 +101,16 @@ def test_a_doubtful_reward_must_be_larger_to_win():
 
 def test_equal_responses_stay_in_the_order_given():
     assert [i for i, _ in rank([plain(1.0), plain(2.0), plain(1.0), plain(2.0)], lcb=0.0)] == [1, 3, 0, 2]
+
+
+def test_rewards_that_are_no_sum_over_objectives_are_compared_without_reasons():
+    network = [
+        RewardScore(
+            mean=m, std=math.sqrt(4 / math.pi), objective_weights=(0.5, 0.5), objective_scores=(), concentration=9
+        )
+        for m in (2.0, 0.0)
+    ]
+    result = compare(*network)
+    # Variance 8/pi in all: the margin is divided by sqrt(2).
+    assert result.probability == pytest.approx(1 / (1 + math.exp(-math.sqrt(2.0))))
+    assert (result.contributions, result.deciding) == ((), None)

@@ -7,13 +7,10 @@ import sys
 import time
 from collections.abc import Sequence
 
-import torch
-
 from pipeline.benchmark.judging import Comparison, JudgeRequest, Judgment, Record
 from pipeline.errors import ConfigError
-from pipeline.objectives.preference import probit_preference
+from pipeline.objectives.comparison import compare
 from pipeline.ports import RewardScorer
-from pipeline.records import RewardScore
 
 PAIRS_AT_ONCE = 64
 """Pairs scored between two records: what a kill can lose."""
@@ -51,18 +48,7 @@ class RewardModelJudge:
                 [answer for pair in pairs for answer in (pair.answer_a, pair.answer_b)],
             )
             for i, pair in enumerate(pairs):
-                record(start + i, _judgment(pair, probability_b_beats_a(scores[2 * i], scores[2 * i + 1])))
-
-
-def probability_b_beats_a(a: RewardScore, b: RewardScore) -> float:
-    """P(b > a) = sigmoid((mean_b - mean_a) / sqrt(1 + pi/8 (std_a^2 + std_b^2))), vrm_spec section 8.
-
-    The variance is that of independent rewards: the covariance through the shared weights w is not part of a score.
-    It moves the probability, never the verdict.
-    """
-    mean = torch.tensor(b.mean - a.mean, dtype=torch.float64)
-    variance = torch.tensor(a.std**2 + b.std**2, dtype=torch.float64)
-    return float(probit_preference(mean, variance))
+                record(start + i, _judgment(pair, compare(scores[2 * i + 1], scores[2 * i]).probability))
 
 
 def _judgment(pair: Comparison, b_beats_a: float) -> Judgment:
