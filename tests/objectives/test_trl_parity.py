@@ -131,7 +131,7 @@ def assert_same_loss_and_gradient(theirs, ours, new):
         (config_of("dr_grpo"), {"loss_type": "dr_grpo"}),
         (config_of("dapo"), {"loss_type": "dapo"}),
         (config_of("gspo", clip_range=0.1, clip_range_high=0.2), {"loss_type": "grpo", "level": "sequence"}),
-        (config_of("cispo", clip_range_high=0.5), {"loss_type": "cispo", "cispo_bound": 1.5}),
+        (config_of("cispo", clip_range_high=1.0), {"loss_type": "cispo", "cispo_bound": 2.0}),
     ],
     ids=["grpo", "grpo-dual-clip", "dr_grpo", "dapo", "gspo", "cispo"],
 )
