@@ -3,6 +3,8 @@
     python jobs/score_benchmark.py --benchmark arena_hard --judgments model_judgment/gpt-4o/*.jsonl \\
         --baseline gpt-4-1106-preview --answers model_answer/*.jsonl --out runs/scores
     python jobs/score_benchmark.py --benchmark mt_bench --judgments gpt-4_single.jsonl --out runs/scores
+    python jobs/score_benchmark.py --benchmark alpaca_eval --judgments aligned/annotations.json \\
+        --gamed df_gamed.csv --out runs/scores
 
 Needs no cluster. Arena-Hard's models are fitted together: with --answers, style-controlled rates depend on which are
 given.
@@ -85,7 +87,36 @@ def score_mt_bench(options: argparse.Namespace) -> Scored:
     )
 
 
+def score_alpaca_eval(options: argparse.Namespace) -> Scored:
+    """Raw and length-controlled win rates over the baseline, a model per file."""
+    from pipeline.benchmark import alpaca_eval  # brings scikit-learn, which --help does without
+
+    gamed, difficulty = alpaca_eval.read_gamed_rows(options.gamed) if options.gamed else (None, None)
+    models, rows = {}, []
+    for file in options.judgments:
+        annotations = alpaca_eval.read_annotations(Path(file))
+        m = alpaca_eval.length_controlled_win_rate(annotations, difficulty, gamed=gamed)
+        models[annotations.model] = m | {"baseline": annotations.baseline}
+        rows.append(
+            (
+                annotations.model,
+                _number(m["win_rate"]),
+                _number(m["standard_error"]),
+                _number(m["discrete_win_rate"]),
+                _number(m["length_controlled_winrate"]),
+                "far from the raw one" if m["extreme_change"] else "",
+                str(m["n_unparsed"]),
+            )
+        )
+    return Scored(
+        metrics={"models": models},
+        header=("model", "win rate", "SE", "discrete", "length-controlled", "", "unparsed"),
+        rows=sorted(rows, key=lambda row: -models[row[0]]["length_controlled_winrate"]),
+    )
+
+
 SCORERS: dict[str, Callable[[argparse.Namespace], Scored]] = {
+    "alpaca_eval": score_alpaca_eval,
     "arena_hard": score_arena_hard,
     "mt_bench": score_mt_bench,
 }
@@ -94,7 +125,10 @@ SCORERS: dict[str, Callable[[argparse.Namespace], Scored]] = {
 def score(options: argparse.Namespace) -> str:
     """Writes the metrics and returns the table."""
     scored = SCORERS[options.benchmark](options)
-    inputs = {file: content_fingerprint(file) for file in (*options.judgments, *(options.answers or ()))}
+    inputs = {
+        file: content_fingerprint(file)
+        for file in (*options.judgments, *(options.answers or ()), *_given(options.gamed))
+    }
     metrics = {"benchmark": options.benchmark, **scored.metrics, "seed": options.seed, "inputs": inputs}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"{options.benchmark}.json").write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
@@ -110,6 +144,10 @@ def as_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+def _given(file: Path | None) -> list[str]:
+    return [] if file is None else [str(file)]
+
+
 def _number(value: float) -> str:
     return f"{value:.2f}"
 
@@ -121,13 +159,17 @@ def _interval(low: float, high: float) -> str:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--benchmark", required=True, choices=sorted(SCORERS))
-    parser.add_argument("--judgments", required=True, nargs="+", metavar="FILE", help=".jsonl or .parquet files")
+    parser.add_argument("--judgments", required=True, nargs="+", metavar="FILE", help="as the judge's job writes them")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where <benchmark>.json is written")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
     arena = parser.add_argument_group("arena_hard only")
     arena.add_argument("--baseline", metavar="MODEL", help="the model that the judge compared with (gpt-4-0314)")
     arena.add_argument("--answers", nargs="+", metavar="FILE", help="all models' answers: adds style control")
+    alpaca = parser.add_argument_group("alpaca_eval only")
+    alpaca.add_argument("--gamed", type=Path, metavar="FILE", help="df_gamed.csv: length control as on the leaderboard")
     options = parser.parse_args(arguments)
+    if options.gamed and options.benchmark != "alpaca_eval":
+        parser.error(f"--gamed means nothing to {options.benchmark}")
     if options.benchmark == "arena_hard":
         options.baseline = options.baseline or "gpt-4-0314"
     elif options.baseline or options.answers:

@@ -66,6 +66,30 @@ def test_mt_bench_shows_turns_and_categories(tmp_path):
     assert metrics["judges"] == ["gpt-4"]
 
 
+def test_alpaca_eval_ranks_models_by_their_length_controlled_rate(tmp_path):
+    # Longer answers win: at equal length the model is worth less than its raw rate of 3/4.
+    preferences, lengths = [2.0, 2.0, 2.0, 1.0, 2.0, 1.0, 2.0, 2.0], [90, 80, 70, 10, 60, 20, 50, 40]
+    rows = [
+        {
+            "instruction": f"instruction {i}",
+            "generator_1": "base",
+            "generator_2": "long",
+            "output_1": "x" * 30,
+            "output_2": "x" * length,
+            "preference": preference,
+        }
+        for i, (preference, length) in enumerate(zip(preferences, lengths, strict=True))
+    ]
+    annotations = tmp_path / "annotations.json"
+    annotations.write_text(json.dumps(rows))
+    header, line = score(parse(arguments(tmp_path, "alpaca_eval", str(annotations)))).splitlines()
+    assert header.split() == ["model", "win", "rate", "SE", "discrete", "length-controlled", "unparsed"]
+    assert line.split()[:2] == ["long", "75.00"]
+    [model] = json.loads((tmp_path / "scores" / "alpaca_eval.json").read_text())["models"].values()
+    assert model["length_controlled_winrate"] < 75.0
+    assert (model["baseline"], model["variant"]) == ("base", "length_controlled_minimal")
+
+
 def test_the_same_judgments_give_the_same_file(tmp_path):
     options = parse(arguments(tmp_path, "arena_hard", arena_games(tmp_path), "--baseline", "base"))
     files = []
@@ -88,6 +112,7 @@ def test_a_bad_file_is_a_letter_and_writes_nothing(benchmark, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "DataError: " in done.stderr
-    assert "j.jsonl, line 1, field" in done.stderr
+    place = "j.jsonl holds no annotated pairs" if benchmark == "alpaca_eval" else "j.jsonl, line 1, field"
+    assert place in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "scores").exists()
