@@ -65,6 +65,9 @@ def _train(stage: StageDirectory, recipe: Recipe, backbone_uri: str) -> Metrics:
         f"{len(heldout)} pairs held out, {shared} prompts on both sides",
         flush=True,
     )
+    contamination = data.contamination.metrics() if data.contamination else {}
+    for name, count in contamination.items():
+        print(f"train_reward_model  {name} {count:.0f}", flush=True)
     num_steps = config.num_steps or max(1, len(pairs) // config.batch_pairs)
     collate = PairCollator(
         statistics=statistics,
@@ -95,14 +98,18 @@ def _train(stage: StageDirectory, recipe: Recipe, backbone_uri: str) -> Metrics:
         )
     for letter in alarm_letters(metrics):
         print(f"train_reward_model  {letter}", flush=True)
-    return metrics | {
-        "data/train_pairs": float(len(pairs)),
-        "data/heldout_pairs": float(len(heldout)),
-        "data/shared_prompts": float(shared),
-        "eval/longer_is_better": longer_is_better(
-            [len(c) - len(r) for c, r in (p.tokens.response_ids for p in heldout)]
-        ),
-    }
+    return (
+        metrics
+        | contamination
+        | {
+            "data/train_pairs": float(len(pairs)),
+            "data/heldout_pairs": float(len(heldout)),
+            "data/shared_prompts": float(shared),
+            "eval/longer_is_better": longer_is_better(
+                [len(c) - len(r) for c, r in (p.tokens.response_ids for p in heldout)]
+            ),
+        }
+    )
 
 
 if __name__ == "__main__":

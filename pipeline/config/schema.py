@@ -52,6 +52,9 @@ class DataConfig(Frozen):
     prompts: tuple[str, ...] = ()
     """Files of prompts for alignment and benchmarks: JSONL or Parquet with a column `prompt`,
     `messages` or `instruction`."""
+    evaluation_prompts: tuple[str, ...] = ()
+    """Prompt files that results will be reported on, besides `benchmark.prompts`. Training leaves out what stands in
+    one of them word for word, and reports that and looser overlap."""
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.03
     """Share of the prompts kept for evaluation; the split is by prompt, never by row."""
     max_pairs: Count | None = None

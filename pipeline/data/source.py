@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from pipeline.config.schema import ExperimentConfig
 from pipeline.data.batching import stable_seed
+from pipeline.data.decontamination import Contamination, EvaluationPrompts, find_contamination
 from pipeline.data.files import content_fingerprint
 from pipeline.data.planted import GoldAnnotator, PlantedWorld
 from pipeline.data.preferences import normalised_prompt, read_pairs, split_by_prompt, take_pairs
@@ -31,6 +32,9 @@ class RunData:
     sft_texts: Sequence[tuple[tuple[Message, ...], str]]
     gold: GoldAnnotator | None
     """The truth, where it is known."""
+    contamination: Contamination | None
+    """Overlap of all training prompts with the evaluation files, before the exact matches were left out of the
+    splits; None without such files."""
 
 
 def load_data(experiment: ExperimentConfig) -> RunData:
@@ -48,7 +52,7 @@ def load_data(experiment: ExperimentConfig) -> RunData:
 def data_fingerprints(experiment: ExperimentConfig) -> list[str]:
     """Content hashes of the files a run reads: a changed file is another input. Hub names stand for themselves."""
     data = experiment.data
-    files = [*data.prompts, *experiment.benchmark.prompts]
+    files = [*data.prompts, *_evaluation_files(experiment)]
     if data.source == "files":
         files += data.preferences
     return [content_fingerprint(resolve(file)) for file in files]
@@ -57,6 +61,10 @@ def data_fingerprints(experiment: ExperimentConfig) -> list[str]:
 def resolve(path: str) -> str:
     """A data path of a recipe: relative paths start at VRM_DATA_ROOT, or at the working directory without it."""
     return os.path.join(os.environ.get(DATA_ROOT, ""), path)
+
+
+def _evaluation_files(experiment: ExperimentConfig) -> tuple[str, ...]:
+    return (*experiment.data.evaluation_prompts, *experiment.benchmark.prompts)
 
 
 def _planted(experiment: ExperimentConfig) -> RunData:
@@ -68,6 +76,7 @@ def _planted(experiment: ExperimentConfig) -> RunData:
         heldout_prompts=[(prompt.id, prompt.messages) for prompt in world.heldout_prompts],
         sft_texts=world.sft_texts(),
         gold=world.gold,
+        contamination=None,
     )
 
 
@@ -96,6 +105,19 @@ def _from_files(experiment: ExperimentConfig) -> RunData:
             f"splitting {len(prompts)} prompts with data.heldout_fraction = {data.heldout_fraction} leaves "
             f"{len(sides[0])} for alignment and {len(sides[1])} held out. Give more prompts, or another fraction."
         )
+    contamination = None
+    files = [resolve(path) for path in _evaluation_files(experiment)]
+    if files:
+        evaluation = EvaluationPrompts(files)
+        training = [*((pair.id, pair.prompt) for pair in train_pairs), *sides[0]]
+        contamination = find_contamination(training, evaluation)
+        train_pairs = [pair for pair in train_pairs if not evaluation.holds(pair.prompt)]
+        sides[0][:] = [named for named in sides[0] if not evaluation.holds(named[1])]
+        if not train_pairs or not sides[0]:
+            raise DataError(
+                f"every training {'prompt' if train_pairs else 'pair'} stands in an evaluation file "
+                f"({', '.join(files)}) and was left out. Give other training data."
+            )
     return RunData(
         train_pairs=train_pairs,
         heldout_pairs=heldout_pairs,
@@ -103,4 +125,5 @@ def _from_files(experiment: ExperimentConfig) -> RunData:
         heldout_prompts=sides[1],
         sft_texts=[(pair.prompt, pair.chosen) for pair in train_pairs],
         gold=None,
+        contamination=contamination,
     )

@@ -282,3 +282,22 @@ def test_pairs_that_lack_what_the_loss_learns_from_are_refused(tmp_path):
     swapped = read(pairs_file(tmp_path, row(id="p7", margin=-1)))
     with pytest.raises(DataError, match=r"pair 'p7' has margin -1\.0: its chosen response was rated worse"):
         require_annotations([*annotated, *swapped], scores=False, margins=True)
+
+
+def test_what_will_be_reported_on_is_left_out_of_training_and_counted(tmp_path):
+    pairs = pairs_file(tmp_path, *(row(prompt=f"question {i} ?") for i in range(60)))
+    reported = tmp_path / "reported.jsonl"
+    reported.write_text("".join(json.dumps({"instruction": f"Question  {i} ?"}) + "\n" for i in range(30)))
+    data = DataConfig(source="files", preferences=(pairs,), heldout_fraction=0.2, evaluation_prompts=(str(reported),))
+    experiment = ExperimentConfig(name="files", objectives=OBJECTIVES, data=data)
+    clean, whole = (
+        load_data(experiment.model_copy(update={"data": data.model_copy(update={"evaluation_prompts": files})}))
+        for files in (data.evaluation_prompts, ())
+    )
+    numbers = [int(pair.prompt[0]["content"].split()[1]) for pair in clean.train_pairs]
+    assert min(numbers) == 30
+    assert [pair for pair in whole.train_pairs if int(pair.prompt[0]["content"].split()[1]) >= 30] == clean.train_pairs
+    assert clean.heldout_pairs == whole.heldout_pairs
+    left_out = len(whole.train_pairs) - len(clean.train_pairs) + len(whole.train_prompts) - len(clean.train_prompts)
+    assert clean.contamination.training_exact == left_out > 0
+    assert whole.contamination is None
