@@ -116,17 +116,10 @@ def test_the_fit_recovers_planted_coefficients():
     assert result["variant"] == "length_controlled_noreg"
 
 
-def test_difficulties_by_text_follow_the_rows_wherever_they_stand():
+def test_difficulties_by_text_go_to_their_rows():
     rows, difficulty = planted_rows(Coefficients(-1.5, 0.8, -0.6), num_rows=100)
-    by_text = dict(zip(rows.instructions, difficulty, strict=True)) | {"not asked": 9.0}
-    coefficients = Coefficients(-1.5, 0.8, -0.6)
-    flipped = annotations(
-        rows.preferences[::-1], instructions=rows.instructions[::-1], model_lengths=rows.model_lengths[::-1]
-    )
-    expected = length_controlled_win_rate(rows, difficulty, coefficients=coefficients)
-    for same in (rows, flipped):
-        result = length_controlled_win_rate(same, by_text, coefficients=coefficients)
-        assert result["length_controlled_winrate"] == pytest.approx(expected["length_controlled_winrate"])
+    by_text = {"not asked": 9.0} | dict(zip(rows.instructions[::-1], difficulty[::-1], strict=True))
+    assert length_controlled_win_rate(rows, by_text) == length_controlled_win_rate(rows, difficulty)
 
 
 def test_rows_without_a_verdict_train_nothing_but_are_predicted():
