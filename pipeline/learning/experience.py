@@ -71,21 +71,7 @@ def build_experience(
     mean = torch.tensor([s.mean for s in scores])
     std = torch.tensor([s.std for s in scores])
 
-    reward = transform_reward(
-        mean,
-        std,
-        ppo.reward_transform,
-        reward_mean=reward_scale.mean,
-        reward_std=reward_scale.std,
-        lcb_coefficient=ppo.lcb_coefficient,
-        clip=ppo.reward_clip,
-    )
-    reward = reward - ppo.no_stop_penalty * cut
-    if ppo.overlong_buffer > 0:
-        buffer_tokens = ppo.overlong_buffer * max_response_tokens
-        reward = reward + overlong_penalty(
-            response_lengths, max_tokens=max_response_tokens, buffer_tokens=buffer_tokens
-        )
+    reward = _shaped_rewards(mean, std, response_lengths, cut, ppo, reward_scale, max_response_tokens)
     token_kl = kl_estimate(logprobs, reference_logprobs, kl.estimator)
     in_reward = kl.place == "reward"
     tokens = ScoredTokens(
@@ -138,6 +124,35 @@ def build_experience(
         num_response_tokens=int(mask[kept].sum()),
     )
     return experience, metrics
+
+
+def _shaped_rewards(
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    response_lengths: torch.Tensor,
+    cut: torch.Tensor,
+    ppo: PPOConfig,
+    reward_scale: RewardScale,
+    max_response_tokens: int,
+) -> torch.Tensor:
+    """[B] transformed rewards, minus the penalties of responses that were cut at the limit, or end close to it."""
+    reward = transform_reward(
+        mean,
+        std,
+        ppo.reward_transform,
+        reward_mean=reward_scale.mean,
+        reward_std=reward_scale.std,
+        lcb_coefficient=ppo.lcb_coefficient,
+        clip=ppo.reward_clip,
+    )
+    reward = reward - ppo.no_stop_penalty * cut
+    if ppo.overlong_buffer == 0:
+        return reward
+    return reward + overlong_penalty(
+        response_lengths,
+        max_tokens=max_response_tokens,
+        buffer_tokens=ppo.overlong_buffer * max_response_tokens,
+    )
 
 
 def _rows_that_teach(reward: torch.Tensor, group_size: int) -> torch.Tensor:
