@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
@@ -93,7 +94,9 @@ class Rooms:
 def open_rooms(options: Options) -> Iterator[Rooms]:
     """Workspace first, then the cluster: a locked workspace costs nothing."""
     recipe = options.recipe
-    transformers_logging.disable_progress_bar()  # the progress lines are the stages' own
+    # The progress lines are the stages' own.
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with ExitStack() as exits:
         notice = PreemptionNotice()
         workspace = exits.enter_context(
