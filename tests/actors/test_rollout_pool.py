@@ -183,7 +183,7 @@ def test_a_running_job_follows_requests_up_and_down_without_waiting_for_those_wh
         latest.append(wish)
         sizes.append(pool.load_weights(weights(0))["rollout/workers"])
         rollouts.append(pool.generate(PROMPTS, SAMPLING))
-        if wish == 3:
+        if pool._joining:
             until(lambda: len(ray.wait([w.started for w in pool._joining], num_returns=2, timeout=0)[0]) == 2)
 
     assert sizes[0] == 1
@@ -192,8 +192,11 @@ def test_a_running_job_follows_requests_up_and_down_without_waiting_for_those_wh
 
 
 def test_a_request_that_cannot_be_met_does_not_end_the_run(open_pool, tmp_path):
-    pool = open_pool(workers=1, requested_workers=lambda: 2)
+    wish = []
+    pool = open_pool(workers=1, requested_workers=lambda: wish[-1] if wish else None)
+    pool.load_weights(weights(0))  # the first worker is up before the second is asked for
     (tmp_path / "refuse to start").touch()
+    wish.append(2)
 
     assert until(lambda: pool.load_weights(weights(0)) and pool._given_up == 2)
 

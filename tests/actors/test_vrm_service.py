@@ -179,8 +179,9 @@ def replicas():
 
 def test_a_killed_replica_is_replaced_and_its_share_scored(service, world):
     scorer, _ = service
-    pairs = world.heldout_pairs() * 64
-    prompts, responses = [p.prompt for p in pairs], [p.chosen for p in pairs]
+    pairs = world.heldout_pairs() * 512
+    # No two responses alike, and enough of them to keep the replica busy for seconds.
+    prompts, responses = [p.prompt for p in pairs], [f"{p.chosen} {n}" for n, p in enumerate(pairs)]
     expected = scorer.score(prompts[:16], responses[:16])
     answers = []
     asking = threading.Thread(target=lambda: answers.extend(scorer.score(prompts, responses)))
@@ -190,7 +191,7 @@ def test_a_killed_replica_is_replaced_and_its_share_scored(service, world):
     # A prompt that was not asked before: the replica's memory must not answer it.
     waiting = threading.Thread(target=lambda: over_http.append(client.score("what of the saw ?", responses[:16])))
     waiting.start()
-    time.sleep(0.3)  # in the middle of a batch of 1,024
+    time.sleep(0.3)  # in the middle of the batch
     [victim] = replicas()
     assert asking.is_alive()
     victim.kill()
