@@ -18,7 +18,7 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, Qwen3Config, TrainerCallback
 from trl import RewardConfig, RewardTrainer
 
-from pipeline.config.schema import OptimiserConfig, VariationalLossConfig, VRMHeadConfig
+from pipeline.config.schema import OptimiserConfig, PairLossConfig, VariationalLossConfig, VRMHeadConfig
 from pipeline.data.collate import PairCollator, TokenisedPair, tokenise_pairs
 from pipeline.data.preferences import read_pairs
 from pipeline.data.score_statistics import ScoreStatistics
@@ -103,6 +103,7 @@ def time_ours(config, pairs, tokenizer, options, head) -> list[float]:
         backbone_config=config,
         tokenizer=tokenizer,
         loss=VariationalLossConfig(),
+        pair_loss=PairLossConfig(),
         num_steps=options.steps + 1,
         warmup_fraction=0.0,
         max_tokens_per_micro_batch=8192,
