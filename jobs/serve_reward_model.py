@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 
-from pipeline.config.schema import DeadlinesConfig, ScoringConfig
+from pipeline.config.schema import ClusterConfig, DeadlinesConfig, ScoringConfig
 from pipeline.errors import PipelineError
 from pipeline.models.reward_model import read_card
 
@@ -31,30 +31,40 @@ def main() -> None:
     parser.add_argument("--no-token", action="store_true", help="answer anybody on this machine")
     options = parser.parse_args()
     try:
-        card = read_card(options.model)
-        from actors.vrm_service import require_free_port, service_token, start_service, stop_service
-
-        require_free_port(options.port)
-        token = None if options.no_token else service_token()
-        config = ScoringConfig(replicas=options.replicas, gpus_per_replica=options.gpus_per_replica, port=options.port)
-        deadlines = DeadlinesConfig()
-        start_service(
-            os.path.abspath(options.model),
-            config,
-            start_s=deadlines.start_s,
-            deadline_s=deadlines.score_s,
-            token=token,
-        )
+        serve_until_interrupted(options)
+    except KeyboardInterrupt:
+        return
     except PipelineError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"serving a {card.head} reward model over {', '.join(card.objectives)} at http://127.0.0.1:{options.port}")
-    if token is not None:
-        print(f"token: {token}", flush=True)
-    try:
-        signal.pause()
-    except KeyboardInterrupt:
-        stop_service()
+
+
+def serve_until_interrupted(options: argparse.Namespace) -> None:
+    card = read_card(options.model)
+    from actors.vrm_service import require_free_port, service_token, start_service, stop_service
+    from cluster.session import open_cluster
+
+    require_free_port(options.port)
+    token = None if options.no_token else service_token()
+    config = ScoringConfig(replicas=options.replicas, gpus_per_replica=options.gpus_per_replica, port=options.port)
+    deadlines = DeadlinesConfig()
+    # The cluster of RAY_ADDRESS, or one of its own: Serve itself would look for whatever ran here last.
+    with open_cluster(ClusterConfig(object_store_gib=0.5), ()):
+        try:
+            start_service(
+                os.path.abspath(options.model),
+                config,
+                start_s=deadlines.start_s,
+                deadline_s=deadlines.score_s,
+                token=token,
+            )
+            where = f"http://127.0.0.1:{options.port}"
+            print(f"serving a {card.head} reward model over {', '.join(card.objectives)} at {where}")
+            if token is not None:
+                print(f"token: {token}", flush=True)
+            signal.pause()
+        finally:
+            stop_service()
 
 
 if __name__ == "__main__":
