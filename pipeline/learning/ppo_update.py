@@ -209,7 +209,7 @@ class PPOLearner:
         state = self.engine.full_state_dict()
         location = self._location(version)
         if self.engine.rank == 0:
-            write_policy_weights(_policy_part(state), location)
+            write_policy_weights(_policy_part(state), location, over=self._location(version - 2))
             # By name, not by age: a killed run may have left later versions than the one it resumes from.
             kept = {location, self._location(version - 1)}
             for other in set(location.parent.glob("policy-*")) - kept:
