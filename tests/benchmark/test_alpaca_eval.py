@@ -257,18 +257,33 @@ def test_annotations_json_is_read_with_lengths_in_characters(tmp_path):
     )
 
 
-@pytest.mark.parametrize("text", ["{", "[3]", json.dumps(official_rows(1.0, output_2=None)), '[{"preference": 1}]'])
-def test_a_file_without_annotated_pairs_is_refused(text, tmp_path):
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("{", "must hold a list"),
+        ("[]", "holds no annotated pairs"),
+        ("[3]", r"row 1 \(line 1\): 3 is JSON but no object"),
+        (json.dumps(official_rows(1.0, output_2=None)), r"row 1 \(line 1\), field 'output_2'"),
+        ('[{"preference": 1}]', r"row 1 \(line 1\), field 'generator_1'"),
+        (json.dumps(official_rows(1.0, 0.7), indent=1), r"row 2 \(line 10\), field 'preference': 0.7"),
+        (json.dumps(official_rows(1.0, "2")), r"row 2 \(line 1\), field 'preference': '2' is no int or float"),
+        (json.dumps(official_rows(1.0, 2.0), indent=1)[:-30], r"row 2 \(line 10\): no JSON .* cut short"),
+        (json.dumps(official_rows(1.0))[:-1], r"row 1 \(line 1\): no comma or \] behind it"),
+        (json.dumps(official_rows(1.0) * 2), r"row 2 \(line 1\): 'why 0 \?' is annotated already, in .* row 1"),
+        (
+            json.dumps(official_rows(1.0) + official_rows(1.0, 2.0, generator_1="other")[1:]),
+            r"row 2 \(line 1\): other / model / *stands in a file of gpt4_1106_preview / model",
+        ),
+        (
+            json.dumps(official_rows(1.0, annotator="a") + official_rows(1.0, 2.0, annotator="b")[1:]),
+            r"row 2 \(line 1\): gpt4_1106_preview / model / b stands in a file of gpt4_1106_preview / model / a",
+        ),
+    ],
+)
+def test_a_file_of_other_things_is_refused_by_row_and_line(text, letter, tmp_path):
     path = tmp_path / "annotations.json"
     path.write_text(text)
-    with pytest.raises(DataError, match="holds no annotated pairs"):
-        read_annotations(path)
-
-
-def test_annotations_of_two_models_are_refused(tmp_path):
-    path = tmp_path / "annotations.json"
-    path.write_text(json.dumps(official_rows(1.0) + official_rows(1.0, generator_2="other")))
-    with pytest.raises(DataError, match="compares 2 pairs of models"):
+    with pytest.raises(DataError, match=rf"annotations\.json.*{letter}"):
         read_annotations(path)
 
 
