@@ -35,6 +35,9 @@ SAMPLING = JudgeSampling(temperature=1.0, max_tokens=1, top_logprobs=5)
 SEED = 0
 """Of the annotator, and so of its coin."""
 
+UNREAD: tuple[Message, ...] = ({"role": "user", "content": "{instruction}\n\n{output_1}\n\n{output_2}"},)
+"""The prompt for a judge that scores answers, and is told nothing."""
+
 CHATML = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.DOTALL)
 
 

@@ -91,8 +91,12 @@ def _row(policy: str, scores: Mapping[str, Mapping[str, Any]]) -> LeaderboardRow
     return LeaderboardRow(
         policy=policy,
         alpaca_eval_wr=f"{alpaca['win_rate']:.2f} ± {alpaca['standard_error']:.2f}" if alpaca else "",
+        # Without difficulties every instruction is predicted alike, and the standard error says nothing.
         alpaca_eval_lc=(
-            f"{alpaca['length_controlled_winrate']:.2f} ± {alpaca['lc_standard_error']:.2f}" if alpaca else ""
+            f"{alpaca['length_controlled_winrate']:.2f}"
+            + (f" ± {alpaca['lc_standard_error']:.2f}" if alpaca["lc_standard_error"] else "")
+            if alpaca
+            else ""
         ),
         arena_hard_wr=f"{arena['win_rate']:.1f} [{arena['low']:.1f}, {arena['high']:.1f}]" if arena else "",
         arena_hard_sc=(

@@ -218,10 +218,14 @@ def test_answers_that_nobody_scored_can_be_read_and_judged():
     bare = contest([answers_of("base", []), answers_of("aligned", [])])
     assert "Nobody has judged these answers" in comparison_page(bare)
     page = comparison_page(bare, judged=[judged([2.0, 2.0, 2.0, 1.5])])
-    assert "By the gpt" in page
+    assert "Judge: gpt" in page
     assert "87.5" in page
-    assert "aligned has no rewards" in page
     assert "P(aligned beats base) = 0.50" in page
+
+
+def test_a_policy_without_rewards_among_others_is_named():
+    page = comparison_page(contest([BASE, ALIGNED, answers_of("bare", [])]))
+    assert "No rewards came with the answers of bare." in page
 
 
 def test_wrong_names_of_objectives_are_refused():
