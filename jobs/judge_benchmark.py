@@ -6,13 +6,16 @@
     python jobs/judge_benchmark.py --benchmark arena_hard --questions question.jsonl \\
         --answers model_answer/ours.jsonl --baseline model_answer/gpt-4-0314.jsonl --templates judge_config.yaml \\
         --judge vrm:runs/tiny/stages/train_reward_model-.../result --out model_judgment/vrm/ours.jsonl
+    python jobs/judge_benchmark.py --benchmark alpaca_eval --answers aligned/model_outputs.json \\
+        --baseline base/model_outputs.json --judge gold:planted --out gold/annotations.json
     python jobs/judge_benchmark.py --benchmark mt_bench --questions question.jsonl \\
         --answers model_answer/ours.jsonl --references reference_answer/gpt-4.jsonl --templates judge_prompts.jsonl \\
         --judge replay:judgments.cache --out model_judgment/gpt-4_single.jsonl
 
-The key of an endpoint is read from VRM_JUDGE_API_KEY (another variable: --api-key-env). Every judgment is kept in
-<out>.cache as it comes: a run that was stopped asks only for what is missing. <out>.summary.json says what was asked,
-what failed and what it cost. Exits with 1 when requests stayed unanswered; the same command then asks for those alone.
+The key of an endpoint is read from VRM_JUDGE_API_KEY (another variable: --api-key-env). gold:planted is the annotator
+of the planted world, for its prompts alone. Every judgment is kept in <out>.cache as it comes: a run that was stopped asks
+only for what is missing. <out>.summary.json says what was asked, what failed and what it cost. Exits with 1 when
+requests stayed unanswered; the same command then asks for those alone.
 """
 
 from __future__ import annotations
@@ -42,6 +45,8 @@ from pipeline.stages import storage
 
 UNANSWERED, BAD_INPUT = 1, 2
 PROGRESS_S = 10.0
+SCORING_JUDGES = ("vrm:", "gold:")
+"""They score answers and compare the scores, and so read no prompt."""
 SCORING_TOKENS = 8192
 """Tokens the reward model scores at once."""
 
@@ -50,8 +55,8 @@ def open_alpaca_eval(options: argparse.Namespace) -> JudgedBenchmark:
     return alpaca_eval_judging.AlpacaEvalJudging(
         alpaca_eval_judging.read_model_outputs(options.answers),
         alpaca_eval_judging.read_model_outputs(options.baseline),
-        alpaca_eval_judging.read_chatml(options.templates),
-        annotator=options.templates.stem,
+        alpaca_eval_judging.read_chatml(options.templates) if options.templates else alpaca_eval_judging.UNREAD,
+        annotator=options.templates.stem if options.templates else "scored",
     )
 
 
@@ -60,7 +65,7 @@ def open_arena_hard(options: argparse.Namespace) -> JudgedBenchmark:
         arena_hard_judging.read_arena_questions(options.questions),
         arena_hard_files.read_answers([str(options.answers)]),
         arena_hard_files.read_answers([str(options.baseline)]),
-        arena_hard_judging.read_arena_template(options.templates),
+        arena_hard_judging.read_arena_template(options.templates) if options.templates else arena_hard_judging.UNREAD,
         parse=partial(parse_verdict, rules="v2"),
     )
 
@@ -105,6 +110,8 @@ def open_judge(options: argparse.Namespace) -> Judge:
             return ReplayJudge(Path(place))
         case "vrm":
             return open_reward_model(place)
+        case "gold" if place == "planted":
+            return open_gold()
         case "http" | "https":
             if options.model is None:
                 raise ConfigError(f"the endpoint {options.judge} needs --model, the name of the model it shall serve")
@@ -115,7 +122,9 @@ def open_judge(options: argparse.Namespace) -> Judge:
             )
             api_key = os.environ.get(options.api_key_env, "").strip() or None
             return ChatJudge(options.judge, options.model, api_key=api_key, limits=limits)
-    raise ConfigError(f"--judge {options.judge!r}: give an endpoint (https://...), replay:FILE or vrm:DIRECTORY")
+    raise ConfigError(
+        f"--judge {options.judge!r}: give an endpoint (https://...), replay:FILE, vrm:DIR or gold:planted"
+    )
 
 
 def open_reward_model(directory: str) -> Judge:
@@ -128,6 +137,13 @@ def open_reward_model(directory: str) -> Judge:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     scorer = RewardModelScorer.load(directory, max_tokens_per_batch=SCORING_TOKENS, device=device)
     return RewardModelJudge(scorer, model=f"vrm-{content_fingerprint(directory)[:12]}")
+
+
+def open_gold() -> Judge:
+    from pipeline.benchmark.judges.gold import GoldScorer
+    from pipeline.benchmark.judges.reward_model import RewardModelJudge
+
+    return RewardModelJudge(GoldScorer(), model="gold-planted", name="gold")
 
 
 def progress_line() -> Callable[[int, int], None]:
@@ -176,8 +192,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--benchmark", required=True, choices=sorted(BENCHMARKS))
     parser.add_argument("--answers", required=True, type=Path, metavar="FILE", help="of the model that is judged")
-    parser.add_argument("--templates", required=True, type=Path, metavar="FILE", help="the judge's prompts")
-    parser.add_argument("--judge", required=True, metavar="URL|replay:FILE|vrm:DIR", help="who judges")
+    parser.add_argument("--templates", type=Path, metavar="FILE", help="the judge's prompts; vrm and gold read none")
+    parser.add_argument("--judge", required=True, metavar="URL|replay:FILE|vrm:DIR|gold:planted", help="who judges")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="annotations.json or judgments .jsonl")
     parser.add_argument("--cache", type=Path, metavar="FILE", help="judgments so far (<out>.cache)")
     parser.add_argument("--prices", type=Path, metavar="FILE", help='{model: {"prompt": ..., "completion": ...}}, JSON')
@@ -198,6 +214,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         given = getattr(options, name) is not None
         if given != (name in needed):
             parser.error(f"{options.benchmark} {'has no' if given else 'needs'} --{name}")
+    if options.templates is None and not (options.judge.startswith(SCORING_JUDGES) and "baseline" in needed):
+        parser.error(f"{options.benchmark} needs --templates, the prompts that {options.judge} reads")
     if options.cache is None:
         options.cache = options.out.with_name(f"{options.out.name}.cache")
     return options

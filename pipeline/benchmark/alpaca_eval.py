@@ -12,7 +12,6 @@ be a preference is refused instead of dropped.
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
+from pipeline.data.files import Row, read_rows
 from pipeline.errors import DataError, ShapeError
 
 OFFICIAL_BASELINE = "gpt4_1106_preview"
@@ -90,6 +90,12 @@ class Annotations:
     """[N] characters of the baseline's answers."""
     model_lengths: Sequence[int]
     """[N] characters of the model's answers."""
+    judge: str = ""
+    """The file's `annotator`; empty where it does not say."""
+
+    def win_probabilities(self) -> list[float | None]:
+        """[N] in [0, 1] that the model's answer is the better one; None without a verdict."""
+        return [None if math.isnan(p) else float(p) for p in _win_probabilities(self.preferences)]
 
     def __post_init__(self) -> None:
         columns = (self.instructions, self.preferences, self.baseline_lengths, self.model_lengths)
@@ -110,24 +116,48 @@ def read_annotations(path: Path) -> Annotations:
     """One model's `annotations.json`, as alpaca_eval writes it.
 
     Raises:
-        DataError: no list of annotated pairs, or more than one baseline or model in it.
+        DataError: names file and row: a row that is no annotated pair, is of another baseline, model or annotator than
+            the first, or repeats an instruction.
     """
-    try:
-        rows = json.loads(path.read_text())
-        generators = {(row["generator_1"], row["generator_2"]) for row in rows}
-        if len(generators) != 1:
-            raise DataError(f"{path} compares {len(generators)} pairs of models. Give each its own file.")
-        [(baseline, model)] = generators
-        return Annotations(
-            baseline=baseline,
-            model=model,
-            instructions=[row["instruction"] for row in rows],
-            preferences=[row["preference"] for row in rows],
-            baseline_lengths=[len(row["output_1"]) for row in rows],
-            model_lengths=[len(row["output_2"]) for row in rows],
-        )
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise DataError(f"{path} holds no annotated pairs: {error!r}") from error
+    rows = list(read_rows(str(path)))
+    if not rows:
+        raise DataError(f"{path} holds no annotated pairs")
+    baseline, model, judge = _compared(rows[0])
+    first: dict[str, Row] = {}
+    for row in rows:
+        if _compared(row) != (baseline, model, judge):
+            raise DataError(
+                f"{row.place}: {' / '.join(_compared(row))} stands in a file of {baseline} / {model} / {judge} "
+                "(baseline / model / annotator). Give each its own file."
+            )
+        text = row.require("instruction", str)
+        if first.setdefault(text, row) is not row:
+            raise DataError(f"{row.place}: {_head(text)} is annotated already, in {first[text].place}. Keep one.")
+    return Annotations(
+        baseline=baseline,
+        model=model,
+        judge=judge,
+        instructions=list(first),
+        preferences=[_preference(row) for row in rows],
+        baseline_lengths=[len(row.require("output_1", str)) for row in rows],
+        model_lengths=[len(row.require("output_2", str)) for row in rows],
+    )
+
+
+def _compared(row: Row) -> tuple[str, str, str]:
+    """Baseline, model and judge; old files do not name the judge."""
+    judge = row.require("annotator", str) if "annotator" in row.values else ""
+    return row.require("generator_1", str), row.require("generator_2", str), judge
+
+
+def _preference(row: Row) -> float | None:
+    """None and NaN are verdicts that nobody could parse."""
+    if row.values.get("preference", "") is None:
+        return None
+    value = float(row.require("preference", (int, float)))
+    if value == 0.0 or 1.0 <= value <= 2.0 or math.isnan(value):
+        return value
+    raise DataError(f"{row.place}, field 'preference': {value:g} is not in [1, 2]. Add 1 to win probabilities.")
 
 
 @dataclass(frozen=True, kw_only=True)

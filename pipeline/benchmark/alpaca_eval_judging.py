@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from pipeline.benchmark.judging import (
     fill,
     require_fields,
 )
+from pipeline.data.files import read_rows
 from pipeline.errors import DataError
 from pipeline.records import Message
 
@@ -35,6 +34,9 @@ SAMPLING = JudgeSampling(temperature=1.0, max_tokens=1, top_logprobs=5)
 
 SEED = 0
 """Of the annotator, and so of its coin."""
+
+UNREAD: tuple[Message, ...] = ({"role": "user", "content": "{instruction}\n\n{output_1}\n\n{output_2}"},)
+"""The prompt for a judge that scores answers, and is told nothing."""
 
 CHATML = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.DOTALL)
 
@@ -53,26 +55,27 @@ def read_model_outputs(path: Path) -> list[ModelOutput]:
     """The answers of one model.
 
     Raises:
-        DataError: no JSON list of {instruction, output, generator}, an empty one, or one of several generators.
+        DataError: names file and row: no {instruction, output, generator}, a second generator, or an instruction
+            answered twice; or the list is empty.
     """
-    try:
-        rows = [
-            ModelOutput(
-                instruction=row["instruction"],
-                output=row["output"],
-                generator=row["generator"],
-                dataset=row.get("dataset"),
-            )
-            for row in json.loads(path.read_text())
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} holds no AlpacaEval answers ({error!r}); give a model_outputs.json") from error
-    generators = sorted({row.generator for row in rows})
-    if len(generators) != 1:
-        raise DataError(
-            f"{path} holds answers of {len(generators)} generators ({generators}); give one model's answers"
+    outputs: dict[str, ModelOutput] = {}
+    generator = ""
+    for row in read_rows(str(path)):
+        output = ModelOutput(
+            instruction=row.require("instruction", str),
+            output=row.require("output", str),
+            generator=row.require("generator", str),
+            dataset=row.values.get("dataset"),
         )
-    return rows
+        generator = generator or output.generator
+        if output.generator != generator:
+            raise DataError(f"{row.place}: {output.generator!r} in a file of {generator!r}; give one model's answers")
+        if output.instruction in outputs:
+            raise DataError(f"{row.place}: {generator!r} answers {output.instruction!r:.80} again; keep one answer")
+        outputs[output.instruction] = output
+    if not outputs:
+        raise DataError(f"{path} holds no AlpacaEval answers; give a model_outputs.json")
+    return list(outputs.values())
 
 
 def read_chatml(path: Path) -> tuple[Message, ...]:
@@ -136,7 +139,7 @@ class AlpacaEvalJudging:
             parse: preference from a judgment's text, where it has no log-probabilities.
 
         Raises:
-            DataError: an answer's instruction is not among the baseline's.
+            DataError: the two do not answer the same instructions.
         """
         self._pairs = pair_by_instruction(answers, baseline)
         self._annotator = annotator
@@ -182,19 +185,17 @@ def pair_by_instruction(
     """Each answer with the baseline's to the same instruction, in the order of the answers.
 
     Raises:
-        DataError: the baseline does not answer an instruction, or somebody answers one twice.
+        DataError: one of them does not answer an instruction that the other answers.
     """
-    for side in (answers, baseline):
-        text, count = Counter(output.instruction for output in side).most_common(1)[0]
-        if count > 1:
-            raise DataError(f"{side[0].generator} answers {text!r:.80} {count} times; keep one of them")
     theirs = {output.instruction: output for output in baseline}
-    missing = [answer.instruction for answer in answers if answer.instruction not in theirs]
-    if missing:
-        raise DataError(
-            f"{baseline[0].generator} has no answer to {len(missing)} of {len(answers)} instructions, as "
-            f"{missing[0]!r:.80}. Judge answers to the same instructions."
-        )
+    for lacking, asked in ((baseline, answers), (answers, baseline)):
+        known = {output.instruction for output in lacking}
+        missing = [output.instruction for output in asked if output.instruction not in known]
+        if missing:
+            raise DataError(
+                f"{lacking[0].generator} has no answer to {len(missing)} of the {len(asked)} instructions that "
+                f"{asked[0].generator} answers, as {missing[0]!r:.80}. Judge answers to the same instructions."
+            )
     return [(answer, theirs[answer.instruction]) for answer in answers]
 
 

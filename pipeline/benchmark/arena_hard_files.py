@@ -11,7 +11,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class ModelAnswer:
     output: str
     num_tokens: int
     """As the file counts them."""
+    place: str = field(default="an answer", compare=False, repr=False)
+    """File and line it was read from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,17 +62,24 @@ def read_games(files: Sequence[str], *, baseline: str) -> Games:
     A battle file holds {question_id, model_a, model_b, winner}, a clear win three times.
 
     Raises:
-        DataError: names file, line and field; or a judgment was made against another baseline.
+        DataError: names file, line and field: a judgment was made against another baseline, or is there twice.
     """
     battles: list[Battle] = []
     judges: set[str] = set()
     failures: Counter[str] = Counter()
+    judged: dict[tuple[str, str], str] = {}
     for row in (row for file in files for row in read_rows(file)):
         if "winner" in row.values:
             battles.append(_battle(row))
             continue
         rules: Rules = "v2" if "uid" in row.values else "v0.1"
         judgment = _judgment(row, baseline)
+        place = judged.setdefault((judgment.model, judgment.question_id), row.place)
+        if place != row.place:
+            raise DataError(
+                f"{row.place}: {judgment.model!r} is judged on question {judgment.question_id} again, as in {place}. "
+                "Keep one: judgments of two judges are two tables."
+            )
         battles += to_battles([judgment], rules)
         judges.add(judgment.judge)
         failures.update(count_failures([judgment], rules))
@@ -162,6 +171,7 @@ def _answer(row: Row) -> ModelAnswer:
         model=row.require("model" if is_v2 else "model_id", str),
         output=output,
         num_tokens=num_tokens,
+        place=row.place,
     )
 
 

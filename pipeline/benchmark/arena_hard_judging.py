@@ -14,12 +14,12 @@ from pipeline.benchmark.judging import (
     Comparison,
     Judge,
     JudgedRows,
+    JudgePrompt,
     JudgeRequest,
     JudgeSampling,
     Outcome,
     Unanswered,
     answers_of_one_model,
-    fill,
     require_fields,
 )
 from pipeline.data.files import read_rows
@@ -31,12 +31,8 @@ PLACEHOLDERS = (("QUESTION", "ANSWER_A", "ANSWER_B"), ("question_1", "answer_1",
 """What the templates of v2 and of v0.1 call question, first and second answer."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ArenaTemplate:
-    """The judge's prompt, with {QUESTION}, {ANSWER_A} and {ANSWER_B} or their v0.1 names."""
-
-    system: str
-    user: str
+UNREAD = JudgePrompt(system="", user="{QUESTION}\n\n{ANSWER_A}\n\n{ANSWER_B}")
+"""For a judge that scores answers, and is told nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +42,10 @@ class ArenaQuestion:
     prompt: str
 
 
-def read_arena_template(path: Path) -> ArenaTemplate:
+def read_arena_template(path: Path) -> JudgePrompt:
     """The `system_prompt` and `prompt_template` of a YAML settings file, as v0.1's config/judge_config.yaml.
+
+    The template places {QUESTION}, {ANSWER_A} and {ANSWER_B}, or their v0.1 names.
 
     Raises:
         DataError: one of them is missing, or does not place question and answers.
@@ -66,16 +64,16 @@ def read_arena_template(path: Path) -> ArenaTemplate:
         raise DataError(f"{path}: system_prompt and prompt_template must be one text each")
     names = PLACEHOLDERS[0] if "{QUESTION}" in turns[0] else PLACEHOLDERS[1]
     require_fields(turns[0], names, place=str(path))
-    return ArenaTemplate(system=system, user=turns[0])
+    return JudgePrompt(system=system, user=turns[0])
 
 
 def read_arena_questions(path: Path) -> list[ArenaQuestion]:
     """question.jsonl in the v2 layout {uid, category, prompt} or in v0.1's {question_id, category, turns}.
 
     Raises:
-        DataError: a row of neither kind, or of several turns.
+        DataError: names file and line: a row of neither kind, of several turns, or a question that is there already.
     """
-    questions = []
+    questions: dict[str, ArenaQuestion] = {}
     for row in read_rows(str(path)):
         if "uid" in row.values:
             uid, prompt = row.require("uid", str), row.require("prompt", str)
@@ -84,8 +82,10 @@ def read_arena_questions(path: Path) -> list[ArenaQuestion]:
             if len(turns) != 1 or not isinstance(turns[0].get("content"), str):
                 raise DataError(f"{row.place}, field 'turns': {turns!r:.60} is not one turn with its content")
             prompt = turns[0]["content"]
-        questions.append(ArenaQuestion(uid=uid, category=row.require("category", str), prompt=prompt))
-    return questions
+        if uid in questions:
+            raise DataError(f"{row.place}: question {uid} is there already; keep one")
+        questions[uid] = ArenaQuestion(uid=uid, category=row.require("category", str), prompt=prompt)
+    return list(questions.values())
 
 
 class ArenaHardJudging:
@@ -96,7 +96,7 @@ class ArenaHardJudging:
         questions: Sequence[ArenaQuestion],
         answers: Sequence[ModelAnswer],
         baseline: Sequence[ModelAnswer],
-        template: ArenaTemplate,
+        template: JudgePrompt,
         *,
         parse: Callable[[str], str | None],
     ) -> None:
@@ -105,12 +105,12 @@ class ArenaHardJudging:
             parse: verdict ("A>B", "B>>A", ...) from a judgment's text, None where there is none.
 
         Raises:
-            DataError: a question without an answer, or answers of several models.
+            DataError: as `answers_of_one_model`.
         """
         self._questions, self._parse = questions, parse
         uids = [question.uid for question in questions]
-        self._model, ours = answers_of_one_model(answers, uids, what="answers")
-        self._baseline, theirs = answers_of_one_model(baseline, uids, what="baseline's answers")
+        self._model, ours = answers_of_one_model(answers, uids, known=uids, what="answers")
+        self._baseline, theirs = answers_of_one_model(baseline, uids, known=uids, what="baseline's answers")
         self.requests = []
         for question in questions:
             answer_of_model, answer_of_baseline = ours[question.uid].output, theirs[question.uid].output
@@ -143,14 +143,11 @@ class ArenaHardJudging:
         return {"score": self._parse(outcome.text), "judgment": {"answer": outcome.text}, "prompt": prompt}
 
 
-def _request(question: ArenaQuestion, answer_a: str, answer_b: str, template: ArenaTemplate) -> JudgeRequest:
+def _request(question: ArenaQuestion, answer_a: str, answer_b: str, template: JudgePrompt) -> JudgeRequest:
     shown = (question.prompt, answer_a, answer_b)
     fields = {name: text for names in PLACEHOLDERS for name, text in zip(names, shown, strict=True)}
     return JudgeRequest(
-        messages=(
-            {"role": "system", "content": template.system},
-            {"role": "user", "content": fill(template.user, fields)},
-        ),
+        messages=template.filled(fields),
         sampling=SAMPLING,
         comparison=Comparison(
             prompt=({"role": "user", "content": question.prompt},),

@@ -42,6 +42,17 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JudgePrompt:
+    """What a judge is told, with {names} where a question and its answers stand."""
+
+    system: str
+    user: str
+
+    def filled(self, fields: Mapping[str, str]) -> tuple[Message, ...]:
+        return ({"role": "system", "content": self.system}, {"role": "user", "content": fill(self.user, fields)})
+
+
+@dataclass(frozen=True, kw_only=True)
 class JudgeRequest:
     """One thing to ask a judge."""
 
@@ -186,7 +197,7 @@ class JudgedBenchmark(Protocol):
 
 
 class QuestionAnswer(Protocol):
-    """An answer that knows its question and its model."""
+    """An answer that knows its question, its model and where it was read."""
 
     @property
     def question_id(self) -> Any: ...
@@ -194,35 +205,50 @@ class QuestionAnswer(Protocol):
     @property
     def model(self) -> str: ...
 
+    @property
+    def place(self) -> str: ...
+
 
 A = TypeVar("A", bound=QuestionAnswer)
 
 
-def answers_of_one_model(answers: Sequence[A], needed: Sequence[Any], *, what: str) -> tuple[str, dict[Any, A]]:
+def answers_of_one_model(
+    answers: Sequence[A], needed: Sequence[Any], *, known: Sequence[Any] | None, what: str
+) -> tuple[str, dict[Any, A]]:
     """The model's name, and its answer to each question.
 
     Args:
         needed: question ids that must be answered.
+        known: question ids that may be; None where others do no harm.
         what: what the answers are, for the letter.
 
     Raises:
-        DataError: several models, two answers to one question, or a needed one missing.
+        DataError: several models, two answers to one question, one to a question that is not known, or a needed one
+            missing.
     """
-    models = sorted({answer.model for answer in answers})
-    if len(models) != 1:
-        raise DataError(f"the {what} are those of {len(models)} models ({', '.join(models)}); give one model's")
+    if not answers:
+        raise DataError(f"there are no {what}; give those of one model")
+    model = answers[0].model
     by_question: dict[Any, A] = {}
     for answer in answers:
+        if answer.model != model:
+            raise DataError(f"{answer.place}: {answer.model} among the {what} of {model}; give one model's")
+        if known is not None and answer.question_id not in known:
+            raise DataError(
+                f"{answer.place}: {model} answers question {answer.question_id}, which is not among the "
+                f"{len(known)} questions. Give the question file that was answered."
+            )
         if answer.question_id in by_question:
-            raise DataError(f"the {what} of {models[0]} answer question {answer.question_id} twice; keep one of them")
+            first = by_question[answer.question_id].place
+            raise DataError(f"{answer.place}: {model} answers question {answer.question_id} again, as in {first}")
         by_question[answer.question_id] = answer
     missing = [question_id for question_id in needed if question_id not in by_question]
     if missing:
         raise DataError(
-            f"the {what} of {models[0]} lack {len(missing)} of {len(needed)} questions, as {missing[0]}. "
-            "Generate them, or leave those questions out of the question file."
+            f"the {what} of {model} lack {len(missing)} of {len(needed)} questions, as {missing[0]}. "
+            "Generate them, or leave those questions out of the question file and of every other answer file."
         )
-    return models[0], by_question
+    return model, by_question
 
 
 def fill(template: str, fields: Mapping[str, str]) -> str:

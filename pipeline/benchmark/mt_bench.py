@@ -11,7 +11,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +67,8 @@ class ModelAnswer:
     question_id: int
     model: str
     turns: tuple[str, ...]
+    place: str = field(default="an answer", compare=False, repr=False)
+    """File and line it was read from."""
 
 
 def parse_score(judgment: str) -> float:
@@ -144,9 +146,20 @@ def read_judgments(files: Sequence[str]) -> list[Judgment]:
     """Rows of model_judgment/<judge>_single.jsonl.
 
     Raises:
-        DataError: names file, line and field.
+        DataError: names file, line and field; a turn that is graded twice too.
     """
-    return [_judgment(row) for file in files for row in read_rows(file)]
+    judgments = []
+    judged: dict[tuple[str, int, int], str] = {}
+    for row in (row for file in files for row in read_rows(file)):
+        judgment = _judgment(row)
+        place = judged.setdefault((judgment.model, judgment.question_id, judgment.turn), row.place)
+        if place != row.place:
+            raise DataError(
+                f"{row.place}: turn {judgment.turn} of question {judgment.question_id} by {judgment.model!r} is graded "
+                f"again, as in {place}. Keep one: grades of two judges are two tables."
+            )
+        judgments.append(judgment)
+    return judgments
 
 
 def write_judgments(path: Path, judgments: Sequence[Judgment]) -> None:
@@ -224,7 +237,10 @@ def _answer(row: Row) -> ModelAnswer:
     try:
         turns = row.values["choices"][0]["turns"]
         return ModelAnswer(
-            question_id=row.require("question_id", int), model=row.require("model_id", str), turns=tuple(turns)
+            question_id=row.require("question_id", int),
+            model=row.require("model_id", str),
+            turns=tuple(turns),
+            place=row.place,
         )
     except (KeyError, IndexError, TypeError) as error:
         raise DataError(f"{row.place}: no choices[0].turns ({error!r})") from error

@@ -10,12 +10,12 @@ from typing import Any
 from pipeline.benchmark.judging import (
     Judge,
     JudgedRows,
+    JudgePrompt,
     JudgeRequest,
     JudgeSampling,
     Outcome,
     Unanswered,
     answers_of_one_model,
-    fill,
     require_fields,
 )
 from pipeline.benchmark.mt_bench import FAILED, ModelAnswer
@@ -40,22 +40,13 @@ PLACED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradingTemplate:
-    """One row of judge_prompts.jsonl."""
-
-    name: str
-    system: str
-    user: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class MTBenchQuestion:
     question_id: int
     category: str
     turns: tuple[str, str]
 
 
-def read_grading_templates(path: Path) -> dict[str, GradingTemplate]:
+def read_grading_templates(path: Path) -> dict[str, JudgePrompt]:
     """The four prompts of single-answer grading, by name, from FastChat's judge_prompts.jsonl.
 
     Raises:
@@ -63,13 +54,11 @@ def read_grading_templates(path: Path) -> dict[str, GradingTemplate]:
     """
     templates = {}
     for row in read_rows(str(path)):
-        template = GradingTemplate(
-            name=row.require("name", str),
-            system=row.require("system_prompt", str),
-            user=row.require("prompt_template", str),
+        name = row.require("name", str)
+        templates[name] = JudgePrompt(
+            system=row.require("system_prompt", str), user=row.require("prompt_template", str)
         )
-        templates[template.name] = template
-        require_fields(template.user, PLACED.get(template.name, ()), place=row.place)
+        require_fields(templates[name].user, PLACED.get(name, ()), place=row.place)
     missing = [name for name in PLACED if name not in templates]
     if missing:
         raise DataError(f"{path} has no prompt {', '.join(missing)}; give FastChat's judge_prompts.jsonl")
@@ -80,19 +69,20 @@ def read_mt_bench_questions(path: Path) -> list[MTBenchQuestion]:
     """question.jsonl: {question_id, category, turns: [2]}.
 
     Raises:
-        DataError: a row of another kind.
+        DataError: names file and line: a row of another kind, or a question that is there already.
     """
-    questions = []
+    questions: dict[int, MTBenchQuestion] = {}
     for row in read_rows(str(path)):
         turns = row.require("turns", list)
         if len(turns) != 2:
             raise DataError(f"{row.place}, field 'turns': {len(turns)} turns; MT-Bench asks two")
-        questions.append(
-            MTBenchQuestion(
-                question_id=row.require("question_id", int), category=row.require("category", str), turns=tuple(turns)
-            )
+        question_id = row.require("question_id", int)
+        if question_id in questions:
+            raise DataError(f"{row.place}: question {question_id} is there already; keep one")
+        questions[question_id] = MTBenchQuestion(
+            question_id=question_id, category=row.require("category", str), turns=tuple(turns)
         )
-    return questions
+    return list(questions.values())
 
 
 class MTBenchJudging:
@@ -103,7 +93,7 @@ class MTBenchJudging:
         questions: Sequence[MTBenchQuestion],
         answers: Sequence[ModelAnswer],
         references: Sequence[ModelAnswer],
-        templates: Mapping[str, GradingTemplate],
+        templates: Mapping[str, JudgePrompt],
         *,
         parse: Callable[[str], float],
     ) -> None:
@@ -115,16 +105,18 @@ class MTBenchJudging:
             parse: score from a judgment's text, FAILED where there is none.
 
         Raises:
-            DataError: a question without an answer of two turns, or without the reference it needs.
+            DataError: as `answers_of_one_model`; or an answer that has not two turns.
         """
         ids = [question.question_id for question in questions]
         with_reference = [q.question_id for q in questions if q.category in REFERENCE_CATEGORIES]
-        self._model, given = answers_of_one_model(answers, ids, what="answers")
-        _, right = answers_of_one_model(references, with_reference, what="reference answers")
+        self._model, given = answers_of_one_model(answers, ids, known=ids, what="answers")
+        # Public references answer questions that a short question file leaves out.
+        _, right = answers_of_one_model(references, with_reference, known=None, what="reference answers")
         for answer in (*given.values(), *right.values()):
             if len(answer.turns) != 2:
                 raise DataError(
-                    f"{answer.model} answers question {answer.question_id} in {len(answer.turns)} turns, not in 2"
+                    f"{answer.place}: {answer.model} answers question {answer.question_id} in "
+                    f"{len(answer.turns)} turns, not in 2"
                 )
         self._parse = parse
         self._asked: list[tuple[int, int, str]] = []
@@ -135,7 +127,9 @@ class MTBenchJudging:
             fields = _fields(question, given[question.question_id].turns, reference)
             for turn, name in enumerate(names, start=1):
                 self._asked.append((question.question_id, turn, name))
-                self.requests.append(_request(templates[name], fields))
+                self.requests.append(
+                    JudgeRequest(messages=templates[name].filled(fields), sampling=SAMPLING, comparison=None)
+                )
 
     def rows(self, outcomes: Sequence[Outcome], judge: Judge) -> JudgedRows:
         """model_judgment/<judge>_single.jsonl."""
@@ -167,14 +161,3 @@ def _fields(question: MTBenchQuestion, answer: Sequence[str], reference: Sequenc
         **{f"answer_{turn}": text for turn, text in enumerate(answer, start=1)},
         **{f"ref_answer_{turn}": text for turn, text in enumerate(reference, start=1)},
     }
-
-
-def _request(template: GradingTemplate, fields: Mapping[str, str]) -> JudgeRequest:
-    return JudgeRequest(
-        messages=(
-            {"role": "system", "content": template.system},
-            {"role": "user", "content": fill(template.user, fields)},
-        ),
-        sampling=SAMPLING,
-        comparison=None,
-    )

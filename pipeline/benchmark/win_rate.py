@@ -23,12 +23,26 @@ def win_rate(scores: Sequence[float], baseline_scores: Sequence[float]) -> Metri
     """
     if len(scores) != len(baseline_scores) or not scores:
         raise ShapeError(f"win rate of {len(scores)} scores against {len(baseline_scores)}: give as many, at least one")
-    n = len(scores)
-    wins = sum(a > b for a, b in zip(scores, baseline_scores, strict=True))
-    ties = sum(a == b for a, b in zip(scores, baseline_scores, strict=True))
-    rate = (wins + 0.5 * ties) / n
+    return win_rate_of_preferences(
+        [0.5 * (1 + (a > b) - (a < b)) for a, b in zip(scores, baseline_scores, strict=True)]
+    )
+
+
+def win_rate_of_preferences(preferences: Sequence[float]) -> Metrics:
+    """Mean of probabilities to win, in [0, 1]; what is sure is 0 or 1, a tie is one half.
+
+    The interval is that of a binomial share, and so no narrower than it should be: a variable in [0, 1] of mean p
+    varies by at most p (1 - p).
+
+    Returns, Raises:
+        As `win_rate`.
+    """
+    if not preferences:
+        raise ShapeError("win rate of no preferences: give at least one")
+    n = len(preferences)
+    rate = sum(preferences) / n
     low, high = wilson_interval(rate, n)
-    return {"win_rate": rate, "ties": ties / n, "low": low, "high": high}
+    return {"win_rate": rate, "ties": sum(p == 0.5 for p in preferences) / n, "low": low, "high": high}
 
 
 def wilson_interval(rate: float, n: int, z: float = NORMAL_QUANTILE_95) -> tuple[float, float]:

@@ -1,9 +1,10 @@
-"""Rows of JSONL and Parquet files, each knowing where it stands."""
+"""Rows of JSONL, JSON and Parquet files, each knowing where it stands."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from pipeline.errors import DataError
 
 T = TypeVar("T")
 
+DECODER = json.JSONDecoder()
+WHITE = re.compile(r"\s*")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -27,7 +31,7 @@ class Row:
     """1-based."""
     values: dict[str, Any]
 
-    def require(self, field: str, kind: type[T]) -> T:
+    def require(self, field: str, kind: type[T] | tuple[type[T], ...]) -> T:
         """The value of a field.
 
         Raises:
@@ -35,12 +39,16 @@ class Row:
         """
         value = self.values.get(field)
         if not isinstance(value, kind):
-            raise DataError(f"{self.place}, field {field!r}: {value!r:.60} is no {kind.__name__}")
+            raise DataError(f"{self.place}, field {field!r}: {value!r:.60} is no {_name(kind)}")
         return value
 
 
+def _name(kind: type | tuple[type, ...]) -> str:
+    return " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
+
+
 def read_rows(path: str) -> Iterator[Row]:
-    """Streams the rows of a .jsonl or .parquet file, or of every such file in a directory.
+    """Streams the rows of a .jsonl or .parquet file, or of every such file in a directory; or of a .json list.
 
     Raises:
         DataError: the file is missing, of another kind, or a line is no JSON object in UTF-8.
@@ -62,8 +70,10 @@ def read_rows(path: str) -> Iterator[Row]:
             yield from _read_jsonl(file)
         case ".parquet":
             yield from _read_parquet(file)
+        case ".json":
+            yield from _read_json(file)
         case suffix:
-            raise DataError(f"{path}: files of kind {suffix!r} are not read; give .jsonl or .parquet")
+            raise DataError(f"{path}: files of kind {suffix!r} are not read; give .jsonl, .json or .parquet")
 
 
 def _read_jsonl(file: Path) -> Iterator[Row]:
@@ -85,6 +95,42 @@ def _read_jsonl(file: Path) -> Iterator[Row]:
             if not isinstance(values, dict):
                 raise DataError(f"{place}: {line.strip():.60} is JSON but no object")
             yield Row(place=place, number=number, values=values)
+
+
+def _read_json(file: Path) -> Iterator[Row]:
+    """The objects of a list. One after the other, so that each knows its line, and a cut file where it ends."""
+    try:
+        text = file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: no UTF-8 ({error.reason} at byte {error.start + 1})") from error
+    at, line, counted = _behind(text, 0), 1, 0
+    if not text.startswith("[", at):
+        raise DataError(f"{file}: a .json file must hold a list of objects, not {text[at : at + 20]!r}")
+    at = _behind(text, at + 1)
+    number = 0
+    while not text.startswith("]", at):
+        number += 1
+        line, counted = line + text.count("\n", counted, at), at
+        place = f"{file}, row {number} (line {line})"
+        try:
+            values, at = DECODER.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{place}: no JSON ({error.msg} at line {error.lineno}). Was the file cut short?"
+            ) from error
+        if not isinstance(values, dict):
+            raise DataError(f"{place}: {values!r:.60} is JSON but no object")
+        yield Row(place=place, number=number, values=values)
+        at = _behind(text, at)
+        if text.startswith(",", at):
+            at = _behind(text, at + 1)
+        elif not text.startswith("]", at):
+            raise DataError(f"{place}: no comma or ] behind it. Was the file cut short?")
+
+
+def _behind(text: str, at: int) -> int:
+    """Where the next character stands that is not white."""
+    return WHITE.match(text, at).end()  # type: ignore[union-attr]
 
 
 def _read_parquet(file: Path) -> Iterator[Row]:

@@ -8,19 +8,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.benchmark.arena_hard import parse_verdict
-from pipeline.benchmark.arena_hard_files import ModelAnswer, read_games
+from pipeline.benchmark.arena_hard_files import ModelAnswer, read_answers, read_games
 from pipeline.benchmark.arena_hard_judging import (
     ArenaHardJudging,
     ArenaQuestion,
-    ArenaTemplate,
     read_arena_questions,
     read_arena_template,
 )
-from pipeline.benchmark.judging import Judgment, Unanswered
+from pipeline.benchmark.judging import JudgePrompt, Judgment, Unanswered
 from pipeline.errors import DataError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "arena_hard"
-TEMPLATE = ArenaTemplate(system="Be fair.", user="Q {QUESTION} A {ANSWER_A} B {ANSWER_B}")
+TEMPLATE = JudgePrompt(system="Be fair.", user="Q {QUESTION} A {ANSWER_A} B {ANSWER_B}")
 QUESTIONS = [ArenaQuestion(uid="u1", category="arena-hard-v0.1", prompt="why ?")]
 
 
@@ -109,25 +108,43 @@ def test_the_scorer_reads_what_is_written(tmp_path):
 
 
 def test_a_question_without_an_answer_is_named():
-    with pytest.raises(DataError, match="the baseline's answers of base lack 1 of 1 questions, as u1"):
-        judging(theirs=[answer("base", "u2")])
+    with pytest.raises(DataError, match="the baseline's answers of base lack 1 of 2 questions, as u1"):
+        judging(
+            [*QUESTIONS, ArenaQuestion(uid="u2", category="c", prompt="how ?")],
+            ours=[answer("ours"), answer("ours", "u2")],
+            theirs=[answer("base", "u2")],
+        )
+
+
+def answer_line(uid="u1", model="ours"):
+    content = {"role": "assistant", "content": {"answer": "because"}}
+    return json.dumps({"uid": uid, "model": model, "messages": [content], "metadata": {"token_len": 1}})
 
 
 @pytest.mark.parametrize(
-    ("ours", "letter"),
+    ("second", "letter"),
     [
-        ([answer("a"), answer("b", "u2")], r"2 models \(a, b\)"),
-        ([answer("a"), answer("a")], "question u1 twice"),
-        ([], None),
+        (answer_line(model="other"), "line 2: other among the answers of ours"),
+        (answer_line(), "line 2: ours answers question u1 again, as in .*a.jsonl, line 1"),
+        (answer_line("u9"), "line 2: ours answers question u9, which is not among the 1 questions"),
+        (answer_line()[:-9], "line 2: no JSON"),
     ],
 )
-def test_answers_of_several_models_or_given_twice_are_refused(ours, letter):
-    if letter is None:
-        with pytest.raises(DataError, match="0 models"):
-            ArenaHardJudging(QUESTIONS, [], [answer("base")], TEMPLATE, parse=lambda text: None)
-        return
-    with pytest.raises(DataError, match=letter):
-        judging(ours=ours)
+def test_an_answer_that_does_not_belong_is_named_by_its_line(tmp_path, second, letter):
+    (tmp_path / "a.jsonl").write_text(f"{answer_line()}\n{second}\n")
+    with pytest.raises(DataError, match=rf"a\.jsonl, {letter}"):
+        judging(ours=read_answers([str(tmp_path / "a.jsonl")]))
+
+
+def test_no_answers_are_refused():
+    with pytest.raises(DataError, match="there are no answers"):
+        ArenaHardJudging(QUESTIONS, [], [answer("base")], TEMPLATE, parse=lambda text: None)
+
+
+def test_a_question_given_twice_is_refused(tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"uid": "u", "category": "c", "prompt": "why ?"}\n' * 2)
+    with pytest.raises(DataError, match=r"q\.jsonl, line 2: question u is there already"):
+        read_arena_questions(tmp_path / "q.jsonl")
 
 
 def test_questions_of_both_editions_are_read(tmp_path):

@@ -7,10 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.benchmark.judges.replay import ReplayJudge
-from pipeline.benchmark.judging import Judgment, Unanswered, collect
+from pipeline.benchmark.judging import JudgePrompt, Judgment, Unanswered, collect
 from pipeline.benchmark.mt_bench import ModelAnswer, parse_score, read_answers, read_judgments
 from pipeline.benchmark.mt_bench_judging import (
-    GradingTemplate,
     MTBenchJudging,
     MTBenchQuestion,
     read_grading_templates,
@@ -26,7 +25,7 @@ USER = {
     "single-math-v1": "{question} = {ref_answer_1} -> {answer}",
     "single-math-v1-multi-turn": "{question_1}={ref_answer_1} {question_2}={ref_answer_2} {answer_1} | {answer_2}",
 }
-TEMPLATES = {name: GradingTemplate(name=name, system=f"system of {name}", user=user) for name, user in USER.items()}
+TEMPLATES = {name: JudgePrompt(system=f"system of {name}", user=user) for name, user in USER.items()}
 QUESTIONS = [
     MTBenchQuestion(question_id=81, category="writing", turns=("q1", "q2")),
     MTBenchQuestion(question_id=111, category="math", turns=("p1", "p2")),
@@ -103,6 +102,19 @@ def test_the_scorer_reads_what_is_written(tmp_path):
 def test_a_missing_reference_is_named():
     with pytest.raises(DataError, match="the reference answers of gpt-4 lack 1 of 1 questions, as 111"):
         judging(references=[ModelAnswer(question_id=112, model="gpt-4", turns=("r1", "r2"))])
+
+
+def test_an_answer_to_an_unknown_question_is_named_by_its_line(tmp_path):
+    rows = [{"question_id": i, "model_id": "ours", "choices": [{"turns": ["a", "b"]}]} for i in (81, 82)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: ours answers question 82, which is not among the 2"):
+        judging(answers=read_answers([str(tmp_path / "a.jsonl")]))
+
+
+def test_a_question_given_twice_is_refused(tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"question_id": 81, "category": "writing", "turns": ["a", "b"]}\n' * 2)
+    with pytest.raises(DataError, match=r"q\.jsonl, line 2: question 81 is there already"):
+        read_mt_bench_questions(tmp_path / "q.jsonl")
 
 
 def test_an_answer_to_one_turn_is_refused():

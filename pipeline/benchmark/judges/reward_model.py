@@ -19,11 +19,9 @@ PAIRS_AT_ONCE = 64
 class RewardModelJudge:
     """Implements `Judge` with any `RewardScorer`; reads the comparison of a request, not its messages."""
 
-    name = "vrm"
-
-    def __init__(self, scorer: RewardScorer, *, model: str) -> None:
+    def __init__(self, scorer: RewardScorer, *, model: str, name: str = "vrm") -> None:
         """`model` names the checkpoint by its content: judgments are remembered under it."""
-        self.model = model
+        self.name, self.model = name, model
         self._scorer = scorer
 
     def judge(self, requests: Sequence[JudgeRequest], record: Record) -> None:
