@@ -128,8 +128,15 @@ def _error(status: int, detail: Any, headers: dict[str, str] | None = None) -> R
 
 
 async def _refuse_body(request: Request, error: RequestValidationError) -> Response:
-    """Where and what, without the input: it may be huge, secret, or no JSON (NaN)."""
-    complaints = [{"loc": list(e["loc"]), "msg": e["msg"], "type": e["type"]} for e in error.errors()[:20]]
+    """Where and what, without the input: it may be huge, secret, or no JSON (NaN); so may a field's name."""
+    complaints = [
+        {
+            "loc": [place if isinstance(place, int) else place[:100] for place in e["loc"]],
+            "msg": e["msg"],
+            "type": e["type"],
+        }
+        for e in error.errors()[:20]
+    ]
     return _error(422, complaints)
 
 

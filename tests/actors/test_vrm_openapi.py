@@ -9,12 +9,12 @@ OPERATIONS = [(method.upper(), path) for path, methods in PATHS.items() for meth
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 AUTHORIZED = {"Authorization": "Bearer secret"}
 PLAIN_FORMS = {"/v1/score", "/v1/compare", "/v1/best_of"}
-"""Their schema says all there is to say. Other trainers' forms hold a rendered conversation, which no schema describes."""
+"""Their schema says it all. Other trainers' forms hold rendered conversations, which no schema describes."""
 
 
 @pytest.mark.parametrize(("method", "path"), OPERATIONS)
 def test_requests_made_from_the_document_are_answered_as_it_says(method, path):
-    """Right ones are taken and wrong ones refused, without a server error, in documented shapes, with the token only."""
+    """Right ones are taken and wrong ones refused, in documented shapes, with the token only, and never with a 5xx."""
     schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis (4.32 was tried)")
     from hypothesis import HealthCheck, given, settings
     from schemathesis.checks import CHECKS
