@@ -184,8 +184,8 @@ def test_rows_that_do_not_pair_up_are_refused_before_they_are_sent(scores, promp
 
 def test_neighbours_share_their_prompt():
     chat = [{"role": "user", "content": "yes"}]
-    [body] = plan_requests(["hi", "hi", chat, chat, "hi"], ["a", "b", "c", "d", "e"], batch_size=8)
-    assert body["items"] == [
+    [question] = plan_requests(["hi", "hi", chat, chat, "hi"], ["a", "b", "c", "d", "e"], batch_size=8)
+    assert question.body["items"] == [
         {"prompt": "hi", "responses": ["a", "b"]},
         {"prompt": chat, "responses": ["c", "d"]},
         {"prompt": "hi", "responses": ["e"]},
@@ -193,8 +193,8 @@ def test_neighbours_share_their_prompt():
 
 
 def test_long_texts_make_small_requests():
-    bodies = plan_requests(["hi"] * 3, ["é" * 1_000_000] * 3, batch_size=64)
-    assert [len(body["items"][0]["responses"]) for body in bodies] == [2, 1]
+    questions = plan_requests(["hi"] * 3, ["é" * 1_000_000] * 3, batch_size=64)
+    assert [len(question.body["items"][0]["responses"]) for question in questions] == [2, 1]
 
 
 def test_scores_of_two_models_are_not_mixed():
