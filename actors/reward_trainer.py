@@ -61,6 +61,7 @@ def reward_trainer(spec: RewardTrainerSpec, make_engine: Callable[..., TrainEngi
         len(spec.statistics.objectives),
         config.vrm,
         reward_weights=config.reward_weights,
+        ensemble=config.ensemble,
     )
     model = RewardModel(backbone, head)
     engine = make_engine(
@@ -81,6 +82,7 @@ def reward_trainer(spec: RewardTrainerSpec, make_engine: Callable[..., TrainEngi
         reward_std=1.0,
         metrics={},
         reward_weights=config.reward_weights,
+        ensemble=config.ensemble,
     )
     return RewardModelTrainer(
         engine,
