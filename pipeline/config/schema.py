@@ -59,6 +59,9 @@ class DataConfig(Frozen):
     """Share of the prompts kept for evaluation; the split is by prompt, never by row."""
     max_pairs: Count | None = None
     """Use at most this many pairs, chosen by seed; None uses all."""
+    label_flips: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Share of the training pairs whose chosen and rejected response change places, to measure what wrong labels
+    cost. Which ones depends on the seed alone, and those of a smaller share are among those of a larger one."""
 
 
 # --------------------------------------------------------------------------- models
