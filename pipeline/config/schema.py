@@ -59,6 +59,9 @@ class DataConfig(Frozen):
     """Share of the prompts kept for evaluation; the split is by prompt, never by row."""
     max_pairs: Count | None = None
     """Use at most this many pairs, chosen by seed; None uses all."""
+    label_flips: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Share of the training pairs whose chosen and rejected response change places, to measure what wrong labels
+    cost. Which ones depends on the seed alone, and those of a smaller share are among those of a larger one."""
 
 
 # --------------------------------------------------------------------------- models
@@ -149,6 +152,15 @@ class VRMHeadConfig(Frozen):
         return self
 
 
+class EnsembleConfig(Frozen):
+    """Several rewards of one response, and how they become one."""
+
+    members: Annotated[int, Field(ge=2)] = 5
+    reward: Literal["mean", "min"] = "mean"
+    """Of the members. Their standard deviation is reported beside either, so whatever takes a lower confidence bound
+    (`alignment.ppo.reward_transform: lcb`, `lcb` of the scoring service) has mean - c * sd."""
+
+
 class VariationalLossConfig(Frozen):
     """L = BT + kl_weight_w KL_w + kl_weight_z (KL_zw + KL_zl) + supervision_weight L_sup (vrm_spec section 3).
 
@@ -209,9 +221,10 @@ class PairLossConfig(Frozen):
 class RewardTrainingConfig(Frozen):
     """Reward-model training (vrm_spec section 10)."""
 
-    head: Literal["vrm", "gate", "regression", "bt"] = "vrm"
+    head: Literal["vrm", "gate", "regression", "bt", "ensemble"] = "vrm"
     """The baselines are "gate": VRM without its posterior, a deterministic gate over objective scores as in ArmoRM;
-    "regression": a score per objective, fitted to the annotations as in HelpSteer2; "bt": one linear reward."""
+    "regression": a score per objective, fitted to the annotations as in HelpSteer2; "bt": one linear reward;
+    "ensemble": several linear rewards."""
     reward_weights: tuple[float, ...] = ()
     """What each objective's score counts in the reward of "regression"; empty is the mean."""
     backbone: str | None = None
@@ -220,6 +233,7 @@ class RewardTrainingConfig(Frozen):
     trainable_layers: Annotated[int, Field(ge=0)] | None = None
     """Train only the last n transformer layers (and the final norm); None trains all, 0 freezes the backbone."""
     vrm: VRMHeadConfig = VRMHeadConfig()
+    ensemble: EnsembleConfig = EnsembleConfig()
     loss: VariationalLossConfig = VariationalLossConfig()
     pair_loss: PairLossConfig = PairLossConfig()
     batch_pairs: Count = 128

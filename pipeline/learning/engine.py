@@ -63,7 +63,10 @@ class TrainEngine(Protocol):
 
 
 class TorchEngine:
-    """A TrainEngine in one process: plain AdamW, bit-deterministic on CPU."""
+    """A TrainEngine in one process: plain AdamW, bit-deterministic on CPU.
+
+    Parameters are float32; `bfloat16` computes under autocast, and heads stay float32.
+    """
 
     rank = 0
     world_size = 1
@@ -75,9 +78,11 @@ class TorchEngine:
         *,
         betas: tuple[float, float],
         max_grad_norm: float,
+        dtype: str = "float32",
         device: str = "cpu",
     ) -> None:
         self.device = torch.device(device)
+        self.dtype = dtype
         self.module = module.to(self.device)
         self.peak_learning_rates = [group.learning_rate for group in groups]
         self.max_grad_norm = max_grad_norm
@@ -90,7 +95,8 @@ class TorchEngine:
         )
 
     def forward(self, *args: Any) -> Any:
-        return self.module(*args)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            return self.module(*args)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()

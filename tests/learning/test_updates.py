@@ -78,6 +78,7 @@ def unevenly_annotated(pairs):
         ("vrm", {"supervision": "rank", "supervision_on": "expected_log", "target_from": "diff", "free_bits": 0.01}),
         ("vrm", {"supervision": "mae", "kl_reduction": "mean", "kl_weight_w": 0.1, "kl_weight_z": 0.1}),
         ("bt", {"kl_reduction": "mean"}),
+        ("ensemble", {}),
     ],
 )
 def test_reward_gradients_of_1_2_and_4_shards_agree(head, loss, tiny_policy, world, tokenizer):
