@@ -46,7 +46,7 @@ def decide_workers(
 ) -> ScalingDecision:
     """The fewest workers whose rollouts take about as long as the learner does.
 
-    n' = ceil(n R / ((1 + margin) U)),  R the rollout's and U the learner's seconds, since n workers take R n / n' as n'.
+    n' = ceil(n R / ((1 + margin) U)),  R the rollout's and U the learner's seconds: the work is n R worker-seconds.
     Between the bounds; unchanged during the cool-down, and where nothing overlapped (U = 0).
 
     Args:
@@ -74,18 +74,25 @@ def decide_workers(
 
 
 class Autoscaler:
-    """Remembers the last decision and when it was; asked between batches."""
+    """Remembers the last change and when it was; asked between batches."""
 
     def __init__(self, config: AutoscaleConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._config = config
         self._clock = clock
         self._changed = -math.inf
+        self._target: int | None = None
 
-    def decide(self, workers: int, waits: RolloutWaits) -> int:
-        """How many workers there should be; a change is logged with its reason."""
-        now = self._clock()
-        decision = decide_workers(waits, workers=workers, config=self._config, since_change_s=now - self._changed)
-        if decision.workers != workers:
-            self._changed = now
-            logger.warning("rollout workers %d -> %d: %s", workers, decision.workers, decision.reason)
-        return decision.workers
+    def wanted(self, workers: int, waits: RolloutWaits | None) -> int | None:
+        """How many workers there should be; a change is logged with its reason. None as long as nothing need change.
+
+        Args:
+            workers: those that sampled the last batch; one that is still starting does not count.
+            waits: of that batch; None where it was not sampled while the learner worked.
+        """
+        if waits is not None:
+            now = self._clock()
+            decision = decide_workers(waits, workers=workers, config=self._config, since_change_s=now - self._changed)
+            if decision.workers != workers:
+                self._changed, self._target = now, decision.workers
+                logger.warning("rollout workers %d -> %d: %s", workers, decision.workers, decision.reason)
+        return self._target

@@ -69,11 +69,14 @@ def test_a_change_starts_the_cool_down_and_is_logged_with_its_reason(caplog):
     now = [1000.0]
     autoscaler = Autoscaler(BOUNDS, clock=lambda: now[0])
     with caplog.at_level(logging.WARNING, logger="cluster.scaling"):
-        assert autoscaler.decide(2, waits(30.0, 20.0)) == 3
+        assert autoscaler.wanted(2, None) is None
+        assert autoscaler.wanted(2, waits(20.0, 20.0)) is None
+        assert autoscaler.wanted(2, waits(30.0, 20.0)) == 3
         now[0] += 59
-        assert autoscaler.decide(3, waits(10.0, 20.0)) == 3
+        assert autoscaler.wanted(2, waits(30.0, 20.0)) == 3  # the third is still starting
+        assert autoscaler.wanted(3, waits(10.0, 20.0)) == 3
         now[0] += 1
-        assert autoscaler.decide(3, waits(10.0, 20.0)) == 2
+        assert autoscaler.wanted(3, waits(10.0, 20.0)) == 2
     assert [record.getMessage() for record in caplog.records] == [
         "rollout workers 2 -> 3: the learner waited 10.0 s for rollouts and they 0.0 s for it "
         "(rollout 30.0 s, learner 20.0 s)",
