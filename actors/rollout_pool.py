@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from actors.rollout_worker import RolloutWorker
+from cluster.running_jobs import actor_name
 from cluster.scaling import Autoscaler, RolloutWaits
 from pipeline.config.schema import DeadlinesConfig, RolloutConfig
 from pipeline.data.chunks import Chunk, ChunkLedger
@@ -85,6 +86,7 @@ class RolloutPool:
         gate_tolerance: float,
         seed: int,
         worker: type = RolloutWorker,
+        workspace: str | None = None,
         requested_workers: Callable[[], int | None] = lambda: None,
         autoscaler: Autoscaler | None = None,
     ) -> None:
@@ -95,6 +97,7 @@ class RolloutPool:
             max_model_len: tokens of prompt and response together.
             gate_tolerance: largest mean absolute logprob difference to the learner, nats.
             worker: what runs in each Ray actor.
+            workspace: of the job, told by the actors' names (`cluster/running_jobs.py`); None leaves them nameless.
             requested_workers: asked between batches; the pool grows or shrinks to what it says, None changes nothing.
             autoscaler: asked where `requested_workers` says None.
         """
@@ -104,6 +107,7 @@ class RolloutPool:
                 "Set it to 1 and raise cluster.rollout.workers."
             )
         self._worker_class = worker
+        self._workspace = workspace
         self._start_arguments = (model_directory, config, dtype, max_model_len, seed)
         self._max_model_len = max_model_len
         self._config = config
@@ -401,6 +405,7 @@ class RolloutPool:
                 num_cpus=config.cpus_per_worker,
                 num_gpus=config.gpus_per_worker,
                 runtime_env={"env_vars": environment},
+                name=None if self._workspace is None else actor_name(name, self._workspace),
             )
             .remote(name)
         )

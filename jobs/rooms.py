@@ -61,6 +61,7 @@ class Rooms:
                     ),
                     gate_tolerance=alignment.gate_tolerance or TOLERANCE[recipe.policy.dtype],
                     seed=recipe.seed,
+                    workspace=self.stages.workspace.uri,
                     requested_workers=lambda: requested_rollout_workers(self.stages.workspace.uri),
                     autoscaler=None if autoscale is None else Autoscaler(autoscale),
                 )
