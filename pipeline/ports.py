@@ -75,6 +75,20 @@ class RolloutSource(Protocol):
         """`samples_per_prompt` rollouts per prompt, ordered by (prompt, sample), whoever sampled them."""
 
 
+class BackgroundRolloutSource(RolloutSource, Protocol):
+    """Samples while its caller does something else, loading weights included."""
+
+    def begin(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, resample_unfinished: bool) -> None:
+        """Starts what `generate` does and returns at once; a batch begun before and not collected is abandoned.
+
+        When weights are loaded meanwhile, what is not yet begun is sampled from the new policy, and with
+        `resample_unfinished` also what is begun and has not ended. Every rollout says which policy it is from.
+        """
+
+    def collect(self) -> list[Rollout]:
+        """The rollouts of the batch that was begun; waits for them."""
+
+
 class RewardScorer(Protocol):
     """The reward model as a function."""
 

@@ -399,6 +399,10 @@ class AlignmentConfig(Frozen):
     gradient_checkpointing: bool = False
     checkpoint_every: Count = 10
     keep_checkpoints: Count = 2
+    prefetch: Literal["continue", "discard"] | None = None
+    """Sample the next step while the learner works on this one: responses come from the policy before its last update.
+    Chunks that wait when an update ends are sampled from the new policy; those begun "continue" with the old one, or
+    are "discard"ed and sampled again. None samples each step when its policy is there."""
     gate_tolerance: Positive | None = None
     """Largest mean absolute logprob difference between engine and learner after a weight update;
     None chooses 1e-4 for float32 and 0.05 for bfloat16."""
@@ -415,6 +419,15 @@ class AlignmentConfig(Frozen):
                 f"algorithm = {self.algorithm} (ppo.advantages = {self.ppo.advantages}) compares the responses to one "
                 f"prompt, so samples_per_prompt = {self.samples_per_prompt} must be at least 2; 8 is usual, with "
                 "prompts_per_step divided by as much"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stale_samples_are_corrected(self) -> AlignmentConfig:
+        if self.prefetch is not None and self.ppo.importance_cap is None:
+            raise ValueError(
+                f"prefetch = {self.prefetch} trains on samples of the policy before, so ppo.importance_cap must weigh "
+                "them; 2 is usual"
             )
         return self
 
@@ -498,6 +511,21 @@ class RanksConfig(Frozen):
     """How often the whole group is restarted from the last commit after a rank died."""
 
 
+class AutoscaleConfig(Frozen):
+    """Bounds of a pool that follows the learner (`cluster/scaling.py`); an operator's request goes first."""
+
+    min_workers: Count = 1
+    max_workers: Count
+    cooldown_s: NonNegative = 60.0
+    """A pool that has changed stays as it is for so long: a new engine takes a while to start."""
+
+    @model_validator(mode="after")
+    def _bounds_do_not_cross(self) -> AutoscaleConfig:
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"min_workers = {self.min_workers} exceeds max_workers = {self.max_workers}")
+        return self
+
+
 class RolloutConfig(Frozen):
     """The pool of vLLM engines."""
 
@@ -512,8 +540,11 @@ class RolloutConfig(Frozen):
     max_sequences: Count = 256
     enforce_eager: bool = True
     chunk_size: Count = 32
-    """Prompts handed to a worker at a time."""
+    """Responses handed to a worker at a time."""
     max_restarts: Annotated[int, Field(ge=0)] = 2
+    """How many workers that died or hung are replaced, over the whole job."""
+    autoscale: AutoscaleConfig | None = None
+    """Let the number of workers follow the learner between these bounds; needs `alignment.prefetch`."""
 
 
 class ScoringConfig(Frozen):
@@ -565,3 +596,12 @@ class Recipe(ExperimentConfig):
     """An experiment and the cluster it runs on: one YAML file in `jobs/recipes/`."""
 
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _autoscaling_has_waits_to_compare(self) -> Recipe:
+        if self.cluster.rollout.autoscale is not None and self.alignment.prefetch is None:
+            raise ValueError(
+                "cluster.rollout.autoscale compares who waits for whom, but without alignment.prefetch the learner "
+                "waits for every rollout; set alignment.prefetch=continue, or cluster.rollout.workers alone"
+            )
+        return self
