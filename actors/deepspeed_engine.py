@@ -117,11 +117,12 @@ class DeepSpeedEngine:
         return state
 
     def save(self, directory: str) -> None:
-        self._engine.save_checkpoint(directory, tag=TAG)
+        self._engine.save_checkpoint(directory, tag=TAG, exclude_frozen_parameters=True)
 
     def load(self, directory: str) -> None:
         try:
-            path, _ = self._engine.load_checkpoint(directory, tag=TAG)
+            # Not strict: frozen parameters are not in it.
+            path, _ = self._engine.load_checkpoint(directory, tag=TAG, load_module_strict=False)
         except (RuntimeError, KeyError, AssertionError, ValueError) as error:
             raise CheckpointError(
                 f"{directory} does not restore this model on {self.world_size} ranks: {error}. "

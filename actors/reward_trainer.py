@@ -36,6 +36,7 @@ def build_reward_trainer(spec: RewardTrainerSpec, device: torch.device) -> Rewar
     from pipeline.learning.parameter_groups import parameter_groups
     from pipeline.learning.reward_update import RewardModelTrainer
     from pipeline.models.backbone import load_backbone, load_tokenizer, train_only_last_layers
+    from pipeline.models.lora import add_lora
     from pipeline.models.reward_model import RewardModel, RewardModelCard, make_head
 
     config = spec.config
@@ -43,6 +44,7 @@ def build_reward_trainer(spec: RewardTrainerSpec, device: torch.device) -> Rewar
         backbone = load_backbone(directory, dtype="float32")
         tokenizer = load_tokenizer(directory)
     train_only_last_layers(backbone, config.trainable_layers)
+    add_lora(backbone, config.lora, seed=spec.seed)
     if config.gradient_checkpointing:
         backbone.gradient_checkpointing_enable()
     torch.manual_seed(spec.seed)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.config.schema import AlignmentConfig
@@ -19,6 +18,7 @@ from pipeline.learning.schedule import learning_rate_factor
 from pipeline.learning.shards import MicroBatch, Rows, Sums, own_micro_batches
 from pipeline.models.backbone import save_causal_lm
 from pipeline.models.critic import TokenStatistics
+from pipeline.models.lora import merged
 from pipeline.models.packing import PackedTokens, pack
 from pipeline.objectives.aggregation import MiniBatchSize
 from pipeline.objectives.masked import masked_sum
@@ -209,7 +209,7 @@ class PPOLearner:
         state = self.engine.full_state_dict()
         location = self._location(version)
         if self.engine.rank == 0:
-            write_policy_weights(_policy_part(state), location)
+            write_policy_weights(_policy_part(merged(state, self.engine.module)), location)
             # By name, not by age: a killed run may have left later versions than the one it resumes from.
             kept = {location, self._location(version - 1)}
             for other in set(location.parent.glob("policy-*")) - kept:
@@ -225,19 +225,18 @@ class PPOLearner:
     def export(self, directory: str) -> None:
         state = self.engine.full_state_dict()
         if self.engine.rank == 0:
-            save_causal_lm(_policy_part(state), self.model_config, self.tokenizer, directory)
+            state = _policy_part(merged(state, self.engine.module))
+            save_causal_lm(state, self.model_config, self.tokenizer, directory)
 
 
 def _policy_part(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix("policy."): t for name, t in state.items() if name.startswith("policy.")}
 
 
-def frozen_reference(policy: nn.Module, device: torch.device) -> Callable[..., torch.Tensor]:
-    """A replicated reference policy as a function; gradients off."""
-    module = policy.to(device).eval().requires_grad_(False)
+def reference_without_adapters(engine: TrainEngine) -> Callable[..., torch.Tensor]:
+    """The policy as it was before its adapters, as a function: the reference that takes no memory of its own."""
 
-    def reference(*arguments: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return module(*arguments)
+    def reference(packed: PackedTokens, num_columns: int, temperature: float) -> torch.Tensor:
+        return engine.forward(packed, num_columns, temperature, True)[0]
 
     return reference
