@@ -34,7 +34,7 @@ class PPOLearnerSpec:
 def build_ppo_learner(spec: PPOLearnerSpec, device: torch.device) -> PPOLearner:
     """Runs on every rank."""
     from actors.deepspeed_engine import DeepSpeedEngine, sharded_reference
-    from pipeline.learning.parameter_groups import parameter_groups
+    from pipeline.learning.parameter_groups import policy_parameter_groups
     from pipeline.learning.ppo_update import PPOLearner, reference_without_adapters
     from pipeline.models.backbone import load_causal_lm, train_only_last_layers
     from pipeline.models.critic import Policy, PolicyWithCritic
@@ -54,10 +54,7 @@ def build_ppo_learner(spec: PPOLearnerSpec, device: torch.device) -> PPOLearner:
             backbone.gradient_checkpointing_enable()
     model = PolicyWithCritic(policy, critic)
     model.value_head.requires_grad_(ppo.trains_a_critic)  # without a critic it stays at the zero it starts from
-    groups = parameter_groups(policy, model.value_head, ppo.policy, head_learning_rate=ppo.critic_learning_rate)
-    if critic is not None:
-        critic_optimiser = ppo.policy.model_copy(update={"learning_rate": ppo.critic_learning_rate})
-        groups += parameter_groups(critic, None, critic_optimiser, head_learning_rate=ppo.critic_learning_rate)
+    groups = policy_parameter_groups(model, ppo)
     engine = DeepSpeedEngine(
         model,
         groups,

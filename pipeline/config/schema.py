@@ -349,6 +349,8 @@ class PPOConfig(Frozen):
     lcb_coefficient: NonNegative = 1.0
     """lcb subtracts this many posterior standard deviations before the z-score."""
     reward_clip: Positive | None = 5.0
+    whiten_rewards: bool = False
+    """Divide the token rewards, KL included, by their standard deviation over the batch; their mean stays."""
     no_stop_penalty: NonNegative = 1.0
     """Subtracted, after scaling, from responses cut at the length limit."""
     overlong_buffer: Fraction = 0.0
@@ -360,6 +362,9 @@ class PPOConfig(Frozen):
     critic: Literal["separate", "value_head"] = "separate"
     """"separate": a critic with its own backbone, initialised from the reward model's.
     "value_head": a scalar head on the policy's trunk. Read only where `advantages` is "gae"."""
+    critic_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps at the beginning that train a separate critic alone, so that the policy's first advantages mean something;
+    they are part of `num_steps`."""
     trainable_layers: Annotated[int, Field(ge=0)] | None = None
     """As in reward_training; of the policy and of a separate critic."""
     lora: LoRAConfig | None = None
@@ -387,6 +392,20 @@ class PPOConfig(Frozen):
     @property
     def upper_clip_range(self) -> float:
         return self.clip_range if self.clip_range_high is None else self.clip_range_high
+
+    @model_validator(mode="after")
+    def _what_is_asked_of_critic_and_token_rewards_exists(self) -> PPOConfig:
+        if self.critic_warmup_steps and not (self.trains_a_critic and self.critic == "separate"):
+            raise ValueError(
+                f"critic_warmup_steps = {self.critic_warmup_steps} trains a critic of its own, but critic = "
+                f"{self.critic!r} and advantages = {self.advantages!r}; it needs critic 'separate' and advantages 'gae'"
+            )
+        if self.whiten_rewards and self.advantages not in ("gae", "rewards_to_go"):
+            raise ValueError(
+                f"whiten_rewards scales the rewards of tokens, but advantages = {self.advantages!r} compares whole "
+                "responses; set it to false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _clip_range_was_set_as_a_pair(self) -> PPOConfig:

@@ -23,6 +23,7 @@ CHECKPOINT_FILE = "engine.pt"
 class ParameterGroup:
     """Parameters that share a peak learning rate and a weight decay."""
 
+    name: str
     parameters: tuple[nn.Parameter, ...]
     learning_rate: float
     weight_decay: float
@@ -43,8 +44,10 @@ class TrainEngine(Protocol):
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Adds the gradient of a scalar loss; `last` marks the final micro-batch of the step."""
 
-    def step(self, learning_rate_factor: float) -> float:
+    def step(self, learning_rate_factor: float, *, resting: str | None = None) -> float:
         """Clips, steps, zeroes gradients. Each group's peak learning rate is scaled by the factor.
+
+        The groups named `resting` stay as they are; no gradient may have reached them.
 
         Returns the global gradient norm before clipping; raises NumericsError when it is not finite.
         """
@@ -79,7 +82,7 @@ class TorchEngine:
     ) -> None:
         self.device = torch.device(device)
         self.module = module.to(self.device)
-        self.peak_learning_rates = [group.learning_rate for group in groups]
+        self.groups = tuple(groups)
         self.max_grad_norm = max_grad_norm
         self.optimiser = torch.optim.AdamW(
             [
@@ -95,12 +98,11 @@ class TorchEngine:
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()
 
-    def step(self, learning_rate_factor: float) -> float:
+    def step(self, learning_rate_factor: float, *, resting: str | None = None) -> float:
         parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
         require_finite_norm(norm)
-        for group, peak in zip(self.optimiser.param_groups, self.peak_learning_rates, strict=True):
-            group["lr"] = peak * learning_rate_factor
+        set_learning_rates(self.optimiser, self.groups, learning_rate_factor, resting=resting)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         return norm
@@ -130,6 +132,12 @@ class TorchEngine:
                 f"{path} does not restore this model: {error}. "
                 "Was the recipe's model changed? Use another workspace, or delete this checkpoint."
             ) from error
+
+
+def set_learning_rates(optimiser: Any, groups: Sequence[ParameterGroup], factor: float, *, resting: str | None) -> None:
+    """Those of the next step; at a rate of 0 weight decay moves nothing either."""
+    for own, group in zip(optimiser.param_groups, groups, strict=True):
+        own["lr"] = 0.0 if group.name == resting else group.learning_rate * factor
 
 
 def frozen_names(module: nn.Module) -> set[str]:

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from pipeline.config.schema import AlignmentConfig
 from pipeline.learning.algorithm import policy_loss
 from pipeline.learning.engine import TrainEngine
+from pipeline.learning.parameter_groups import POLICY
 from pipeline.learning.publishing import evaluate_probes, write_policy_weights
 from pipeline.learning.schedule import learning_rate_factor
 from pipeline.learning.shards import MicroBatch, Rows, Sums, own_micro_batches
@@ -103,7 +104,8 @@ class PPOLearner:
                 max_response_tokens=self.config.max_response_tokens,
             )
             drift = Sums()
-            norms.append(self._optimiser_step(experience, rows, size, factor, sums, drift))
+            policy_rests = step < ppo.critic_warmup_steps
+            norms.append(self._optimiser_step(experience, rows, size, factor, sums, drift, policy_rests=policy_rests))
             num_tokens += size.num_tokens
             if ppo.stop_update_above_kl is not None:
                 moved = drift.over_ranks(self.engine)["approximate_kl"] / size.num_tokens
@@ -134,7 +136,15 @@ class PPOLearner:
             yield from map(torch.from_numpy, np.array_split(order, num_parts))
 
     def _optimiser_step(
-        self, experience: Experience, rows: torch.Tensor, size: MiniBatchSize, factor: float, sums: Sums, drift: Sums
+        self,
+        experience: Experience,
+        rows: torch.Tensor,
+        size: MiniBatchSize,
+        factor: float,
+        sums: Sums,
+        drift: Sums,
+        *,
+        policy_rests: bool,
     ) -> float:
         """Returns the gradient norm; adds this rank's share of the metrics to `sums`, and of the KL to `drift`."""
         ppo = self.config.ppo
@@ -164,6 +174,8 @@ class PPOLearner:
             if experience.kl_loss_coefficient > 0:
                 loss = loss + experience.kl_loss_coefficient * policy.kl
                 terms["kl_loss"] = policy.kl
+            if policy_rests:
+                loss = torch.zeros_like(loss)
             if experience.critic is not None:
                 values, returns = self._on_device(own, experience.critic.values, experience.critic.returns)
                 value_loss = clipped_value_loss(
@@ -188,7 +200,7 @@ class PPOLearner:
                 approximate_kl=approximate_kl,
                 ratio=masked_sum(ratio, mask),
             )
-        return self.engine.step(factor)
+        return self.engine.step(factor, resting=POLICY if policy_rests else None)
 
     def _on_device(self, rows: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
         return [tensor[rows].to(self.engine.device) for tensor in tensors]
