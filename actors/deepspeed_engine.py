@@ -14,7 +14,7 @@ from torch import nn
 
 from pipeline.config.schema import RanksConfig
 from pipeline.errors import CheckpointError
-from pipeline.learning.engine import ParameterGroup, require_finite_norm
+from pipeline.learning.engine import ParameterGroup, require_finite_norm, set_learning_rates
 
 TAG = "state"
 
@@ -65,7 +65,7 @@ class DeepSpeedEngine:
         self.world_size = dist.get_world_size()
         self.device = device
         self.module = module
-        self.peak_learning_rates = [group.learning_rate for group in groups]
+        self.groups = tuple(groups)
         self._zero_stage = ranks.zero_stage
         optimiser = torch.optim.AdamW(
             [
@@ -88,9 +88,8 @@ class DeepSpeedEngine:
         # DeepSpeed averages gradients over ranks; our losses are sums over the global batch. Undone here, once.
         self._engine.backward(loss * self.world_size)
 
-    def step(self, learning_rate_factor: float) -> float:
-        for group, peak in zip(self._engine.optimizer.param_groups, self.peak_learning_rates, strict=True):
-            group["lr"] = peak * learning_rate_factor
+    def step(self, learning_rate_factor: float, *, resting: str | None = None) -> float:
+        set_learning_rates(self._engine.optimizer, self.groups, learning_rate_factor, resting=resting)
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
         require_finite_norm(norm)
@@ -117,11 +116,12 @@ class DeepSpeedEngine:
         return state
 
     def save(self, directory: str) -> None:
-        self._engine.save_checkpoint(directory, tag=TAG)
+        self._engine.save_checkpoint(directory, tag=TAG, exclude_frozen_parameters=True)
 
     def load(self, directory: str) -> None:
         try:
-            path, _ = self._engine.load_checkpoint(directory, tag=TAG)
+            # Not strict: frozen parameters are not in it.
+            path, _ = self._engine.load_checkpoint(directory, tag=TAG, load_module_strict=False)
         except (RuntimeError, KeyError, AssertionError, ValueError) as error:
             raise CheckpointError(
                 f"{directory} does not restore this model on {self.world_size} ranks: {error}. "

@@ -45,6 +45,7 @@ def reward_trainer(spec: RewardTrainerSpec, make_engine: Callable[..., TrainEngi
     from pipeline.learning.parameter_groups import parameter_groups
     from pipeline.learning.reward_update import RewardModelTrainer
     from pipeline.models.backbone import load_backbone, load_tokenizer, train_only_last_layers
+    from pipeline.models.lora import add_lora
     from pipeline.models.reward_model import RewardModel, RewardModelCard, make_head
 
     config = spec.config
@@ -52,6 +53,7 @@ def reward_trainer(spec: RewardTrainerSpec, make_engine: Callable[..., TrainEngi
         backbone = load_backbone(directory, dtype="float32")
         tokenizer = load_tokenizer(directory)
     train_only_last_layers(backbone, config.trainable_layers)
+    add_lora(backbone, config.lora, seed=spec.seed)
     if config.gradient_checkpointing:
         backbone.gradient_checkpointing_enable()
     torch.manual_seed(spec.seed)

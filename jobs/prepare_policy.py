@@ -18,6 +18,7 @@ from pipeline.data.collate import tokenise_texts
 from pipeline.data.source import data_fingerprints, load_data
 from pipeline.learning.starting_policy import write_starting_policy
 from pipeline.loops.supervised_training import train
+from pipeline.models.backbone import require_lora_targets
 from pipeline.records import Metrics, StageResult
 from pipeline.stages import storage
 from pipeline.stages.workspace import StageDirectory
@@ -52,8 +53,13 @@ def _fine_tune(stage: StageDirectory, recipe: Recipe) -> Metrics:
         tokenizer = write_starting_policy(recipe.policy, start, seed=recipe.seed)
         texts = tokenise_texts(data.sft_texts, tokenizer, max_length=config.max_length)
         heldout, texts = texts[:HELDOUT_TEXTS], texts[HELDOUT_TEXTS:]
+        require_lora_targets(start, config.lora, "prepare_policy")
         spec = SupervisedTrainerSpec(
-            config=config, ranks=recipe.cluster.policy_training, policy_uri=start, dtype=recipe.policy.dtype
+            config=config,
+            ranks=recipe.cluster.policy_training,
+            policy_uri=start,
+            dtype=recipe.policy.dtype,
+            seed=recipe.seed,
         )
         deadlines = recipe.cluster.deadlines
         with RankGroup(

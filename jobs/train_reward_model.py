@@ -18,7 +18,7 @@ from pipeline.data.source import data_fingerprints, load_data
 from pipeline.learning.reward_alarms import alarm_letters
 from pipeline.learning.reward_data import RewardTrainingData
 from pipeline.loops.supervised_training import train
-from pipeline.models.backbone import load_tokenizer
+from pipeline.models.backbone import load_tokenizer, require_lora_targets
 from pipeline.records import Metrics, StageResult
 from pipeline.stages import storage
 from pipeline.stages.workspace import StageDirectory
@@ -43,6 +43,7 @@ def _train(stage: StageDirectory, recipe: Recipe, backbone_uri: str) -> Metrics:
     config = recipe.reward_training
     data = load_data(recipe)
     with storage.reading(backbone_uri) as directory:
+        require_lora_targets(directory, config.lora, "reward_training")
         tokenizer = load_tokenizer(directory)
     training = RewardTrainingData.of(recipe, data, tokenizer)
     about_the_data = training.metrics()

@@ -89,6 +89,22 @@ class PolicyConfig(Frozen):
     trust_remote_code: bool = False
 
 
+class LoRAConfig(Frozen):
+    """Low-rank adapters (Hu et al. 2021) that train instead of the decoder; heads train in full.
+
+    Ten times the learning rate of full fine-tuning is usual.
+    """
+
+    rank: Count = 16
+    alpha: Count = 32
+    """The adapters' product is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the adapters' input, in training."""
+    targets: tuple[str, ...] = ()
+    """Names of linear layers, such as "q_proj"; empty is every linear layer of the decoder, without its
+    language-model head."""
+
+
 class OptimiserConfig(Frozen):
     """AdamW with a linear warm-up and a cosine decay to zero."""
 
@@ -99,6 +115,11 @@ class OptimiserConfig(Frozen):
     warmup_fraction: Fraction = 0.03
 
 
+def _require_one_way_to_train_less(trainable_layers: int | None, lora: LoRAConfig | None) -> None:
+    if trainable_layers is not None and lora is not None:
+        raise ValueError(f"trainable_layers = {trainable_layers} and lora exclude each other; set one of them to null")
+
+
 class PreparePolicyConfig(Frozen):
     """Supervised fine-tuning of the policy; `num_steps: 0` uses the checkpoint as it is."""
 
@@ -106,6 +127,8 @@ class PreparePolicyConfig(Frozen):
     batch_size: Count = 64
     max_tokens_per_micro_batch: Count = 8192
     max_length: Count = 1024
+    lora: LoRAConfig | None = None
+    """Train adapters; the result holds them merged."""
     optimiser: OptimiserConfig = OptimiserConfig(learning_rate=2e-5)
     eval_every: Count = 100
     checkpoint_every: Count = 100
@@ -232,6 +255,8 @@ class RewardTrainingConfig(Frozen):
     backbone_dtype: Literal["float32", "bfloat16"] = "float32"
     trainable_layers: Annotated[int, Field(ge=0)] | None = None
     """Train only the last n transformer layers (and the final norm); None trains all, 0 freezes the backbone."""
+    lora: LoRAConfig | None = None
+    """Train adapters of the backbone; the checkpoint holds them merged."""
     vrm: VRMHeadConfig = VRMHeadConfig()
     ensemble: EnsembleConfig = EnsembleConfig()
     loss: VariationalLossConfig = VariationalLossConfig()
@@ -247,6 +272,11 @@ class RewardTrainingConfig(Frozen):
     eval_every: Count = 50
     max_eval_pairs: Count = 2048
     checkpoint_every: Count = 50
+
+    @model_validator(mode="after")
+    def _one_way_to_train_less(self) -> RewardTrainingConfig:
+        _require_one_way_to_train_less(self.trainable_layers, self.lora)
+        return self
 
     @model_validator(mode="after")
     def _head_has_what_is_asked_of_it(self) -> RewardTrainingConfig:
@@ -333,6 +363,8 @@ class PPOConfig(Frozen):
     lcb_coefficient: NonNegative = 1.0
     """lcb subtracts this many posterior standard deviations before the z-score."""
     reward_clip: Positive | None = 5.0
+    whiten_rewards: bool = False
+    """Divide the token rewards, KL included, by their standard deviation over the batch; their mean stays."""
     no_stop_penalty: NonNegative = 1.0
     """Subtracted, after scaling, from responses cut at the length limit."""
     overlong_buffer: Fraction = 0.0
@@ -344,7 +376,24 @@ class PPOConfig(Frozen):
     critic: Literal["separate", "value_head"] = "separate"
     """"separate": a critic with its own backbone, initialised from the reward model's.
     "value_head": a scalar head on the policy's trunk. Read only where `advantages` is "gae"."""
+    critic_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps at the beginning that train a separate critic alone, so that the policy's first advantages mean something;
+    they are part of `num_steps`."""
     trainable_layers: Annotated[int, Field(ge=0)] | None = None
+    """As in reward_training; of the policy and of a separate critic."""
+    lora: LoRAConfig | None = None
+    """Train adapters of the policy and of a separate critic. The reference is then the policy with its adapters off,
+    no second model; results and rollout engines hold the adapters merged."""
+
+    @model_validator(mode="after")
+    def _one_way_to_train_less(self) -> PPOConfig:
+        _require_one_way_to_train_less(self.trainable_layers, self.lora)
+        if self.lora is not None and self.lora.dropout:
+            raise ValueError(
+                f"lora.dropout = {self.lora.dropout:g}: with dropout the probability ratio of an unchanged policy is "
+                "not 1, and the clipping would act on noise; set it to 0"
+            )
+        return self
 
     @property
     def trains_a_critic(self) -> bool:
@@ -357,6 +406,20 @@ class PPOConfig(Frozen):
     @property
     def upper_clip_range(self) -> float:
         return self.clip_range if self.clip_range_high is None else self.clip_range_high
+
+    @model_validator(mode="after")
+    def _what_is_asked_of_critic_and_token_rewards_exists(self) -> PPOConfig:
+        if self.critic_warmup_steps and not (self.trains_a_critic and self.critic == "separate"):
+            raise ValueError(
+                f"critic_warmup_steps = {self.critic_warmup_steps} trains a critic of its own, but critic = "
+                f"{self.critic!r} and advantages = {self.advantages!r}; it needs critic 'separate' and advantages 'gae'"
+            )
+        if self.whiten_rewards and self.advantages not in ("gae", "rewards_to_go"):
+            raise ValueError(
+                f"whiten_rewards scales the rewards of tokens, but advantages = {self.advantages!r} compares whole "
+                "responses; set it to false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _clip_range_was_set_as_a_pair(self) -> PPOConfig:

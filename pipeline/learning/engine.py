@@ -23,6 +23,7 @@ CHECKPOINT_FILE = "engine.pt"
 class ParameterGroup:
     """Parameters that share a peak learning rate and a weight decay."""
 
+    name: str
     parameters: tuple[nn.Parameter, ...]
     learning_rate: float
     weight_decay: float
@@ -43,8 +44,10 @@ class TrainEngine(Protocol):
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Adds the gradient of a scalar loss; `last` marks the final micro-batch of the step."""
 
-    def step(self, learning_rate_factor: float) -> float:
+    def step(self, learning_rate_factor: float, *, resting: str | None = None) -> float:
         """Clips, steps, zeroes gradients. Each group's peak learning rate is scaled by the factor.
+
+        The groups named `resting` stay as they are; no gradient may have reached them.
 
         Returns the global gradient norm before clipping; raises NumericsError when it is not finite.
         """
@@ -56,7 +59,7 @@ class TrainEngine(Protocol):
         """The whole model on the CPU of rank 0; empty elsewhere. Collective."""
 
     def save(self, directory: str) -> None:
-        """Writes everything a resumed run needs. Collective."""
+        """Writes what a resumed run cannot read elsewhere: frozen parameters are where it began. Collective."""
 
     def load(self, directory: str) -> None:
         """Restores what `save` wrote. Collective."""
@@ -84,7 +87,7 @@ class TorchEngine:
         self.device = torch.device(device)
         self.dtype = dtype
         self.module = module.to(self.device)
-        self.peak_learning_rates = [group.learning_rate for group in groups]
+        self.groups = tuple(groups)
         self.max_grad_norm = max_grad_norm
         self.optimiser = torch.optim.AdamW(
             [
@@ -101,12 +104,11 @@ class TorchEngine:
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()
 
-    def step(self, learning_rate_factor: float) -> float:
+    def step(self, learning_rate_factor: float, *, resting: str | None = None) -> float:
         parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
         require_finite_norm(norm)
-        for group, peak in zip(self.optimiser.param_groups, self.peak_learning_rates, strict=True):
-            group["lr"] = peak * learning_rate_factor
+        set_learning_rates(self.optimiser, self.groups, learning_rate_factor, resting=resting)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         return norm
@@ -119,20 +121,34 @@ class TorchEngine:
 
     def save(self, directory: str) -> None:
         os.makedirs(directory, exist_ok=True)
-        state = {"module": self.module.state_dict(), "optimiser": self.optimiser.state_dict()}
+        frozen = frozen_names(self.module)
+        trained = {name: tensor for name, tensor in self.module.state_dict().items() if name not in frozen}
+        state = {"module": trained, "optimiser": self.optimiser.state_dict()}
         torch.save(state, os.path.join(directory, CHECKPOINT_FILE))
 
     def load(self, directory: str) -> None:
         path = os.path.join(directory, CHECKPOINT_FILE)
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
-            self.module.load_state_dict(state["module"])
+            frozen = {name: t for name, t in self.module.state_dict().items() if name in frozen_names(self.module)}
+            self.module.load_state_dict(frozen | state["module"])
             self.optimiser.load_state_dict(state["optimiser"])
         except (FileNotFoundError, KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"{path} does not restore this model: {error}. "
                 "Was the recipe's model changed? Use another workspace, or delete this checkpoint."
             ) from error
+
+
+def set_learning_rates(optimiser: Any, groups: Sequence[ParameterGroup], factor: float, *, resting: str | None) -> None:
+    """Those of the next step; at a rate of 0 weight decay moves nothing either."""
+    for own, group in zip(optimiser.param_groups, groups, strict=True):
+        own["lr"] = 0.0 if group.name == resting else group.learning_rate * factor
+
+
+def frozen_names(module: nn.Module) -> set[str]:
+    """Parameters that do not train."""
+    return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 
 def require_finite_norm(norm: float) -> None:

@@ -12,6 +12,7 @@ from pipeline.learning.reward_alarms import check_alarms
 from pipeline.learning.reward_diagnostics import reward_diagnostics
 from pipeline.learning.schedule import learning_rate_factor, warmup_factor
 from pipeline.learning.shards import MicroBatch, Rows, Sums, own_micro_batches
+from pipeline.models.lora import merged
 from pipeline.models.packing import pack
 from pipeline.models.reward_heads import GateHead, RegressionHead, RewardOutput, VRMHead
 from pipeline.models.reward_model import RewardModelCard, save_reward_model
@@ -143,7 +144,7 @@ class RewardModelTrainer:
         if self.engine.rank == 0:
             save_reward_model(
                 directory,
-                state_dict=state,
+                state_dict=merged(state, self.engine.module),
                 backbone_config=self.backbone_config.to_dict(),
                 tokenizer=self.tokenizer,
                 card=self.card,

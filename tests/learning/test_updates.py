@@ -26,7 +26,7 @@ class ShardOfMany(TorchEngine):
         super().__init__(*args, **kwargs)
         self.rank, self.world_size = rank, world_size
 
-    def step(self, learning_rate_factor):
+    def step(self, learning_rate_factor, *, resting=None):
         return 0.0
 
 
