@@ -45,6 +45,9 @@ ATTEMPTS = 6
 BUSY = {429, 503}
 FAILED = {500, 502, 504}
 
+SWAP_PAUSE_S = 0.5
+"""Between two looks at whether a new model has been rolled in everywhere."""
+
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 30.0
 CONNECT_S = 10.0
 
@@ -185,13 +188,17 @@ class VRMScorer:
         if len(bodies) == 1:
             return merge([ask(bodies[0])])
         with ThreadPoolExecutor(self._settings.concurrency) as threads:
-            calls = [threads.submit(ask, body) for body in bodies]
-            try:
-                return merge([call.result() for call in calls])
-            except BaseException:
-                for call in calls:
-                    call.cancel()
-                raise
+            while True:
+                calls = [threads.submit(ask, body) for body in bodies]
+                try:
+                    answers = [call.result() for call in calls]
+                except BaseException:
+                    for call in calls:
+                        call.cancel()
+                    raise
+                if agree(answers):
+                    return merge(answers)
+                time.sleep(min(SWAP_PAUSE_S, max(0.0, ends - time.monotonic())))
 
     def compare(self, prompt: Prompt, a: str, b: str) -> CompareAnswer:
         """P(a > b), and because of what."""
@@ -275,12 +282,16 @@ class AsyncVRMScorer:
             async with room:
                 return await self._ask("POST", "/v1/score", ScoreManyAnswer, body, deadline_s=ends - time.monotonic())
 
-        calls = [asyncio.ensure_future(ask(body)) for body in bodies]
-        try:
-            return merge(await asyncio.gather(*calls))
-        finally:
-            for call in calls:
-                call.cancel()
+        while True:
+            calls = [asyncio.ensure_future(ask(body)) for body in bodies]
+            try:
+                answers = await asyncio.gather(*calls)
+            finally:
+                for call in calls:
+                    call.cancel()
+            if agree(answers):
+                return merge(answers)
+            await asyncio.sleep(min(SWAP_PAUSE_S, max(0.0, ends - time.monotonic())))
 
     async def compare(self, prompt: Prompt, a: str, b: str) -> CompareAnswer:
         """P(a > b), and because of what."""
@@ -350,19 +361,15 @@ def plan_requests(prompts: Sequence[Prompt], responses: Sequence[str], batch_siz
     ]
 
 
-def merge(answers: Sequence[ScoreManyAnswer]) -> ScoreAnswer:
-    """The scores of a call's requests, in order.
+def agree(answers: Sequence[Answer]) -> bool:
+    """Whether one model gave them all. Scores of two cannot be compared, so a call that saw a swap asks again."""
+    return len({answer.model_fingerprint for answer in answers}) == 1
 
-    Raises:
-        WorkerError: the service changed its model in between; such scores cannot be compared.
-    """
-    fingerprints = sorted({answer.model_fingerprint for answer in answers})
-    if len(fingerprints) > 1:
-        raise WorkerError(
-            f"the service changed its model during the call ({' and '.join(f[:12] for f in fingerprints)}). Ask again."
-        )
+
+def merge(answers: Sequence[ScoreManyAnswer]) -> ScoreAnswer:
+    """The scores of a call's requests, in order; they `agree`."""
     scores = [score for answer in answers for item in answer.items for score in item]
-    return ScoreAnswer(model_fingerprint=fingerprints[0], scores=scores)
+    return ScoreAnswer(model_fingerprint=answers[0].model_fingerprint, scores=scores)
 
 
 def _batches(rows: Sequence[tuple[Any, str]], batch_size: int) -> Iterator[list[tuple[Any, str]]]:

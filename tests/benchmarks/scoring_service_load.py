@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import json
 import logging
+import math
 import multiprocessing
 import random
 import statistics
@@ -257,7 +258,7 @@ def random_model(directory: str) -> str:
 
 def percentile(values: Sequence[float], q: float) -> float:
     """The smallest value that a share q of them does not exceed."""
-    return sorted(values)[max(0, -(-int(q * 1000) * len(values) // 1000) - 1)]
+    return sorted(values)[math.ceil(q * len(values)) - 1]
 
 
 def report(result: dict, options: argparse.Namespace) -> None:
@@ -265,12 +266,9 @@ def report(result: dict, options: argparse.Namespace) -> None:
     direct = statistics.median(result["responses_per_s"]["direct"])
     print(f"\n{options.rows} responses a request, {options.per_prompt} a prompt, {options.callers} callers, ", end="")
     print(f"{options.threads} threads; median of {options.rounds} rounds of {options.seconds:g} s")
-    print(
-        f"floor: {floor['gflop_per_response']:.3f} GFLOP a response (matrix products with weights, prompts shared), ",
-        end="",
-    )
-    print(f"{1e3 * floor['gflop_per_response'] / floor['product_gflop_per_s']:.2f} ms at the ", end="")
-    print(f"{floor['product_gflop_per_s']:.0f} GFLOP/s of a large product; direct takes {1e3 / direct:.2f} ms\n")
+    flops, peak = floor["gflop_per_response"], floor["product_gflop_per_s"]
+    print(f"floor: {flops:.3f} GFLOP a response (products with weights, prompts shared), {1e3 * flops / peak:.2f} ms")
+    print(f"at the {peak:.0f} GFLOP/s of a large product; the direct forward takes {1e3 / direct:.2f} ms\n")
     print(f"{'':<10}{'responses/s':>14}{'of direct':>12}{'rounds':>30}")
     for name, rates in result["responses_per_s"].items():
         rounds = " ".join(f"{rate:.0f}" for rate in rates)

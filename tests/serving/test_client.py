@@ -15,10 +15,8 @@ from pipeline.serving.client import (
     Send,
     VRMScorer,
     exchange,
-    merge,
     plan_requests,
 )
-from pipeline.serving.protocol import ScoreManyAnswer
 
 URL = "http://vrm"
 
@@ -197,10 +195,15 @@ def test_long_texts_make_small_requests():
     assert [len(body["items"][0]["responses"]) for body in bodies] == [2, 1]
 
 
-def test_scores_of_two_models_are_not_mixed():
-    answers = [ScoreManyAnswer(model_fingerprint=name, items=[]) for name in ("old", "new")]
-    with pytest.raises(WorkerError, match="changed its model"):
-        merge(answers)
+@pytest.mark.parametrize("scores", [sync_scores, async_scores])
+def test_scores_of_two_models_are_not_mixed(scores):
+    """The service swaps its model between the two requests of a call, and the call is asked once more."""
+    old = httpx.Response(200, json={"model_fingerprint": "01d", "items": [[scored(-1.0)]]})
+    service = Service(old)
+    answer = scores(service, ["hi", "you"], ["a", "bc"], batch_size=1, concurrency=1)
+    assert answer.model_fingerprint == "f00d"
+    assert [score.reward for score in answer.scores] == [1.0, 2.0]
+    assert len(service.requests) == 4
 
 
 def test_another_server_is_recognised():
