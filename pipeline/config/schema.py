@@ -520,7 +520,8 @@ class ScoringConfig(Frozen):
     threads_per_replica: Count | None = None
     """As `threads_per_rank`."""
     max_tokens_per_batch: Count = 16384
-    batch_wait_s: NonNegative = 0.01
+    batch_wait_s: NonNegative = 0.0
+    """How long an idle replica waits for company. What arrives while it scores shares its next batch anyhow."""
     max_batch_size: Count = 64
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """HTTP port on localhost; 0 serves the Ray handle only."""
