@@ -67,6 +67,8 @@ def serve_until_interrupted(options: argparse.Namespace) -> None:
         "token": None if options.no_token else service_token(),
     }
     swap_asked = threading.Event()
+    # Serve replaces an HTTP proxy that missed three checks; by default it checks every 10 s.
+    os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
     # The cluster of RAY_ADDRESS, or one of its own: Serve itself would look for whatever ran here last.
     with open_cluster(ClusterConfig(object_store_gib=0.5), ()):
         try:

@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--model", help="result directory of train_reward_model; default: a random one")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each contestant and round, and each open loop")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=64, help="responses per request")
+    parser.add_argument("--rows", type=int, default=32, help="responses per request")
     parser.add_argument("--per-prompt", type=int, default=4, help="responses per prompt")
     parser.add_argument("--prompt-words", type=int, default=100, help="on average; uniform between half and 3/2 of it")
     parser.add_argument("--response-words", type=int, default=150)
@@ -228,9 +228,7 @@ def words_of(model: str) -> list[str]:
 
 def random_model(directory: str) -> str:
     tokenizer = build_tokenizer()
-    shape = TinyModelConfig(
-        hidden_size=256, num_layers=4, num_heads=4, num_kv_heads=2, intermediate_size=768, max_positions=1024
-    )
+    shape = TinyModelConfig(max_positions=1024)
     language_model = create_tiny_causal_lm(shape, tokenizer, seed=0)
     model = RewardModel(
         language_model.base_model, make_head("vrm", shape.hidden_size, len(OBJECTIVES), VRMHeadConfig())
