@@ -324,7 +324,7 @@ def test_a_killed_process_costs_its_callers_nothing_but_time(service, reward_mod
         whole_after_s = load.wait_for_answer(asked_after=time.monotonic())
     record_property("whole_after_s", whole_after_s)
     assert not load.troubles
-    assert whole_after_s < 60
+    assert whole_after_s < SETTINGS["start_s"]  # most of it a replica's start, on a machine that does much else
     [successor] = processes(process)
     assert successor.pid != victim.pid
 

@@ -6,7 +6,8 @@ Closed loop: batch requests from a few callers who wait for their answers give r
 the handle; the direct forward, in a process of its own with as many threads, takes turns with them. Open loop: requests
 arrive at random (Poisson) at 50% and 90% of what was measured, and a latency runs from the moment a request was due,
 not from when a slow service let it in. No text is asked twice, so no cache helps. Prints tables and the floor: FLOPs of
-the matrix products, and the seconds they take at the speed of a large product on as many threads. `--json` keeps all.
+the matrix products, and the seconds they take at the speed of a large product on as many threads. CPU time per response
+says where time goes, and holds on a machine that others use too. `--json` keeps all.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 
+import psutil
 import torch
 from ray import serve
 
@@ -42,6 +44,8 @@ NAME = "load"
 QUANTILES = (0.5, 0.95, 0.99)
 
 Rows = tuple[list[tuple[Message, ...]], list[str]]
+Road = Callable[[], Awaitable[None]]
+"""Asks once."""
 
 
 @dataclass(frozen=True)
@@ -133,13 +137,19 @@ async def take_turns(model: str, direct: Connection, options: argparse.Namespace
         for road in roads.values():
             await closed_loop(road, options, seconds=2.0)
         rates: dict[str, list[float]] = {"direct": [], **{name: [] for name in roads}}
+        cpu_ms: dict[str, dict[str, list[float]]] = {"direct": {"model": []}, **{name: {} for name in roads}}
         floor = {}
         for _ in range(options.rounds):
             direct.send(options.seconds)
             floor = await asyncio.to_thread(direct.recv)
             rates["direct"].append(floor.pop("responses_per_s"))
+            cpu_ms["direct"]["model"].append(floor.pop("cpu_ms"))
             for name, road in roads.items():
-                rates[name].append(await closed_loop(road, options, options.seconds))
+                before = cpu_seconds()
+                rate, answered = await closed_loop(road, options, options.seconds)
+                rates[name].append(rate)
+                for role, seconds in cpu_seconds().items():
+                    cpu_ms[name].setdefault(role, []).append(1e3 * (seconds - before[role]) / answered)
         latencies = []
         for load in (0.5, 0.9):
             for name, road in roads.items():
@@ -147,11 +157,13 @@ async def take_turns(model: str, direct: Connection, options: argparse.Namespace
                 taken = await open_loop(road, per_s, options.seconds * options.rounds)
                 points = [1e3 * percentile(taken, q) for q in QUANTILES]
                 latencies.append(asdict(Latencies(name, load, len(taken), *points)))
-    return {"responses_per_s": rates, "latencies": latencies, "floor": floor}
+    return {"responses_per_s": rates, "cpu_ms_per_response": cpu_ms, "latencies": latencies, "floor": floor}
 
 
-async def closed_loop(road: Callable[[], Awaitable[None]], options: argparse.Namespace, seconds: float) -> float:
-    """Responses per second, when every caller asks again as soon as it was answered."""
+async def closed_loop(
+    road: Callable[[], Awaitable[None]], options: argparse.Namespace, seconds: float
+) -> tuple[float, int]:
+    """Responses per second, and responses, when every caller asks again as soon as it was answered."""
     began = time.perf_counter()
     answered = 0
 
@@ -162,10 +174,20 @@ async def closed_loop(road: Callable[[], Awaitable[None]], options: argparse.Nam
             answered += options.rows
 
     await asyncio.gather(*(caller() for _ in range(options.callers)))
-    return answered / (time.perf_counter() - began)
+    return answered / (time.perf_counter() - began), answered
 
 
-async def open_loop(road: Callable[[], Awaitable[None]], per_s: float, seconds: float) -> list[float]:
+def cpu_seconds() -> dict[str, float]:
+    """Used so far by the replica, the HTTP proxy and this process, which asks."""
+    used = {"model": 0.0, "proxy": 0.0, "caller": time.process_time()}
+    for process in psutil.Process().children(recursive=True):
+        for role, title in (("model", "ray::ServeRepli"), ("proxy", "ray::ProxyActor")):
+            if process.name().startswith(title):
+                used[role] += process.cpu_times().user + process.cpu_times().system
+    return used
+
+
+async def open_loop(road: Road, per_s: float, seconds: float) -> list[float]:
     """Seconds from when each request was due to its answer."""
     taken: list[float] = []
     began = time.perf_counter()
@@ -201,13 +223,14 @@ def score_directly(pipe: Connection, model: str, options: argparse.Namespace) ->
     peak = product_flops_per_s()
     while True:
         seconds = pipe.recv()
-        answered, began = 0, time.perf_counter()
+        answered, began, cpu_began = 0, time.perf_counter(), time.process_time()
         while time.perf_counter() - began < seconds:
             answered += len(scorer.score(*texts.rows()))
+        cpu_ms = 1e3 * (time.process_time() - cpu_began) / answered
         rate = answered / (time.perf_counter() - began)
         gflop = 2 * weights * per_request / options.rows / 1e9
         measured = {"gflop_per_response": gflop, "gflop_per_s": gflop * rate, "product_gflop_per_s": peak / 1e9}
-        pipe.send({"responses_per_s": rate, **measured})
+        pipe.send({"responses_per_s": rate, "cpu_ms": cpu_ms, **measured})
 
 
 def product_flops_per_s(size: int = 1024) -> float:
@@ -267,10 +290,14 @@ def report(result: dict, options: argparse.Namespace) -> None:
     flops, peak = floor["gflop_per_response"], floor["product_gflop_per_s"]
     print(f"floor: {flops:.3f} GFLOP a response (products with weights, prompts shared), {1e3 * flops / peak:.2f} ms")
     print(f"at the {peak:.0f} GFLOP/s of a large product; the direct forward takes {1e3 / direct:.2f} ms\n")
-    print(f"{'':<10}{'responses/s':>14}{'of direct':>12}{'rounds':>30}")
+    print(f"{'':<10}{'responses/s':>14}{'of direct':>12}{'rounds':>24}   CPU ms a response")
     for name, rates in result["responses_per_s"].items():
         rounds = " ".join(f"{rate:.0f}" for rate in rates)
-        print(f"{name:<10}{statistics.median(rates):>14.1f}{statistics.median(rates) / direct:>12.1%}{rounds:>30}")
+        used = {role: statistics.median(all_ms) for role, all_ms in result["cpu_ms_per_response"][name].items()}
+        print(
+            f"{name:<10}{statistics.median(rates):>14.1f}{statistics.median(rates) / direct:>12.1%}{rounds:>24}", end=""
+        )
+        print("   " + ", ".join(f"{role} {ms:.2f}" for role, ms in used.items()))
     print(f"\n{'':<10}{'load':>8}{'requests':>10}{'p50 ms':>10}{'p95 ms':>10}{'p99 ms':>10}")
     for row in result["latencies"]:
         print(f"{row['road']:<10}{row['load']:>8.0%}{row['requests']:>10}", end="")
