@@ -613,13 +613,23 @@ class RolloutConfig(Frozen):
 class ScoringConfig(Frozen):
     """The VRM scoring service on Ray Serve."""
 
-    replicas: Count = 1
+    replicas: Annotated[int, Field(ge=0)] = 1
+    """With `max_replicas`, the fewest; 0 lets the service sleep, and its next request waits for a replica to start."""
+    max_replicas: Count | None = None
+    """Replicas follow the queue up to this many; None keeps their number fixed."""
+    requests_per_replica: Positive = 4.0
+    """With `max_replicas`: requests waiting or in work for which another replica starts."""
+    upscale_delay_s: NonNegative = 5.0
+    """How long the queue must ask for more replicas before they start; the first one starts at once."""
+    downscale_delay_s: NonNegative = 300.0
+    """How long the queue must do with fewer replicas before they end."""
     cpus_per_replica: NonNegative = 1.0
     gpus_per_replica: NonNegative = 0.0
     threads_per_replica: Count | None = None
     """As `threads_per_rank`."""
     max_tokens_per_batch: Count = 16384
-    batch_wait_s: NonNegative = 0.01
+    batch_wait_s: NonNegative = 0.0
+    """How long an idle replica waits for company. What arrives while it scores shares its next batch anyhow."""
     max_batch_size: Count = 64
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """HTTP port on localhost; 0 serves the Ray handle only."""
@@ -630,6 +640,14 @@ class ScoringConfig(Frozen):
     """Per replica; beyond it, HTTP requests are refused with 429 and Retry-After."""
     cache_entries: Annotated[int, Field(ge=0)] = 65536
     """Scores that a replica remembers for HTTP requests, about 1 KB each; 0 remembers none."""
+
+    @model_validator(mode="after")
+    def _replicas_fit(self) -> ScoringConfig:
+        if self.max_replicas is None and self.replicas == 0:
+            raise ValueError("replicas=0 serves nobody; set max_replicas too, and a request starts a replica")
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas={self.max_replicas} is less than replicas={self.replicas}")
+        return self
 
 
 class DeadlinesConfig(Frozen):

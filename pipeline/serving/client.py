@@ -39,13 +39,17 @@ from pipeline.serving.protocol import (
 Prompt = str | Sequence[Message]
 """The words of one user, or every turn up to where the assistant speaks."""
 
-ATTEMPTS = 6
-"""How often a service that cannot be reached, or that failed, is asked. A busy one is asked until the deadline."""
+PATIENCE_S = 60.0
+"""How long a service that cannot be reached, or that fails, is asked: Ray Serve replaces a dead HTTP proxy within 40 s,
+a dead replica sooner. A busy one is asked until the deadline."""
 
 BUSY = {429, 503}
 FAILED = {500, 502, 504}
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 30.0
+SWAP_PAUSE_S = 0.5
+"""Between two looks at whether a new model has been rolled in everywhere."""
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0
 CONNECT_S = 10.0
 
 BATCH_BYTES = 4 * 2**20
@@ -90,11 +94,12 @@ def exchange(
     Raises:
         ConfigError: the token is wrong.
         DataError: the service refuses the question.
-        WorkerError: it could not be reached, or failed, `ATTEMPTS` times.
+        WorkerError: it could not be reached, or failed, for `PATIENCE_S`.
         DeadlineExceeded: no answer after `deadline_s`.
     """
     ends = clock() + deadline_s
-    pause_s, failures, trouble = FIRST_PAUSE_S, 0, "it was not asked yet"
+    pause_s, trouble = FIRST_PAUSE_S, "it was not asked yet"
+    failing_since: float | None = None
     while (left := ends - clock()) > 0:
         outcome = yield Send(left)
         at_least_s = 0.0
@@ -107,12 +112,16 @@ def exchange(
             if outcome.status_code not in BUSY | FAILED:
                 raise DataError(f"{url} refuses the request ({trouble})")
             at_least_s = _retry_after_s(outcome)
-            failures += outcome.status_code in FAILED
         else:
             trouble = repr(outcome)
-            failures += 1
-        if failures >= ATTEMPTS:
-            raise WorkerError(f"{url} failed {failures} times, at last with {trouble}. Is the service running there?")
+        if isinstance(outcome, httpx.Response) and outcome.status_code in BUSY:
+            failing_since = None
+        elif failing_since is None:
+            failing_since = clock()
+        elif clock() - failing_since >= PATIENCE_S:
+            raise WorkerError(
+                f"{url} failed for {PATIENCE_S:g} s, at last with {trouble}. Is the service running there?"
+            )
         wait_s = at_least_s + uniform(0.0, pause_s)
         if clock() + wait_s >= ends:
             break
@@ -212,13 +221,17 @@ class VRMScorer:
         if len(questions) == 1:
             return merge([self._ask(questions[0])])
         with ThreadPoolExecutor(self._settings.concurrency) as threads:
-            calls = [threads.submit(self._ask, question, ends) for question in questions]
-            try:
-                return merge([call.result() for call in calls])
-            except BaseException:
-                for call in calls:
-                    call.cancel()
-                raise
+            while True:
+                calls = [threads.submit(self._ask, question, ends) for question in questions]
+                try:
+                    answers = [call.result() for call in calls]
+                except BaseException:
+                    for call in calls:
+                        call.cancel()
+                    raise
+                if agree(answers):
+                    return merge(answers)
+                time.sleep(min(SWAP_PAUSE_S, max(0.0, ends - time.monotonic())))
 
     def compare(self, prompt: Prompt, a: str, b: str) -> CompareAnswer:
         """P(a > b), and because of what."""
@@ -287,12 +300,16 @@ class AsyncVRMScorer:
             async with room:
                 return await self._ask(question, ends)
 
-        calls = [asyncio.ensure_future(ask(question)) for question in questions]
-        try:
-            return merge(await asyncio.gather(*calls))
-        finally:
-            for call in calls:
-                call.cancel()
+        while True:
+            calls = [asyncio.ensure_future(ask(question)) for question in questions]
+            try:
+                answers = await asyncio.gather(*calls)
+            finally:
+                for call in calls:
+                    call.cancel()
+            if agree(answers):
+                return merge(answers)
+            await asyncio.sleep(min(SWAP_PAUSE_S, max(0.0, ends - time.monotonic())))
 
     async def compare(self, prompt: Prompt, a: str, b: str) -> CompareAnswer:
         return await self._ask(comparison(prompt, a, b))
@@ -357,19 +374,15 @@ def plan_requests(
     return [Question("POST", "/v1/score", ScoreManyAnswer, body) for body in bodies]
 
 
-def merge(answers: Sequence[ScoreManyAnswer]) -> ScoreAnswer:
-    """The scores of a call's requests, in order.
+def agree(answers: Sequence[Answer]) -> bool:
+    """Whether one model gave them all. Scores of two cannot be compared, so a call that saw a swap asks again."""
+    return len({answer.model_fingerprint for answer in answers}) == 1
 
-    Raises:
-        WorkerError: the service changed its model in between; such scores cannot be compared.
-    """
-    fingerprints = sorted({answer.model_fingerprint for answer in answers})
-    if len(fingerprints) > 1:
-        raise WorkerError(
-            f"the service changed its model during the call ({' and '.join(f[:12] for f in fingerprints)}). Ask again."
-        )
+
+def merge(answers: Sequence[ScoreManyAnswer]) -> ScoreAnswer:
+    """The scores of a call's requests, in order; they `agree`."""
     scores = [score for answer in answers for item in answer.items for score in item]
-    return ScoreAnswer(model_fingerprint=fingerprints[0], scores=scores)
+    return ScoreAnswer(model_fingerprint=answers[0].model_fingerprint, scores=scores)
 
 
 def _batches(rows: Sequence[tuple[Any, str]], batch_size: int) -> Iterator[list[tuple[Any, str]]]:
