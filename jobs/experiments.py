@@ -23,7 +23,7 @@ from cluster.resources import Demand, StageDemand, as_table
 from jobs.command_line import BAD_INPUT, place
 from pipeline.config.load import load_recipe
 from pipeline.config.schema import Recipe
-from pipeline.errors import CorruptManifest, PipelineError, WorkerError
+from pipeline.errors import ConfigError, CorruptManifest, PipelineError, WorkerError
 from pipeline.experiments.grid import EXPERIMENTS, Run, plan_runs
 from pipeline.stages import storage
 
@@ -35,15 +35,25 @@ Compute = Callable[[Sequence[Run]], Iterable[tuple[int, "dict[str, Any] | Pipeli
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Options and overrides."""
+    """Options and overrides, which may stand anywhere, behind the seeds too.
+
+    Raises:
+        ConfigError: a seed is no number.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=sorted(EXPERIMENTS))
     parser.add_argument("--recipe", default="experiments_tiny", help="a name in jobs/recipes, or a path to a .yaml")
     parser.add_argument("--out", required=True, help="directory for results; several experiments may share it")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"], metavar="SEED", help="0 1 2")
     parser.add_argument("--dry-run", action="store_true", help="print the runs and what each of them holds, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="of the recipe")
-    return parser.parse_intermixed_args(arguments)
+    asked = parser.parse_intermixed_args(arguments)
+    asked.overrides += [word for word in asked.seeds if "=" in word]  # argparse takes them for seeds
+    seeds = [word for word in asked.seeds if "=" not in word]
+    if not all(word.isdecimal() for word in seeds):
+        raise ConfigError(f"--seeds {' '.join(seeds)}: seeds are whole numbers from 0, as in --seeds 0 1 2")
+    asked.seeds = [int(word) for word in seeds]
+    return asked
 
 
 def demand_of(recipe: Recipe) -> Demand:
@@ -175,8 +185,8 @@ def run_experiment(asked: argparse.Namespace, compute: Compute) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    asked = parse(arguments)
     try:
+        asked = parse(arguments)
         print(run_experiment(asked, compute_on_the_cluster))
     except PipelineError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
