@@ -24,7 +24,7 @@ import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 from safetensors.torch import load_file
 
-from actors.rank_group import RankGroup
+from actors.rank_group import RankGroup, gather
 from actors.ranked_learner import RankedPolicyLearner
 from actors.rollout_pool import RolloutPool
 from actors.vrm_service import start_service, stop_service
@@ -32,6 +32,7 @@ from pipeline.config.schema import DeadlinesConfig, RanksConfig, RolloutConfig, 
 from pipeline.data.chat import decode_response
 from pipeline.data.planted import build_tokenizer
 from pipeline.data.prompts import PromptStream
+from pipeline.errors import DeadlineExceeded
 from pipeline.learning.engine import TorchEngine
 from pipeline.learning.experience import RewardScale
 from pipeline.loops.alignment import align
@@ -91,6 +92,26 @@ def test_a_driver_that_dies_in_a_save_or_finds_the_disk_full_resumes_behind_the_
         assert again.loaded == [SECOND_SAVE - 1, SECOND_SAVE, SECOND_SAVE + 1, SECOND_SAVE + 2, SECOND_SAVE + 3]
         assert_bit_equal(weights(place / "result"), weights(tmp_path / "whole" / "result"))
         assert [row["step"] for row in read_metrics(place / METRICS_FILE)] == list(range(6))
+
+
+# ------------------------------------------------------------------ a hang
+
+
+class Sleepwalker:
+    def pid(self):
+        return os.getpid()
+
+
+def test_a_rank_that_hangs_is_named_with_what_it_was_doing_and_for_how_long(local_ray):
+    ranks = [ray.remote(Sleepwalker).options(num_cpus=0.1).remote() for _ in range(2)]
+    _, hanging = ray.get([rank.pid.remote() for rank in ranks], timeout=120)
+    os.kill(hanging, signal.SIGSTOP)
+    started = time.monotonic()
+    with pytest.raises(DeadlineExceeded, match=r"PPO learner: updating at step 3 did not end within 3 s on \[1\] of 2"):
+        gather([rank.pid.remote() for rank in ranks], who="PPO learner", doing="updating at step 3", deadline_s=3)
+    assert time.monotonic() - started < 30
+    for rank in ranks:
+        ray.kill(rank)
 
 
 # ------------------------------------------------------------------ everybody else
