@@ -168,7 +168,7 @@ class RolloutPool:
 
     def _join(self, worker: Worker, wanted: int) -> None:
         try:
-            ray.get(worker.started)
+            ray.get(worker.started, timeout=self._deadlines.start_s)
         except (RayActorError, RayTaskError) as error:
             # The run goes on with the workers it has: a request from outside must not end it.
             self._given_up = wanted

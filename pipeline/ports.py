@@ -24,6 +24,13 @@ from pipeline.records import (
 Batch = TypeVar("Batch", contravariant=True)
 
 
+class Snapshot(Protocol):
+    """What a resumed run needs, copied out of a learner that trains on."""
+
+    def write(self, uri: str) -> None:
+        """Writes a resumable checkpoint; every rank writes its part."""
+
+
 class Learner(Protocol[Batch]):
     """A model under supervised training (a reward model on pairs, a policy on texts)."""
 
@@ -36,8 +43,8 @@ class Learner(Protocol[Batch]):
     def evaluate(self, batch: Batch) -> Metrics:
         """Metrics of a held-out batch; changes nothing."""
 
-    def save(self, directory: str) -> None:
-        """Writes a resumable checkpoint; every rank writes its part."""
+    def snapshot(self) -> Snapshot:
+        """Copies the state to host memory; writing it is left to the snapshot."""
 
     def export(self, directory: str) -> None:
         """Writes the model alone, as safetensors and json."""
@@ -57,7 +64,7 @@ class PolicyLearner(Protocol):
     def publish_weights(self, version: int) -> PolicyWeights:
         """Makes the current policy readable by rollout workers, with the probes of the gate."""
 
-    def save(self, directory: str) -> None: ...
+    def snapshot(self) -> Snapshot: ...
 
     def export(self, directory: str) -> None: ...
 

@@ -22,12 +22,17 @@ SMALLEST = TinyModelConfig(
 )
 
 
-@pytest.fixture(scope="session")
-def world():
+def small_world():
+    """For processes that a test starts, too."""
     config = PlantedConfig(
         num_train_pairs=64, num_heldout_pairs=16, num_sft_texts=64, num_train_prompts=64, num_heldout_prompts=16
     )
     return PlantedWorld(config, OBJECTIVES, seed=0)
+
+
+@pytest.fixture(scope="session")
+def world():
+    return small_world()
 
 
 @pytest.fixture(scope="session")

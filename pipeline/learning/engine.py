@@ -6,17 +6,15 @@ micro-batches and over ranks; an engine never averages them.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from pipeline.errors import CheckpointError, NumericsError
-
-CHECKPOINT_FILE = "engine.pt"
+from pipeline.errors import NumericsError
+from pipeline.learning.training_state import Fragment, SavedState, Snapshot, adam_state, trained_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +56,15 @@ class TrainEngine(Protocol):
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """The whole model on the CPU of rank 0; empty elsewhere. Collective."""
 
-    def save(self, directory: str) -> None:
-        """Writes what a resumed run cannot read elsewhere: frozen parameters are where it began. Collective."""
+    def snapshot(self) -> Snapshot:
+        """Copies this rank's part of what a resumed run needs to host memory. Between steps only; not collective."""
 
     def load(self, directory: str) -> None:
-        """Restores what `save` wrote. Collective."""
+        """Restores what the snapshots of all ranks wrote, however many there were. Collective.
+
+        Raises:
+            CheckpointError: the directory holds no whole state of this model.
+        """
 
 
 class TorchEngine:
@@ -119,36 +121,25 @@ class TorchEngine:
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
 
-    def save(self, directory: str) -> None:
-        os.makedirs(directory, exist_ok=True)
-        frozen = frozen_names(self.module)
-        trained = {name: tensor for name, tensor in self.module.state_dict().items() if name not in frozen}
-        state = {"module": trained, "optimiser": self.optimiser.state_dict()}
-        torch.save(state, os.path.join(directory, CHECKPOINT_FILE))
+    def snapshot(self) -> Snapshot:
+        return Snapshot.take(self._fragments(), self._shapes(), part=self.rank, num_parts=self.world_size)
 
     def load(self, directory: str) -> None:
-        path = os.path.join(directory, CHECKPOINT_FILE)
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            frozen = {name: t for name, t in self.module.state_dict().items() if name in frozen_names(self.module)}
-            self.module.load_state_dict(frozen | state["module"])
-            self.optimiser.load_state_dict(state["optimiser"])
-        except (FileNotFoundError, KeyError, RuntimeError, ValueError) as error:
-            raise CheckpointError(
-                f"{path} does not restore this model: {error}. "
-                "Was the recipe's model changed? Use another workspace, or delete this checkpoint."
-            ) from error
+        with SavedState(directory, self._shapes()) as saved:
+            saved.restore(self._fragments())
+
+    def _fragments(self) -> Iterator[Fragment]:
+        for name, parameter in trained_parameters(self.module).items():
+            yield Fragment.of(name, 0, parameter.data.view(-1), adam_state(self.optimiser, parameter))
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(parameter.shape) for name, parameter in trained_parameters(self.module).items()}
 
 
 def set_learning_rates(optimiser: Any, groups: Sequence[ParameterGroup], factor: float, *, resting: str | None) -> None:
     """Those of the next step; at a rate of 0 weight decay moves nothing either."""
     for own, group in zip(optimiser.param_groups, groups, strict=True):
         own["lr"] = 0.0 if group.name == resting else group.learning_rate * factor
-
-
-def frozen_names(module: nn.Module) -> set[str]:
-    """Parameters that do not train."""
-    return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 
 def require_finite_norm(norm: float) -> None:

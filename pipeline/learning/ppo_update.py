@@ -17,6 +17,7 @@ from pipeline.learning.parameter_groups import POLICY
 from pipeline.learning.publishing import evaluate_probes, write_policy_weights
 from pipeline.learning.schedule import learning_rate_factor
 from pipeline.learning.shards import MicroBatch, Rows, Sums, own_micro_batches
+from pipeline.learning.training_state import Snapshot
 from pipeline.models.backbone import save_causal_lm
 from pipeline.models.critic import TokenStatistics
 from pipeline.models.lora import merged
@@ -232,8 +233,8 @@ class PPOLearner:
     def _location(self, version: int) -> Path:
         return Path(self.publish_directory) / f"policy-{version:06d}"
 
-    def save(self, directory: str) -> None:
-        self.engine.save(directory)
+    def snapshot(self) -> Snapshot:
+        return self.engine.snapshot()
 
     def export(self, directory: str) -> None:
         state = self.engine.full_state_dict()

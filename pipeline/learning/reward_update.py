@@ -12,6 +12,7 @@ from pipeline.learning.reward_alarms import check_alarms
 from pipeline.learning.reward_diagnostics import reward_diagnostics
 from pipeline.learning.schedule import learning_rate_factor, warmup_factor
 from pipeline.learning.shards import MicroBatch, Rows, Sums, own_micro_batches
+from pipeline.learning.training_state import Snapshot
 from pipeline.models.lora import merged
 from pipeline.models.packing import pack
 from pipeline.models.reward_heads import GateHead, RegressionHead, RewardOutput, VRMHead
@@ -136,8 +137,8 @@ class RewardModelTrainer:
         )
         return metrics
 
-    def save(self, directory: str) -> None:
-        self.engine.save(directory)
+    def snapshot(self) -> Snapshot:
+        return self.engine.snapshot()
 
     def export(self, directory: str) -> None:
         state = self.engine.full_state_dict()

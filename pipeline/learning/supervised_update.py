@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from pipeline.learning.engine import TrainEngine
 from pipeline.learning.schedule import learning_rate_factor
 from pipeline.learning.shards import MicroBatch, Sums, own_micro_batches
+from pipeline.learning.training_state import Snapshot
 from pipeline.models.backbone import save_causal_lm
 from pipeline.models.lora import merged
 from pipeline.models.packing import pack
@@ -63,8 +64,8 @@ class SupervisedFineTuner:
                 sums.add(micro.weight, nll=self._nll_sum(batch, micro))
         return {"eval/nll": float(sums.over_ranks(self.engine)["nll"]) / _num_response_tokens(batch)}
 
-    def save(self, directory: str) -> None:
-        self.engine.save(directory)
+    def snapshot(self) -> Snapshot:
+        return self.engine.snapshot()
 
     def export(self, directory: str) -> None:
         state = self.engine.full_state_dict()

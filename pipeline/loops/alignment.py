@@ -50,6 +50,7 @@ def align(
     gate = rollouts.load_weights(learner.publish_weights(first_step))
     with stage.metrics_log(config.num_steps, first_step) as log:
         for step in range(first_step, config.num_steps):
+            stage.checkpoints.require_sound()
             clock = Stopwatch()
             samples, ages = batches.collect(step)
             clock.lap("rollout")
@@ -89,9 +90,11 @@ def align(
             log.write(step, metrics)
             last = step + 1 == config.num_steps
             if not last and stage.is_commit_due(step, every=config.checkpoint_every):
-                learner.save(stage.checkpoints.uri(step))
-                stage.checkpoints.commit(step, state={"kl_coefficient": kl_coefficient, "metrics": metrics})
+                stage.checkpoints.save(
+                    step, learner.snapshot, state={"kl_coefficient": kl_coefficient, "metrics": metrics}
+                )
                 stage.leave_if_preempted(step)
+    stage.checkpoints.settle()
     learner.export(stage.result_uri)
     return metrics
 

@@ -361,7 +361,7 @@ def test_a_diverged_step_is_not_taken(tiny_policy, world, tokenizer):
 
 
 def test_a_checkpoint_of_another_model_is_refused(tiny_policy, world, tokenizer, tmp_path):
-    reward_trainer(tiny_policy, world, tokenizer, head="bt").save(str(tmp_path))
+    reward_trainer(tiny_policy, world, tokenizer, head="bt").snapshot().write(str(tmp_path))
     with pytest.raises(CheckpointError, match="does not restore this model"):
         reward_trainer(tiny_policy, world, tokenizer, head="vrm").restore(str(tmp_path))
 
