@@ -261,7 +261,7 @@ def scoring_application(model_uri: str, config: ScoringConfig, *, token: str | N
         max_queued_requests=4 * config.max_batch_size,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1.0),
         graceful_shutdown_timeout_s=DRAIN_S,
-        max_constructor_retry_count=1,  # a checkpoint that does not load once never will
+        max_constructor_retry_count=2,  # once may be a node that died; twice is the checkpoint
         max_surge_percent=1,  # rounded up to one replica: a new one starts before an old one ends
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
     ).bind(model_uri, config, token, deadline_s)
