@@ -297,7 +297,8 @@ class Load:
 
     def wait_for_answer(self, *, asked_after):
         """Seconds from then to the end of the first call that began later."""
-        while not self.troubles:
+        gives_up = time.monotonic() + 180
+        while not self.troubles and time.monotonic() < gives_up:
             ends = [end for began, end, _ in self.answers if began > asked_after]
             if ends:
                 return min(ends) - asked_after
@@ -376,7 +377,7 @@ def test_what_serve_build_writes_deploys_and_sleeps_while_nobody_asks(
     try:
         wait_until(lambda: serve.status().applications["built"].status == "RUNNING")
         assert replicas_of("built") == 0
-        with VRMScorer(f"{service[1]}/built", token=TOKEN, deadline_s=60) as client:
+        with VRMScorer(f"{service[1]}/built", token=TOKEN, deadline_s=120) as client:
             answer = client.score("what of the saw ?", ["do check another source ."])
         assert answer.model_fingerprint == directory_fingerprint(reward_model)
         assert replicas_of("built") == 1
@@ -390,7 +391,7 @@ def replicas_of(application):
     return sum(deployment.replica_states.values())
 
 
-def wait_until(is_so, timeout_s=60):
+def wait_until(is_so, timeout_s=120):
     ends = time.monotonic() + timeout_s
     while not is_so():
         assert time.monotonic() < ends
