@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import secrets
 import socket
 import time
@@ -45,6 +46,7 @@ ROUTE_S = 10.0
 """How long the HTTP proxy may take to learn of a new application."""
 DRAIN_S = 60.0
 """How long a replica that is to end may work on what it took on; clients ask again for what it then drops."""
+OWN_ERROR = re.compile(r"^pipeline\.errors\.(\w+: .+)$", re.MULTILINE)
 LOOK_BACK_S = 11.0
 """Over which the length of the queue is averaged. Serve samples it every 10 s and wants a longer window."""
 
@@ -314,8 +316,14 @@ def _wait_until_running(name: str, start_s: float) -> None:
 
 
 def _reason(application: ApplicationStatusOverview) -> str:
-    """Serve tells why a replica failed sometimes of the application, sometimes only of its deployment."""
+    """Serve tells why a replica failed sometimes of the application, sometimes only of its deployment.
+
+    It sends the whole traceback; when one of our errors ended it, that is what the user should read.
+    """
     told = [application.message, *(deployment.message for deployment in application.deployments.values())]
+    letters = [letter for text in told for letter in OWN_ERROR.findall(text)]
+    if letters:
+        return letters[-1]
     return "; ".join(dict.fromkeys(text.strip() for text in told if text.strip())) or "no reason given"
 
 
