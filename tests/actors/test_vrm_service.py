@@ -265,7 +265,7 @@ class Load:
 
     def __init__(self, url, world, directories, *, callers=2):
         pairs = world.heldout_pairs()
-        # Sixteen times each word of the world behind a response: too many rows to be all in the replica's memory.
+        # 1,024 rows of all lengths: a replica still has to score most of them.
         self._rows = [(p.prompt, f"{p.chosen} {n}" + " check" * n) for p in pairs for n in range(64)]
         self._url = url
         self._expected = {}
