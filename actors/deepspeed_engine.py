@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -13,10 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 from pipeline.config.schema import RanksConfig
-from pipeline.errors import CheckpointError
-from pipeline.learning.engine import ParameterGroup, require_finite_norm
-
-TAG = "state"
+from pipeline.learning.engine import ParameterGroup, require_finite_norm, set_learning_rates
+from pipeline.learning.training_state import Fragment, SavedState, Snapshot, adam_state, trained_parameters
 
 COLLECTIVE_TIMEOUT = timedelta(days=1)
 """Longer than any deadline of the driver, which sees all ranks and says what hangs; a rank only knows that it waits."""
@@ -65,7 +63,7 @@ class DeepSpeedEngine:
         self.world_size = dist.get_world_size()
         self.device = device
         self.module = module
-        self.peak_learning_rates = [group.learning_rate for group in groups]
+        self.groups = tuple(groups)
         self._zero_stage = ranks.zero_stage
         optimiser = torch.optim.AdamW(
             [
@@ -88,9 +86,8 @@ class DeepSpeedEngine:
         # DeepSpeed averages gradients over ranks; our losses are sums over the global batch. Undone here, once.
         self._engine.backward(loss * self.world_size)
 
-    def step(self, learning_rate_factor: float) -> float:
-        for group, peak in zip(self._engine.optimizer.param_groups, self.peak_learning_rates, strict=True):
-            group["lr"] = peak * learning_rate_factor
+    def step(self, learning_rate_factor: float, *, resting: str | None = None) -> float:
+        set_learning_rates(self._engine.optimizer, self.groups, learning_rate_factor, resting=resting)
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
         require_finite_norm(norm)
@@ -116,19 +113,52 @@ class DeepSpeedEngine:
                     state[name] = parameter.detach().cpu().clone()
         return state
 
-    def save(self, directory: str) -> None:
-        self._engine.save_checkpoint(directory, tag=TAG)
+    def snapshot(self) -> Snapshot:
+        return Snapshot.take(self._fragments(), self._shapes(), part=self.rank, num_parts=self.world_size)
 
     def load(self, directory: str) -> None:
-        try:
-            path, _ = self._engine.load_checkpoint(directory, tag=TAG)
-        except (RuntimeError, KeyError, AssertionError, ValueError) as error:
-            raise CheckpointError(
-                f"{directory} does not restore this model on {self.world_size} ranks: {error}. "
-                "A ZeRO checkpoint needs the number of ranks and the stage it was saved with."
-            ) from error
-        if path is None:
-            raise CheckpointError(f"{directory} holds no DeepSpeed checkpoint for {self.world_size} ranks")
+        with SavedState(directory, self._shapes()) as saved:
+            # The optimiser's own copy of the weights, of which each rank has its part, ...
+            saved.restore(self._fragments())
+            # ... and the model's, which is whole on every rank, or under ZeRO-3 scattered from the first.
+            for name, parameter in trained_parameters(self.module).items():
+                if self._zero_stage < 3:
+                    self._fill(parameter, saved, name)
+                    continue
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                    if self.rank == 0:
+                        self._fill(parameter, saved, name)
+
+    def _fill(self, parameter: nn.Parameter, saved: SavedState, name: str) -> None:
+        parameter.data.copy_(saved.read("weight", name, 0, parameter.numel()).view(parameter.shape))
+
+    def _fragments(self) -> Iterator[Fragment]:
+        """What this rank steps: ZeRO cuts flattened groups (1, 2) or each parameter (3) into equal runs and padding."""
+        zero = self._engine.optimizer
+        parameters: dict[str, Any] = dict(trained_parameters(self.module))  # to which DeepSpeed ties its own fields
+        if self._zero_stage == 3:
+            for name, parameter in parameters.items():
+                group, at, length = zero.grad_position[zero.get_param_id(parameter)]
+                start = self.rank * length
+                length = min(length, parameter.ds_numel - start)
+                if length > 0:
+                    yield self._fragment(name, start, zero.fp32_partitioned_groups_flat[group], at, length)
+            return
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+            for parameter in group:
+                mapping = parameter._hp_mapping
+                if mapping is not None:  # else all of it lies on other ranks
+                    own, here = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    yield self._fragment(names[id(parameter)], own.start, flat, here.start, here.numel)
+
+    def _fragment(self, name: str, start: int, flat: torch.Tensor, at: int, length: int) -> Fragment:
+        adam = adam_state(self._engine.optimizer.optimizer, flat)
+        return Fragment.of(name, start, flat.data.narrow(0, at, length), adam, at=at)
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        parameters: dict[str, Any] = dict(trained_parameters(self.module))
+        return {name: tuple(p.ds_shape if self._zero_stage == 3 else p.shape) for name, p in parameters.items()}
 
 
 def sharded_reference(module: nn.Module, ranks: RanksConfig, *, dtype: str, device: torch.device) -> Callable[..., Any]:

@@ -34,28 +34,27 @@ class PPOLearnerSpec:
 def build_ppo_learner(spec: PPOLearnerSpec, device: torch.device) -> PPOLearner:
     """Runs on every rank."""
     from actors.deepspeed_engine import DeepSpeedEngine, sharded_reference
-    from pipeline.learning.parameter_groups import parameter_groups
-    from pipeline.learning.ppo_update import PPOLearner
+    from pipeline.learning.parameter_groups import policy_parameter_groups
+    from pipeline.learning.ppo_update import PPOLearner, reference_without_adapters
     from pipeline.models.backbone import load_causal_lm, train_only_last_layers
     from pipeline.models.critic import Policy, PolicyWithCritic
+    from pipeline.models.lora import add_lora
 
     config, ppo = spec.config, spec.config.ppo
     with storage.reading(spec.policy_uri) as directory:
         policy, tokenizer = load_causal_lm(directory, dtype="float32")
-        reference, _ = load_causal_lm(directory, dtype=spec.dtype)
+        frozen = load_causal_lm(directory, dtype=spec.dtype)[0] if ppo.lora is None else None
     critic = _critic_backbone(spec) if ppo.trains_a_critic and ppo.critic == "separate" else None
     for backbone in (policy, critic):
         if backbone is None:
             continue
         train_only_last_layers(backbone, ppo.trainable_layers)
+        add_lora(backbone, ppo.lora, seed=spec.seed)
         if config.gradient_checkpointing:
             backbone.gradient_checkpointing_enable()
     model = PolicyWithCritic(policy, critic)
     model.value_head.requires_grad_(ppo.trains_a_critic)  # without a critic it stays at the zero it starts from
-    groups = parameter_groups(policy, model.value_head, ppo.policy, head_learning_rate=ppo.critic_learning_rate)
-    if critic is not None:
-        critic_optimiser = ppo.policy.model_copy(update={"learning_rate": ppo.critic_learning_rate})
-        groups += parameter_groups(critic, None, critic_optimiser, head_learning_rate=ppo.critic_learning_rate)
+    groups = policy_parameter_groups(model, ppo)
     engine = DeepSpeedEngine(
         model,
         groups,
@@ -65,9 +64,13 @@ def build_ppo_learner(spec: PPOLearnerSpec, device: torch.device) -> PPOLearner:
         dtype=spec.dtype,
         device=device,
     )
+    if frozen is None:
+        reference = reference_without_adapters(engine)
+    else:
+        reference = sharded_reference(Policy(frozen), spec.ranks, dtype=spec.dtype, device=device)
     return PPOLearner(
         engine,
-        sharded_reference(Policy(reference), spec.ranks, dtype=spec.dtype, device=device),
+        reference,
         config=config,
         model_config=policy.config,
         tokenizer=tokenizer,

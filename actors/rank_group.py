@@ -17,6 +17,9 @@ from pipeline.errors import DeadlineExceeded, PipelineError, WorkerDied
 from pipeline.records import Metrics, PolicyWeights
 from pipeline.stages import storage
 
+DISK = "disk"
+"""The concurrency group of a rank that writes; all other calls come one after the other."""
+
 DEATH_NOTICE_S = 5.0
 """How long a failed call waits for news that a peer's death caused it; measured, it came 0.1 s late at most."""
 
@@ -54,9 +57,14 @@ class Rank:
     def publish_weights(self, version: int) -> PolicyWeights:
         return self._learner.publish_weights(version)
 
-    def save(self, uri: str) -> None:
-        with storage.writing(uri) as directory:
-            self._learner.save(directory)
+    def snapshot(self) -> None:
+        self._snapshot = self._learner.snapshot()
+
+    @ray.method(concurrency_group=DISK)
+    def write_snapshot(self, uri: str) -> None:
+        """In a thread of its own: updates go on meanwhile."""
+        snapshot, self._snapshot = self._snapshot, None
+        snapshot.write(uri)
 
     def export(self, uri: str) -> None:
         with storage.writing(uri) as directory:
@@ -84,7 +92,7 @@ class RankGroup:
         self._placement = pack_bundles(
             config.ranks, cpus=config.cpus_per_rank, gpus=config.gpus_per_rank, timeout_s=start_s, name=name
         )
-        actor = ray.remote(Rank)
+        actor = ray.remote(concurrency_groups={DISK: 1})(Rank)
         self._ranks = [
             actor.options(
                 num_cpus=config.cpus_per_rank,
@@ -136,7 +144,7 @@ def gather(references: Sequence[Any], *, who: str, doing: str, deadline_s: float
     """The results of remote calls, in order; the first failure is raised at once, not after the slowest call."""
     references = list(references)
     started = time.monotonic()
-    pending = references
+    pending, answers = references, {}
     while pending:
         left = deadline_s - (time.monotonic() - started)
         ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, left))
@@ -147,7 +155,7 @@ def gather(references: Sequence[Any], *, who: str, doing: str, deadline_s: float
                 "It hangs or is slow: see the worker's log, or raise cluster.deadlines."
             )
         try:
-            ray.get(ready[0])
+            answers[ready[0]] = ray.get(ready[0], timeout=deadline_s)
         except (RayActorError, RayTaskError) as error:
             dead = _first_dead([*ready, *pending])
             if dead is not None:
@@ -160,7 +168,7 @@ def gather(references: Sequence[Any], *, who: str, doing: str, deadline_s: float
             if isinstance(error, RayTaskError) and isinstance(error.cause, PipelineError):
                 raise error.cause from error
             raise
-    return ray.get(references)
+    return [answers[reference] for reference in references]
 
 
 def _first_dead(references: Sequence[Any]) -> Any | None:
@@ -174,7 +182,7 @@ def _first_dead(references: Sequence[Any]) -> Any | None:
         if not ready:
             return None
         try:
-            ray.get(ready[0])
+            ray.get(ready[0], timeout=DEATH_NOTICE_S)
         except RayActorError:
             return ready[0]
         except RayTaskError:

@@ -30,8 +30,9 @@ class RankedLearner:
         reference = ray.put(batch)
         return self._all(lambda rank: rank.evaluate.remote(reference), "evaluating")
 
-    def save(self, directory: str) -> None:
-        self._all(lambda rank: rank.save.remote(directory), f"saving {directory}")
+    def snapshot(self) -> RankedSnapshot:
+        self._all(lambda rank: rank.snapshot.remote(), "copying its state")
+        return RankedSnapshot(self._group, self._deadline_s)
 
     def export(self, directory: str) -> None:
         self._all(lambda rank: rank.export.remote(directory), f"exporting to {directory}")
@@ -39,6 +40,21 @@ class RankedLearner:
     def _all(self, call: Callable[[Any], Any], doing: str) -> Any:
         """Rank 0 speaks for all: results are equal on every rank."""
         return self._group.all(call, doing=doing, deadline_s=self._deadline_s)[0]
+
+
+class RankedSnapshot:
+    """The copies that lie with the ranks. Implements `Snapshot`, and may be written from another thread."""
+
+    def __init__(self, group: RankGroup, deadline_s: float) -> None:
+        self._group = group
+        self._deadline_s = deadline_s
+
+    def write(self, directory: str) -> None:
+        self._group.all(
+            lambda rank: rank.write_snapshot.remote(directory),
+            doing=f"writing {directory}",
+            deadline_s=self._deadline_s,
+        )
 
 
 class RankedPolicyLearner(RankedLearner):

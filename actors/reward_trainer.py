@@ -1,8 +1,10 @@
-"""Reward-model training on DeepSpeed ranks."""
+"""Reward-model training, on DeepSpeed ranks or in one process."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pipeline.config.schema import RanksConfig, RewardTrainingConfig
@@ -12,6 +14,7 @@ from pipeline.stages import storage
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.learning.engine import TrainEngine
     from pipeline.learning.reward_update import RewardModelTrainer
 
 
@@ -30,12 +33,19 @@ class RewardTrainerSpec:
 
 def build_reward_trainer(spec: RewardTrainerSpec, device: torch.device) -> RewardModelTrainer:
     """Runs on every rank."""
+    from actors.deepspeed_engine import DeepSpeedEngine
+
+    return reward_trainer(spec, partial(DeepSpeedEngine, ranks=spec.ranks, device=device))
+
+
+def reward_trainer(spec: RewardTrainerSpec, make_engine: Callable[..., TrainEngine]) -> RewardModelTrainer:
+    """The trainer of a spec; `make_engine` gets module, parameter groups, betas, max_grad_norm and dtype."""
     import torch
 
-    from actors.deepspeed_engine import DeepSpeedEngine
     from pipeline.learning.parameter_groups import parameter_groups
     from pipeline.learning.reward_update import RewardModelTrainer
     from pipeline.models.backbone import load_backbone, load_tokenizer, train_only_last_layers
+    from pipeline.models.lora import add_lora
     from pipeline.models.reward_model import RewardModel, RewardModelCard, make_head
 
     config = spec.config
@@ -43,6 +53,7 @@ def build_reward_trainer(spec: RewardTrainerSpec, device: torch.device) -> Rewar
         backbone = load_backbone(directory, dtype="float32")
         tokenizer = load_tokenizer(directory)
     train_only_last_layers(backbone, config.trainable_layers)
+    add_lora(backbone, config.lora, seed=spec.seed)
     if config.gradient_checkpointing:
         backbone.gradient_checkpointing_enable()
     torch.manual_seed(spec.seed)
@@ -52,16 +63,15 @@ def build_reward_trainer(spec: RewardTrainerSpec, device: torch.device) -> Rewar
         len(spec.statistics.objectives),
         config.vrm,
         reward_weights=config.reward_weights,
+        ensemble=config.ensemble,
     )
     model = RewardModel(backbone, head)
-    engine = DeepSpeedEngine(
+    engine = make_engine(
         model,
         parameter_groups(backbone, head, config.optimiser, head_learning_rate=config.head_learning_rate),
         betas=config.optimiser.betas,
         max_grad_norm=config.optimiser.max_grad_norm,
-        ranks=spec.ranks,
         dtype=config.backbone_dtype,
-        device=device,
     )
     card = RewardModelCard(
         head=config.head,
@@ -74,6 +84,7 @@ def build_reward_trainer(spec: RewardTrainerSpec, device: torch.device) -> Rewar
         reward_std=1.0,
         metrics={},
         reward_weights=config.reward_weights,
+        ensemble=config.ensemble,
     )
     return RewardModelTrainer(
         engine,

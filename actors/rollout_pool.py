@@ -1,12 +1,15 @@
-"""The pool of rollout workers: hands out requests, replaces workers, resizes. Implements `RolloutSource`."""
+"""The pool of rollout workers: hands out requests, replaces workers, resizes. Implements `BackgroundRolloutSource`."""
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -14,9 +17,12 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from actors.rollout_worker import RolloutWorker
+from cluster.running_jobs import actor_name
+from cluster.scaling import Autoscaler, RolloutWaits
 from pipeline.config.schema import DeadlinesConfig, RolloutConfig
-from pipeline.data.sampling import RolloutRequest, require_room, rollout_requests
-from pipeline.errors import ConfigError, DeadlineExceeded, PipelineError, StaleEngineError, WorkerDied
+from pipeline.data.chunks import Chunk, ChunkLedger
+from pipeline.data.sampling import require_room, rollout_requests
+from pipeline.errors import ConfigError, DeadlineExceeded, PipelineError, StaleEngineError, WorkerDied, WorkerError
 from pipeline.records import Metrics, PolicyWeights, Prompt, Rollout, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -32,12 +38,30 @@ class Worker:
     """Reference that resolves when the engine is up, or raises why it is not."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chunk:
-    """Consecutive requests, sampled by one worker at a time."""
+@dataclass(kw_only=True, eq=False)
+class Batch:
+    """A batch between `begin` and `collect`, in the hands of the sampling thread."""
 
-    number: int
-    requests: Sequence[RolloutRequest]
+    ledger: ChunkLedger
+    sampling: SamplingParams
+    resample_unfinished: bool
+    begun: float = field(default_factory=time.monotonic)
+    finished: float = 0.0
+    abandoned: bool = False
+
+    @property
+    def is_over(self) -> bool:
+        return self.abandoned or self.ledger.is_complete
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One chunk with one worker."""
+
+    worker: Worker
+    batch: Batch
+    chunk: Chunk
+    deadline: float
 
 
 class RolloutPool:
@@ -46,6 +70,9 @@ class RolloutPool:
     Seeds belong to requests, not to workers. That suffices where an engine's logits do not depend on what shares a
     batch: float32 on CPU gave 170,000 tokens and their logprobs bit for bit, however they were chunked. GPU kernels may
     choose by batch size; then a token drawn within a rounding error of a boundary can come out differently.
+
+    Two threads use the workers, in turns: one samples the batch that was begun, the caller's loads weights. A load
+    holds back the chunks that wait and begins when none is out; what it held back is sampled with the new weights.
     """
 
     def __init__(
@@ -59,7 +86,9 @@ class RolloutPool:
         gate_tolerance: float,
         seed: int,
         worker: type = RolloutWorker,
+        workspace: str | None = None,
         requested_workers: Callable[[], int | None] = lambda: None,
+        autoscaler: Autoscaler | None = None,
     ) -> None:
         """Starts the workers and returns at once; the first `load_weights` waits for them.
 
@@ -68,7 +97,9 @@ class RolloutPool:
             max_model_len: tokens of prompt and response together.
             gate_tolerance: largest mean absolute logprob difference to the learner, nats.
             worker: what runs in each Ray actor.
+            workspace: of the job, told by the actors' names (`cluster/running_jobs.py`); None leaves them nameless.
             requested_workers: asked between batches; the pool grows or shrinks to what it says, None changes nothing.
+            autoscaler: asked where `requested_workers` says None.
         """
         if config.gpus_per_worker > 1:
             raise ConfigError(
@@ -76,6 +107,7 @@ class RolloutPool:
                 "Set it to 1 and raise cluster.rollout.workers."
             )
         self._worker_class = worker
+        self._workspace = workspace
         self._start_arguments = (model_directory, config, dtype, max_model_len, seed)
         self._max_model_len = max_model_len
         self._config = config
@@ -86,8 +118,17 @@ class RolloutPool:
         self._num_started = 0
         self._workers: list[Worker] = []
         self._requested_workers = requested_workers
+        self._autoscaler = autoscaler
+        self._waits: RolloutWaits | None = None
         self._joining: list[Worker] = []
         self._given_up: int | None = None
+        self._turn = threading.Condition()
+        self._calls: dict[Any, Call] = {}
+        self._held_back = False
+        self._sampler = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollouts")
+        self._batch: tuple[Batch, Future[None]] | None = None
+        self._response_tokens: dict[str, float] = {}
+        self._counts = Counter[str]()
         self.resize(config.workers)
 
     @property
@@ -95,19 +136,22 @@ class RolloutPool:
         return len(self._workers)
 
     def resize(self, num_workers: int) -> None:
-        """Grows or shrinks the pool between batches. A joining worker loads the current weights and passes the gate."""
+        """Grows or shrinks the pool between chunks. A joining worker loads the current weights and passes the gate."""
         if num_workers < 1:
             raise ConfigError(f"a rollout pool of {num_workers} workers cannot sample; ask for at least 1.")
-        while len(self._workers) > num_workers:
-            _end(self._workers.pop())
-        joining = [self._start_worker() for _ in range(num_workers - len(self._workers))]
-        if joining and self._weights is not None:
-            joining, _ = self._load(joining, self._weights)
-        self._workers += joining
+        with self._between_chunks():
+            while len(self._workers) > num_workers:
+                _end(self._workers.pop())
+            joining = [self._start_worker() for _ in range(num_workers - len(self._workers))]
+            if joining and self._weights is not None:
+                joining, _ = self._load(joining, self._weights)
+            self._workers += joining
 
     def _follow_request(self) -> None:
         """Shrinks at once; grows without waiting: a worker that starts while others sample joins at the next update."""
         wanted = self._requested_workers()
+        if wanted is None and self._autoscaler is not None:
+            wanted = self._autoscaler.wanted(len(self._workers), self._waits)
         if wanted is None:
             return
         while self._joining and len(self._workers) + len(self._joining) > wanted:
@@ -124,7 +168,7 @@ class RolloutPool:
 
     def _join(self, worker: Worker, wanted: int) -> None:
         try:
-            ray.get(worker.started)
+            ray.get(worker.started, timeout=self._deadlines.start_s)
         except (RayActorError, RayTaskError) as error:
             # The run goes on with the workers it has: a request from outside must not end it.
             self._given_up = wanted
@@ -135,15 +179,37 @@ class RolloutPool:
     def load_weights(self, weights: PolicyWeights) -> Metrics:
         """Gives every engine the published policy; the slowest engine and the widest gap make the metrics.
 
+        Chunks of a batch in the making that are out come back first, or are sampled again as `begin` was told; those
+        that wait are sampled from the new policy.
+
+        Returns:
+            `gate/*`, `weights/*`, and `rollout/*`: workers; chunks issued again because they were late, and answers
+            dropped, since the last load; and of a batch that was sampled while the learner worked, its seconds and who
+            waited for whom.
+
         Raises:
             StaleEngineError: an engine does not reproduce the learner's probe log-probabilities.
-            WorkerDied, DeadlineExceeded: a worker is gone, or does not answer.
+            WorkerDied, DeadlineExceeded: a worker is gone or does not answer, and the retry budget is spent.
         """
-        self._follow_request()
-        self._weights = weights
-        self._workers, metrics = self._load(self._workers, weights)
-        return {
+        with self._between_chunks():
+            self._follow_request()
+            self._weights = weights
+            self._workers, metrics = self._load(self._workers, weights)
+            counts, self._counts = self._counts, Counter()
+            waits, self._waits = self._waits, None
+        overlap = (
+            {
+                "rollout/seconds": waits.rollout_s,
+                "rollout/learner_wait_s": waits.learner_wait_s,
+                "rollout/queue_wait_s": waits.queue_wait_s,
+            }
+            if waits is not None
+            else {}
+        )
+        return overlap | {
             "rollout/workers": float(len(self._workers)),
+            "rollout/chunks_issued_again": float(counts["issued again"]),
+            "rollout/answers_dropped": float(counts["dropped"]),
             "gate/mean": max(m["gate/mean"] for m in metrics),
             "gate/max": max(m["gate/max"] for m in metrics),
             "weights/seconds": max(m["weights/seconds"] for m in metrics),
@@ -151,45 +217,71 @@ class RolloutPool:
         }
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
-        """Samples in chunks, handed to whichever worker is free; a dead worker is replaced and its chunk issued again.
+        """Samples in chunks, handed to whichever worker is free; a worker that dies or hangs is replaced and its chunk
+        issued again.
 
         Raises:
             DataError: a prompt leaves no room for the longest response.
             StaleEngineError: no policy has been loaded yet.
             WorkerDied: a worker died and the retry budget is spent.
-            DeadlineExceeded: a chunk did not come back in time.
+            DeadlineExceeded: a chunk did not come back in time, and the retry budget is spent.
+        """
+        self.begin(prompts, sampling)
+        rollouts = self.collect()
+        self._waits = None  # the caller did nothing but wait
+        return rollouts
+
+    def begin(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, resample_unfinished: bool = False) -> None:
+        """Starts to sample a batch and returns at once; a batch begun before and not collected is abandoned.
+
+        Args:
+            resample_unfinished: a chunk that is out when weights are loaded is dropped when it comes back, and sampled
+                from the new policy; otherwise its rollouts stay those of the old one.
+
+        Raises:
+            DataError, StaleEngineError: as `generate`.
         """
         if self._weights is None:
             raise StaleEngineError("the rollout pool holds no policy yet: call load_weights before generate.")
         require_room(prompts, sampling, self._max_model_len)
-        requests = rollout_requests(prompts, sampling)
-        size = self._config.chunk_size
-        waiting = deque(
-            Chunk(number=number, requests=requests[first : first + size])
-            for number, first in enumerate(range(0, len(requests), size))
+        self._abandon()
+        # A prompt not answered before counts as an average one.
+        known = self._response_tokens
+        average = sum(known.values()) / max(1, len(known))
+        ledger = ChunkLedger(
+            rollout_requests(prompts, sampling),
+            self._config.chunk_size,
+            lambda request: known.get(request.prompt.id, average),
         )
-        idle = list(self._workers)
-        running: dict[Any, tuple[Worker, Chunk, float]] = {}
-        results: dict[int, list[Rollout]] = {}
-        while waiting or running:
-            while idle and waiting:
-                worker, chunk = idle.pop(), waiting.popleft()
-                running[worker.actor.sample.remote(chunk.requests, sampling)] = (worker, chunk, time.monotonic())
-            reference = self._next_ready(running)
-            worker, chunk, _ = running.pop(reference)
-            try:
-                results[chunk.number] = self._answer(worker, reference, "sample()", self._deadlines.generate_s)
-            except RayActorError as error:
-                [replacement], _ = self._load([self._replacement(worker, "sample()", error)], self._weights)
-                self._workers[self._workers.index(worker)] = worker = replacement
-                waiting.appendleft(chunk)
-            idle.append(worker)
-        return [rollout for number in sorted(results) for rollout in results[number]]
+        batch = Batch(ledger=ledger, sampling=sampling, resample_unfinished=resample_unfinished)
+        self._batch = batch, self._sampler.submit(self._sample, batch)
+
+    def collect(self) -> list[Rollout]:
+        """Waits for the batch that was begun: `samples_per_prompt` rollouts per prompt, ordered by (prompt, sample).
+
+        Raises:
+            WorkerDied, DeadlineExceeded: as `generate`.
+        """
+        if self._batch is None:
+            raise StaleEngineError("no batch was begun: call begin before collect.")
+        asked = time.monotonic()
+        batch, sampled = self._batch
+        sampled.result()
+        self._batch = None
+        self._waits = RolloutWaits(
+            rollout_s=batch.finished - batch.begun,
+            learner_wait_s=max(0.0, batch.finished - asked),
+            queue_wait_s=max(0.0, asked - batch.finished),
+        )
+        return batch.ledger.rollouts()
 
     def close(self) -> None:
         """Ends the workers; nothing of them needs saving."""
+        self._restarts_left = 0  # the sampling thread must not replace what ends here
+        self._abandon()
         for worker in (*self._workers, *self._joining):
             _end(worker)
+        self._sampler.shutdown()
         self._workers, self._joining = [], []
 
     def __enter__(self) -> RolloutPool:
@@ -199,6 +291,93 @@ class RolloutPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    # ------------------------------------------------------------------ the sampling thread
+
+    def _sample(self, batch: Batch) -> None:
+        """Hands out the chunks of a batch and takes the answers until it is complete, or nobody wants it."""
+        try:
+            while not batch.is_over:
+                with self._turn:
+                    self._turn.wait_for(lambda: not self._held_back or batch.ledger.is_out)
+                    wake_at = self._hand_out(batch)
+                ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=max(0.0, wake_at - time.monotonic()))
+                with self._turn:
+                    if not batch.abandoned:
+                        self._take_answers(batch, ready)
+                    self._turn.notify_all()
+            batch.finished = time.monotonic()
+        except BaseException:
+            with self._turn:
+                batch.abandoned = True
+                self._turn.notify_all()
+            raise
+
+    def _hand_out(self, batch: Batch) -> float:
+        """A chunk for every worker without one, while there are chunks. Returns when to look again at the latest."""
+        now = time.monotonic()
+        busy = {call.worker.name for call in self._calls.values()}
+        idle = [worker for worker in self._workers if worker.name not in busy]
+        while idle:
+            chunk = None if self._held_back else batch.ledger.issue(now)
+            if chunk is None:
+                chunk = batch.ledger.issue_again(now)
+                self._counts["issued again"] += chunk is not None
+            if chunk is None:
+                break
+            worker = idle.pop()
+            reference = worker.actor.sample.remote(chunk.requests, batch.sampling)
+            self._calls[reference] = Call(
+                worker=worker, batch=batch, chunk=chunk, deadline=now + self._deadlines.generate_s
+            )
+        next_deadline = min(call.deadline for call in self._calls.values())
+        return min(next_deadline, batch.ledger.next_late_at()) if idle else next_deadline
+
+    def _take_answers(self, batch: Batch, ready: Sequence[Any]) -> None:
+        """Of the call that came back, and of those that never will: their workers hang."""
+        now = time.monotonic()
+        for reference in ready:
+            call = self._calls.pop(reference)
+            try:
+                rollouts = self._answer(call.worker, reference, "sample()", self._deadlines.generate_s)
+            except RayActorError as error:
+                self._put_back(call)
+                self._replace(call.worker, _died(call.worker, "sample()", self._config), error)
+                continue
+            unwanted = call.batch is not batch or (self._held_back and batch.resample_unfinished)
+            if unwanted or not batch.ledger.accept(call.chunk, rollouts, now):
+                self._put_back(call)
+                self._counts["dropped"] += 1
+            else:
+                self._response_tokens |= {r.prompt.id: float(len(r.response_ids)) for r in rollouts}
+        for reference in [r for r, call in self._calls.items() if call.deadline <= now]:
+            call = self._calls.pop(reference)
+            self._put_back(call)
+            self._replace(call.worker, self._deadline_exceeded(call.worker, "sample()", self._deadlines.generate_s))
+
+    def _put_back(self, call: Call) -> None:
+        if not any(other.chunk is call.chunk for other in self._calls.values()):
+            call.batch.ledger.put_back(call.chunk)
+
+    def _abandon(self) -> None:
+        """Nobody will collect the batch: no more of it is handed out, and what is out is dropped when it comes back."""
+        if self._batch is not None:
+            self._batch[0].abandoned = True
+            self._batch = None
+
+    @contextmanager
+    def _between_chunks(self) -> Iterator[None]:
+        """Inside, no chunk is out that the batch in the making still needs."""
+        with self._turn:
+            self._held_back = True
+            try:
+                self._turn.wait_for(
+                    lambda: self._batch is None or self._batch[0].is_over or not self._batch[0].ledger.is_out
+                )
+                yield
+            finally:
+                self._held_back = False
+                self._turn.notify_all()
 
     # ------------------------------------------------------------------ workers
 
@@ -226,6 +405,7 @@ class RolloutPool:
                 num_cpus=config.cpus_per_worker,
                 num_gpus=config.gpus_per_worker,
                 runtime_env={"env_vars": environment},
+                name=None if self._workspace is None else actor_name(name, self._workspace),
             )
             .remote(name)
         )
@@ -243,22 +423,26 @@ class RolloutPool:
                     metrics.append(self._answer(worker, reference, call, self._deadlines.weights_s))
                     break
                 except RayActorError as error:
-                    worker = self._replacement(worker, call, error)
+                    worker = self._replacement(worker, _died(worker, call, self._config), error)
                     reference = worker.actor.load_weights.remote(weights, self._tolerance)
             loaded.append(worker)
         return loaded, metrics
 
-    def _replacement(self, dead: Worker, call: str, error: RayActorError) -> Worker:
-        """A new worker for a dead one, while the budget lasts."""
-        _end(dead)  # it may only be out of reach
+    def _replace(self, worker: Worker, error: WorkerError, cause: Exception | None = None) -> None:
+        """Puts a loaded worker in the place of one that is gone; who has left the pool before needs none."""
+        if worker in self._workers and self._weights is not None:
+            place = self._workers.index(worker)
+            # In its place before it loads: `close` ends whom it finds there.
+            self._workers[place] = self._replacement(worker, error, cause)
+            [self._workers[place]], _ = self._load([self._workers[place]], self._weights)
+
+    def _replacement(self, worker: Worker, error: WorkerError, cause: Exception | None) -> Worker:
+        """A new worker for one that is gone or hangs, while the budget lasts; then the error."""
+        _end(worker)  # it may only be out of reach
         if self._restarts_left == 0:
-            raise WorkerDied(
-                f"{dead.name} died during {call}, and the budget of {self._config.max_restarts} restarts "
-                "(cluster.rollout.max_restarts) is spent. Often it ran out of memory: lower kv_cache_gib or "
-                "max_sequences. The workspace is intact; the same command resumes."
-            ) from error
+            raise error from cause
         self._restarts_left -= 1
-        logger.warning("%s died during %s; replacing it, %d restarts left", dead.name, call, self._restarts_left)
+        logger.warning("%s Replacing it, %d restarts left.", error, self._restarts_left)
         return self._start_worker()
 
     def _answer(self, worker: Worker, reference: Any, call: str, deadline_s: float) -> Any:
@@ -271,15 +455,6 @@ class RolloutPool:
                 raise error.cause from error
             raise
 
-    def _next_ready(self, running: dict[Any, tuple[Worker, Chunk, float]]) -> Any:
-        """The next chunk to come back; none may take longer than the deadline."""
-        worker, _, issued = min(running.values(), key=lambda assignment: assignment[2])
-        left = self._deadlines.generate_s - (time.monotonic() - issued)
-        ready, _ = ray.wait(list(running), num_returns=1, timeout=max(0.0, left))
-        if not ready:
-            raise self._deadline_exceeded(worker, "sample()", self._deadlines.generate_s)
-        return ready[0]
-
     def _deadline_exceeded(self, worker: Worker, call: str, deadline_s: float) -> DeadlineExceeded:
         free = ray.available_resources()
         return DeadlineExceeded(
@@ -288,6 +463,14 @@ class RolloutPool:
             f"{free.get('CPU', 0):g} and {free.get('GPU', 0):g} are free). See its log; lower "
             "cluster.rollout.chunk_size or workers, or raise cluster.deadlines."
         )
+
+
+def _died(worker: Worker, call: str, config: RolloutConfig) -> WorkerDied:
+    return WorkerDied(
+        f"{worker.name} died during {call}; the budget is {config.max_restarts} restarts "
+        "(cluster.rollout.max_restarts). Often it ran out of memory: lower kv_cache_gib or max_sequences. The "
+        "workspace is intact; the same command resumes."
+    )
 
 
 def _end(worker: Worker) -> None:

@@ -23,6 +23,7 @@ class SupervisedTrainerSpec:
     policy_uri: str
     """A directory, or a hub name."""
     dtype: str
+    seed: int
 
 
 def build_supervised_trainer(spec: SupervisedTrainerSpec, device: torch.device) -> SupervisedFineTuner:
@@ -32,10 +33,12 @@ def build_supervised_trainer(spec: SupervisedTrainerSpec, device: torch.device) 
     from pipeline.learning.supervised_update import SupervisedFineTuner
     from pipeline.models.backbone import load_causal_lm
     from pipeline.models.critic import Policy
+    from pipeline.models.lora import add_lora
 
     config = spec.config
     with storage.reading(spec.policy_uri) as directory:
         model, tokenizer = load_causal_lm(directory, dtype="float32")
+    add_lora(model, config.lora, seed=spec.seed)
     engine = DeepSpeedEngine(
         Policy(model),
         parameter_groups(model, None, config.optimiser, head_learning_rate=config.optimiser.learning_rate),

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hmac
 import json
 import logging
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBasic, HTTPBasicCredentials, HTTPBearer
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from actors.vrm_dropins import dropins
@@ -19,6 +18,7 @@ from actors.vrm_metrics import Measured, ServiceMetrics
 from actors.vrm_routes import desk_of, open_routes, routes
 from pipeline.errors import DataError, DeadlineExceeded, Overloaded, PipelineError
 from pipeline.serving.desk import ScoringDesk
+from pipeline.serving.protocol import Refusal
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,12 @@ def build_api(desk: ScoringDesk, *, token: str | None, replica: str) -> FastAPI:
     api.state.token = token
     api.state.metrics = metrics = ServiceMetrics(desk, replica=replica)
     api.include_router(open_routes)
+    guard: dict[str, Any] = {}
+    if token is not None:
+        guard["dependencies"] = [Depends(require_token)]
+        guard["responses"] = {401: {"model": Refusal, "description": "The token is missing or wrong."}}
     for router in (routes, dropins):
-        api.include_router(router, dependencies=[Depends(require_token)])
+        api.include_router(router, **guard)
     api.add_exception_handler(RequestValidationError, _refuse_body)
     api.add_exception_handler(PipelineError, _tell_pipeline_error)
     api.add_middleware(BoundedBody, max_bytes=desk.model.limits.max_request_bytes)
@@ -48,14 +52,18 @@ def build_api(desk: ScoringDesk, *, token: str | None, replica: str) -> FastAPI:
     return api
 
 
-def require_token(request: Request) -> None:
+Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
+Basic = Annotated[HTTPBasicCredentials | None, Depends(HTTPBasic(auto_error=False))]
+
+
+def require_token(request: Request, bearer: Bearer, basic: Basic) -> None:
     """Bearer token, or the password of basic authentication: OpenRLHF can only put it into the URL.
 
     Raises:
         HTTPException: 401.
     """
-    expected = request.app.state.token
-    if expected is not None and not hmac.compare_digest(_given_token(request).encode(), expected.encode()):
+    given = bearer.credentials if bearer else basic.password if basic else ""
+    if not hmac.compare_digest(given.encode(), request.app.state.token.encode()):
         raise HTTPException(401, "missing or wrong bearer token", headers={"www-authenticate": "Bearer"})
 
 
@@ -114,28 +122,21 @@ class NoTracebacks:
             await _error(500, "the service failed; its log says why")(scope, receive, send)
 
 
-def _given_token(request: Request) -> str:
-    scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
-    match scheme.lower():
-        case "bearer":
-            return credentials
-        case "basic":
-            try:
-                return base64.b64decode(credentials).decode(errors="replace").partition(":")[2]
-            except (binascii.Error, ValueError):
-                return ""
-        case _:
-            return ""
-
-
 def _error(status: int, detail: Any, headers: dict[str, str] | None = None) -> Response:
     # ASCII: what a request smuggled in (half a surrogate pair as a field name) must not break the answer.
     return Response(json.dumps({"detail": detail}), status, headers=headers, media_type="application/json")
 
 
 async def _refuse_body(request: Request, error: RequestValidationError) -> Response:
-    """Where and what, without the input: it may be huge, secret, or no JSON (NaN)."""
-    complaints = [{"loc": list(e["loc"]), "msg": e["msg"], "type": e["type"]} for e in error.errors()[:20]]
+    """Where and what, without the input: it may be huge, secret, or no JSON (NaN); so may a field's name."""
+    complaints = [
+        {
+            "loc": [place if isinstance(place, int) else place[:100] for place in e["loc"]],
+            "msg": e["msg"],
+            "type": e["type"],
+        }
+        for e in error.errors()[:20]
+    ]
     return _error(422, complaints)
 
 

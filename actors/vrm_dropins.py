@@ -22,14 +22,14 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
-from actors.vrm_routes import Desk
+from actors.vrm_routes import REFUSALS, Desk
 from pipeline.data.rendered_chat import split_rendered, without_ending
 from pipeline.errors import DataError
 from pipeline.records import RewardScore
 from pipeline.serving.desk import Row, ScoringDesk
 from pipeline.serving.protocol import ChatMessage, Text, as_messages
 
-dropins = APIRouter()
+dropins = APIRouter(responses=REFUSALS)
 
 Texts = Annotated[list[Text], Field(min_length=1, max_length=1024)]
 

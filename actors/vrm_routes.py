@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import PlainTextResponse
 
 from pipeline.serving.desk import ScoringDesk
 from pipeline.serving.protocol import (
@@ -16,6 +17,7 @@ from pipeline.serving.protocol import (
     EitherScoreRequest,
     Health,
     ModelAnswer,
+    Refusal,
     ScoreAnswer,
     ScoreManyAnswer,
     ScoreRequest,
@@ -37,6 +39,19 @@ def desk_of(request: Request) -> ScoringDesk:
 
 Desk = Annotated[ScoringDesk, Depends(desk_of)]
 
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Refusal, "description": meaning}
+    for status, meaning in (
+        (400, "The body is no JSON, or no UTF-8."),
+        (413, "The request is too large."),
+        (422, "The request means nothing, or a conversation cannot be scored."),
+        (429, "The replica is full; Retry-After says when to ask again."),
+        (500, "The service failed; its log says why."),
+        (504, "The responses were not scored in time."),
+    )
+}
+"""Answers to a question that are none, for the OpenAPI document."""
+
 open_routes = APIRouter()
 routes = APIRouter(prefix="/v1")
 
@@ -53,7 +68,7 @@ async def healthz() -> Health:
     return Health(status="ok")
 
 
-@open_routes.get("/readyz")
+@open_routes.get("/readyz", responses={503: {"model": Health, "description": "It is full."}})
 async def readyz(desk: Desk, response: Response) -> Health:
     """The model is loaded (there is no service before it is) and would take a request now; 503 when it is full."""
     if desk.admission.is_full:
@@ -62,7 +77,7 @@ async def readyz(desk: Desk, response: Response) -> Health:
     return Health(status="ok")
 
 
-@open_routes.get("/metrics")
+@open_routes.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Prometheus metrics of the replica that answers."""
     return Response(request.app.state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -74,19 +89,19 @@ async def model(desk: Desk) -> ModelAnswer:
     return desk.model
 
 
-@routes.post("/score")
+@routes.post("/score", responses=REFUSALS)
 async def score(request: EitherScoreRequest, desk: Desk) -> ScoreAnswer | ScoreManyAnswer:
     """Rewards with intervals and reasons: `{prompt, responses}`, or `{items: [{prompt, responses}, ...]}`."""
     return await (desk.score(request) if isinstance(request, ScoreRequest) else desk.score_many(request))
 
 
-@routes.post("/compare")
+@routes.post("/compare", responses=REFUSALS)
 async def compare(request: CompareRequest, desk: Desk) -> CompareAnswer:
     """P(a > b), the contribution of each objective, and which one decided."""
     return await desk.compare(request)
 
 
-@routes.post("/best_of")
+@routes.post("/best_of", responses=REFUSALS)
 async def best_of(request: BestOfRequest, desk: Desk) -> BestOfAnswer:
     """The candidates from best to worst, by reward or by its lower confidence bound."""
     return await desk.best_of(request)

@@ -18,7 +18,8 @@ from itertools import pairwise
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.config import BackpressureConfig
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.deployment import Application
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
@@ -42,6 +43,10 @@ ATTEMPTS = 3
 POLL_S = 0.2
 ROUTE_S = 10.0
 """How long the HTTP proxy may take to learn of a new application."""
+DRAIN_S = 60.0
+"""How long a replica that is to end may work on what it took on; clients ask again for what it then drops."""
+LOOK_BACK_S = 11.0
+"""Over which the length of the queue is averaged. Serve samples it every 10 s and wants a longer window."""
 
 
 def score_together(scorer: RewardScorer, calls: Sequence[Rows]) -> list[list[RewardScore] | PipelineError]:
@@ -65,7 +70,11 @@ def score_together(scorer: RewardScorer, calls: Sequence[Rows]) -> list[list[Rew
 @serve.deployment
 @serve.ingress()
 class VRMService:
-    """One replica: a reward model in memory."""
+    """One replica: a reward model in memory, the same for as long as it lives.
+
+    Another checkpoint comes with other replicas. So a replica's answers, its fingerprint and what its cache remembers
+    never belong to two models.
+    """
 
     def __init__(self, model_uri: str, config: ScoringConfig, token: str | None, deadline_s: float) -> None:
         import torch
@@ -115,7 +124,7 @@ class ServedScorer:
 
     def __init__(self, handle: DeploymentHandle, config: ScoringConfig, *, deadline_s: float) -> None:
         self._handle = handle
-        self._replicas = config.replicas
+        self._replicas = config.max_replicas or config.replicas
         self._deadline_s = deadline_s
 
     def score(self, prompts: Sequence[tuple[Message, ...]], responses: Sequence[str]) -> list[RewardScore]:
@@ -195,26 +204,67 @@ def start_service(
     else:
         serve.start(proxy_location="Disabled")
     _delete(name)
-    application = VRMService.options(
-        num_replicas=config.replicas,
-        max_ongoing_requests=4 * config.max_batch_size,
-        # Each proxy and each handle has such a queue of its own: many users over HTTP never shut out a training run.
-        max_queued_requests=4 * config.max_batch_size,
-        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1.0),
-        ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
-    ).bind(model_uri, config, token, deadline_s)
-    target = serve.RunTarget(application, name=name, route_prefix="/" if config.port else None)
-    try:
-        [handle] = serve.run_many([target], wait_for_applications_running=False)
-    except RayServeException as error:
-        raise ResourceError(
-            f"Serve already answers HTTP for another application on this cluster: {error.args[0]}. "
-            "Choose cluster.scoring.port=0, or end the other job."
-        ) from error
+    handle = _deploy(scoring_application(model_uri, config, token=token, deadline_s=deadline_s), config, name)
     _wait_until_running(name, start_s)
     if config.port:
         _require_route(name, config.port)
     return ServedScorer(handle, config, deadline_s=deadline_s)
+
+
+def swap_model(
+    model_uri: str,
+    previous_uri: str,
+    config: ScoringConfig,
+    *,
+    start_s: float,
+    deadline_s: float,
+    name: str = APPLICATION,
+    token: str | None = None,
+) -> None:
+    """Rolls another checkpoint into a running service: one replica with it starts, then one without it ends, and so on.
+
+    A replica that ends first answers what it took on, so no request fails; for a while answers name the one fingerprint
+    or the other. It needs room for one replica more. A checkpoint that does not start never answers anybody: the
+    service stays with `previous_uri`, and the error of `start_service` is raised.
+    """
+    swapped = scoring_application(model_uri, config, token=token, deadline_s=deadline_s)
+    _deploy(swapped, config, name)
+    try:
+        _wait_until_running(name, start_s)
+    except PipelineError:
+        # The old replicas still answer, but Serve would replace a dead one with the new checkpoint.
+        _deploy(scoring_application(previous_uri, config, token=token, deadline_s=deadline_s), config, name)
+        _wait_until_running(name, start_s)
+        raise
+
+
+def scoring_application(model_uri: str, config: ScoringConfig, *, token: str | None, deadline_s: float) -> Application:
+    """The service as Serve deploys it. `token` and `deadline_s` as for `start_service`."""
+    if config.max_replicas is None:
+        scale = {"num_replicas": config.replicas}
+    else:
+        scale = {
+            "num_replicas": "auto",
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=config.replicas,
+                max_replicas=config.max_replicas,
+                target_ongoing_requests=config.requests_per_replica,
+                upscale_delay_s=config.upscale_delay_s,
+                downscale_delay_s=config.downscale_delay_s,
+                look_back_period_s=LOOK_BACK_S,
+            ),
+        }
+    return VRMService.options(
+        **scale,
+        max_ongoing_requests=4 * config.max_batch_size,
+        # Each proxy and each handle has such a queue of its own: many users over HTTP never shut out a training run.
+        max_queued_requests=4 * config.max_batch_size,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1.0),
+        graceful_shutdown_timeout_s=DRAIN_S,
+        max_constructor_retry_count=1,  # a checkpoint that does not load once never will
+        max_surge_percent=1,  # rounded up to one replica: a new one starts before an old one ends
+        ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
+    ).bind(model_uri, config, token, deadline_s)
 
 
 def stop_service(name: str = APPLICATION) -> None:
@@ -227,6 +277,18 @@ def stop_service(name: str = APPLICATION) -> None:
 def service_token() -> str:
     """The token of VRM_SERVICE_TOKEN, or a fresh one."""
     return os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)
+
+
+def _deploy(application: Application, config: ScoringConfig, name: str) -> DeploymentHandle:
+    target = serve.RunTarget(application, name=name, route_prefix="/" if config.port else None)
+    try:
+        [handle] = serve.run_many([target], wait_for_applications_running=False)
+    except RayServeException as error:
+        raise ResourceError(
+            f"Serve already answers HTTP for another application on this cluster: {error.args[0]}. "
+            "Choose cluster.scoring.port=0, or end the other job."
+        ) from error
+    return handle
 
 
 def _delete(name: str) -> None:

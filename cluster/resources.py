@@ -51,7 +51,7 @@ def plan_resources(cluster: ClusterConfig) -> tuple[StageDemand, ...]:
     scoring = Demand(
         role="scoring replica",
         setting="cluster.scoring.replicas",
-        count=cluster.scoring.replicas,
+        count=max(1, cluster.scoring.replicas),
         cpus=cluster.scoring.cpus_per_replica,
         gpus=cluster.scoring.gpus_per_replica,
     )

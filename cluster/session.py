@@ -50,7 +50,7 @@ def _connect(config: ClusterConfig) -> None:
                 log_to_driver=False,
             )
         else:
-            _require_listener(address)
+            require_listener(address)
             ray.init(address=address, namespace=job_id(), log_to_driver=False)
     except (OSError, RuntimeError, ValueError) as error:
         place = "on this machine" if address == "local" else f"at RAY_ADDRESS={address}"
@@ -60,7 +60,7 @@ def _connect(config: ClusterConfig) -> None:
         ) from error
 
 
-def _require_listener(address: str) -> None:
+def require_listener(address: str) -> None:
     """Ray itself takes minutes to notice that nobody listens at host:port; "auto" names no port to try."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():

@@ -19,7 +19,7 @@ from pipeline.data.source import data_fingerprints, load_data
 from pipeline.learning.experience import RewardScale
 from pipeline.learning.probes import choose_probes
 from pipeline.loops.alignment import align
-from pipeline.models.backbone import load_tokenizer, require_context
+from pipeline.models.backbone import load_tokenizer, require_context, require_lora_targets
 from pipeline.models.reward_model import read_card
 from pipeline.records import Metrics, StageResult
 from pipeline.stages import storage
@@ -45,6 +45,7 @@ def align_policy(rooms: Rooms, policy: StageResult, reward_model: StageResult) -
 def _align(stage: StageDirectory, rooms: Rooms, policy: StageResult, reward_model: StageResult) -> Metrics:
     recipe, config = rooms.recipe, rooms.recipe.alignment
     with storage.reading(policy.location) as directory:
+        require_lora_targets(directory, config.ppo.lora, "alignment.ppo")
         tokenizer = load_tokenizer(directory)
         require_context(directory, config.max_prompt_tokens + config.max_response_tokens, "alignment")
     with storage.reading(reward_model.location) as directory:

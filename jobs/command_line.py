@@ -53,7 +53,7 @@ def parse(description: str, arguments: Sequence[str] | None = None) -> Options:
     return Options(recipe=recipe, workspace=place(workspace), dry_run=parsed.dry_run, take_over=parsed.take_over)
 
 
-def place(workspace: str) -> str:
+def place(workspace: str, *, option: str = "--workspace") -> str:
     """An absolute path, or the URI as it is.
 
     Raises:
@@ -64,8 +64,8 @@ def place(workspace: str) -> str:
         return path
     if is_submitted_job():
         raise ConfigError(
-            f"--workspace {workspace} is relative, but a submitted job runs in a temporary copy of its working "
-            f'directory and its results would be lost. Write --workspace "$PWD/{workspace}", or give a URI.'
+            f"{option} {workspace} is relative, but a submitted job runs in a temporary copy of its working "
+            f'directory and its results would be lost. Write {option} "$PWD/{workspace}", or give a URI.'
         )
     return os.path.abspath(path)
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import tempfile
 
-from transformers import PreTrainedTokenizerBase
-
 from actors.rank_group import RankGroup
 from actors.ranked_learner import RankedLearner
 from actors.supervised_trainer import SupervisedTrainerSpec, build_supervised_trainer
@@ -16,12 +14,11 @@ from jobs.command_line import run_job
 from jobs.rooms import Rooms
 from pipeline.config.schema import Recipe
 from pipeline.data.batching import step_indices
-from pipeline.data.chat import require_chat_template
 from pipeline.data.collate import tokenise_texts
-from pipeline.data.planted import build_tokenizer
 from pipeline.data.source import data_fingerprints, load_data
+from pipeline.learning.starting_policy import write_starting_policy
 from pipeline.loops.supervised_training import train
-from pipeline.models.backbone import create_tiny_causal_lm, load_causal_lm, save_causal_lm
+from pipeline.models.backbone import require_lora_targets
 from pipeline.records import Metrics, StageResult
 from pipeline.stages import storage
 from pipeline.stages.workspace import StageDirectory
@@ -45,7 +42,7 @@ def prepare_policy(rooms: Rooms) -> StageResult:
 def _adopt(stage: StageDirectory, recipe: Recipe) -> Metrics:
     """Uses the checkpoint as it is; it is copied, so that the workspace does not depend on the hub."""
     with storage.writing(stage.result_uri) as directory:
-        _write_starting_policy(recipe, directory)
+        write_starting_policy(recipe.policy, directory, seed=recipe.seed)
     return {}
 
 
@@ -53,11 +50,16 @@ def _fine_tune(stage: StageDirectory, recipe: Recipe) -> Metrics:
     config = recipe.prepare_policy
     data = load_data(recipe)
     with tempfile.TemporaryDirectory() as start:
-        tokenizer = _write_starting_policy(recipe, start)
+        tokenizer = write_starting_policy(recipe.policy, start, seed=recipe.seed)
         texts = tokenise_texts(data.sft_texts, tokenizer, max_length=config.max_length)
         heldout, texts = texts[:HELDOUT_TEXTS], texts[HELDOUT_TEXTS:]
+        require_lora_targets(start, config.lora, "prepare_policy")
         spec = SupervisedTrainerSpec(
-            config=config, ranks=recipe.cluster.policy_training, policy_uri=start, dtype=recipe.policy.dtype
+            config=config,
+            ranks=recipe.cluster.policy_training,
+            policy_uri=start,
+            dtype=recipe.policy.dtype,
+            seed=recipe.seed,
         )
         deadlines = recipe.cluster.deadlines
         with RankGroup(
@@ -74,21 +76,6 @@ def _fine_tune(stage: StageDirectory, recipe: Recipe) -> Metrics:
                 eval_every=config.eval_every,
                 checkpoint_every=config.checkpoint_every,
             )
-
-
-def _write_starting_policy(recipe: Recipe, directory: str) -> PreTrainedTokenizerBase:
-    """The checkpoint the recipe names, or a tiny random model, as a Hugging Face directory. Returns its tokenizer."""
-    tokenizer: PreTrainedTokenizerBase
-    if recipe.policy.checkpoint is None:
-        tokenizer = build_tokenizer()
-        model = create_tiny_causal_lm(recipe.policy.tiny, tokenizer, seed=recipe.seed)
-    else:
-        model, tokenizer = load_causal_lm(
-            recipe.policy.checkpoint, dtype=recipe.policy.dtype, trust_remote_code=recipe.policy.trust_remote_code
-        )
-    require_chat_template(tokenizer)
-    save_causal_lm(model.state_dict(), model.config, tokenizer, directory)
-    return tokenizer
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from actors.rollout_pool import RolloutPool
 from actors.vrm_service import ServedScorer, start_service, stop_service
 from cluster.resources import plan_resources
+from cluster.scaling import Autoscaler
 from cluster.session import open_cluster
 from cluster.submission import job_id
 from jobs.command_line import Options
@@ -45,6 +46,7 @@ class Rooms:
         if self._pool is None:
             recipe = self.recipe
             alignment, benchmark = recipe.alignment, recipe.benchmark
+            autoscale = recipe.cluster.rollout.autoscale
             directory = self._exits.enter_context(storage.reading(policy.location))
             forget_requests(self.stages.workspace.uri)
             self._pool = self._exits.enter_context(
@@ -59,7 +61,9 @@ class Rooms:
                     ),
                     gate_tolerance=alignment.gate_tolerance or TOLERANCE[recipe.policy.dtype],
                     seed=recipe.seed,
+                    workspace=self.stages.workspace.uri,
                     requested_workers=lambda: requested_rollout_workers(self.stages.workspace.uri),
+                    autoscaler=None if autoscale is None else Autoscaler(autoscale),
                 )
             )
         return self._pool

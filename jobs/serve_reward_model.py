@@ -8,6 +8,12 @@ http://127.0.0.1:8000/ compares two responses in a browser. OpenRLHF takes http:
 TRL takes pipeline.serving.trl_reward.VRMReward, Python takes pipeline.serving.client.VRMScorer.
 
 Prints the bearer token it asks for: VRM_SERVICE_TOKEN, or a fresh one. Ctrl-C stops it.
+
+Another checkpoint rolls in without a failed request when --model is a symbolic link:
+
+    ln -sfn runs/better/stages/train_reward_model-.../result current && kill -USR1 $PID
+
+A checkpoint that does not load is reported and never answers. On a cluster of many: jobs/scoring_application.py.
 """
 
 from __future__ import annotations
@@ -16,17 +22,23 @@ import argparse
 import os
 import signal
 import sys
+import threading
+from typing import Any
+
+from pydantic import ValidationError
 
 from pipeline.config.schema import ClusterConfig, DeadlinesConfig, ScoringConfig
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.models.reward_model import read_card
+from pipeline.stages.fingerprint import directory_fingerprint
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="result directory of train_reward_model")
+    parser.add_argument("--model", required=True, help="result directory of train_reward_model, or a link to it")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--replicas", type=int, default=1)
+    parser.add_argument("--replicas", type=int, default=1, help="with --max-replicas the fewest; 0 lets it sleep")
+    parser.add_argument("--max-replicas", type=int, help="replicas follow the queue up to this many")
     parser.add_argument("--gpus-per-replica", type=float, default=0.0)
     parser.add_argument("--no-token", action="store_true", help="answer anybody on this machine")
     options = parser.parse_args()
@@ -40,31 +52,63 @@ def main() -> None:
 
 
 def serve_until_interrupted(options: argparse.Namespace) -> None:
-    card = read_card(options.model)
-    from actors.vrm_service import require_free_port, service_token, start_service, stop_service
+    # A replica that is replaced later must load the same checkpoint, wherever the link points by then.
+    model = os.path.realpath(options.model)
+    read_card(model)
+    from actors.vrm_service import require_free_port, service_token, start_service, stop_service, swap_model
     from cluster.session import open_cluster
 
     require_free_port(options.port)
-    token = None if options.no_token else service_token()
-    config = ScoringConfig(replicas=options.replicas, gpus_per_replica=options.gpus_per_replica, port=options.port)
+    config = scoring_config(options)
     deadlines = DeadlinesConfig()
+    settings: dict[str, Any] = {
+        "start_s": deadlines.start_s,
+        "deadline_s": deadlines.score_s,
+        "token": None if options.no_token else service_token(),
+    }
+    swap_asked = threading.Event()
+    # Serve replaces an HTTP proxy that missed three checks; by default it checks every 10 s.
+    os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
     # The cluster of RAY_ADDRESS, or one of its own: Serve itself would look for whatever ran here last.
     with open_cluster(ClusterConfig(object_store_gib=0.5), ()):
         try:
-            start_service(
-                os.path.abspath(options.model),
-                config,
-                start_s=deadlines.start_s,
-                deadline_s=deadlines.score_s,
-                token=token,
-            )
-            where = f"http://127.0.0.1:{options.port}"
-            print(f"serving a {card.head} reward model over {', '.join(card.objectives)} at {where}")
-            if token is not None:
-                print(f"token: {token}", flush=True)
-            signal.pause()
+            start_service(model, config, **settings)
+            signal.signal(signal.SIGUSR1, lambda *_: swap_asked.set())
+            print(f"serving {in_words(model)} at http://127.0.0.1:{options.port}, process {os.getpid()}")
+            if settings["token"] is not None:
+                print(f"token: {settings['token']}", flush=True)
+            while swap_asked.wait():
+                swap_asked.clear()
+                successor = os.path.realpath(options.model)
+                try:
+                    description = in_words(successor)
+                    swap_model(successor, model, config, **settings)
+                except PipelineError as error:
+                    print(f"still serving {model}. {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                else:
+                    model = successor
+                    print(f"serving {description}", flush=True)
         finally:
             stop_service()
+
+
+def scoring_config(options: argparse.Namespace) -> ScoringConfig:
+    try:
+        return ScoringConfig(
+            replicas=options.replicas,
+            max_replicas=options.max_replicas,
+            gpus_per_replica=options.gpus_per_replica,
+            port=options.port,
+        )
+    except ValidationError as error:
+        raise ConfigError(str(error)) from error
+
+
+def in_words(model: str) -> str:
+    card = read_card(model)
+    return (
+        f"a {card.head} reward model over {', '.join(card.objectives)} ({directory_fingerprint(model)[:12]}, {model})"
+    )
 
 
 if __name__ == "__main__":

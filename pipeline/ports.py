@@ -24,6 +24,13 @@ from pipeline.records import (
 Batch = TypeVar("Batch", contravariant=True)
 
 
+class Snapshot(Protocol):
+    """What a resumed run needs, copied out of a learner that trains on."""
+
+    def write(self, uri: str) -> None:
+        """Writes a resumable checkpoint; every rank writes its part."""
+
+
 class Learner(Protocol[Batch]):
     """A model under supervised training (a reward model on pairs, a policy on texts)."""
 
@@ -36,8 +43,8 @@ class Learner(Protocol[Batch]):
     def evaluate(self, batch: Batch) -> Metrics:
         """Metrics of a held-out batch; changes nothing."""
 
-    def save(self, directory: str) -> None:
-        """Writes a resumable checkpoint; every rank writes its part."""
+    def snapshot(self) -> Snapshot:
+        """Copies the state to host memory; writing it is left to the snapshot."""
 
     def export(self, directory: str) -> None:
         """Writes the model alone, as safetensors and json."""
@@ -57,7 +64,7 @@ class PolicyLearner(Protocol):
     def publish_weights(self, version: int) -> PolicyWeights:
         """Makes the current policy readable by rollout workers, with the probes of the gate."""
 
-    def save(self, directory: str) -> None: ...
+    def snapshot(self) -> Snapshot: ...
 
     def export(self, directory: str) -> None: ...
 
@@ -73,6 +80,20 @@ class RolloutSource(Protocol):
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
         """`samples_per_prompt` rollouts per prompt, ordered by (prompt, sample), whoever sampled them."""
+
+
+class BackgroundRolloutSource(RolloutSource, Protocol):
+    """Samples while its caller does something else, loading weights included."""
+
+    def begin(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, resample_unfinished: bool) -> None:
+        """Starts what `generate` does and returns at once; a batch begun before and not collected is abandoned.
+
+        When weights are loaded meanwhile, what is not yet begun is sampled from the new policy, and with
+        `resample_unfinished` also what is begun and has not ended. Every rollout says which policy it is from.
+        """
+
+    def collect(self) -> list[Rollout]:
+        """The rollouts of the batch that was begun; waits for them."""
 
 
 class RewardScorer(Protocol):

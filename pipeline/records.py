@@ -200,6 +200,8 @@ class PolicyWeights:
     """A directory holding `model.safetensors` with Hugging Face parameter names, with
     `lm_head.weight` always explicit."""
     probes: tuple[ProbeSequence, ...]
+    node: str | None = None
+    """Id of the node whose file system `location` is in; None where every node reads it."""
 
 
 @dataclass(frozen=True, kw_only=True)

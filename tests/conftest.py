@@ -8,6 +8,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# As jobs/serve_reward_model.py does it.
+os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
 
 import pytest
 
@@ -20,12 +22,17 @@ SMALLEST = TinyModelConfig(
 )
 
 
-@pytest.fixture(scope="session")
-def world():
+def small_world():
+    """For processes that a test starts, too."""
     config = PlantedConfig(
         num_train_pairs=64, num_heldout_pairs=16, num_sft_texts=64, num_train_prompts=64, num_heldout_prompts=16
     )
     return PlantedWorld(config, OBJECTIVES, seed=0)
+
+
+@pytest.fixture(scope="session")
+def world():
+    return small_world()
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ class FakeRollouts:
         self.loaded: list[int] = []
         self.prompts_seen: list[str] = []
         self._checksum = 0.0
+        self._begun: list[Rollout] = []
 
     def load_weights(self, weights: PolicyWeights) -> Metrics:
         from safetensors.torch import load_file
@@ -50,6 +51,13 @@ class FakeRollouts:
                     )
                 )
         return rollouts
+
+    def begin(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, resample_unfinished: bool) -> None:
+        """As if sampling ended before the next weights came."""
+        self._begun = self.generate(prompts, sampling)
+
+    def collect(self) -> list[Rollout]:
+        return self._begun
 
 
 class FakeScorer:

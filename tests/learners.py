@@ -18,12 +18,13 @@ from pipeline.data.planted import OBJECTIVES
 from pipeline.data.prompts import tokenise_prompts
 from pipeline.data.score_statistics import ScoreStatistics
 from pipeline.learning.engine import TorchEngine
-from pipeline.learning.parameter_groups import parameter_groups
-from pipeline.learning.ppo_update import PPOLearner
+from pipeline.learning.parameter_groups import parameter_groups, policy_parameter_groups
+from pipeline.learning.ppo_update import PPOLearner, reference_without_adapters
 from pipeline.learning.probes import choose_probes
 from pipeline.learning.reward_update import RewardModelTrainer
 from pipeline.models.backbone import load_backbone
 from pipeline.models.critic import PolicyWithCritic
+from pipeline.models.lora import add_lora
 from pipeline.models.reward_model import RewardModel, RewardModelCard, make_head
 from tests.fakes import reference_of
 
@@ -35,7 +36,13 @@ ALIGNMENT = AlignmentConfig(
     max_prompt_tokens=32,
     max_response_tokens=12,
     kl=KLConfig(coefficient=0.05, target=1.0, horizon=100),
-    ppo=PPOConfig(epochs=2, mini_batch_size=4, policy=OptimiserConfig(learning_rate=1e-3), critic="value_head"),
+    ppo=PPOConfig(
+        epochs=2,
+        mini_batch_size=4,
+        policy=OptimiserConfig(learning_rate=1e-3),
+        critic="value_head",
+        critic_learning_rate=1e-3,
+    ),
     max_tokens_per_micro_batch=64,
     checkpoint_every=2,
 )
@@ -81,10 +88,12 @@ def reward_trainer(
     make_engine=TorchEngine,
     max_tokens=512,
     lr=1e-3,
+    lora=None,
 ):
     import torch
 
     backbone = load_backbone(tiny_policy, dtype="float32")
+    add_lora(backbone, lora, seed=0)
     torch.manual_seed(0)
     module = make_head(head, backbone.config.hidden_size, len(OBJECTIVES), vrm)
     optimiser = OptimiserConfig(learning_rate=lr)
@@ -120,15 +129,18 @@ def ppo_learner(tiny_policy, world, tokenizer, publish_directory, *, config=ALIG
     torch.manual_seed(0)
     separate = config.ppo.trains_a_critic and config.ppo.critic == "separate"
     critic = load_backbone(tiny_policy, dtype="float32") if separate else None
+    for backbone in (policy, critic):
+        if backbone is not None:
+            add_lora(backbone, config.ppo.lora, seed=0)
+            if config.gradient_checkpointing:
+                backbone.gradient_checkpointing_enable()
     model = PolicyWithCritic(policy, critic)
     model.value_head.requires_grad_(config.ppo.trains_a_critic)
-    groups = parameter_groups(policy, model.value_head, config.ppo.policy, head_learning_rate=1e-3)
-    if critic is not None:
-        groups += parameter_groups(critic, None, config.ppo.policy, head_learning_rate=1e-3)
+    groups = policy_parameter_groups(model, config.ppo)
     engine = make_engine(model, groups, betas=(0.9, 0.95), max_grad_norm=1.0)
     return PPOLearner(
         engine,
-        reference_of(tiny_policy),
+        reference_of(tiny_policy) if config.ppo.lora is None else reference_without_adapters(engine),
         config=config,
         model_config=policy.config,
         tokenizer=tokenizer,

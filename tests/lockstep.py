@@ -51,13 +51,13 @@ class LockstepEngine(TorchEngine):
         self.meeting.exchange(self.rank, f"backward, last {last}", None)
         super().backward(loss, last=last)
 
-    def step(self, learning_rate_factor: float) -> float:
+    def step(self, learning_rate_factor: float, *, resting: str | None = None) -> float:
         parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
         own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         everyone = self.meeting.exchange(self.rank, "step", own)
         for parameter, gradients in zip(parameters, zip(*everyone, strict=True), strict=True):
             parameter.grad = torch.stack(gradients).sum(0)
-        return super().step(learning_rate_factor)
+        return super().step(learning_rate_factor, resting=resting)
 
     def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.stack(self.meeting.exchange(self.rank, "sum", tensor)).sum(0)

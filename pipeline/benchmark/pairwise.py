@@ -24,9 +24,8 @@ class ScoredPairs:
     chosen: np.ndarray
     """Posterior-mean reward of the chosen response."""
     rejected: np.ndarray
-    chosen_std: np.ndarray
-    """Posterior standard deviation of that reward; 0 for a head without a posterior."""
-    rejected_std: np.ndarray
+    margin_std: np.ndarray
+    """Posterior standard deviation of their difference (`objectives.comparison`); 0 for a head without a posterior."""
     length_gap: np.ndarray
     """Length of the chosen minus length of the rejected response, in any unit."""
 
@@ -54,9 +53,7 @@ def pair_accuracy(margins: np.ndarray) -> Metrics:
 def pair_diagnostics(pairs: ScoredPairs) -> Metrics:
     """What accuracy alone cannot see.
 
-    The `probit/` metrics and the `aurc/` of the standard deviation are there when any pair has one. The standard
-    deviation of a margin is taken as sqrt(std_chosen^2 + std_rejected^2): it leaves out that both responses share one
-    draw of the objective weights, which two single scores cannot tell.
+    The `probit/` metrics and the `aurc/` of the standard deviation are there when any pair has one.
 
     Returns:
         `nll`, `brier`, `calibration_error` of p = sigmoid(margin), and `probit/...` the same of the probability that
@@ -71,7 +68,7 @@ def pair_diagnostics(pairs: ScoredPairs) -> Metrics:
     errors = 1.0 - correct
     confidences = {"margin": np.abs(margins)}
     metrics = calibration(margins) | {"mean_abs_margin": float(np.abs(margins).mean())}
-    variance = pairs.chosen_std**2 + pairs.rejected_std**2
+    variance = pairs.margin_std**2
     if variance.any():
         probit = calibration(probit_margins(margins, variance))
         metrics |= {f"probit/{name}": value for name, value in probit.items()}

@@ -250,7 +250,10 @@ def compare(rows: Rows, others: Rows, benchmark: str, *, seed: int) -> dict[str,
             those of `rows`.
     """
     accuracies = BENCHMARKS[benchmark].accuracies
-    others = [replace(row, chosen=o.chosen, rejected=o.rejected) for row, o in zip(rows, others, strict=True)]
+    others = [
+        replace(row, chosen=o.chosen, rejected=o.rejected, margin_std=o.margin_std)
+        for row, o in zip(rows, others, strict=True)
+    ]
     differences = _estimates(difference(accuracies(rows), accuracies(others)), rows, seed)
     if all(row.is_pair for row in rows):
         differences |= _estimates(difference(_diagnostics(rows), _diagnostics(others)), rows, seed)
@@ -317,15 +320,14 @@ def _group(row: ScoredComparison) -> Hashable:
 
 def _diagnostics(rows: Rows) -> Statistic:
     chosen, rejected = (
-        np.array([(r.reward, r.std, r.characters) for r in responses], dtype=np.float64).T
+        np.array([(r.reward, r.characters) for r in responses], dtype=np.float64).T
         for responses in ([row.chosen[0] for row in rows], [row.rejected[0] for row in rows])
     )
     pairs = ScoredPairs(
         chosen=chosen[0],
         rejected=rejected[0],
-        chosen_std=chosen[1],
-        rejected_std=rejected[1],
-        length_gap=chosen[2] - rejected[2],
+        margin_std=np.array([row.margin_std for row in rows]),
+        length_gap=chosen[1] - rejected[1],
     )
     return lambda indices: pair_diagnostics(pairs.take(indices))
 

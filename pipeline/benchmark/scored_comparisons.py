@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -15,6 +15,7 @@ from pipeline.data.chat import strip_thinking
 from pipeline.data.comparisons import Comparison
 from pipeline.data.files import read_rows
 from pipeline.errors import DataError, NumericsError
+from pipeline.objectives.comparison import compare
 from pipeline.records import RewardScore
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ class ScoredResponse:
     """What an aggregation needs of one response."""
 
     reward: float
-    std: float
     characters: int
     """Length of the scored text. Characters, not tokens: the same for every model, and in every language."""
 
@@ -49,6 +49,8 @@ class ScoredComparison:
     annotators_tie: bool
     chosen: tuple[ScoredResponse, ...]
     rejected: tuple[ScoredResponse, ...]
+    margin_std: float
+    """Posterior standard deviation of the first chosen minus the first rejected reward; they share the weights."""
 
     @property
     def is_pair(self) -> bool:
@@ -100,13 +102,14 @@ def read_scored(path: Path) -> tuple[list[ScoredComparison], str]:
     for row in read_rows(str(path)):
         try:
             chosen, rejected = (tuple(_response(r) for r in row.values[side]) for side in ("chosen", "rejected"))
-            fields = {name: row.values[name] for name in FIELDS}
+            first, other = (_reward_score(row.values[side][0]) for side in ("chosen", "rejected"))
+            known = {name: row.values[name] for name in FIELDS} | {"margin_std": compare(first, other).margin_std}
             scored_by.add(row.values["scored_by"])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, IndexError) as error:
             raise DataError(
                 f"{row.place}: no scored comparison ({error!r}). Give the rows.jsonl of an evaluation."
             ) from error
-        rows.append(ScoredComparison(**fields, chosen=chosen, rejected=rejected))
+        rows.append(ScoredComparison(**known, chosen=chosen, rejected=rejected))
     if len(scored_by) != 1:
         raise DataError(
             f"{path} holds rows of {len(scored_by)} models, not of one. Evaluate into a directory of its own."
@@ -191,4 +194,8 @@ def _as_json(row: Comparison, response: str, score: RewardScore) -> dict[str, An
 
 
 def _response(values: dict[str, Any]) -> ScoredResponse:
-    return ScoredResponse(reward=values["mean"], std=values["std"], characters=values["characters"])
+    return ScoredResponse(reward=values["mean"], characters=values["characters"])
+
+
+def _reward_score(values: dict[str, Any]) -> RewardScore:
+    return RewardScore(**{field.name: values[field.name] for field in fields(RewardScore)})

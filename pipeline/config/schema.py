@@ -59,6 +59,9 @@ class DataConfig(Frozen):
     """Share of the prompts kept for evaluation; the split is by prompt, never by row."""
     max_pairs: Count | None = None
     """Use at most this many pairs, chosen by seed; None uses all."""
+    label_flips: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Share of the training pairs whose chosen and rejected response change places, to measure what wrong labels
+    cost. Which ones depends on the seed alone, and those of a smaller share are among those of a larger one."""
 
 
 # --------------------------------------------------------------------------- models
@@ -86,6 +89,22 @@ class PolicyConfig(Frozen):
     trust_remote_code: bool = False
 
 
+class LoRAConfig(Frozen):
+    """Low-rank adapters (Hu et al. 2021) that train instead of the decoder; heads train in full.
+
+    Ten times the learning rate of full fine-tuning is usual.
+    """
+
+    rank: Count = 16
+    alpha: Count = 32
+    """The adapters' product is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the adapters' input, in training."""
+    targets: tuple[str, ...] = ()
+    """Names of linear layers, such as "q_proj"; empty is every linear layer of the decoder, without its
+    language-model head."""
+
+
 class OptimiserConfig(Frozen):
     """AdamW with a linear warm-up and a cosine decay to zero."""
 
@@ -96,6 +115,11 @@ class OptimiserConfig(Frozen):
     warmup_fraction: Fraction = 0.03
 
 
+def _require_one_way_to_train_less(trainable_layers: int | None, lora: LoRAConfig | None) -> None:
+    if trainable_layers is not None and lora is not None:
+        raise ValueError(f"trainable_layers = {trainable_layers} and lora exclude each other; set one of them to null")
+
+
 class PreparePolicyConfig(Frozen):
     """Supervised fine-tuning of the policy; `num_steps: 0` uses the checkpoint as it is."""
 
@@ -103,6 +127,8 @@ class PreparePolicyConfig(Frozen):
     batch_size: Count = 64
     max_tokens_per_micro_batch: Count = 8192
     max_length: Count = 1024
+    lora: LoRAConfig | None = None
+    """Train adapters; the result holds them merged."""
     optimiser: OptimiserConfig = OptimiserConfig(learning_rate=2e-5)
     eval_every: Count = 100
     checkpoint_every: Count = 100
@@ -147,6 +173,15 @@ class VRMHeadConfig(Frozen):
                 f"logvar_max = {self.logvar_max}"
             )
         return self
+
+
+class EnsembleConfig(Frozen):
+    """Several rewards of one response, and how they become one."""
+
+    members: Annotated[int, Field(ge=2)] = 5
+    reward: Literal["mean", "min"] = "mean"
+    """Of the members. Their standard deviation is reported beside either, so whatever takes a lower confidence bound
+    (`alignment.ppo.reward_transform: lcb`, `lcb` of the scoring service) has mean - c * sd."""
 
 
 class VariationalLossConfig(Frozen):
@@ -209,9 +244,10 @@ class PairLossConfig(Frozen):
 class RewardTrainingConfig(Frozen):
     """Reward-model training (vrm_spec section 10)."""
 
-    head: Literal["vrm", "gate", "regression", "bt"] = "vrm"
+    head: Literal["vrm", "gate", "regression", "bt", "ensemble"] = "vrm"
     """The baselines are "gate": VRM without its posterior, a deterministic gate over objective scores as in ArmoRM;
-    "regression": a score per objective, fitted to the annotations as in HelpSteer2; "bt": one linear reward."""
+    "regression": a score per objective, fitted to the annotations as in HelpSteer2; "bt": one linear reward;
+    "ensemble": several linear rewards."""
     reward_weights: tuple[float, ...] = ()
     """What each objective's score counts in the reward of "regression"; empty is the mean."""
     backbone: str | None = None
@@ -219,7 +255,10 @@ class RewardTrainingConfig(Frozen):
     backbone_dtype: Literal["float32", "bfloat16"] = "float32"
     trainable_layers: Annotated[int, Field(ge=0)] | None = None
     """Train only the last n transformer layers (and the final norm); None trains all, 0 freezes the backbone."""
+    lora: LoRAConfig | None = None
+    """Train adapters of the backbone; the checkpoint holds them merged."""
     vrm: VRMHeadConfig = VRMHeadConfig()
+    ensemble: EnsembleConfig = EnsembleConfig()
     loss: VariationalLossConfig = VariationalLossConfig()
     pair_loss: PairLossConfig = PairLossConfig()
     batch_pairs: Count = 128
@@ -233,6 +272,11 @@ class RewardTrainingConfig(Frozen):
     eval_every: Count = 50
     max_eval_pairs: Count = 2048
     checkpoint_every: Count = 50
+
+    @model_validator(mode="after")
+    def _one_way_to_train_less(self) -> RewardTrainingConfig:
+        _require_one_way_to_train_less(self.trainable_layers, self.lora)
+        return self
 
     @model_validator(mode="after")
     def _head_has_what_is_asked_of_it(self) -> RewardTrainingConfig:
@@ -319,6 +363,8 @@ class PPOConfig(Frozen):
     lcb_coefficient: NonNegative = 1.0
     """lcb subtracts this many posterior standard deviations before the z-score."""
     reward_clip: Positive | None = 5.0
+    whiten_rewards: bool = False
+    """Divide the token rewards, KL included, by their standard deviation over the batch; their mean stays."""
     no_stop_penalty: NonNegative = 1.0
     """Subtracted, after scaling, from responses cut at the length limit."""
     overlong_buffer: Fraction = 0.0
@@ -330,7 +376,24 @@ class PPOConfig(Frozen):
     critic: Literal["separate", "value_head"] = "separate"
     """"separate": a critic with its own backbone, initialised from the reward model's.
     "value_head": a scalar head on the policy's trunk. Read only where `advantages` is "gae"."""
+    critic_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps at the beginning that train a separate critic alone, so that the policy's first advantages mean something;
+    they are part of `num_steps`."""
     trainable_layers: Annotated[int, Field(ge=0)] | None = None
+    """As in reward_training; of the policy and of a separate critic."""
+    lora: LoRAConfig | None = None
+    """Train adapters of the policy and of a separate critic. The reference is then the policy with its adapters off,
+    no second model; results and rollout engines hold the adapters merged."""
+
+    @model_validator(mode="after")
+    def _one_way_to_train_less(self) -> PPOConfig:
+        _require_one_way_to_train_less(self.trainable_layers, self.lora)
+        if self.lora is not None and self.lora.dropout:
+            raise ValueError(
+                f"lora.dropout = {self.lora.dropout:g}: with dropout the probability ratio of an unchanged policy is "
+                "not 1, and the clipping would act on noise; set it to 0"
+            )
+        return self
 
     @property
     def trains_a_critic(self) -> bool:
@@ -343,6 +406,20 @@ class PPOConfig(Frozen):
     @property
     def upper_clip_range(self) -> float:
         return self.clip_range if self.clip_range_high is None else self.clip_range_high
+
+    @model_validator(mode="after")
+    def _what_is_asked_of_critic_and_token_rewards_exists(self) -> PPOConfig:
+        if self.critic_warmup_steps and not (self.trains_a_critic and self.critic == "separate"):
+            raise ValueError(
+                f"critic_warmup_steps = {self.critic_warmup_steps} trains a critic of its own, but critic = "
+                f"{self.critic!r} and advantages = {self.advantages!r}; it needs critic 'separate' and advantages 'gae'"
+            )
+        if self.whiten_rewards and self.advantages not in ("gae", "rewards_to_go"):
+            raise ValueError(
+                f"whiten_rewards scales the rewards of tokens, but advantages = {self.advantages!r} compares whole "
+                "responses; set it to false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _clip_range_was_set_as_a_pair(self) -> PPOConfig:
@@ -385,6 +462,10 @@ class AlignmentConfig(Frozen):
     gradient_checkpointing: bool = False
     checkpoint_every: Count = 10
     keep_checkpoints: Count = 2
+    prefetch: Literal["continue", "discard"] | None = None
+    """Sample the next step while the learner works on this one: responses come from the policy before its last update.
+    Chunks that wait when an update ends are sampled from the new policy; those begun "continue" with the old one, or
+    are "discard"ed and sampled again. None samples each step when its policy is there."""
     gate_tolerance: Positive | None = None
     """Largest mean absolute logprob difference between engine and learner after a weight update;
     None chooses 1e-4 for float32 and 0.05 for bfloat16."""
@@ -401,6 +482,15 @@ class AlignmentConfig(Frozen):
                 f"algorithm = {self.algorithm} (ppo.advantages = {self.ppo.advantages}) compares the responses to one "
                 f"prompt, so samples_per_prompt = {self.samples_per_prompt} must be at least 2; 8 is usual, with "
                 "prompts_per_step divided by as much"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stale_samples_are_corrected(self) -> AlignmentConfig:
+        if self.prefetch is not None and self.ppo.importance_cap is None:
+            raise ValueError(
+                f"prefetch = {self.prefetch} trains on samples of the policy before, so ppo.importance_cap must weigh "
+                "them; 2 is usual"
             )
         return self
 
@@ -484,6 +574,21 @@ class RanksConfig(Frozen):
     """How often the whole group is restarted from the last commit after a rank died."""
 
 
+class AutoscaleConfig(Frozen):
+    """Bounds of a pool that follows the learner (`cluster/scaling.py`); an operator's request goes first."""
+
+    min_workers: Count = 1
+    max_workers: Count
+    cooldown_s: NonNegative = 60.0
+    """A pool that has changed stays as it is for so long: a new engine takes a while to start."""
+
+    @model_validator(mode="after")
+    def _bounds_do_not_cross(self) -> AutoscaleConfig:
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"min_workers = {self.min_workers} exceeds max_workers = {self.max_workers}")
+        return self
+
+
 class RolloutConfig(Frozen):
     """The pool of vLLM engines."""
 
@@ -498,20 +603,33 @@ class RolloutConfig(Frozen):
     max_sequences: Count = 256
     enforce_eager: bool = True
     chunk_size: Count = 32
-    """Prompts handed to a worker at a time."""
+    """Responses handed to a worker at a time."""
     max_restarts: Annotated[int, Field(ge=0)] = 2
+    """How many workers that died or hung are replaced, over the whole job."""
+    autoscale: AutoscaleConfig | None = None
+    """Let the number of workers follow the learner between these bounds; needs `alignment.prefetch`."""
 
 
 class ScoringConfig(Frozen):
     """The VRM scoring service on Ray Serve."""
 
-    replicas: Count = 1
+    replicas: Annotated[int, Field(ge=0)] = 1
+    """With `max_replicas`, the fewest; 0 lets the service sleep, and its next request waits for a replica to start."""
+    max_replicas: Count | None = None
+    """Replicas follow the queue up to this many; None keeps their number fixed."""
+    requests_per_replica: Positive = 4.0
+    """With `max_replicas`: requests waiting or in work for which another replica starts."""
+    upscale_delay_s: NonNegative = 5.0
+    """How long the queue must ask for more replicas before they start; the first one starts at once."""
+    downscale_delay_s: NonNegative = 300.0
+    """How long the queue must do with fewer replicas before they end."""
     cpus_per_replica: NonNegative = 1.0
     gpus_per_replica: NonNegative = 0.0
     threads_per_replica: Count | None = None
     """As `threads_per_rank`."""
     max_tokens_per_batch: Count = 16384
-    batch_wait_s: NonNegative = 0.01
+    batch_wait_s: NonNegative = 0.0
+    """How long an idle replica waits for company. What arrives while it scores shares its next batch anyhow."""
     max_batch_size: Count = 64
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """HTTP port on localhost; 0 serves the Ray handle only."""
@@ -522,6 +640,14 @@ class ScoringConfig(Frozen):
     """Per replica; beyond it, HTTP requests are refused with 429 and Retry-After."""
     cache_entries: Annotated[int, Field(ge=0)] = 65536
     """Scores that a replica remembers for HTTP requests, about 1 KB each; 0 remembers none."""
+
+    @model_validator(mode="after")
+    def _replicas_fit(self) -> ScoringConfig:
+        if self.max_replicas is None and self.replicas == 0:
+            raise ValueError("replicas=0 serves nobody; set max_replicas too, and a request starts a replica")
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas={self.max_replicas} is less than replicas={self.replicas}")
+        return self
 
 
 class DeadlinesConfig(Frozen):
@@ -551,3 +677,12 @@ class Recipe(ExperimentConfig):
     """An experiment and the cluster it runs on: one YAML file in `jobs/recipes/`."""
 
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _autoscaling_has_waits_to_compare(self) -> Recipe:
+        if self.cluster.rollout.autoscale is not None and self.alignment.prefetch is None:
+            raise ValueError(
+                "cluster.rollout.autoscale compares who waits for whom, but without alignment.prefetch the learner "
+                "waits for every rollout; set alignment.prefetch=continue, or cluster.rollout.workers alone"
+            )
+        return self

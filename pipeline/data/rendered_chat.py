@@ -49,7 +49,8 @@ def split_rendered(text: str, prompt: str | None = None) -> tuple[tuple[Message,
 
     Args:
         text: prompt and response in one string, special tokens included.
-        prompt: how `text` begins; needed only for a text without markup, where nothing else marks the border.
+        prompt: how `text` begins, which marks the border: whatever stands behind it is the response, even where the
+            policy wrote an end of its turn and a next speaker. Without it such words are read as turns.
 
     Raises:
         DataError: no known markup and no such prompt, text between the turns, or no response at the end.
@@ -57,8 +58,10 @@ def split_rendered(text: str, prompt: str | None = None) -> tuple[tuple[Message,
     stripped = text
     for beginning in BEGINNINGS:
         stripped = stripped.removeprefix(beginning)
+    behind_prompt = len(text) - len(prompt) if prompt and text.startswith(prompt) else 0
+    border = len(stripped) - behind_prompt
     for markup in MARKUPS:
-        turns, rest = _turns(stripped, markup)
+        turns, rest = _turns(stripped, markup, border)
         if not turns:
             continue
         if opened := markup.open_turn.match(rest):
@@ -90,9 +93,10 @@ def without_ending(text: str) -> str:
         end = behind - len(ending)
 
 
-def _turns(text: str, markup: Markup) -> tuple[list[dict[str, str]], str]:
+def _turns(text: str, markup: Markup, border: int) -> tuple[list[dict[str, str]], str]:
+    """The whole turns before the border, and what is left behind them."""
     turns, position = [], 0
-    while turn := markup.turn.match(text, position):
+    while turn := markup.turn.match(text, position, border):
         role = "assistant" if turn["role"] == "model" else turn["role"]
         turns.append({"role": role, "content": turn["content"]})
         position = turn.end()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.config.schema import ExperimentConfig
 from pipeline.data.batching import stable_seed
@@ -44,9 +44,26 @@ def load_data(experiment: ExperimentConfig) -> RunData:
         ConfigError: the recipe names no data.
         DataError: a file cannot be used; names file, line and field.
     """
-    if experiment.data.source == "planted":
-        return _planted(experiment)
-    return _from_files(experiment)
+    data = _planted(experiment) if experiment.data.source == "planted" else _from_files(experiment)
+    return replace(
+        data, train_pairs=with_flipped_labels(data.train_pairs, experiment.data.label_flips, experiment.seed)
+    )
+
+
+def with_flipped_labels(pairs: Sequence[PreferencePair], share: float, seed: int) -> list[PreferencePair]:
+    """The pairs in their order, each with probability `share` with its responses and their scores swapped."""
+    return [
+        pair
+        if stable_seed("flip", seed, pair.id) / 2**62 >= share
+        else replace(
+            pair,
+            chosen=pair.rejected,
+            rejected=pair.chosen,
+            scores_chosen=pair.scores_rejected,
+            scores_rejected=pair.scores_chosen,
+        )
+        for pair in pairs
+    ]
 
 
 def data_fingerprints(experiment: ExperimentConfig) -> list[str]:

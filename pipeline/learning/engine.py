@@ -6,23 +6,22 @@ micro-batches and over ranks; an engine never averages them.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from pipeline.errors import CheckpointError, NumericsError
-
-CHECKPOINT_FILE = "engine.pt"
+from pipeline.errors import NumericsError
+from pipeline.learning.training_state import Fragment, SavedState, Snapshot, adam_state, trained_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterGroup:
     """Parameters that share a peak learning rate and a weight decay."""
 
+    name: str
     parameters: tuple[nn.Parameter, ...]
     learning_rate: float
     weight_decay: float
@@ -43,8 +42,10 @@ class TrainEngine(Protocol):
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Adds the gradient of a scalar loss; `last` marks the final micro-batch of the step."""
 
-    def step(self, learning_rate_factor: float) -> float:
+    def step(self, learning_rate_factor: float, *, resting: str | None = None) -> float:
         """Clips, steps, zeroes gradients. Each group's peak learning rate is scaled by the factor.
+
+        The groups named `resting` stay as they are; no gradient may have reached them.
 
         Returns the global gradient norm before clipping; raises NumericsError when it is not finite.
         """
@@ -55,15 +56,22 @@ class TrainEngine(Protocol):
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """The whole model on the CPU of rank 0; empty elsewhere. Collective."""
 
-    def save(self, directory: str) -> None:
-        """Writes everything a resumed run needs. Collective."""
+    def snapshot(self) -> Snapshot:
+        """Copies this rank's part of what a resumed run needs to host memory. Between steps only; not collective."""
 
     def load(self, directory: str) -> None:
-        """Restores what `save` wrote. Collective."""
+        """Restores what the snapshots of all ranks wrote, however many there were. Collective.
+
+        Raises:
+            CheckpointError: the directory holds no whole state of this model.
+        """
 
 
 class TorchEngine:
-    """A TrainEngine in one process: plain AdamW, bit-deterministic on CPU."""
+    """A TrainEngine in one process: plain AdamW, bit-deterministic on CPU.
+
+    Parameters are float32; `bfloat16` computes under autocast, and heads stay float32.
+    """
 
     rank = 0
     world_size = 1
@@ -75,11 +83,13 @@ class TorchEngine:
         *,
         betas: tuple[float, float],
         max_grad_norm: float,
+        dtype: str = "float32",
         device: str = "cpu",
     ) -> None:
         self.device = torch.device(device)
+        self.dtype = dtype
         self.module = module.to(self.device)
-        self.peak_learning_rates = [group.learning_rate for group in groups]
+        self.groups = tuple(groups)
         self.max_grad_norm = max_grad_norm
         self.optimiser = torch.optim.AdamW(
             [
@@ -90,17 +100,17 @@ class TorchEngine:
         )
 
     def forward(self, *args: Any) -> Any:
-        return self.module(*args)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            return self.module(*args)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()
 
-    def step(self, learning_rate_factor: float) -> float:
+    def step(self, learning_rate_factor: float, *, resting: str | None = None) -> float:
         parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
         require_finite_norm(norm)
-        for group, peak in zip(self.optimiser.param_groups, self.peak_learning_rates, strict=True):
-            group["lr"] = peak * learning_rate_factor
+        set_learning_rates(self.optimiser, self.groups, learning_rate_factor, resting=resting)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         return norm
@@ -111,22 +121,25 @@ class TorchEngine:
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
 
-    def save(self, directory: str) -> None:
-        os.makedirs(directory, exist_ok=True)
-        state = {"module": self.module.state_dict(), "optimiser": self.optimiser.state_dict()}
-        torch.save(state, os.path.join(directory, CHECKPOINT_FILE))
+    def snapshot(self) -> Snapshot:
+        return Snapshot.take(self._fragments(), self._shapes(), part=self.rank, num_parts=self.world_size)
 
     def load(self, directory: str) -> None:
-        path = os.path.join(directory, CHECKPOINT_FILE)
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            self.module.load_state_dict(state["module"])
-            self.optimiser.load_state_dict(state["optimiser"])
-        except (FileNotFoundError, KeyError, RuntimeError, ValueError) as error:
-            raise CheckpointError(
-                f"{path} does not restore this model: {error}. "
-                "Was the recipe's model changed? Use another workspace, or delete this checkpoint."
-            ) from error
+        with SavedState(directory, self._shapes()) as saved:
+            saved.restore(self._fragments())
+
+    def _fragments(self) -> Iterator[Fragment]:
+        for name, parameter in trained_parameters(self.module).items():
+            yield Fragment.of(name, 0, parameter.data.view(-1), adam_state(self.optimiser, parameter))
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(parameter.shape) for name, parameter in trained_parameters(self.module).items()}
+
+
+def set_learning_rates(optimiser: Any, groups: Sequence[ParameterGroup], factor: float, *, resting: str | None) -> None:
+    """Those of the next step; at a rate of 0 weight decay moves nothing either."""
+    for own, group in zip(optimiser.param_groups, groups, strict=True):
+        own["lr"] = 0.0 if group.name == resting else group.learning_rate * factor
 
 
 def require_finite_norm(norm: float) -> None:

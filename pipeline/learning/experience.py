@@ -74,8 +74,9 @@ def build_experience(
     reward = _shaped_rewards(mean, std, response_lengths, cut, ppo, reward_scale, max_response_tokens)
     token_kl = kl_estimate(logprobs, reference_logprobs, kl.estimator)
     in_reward = kl.place == "reward"
+    rewards = token_rewards(reward, token_kl, mask, kl_coefficient=kl_coefficient if in_reward else 0.0)
     tokens = ScoredTokens(
-        rewards=token_rewards(reward, token_kl, mask, kl_coefficient=kl_coefficient if in_reward else 0.0),
+        rewards=whiten(rewards, mask, keep_mean=True) if ppo.whiten_rewards else rewards,
         values=values,
         mask=mask,
         group_size=_group_size(rollouts) if ppo.compares_a_group else 1,

@@ -8,17 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.config.schema import AlignmentConfig
 from pipeline.learning.algorithm import policy_loss
 from pipeline.learning.engine import TrainEngine
+from pipeline.learning.parameter_groups import POLICY
 from pipeline.learning.publishing import evaluate_probes, write_policy_weights
 from pipeline.learning.schedule import learning_rate_factor
 from pipeline.learning.shards import MicroBatch, Rows, Sums, own_micro_batches
+from pipeline.learning.training_state import Snapshot
 from pipeline.models.backbone import save_causal_lm
 from pipeline.models.critic import TokenStatistics
+from pipeline.models.lora import merged
 from pipeline.models.packing import PackedTokens, pack
 from pipeline.objectives.aggregation import MiniBatchSize
 from pipeline.objectives.masked import masked_sum
@@ -103,7 +105,8 @@ class PPOLearner:
                 max_response_tokens=self.config.max_response_tokens,
             )
             drift = Sums()
-            norms.append(self._optimiser_step(experience, rows, size, factor, sums, drift))
+            policy_rests = step < ppo.critic_warmup_steps
+            norms.append(self._optimiser_step(experience, rows, size, factor, sums, drift, policy_rests=policy_rests))
             num_tokens += size.num_tokens
             if ppo.stop_update_above_kl is not None:
                 moved = drift.over_ranks(self.engine)["approximate_kl"] / size.num_tokens
@@ -134,7 +137,15 @@ class PPOLearner:
             yield from map(torch.from_numpy, np.array_split(order, num_parts))
 
     def _optimiser_step(
-        self, experience: Experience, rows: torch.Tensor, size: MiniBatchSize, factor: float, sums: Sums, drift: Sums
+        self,
+        experience: Experience,
+        rows: torch.Tensor,
+        size: MiniBatchSize,
+        factor: float,
+        sums: Sums,
+        drift: Sums,
+        *,
+        policy_rests: bool,
     ) -> float:
         """Returns the gradient norm; adds this rank's share of the metrics to `sums`, and of the KL to `drift`."""
         ppo = self.config.ppo
@@ -164,6 +175,8 @@ class PPOLearner:
             if experience.kl_loss_coefficient > 0:
                 loss = loss + experience.kl_loss_coefficient * policy.kl
                 terms["kl_loss"] = policy.kl
+            if policy_rests:
+                loss = torch.zeros_like(loss)
             if experience.critic is not None:
                 values, returns = self._on_device(own, experience.critic.values, experience.critic.returns)
                 value_loss = clipped_value_loss(
@@ -188,7 +201,7 @@ class PPOLearner:
                 approximate_kl=approximate_kl,
                 ratio=masked_sum(ratio, mask),
             )
-        return self.engine.step(factor)
+        return self.engine.step(factor, resting=POLICY if policy_rests else None)
 
     def _on_device(self, rows: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
         return [tensor[rows].to(self.engine.device) for tensor in tensors]
@@ -209,7 +222,8 @@ class PPOLearner:
         state = self.engine.full_state_dict()
         location = self._location(version)
         if self.engine.rank == 0:
-            write_policy_weights(_policy_part(state), location)
+            merged_policy = _policy_part(merged(state, self.engine.module))
+            write_policy_weights(merged_policy, location, over=self._location(version - 2))
             # By name, not by age: a killed run may have left later versions than the one it resumes from.
             kept = {location, self._location(version - 1)}
             for other in set(location.parent.glob("policy-*")) - kept:
@@ -219,25 +233,24 @@ class PPOLearner:
     def _location(self, version: int) -> Path:
         return Path(self.publish_directory) / f"policy-{version:06d}"
 
-    def save(self, directory: str) -> None:
-        self.engine.save(directory)
+    def snapshot(self) -> Snapshot:
+        return self.engine.snapshot()
 
     def export(self, directory: str) -> None:
         state = self.engine.full_state_dict()
         if self.engine.rank == 0:
-            save_causal_lm(_policy_part(state), self.model_config, self.tokenizer, directory)
+            state = _policy_part(merged(state, self.engine.module))
+            save_causal_lm(state, self.model_config, self.tokenizer, directory)
 
 
 def _policy_part(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix("policy."): t for name, t in state.items() if name.startswith("policy.")}
 
 
-def frozen_reference(policy: nn.Module, device: torch.device) -> Callable[..., torch.Tensor]:
-    """A replicated reference policy as a function; gradients off."""
-    module = policy.to(device).eval().requires_grad_(False)
+def reference_without_adapters(engine: TrainEngine) -> Callable[..., torch.Tensor]:
+    """The policy as it was before its adapters, as a function: the reference that takes no memory of its own."""
 
-    def reference(*arguments: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return module(*arguments)
+    def reference(packed: PackedTokens, num_columns: int, temperature: float) -> torch.Tensor:
+        return engine.forward(packed, num_columns, temperature, True)[0]
 
     return reference

@@ -9,9 +9,10 @@ import torch
 
 from pipeline.benchmark.pairwise import ScoredPairs, pair_diagnostics
 from pipeline.models.reward_heads import RewardOutput
+from pipeline.objectives.comparison import compare
 from pipeline.objectives.preference import bradley_terry_loss, pair_accuracy
 from pipeline.objectives.variational import gaussian_kl_per_dimension
-from pipeline.records import Metrics, PreferenceBatch
+from pipeline.records import Metrics, PreferenceBatch, RewardScore
 
 PAIR_METRICS = (
     "calibration_error",
@@ -84,14 +85,13 @@ def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
 
 def _of_pairs(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
     """Calibration of the margins, and what length has to do with them."""
-    means, stds = (column.cpu().numpy() for column in (output.mean, output.variance.sqrt()))
+    means = output.mean.cpu().numpy()
     n = batch.num_pairs
     measured = pair_diagnostics(
         ScoredPairs(
             chosen=means[:n],
             rejected=means[n:],
-            chosen_std=stds[:n],
-            rejected_std=stds[n:],
+            margin_std=_margin_stds(output, n),
             length_gap=np.array(
                 [len(chosen) - len(rejected) for chosen, rejected in (p.response_ids for p in batch.pairs)]
             ),
@@ -103,6 +103,32 @@ def _of_pairs(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
         for name in PAIR_METRICS
         if name in measured and not math.isnan(measured[name])
     }
+
+
+def _margin_stds(output: RewardOutput, num_pairs: int) -> np.ndarray:
+    """[B] posterior standard deviations of the margins, under the weights of the chosen row, the prompt's."""
+    alpha = output.alpha.sum(-1)[:num_pairs]
+    chosen, rejected = (
+        [
+            RewardScore(
+                mean=mean,
+                std=std,
+                objective_weights=tuple(weights),
+                objective_scores=tuple(scores),
+                concentration=concentration,
+            )
+            for mean, std, weights, scores, concentration in zip(
+                output.mean[rows].tolist(),
+                output.variance[rows].sqrt().tolist(),
+                output.weights[:num_pairs].tolist(),
+                output.scores[rows].tolist(),
+                alpha.tolist(),
+                strict=True,
+            )
+        ]
+        for rows in (slice(num_pairs), slice(num_pairs, None))
+    )
+    return np.array([compare(a, b).margin_std for a, b in zip(chosen, rejected, strict=True)])
 
 
 def score_collinearity(scores: torch.Tensor) -> float:

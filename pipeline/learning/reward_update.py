@@ -12,6 +12,8 @@ from pipeline.learning.reward_alarms import check_alarms
 from pipeline.learning.reward_diagnostics import reward_diagnostics
 from pipeline.learning.schedule import learning_rate_factor, warmup_factor
 from pipeline.learning.shards import MicroBatch, Rows, Sums, own_micro_batches
+from pipeline.learning.training_state import Snapshot
+from pipeline.models.lora import merged
 from pipeline.models.packing import pack
 from pipeline.models.reward_heads import GateHead, RegressionHead, RewardOutput, VRMHead
 from pipeline.models.reward_model import RewardModelCard, save_reward_model
@@ -44,8 +46,8 @@ class RewardModelTrainer:
 
     Source: VRM, arXiv 2603.04974, Eqs. 11-14; KL weights far below 1, because at 1 with fixed priors the optimum is a
     constant reward (vrm_spec section 3). The engine's module is a `RewardModel`; a gate has no KL, a
-    Bradley-Terry head only the first term, and a regression head only the squared error of its scores, averaged over
-    the annotated ones.
+    Bradley-Terry head or an ensemble of them only the first term, and a regression head only the squared error of its
+    scores, averaged over the annotated ones.
     """
 
     def __init__(
@@ -106,18 +108,24 @@ class RewardModelTrainer:
             "tokens": float(sum(pair.num_tokens for pair in batch.pairs)),
         }
 
-    def evaluate(self, batch: PreferenceBatch) -> Metrics:
+    def score(self, batch: PreferenceBatch) -> RewardOutput:
+        """What the head says of the 2B rows of a whole batch, without gradient; on the CPU, equal on every rank."""
         self.engine.module.eval()
-        sums, rows = Sums(), Rows(2 * batch.num_pairs)
+        rows = Rows(2 * batch.num_pairs)
         with torch.no_grad():
             for micro in self._micro_batches(batch):
                 output = self._forward(batch, micro)
-                terms = self._terms(batch, micro, output._replace(sampled=output.mean))
-                sums.add(micro.weight, **{name: term.sum() for name, term in terms.items()})
                 rows.put(micro.weight, _both(micro, batch), _side_by_side(output))
-        totals = sums.over_ranks(self.engine)
-        whole = _taken_apart(rows.over_ranks(self.engine), like=output)
-        metrics = self._means(totals, batch, "eval") | reward_diagnostics(whole, batch)
+        return _taken_apart(rows.over_ranks(self.engine), like=output)
+
+    def evaluate(self, batch: PreferenceBatch) -> Metrics:
+        output = self.score(batch)
+        everything = MicroBatch(rows=torch.arange(batch.num_pairs), weight=1.0, last=True)
+        terms = self._terms(batch, everything, output._replace(sampled=output.mean))
+        totals = {name: term.double().sum() for name, term in terms.items()}
+        metrics = self._means(totals, batch, "eval") | reward_diagnostics(
+            RewardOutput(*(field.double() for field in output)), batch
+        )
         metrics |= check_alarms(self.training | metrics)
         # The card keeps the statistics of the latest evaluation; the loop evaluates once more before it exports.
         self.card = self.card.model_copy(
@@ -129,15 +137,15 @@ class RewardModelTrainer:
         )
         return metrics
 
-    def save(self, directory: str) -> None:
-        self.engine.save(directory)
+    def snapshot(self) -> Snapshot:
+        return self.engine.snapshot()
 
     def export(self, directory: str) -> None:
         state = self.engine.full_state_dict()
         if self.engine.rank == 0:
             save_reward_model(
                 directory,
-                state_dict=state,
+                state_dict=merged(state, self.engine.module),
                 backbone_config=self.backbone_config.to_dict(),
                 tokenizer=self.tokenizer,
                 card=self.card,
@@ -246,8 +254,8 @@ def _both(micro: MicroBatch, batch: PreferenceBatch) -> torch.Tensor:
 
 
 def _side_by_side(output: RewardOutput) -> torch.Tensor:
-    """[n, 3 + 2K + 2d] float64: the fields of n rows as one tensor, for one collective."""
-    return torch.cat([field.double().view(len(field), _width(field)) for field in output], dim=1)
+    """[n, 3 + 3K + 2d]: the fields of n rows as one tensor, for one collective."""
+    return torch.cat([field.view(len(field), _width(field)) for field in output], dim=1)
 
 
 def _taken_apart(packed: torch.Tensor, *, like: RewardOutput) -> RewardOutput:

@@ -10,7 +10,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from pipeline.learning.engine import TrainEngine
 from pipeline.learning.schedule import learning_rate_factor
 from pipeline.learning.shards import MicroBatch, Sums, own_micro_batches
+from pipeline.learning.training_state import Snapshot
 from pipeline.models.backbone import save_causal_lm
+from pipeline.models.lora import merged
 from pipeline.models.packing import pack
 from pipeline.records import Metrics, PromptGroup
 
@@ -62,13 +64,13 @@ class SupervisedFineTuner:
                 sums.add(micro.weight, nll=self._nll_sum(batch, micro))
         return {"eval/nll": float(sums.over_ranks(self.engine)["nll"]) / _num_response_tokens(batch)}
 
-    def save(self, directory: str) -> None:
-        self.engine.save(directory)
+    def snapshot(self) -> Snapshot:
+        return self.engine.snapshot()
 
     def export(self, directory: str) -> None:
         state = self.engine.full_state_dict()
         if self.engine.rank == 0:
-            policy = {name.removeprefix("policy."): tensor for name, tensor in state.items()}
+            policy = {name.removeprefix("policy."): t for name, t in merged(state, self.engine.module).items()}
             save_causal_lm(policy, self.model_config, self.tokenizer, directory)
 
     def _nll_sum(self, batch: Sequence[PromptGroup], micro: MicroBatch) -> torch.Tensor:

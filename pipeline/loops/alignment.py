@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
 from pipeline.config.schema import AlignmentConfig
-from pipeline.data.batching import stable_seed
 from pipeline.data.prompts import PromptStream
 from pipeline.errors import NumericsError
 from pipeline.learning.experience import RewardScale, build_experience
+from pipeline.loops.step_rollouts import StepPlan, rollouts_by_step
 from pipeline.objectives.divergence import adapt_kl_coefficient
-from pipeline.ports import PolicyLearner, RewardScorer, RolloutSource
-from pipeline.records import Metrics, SamplingParams
+from pipeline.ports import BackgroundRolloutSource, PolicyLearner, RewardScorer
+from pipeline.records import Metrics
 from pipeline.stages.workspace import StageDirectory
 
 
 def align(
-    rollouts: RolloutSource,
+    rollouts: BackgroundRolloutSource,
     scorer: RewardScorer,
     learner: PolicyLearner,
     prompts: PromptStream,
@@ -29,8 +28,9 @@ def align(
 ) -> Metrics:
     """Restores the last commit, then: sample, score, evaluate, update, publish, until `num_steps`.
 
-    Consumes `prompts.batch(step)`. Waits for every rollout of a step before its update (synchronous). The rollout
-    engines hold the learner's weights, proven by the gate, before any of their samples is used.
+    Consumes `prompts.batch(step)`. Waits for every rollout of a step before its update; with `config.prefetch` they
+    were begun during the update before, else nothing overlaps. The rollout engines hold the learner's weights, proven
+    by the gate, before any of their samples is used.
 
     Returns:
         The metrics of the last step; of the last good commit when the KL stop rule ended the run.
@@ -39,13 +39,7 @@ def align(
         NumericsError: the KL stop rule applies, and there is no earlier commit to end with.
         Preempted: the process is about to be ended; the step it was in is committed.
     """
-    sampling = SamplingParams(
-        temperature=config.temperature,
-        top_p=config.top_p,
-        max_response_tokens=config.max_response_tokens,
-        samples_per_prompt=config.samples_per_prompt,
-        seed=seed,
-    )
+    batches = rollouts_by_step(rollouts, StepPlan(prompts=prompts, config=config, seed=seed))
     checkpoint = stage.checkpoints.latest()
     if checkpoint is not None:
         learner.restore(checkpoint.uri)
@@ -56,10 +50,9 @@ def align(
     gate = rollouts.load_weights(learner.publish_weights(first_step))
     with stage.metrics_log(config.num_steps, first_step) as log:
         for step in range(first_step, config.num_steps):
+            stage.checkpoints.require_sound()
             clock = Stopwatch()
-            samples = rollouts.generate(
-                prompts.batch(step, config.prompts_per_step), replace(sampling, seed=stable_seed("step", seed, step))
-            )
+            samples, ages = batches.collect(step)
             clock.lap("rollout")
             scores = scorer.score([s.prompt.messages for s in samples], [s.response_text for s in samples])
             clock.lap("score")
@@ -78,7 +71,7 @@ def align(
             kl = measured["kl/per_response"]
             if config.kl.stop_above is not None and kl > config.kl.stop_above:
                 # Before the update and its commit: a resumed run must come to the same decision.
-                log.write(step, measured)
+                log.write(step, ages | measured)
                 metrics = return_to_last_good(learner, stage, step, kl=kl, limit=config.kl.stop_above)
                 break
             updated = learner.update(experience, step)
@@ -93,13 +86,15 @@ def align(
                 )
             gate = rollouts.load_weights(learner.publish_weights(step + 1))
             clock.lap("weights")
-            metrics = measured | updated | gate | clock.metrics(sum(len(s.response_ids) for s in samples))
+            metrics = ages | measured | updated | gate | clock.metrics(sum(len(s.response_ids) for s in samples))
             log.write(step, metrics)
             last = step + 1 == config.num_steps
             if not last and stage.is_commit_due(step, every=config.checkpoint_every):
-                learner.save(stage.checkpoints.uri(step))
-                stage.checkpoints.commit(step, state={"kl_coefficient": kl_coefficient, "metrics": metrics})
+                stage.checkpoints.save(
+                    step, learner.snapshot, state={"kl_coefficient": kl_coefficient, "metrics": metrics}
+                )
                 stage.leave_if_preempted(step)
+    stage.checkpoints.settle()
     learner.export(stage.result_uri)
     return metrics
 
@@ -135,7 +130,10 @@ class Stopwatch:
         self._last = now
 
     def metrics(self, num_tokens: int) -> Metrics:
-        """Seconds of each phase, and response tokens per second of the rollout and of the whole step."""
+        """Seconds of each phase, and response tokens per second of the rollout and of the whole step.
+
+        The rollout's are those that the learner waited for: with prefetch, most of its sampling is not among them.
+        """
         return self._laps | {
             "tokens_per_s/rollout": num_tokens / self._laps["seconds/rollout"],
             "tokens_per_s/step": num_tokens / (self._last - self._started),

@@ -39,15 +39,16 @@ def train(
     first_step = 0 if checkpoint is None else checkpoint.step + 1
     with stage.metrics_log(num_steps, first_step) as log:
         for step in range(first_step, num_steps):
+            stage.checkpoints.require_sound()
             metrics = learner.update(batch_of(step), step)
             if (step + 1) % eval_every == 0 and step + 1 < num_steps:
                 metrics |= learner.evaluate(heldout)
             log.write(step, metrics)
             if step + 1 < num_steps and stage.is_commit_due(step, every=checkpoint_every):
-                learner.save(stage.checkpoints.uri(step))
-                stage.checkpoints.commit(step, state={})
+                stage.checkpoints.save(step, learner.snapshot, state={})
                 stage.leave_if_preempted(step)
         final = learner.evaluate(heldout)
         log.write(num_steps - 1, final)
+    stage.checkpoints.settle()
     learner.export(stage.result_uri)
     return final

@@ -19,10 +19,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from pipeline.config.schema import TinyModelConfig
+from pipeline.config.schema import LoRAConfig, TinyModelConfig
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models.packaged import is_packaged, load_packaged_causal_lm
-from pipeline.models.suitability import require_causal, require_plain_head
+from pipeline.models.suitability import linear_layers, require_causal, require_plain_head
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -190,6 +190,28 @@ def require_context(checkpoint: str, num_tokens: int, section: str) -> None:
         raise ConfigError(
             f"{section}.max_prompt_tokens + {section}.max_response_tokens = {num_tokens} exceeds the model's "
             f"context of {context} tokens. Lower one of them."
+        )
+
+
+def require_lora_targets(checkpoint: str, lora: LoRAConfig | None, section: str) -> None:
+    """Raises ConfigError when a recipe's section puts adapters on layers that the model does not have.
+
+    Reads config.json and no weights, except of a packaged checkpoint, which keeps both in one file.
+    """
+    if lora is None or not lora.targets:
+        return
+    backbone: Any
+    if is_packaged(checkpoint):
+        backbone = load_packaged_causal_lm(checkpoint)[0].base_model
+    else:
+        with torch.device("meta"):
+            backbone = AutoModel.from_config(load_config(checkpoint))
+    candidates = linear_layers(backbone)
+    unknown = [target for target in lora.targets if target not in candidates]
+    if unknown:
+        raise ConfigError(
+            f"{section}.lora.targets: a {backbone.config.model_type} model has no linear layer named "
+            f"{', '.join(unknown)}. It has {', '.join(candidates)}; [] takes them all."
         )
 
 

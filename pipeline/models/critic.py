@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from pipeline.models.lora import adapters_off
 from pipeline.models.packing import PackedTokens, packed_states, use_packed_attention
 from pipeline.objectives.logprobs import token_logprobs_and_entropy
 
@@ -42,17 +43,25 @@ class PolicyWithCritic(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, packed: PackedTokens, num_columns: int, temperature: float) -> tuple[torch.Tensor, ...]:
+    def forward(
+        self, packed: PackedTokens, num_columns: int, temperature: float, as_reference: bool = False
+    ) -> tuple[torch.Tensor, ...]:
         """Evaluates B rollouts.
 
         Args:
             packed: B responses, on the model's device.
             num_columns: T of the result, at least the longest response.
             temperature: divides the logits, equal to the engine's.
+            as_reference: only the log-probabilities, of the policy with its adapters off.
 
         Returns:
             The fields of `TokenStatistics`, as a plain tuple for the sake of ZeRO-3's hooks.
         """
+        if as_reference:
+            with adapters_off(self.policy):
+                states = packed_states(_trunk(self.policy), packed)
+                logprobs = _logprobs_and_entropy(self.policy, states, packed, temperature)[0]
+            return (_to_rows(logprobs, packed, num_columns),)
         states = packed_states(_trunk(self.policy), packed)
         logprobs, entropy = _logprobs_and_entropy(self.policy, states, packed, temperature)
         value_states = states if self.critic is None else packed_states(self.critic, packed)

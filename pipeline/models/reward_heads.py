@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from pipeline.config.schema import VRMHeadConfig
+from pipeline.config.schema import EnsembleConfig, VRMHeadConfig
 from pipeline.errors import ShapeError
 from pipeline.models.decoders import FiLMDecoder, MLPDecoder
 from pipeline.objectives.variational import (
@@ -192,11 +192,7 @@ class VRMHead(nn.Module):
     def _sampled_rewards(
         self, alpha: torch.Tensor, mu: torch.Tensor, logvar: torch.Tensor, noise_seeds: torch.Tensor
     ) -> torch.Tensor:
-        if len(mu) != 2 * len(noise_seeds):
-            raise ShapeError(
-                f"{len(mu)} rows for {len(noise_seeds)} noise seeds: a posterior sample needs the chosen and then the "
-                "rejected row of every pair. Pass no seeds to get the mean."
-            )
+        require_pairs(len(mu), noise_seeds)
         weights = sample_dirichlet(alpha[: len(noise_seeds)], noise_seeds)
         noise = gaussian_noise(noise_seeds, draws=2, dims=mu.shape[-1]).to(mu.device)
         features = mu + torch.exp(0.5 * logvar) * noise.transpose(0, 1).flatten(0, 1)
@@ -275,4 +271,51 @@ class BradleyTerryHead(nn.Module):
             return RewardOutput(reward, reward, torch.zeros_like(reward), *[nothing] * 5)
 
 
-RewardHead = VRMHead | GateHead | RegressionHead | BradleyTerryHead
+class EnsembleHead(nn.Module):
+    """n Bradley-Terry heads on one backbone: a posterior that is uniform over its members (VRM Eq. 1, n times).
+
+    A training pair is ranked by one member, drawn with the pair's noise seed. The loss is in expectation the mean of
+    the members' losses, and the members differ in their start and in the pairs they learn from.
+
+    Source: the linear-layer ensemble of Zhang et al. 2024, arXiv:2401.16635, with mean, minimum and mean - c * sd as
+    in Coste et al. 2023, arXiv:2310.02743 (they subtract the variance).
+    """
+
+    def __init__(self, hidden_size: int, config: EnsembleConfig) -> None:
+        super().__init__()
+        self.reward = config.reward
+        self.linear = nn.Linear(hidden_size, config.members, bias=False, dtype=torch.float32)
+        nn.init.normal_(self.linear.weight, std=1.0 / math.sqrt(hidden_size))
+
+    def forward(
+        self, prompt_hidden: torch.Tensor, response_hidden: torch.Tensor, noise_seeds: torch.Tensor | None
+    ) -> RewardOutput:
+        """[N, H] states -> mean or minimum of the members' rewards, and their population variance.
+
+        `noise_seeds` [B] with N = 2B make `sampled` the reward of one member, the same for both rows of a pair.
+
+        Raises:
+            ShapeError: the rows are not two per noise seed.
+        """
+        with torch.autocast(response_hidden.device.type, enabled=False):
+            members = self.linear(response_hidden.float())
+            reward = members.mean(-1) if self.reward == "mean" else members.amin(-1)
+            sampled = reward
+            if noise_seeds is not None:
+                require_pairs(len(members), noise_seeds)
+                drawn = (noise_seeds % members.shape[1]).to(members.device).repeat(2)
+                sampled = members.gather(1, drawn.unsqueeze(1)).squeeze(1)
+            nothing = reward.new_zeros(len(reward), 0)
+            return RewardOutput(sampled, reward, members.var(-1, correction=0), *[nothing] * 5)
+
+
+def require_pairs(num_rows: int, noise_seeds: torch.Tensor) -> None:
+    """Raises ShapeError unless there are two rows per seed."""
+    if num_rows != 2 * len(noise_seeds):
+        raise ShapeError(
+            f"{num_rows} rows for {len(noise_seeds)} noise seeds: a posterior sample needs the chosen and then the "
+            "rejected row of every pair. Pass no seeds to get the mean."
+        )
+
+
+RewardHead = VRMHead | GateHead | RegressionHead | BradleyTerryHead | EnsembleHead

@@ -18,17 +18,25 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
-from pipeline.config.schema import Frozen, VRMHeadConfig
+from pipeline.config.schema import EnsembleConfig, Frozen, VRMHeadConfig
 from pipeline.errors import CheckpointError
 from pipeline.models.backbone import load_config, load_tokenizer
 from pipeline.models.packing import PackedTokens, packed_states, use_packed_attention
-from pipeline.models.reward_heads import BradleyTerryHead, GateHead, RegressionHead, RewardHead, RewardOutput, VRMHead
+from pipeline.models.reward_heads import (
+    BradleyTerryHead,
+    EnsembleHead,
+    GateHead,
+    RegressionHead,
+    RewardHead,
+    RewardOutput,
+    VRMHead,
+)
 
 CARD_FILE = "reward_model.json"
 WEIGHTS_FILE = "model.safetensors"
+STANDARD_ENSEMBLE = EnsembleConfig()
 
-
-HeadKind = Literal["vrm", "gate", "regression", "bt"]
+HeadKind = Literal["vrm", "gate", "regression", "bt", "ensemble"]
 
 
 class RewardModelCard(Frozen):
@@ -49,6 +57,8 @@ class RewardModelCard(Frozen):
     """Held-out metrics at the end of training."""
     reward_weights: tuple[float, ...] = ()
     """Weights of the objectives in the reward of a regression head; empty is the mean."""
+    ensemble: EnsembleConfig = EnsembleConfig()
+    """Size and combination of an ensemble."""
 
 
 class RewardModel(nn.Module):
@@ -85,6 +95,7 @@ def make_head(
     config: VRMHeadConfig,
     *,
     reward_weights: tuple[float, ...] = (),
+    ensemble: EnsembleConfig = STANDARD_ENSEMBLE,
 ) -> RewardHead:
     """A new head; `reward_weights` are the regression head's."""
     match kind:
@@ -96,6 +107,8 @@ def make_head(
             return RegressionHead(hidden_size, num_objectives, reward_weights)
         case "bt":
             return BradleyTerryHead(hidden_size)
+        case "ensemble":
+            return EnsembleHead(hidden_size, ensemble)
 
 
 def score_packed(model: RewardModel, packed: PackedTokens) -> RewardOutput:
@@ -152,7 +165,14 @@ def load_reward_model(
     # Every weight is about to be read; drawing them first takes a minute for four billion.
     with no_init_weights():
         backbone = AutoModel.from_config(config, dtype=dtype)
-    head = make_head(card.head, config.hidden_size, len(card.objectives), card.vrm, reward_weights=card.reward_weights)
+    head = make_head(
+        card.head,
+        config.hidden_size,
+        len(card.objectives),
+        card.vrm,
+        reward_weights=card.reward_weights,
+        ensemble=card.ensemble,
+    )
     weights = Path(directory) / WEIGHTS_FILE
     try:
         # Before the model is put together: that proves on a few tokens that the backbone can be packed.

@@ -56,6 +56,11 @@ def require_plain_head(model: PreTrainedModel, checkpoint: str) -> None:
         )
 
 
+def linear_layers(backbone: Any) -> list[str]:
+    """Names of a decoder's linear layers within a block, such as "q_proj": where adapters can go."""
+    return sorted({name.rpartition(".")[2] for name, m in backbone.named_modules() if isinstance(m, torch.nn.Linear)})
+
+
 def _probe(model: PreTrainedModel) -> torch.Tensor:
     """[1, PROBE_LENGTH] token ids whose first and last differ."""
     vocabulary: Any = model.get_input_embeddings()

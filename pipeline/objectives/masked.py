@@ -25,16 +25,18 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return masked_sum(x, mask) / mask.sum().clamp(min=1)
 
 
-def whiten(x: torch.Tensor, mask: torch.Tensor, *, eps: float = 1e-8) -> torch.Tensor:
-    """Zero mean and unit variance over the masked entries; 0 on padding.
+def whiten(x: torch.Tensor, mask: torch.Tensor, *, keep_mean: bool = False, eps: float = 1e-8) -> torch.Tensor:
+    """Zero mean, or the mean there was, and unit variance over the masked entries; 0 on padding.
 
-    y = (x - mean) / sqrt(var + eps),  var with Bessel's correction, as in TRL's `masked_whiten`.
+    y = (x - mean) / sqrt(var + eps) [+ mean],  var with Bessel's correction, as in TRL's `masked_whiten`.
 
     Args:
         x: any shape; `mask` of the same shape, bool.
+        keep_mean: add the mean again, as one does with rewards: their sign is what the policy learns from.
         eps: keeps a constant batch finite.
     """
     mean = masked_mean(x, mask)
     count = mask.sum()
     variance = masked_sum((x - mean) ** 2, mask) / (count - 1).clamp(min=1)
-    return torch.where(mask, (x - mean) * torch.rsqrt(variance + eps), torch.zeros_like(x))
+    whitened = (x - mean) * torch.rsqrt(variance + eps)
+    return torch.where(mask, whitened + mean if keep_mean else whitened, torch.zeros_like(x))

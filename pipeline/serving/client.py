@@ -5,7 +5,8 @@
         answer.scores[0].reward, answer.scores[0].reward_std, answer.scores[0].contributions
 
 Scoring is a pure function, so whatever fails on the way is simply asked again until the deadline. Both clients share
-one exchange, written as a generator that says what to send and how long to wait; they differ in how they do so.
+their questions and one exchange, written as a generator that says what to send and how long to wait; they differ in
+how they do so.
 """
 
 from __future__ import annotations
@@ -14,12 +15,11 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar, Unpack
 
 import httpx
 from pydantic import ValidationError
@@ -39,13 +39,17 @@ from pipeline.serving.protocol import (
 Prompt = str | Sequence[Message]
 """The words of one user, or every turn up to where the assistant speaks."""
 
-ATTEMPTS = 6
-"""How often a service that cannot be reached, or that failed, is asked. A busy one is asked until the deadline."""
+PATIENCE_S = 60.0
+"""How long a service that cannot be reached, or that fails, is asked: Ray Serve replaces a dead HTTP proxy within 40 s,
+a dead replica sooner. A busy one is asked until the deadline."""
 
 BUSY = {429, 503}
 FAILED = {500, 502, 504}
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 30.0
+SWAP_PAUSE_S = 0.5
+"""Between two looks at whether a new model has been rolled in everywhere."""
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0
 CONNECT_S = 10.0
 
 BATCH_BYTES = 4 * 2**20
@@ -68,7 +72,11 @@ class Pause:
     seconds: float
 
 
-Exchange = Generator[Send | Pause, httpx.Response | httpx.TransportError | None, httpx.Response]
+Outcome = httpx.Response | httpx.TransportError | None
+"""What came of a step; nothing of a pause, or before the first."""
+
+Result = TypeVar("Result")
+Steps = Generator[Send | Pause, Outcome, Result]
 
 
 def exchange(
@@ -77,7 +85,7 @@ def exchange(
     *,
     clock: Callable[[], float] = time.monotonic,
     uniform: Callable[[float, float], float] = random.uniform,
-) -> Exchange:
+) -> Steps[httpx.Response]:
     """One question, asked until it is answered: yields what to do next, is sent what came of it, returns the answer.
 
     Pauses double, and each is drawn uniformly between nothing and its length ("full jitter"), so that workers which
@@ -86,11 +94,12 @@ def exchange(
     Raises:
         ConfigError: the token is wrong.
         DataError: the service refuses the question.
-        WorkerError: it could not be reached, or failed, `ATTEMPTS` times.
+        WorkerError: it could not be reached, or failed, for `PATIENCE_S`.
         DeadlineExceeded: no answer after `deadline_s`.
     """
     ends = clock() + deadline_s
-    pause_s, failures, trouble = FIRST_PAUSE_S, 0, "it was not asked yet"
+    pause_s, trouble = FIRST_PAUSE_S, "it was not asked yet"
+    failing_since: float | None = None
     while (left := ends - clock()) > 0:
         outcome = yield Send(left)
         at_least_s = 0.0
@@ -103,12 +112,16 @@ def exchange(
             if outcome.status_code not in BUSY | FAILED:
                 raise DataError(f"{url} refuses the request ({trouble})")
             at_least_s = _retry_after_s(outcome)
-            failures += outcome.status_code in FAILED
         else:
             trouble = repr(outcome)
-            failures += 1
-        if failures >= ATTEMPTS:
-            raise WorkerError(f"{url} failed {failures} times, at last with {trouble}. Is the service running there?")
+        if isinstance(outcome, httpx.Response) and outcome.status_code in BUSY:
+            failing_since = None
+        elif failing_since is None:
+            failing_since = clock()
+        elif clock() - failing_since >= PATIENCE_S:
+            raise WorkerError(
+                f"{url} failed for {PATIENCE_S:g} s, at last with {trouble}. Is the service running there?"
+            )
         wait_s = at_least_s + uniform(0.0, pause_s)
         if clock() + wait_s >= ends:
             break
@@ -120,49 +133,76 @@ def exchange(
     )
 
 
+class Options(TypedDict, total=False):
+    """Of both clients, beside the URL of the service."""
+
+    token: str | None
+    """Its bearer token; by default that of VRM_SERVICE_TOKEN."""
+    deadline_s: float
+    """How long a call may take, over all its requests and retries; 600 by default."""
+    batch_size: int
+    """Responses per request; 64 by default."""
+    concurrency: int
+    """Requests in flight at once; 4 by default."""
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What both clients are made of.
-
-    Args:
-        url: of the service, say http://127.0.0.1:8000.
-        token: its bearer token; None for a service without one.
-        deadline_s: how long a call may take, over all its requests and retries.
-        batch_size: responses per request.
-        concurrency: requests in flight at once.
-    """
+    """What both clients are made of, and all that is left of one that was pickled."""
 
     url: str
-    token: str | None
-    deadline_s: float
-    batch_size: int
-    concurrency: int
+    token: str | None = None
+    deadline_s: float = 600.0
+    batch_size: int = 64
+    concurrency: int = 4
+
+    @classmethod
+    def of(cls, url: str, options: Options) -> Settings:
+        settings = cls(url.rstrip("/"), **options)
+        return settings if settings.token is not None else replace(settings, token=os.environ.get(TOKEN_VARIABLE))
 
     def client_options(self) -> dict[str, Any]:
         headers = {} if self.token is None else {"authorization": f"Bearer {self.token}"}
         return {"base_url": self.url, "headers": headers, "limits": httpx.Limits(max_connections=self.concurrency)}
 
 
-def _settings(url: str, token: str | None, deadline_s: float, batch_size: int, concurrency: int) -> Settings:
-    token = os.environ.get(TOKEN_VARIABLE) if token is None else token
-    return Settings(url.rstrip("/"), token, deadline_s, batch_size, concurrency)
+@dataclass(frozen=True)
+class Question(Generic[AnswerType]):
+    """One request, and what its answer is."""
+
+    method: str
+    path: str
+    kind: type[AnswerType]
+    body: Any = None
+
+    def steps(self, settings: Settings, deadline_s: float) -> Steps[AnswerType]:
+        """An exchange that returns the answer itself."""
+        response = yield from exchange(settings.url, deadline_s)
+        return _parse(response, self.kind, settings.url)
+
+    def request(self, step: Send) -> dict[str, Any]:
+        """The arguments of httpx's `request`."""
+        timeout = httpx.Timeout(step.timeout_s, connect=min(step.timeout_s, CONNECT_S))
+        return {"method": self.method, "url": self.path, "json": self.body, "timeout": timeout}
+
+
+def comparison(prompt: Prompt, a: str, b: str) -> Question[CompareAnswer]:
+    return Question("POST", "/v1/compare", CompareAnswer, {"prompt": _json_of(prompt), "a": a, "b": b})
+
+
+def choice(prompt: Prompt, responses: Sequence[str], lcb: float) -> Question[BestOfAnswer]:
+    body = {"prompt": _json_of(prompt), "responses": list(responses), "lcb": lcb}
+    return Question("POST", "/v1/best_of", BestOfAnswer, body)
+
+
+INTRODUCTION = Question("GET", "/v1/model", ModelAnswer)
 
 
 class VRMScorer:
     """Blocking client; many threads may share one. It can be pickled; its connections stay behind."""
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        token: str | None = None,
-        deadline_s: float = 600.0,
-        batch_size: int = 64,
-        concurrency: int = 4,
-        transport: httpx.BaseTransport | None = None,
-    ) -> None:
-        """See `Settings`; the token defaults to VRM_SERVICE_TOKEN."""
-        self._settings = _settings(url, token, deadline_s, batch_size, concurrency)
+    def __init__(self, url: str, *, transport: httpx.BaseTransport | None = None, **options: Unpack[Options]) -> None:
+        self._settings = Settings.of(url, options)
         self._client = httpx.Client(transport=transport, **self._settings.client_options())
 
     def score(self, prompt: Prompt, responses: Sequence[str]) -> ScoreAnswer:
@@ -176,35 +216,34 @@ class VRMScorer:
             DataError: not one prompt per response, none at all, or what the service refuses.
             ConfigError, WorkerError, DeadlineExceeded: as `exchange`.
         """
-        bodies = plan_requests(prompts, responses, self._settings.batch_size)
+        questions = plan_requests(prompts, responses, self._settings.batch_size)
         ends = time.monotonic() + self._settings.deadline_s
-
-        def ask(body: Mapping[str, Any]) -> ScoreManyAnswer:
-            return self._ask("POST", "/v1/score", ScoreManyAnswer, body, deadline_s=ends - time.monotonic())
-
-        if len(bodies) == 1:
-            return merge([ask(bodies[0])])
+        if len(questions) == 1:
+            return merge([self._ask(questions[0])])
         with ThreadPoolExecutor(self._settings.concurrency) as threads:
-            calls = [threads.submit(ask, body) for body in bodies]
-            try:
-                return merge([call.result() for call in calls])
-            except BaseException:
-                for call in calls:
-                    call.cancel()
-                raise
+            while True:
+                calls = [threads.submit(self._ask, question, ends) for question in questions]
+                try:
+                    answers = [call.result() for call in calls]
+                except BaseException:
+                    for call in calls:
+                        call.cancel()
+                    raise
+                if agree(answers):
+                    return merge(answers)
+                time.sleep(min(SWAP_PAUSE_S, max(0.0, ends - time.monotonic())))
 
     def compare(self, prompt: Prompt, a: str, b: str) -> CompareAnswer:
         """P(a > b), and because of what."""
-        return self._ask("POST", "/v1/compare", CompareAnswer, {"prompt": _json_of(prompt), "a": a, "b": b})
+        return self._ask(comparison(prompt, a, b))
 
     def best_of(self, prompt: Prompt, responses: Sequence[str], *, lcb: float = 0.0) -> BestOfAnswer:
         """The candidates from best to worst by reward - lcb * reward_std."""
-        body = {"prompt": _json_of(prompt), "responses": list(responses), "lcb": lcb}
-        return self._ask("POST", "/v1/best_of", BestOfAnswer, body)
+        return self._ask(choice(prompt, responses, lcb))
 
     def model(self) -> ModelAnswer:
         """The model behind the service."""
-        return self._ask("GET", "/v1/model", ModelAnswer, None)
+        return self._ask(INTRODUCTION)
 
     def close(self) -> None:
         self._client.close()
@@ -212,9 +251,7 @@ class VRMScorer:
     def __enter__(self) -> VRMScorer:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
     def __getstate__(self) -> Settings:
@@ -224,76 +261,64 @@ class VRMScorer:
         self._settings = settings
         self._client = httpx.Client(**settings.client_options())
 
-    def _ask(
-        self, method: str, path: str, kind: type[AnswerType], body: Any, deadline_s: float | None = None
-    ) -> AnswerType:
-        steps = exchange(self._settings.url, self._settings.deadline_s if deadline_s is None else deadline_s)
-        outcome: httpx.Response | httpx.TransportError | None = None
-        try:
-            while True:
+    def _ask(self, question: Question[AnswerType], ends: float | None = None) -> AnswerType:
+        steps = question.steps(self._settings, self._settings.deadline_s if ends is None else ends - time.monotonic())
+        outcome: Outcome = None
+        while True:
+            try:
                 step = steps.send(outcome)
+            except StopIteration as answered:
+                return answered.value
+            if isinstance(step, Pause):
+                time.sleep(step.seconds)
                 outcome = None
-                if isinstance(step, Pause):
-                    time.sleep(step.seconds)
-                    continue
-                try:
-                    outcome = self._client.request(method, path, json=body, timeout=_timeout(step))
-                except httpx.TransportError as error:
-                    outcome = error
-        except StopIteration as answered:
-            return _parse(answered.value, kind, self._settings.url)
+                continue
+            try:
+                outcome = self._client.request(**question.request(step))
+            except httpx.TransportError as error:
+                outcome = error
 
 
 class AsyncVRMScorer:
     """The same for asyncio."""
 
     def __init__(
-        self,
-        url: str,
-        *,
-        token: str | None = None,
-        deadline_s: float = 600.0,
-        batch_size: int = 64,
-        concurrency: int = 4,
-        transport: httpx.AsyncBaseTransport | None = None,
+        self, url: str, *, transport: httpx.AsyncBaseTransport | None = None, **options: Unpack[Options]
     ) -> None:
-        """See `Settings`; the token defaults to VRM_SERVICE_TOKEN."""
-        self._settings = _settings(url, token, deadline_s, batch_size, concurrency)
+        self._settings = Settings.of(url, options)
         self._client = httpx.AsyncClient(transport=transport, **self._settings.client_options())
 
     async def score(self, prompt: Prompt, responses: Sequence[str]) -> ScoreAnswer:
-        """The responses to one prompt, in order."""
         return await self.score_rows([prompt] * len(responses), responses)
 
     async def score_rows(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> ScoreAnswer:
-        """As `VRMScorer.score_rows`."""
-        bodies = plan_requests(prompts, responses, self._settings.batch_size)
+        questions = plan_requests(prompts, responses, self._settings.batch_size)
         ends = time.monotonic() + self._settings.deadline_s
         room = asyncio.Semaphore(self._settings.concurrency)
 
-        async def ask(body: Mapping[str, Any]) -> ScoreManyAnswer:
+        async def ask(question: Question[ScoreManyAnswer]) -> ScoreManyAnswer:
             async with room:
-                return await self._ask("POST", "/v1/score", ScoreManyAnswer, body, deadline_s=ends - time.monotonic())
+                return await self._ask(question, ends)
 
-        calls = [asyncio.ensure_future(ask(body)) for body in bodies]
-        try:
-            return merge(await asyncio.gather(*calls))
-        finally:
-            for call in calls:
-                call.cancel()
+        while True:
+            calls = [asyncio.ensure_future(ask(question)) for question in questions]
+            try:
+                answers = await asyncio.gather(*calls)
+            finally:
+                for call in calls:
+                    call.cancel()
+            if agree(answers):
+                return merge(answers)
+            await asyncio.sleep(min(SWAP_PAUSE_S, max(0.0, ends - time.monotonic())))
 
     async def compare(self, prompt: Prompt, a: str, b: str) -> CompareAnswer:
-        """P(a > b), and because of what."""
-        return await self._ask("POST", "/v1/compare", CompareAnswer, {"prompt": _json_of(prompt), "a": a, "b": b})
+        return await self._ask(comparison(prompt, a, b))
 
     async def best_of(self, prompt: Prompt, responses: Sequence[str], *, lcb: float = 0.0) -> BestOfAnswer:
-        """The candidates from best to worst by reward - lcb * reward_std."""
-        body = {"prompt": _json_of(prompt), "responses": list(responses), "lcb": lcb}
-        return await self._ask("POST", "/v1/best_of", BestOfAnswer, body)
+        return await self._ask(choice(prompt, responses, lcb))
 
     async def model(self) -> ModelAnswer:
-        """The model behind the service."""
-        return await self._ask("GET", "/v1/model", ModelAnswer, None)
+        return await self._ask(INTRODUCTION)
 
     async def close(self) -> None:
         await self._client.aclose()
@@ -301,33 +326,31 @@ class AsyncVRMScorer:
     async def __aenter__(self) -> AsyncVRMScorer:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *raised: object) -> None:
         await self.close()
 
-    async def _ask(
-        self, method: str, path: str, kind: type[AnswerType], body: Any, deadline_s: float | None = None
-    ) -> AnswerType:
-        steps = exchange(self._settings.url, self._settings.deadline_s if deadline_s is None else deadline_s)
-        outcome: httpx.Response | httpx.TransportError | None = None
-        try:
-            while True:
+    async def _ask(self, question: Question[AnswerType], ends: float | None = None) -> AnswerType:
+        steps = question.steps(self._settings, self._settings.deadline_s if ends is None else ends - time.monotonic())
+        outcome: Outcome = None
+        while True:
+            try:
                 step = steps.send(outcome)
+            except StopIteration as answered:
+                return answered.value
+            if isinstance(step, Pause):
+                await asyncio.sleep(step.seconds)
                 outcome = None
-                if isinstance(step, Pause):
-                    await asyncio.sleep(step.seconds)
-                    continue
-                try:
-                    outcome = await self._client.request(method, path, json=body, timeout=_timeout(step))
-                except httpx.TransportError as error:
-                    outcome = error
-        except StopIteration as answered:
-            return _parse(answered.value, kind, self._settings.url)
+                continue
+            try:
+                outcome = await self._client.request(**question.request(step))
+            except httpx.TransportError as error:
+                outcome = error
 
 
-def plan_requests(prompts: Sequence[Prompt], responses: Sequence[str], batch_size: int) -> list[dict[str, Any]]:
-    """The bodies of `POST /v1/score`, of at most `batch_size` responses and about `BATCH_BYTES` each, in order.
+def plan_requests(
+    prompts: Sequence[Prompt], responses: Sequence[str], batch_size: int
+) -> list[Question[ScoreManyAnswer]]:
+    """Questions to `POST /v1/score`, of at most `batch_size` responses and about `BATCH_BYTES` each, in order.
 
     Neighbours with the same prompt share it.
 
@@ -339,7 +362,7 @@ def plan_requests(prompts: Sequence[Prompt], responses: Sequence[str], batch_siz
             f"{len(prompts)} prompts and {len(responses)} responses to score: one prompt per response, please"
         )
     rows = [(_json_of(prompt), response) for prompt, response in zip(prompts, responses, strict=True)]
-    return [
+    bodies = [
         {
             "items": [
                 {"prompt": prompt, "responses": [response for _, response in group]}
@@ -348,21 +371,18 @@ def plan_requests(prompts: Sequence[Prompt], responses: Sequence[str], batch_siz
         }
         for batch in _batches(rows, batch_size)
     ]
+    return [Question("POST", "/v1/score", ScoreManyAnswer, body) for body in bodies]
+
+
+def agree(answers: Sequence[Answer]) -> bool:
+    """Whether one model gave them all. Scores of two cannot be compared, so a call that saw a swap asks again."""
+    return len({answer.model_fingerprint for answer in answers}) == 1
 
 
 def merge(answers: Sequence[ScoreManyAnswer]) -> ScoreAnswer:
-    """The scores of a call's requests, in order.
-
-    Raises:
-        WorkerError: the service changed its model in between; such scores cannot be compared.
-    """
-    fingerprints = sorted({answer.model_fingerprint for answer in answers})
-    if len(fingerprints) > 1:
-        raise WorkerError(
-            f"the service changed its model during the call ({' and '.join(f[:12] for f in fingerprints)}). Ask again."
-        )
+    """The scores of a call's requests, in order; they `agree`."""
     scores = [score for answer in answers for item in answer.items for score in item]
-    return ScoreAnswer(model_fingerprint=fingerprints[0], scores=scores)
+    return ScoreAnswer(model_fingerprint=answers[0].model_fingerprint, scores=scores)
 
 
 def _batches(rows: Sequence[tuple[Any, str]], batch_size: int) -> Iterator[list[tuple[Any, str]]]:
@@ -380,10 +400,6 @@ def _batches(rows: Sequence[tuple[Any, str]], batch_size: int) -> Iterator[list[
 
 def _json_of(prompt: Prompt) -> str | list[dict[str, str]]:
     return prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
-
-
-def _timeout(step: Send) -> httpx.Timeout:
-    return httpx.Timeout(step.timeout_s, connect=min(step.timeout_s, CONNECT_S))
 
 
 def _detail(response: httpx.Response) -> str:

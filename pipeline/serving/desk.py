@@ -184,7 +184,7 @@ def _transposed(rows: Sequence[Row]) -> Rows:
     return [prompt for prompt, _ in rows], [response for _, response in rows]
 
 
-DECODERS = {"gate": "bilinear", "regression": "linear", "bt": "linear"}
+DECODERS = {"gate": "bilinear", "regression": "linear", "bt": "linear", "ensemble": "linear"}
 """Of the heads that have no choice of it."""
 
 

@@ -178,6 +178,21 @@ class ModelAnswer(Answer):
     limits: Limits
 
 
+class Complaint(BaseModel):
+    """One thing that is wrong with a request."""
+
+    loc: list[str | int]
+    """The way to the field, from "body" on."""
+    msg: str
+    type: str
+
+
+class Refusal(BaseModel):
+    """What every answer other than 200 says."""
+
+    detail: str | list[Complaint]
+
+
 class Health(BaseModel):
     status: Literal["ok", "busy"]
 

@@ -6,11 +6,11 @@ trainer = GRPOTrainer(model, reward_funcs=VRMReward("http://127.0.0.1:8000"), ..
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from pipeline.errors import DataError
 from pipeline.records import Message
-from pipeline.serving.client import Prompt, VRMScorer
+from pipeline.serving.client import Options, Prompt, VRMScorer
 from pipeline.serving.protocol import ScoreAnswer
 
 
@@ -24,12 +24,12 @@ class VRMReward:
     __name__ = "vrm"
     """What TRL calls the reward in its logs."""
 
-    def __init__(self, url: str, *, lcb: float = 0.0, **client_options: Any) -> None:
+    def __init__(self, url: str, *, lcb: float = 0.0, **client_options: Unpack[Options]) -> None:
         """
         Args:
             url: of the service.
             lcb: gives reward - lcb * reward_std, so that a doubtful reward counts less.
-            client_options: of `VRMScorer`: token, deadline_s, batch_size, concurrency.
+            client_options: of `VRMScorer`.
         """
         self._lcb = lcb
         self._scorer = VRMScorer(url, **client_options)

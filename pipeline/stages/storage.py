@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -16,13 +17,15 @@ from contextlib import contextmanager
 
 import pyarrow
 from pyarrow import fs
+from safetensors import SafetensorError
 
 from pipeline.errors import WorkspaceError
 
 OBJECT_STORES = {"s3", "gcs", "abfs"}
 """File systems that show an upload only once it is complete, and that cannot rename."""
 
-FULL = {errno.ENOSPC, errno.EDQUOT}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""The disk, the user's share of it, or the largest file the process may write."""
 
 
 def is_local(uri: str) -> bool:
@@ -54,8 +57,8 @@ def writing(uri: str) -> Iterator[str]:
         with tempfile.TemporaryDirectory() as directory:
             yield directory
             copy(directory, uri)
-    except OSError as error:
-        if error.errno not in FULL:
+    except (OSError, SafetensorError) as error:
+        if _errno(error) not in FULL:
             raise
         raise WorkspaceError(
             f"no space is left while writing {uri}. Free some, or move the workspace; the same command then resumes."
@@ -191,6 +194,14 @@ def _resolve(uri: str) -> tuple[fs.FileSystem, str]:
         raise WorkspaceError(
             f"{uri} cannot be opened: {error}. Give a local path or a URI that pyarrow.fs knows."
         ) from error
+
+
+def _errno(error: OSError | SafetensorError) -> int | None:
+    """safetensors writes in Rust, and tells the number only in words: "... (os error 28)"."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else None
 
 
 def _sync(path: str) -> None:

@@ -15,15 +15,18 @@ One idea serves both levels of resume: the manifest is the commit. Whatever has 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from pipeline.errors import CorruptManifest, Preempted
+from pipeline.ports import Snapshot
 from pipeline.records import Metrics, StageResult
 from pipeline.stages import ownership, storage
 from pipeline.stages.metrics_log import METRICS_FILE, MetricsLog, read_metrics
@@ -62,9 +65,47 @@ class CheckpointStore:
         self._keep = keep
         self._before_commit = before_commit
 
+        self._under_way: threading.Thread | None = None
+        self._error: BaseException | None = None
+
     def uri(self, step: int) -> str:
         """Where the ranks write the state after `step`."""
         return storage.join(self._uri, f"step-{step:06d}")
+
+    def save(self, step: int, snapshot: Callable[[], Snapshot], state: dict[str, Any]) -> None:
+        """Copies the state after `step`, and writes and commits it while training goes on.
+
+        One save at a time: it waits for the one before, so that host memory holds one copy.
+
+        Raises:
+            PipelineError: the save before this one failed.
+        """
+        self.settle()
+        copy = snapshot()
+
+        def write_and_commit() -> None:
+            try:
+                copy.write(self.uri(step))
+                self.commit(step, state)
+            except BaseException as error:
+                self._error = error
+
+        # Not waited for when the process ends: a save cut short has no commit.
+        self._under_way = threading.Thread(target=write_and_commit, name=f"save step {step}", daemon=True)
+        self._under_way.start()
+
+    def settle(self) -> None:
+        """Waits for the save under way; raises what made it fail."""
+        if self._under_way is not None:
+            self._under_way.join()
+            self._under_way = None
+        self.require_sound()
+
+    def require_sound(self) -> None:
+        """Raises what made the last save fail, if that is known already. Asked at every step."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
 
     def commit(self, step: int, state: dict[str, Any]) -> None:
         """Makes the state after `step` the latest; then deletes all but the newest `keep`, and every rest."""
@@ -74,11 +115,12 @@ class CheckpointStore:
         self._delete_all_but(self._committed_steps()[-self._keep :])
 
     def latest(self, *, before: int | None = None) -> Checkpoint | None:
-        """The newest committed checkpoint, of a step below `before` if given.
+        """The newest committed checkpoint, of a step below `before` if given; a save under way is waited for.
 
         Raises:
             CorruptManifest: its commit cannot be read.
         """
+        self.settle()
         steps = [step for step in self._committed_steps() if before is None or step < before]
         if not steps:
             return None
@@ -89,6 +131,8 @@ class CheckpointStore:
 
     def delete_uncommitted(self) -> None:
         """Removes the rests of killed saves, so that a new save never mixes with an old one."""
+        with contextlib.suppress(Exception):  # why the last attempt failed is known, and it starts again
+            self.settle()
         self._delete_all_but(self._committed_steps())
 
     def delete(self) -> None:
@@ -150,12 +194,13 @@ class StageDirectory:
         return (step + 1) % every == 0 or self._preempted()
 
     def leave_if_preempted(self, step: int) -> None:
-        """To be called behind the commit of `step`.
+        """To be called behind the save of `step`.
 
         Raises:
-            Preempted: this process was asked to end.
+            Preempted: this process was asked to end, and the step is committed.
         """
         if self._preempted():
+            self.checkpoints.settle()
             raise Preempted(f"asked to end: {self.name} is committed behind step {step + 1}. The same command resumes.")
 
     def delete_uncommitted(self) -> None:
@@ -165,6 +210,7 @@ class StageDirectory:
 
     def finish(self, metrics: Metrics, details: dict[str, Any]) -> StageResult:
         """Commits the stage: writes the manifest last, then drops the checkpoints."""
+        self.checkpoints.settle()
         storage.make_durable(self.result_uri)
         self._before_commit()
         manifest = {"name": self.name, "fingerprint": self.fingerprint, "metrics": metrics, **details}

@@ -1,20 +1,29 @@
-"""The pool's own work, with real Ray actors that hold no engine: order, replacement, deadlines, resizing."""
+"""The pool's own work, with real Ray actors that hold no engine: order, replacement, deadlines, resizing, overlap."""
 
 import os
+import subprocess
+import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import ray
 
 from actors.rollout_pool import RolloutPool
-from pipeline.config.schema import DeadlinesConfig, RolloutConfig
-from pipeline.errors import ConfigError, DataError, DeadlineExceeded, StaleEngineError, WorkerDied
+from cluster.running_jobs import jobs_with_rollout_workers, workspace_of
+from pipeline.config.schema import AlignmentConfig, DeadlinesConfig, PPOConfig, RolloutConfig
+from pipeline.data.prompts import PromptStream
+from pipeline.errors import ConfigError, DataError, DeadlineExceeded, StaleEngineError, WorkerDied, WorkspaceError
+from pipeline.loops.step_rollouts import OnPolicyRollouts, PrefetchingRollouts, StepPlan
 from pipeline.records import PolicyWeights, Prompt, Rollout, SamplingParams
+from pipeline.stages.requests import request_rollout_workers, requested_rollout_workers
+from pipeline.stages.workspace import Workspace
 
 pytestmark = [pytest.mark.components, pytest.mark.usefixtures("local_ray")]
 
 SAMPLING = SamplingParams(temperature=1.0, top_p=1.0, max_response_tokens=8, samples_per_prompt=2, seed=0)
+SLOW_S = 3.0
 PROMPTS = [Prompt(id=f"prompt {n}", messages=(), token_ids=(n,)) for n in range(7)]
 
 
@@ -42,6 +51,10 @@ class ScriptedWorker:
             os._exit(1)
         if self._told("hang"):
             time.sleep(60)
+        if self._told("be slow"):
+            time.sleep(SLOW_S)
+        with open(self._directory / "sampled", "a") as log:
+            log.writelines(f"{r.prompt.id}, sample {r.sample_index}\n" for r in requests)
         return [
             Rollout(
                 prompt=request.prompt,
@@ -68,7 +81,7 @@ def open_pool(tmp_path):
     """Opens pools of scripted workers whose script lies in `tmp_path`."""
     pools = []
 
-    def open_pool(*, generate_s=30.0, requested_workers=lambda: None, **config):
+    def open_pool(*, generate_s=30.0, requested_workers=lambda: None, autoscaler=None, workspace=None, **config):
         config = RolloutConfig(**{"workers": 2, "cpus_per_worker": 0.1, "chunk_size": 3} | config)
         deadlines = DeadlinesConfig(start_s=120, generate_s=generate_s, weights_s=120)
         pools.append(
@@ -81,7 +94,9 @@ def open_pool(tmp_path):
                 gate_tolerance=1e-4,
                 seed=0,
                 worker=ScriptedWorker,
+                workspace=workspace,
                 requested_workers=requested_workers,
+                autoscaler=autoscaler,
             )
         )
         return pools[-1]
@@ -105,6 +120,8 @@ def test_any_number_of_workers_gives_the_same_rollouts_in_order(open_pool):
 
     assert metrics == {
         "rollout/workers": 1.0,
+        "rollout/chunks_issued_again": 0.0,
+        "rollout/answers_dropped": 0.0,
         "gate/mean": 1e-6,
         "gate/max": 2e-6,
         "weights/seconds": 0.5,
@@ -135,17 +152,85 @@ def test_a_worker_that_dies_past_the_budget_ends_the_job_with_its_name(open_pool
     pool.load_weights(weights(0))
 
     (tmp_path / "die while sampling").touch()
-    with pytest.raises(WorkerDied, match=r"rollout worker 0 died during sample\(\), and the budget of 0 restarts"):
+    with pytest.raises(WorkerDied, match=r"rollout worker 0 died during sample\(\); the budget is 0 restarts"):
         pool.generate(PROMPTS, SAMPLING)
 
 
 def test_a_hanging_worker_is_named_with_its_call_and_seconds(open_pool, tmp_path):
-    pool = open_pool(workers=1, generate_s=1.5)
+    pool = open_pool(workers=1, generate_s=1.5, max_restarts=0)
     pool.load_weights(weights(0))
 
     (tmp_path / "hang").touch()
     with pytest.raises(DeadlineExceeded, match=r"rollout worker 0: sample\(\) did not return within 1.5 s"):
         pool.generate(PROMPTS, SAMPLING)
+
+
+def test_a_hanging_worker_is_replaced_within_the_budget(open_pool, tmp_path):
+    pool = open_pool(generate_s=1.5, max_restarts=1)
+    pool.load_weights(weights(0))
+    untroubled = pool.generate(PROMPTS, SAMPLING)
+
+    (tmp_path / "hang").touch()
+    assert pool.generate(PROMPTS, SAMPLING) == untroubled
+    assert pool.num_workers == 2
+    assert {worker.name for worker in pool._workers} & {"rollout worker 2"}
+
+
+def test_a_late_chunk_is_sampled_again_and_stands_in_the_batch_once(open_pool, tmp_path):
+    pool = open_pool()
+    pool.load_weights(weights(0))
+    untroubled = pool.generate(PROMPTS, SAMPLING)
+    (tmp_path / "sampled").unlink()
+
+    (tmp_path / "be slow").touch()
+    started = time.monotonic()
+    assert pool.generate(PROMPTS, SAMPLING) == untroubled
+    assert time.monotonic() - started < SLOW_S  # nobody waited for the slow one
+    assert pool.load_weights(weights(1))["rollout/chunks_issued_again"] == 1
+    assert [(r.prompt.id, r.response_ids) for r in pool.generate(PROMPTS, SAMPLING)] == [
+        (r.prompt.id, r.response_ids) for r in untroubled
+    ]
+    metrics = pool.load_weights(weights(2))
+
+    assert (metrics["rollout/chunks_issued_again"], metrics["rollout/answers_dropped"]) == (0, 1)
+    times = Counter((tmp_path / "sampled").read_text().splitlines())
+    assert len(times) == 14
+    assert Counter(times.values()) == {2: 11, 3: 3}  # two batches, and one chunk once more
+
+
+# The only worker is slow with its first of five chunks while the weights change.
+@pytest.mark.parametrize(("resample", "old"), [(False, 3), (True, 0)])
+def test_chunks_begun_before_an_update_go_on_or_are_sampled_again_and_those_that_wait_are_new(
+    open_pool, tmp_path, resample, old
+):
+    pool = open_pool(workers=1)
+    pool.load_weights(weights(0))
+    untroubled = pool.generate(PROMPTS, SAMPLING)
+
+    (tmp_path / "be slow").touch()
+    pool.begin(PROMPTS, SAMPLING, resample_unfinished=resample)
+    assert until(lambda: not (tmp_path / "be slow").exists())
+    pool.load_weights(weights(1))
+    rollouts = pool.collect()
+    metrics = pool.load_weights(weights(2))
+
+    assert [r.policy_version for r in rollouts] == [0] * old + [1] * (14 - old)
+    assert [r.response_ids for r in rollouts] == [r.response_ids for r in untroubled]
+    assert metrics["rollout/answers_dropped"] == (1 if resample else 0)
+    assert metrics["rollout/seconds"] >= SLOW_S - 1
+    learner_s = metrics["rollout/seconds"] + metrics["rollout/queue_wait_s"] - metrics["rollout/learner_wait_s"]
+    assert learner_s >= SLOW_S - 1  # the load waited for the chunk that was out
+    assert "rollout/seconds" not in pool.load_weights(weights(3))  # nothing was sampled since
+
+
+def test_a_batch_nobody_collects_leaves_nothing_behind(open_pool):
+    pool = open_pool()
+    pool.load_weights(weights(0))
+    pool.begin(list(reversed(PROMPTS)), SAMPLING)
+    rollouts = pool.generate(PROMPTS, SAMPLING)
+    assert [(r.prompt.id, r.sample_index) for r in rollouts] == [(p.id, i) for p in PROMPTS for i in range(2)]
+    with pytest.raises(StaleEngineError, match="call begin before collect"):
+        pool.collect()
 
 
 def test_a_worker_that_cannot_start_says_why_and_is_not_tried_again(open_pool, tmp_path):
@@ -189,6 +274,94 @@ def test_a_running_job_follows_requests_up_and_down_without_waiting_for_those_wh
     assert sizes[0] == 1
     assert sizes[2:] == [3, 1]
     assert rollouts == [rollouts[0]] * 4
+
+
+def test_a_prefetched_run_that_is_resized_and_loses_a_worker_has_every_sample_of_the_plain_run_once(
+    open_pool, tmp_path
+):
+    config = AlignmentConfig(
+        num_steps=8,
+        prompts_per_step=7,
+        samples_per_prompt=2,
+        max_response_tokens=8,
+        prefetch="continue",
+        ppo=PPOConfig(mini_batch_size=14, importance_cap=2.0),
+    )
+    plan = StepPlan(prompts=PromptStream(prompts=tuple(PROMPTS), seed=0), config=config, seed=0)
+
+    def run(pool, rollouts, before_update=lambda step: None):
+        samples, sizes = [], []
+        for step in range(config.num_steps):
+            sizes.append(pool.load_weights(weights(step))["rollout/workers"])
+            batch, ages = rollouts.collect(step)
+            assert ages["rollout/staleness_max"] == (min(1, step) if isinstance(rollouts, PrefetchingRollouts) else 0)
+            samples.append([(r.prompt.id, r.sample_index, r.response_ids) for r in batch])
+            before_update(step)
+        return samples, sizes
+
+    pool = open_pool(workers=1)
+    plain, _ = run(pool, OnPolicyRollouts(pool, plan))
+    pool.close()
+
+    with Workspace.open(str(tmp_path / "run"), job="mine", needs_bytes=0) as workspace:
+        pool = open_pool(
+            workers=1, workspace=workspace.uri, requested_workers=lambda: requested_rollout_workers(workspace.uri)
+        )
+
+        def disturb(step):
+            if step == 1:
+                request_rollout_workers(workspace.uri, 3)
+            if step == 2:  # the two are asked for; they join at the next load after they are up
+                until(lambda: len(ray.wait([w.started for w in pool._joining], num_returns=2, timeout=0)[0]) == 2)
+            if step == 3:
+                (tmp_path / "die while sampling").touch()
+            if step == 5:
+                scale_by_job(ray.get_runtime_context().namespace, 1)
+
+        disturbed, sizes = run(pool, PrefetchingRollouts(pool, plan), disturb)
+
+    assert not (tmp_path / "die while sampling").exists()
+    assert sizes == [1, 1, 1, 3, 3, 3, 1, 1]
+    assert disturbed == plain
+
+
+def scale_by_job(job, workers):
+    """As an operator does, who knows the submission id alone."""
+    address = ray.get_runtime_context().gcs_address
+    subprocess.run(
+        [sys.executable, "-m", "jobs.scale_rollouts", "--job", job, "--workers", str(workers)],
+        env={**os.environ, "RAY_ADDRESS": address},
+        check=True,
+        capture_output=True,
+    )
+
+
+def test_a_job_is_found_by_its_id_while_it_has_workers_and_an_unknown_one_is_answered_with_those_there_are(open_pool):
+    job = ray.get_runtime_context().namespace
+    assert job not in jobs_with_rollout_workers()
+    pool = open_pool(workers=1, workspace="s3://bucket/in place/tiny")
+    assert workspace_of(job) == "s3://bucket/in place/tiny"
+    with pytest.raises(
+        WorkspaceError, match=rf"'raysubmit_7' has no rollout workers .*:\n  {job}: s3://bucket/in place"
+    ):
+        workspace_of("raysubmit_7")
+    pool.close()
+    assert until(lambda: job not in jobs_with_rollout_workers())
+
+
+class AlwaysTwo:
+    def wanted(self, workers, waits):
+        return 2
+
+
+def test_the_autoscaler_is_followed_until_an_operator_speaks(open_pool):
+    operator = []
+    pool = open_pool(workers=1, requested_workers=lambda: operator[-1] if operator else None, autoscaler=AlwaysTwo())
+    pool.load_weights(weights(0))
+    assert len(pool._joining) == 1
+    operator.append(1)
+    pool.load_weights(weights(1))
+    assert pool._joining == []
 
 
 def test_a_request_that_cannot_be_met_does_not_end_the_run(open_pool, tmp_path):

@@ -1,6 +1,7 @@
 """The scoring service on real Ray Serve."""
 
 import json
+import random
 import socket
 import threading
 import time
@@ -10,12 +11,17 @@ import urllib.request
 import psutil
 import pytest
 import torch
+import yaml
+from click.testing import CliRunner
 from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
+from ray.serve.scripts import build as serve_build
 
-from actors.vrm_service import require_free_port, start_service, stop_service
+from actors.vrm_service import require_free_port, start_service, stop_service, swap_model
 from pipeline.config.schema import ScoringConfig
 from pipeline.data.planted import OBJECTIVES
-from pipeline.errors import DataError, DeadlineExceeded, ResourceError, WorkerError
+from pipeline.errors import DataError, DeadlineExceeded, PipelineError, ResourceError, WorkerError
 from pipeline.learning.reward_scorer import RewardModelScorer
 from pipeline.models.backbone import load_backbone
 from pipeline.models.reward_model import RewardModel, make_head, save_reward_model
@@ -26,13 +32,27 @@ from tests.learners import HEAD, reward_card, statistics_of
 pytestmark = pytest.mark.components
 
 TOKEN = "only-for-this-test"
+SETTINGS = {"start_s": 120, "deadline_s": 120, "name": "under-test", "token": TOKEN}
+
+
+def config_of(port):
+    return ScoringConfig(cpus_per_replica=0.5, port=port)
 
 
 @pytest.fixture(scope="module")
 def reward_model(tiny_policy, tokenizer, world, tmp_path_factory):
-    directory = str(tmp_path_factory.mktemp("reward-model"))
+    return random_model(tmp_path_factory.mktemp("reward-model"), tiny_policy, tokenizer, world, seed=0)
+
+
+@pytest.fixture(scope="module")
+def better_model(tiny_policy, tokenizer, world, tmp_path_factory):
+    return random_model(tmp_path_factory.mktemp("better-model"), tiny_policy, tokenizer, world, seed=1)
+
+
+def random_model(directory, tiny_policy, tokenizer, world, *, seed):
+    directory = str(directory)
     backbone = load_backbone(tiny_policy, dtype="float32")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = RewardModel(backbone, make_head("vrm", 64, 4, HEAD))
     torch.nn.init.normal_(model.head.weight_head.output.weight, std=0.1)
     save_reward_model(
@@ -50,8 +70,7 @@ def service(local_ray, reward_model):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    config = ScoringConfig(cpus_per_replica=0.5, port=port)
-    scorer = start_service(reward_model, config, start_s=120, deadline_s=120, name="under-test", token=TOKEN)
+    scorer = start_service(reward_model, config_of(port), **SETTINGS)
     yield scorer, f"http://127.0.0.1:{port}"
     stop_service("under-test")
 
@@ -172,9 +191,13 @@ def test_no_answer_in_time_ends_in_a_deadline(service):
         hurried.score([prompt] * 64, ["x"] * 64)
 
 
+def processes(name):
+    """Of this test's own Ray only."""
+    return [p for p in psutil.Process().children(recursive=True) if p.name().startswith(f"ray::{name}")]
+
+
 def replicas():
-    """Processes of this test's own Ray only."""
-    return [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::ServeRepli")]
+    return processes("ServeRepli")
 
 
 def test_a_killed_replica_is_replaced_and_its_share_scored(service, world):
@@ -234,3 +257,141 @@ def test_a_taken_port_is_refused_before_anything_starts():
         holder.listen()
         with pytest.raises(ResourceError, match="is in use"):
             require_free_port(holder.getsockname()[1])
+
+
+class Load:
+    """Callers over HTTP who ask without pause; every answer is compared with the model it names, scored directly."""
+
+    def __init__(self, url, world, directories, *, callers=2):
+        pairs = world.heldout_pairs()
+        # Sixteen times each word of the world behind a response: too many rows to be all in the replica's memory.
+        self._rows = [(p.prompt, f"{p.chosen} {n}" + " check" * n) for p in pairs for n in range(64)]
+        self._url = url
+        self._expected = {}
+        for directory in directories:
+            scores = RewardModelScorer.load(directory, max_tokens_per_batch=4096).score(
+                [prompt for prompt, _ in self._rows], [response for _, response in self._rows]
+            )
+            self._expected[directory_fingerprint(directory)] = [score.mean for score in scores]
+        self.answers = []
+        """(asked at, answered at, fingerprint)."""
+        self.troubles = []
+        self._ends = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(seed,)) for seed in range(callers)]
+
+    def _ask(self, seed):
+        chance = random.Random(seed)
+        with VRMScorer(self._url, token=TOKEN, deadline_s=120, batch_size=16) as client:
+            while not self._ends.is_set():
+                chosen = chance.sample(range(len(self._rows)), 32)
+                began = time.monotonic()
+                try:
+                    answer = client.score_rows([self._rows[i][0] for i in chosen], [self._rows[i][1] for i in chosen])
+                except PipelineError as error:
+                    self.troubles.append(repr(error))
+                    return
+                expected = [self._expected[answer.model_fingerprint][i] for i in chosen]
+                if [score.reward for score in answer.scores] != pytest.approx(expected, abs=1e-5):
+                    self.troubles.append(f"wrong rewards from {answer.model_fingerprint}")
+                self.answers.append((began, time.monotonic(), answer.model_fingerprint))
+
+    def wait_for_answer(self, *, asked_after):
+        """Seconds from then to the end of the first call that began later."""
+        while not self.troubles:
+            ends = [end for began, end, _ in self.answers if began > asked_after]
+            if ends:
+                return min(ends) - asked_after
+            time.sleep(0.05)
+        raise AssertionError(self.troubles)
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        self.wait_for_answer(asked_after=0.0)
+        return self
+
+    def __exit__(self, *_):
+        self._ends.set()
+        for thread in self._threads:
+            thread.join()
+
+
+@pytest.mark.parametrize("process", ["ServeRepli", "ProxyActor"])
+def test_a_killed_process_costs_its_callers_nothing_but_time(service, reward_model, world, process, record_property):
+    with Load(service[1], world, [reward_model]) as load:
+        [victim] = processes(process)
+        victim.kill()
+        whole_after_s = load.wait_for_answer(asked_after=time.monotonic())
+    record_property("whole_after_s", whole_after_s)
+    assert not load.troubles
+    assert whole_after_s < SETTINGS["start_s"]  # most of it a replica's start, on a machine that does much else
+    [successor] = processes(process)
+    assert successor.pid != victim.pid
+
+
+def test_a_new_checkpoint_rolls_in_under_load(service, reward_model, better_model, world, tmp_path):
+    old, new = directory_fingerprint(reward_model), directory_fingerprint(better_model)
+    config = config_of(int(service[1].rpartition(":")[2]))
+    with Load(service[1], world, [reward_model, better_model]) as load:
+        with pytest.raises(WorkerError, match=r"holds no reward_model\.json"):
+            swap_model(str(tmp_path), reward_model, config, **SETTINGS)
+        began = time.monotonic()
+        load.wait_for_answer(asked_after=began)
+        assert {name for _, _, name in load.answers} == {old}
+        swap_model(better_model, reward_model, config, **SETTINGS)
+        swapped = time.monotonic()
+        load.wait_for_answer(asked_after=swapped)
+    assert not load.troubles
+    assert {name for asked, _, name in load.answers if asked > swapped} == {new}
+    # Nobody waited for a model to load.
+    assert max(end - asked for asked, end, _ in load.answers if began < asked < swapped) < swapped - began
+
+
+def test_what_serve_build_writes_deploys_and_sleeps_while_nobody_asks(
+    service, reward_model, world, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("VRM_MODEL", reward_model)
+    monkeypatch.setenv("VRM_SERVICE_TOKEN", TOKEN)
+    built = CliRunner().invoke(
+        serve_build, ["jobs.scoring_application:application", "--output-path", str(tmp_path / "built.yaml")]
+    )
+    assert built.exit_code == 0, built.output
+    schema = yaml.safe_load((tmp_path / "built.yaml").read_text())
+    [application] = schema["applications"]
+    [deployment] = application["deployments"]
+    assert deployment["name"] == "VRMService"
+    assert deployment["max_surge_percent"] == 1
+    del schema["http_options"], schema["proxy_location"]  # of the Serve that runs already
+    application |= {"name": "built", "route_prefix": "/built"}
+    application["runtime_env"] = {"env_vars": {"VRM_MODEL": reward_model, "VRM_SERVICE_TOKEN": TOKEN}}
+    deployment["ray_actor_options"]["num_cpus"] = 0.5
+    del deployment["num_replicas"]
+    deployment["autoscaling_config"] = {
+        "min_replicas": 0,
+        "max_replicas": 1,
+        "downscale_delay_s": 0.5,
+        "look_back_period_s": 11,
+    }
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(schema))
+    try:
+        wait_until(lambda: serve.status().applications["built"].status == "RUNNING")
+        assert replicas_of("built") == 0
+        with VRMScorer(f"{service[1]}/built", token=TOKEN, deadline_s=60) as client:
+            answer = client.score("what of the saw ?", ["do check another source ."])
+        assert answer.model_fingerprint == directory_fingerprint(reward_model)
+        assert replicas_of("built") == 1
+        wait_until(lambda: replicas_of("built") == 0)
+    finally:
+        stop_service("built")
+
+
+def replicas_of(application):
+    [deployment] = serve.status().applications[application].deployments.values()
+    return sum(deployment.replica_states.values())
+
+
+def wait_until(is_so, timeout_s=60):
+    ends = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < ends
+        time.sleep(0.1)

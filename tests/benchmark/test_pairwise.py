@@ -132,8 +132,7 @@ def pairs(std=0.0):
     return ScoredPairs(
         chosen=numbers(2, 0, 1),
         rejected=numbers(0, 1, 0),
-        chosen_std=std * numbers(0.3, 1.2, 0.6),
-        rejected_std=std * numbers(0.4, 1.6, 0.8),
+        margin_std=std * numbers(0.5, 2.0, 1.0),
         length_gap=numbers(10, 5, -5),
     )
 
@@ -150,7 +149,7 @@ def test_diagnostics_of_three_pairs_by_hand():
 
 
 def test_a_standard_deviation_that_knows_the_error_lowers_the_risk():
-    metrics = pair_diagnostics(pairs(std=1.0))  # of the margin: 0.5, 2, 1
+    metrics = pair_diagnostics(pairs(std=1.0))
     assert metrics["aurc/std"] == pytest.approx((0 + 0 + 1 / 3) / 3)
     assert metrics["aurc_gain/std"] == pytest.approx(1 / 3 - 1 / 9)
     assert metrics["aurc/margin_over_std"] == pytest.approx((0 + 0 + 1 / 3) / 3)  # 4, 1/2, 1
@@ -169,7 +168,6 @@ def test_columns_of_unequal_length_or_without_rows_are_refused(rows):
         ScoredPairs(
             chosen=numbers(*rows),
             rejected=numbers(*rows, *rows),
-            chosen_std=numbers(*rows),
-            rejected_std=numbers(*rows),
+            margin_std=numbers(*rows),
             length_gap=numbers(*rows),
         )

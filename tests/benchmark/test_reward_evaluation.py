@@ -26,8 +26,9 @@ def scored(chosen, rejected, *, subset="all", name="r", prompt="p", std=0.0, len
         "prompt_key": prompt,
         "cut": False,
         "annotators_tie": False,
-        "chosen": tuple(ScoredResponse(reward=r, std=std, characters=lengths[0]) for r in chosen),
-        "rejected": tuple(ScoredResponse(reward=r, std=std, characters=lengths[1]) for r in rejected),
+        "chosen": tuple(ScoredResponse(reward=r, characters=lengths[0]) for r in chosen),
+        "rejected": tuple(ScoredResponse(reward=r, characters=lengths[1]) for r in rejected),
+        "margin_std": std,
     }
     return ScoredComparison(**{**fields, **changes})
 
@@ -190,7 +191,7 @@ def test_the_survey_says_what_makes_a_score_incomparable():
 
 def rated_by_length(row):
     def side(texts):
-        return tuple(ScoredResponse(reward=float(len(t)), std=0.0, characters=len(t)) for t in texts)
+        return tuple(ScoredResponse(reward=float(len(t)), characters=len(t)) for t in texts)
 
     return ScoredComparison(
         id=row.id,
@@ -201,6 +202,7 @@ def rated_by_length(row):
         annotators_tie=False,
         chosen=side(row.chosen),
         rejected=side(row.rejected),
+        margin_std=0.0,
     )
 
 

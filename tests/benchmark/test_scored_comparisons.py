@@ -63,9 +63,24 @@ def test_scores_are_read_back_as_they_were_given(tmp_path):
     assert [r.characters for r in (*first.chosen, *first.rejected)] == [1, 4, 2]  # thoughts are not scored
     assert (first.id, first.annotators_tie, first.cut, second.cut) == ("1", True, False, True)
     assert first.content_key == lists.content_key
-    assert second.rejected[0].std == 0.5
+    assert second.margin_std == pytest.approx(math.sqrt(0.5))  # weights that are certain: 1/4 + 1/4
     line = json.loads(path.read_text().splitlines()[0])
     assert line["chosen"][1]["objective_scores"] == [4.0]  # the reasons of a reward stay in the file
+
+
+def test_both_responses_to_a_prompt_are_scored_under_one_draw_of_its_weights(tmp_path):
+    class Scorer(LengthScorer):
+        def score(self, prompts, responses):
+            # w ~ Dirichlet(1.5, 1.5), no noise in the features: Var[r_w] = 1/4, Var[r_l] = 1/16
+            ws = {"objective_weights": (0.5, 0.5), "concentration": 3.0}
+            chosen = RewardScore(mean=1.0, std=0.5, objective_scores=(2.0, 0.0), **ws)
+            rejected = RewardScore(mean=0.5, std=0.25, objective_scores=(0.0, 1.0), **ws)
+            return [chosen, rejected]
+
+    score([comparison(1)], tmp_path / "rows.jsonl", scorer=Scorer())
+    [row], _ = read_scored(tmp_path / "rows.jsonl")
+    # Var[<w, D>] with D = (2, -1) is (2 + 1)^2 Var[w_1] = 9 / 16; the sum of the two would be 5 / 16.
+    assert row.margin_std == pytest.approx(0.75)
 
 
 def test_rows_are_scored_while_they_are_read(tmp_path):

@@ -206,6 +206,8 @@ def test_ppo_and_reinforce_need_no_group():
             "alignment.ppo: clip_range_high = 0.0004 is below clip_range = 0.2: one of them comes from",
         ),
         (["alignment.ppo.drop_uniform_groups=true"], "samples_per_prompt = 1 must be at least 2"),
+        (["alignment.prefetch=continue"], "the policy before, so ppo.importance_cap must weigh them; 2 is usual"),
+        (["cluster.rollout.autoscale.max_workers=4"], "autoscale compares who waits for whom"),
     ],
 )
 def test_choices_that_cannot_go_together_are_a_letter(overrides, letter):

@@ -24,7 +24,8 @@ ALGORITHMS = get_args(Algorithm)
 
 def config_of(algorithm, **ppo):
     """Three prompts of three samples: one optimiser step, so that a gradient is the gradient of the whole step."""
-    written = {"epochs": 1, "mini_batch_size": 9, "policy": OptimiserConfig(learning_rate=1e-3), "critic": "value_head"}
+    rates = {"policy": OptimiserConfig(learning_rate=1e-3), "critic_learning_rate": 1e-3}
+    written = {"epochs": 1, "mini_batch_size": 9, "critic": "value_head"} | rates
     return AlignmentConfig(
         algorithm=algorithm,
         num_steps=6,
@@ -313,6 +314,50 @@ def test_the_kl_loss_pulls_toward_the_reference(tiny_policy, world, tokenizer, t
     losses = [learner.update(experience, step)["ppo/kl_loss"] for step in range(1, 5)]
     assert losses[0] > 0.01
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_critic_learns_alone_until_its_warm_up_ends(tiny_policy, world, tokenizer, tmp_path):
+    decaying = OptimiserConfig(learning_rate=1e-3, weight_decay=0.5, warmup_fraction=0.0)
+    config = config_of("ppo", critic="separate", critic_warmup_steps=2, policy=decaying)
+    learner = ppo_learner(tiny_policy, world, tokenizer, tmp_path, config=config)
+    experience = experience_of(config, learner, world, tokenizer)
+    value_losses = []
+
+    def moved_by_step(step):
+        before = {name: tensor.clone() for name, tensor in learner.engine.module.state_dict().items()}
+        value_losses.append(learner.update(experience, step)["ppo/value_loss"])
+        after = learner.engine.module.state_dict()
+        return {name.partition(".")[0] for name in after if not torch.equal(after[name], before[name])}
+
+    # Not even weight decay moves a policy that rests.
+    assert moved_by_step(0) == {"value_head", "critic"}
+    assert moved_by_step(1) == {"value_head", "critic"}
+    assert moved_by_step(2) == {"value_head", "critic", "policy"}
+    assert value_losses[2] < value_losses[0]
+
+
+def test_whitened_token_rewards_are_what_the_critic_learns_from():
+    """lambda = gamma = 1 and no values: the return of the first token is the sum of its response's token rewards."""
+    config = config_of("ppo", whiten_rewards=True, reward_transform="none", gae_lambda=1.0)
+    samples, evaluations = [rollout("p", i, [7 + i]) for i in range(3)], [evaluation((-1.0,))] * 3
+    experience, _ = build(samples, [score(m) for m in (1.0, 2.0, 3.0)], evaluations, config)
+    # mean 2, standard deviation 1: nothing to do; twice as far apart, it is undone.
+    assert experience.critic.returns.flatten().tolist() == pytest.approx([1.0, 2.0, 3.0])
+    experience, _ = build(samples, [score(m) for m in (0.0, 2.0, 4.0)], evaluations, config)
+    assert experience.critic.returns.flatten().tolist() == pytest.approx([1.0, 2.0, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "ppo", "letter"),
+    [
+        ("ppo", {"critic_warmup_steps": 2}, "critic_warmup_steps = 2 trains a critic of its own, but critic = 'value"),
+        ("grpo", {"critic_warmup_steps": 2, "critic": "separate"}, "advantages = 'group_zscore'"),
+        ("grpo", {"whiten_rewards": True}, "whiten_rewards scales the rewards of tokens"),
+    ],
+)
+def test_a_choice_that_would_do_nothing_is_refused(algorithm, ppo, letter):
+    with pytest.raises(ValueError, match=letter):
+        config_of(algorithm, **ppo)
 
 
 STOPPED = {"epochs": 5, "mini_batch_size": 3, "stop_update_above_kl": 1e-3}

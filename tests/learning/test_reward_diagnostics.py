@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from pipeline.config.schema import VRMHeadConfig
 from pipeline.learning.reward_diagnostics import reward_diagnostics, score_collinearity, target_correlation
-from pipeline.models.reward_heads import RewardOutput
+from pipeline.models.reward_heads import RewardOutput, VRMHead
 from pipeline.records import PreferenceBatch, PromptGroup
 
 
@@ -35,7 +36,7 @@ def test_diagnostics_of_two_pairs_by_hand():
     output = RewardOutput(
         sampled=double([2.0, 0.0, 1.0, 0.0]),
         mean=double([3.0, 1.0, 1.0, -1.0]),
-        variance=double([1.0, 4.0, 1.0, 4.0]),
+        variance=double([4.0, 4.0, 4.0, 4.0]),
         alpha=double([[3.0, 1.0], [2.0, 6.0], [9.0, 9.0], [9.0, 9.0]]),
         mu=double([[0.0, 1.0], [1.0, 1.0], [0.0, 1.0], [1.0, 1.1]]),
         logvar=torch.zeros(4, 2, dtype=torch.float64),
@@ -48,7 +49,7 @@ def test_diagnostics_of_two_pairs_by_hand():
     assert metrics["eval/calibration_error"] == pytest.approx(1.0 - 1.0 / (1.0 + math.exp(-2.0)))
     assert metrics["eval/reward_mean"] == 1.0
     assert metrics["eval/reward_std"] == pytest.approx(math.sqrt(2.0))  # deviations 2, 0, 0, -2
-    assert metrics["eval/posterior_std"] == 1.5
+    assert metrics["eval/posterior_std"] == 2.0
     assert metrics["eval/active_units"] == 1.0  # variances 1/4 and about 0.002
     assert metrics["eval/weight_variance"] == pytest.approx(1 / 16)  # w_bar (3/4, 1/4) and (1/4, 3/4)
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
@@ -69,11 +70,32 @@ def test_diagnostics_of_two_pairs_by_hand():
     assert metrics["eval/score_collinearity"] == pytest.approx(1.0)  # the second score is -2 times the first
     assert metrics["eval/accuracy_chosen_longer"] == 1.0  # 5 against 3 tokens, and 4 against 4
     assert "eval/accuracy_chosen_shorter" not in metrics
-    # Standard deviations 1 and 1, 2 and 2: margins 2 with variances 2 and 8
-    probit = [2.0 / math.sqrt(1 + math.pi / 8 * variance) for variance in (2.0, 8.0)]
+    # Variance 4 + 4 - 2 s_w^T C s_l under the chosen row's weights: w_bar (3/4, 1/4), A = 4 and (1/4, 3/4), A = 8
+    # give covariances (5.25 - 1/4 * 3/4) / 5 = 1.0125 and (26 - 2.5 * 5) / 9 = 1.5.
+    probit = [2.0 / math.sqrt(1 + math.pi / 8 * variance) for variance in (5.975, 5.0)]
     assert metrics["eval/probit_nll"] == pytest.approx(sum(math.log(1 + math.exp(-x)) for x in probit) / 2)
     assert metrics["eval/target_entropy"] == pytest.approx(math.log(2.0) / 2)
     assert metrics["eval/target_correlation"] == pytest.approx(-1.0)
+
+
+def test_the_uncertainty_of_a_pair_is_that_of_the_difference_under_one_draw_of_the_weights():
+    torch.manual_seed(0)
+    head = VRMHead(8, 3, VRMHeadConfig(semantic_dims=5, hidden_size=16, initial_logvar=-3.0))
+    with torch.no_grad():
+        torch.nn.init.normal_(head.weight_head.output.weight, std=0.5)
+        prompt, chosen, rejected = torch.randn(3, 1, 8)
+        draws = 20_000
+        rows = torch.cat([chosen.expand(draws, 8), rejected.expand(draws, 8)])
+        sampled = head(prompt.expand(2 * draws, 8), rows, torch.arange(draws)).sampled.double()
+        alone = RewardOutput(*head(prompt.expand(2, 8), torch.cat([chosen, rejected]), None))
+    output = RewardOutput(*(field.double() for field in alone))
+    margins = sampled[:draws] - sampled[draws:]
+    [margin] = (alone.mean[:1] - alone.mean[1:]).tolist()
+    variance = margins.var().item()
+    nll = reward_diagnostics(output, batch_of([3, 3]))["eval/probit_nll"]
+    assert nll == pytest.approx(math.log1p(math.exp(-margin / math.sqrt(1 + math.pi / 8 * variance))), rel=2e-3)
+    independent = output.variance.sum().item()
+    assert abs(independent - variance) > 0.2 * variance  # else this could not tell
 
 
 def test_a_bradley_terry_head_has_no_posterior_to_diagnose():

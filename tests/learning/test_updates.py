@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pipeline.config.load import load_recipe
 from pipeline.config.schema import PairLossConfig, VariationalLossConfig
@@ -25,7 +26,7 @@ class ShardOfMany(TorchEngine):
         super().__init__(*args, **kwargs)
         self.rank, self.world_size = rank, world_size
 
-    def step(self, learning_rate_factor):
+    def step(self, learning_rate_factor, *, resting=None):
         return 0.0
 
 
@@ -77,6 +78,7 @@ def unevenly_annotated(pairs):
         ("vrm", {"supervision": "rank", "supervision_on": "expected_log", "target_from": "diff", "free_bits": 0.01}),
         ("vrm", {"supervision": "mae", "kl_reduction": "mean", "kl_weight_w": 0.1, "kl_weight_z": 0.1}),
         ("bt", {"kl_reduction": "mean"}),
+        ("ensemble", {}),
     ],
 )
 def test_reward_gradients_of_1_2_and_4_shards_agree(head, loss, tiny_policy, world, tokenizer):
@@ -359,7 +361,7 @@ def test_a_diverged_step_is_not_taken(tiny_policy, world, tokenizer):
 
 
 def test_a_checkpoint_of_another_model_is_refused(tiny_policy, world, tokenizer, tmp_path):
-    reward_trainer(tiny_policy, world, tokenizer, head="bt").save(str(tmp_path))
+    reward_trainer(tiny_policy, world, tokenizer, head="bt").snapshot().write(str(tmp_path))
     with pytest.raises(CheckpointError, match="does not restore this model"):
         reward_trainer(tiny_policy, world, tokenizer, head="vrm").restore(str(tmp_path))
 
@@ -401,6 +403,25 @@ def test_publishing_into_too_small_a_shared_memory_says_how_to_enlarge_it(tmp_pa
     huge = torch.zeros(1).expand(2**60)
     with pytest.raises(ResourceError, match=r"needs 4,398,046,511,104 MiB, .* MiB free. Enlarge .*--shm-size"):
         write_policy_weights({"lm_head.weight": huge}, tmp_path / "policy-000000")
+
+
+def test_published_weights_are_read_by_safetensors_as_they_were(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        "a": torch.randn(3, 5, generator=generator),
+        "transposed": torch.randn(4, 2, generator=generator).T,
+        "bfloat16": torch.randn(7, generator=generator).bfloat16(),
+    }
+    state["tied"] = state["a"]
+    longer = {"a": torch.zeros(100, 100)}
+    write_policy_weights(longer, tmp_path / "policy-000000")
+    write_policy_weights(state, tmp_path / "policy-000002", over=tmp_path / "policy-000000")
+    assert [path.name for path in tmp_path.iterdir()] == ["policy-000002"]
+    published = load_file(tmp_path / "policy-000002" / "model.safetensors")
+    assert published.keys() == state.keys()
+    assert all(
+        torch.equal(published[name], state[name]) and published[name].dtype == state[name].dtype for name in state
+    )
 
 
 def test_the_two_latest_policies_stay_published(tiny_policy, world, tokenizer, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.config.schema import AlignmentConfig
+from pipeline.config.schema import AlignmentConfig, LoRAConfig
 from pipeline.data.batching import step_indices
 from pipeline.data.prompts import PromptStream
 from pipeline.errors import NumericsError, Preempted
@@ -117,7 +117,9 @@ def timeless(metrics):
     return {k: v for k, v in metrics.items() if not k.startswith(("seconds/", "tokens_per_s/"))}
 
 
-@pytest.mark.parametrize("kill", [("update", 4), ("publish_weights", 5), ("save", 2), ("evaluate", 6), ("export", 1)])
+@pytest.mark.parametrize(
+    "kill", [("update", 4), ("publish_weights", 5), ("snapshot", 2), ("evaluate", 6), ("export", 1)]
+)
 def test_resumed_alignment_equals_the_uninterrupted_run(kill, tiny_policy, world, tokenizer, tmp_path):
     whole, _ = run_alignment(tiny_policy, world, tokenizer, tmp_path / "whole")
     with pytest.raises(Killed):
@@ -141,6 +143,23 @@ def test_resumed_alignment_without_a_critic_equals_the_uninterrupted_run(tiny_po
     assert rollouts.loaded == [2, 3, 4]
     # Two samples with equally many e's are a uniform group; somewhere in the run one was left out.
     assert any(row["group/uniform"] > 0 for row in read_metrics(tmp_path / "whole" / METRICS_FILE))
+
+
+def test_resumed_alignment_of_adapters_equals_the_uninterrupted_run(tiny_policy, world, tokenizer, tmp_path):
+    ppo = ALIGNMENT.ppo.model_copy(update={"lora": LoRAConfig(rank=4), "critic": "separate"})
+    config = ALIGNMENT.model_copy(update={"num_steps": 4, "ppo": ppo})
+    whole, _ = run_alignment(tiny_policy, world, tokenizer, tmp_path / "whole", config=config)
+    with pytest.raises(Killed):
+        run_alignment(tiny_policy, world, tokenizer, tmp_path / "killed", kill=("update", 3), config=config)
+    committed = stage_at(tmp_path / "killed", "align_policy").checkpoints.latest()
+    names = set(torch.load(f"{committed.uri}/engine.pt", weights_only=True)["module"])
+    assert names
+    assert all("lora_" in name or name.startswith("value_head.") for name in names)
+    resumed, _ = run_alignment(tiny_policy, world, tokenizer, tmp_path / "killed", config=config)
+    assert timeless(resumed) == timeless(whole)
+    assert resumed["kl/per_response"] != 0.0
+    assert_bit_equal(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+    assert weights(tmp_path / "whole").keys() == load_file(f"{tiny_policy}/model.safetensors").keys()
 
 
 def test_every_step_samples_its_own_prompts_from_the_policy_of_that_step(tiny_policy, world, tokenizer, tmp_path):
@@ -191,9 +210,9 @@ def test_past_the_kl_limit_alignment_ends_with_the_last_policy_measured_below_it
     metrics, stage = run_until_the_kl_limit(tiny_policy, world, tokenizer, tmp_path, too_far_from=too_far_from)
     assert [row["step"] for row in read_metrics(tmp_path / METRICS_FILE)] == list(range(too_far_from + 1))
     assert metrics["kl/stopped_at_step"] == too_far_from
-    committed = torch.load(f"{stage.checkpoints.uri(good_step)}/engine.pt", weights_only=True)["module"]
-    policy = {n.removeprefix("policy."): t for n, t in committed.items() if n.startswith("policy.")}
-    assert_bit_equal(weights(tmp_path), policy)
+    committed = load_file(f"{stage.checkpoints.uri(good_step)}/part-00000-of-00001.safetensors")
+    for name, tensor in weights(tmp_path).items():
+        assert torch.equal(tensor.flatten(), committed[f"weight/0/policy.{name}"]), name
 
 
 def test_a_run_killed_at_the_kl_limit_stops_there_again(tiny_policy, world, tokenizer, tmp_path):

@@ -5,13 +5,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel
 
-from pipeline.config.schema import VRMHeadConfig
+from pipeline.config.schema import EnsembleConfig, VRMHeadConfig
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.learning.reward_scorer import RewardModelScorer
 from pipeline.models.backbone import load_backbone, load_config, require_context, train_only_last_layers
 from pipeline.models.packing import pack
 from pipeline.models.reward_heads import (
     BradleyTerryHead,
+    EnsembleHead,
     GateHead,
     RegressionHead,
     RewardOutput,
@@ -163,6 +164,37 @@ def test_a_regression_head_weighs_its_scores_as_told_and_equally_when_not():
         torch.testing.assert_close(output.mean, output.scores @ torch.tensor(expected))
 
 
+def test_an_ensemble_combines_its_members_and_trains_the_one_that_is_drawn():
+    """Two responses, three members with rewards 1, 2, 6 and 0, 3, 3."""
+    head = EnsembleHead(2, EnsembleConfig(members=3))
+    with torch.no_grad():
+        head.linear.weight.copy_(torch.tensor([[1.0, 0.0], [2.0, 3.0], [6.0, 3.0]]))
+    responses = torch.eye(2)
+    output = head(responses, responses, torch.tensor([7]))  # 7 mod 3: member 1, for both rows
+    assert output.mean.tolist() == [3.0, 2.0]
+    assert output.variance.tolist() == pytest.approx([14 / 3, 2.0])
+    assert output.sampled.tolist() == [2.0, 3.0]
+    output.sampled.sum().backward()
+    assert head.linear.weight.grad.abs().sum(1).tolist() == [0.0, 2.0, 0.0]
+    head.reward = "min"
+    assert head(responses, responses, None).sampled.tolist() == [1.0, 0.0]
+
+
+def test_the_members_of_an_ensemble_start_apart_and_their_mean_loss_is_the_expected_one():
+    torch.manual_seed(0)
+    head = EnsembleHead(4, EnsembleConfig(members=2))
+    states = torch.randn(6, 4)
+    members = states @ head.linear.weight.T
+    assert (members[:, 0] - members[:, 1]).abs().min() > 1e-3
+
+    def loss(seed):
+        sampled = head(states, states, torch.tensor([seed] * 3)).sampled
+        return torch.nn.functional.softplus(sampled[3:] - sampled[:3]).mean()
+
+    each = torch.nn.functional.softplus(members[3:] - members[:3]).mean(0)
+    assert (loss(0) + loss(1)).item() == pytest.approx(each.sum().item(), abs=1e-6)
+
+
 def test_both_rows_of_a_pair_share_one_draw_of_the_weights():
     torch.manual_seed(0)
     noiseless = VRMHeadConfig(semantic_dims=6, hidden_size=32, logvar_min=-60.0, initial_logvar=-59.0)
@@ -225,8 +257,17 @@ def saved(model, tokenizer, card, directory):
 
 @pytest.mark.parametrize(
     ("head", "config"),
-    [("vrm", HEAD), ("vrm", HADAMARD), ("vrm", MLP), ("vrm", FILM), ("vrm", MEAN_CONC), ("gate", HEAD), ("bt", HEAD)],
-    ids=["bilinear", "hadamard", "mlp", "film", "mean_conc", "gate", "bt"],
+    [
+        ("vrm", HEAD),
+        ("vrm", HADAMARD),
+        ("vrm", MLP),
+        ("vrm", FILM),
+        ("vrm", MEAN_CONC),
+        ("gate", HEAD),
+        ("bt", HEAD),
+        ("ensemble", HEAD),
+    ],
+    ids=["bilinear", "hadamard", "mlp", "film", "mean_conc", "gate", "bt", "ensemble"],
 )
 def test_a_checkpoint_round_trips(head, config, tiny_policy, tokenizer, world, tmp_path):
     torch.manual_seed(0)

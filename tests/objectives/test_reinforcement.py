@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.errors import ShapeError
 from pipeline.objectives.advantages import generalized_advantages, token_rewards, transform_reward
@@ -44,6 +45,13 @@ def test_whitening_ignores_padding():
     mask = torch.tensor([[True, True, False]])
     # mean 2, Bessel variance 2
     torch.testing.assert_close(whiten(x, mask), torch.tensor([[-1 / math.sqrt(2), 1 / math.sqrt(2), 0.0]]))
+
+
+def test_whitened_rewards_keep_their_mean_and_so_their_sign():
+    x, mask = torch.tensor([[1.0, 3.0, 99.0]]), torch.tensor([[True, True, False]])
+    # mean 2, variance 2: 2 -+ 1 / sqrt(2)
+    expected = [2 - math.sqrt(0.5), 2 + math.sqrt(0.5), 0.0]
+    assert whiten(x, mask, keep_mean=True)[0].tolist() == pytest.approx(expected)
 
 
 def test_masked_mean_survives_not_a_number_in_the_padding():
@@ -130,6 +138,29 @@ def test_chunked_logprobs_equal_the_plain_ones_with_their_gradients():
     with torch.no_grad():
         plain = torch.log_softmax(head(torch.linspace(-1, 1, 56).view(7, 8)) / 0.7, -1)
     torch.testing.assert_close(results[0][0], plain[torch.arange(7), ids])
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation makes, forward or backward."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        made = [t for t in (result if isinstance(result, tuple | list) else [result]) if isinstance(t, torch.Tensor)]
+        self.elements = max([self.elements, *(t.numel() for t in made)])
+        return result
+
+
+def test_chunked_logprobs_never_hold_the_logits_of_more_than_a_chunk():
+    num_tokens, width, vocabulary = 64, 8, 1000
+    hidden, head = torch.randn(num_tokens, width, requires_grad=True), torch.nn.Linear(width, vocabulary, bias=False)
+    ids = torch.randint(vocabulary, (num_tokens,))
+    for chunk_size in (4, 16, 64):
+        with LargestTensor() as largest:
+            logprobs, _ = token_logprobs_and_entropy(hidden, head, ids, temperature=0.7, chunk_size=chunk_size)
+            logprobs.sum().backward()
+        assert largest.elements == max(chunk_size, width) * vocabulary  # the head's own gradient is [V, H]
 
 
 def test_entropy_of_a_uniform_policy_is_the_log_of_the_vocabulary():

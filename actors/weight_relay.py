@@ -1,0 +1,87 @@
+"""Published weights on the nodes that sample: they cross the network once per node, whatever the number of its workers.
+
+The learner's first rank publishes into the shared memory of its own node. Workers there read that file; a worker on
+another node first fetches a copy through Ray's object store, in buckets, and its neighbours read the copy.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipeline.records import PolicyWeights
+
+WEIGHTS_FILE = "model.safetensors"
+BUCKET_BYTES = 64 * 2**20
+BUCKETS_AHEAD = 4
+"""Buckets on their way at once: enough to keep a network busy, and a small part of any object store."""
+BUCKET_S = 120.0
+
+
+def readable_here(weights: PolicyWeights) -> PolicyWeights:
+    """`weights` with a location on this node: their own where they were published, a copy elsewhere.
+
+    Raises:
+        ray.exceptions.RayError: the node that published them is gone, or a bucket did not arrive in `BUCKET_S`.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    if weights.node in (None, here):
+        return weights
+    source = os.path.join(weights.location, WEIGHTS_FILE)
+    on_source = NodeAffinitySchedulingStrategy(weights.node, soft=False)
+    size, stamp = ray.get(_stat.options(scheduling_strategy=on_source).remote(source), timeout=BUCKET_S)
+    # The stamp tells a version from one of equal number that a killed run left; the node, from a copy of a node that
+    # shares this one's memory.
+    copies = Path(f"{weights.location}@{here[:12]}")
+    copy = copies / str(stamp)
+    with _locked(f"{copies.parent / here[:12]}.lock"):
+        if not (copy / WEIGHTS_FILE).exists():
+            for outdated in copies.parent.glob(f"*@{here[:12]}"):
+                shutil.rmtree(outdated)
+            copy.mkdir(parents=True)
+            _fetch(source, size, copy / WEIGHTS_FILE, on_source)
+    return replace(weights, location=str(copy), node=here)
+
+
+def _fetch(source: str, size: int, target: Path, on_source: NodeAffinitySchedulingStrategy) -> None:
+    read = _read.options(scheduling_strategy=on_source)
+    offsets = deque(range(0, size, BUCKET_BYTES))
+    coming: deque[Any] = deque()
+    partial = target.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        while offsets or coming:
+            while offsets and len(coming) < BUCKETS_AHEAD:
+                coming.append(read.remote(source, offsets.popleft(), BUCKET_BYTES))
+            file.write(ray.get(coming.popleft(), timeout=BUCKET_S))
+    os.replace(partial, target)
+
+
+@ray.remote(num_cpus=0)
+def _stat(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
+@ray.remote(num_cpus=0)
+def _read(path: str, offset: int, count: int) -> np.ndarray:
+    return np.fromfile(path, dtype=np.uint8, offset=offset, count=count)
+
+
+@contextmanager
+def _locked(path: str) -> Iterator[None]:
+    """One worker of a node fetches, the others wait for it; the lock of a dead one is free."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,197 @@
+"""Experiments on the reward model: every variant with every seed, over the whole cluster, in one table and figures.
+
+    python jobs/experiments.py E4 --recipe experiments_tiny --out runs/E4 --seeds 0 1 2
+
+E3 supervision losses, E4 vrm against its baselines, E5 supervision weight, E7 the collapse over KL weights, noise wrong
+labels. A run is one process with the same trainer, budget, data order and seeds for every variant; the backbone is the
+recipe's checkpoint, or a tiny model from scratch. The same command computes only the runs that are missing, and
+experiments that share a run share its result.
+
+Writes runs/<config hash>.json, <experiment>.csv, <experiment>.txt and <experiment>*.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.resources import Demand, StageDemand, as_table
+from jobs.command_line import BAD_INPUT, place
+from pipeline.config.load import load_recipe
+from pipeline.config.schema import Recipe
+from pipeline.errors import ConfigError, CorruptManifest, PipelineError, WorkerError
+from pipeline.experiments.grid import EXPERIMENTS, Run, plan_runs
+from pipeline.stages import storage
+
+if TYPE_CHECKING:
+    from pipeline.experiments.findings import FinishedRun
+
+Compute = Callable[[Sequence[Run]], Iterable[tuple[int, "dict[str, Any] | PipelineError"]]]
+"""Runs -> (index, plain data of a `RunResult`, or the error that ended the run), as they finish."""
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Options and overrides, which may stand anywhere, behind the seeds too.
+
+    Raises:
+        ConfigError: a seed is no number.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=sorted(EXPERIMENTS))
+    parser.add_argument("--recipe", default="experiments_tiny", help="a name in jobs/recipes, or a path to a .yaml")
+    parser.add_argument("--out", required=True, help="directory for results; several experiments may share it")
+    parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"], metavar="SEED", help="0 1 2")
+    parser.add_argument("--dry-run", action="store_true", help="print the runs and what each of them holds, and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="of the recipe")
+    asked = parser.parse_intermixed_args(arguments)
+    asked.overrides += [word for word in asked.seeds if "=" in word]  # argparse takes them for seeds
+    seeds = [word for word in asked.seeds if "=" not in word]
+    if not all(word.isdecimal() for word in seeds):
+        raise ConfigError(f"--seeds {' '.join(seeds)}: seeds are whole numbers from 0, as in --seeds 0 1 2")
+    asked.seeds = [int(word) for word in seeds]
+    return asked
+
+
+def demand_of(recipe: Recipe) -> Demand:
+    """What one run holds: a single process that takes the place of all ranks of reward training."""
+    ranks = recipe.cluster.reward_training
+    return Demand(
+        role="run",
+        setting="cluster.reward_training.ranks",
+        count=1,
+        cpus=ranks.ranks * ranks.cpus_per_rank,
+        gpus=min(1.0, ranks.ranks * ranks.gpus_per_rank),
+    )
+
+
+def compute_on_the_cluster(runs: Sequence[Run]) -> Iterable[tuple[int, dict[str, Any] | PipelineError]]:
+    """On the cluster this job was submitted to, or one of its own."""
+    from actors.experiment_runs import run_everywhere
+    from cluster.session import open_cluster
+
+    cluster = runs[0].recipe.cluster
+    demand = demand_of(runs[0].recipe)
+    with open_cluster(cluster, [StageDemand(stage="experiment", demands=(demand,))]):
+        yield from run_everywhere(
+            [run.recipe for run in runs], demand, max_restarts=cluster.reward_training.max_restarts
+        )
+
+
+def finish_runs(runs: Sequence[Run], out: str, compute: Compute) -> tuple[list[FinishedRun], list[str]]:
+    """What lies in `out`, and the rest computed and committed run by run; and a letter for every run that failed."""
+    from pipeline.experiments.findings import FinishedRun
+
+    missing: dict[str, Run] = {}
+    for run in runs:
+        if storage.read_text(_place_of(run, out)) is None:
+            missing.setdefault(run.config_hash, run)
+    todo, failures = list(missing.values()), []
+    print(f"{len(runs)} runs, {len(runs) - len(todo)} finished before, {len(todo)} to do", flush=True)
+    for count, (index, outcome) in enumerate(compute(todo) if todo else (), start=1):
+        run = todo[index]
+        told = f"{count:>4}/{len(todo)}  {run.variant.name}, seed {run.seed}"
+        if isinstance(outcome, PipelineError):
+            failures.append(f"{run.variant.name}, seed {run.seed}: {type(outcome).__name__}: {outcome}")
+            print(f"{told}  failed", flush=True)
+            continue
+        _commit(run, outcome, out)
+        print(f"{told}  accuracy {outcome['metrics']['eval/accuracy']:.3f}  {outcome['seconds']:.0f} s", flush=True)
+    results = ((run, _read(run, out)) for run in runs)
+    return [FinishedRun(run=run, result=result) for run, result in results if result is not None], failures
+
+
+def _place_of(run: Run, out: str) -> str:
+    return storage.join(out, "runs", f"{run.config_hash}.json")
+
+
+def _commit(run: Run, result: Mapping[str, Any], out: str) -> None:
+    from pipeline.stages.runner import installed_versions
+
+    record = {
+        "config_hash": run.config_hash,
+        "variant": run.variant.name,
+        "seed": run.seed,
+        "config": run.recipe.model_dump(mode="json", exclude={"cluster"}),
+        "versions": installed_versions(),
+        **result,
+    }
+    storage.write_text(_place_of(run, out), json.dumps(record, allow_nan=False) + "\n")
+
+
+def _read(run: Run, out: str) -> Mapping[str, Any] | None:
+    """The committed result; None where there is none.
+
+    Raises:
+        CorruptManifest: it cannot be read.
+    """
+    text = storage.read_text(_place_of(run, out))
+    if text is None:
+        return None
+    try:
+        record = json.loads(text)
+        return {name: record[name] for name in ("metrics", "curve", "prompts", "margins", "seconds")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptManifest(
+            f"{_place_of(run, out)} is no result of a run ({error!r}). Delete it to run {run.variant.name}, seed "
+            f"{run.seed} again."
+        ) from error
+
+
+def report(name: str, finished: Sequence[FinishedRun], out: str) -> str:
+    """Writes table and figures, returns the findings in words."""
+    from pipeline.experiments.figures import write_figures
+    from pipeline.experiments.findings import compare, in_words, results_csv
+
+    experiment = EXPERIMENTS[name]
+    comparisons = compare(finished, experiment.compare_with) if experiment.compare_with else []
+    words = in_words(experiment, finished, comparisons)
+    with storage.writing(out) as directory:
+        Path(directory, f"{name}.csv").write_text(results_csv(finished))
+        Path(directory, f"{name}.txt").write_text(words + "\n")
+        write_figures(name, experiment, finished, Path(directory))
+    return words
+
+
+def run_experiment(asked: argparse.Namespace, compute: Compute) -> str:
+    """Plans, computes what is missing, reports.
+
+    Raises:
+        ConfigError: the recipe, an override or the data settings do not make sense.
+        WorkerError: some runs failed; the others are committed and reported.
+    """
+    from pipeline.data.source import data_fingerprints
+
+    recipe = load_recipe(asked.recipe, asked.overrides)
+    out = place(asked.out, option="--out")
+    runs = plan_runs(
+        EXPERIMENTS[asked.experiment], asked.recipe, asked.overrides, asked.seeds, data_fingerprints(recipe)
+    )
+    if asked.dry_run:
+        listed = "\n".join(f"{run.config_hash}  seed {run.seed}  {run.variant.name}" for run in runs)
+        return f"{listed}\n\n{as_table([StageDemand(stage='one run', demands=(demand_of(recipe),))])}"
+    finished, failures = finish_runs(runs, out, compute)
+    words = report(asked.experiment, finished, out) if finished else ""
+    if failures:
+        print(words, flush=True)
+        raise WorkerError(
+            f"{len(failures)} of {len(runs)} runs failed; the others are committed in {out}, and the same command "
+            "tries these again:\n  " + "\n  ".join(failures)
+        )
+    return f"{words}\n\n{out}: {asked.experiment}.csv, {asked.experiment}.png, {asked.experiment}_curves.png"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    try:
+        asked = parse(arguments)
+        print(run_experiment(asked, compute_on_the_cluster))
+    except PipelineError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The work of one rollout batch in small pieces: what waits, what is out, and what is answered, each exactly once."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from pipeline.data.sampling import RolloutRequest
+from pipeline.records import Rollout
+
+STRAGGLER = 2.0
+"""A chunk is late when it has been out for so many times the median of those answered."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Chunk:
+    """Consecutive requests of a batch, sampled by one worker at a time."""
+
+    number: int
+    requests: Sequence[RolloutRequest]
+
+
+class ChunkLedger:
+    """Hands out chunks and accepts one answer for each; whose answer it was changes nothing, for seeds are requests'.
+
+    Longest first: with the long chunks begun early, the workers end together (Graham 1969, LPT scheduling).
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[RolloutRequest],
+        chunk_size: int,
+        expected_tokens: Callable[[RolloutRequest], float] = lambda request: 0.0,
+    ) -> None:
+        """`expected_tokens` of a response; a chunk takes as long as its longest one."""
+        chunks = [
+            Chunk(number=number, requests=requests[first : first + chunk_size])
+            for number, first in enumerate(range(0, len(requests), chunk_size))
+        ]
+        longest = {chunk: max(map(expected_tokens, chunk.requests)) for chunk in chunks}
+        self._num_chunks = len(chunks)
+        self._waiting = deque(sorted(chunks, key=lambda chunk: -longest[chunk]))
+        self._out: dict[Chunk, float] = {}
+        self._issued_again: set[Chunk] = set()
+        self._answers: dict[int, list[Rollout]] = {}
+        self._seconds: list[float] = []
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self._answers) == self._num_chunks
+
+    @property
+    def is_out(self) -> bool:
+        """Some chunk is with a worker and has no answer yet."""
+        return bool(self._out)
+
+    @property
+    def num_issued_again(self) -> int:
+        return len(self._issued_again)
+
+    def issue(self, now: float) -> Chunk | None:
+        """The next chunk to sample, from here on out."""
+        if not self._waiting:
+            return None
+        chunk = self._waiting.popleft()
+        self._out[chunk] = now
+        return chunk
+
+    def issue_again(self, now: float) -> Chunk | None:
+        """A late chunk, for a worker that has nothing else to do; the same chunk is issued again once."""
+        late = [chunk for chunk in self._out if chunk not in self._issued_again and now >= self._late_at(chunk)]
+        if not late:
+            return None
+        chunk = min(late, key=self._out.__getitem__)
+        self._issued_again.add(chunk)
+        return chunk
+
+    def next_late_at(self) -> float:
+        """When the next chunk will be late; infinite if none can be."""
+        return min((self._late_at(c) for c in self._out if c not in self._issued_again), default=float("inf"))
+
+    def accept(self, chunk: Chunk, rollouts: list[Rollout], now: float) -> bool:
+        """Keeps the first answer to a chunk that is out. False for any other: the caller drops it."""
+        if chunk not in self._out:
+            return False
+        self._seconds.append(now - self._out.pop(chunk))
+        self._answers[chunk.number] = rollouts
+        return True
+
+    def put_back(self, chunk: Chunk) -> None:
+        """The chunk is no longer with any worker; if it has no answer, it is the next to be issued."""
+        if self._out.pop(chunk, None) is not None:
+            self._waiting.appendleft(chunk)
+
+    def rollouts(self) -> list[Rollout]:
+        """All of them, in the order of the requests."""
+        return [rollout for number in range(self._num_chunks) for rollout in self._answers[number]]
+
+    def _late_at(self, chunk: Chunk) -> float:
+        return self._out[chunk] + STRAGGLER * median(self._seconds) if self._seconds else float("inf")

@@ -1,0 +1,183 @@
+"""The experiments of vrm_spec section 13 as plain data: which settings vary, and what is looked at.
+
+A variant is a list of overrides of the recipe, in the words of the command line. Two experiments that train the same
+model share its run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.config.load import load_recipe
+from pipeline.config.schema import ExperimentConfig, Recipe
+from pipeline.errors import ConfigError
+from pipeline.stages.fingerprint import fingerprint
+
+VERSION = 1
+"""Of what a run computes; part of its identity."""
+
+LOSS = "reward_training.loss"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One curve or one column of a figure."""
+
+    name: str
+    overrides: tuple[str, ...]
+    """`key.path=value` on top of the recipe."""
+    x: float | None = None
+    """Its place on a numeric axis."""
+    series: str = "vrm"
+    """What it is drawn as on a numeric axis."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Variants to train with the same data, order, budget and seeds, and the columns that answer the question."""
+
+    title: str
+    question: str
+    variants: tuple[Variant, ...]
+    panels: tuple[str, ...]
+    """Columns of the results, one figure panel each."""
+    axis: str | None = None
+    """The numeric axis, in words; None where variants are names."""
+    log_axis: bool = False
+    compare_with: str | None = None
+    """The variant that the others are compared with, pair by pair."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training."""
+
+    variant: Variant
+    seed: int
+    recipe: Recipe
+    config_hash: str
+    """Of everything the run computes from; where it runs is no part of it."""
+
+
+def _kl_weights(weight: str) -> tuple[str, ...]:
+    return f"{LOSS}.kl_weight_w={weight}", f"{LOSS}.kl_weight_z={weight}"
+
+
+def _supervision(form: str, on: str = "mean", target: str = "chosen") -> Variant:
+    named = [form, *([] if on == "mean" else [f"on {on}"]), *([] if target == "chosen" else [f"from {target}"])]
+    return Variant(
+        name=" ".join(named),
+        overrides=(f"{LOSS}.supervision={form}", f"{LOSS}.supervision_on={on}", f"{LOSS}.target_from={target}"),
+    )
+
+
+def _head(name: str) -> Variant:
+    return Variant(name=name, overrides=(f"reward_training.head={name}",), series=name)
+
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "E3": Experiment(
+        title="Supervision of the objective weights",
+        question="Does it matter how the weights are compared with their target?",
+        variants=(
+            Variant(name="none", overrides=(f"{LOSS}.supervision_weight=0",)),
+            *map(_supervision, ("kl", "mse", "mae", "rank")),
+            _supervision("kl", on="sample"),
+            _supervision("kl", on="expected_log"),
+            _supervision("rank", on="expected_log"),
+            _supervision("kl", target="diff"),
+            _supervision("kl", target="both"),
+        ),
+        panels=("accuracy", "nll", "weight_correlation", "supervision"),
+    ),
+    "E4": Experiment(
+        title="VRM against its baselines",
+        question="Does the variational part help?",
+        variants=tuple(map(_head, ("vrm", "bt", "gate", "regression", "ensemble"))),
+        panels=("accuracy", "nll", "ece", "weight_correlation"),
+        compare_with="vrm",
+    ),
+    "E5": Experiment(
+        title="Weight of the supervision",
+        question="How much supervision do the objective weights need?",
+        variants=tuple(
+            Variant(name=f"lambda {value}", overrides=(f"{LOSS}.supervision_weight={value}",), x=float(value))
+            for value in ("0", "0.01", "0.1", "0.5", "1")
+        ),
+        panels=("accuracy", "nll", "weight_correlation", "supervision"),
+        axis="supervision weight lambda",
+    ),
+    "E7": Experiment(
+        title="Collapse",
+        question="At which KL weight does the reward stop saying anything?",
+        variants=tuple(
+            Variant(name=f"KL weight {value}", overrides=_kl_weights(value), x=float(value))
+            for value in ("1e-5", "1e-4", "1e-3", "1e-2", "0.1", "1")
+        ),
+        panels=("accuracy", "margin", "active_units", "kl_z", "kl_w", "nll"),
+        axis="KL weight, of w and of z",
+        log_axis=True,
+    ),
+    "noise": Experiment(
+        title="Label noise",
+        question="Which head bears wrong labels better?",
+        variants=tuple(
+            Variant(
+                name=f"{head}, {100 * share:.0f}% flipped",
+                overrides=(f"reward_training.head={head}", f"data.label_flips={share}"),
+                x=share,
+                series=head,
+            )
+            for head in ("vrm", "bt")
+            for share in (0.0, 0.1, 0.2, 0.3, 0.4)
+        ),
+        panels=("accuracy", "nll", "ece", "margin"),
+        axis="share of training labels flipped",
+    ),
+}
+
+
+def plan_runs(
+    experiment: Experiment, recipe: str, overrides: Sequence[str], seeds: Sequence[int], data: Sequence[str] = ()
+) -> list[Run]:
+    """Every variant with every seed, variants in their order for one seed after the other.
+
+    The seed makes data, split, order, start and noise; runs of one seed differ in their variant alone.
+
+    Args:
+        recipe, overrides: as on the command line.
+        data: content fingerprints of the files the recipe reads.
+
+    Raises:
+        ConfigError: an override sets what the experiment varies, or a variant contradicts the recipe.
+    """
+    varied = {override.partition("=")[0] for variant in experiment.variants for override in variant.overrides}
+    fixed = sorted((varied | {"seed"}) & {override.partition("=")[0] for override in overrides})
+    if fixed:
+        raise ConfigError(f"{', '.join(fixed)}: this experiment varies it itself. Leave it out, or use --seeds.")
+    runs = []
+    for seed in dict.fromkeys(seeds):
+        for variant in experiment.variants:
+            loaded = load_recipe(recipe, [*overrides, *variant.overrides, f"seed={seed}"])
+            runs.append(Run(variant=variant, seed=seed, recipe=loaded, config_hash=config_hash(loaded, data)))
+    return runs
+
+
+def config_hash(experiment: ExperimentConfig, data: Sequence[str]) -> str:
+    """16 hex digits over the parts of a recipe that a run reads."""
+    config = experiment.model_dump(mode="json", include={"seed", "objectives", "data", "policy", "reward_training"})
+    return fingerprint("experiment_run", VERSION, config, data)[:16]
+
+
+def varied_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Override key -> its value in every run, as written in the variant or as the recipe has it."""
+    keys = dict.fromkeys(o.partition("=")[0] for run in runs for o in run.variant.overrides)
+    return {key: [_setting(run.recipe, key) for run in runs] for key in keys}
+
+
+def _setting(recipe: Recipe, key: str) -> str:
+    value: object = recipe
+    for part in key.split("."):
+        value = getattr(value, part)
+    return f"{value:g}" if isinstance(value, float) else str(value)

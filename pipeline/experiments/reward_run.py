@@ -1,0 +1,123 @@
+"""One run of an experiment: train a reward model in this process, and measure what its head says of held-out pairs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipeline.data.planted import GoldAnnotator
+from pipeline.data.preferences import normalised_prompt
+from pipeline.learning.reward_data import RewardTrainingData
+from pipeline.learning.reward_update import RewardModelTrainer
+from pipeline.loops.supervised_training import train
+from pipeline.models.reward_heads import EnsembleHead, RewardOutput
+from pipeline.records import Metrics
+from pipeline.stages.workspace import StageDirectory
+
+LCB = 1.0
+"""c of mean - c * sd."""
+
+CURVES = ("train/accuracy", "eval/accuracy", "train/supervision", "eval/supervision", "eval/nll")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run leaves behind: plain data, to be written as JSON."""
+
+    metrics: Metrics
+    """Held-out metrics of the finished model, under the names of the trainer."""
+    curve: Sequence[Metrics]
+    """Every step that was evaluated on held-out pairs: `step`, and those of `CURVES` that were measured."""
+    prompts: Sequence[str]
+    """[B] of the held-out pairs; rows of one prompt are not independent."""
+    margins: Mapping[str, Sequence[float]]
+    """Reading of the reward -> [B] r_chosen - r_rejected. Always "mean"; "lcb" (mean - sd) where the head has a
+    standard deviation; "min" of the members of an ensemble."""
+    seconds: float
+    """Training and measuring, without reading the data."""
+
+
+def train_and_measure(
+    trainer: RewardModelTrainer,
+    data: RewardTrainingData,
+    gold: GoldAnnotator | None,
+    directory: str,
+    *,
+    eval_every: int,
+) -> RunResult:
+    """Trains with the pipeline's own loop, from the first step to the last.
+
+    Args:
+        gold: adds `weight_correlation`, where the truth is known and the head has weights.
+        directory: for the loop's metrics and the exported model.
+    """
+    started = time.monotonic()
+    heldout = data.heldout
+    stage = StageDirectory(directory, "experiment", "")
+    metrics = train(
+        trainer,
+        stage,
+        batch_of=data.batch,
+        heldout=heldout,
+        num_steps=data.num_steps,
+        eval_every=eval_every,
+        checkpoint_every=data.num_steps + 1,
+    )
+    output = trainer.score(heldout)
+    weights = output.weights[: heldout.num_pairs].double().numpy()
+    if gold is not None and weights.shape[1]:
+        planted = [
+            [gold.objective_weights(p.pair.prompt)[name] for name in data.statistics.objectives]
+            for p in data.heldout_pairs
+        ]
+        metrics |= {"weight_correlation": weight_correlation(weights, np.array(planted))}
+    margins = {"mean": _margins(output.mean)}
+    if bool(output.variance.any()):
+        margins["lcb"] = _margins(output.mean - LCB * output.variance.sqrt())
+    head = trainer.engine.module.head
+    if isinstance(head, EnsembleHead):
+        margins["min"] = _margins(_read_as_minimum(trainer, head, data).mean)
+    return RunResult(
+        metrics=metrics | data.metrics(),
+        curve=_curve(stage.metrics_rows()),
+        prompts=[normalised_prompt(p.pair.prompt) for p in data.heldout_pairs],
+        margins=margins,
+        seconds=time.monotonic() - started,
+    )
+
+
+def weight_correlation(inferred: np.ndarray, planted: np.ndarray) -> float:
+    """Pearson correlation over (prompt, objective) of inferred and planted objective weights; 0 without variation.
+
+    Args:
+        inferred, planted: [B, K].
+    """
+    x, y = (w.ravel() - w.mean() for w in (inferred, planted))
+    norm = float(np.linalg.norm(x) * np.linalg.norm(y))
+    return float(x @ y) / norm if norm > 1e-12 else 0.0
+
+
+def _read_as_minimum(trainer: RewardModelTrainer, head: EnsembleHead, data: RewardTrainingData) -> RewardOutput:
+    reward, head.reward = head.reward, "min"
+    try:
+        return trainer.score(data.heldout)
+    finally:
+        head.reward = reward
+
+
+def _margins(rewards: torch.Tensor) -> list[float]:
+    chosen, rejected = rewards.double().chunk(2)
+    return (chosen - rejected).tolist()
+
+
+def _curve(rows: Sequence[Mapping[str, float]]) -> list[Metrics]:
+    """One point an evaluation: the last step is logged twice, as the update and as the final evaluation."""
+    points: dict[int, Metrics] = {}
+    for row in rows:
+        point = points.setdefault(int(row["step"]), {"step": float(row["step"] + 1)})
+        point |= {name: row[name] for name in CURVES if name in row}
+    return [point for point in points.values() if "eval/accuracy" in point]

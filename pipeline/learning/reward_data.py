@@ -1,0 +1,83 @@
+"""What reward training reads: tokenised pairs of both splits, their statistics, and the batch of every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.benchmark.pairwise import longer_is_better
+from pipeline.config.schema import ExperimentConfig
+from pipeline.data.batching import step_indices
+from pipeline.data.chat import require_chat_template
+from pipeline.data.collate import PairCollator, TokenisedPair, tokenise_pairs
+from pipeline.data.preferences import require_annotations, shared_prompts
+from pipeline.data.score_statistics import ScoreStatistics
+from pipeline.data.source import RunData
+from pipeline.records import Metrics, PreferenceBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardTrainingData:
+    """The batch of a step is a pure function of the step, so a resumed run sees the same data."""
+
+    pairs: Sequence[TokenisedPair]
+    heldout_pairs: Sequence[TokenisedPair]
+    statistics: ScoreStatistics
+    collate: PairCollator
+    batch_pairs: int
+    num_steps: int
+    seed: int
+
+    @classmethod
+    def of(cls, experiment: ExperimentConfig, data: RunData, tokenizer: PreTrainedTokenizerBase) -> RewardTrainingData:
+        """Training pairs that are too long are dropped, held-out ones lose the start of their prompt.
+
+        Raises:
+            DataError: no pair fits, or the pairs lack annotations that the head or the pair loss needs.
+        """
+        config = experiment.reward_training
+        require_chat_template(tokenizer)
+        pairs = tokenise_pairs(data.train_pairs, tokenizer, max_length=config.max_length, drop_too_long=True)
+        heldout = tokenise_pairs(
+            data.heldout_pairs[: config.max_eval_pairs], tokenizer, max_length=config.max_length, drop_too_long=False
+        )
+        require_annotations(
+            [p.pair for p in pairs], scores=config.head == "regression", margins=config.pair_loss.form != "bt"
+        )
+        statistics = ScoreStatistics.of((p.pair for p in pairs), experiment.objectives)
+        return cls(
+            pairs=pairs,
+            heldout_pairs=heldout,
+            statistics=statistics,
+            collate=PairCollator(
+                statistics=statistics,
+                temperature=config.loss.supervision_temperature,
+                seed=experiment.seed,
+                target_from=config.loss.target_from,
+            ),
+            batch_pairs=config.batch_pairs,
+            num_steps=config.num_steps or max(1, len(pairs) // config.batch_pairs),
+            seed=experiment.seed,
+        )
+
+    def batch(self, step: int) -> PreferenceBatch:
+        rows = step_indices(len(self.pairs), self.batch_pairs, step, self.seed)
+        return self.collate([self.pairs[i] for i in rows], step)
+
+    @property
+    def heldout(self) -> PreferenceBatch:
+        """All held-out pairs as one batch."""
+        return self.collate(self.heldout_pairs, 0)
+
+    def metrics(self) -> Metrics:
+        """Sizes of the splits, what they share, and what length alone is worth on the held-out pairs."""
+        shared = shared_prompts((p.pair.prompt for p in self.pairs), (p.pair.prompt for p in self.heldout_pairs))
+        gaps = [len(chosen) - len(rejected) for chosen, rejected in (p.tokens.response_ids for p in self.heldout_pairs)]
+        return {
+            "data/train_pairs": float(len(self.pairs)),
+            "data/heldout_pairs": float(len(self.heldout_pairs)),
+            "data/shared_prompts": float(shared),
+            "eval/longer_is_better": longer_is_better(gaps),
+        }

@@ -1,0 +1,308 @@
+"""Load on the scoring service over loopback, against a direct batched forward of the same model in the same run.
+
+    python -m tests.benchmarks.scoring_service_load --model runs/tiny/stages/train_reward_model-.../result
+
+Closed loop: batch requests from a few callers who wait for their answers give responses per second over HTTP and over
+the handle; the direct forward, in a process of its own with as many threads, takes turns with them. Open loop: requests
+arrive at random (Poisson) at 50% and 90% of what was measured, and a latency runs from the moment a request was due,
+not from when a slow service let it in. No text is asked twice, so no cache helps. Prints tables and the floor: FLOPs of
+the matrix products, and the seconds they take at the speed of a large product on as many threads. CPU time per response
+says where time goes, and holds on a machine that others use too. `--json` keeps all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import math
+import multiprocessing
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+
+import psutil
+import torch
+from ray import serve
+
+from actors.vrm_service import start_service, stop_service
+from cluster.session import open_cluster
+from pipeline.config.schema import ClusterConfig, ScoringConfig, TinyModelConfig, VRMHeadConfig
+from pipeline.data.planted import OBJECTIVES, build_tokenizer
+from pipeline.learning.reward_scorer import RewardModelScorer
+from pipeline.models.backbone import create_tiny_causal_lm, load_config, load_tokenizer
+from pipeline.models.reward_model import RewardModel, RewardModelCard, make_head, save_reward_model
+from pipeline.records import Message
+from pipeline.serving.client import AsyncVRMScorer
+
+NAME = "load"
+QUANTILES = (0.5, 0.95, 0.99)
+
+Rows = tuple[list[tuple[Message, ...]], list[str]]
+Road = Callable[[], Awaitable[None]]
+"""Asks once."""
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """Of one open loop."""
+
+    road: str
+    load: float
+    """Share of the measured capacity."""
+    requests: int
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+
+
+class Texts:
+    """Requests of `rows` responses, `per_prompt` to each prompt; words are drawn at random, so none comes twice."""
+
+    def __init__(self, words: Sequence[str], options: argparse.Namespace, seed: int) -> None:
+        self._words = words
+        self._options = options
+        self._random = random.Random(seed)
+
+    def rows(self) -> Rows:
+        options = self._options
+        prompts: list[tuple[Message, ...]] = []
+        while len(prompts) < options.rows:
+            prompt: tuple[Message, ...] = ({"role": "user", "content": self._text(options.prompt_words)},)
+            prompts += [prompt] * min(options.per_prompt, options.rows - len(prompts))
+        return prompts, [self._text(options.response_words) for _ in prompts]
+
+    def _text(self, mean_words: int) -> str:
+        return " ".join(self._random.choices(self._words, k=self._random.randint(mean_words // 2, 3 * mean_words // 2)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="result directory of train_reward_model; default: a random one")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each contestant and round, and each open loop")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=32, help="responses per request")
+    parser.add_argument("--per-prompt", type=int, default=4, help="responses per prompt")
+    parser.add_argument("--prompt-words", type=int, default=100, help="on average; uniform between half and 3/2 of it")
+    parser.add_argument("--response-words", type=int, default=150)
+    parser.add_argument("--callers", type=int, default=2, help="of the closed loop")
+    parser.add_argument("--threads", type=int, default=1, help="of the replica, and of the direct forward")
+    parser.add_argument("--port", type=int, default=8123)
+    parser.add_argument("--json", help="file for the measurements")
+    options = parser.parse_args()
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    with tempfile.TemporaryDirectory() as directory:
+        model = options.model or random_model(directory)
+        result = measure(model, options)
+    report(result, options)
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as stream:
+            json.dump({"options": vars(options), **result}, stream, indent=2)
+
+
+def measure(model: str, options: argparse.Namespace) -> dict:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    direct = context.Process(target=score_directly, args=(theirs, model, options), daemon=True)
+    config = ScoringConfig(port=options.port, threads_per_replica=options.threads)
+    with open_cluster(ClusterConfig(object_store_gib=0.5), ()):
+        try:
+            start_service(model, config, start_s=300, deadline_s=600, name=NAME)
+            direct.start()
+            return asyncio.run(take_turns(model, ours, options))
+        finally:
+            stop_service(NAME)
+
+
+async def take_turns(model: str, direct: Connection, options: argparse.Namespace) -> dict:
+    """Measurements in the order of the report."""
+    texts = Texts(words_of(model), options, seed=1)
+    handle = serve.get_app_handle(NAME)
+    url = f"http://127.0.0.1:{options.port}"
+    async with AsyncVRMScorer(url, batch_size=options.rows, concurrency=4096) as client:
+
+        async def over_http() -> None:
+            answer = await client.score_rows(*texts.rows())
+            assert len(answer.scores) == options.rows
+
+        async def over_handle() -> None:
+            assert len(await handle.score.remote(*texts.rows())) == options.rows
+
+        roads = {"HTTP": over_http, "handle": over_handle}
+        for road in roads.values():
+            await closed_loop(road, options, seconds=2.0)
+        rates: dict[str, list[float]] = {"direct": [], **{name: [] for name in roads}}
+        cpu_ms: dict[str, dict[str, list[float]]] = {"direct": {"model": []}, **{name: {} for name in roads}}
+        floor = {}
+        for _ in range(options.rounds):
+            direct.send(options.seconds)
+            floor = await asyncio.to_thread(direct.recv)
+            rates["direct"].append(floor.pop("responses_per_s"))
+            cpu_ms["direct"]["model"].append(floor.pop("cpu_ms"))
+            for name, road in roads.items():
+                before = cpu_seconds()
+                rate, answered = await closed_loop(road, options, options.seconds)
+                rates[name].append(rate)
+                for role, seconds in cpu_seconds().items():
+                    cpu_ms[name].setdefault(role, []).append(1e3 * (seconds - before[role]) / answered)
+        latencies = []
+        for load in (0.5, 0.9):
+            for name, road in roads.items():
+                per_s = load * statistics.median(rates[name]) / options.rows
+                taken = await open_loop(road, per_s, options.seconds * options.rounds)
+                points = [1e3 * percentile(taken, q) for q in QUANTILES]
+                latencies.append(asdict(Latencies(name, load, len(taken), *points)))
+    return {"responses_per_s": rates, "cpu_ms_per_response": cpu_ms, "latencies": latencies, "floor": floor}
+
+
+async def closed_loop(
+    road: Callable[[], Awaitable[None]], options: argparse.Namespace, seconds: float
+) -> tuple[float, int]:
+    """Responses per second, and responses, when every caller asks again as soon as it was answered."""
+    began = time.perf_counter()
+    answered = 0
+
+    async def caller() -> None:
+        nonlocal answered
+        while time.perf_counter() - began < seconds:
+            await road()
+            answered += options.rows
+
+    await asyncio.gather(*(caller() for _ in range(options.callers)))
+    return answered / (time.perf_counter() - began), answered
+
+
+def cpu_seconds() -> dict[str, float]:
+    """Used so far by the replica, the HTTP proxy and this process, which asks."""
+    used = {"model": 0.0, "proxy": 0.0, "caller": time.process_time()}
+    for process in psutil.Process().children(recursive=True):
+        for role, title in (("model", "ray::ServeRepli"), ("proxy", "ray::ProxyActor")):
+            if process.name().startswith(title):
+                used[role] += process.cpu_times().user + process.cpu_times().system
+    return used
+
+
+async def open_loop(road: Road, per_s: float, seconds: float) -> list[float]:
+    """Seconds from when each request was due to its answer."""
+    taken: list[float] = []
+    began = time.perf_counter()
+
+    async def ask(due: float) -> None:
+        await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        await road()
+        taken.append(time.perf_counter() - due)
+
+    await asyncio.gather(*(ask(began + at) for at in arrivals(per_s, seconds)))
+    return taken
+
+
+def arrivals(per_s: float, seconds: float) -> Iterator[float]:
+    """A Poisson process, always the same; at least one arrival."""
+    chance = random.Random(2)
+    at = chance.expovariate(per_s)
+    yield min(at, seconds)
+    while (at := at + chance.expovariate(per_s)) < seconds:
+        yield at
+
+
+def score_directly(pipe: Connection, model: str, options: argparse.Namespace) -> None:
+    """In a process of its own: sent a number of seconds, it scores that long and sends what it measured."""
+    torch.set_num_threads(options.threads)
+    scorer = RewardModelScorer.load(model, max_tokens_per_batch=ScoringConfig().max_tokens_per_batch)
+    texts = Texts(words_of(model), options, seed=3)
+    scorer.score(*texts.rows())
+    config = load_config(model)
+    width = config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
+    weights = config.num_hidden_layers * config.hidden_size * (2 * width + 3 * config.intermediate_size)
+    per_request = options.prompt_words * -(-options.rows // options.per_prompt) + options.response_words * options.rows
+    peak = product_flops_per_s()
+    while True:
+        seconds = pipe.recv()
+        answered, began, cpu_began = 0, time.perf_counter(), time.process_time()
+        while time.perf_counter() - began < seconds:
+            answered += len(scorer.score(*texts.rows()))
+        cpu_ms = 1e3 * (time.process_time() - cpu_began) / answered
+        rate = answered / (time.perf_counter() - began)
+        gflop = 2 * weights * per_request / options.rows / 1e9
+        measured = {"gflop_per_response": gflop, "gflop_per_s": gflop * rate, "product_gflop_per_s": peak / 1e9}
+        pipe.send({"responses_per_s": rate, "cpu_ms": cpu_ms, **measured})
+
+
+def product_flops_per_s(size: int = 1024) -> float:
+    """The best of a few large float32 products on this process's threads."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    taken = []
+    for _ in range(8):
+        began = time.perf_counter()
+        a @ b
+        taken.append(time.perf_counter() - began)
+    return 2 * size**3 / min(taken)
+
+
+def words_of(model: str) -> list[str]:
+    """Words the tokenizer knows as one token each."""
+    return [word for word in sorted(load_tokenizer(model).get_vocab()) if word.isascii() and word.isalpha()]
+
+
+def random_model(directory: str) -> str:
+    tokenizer = build_tokenizer()
+    shape = TinyModelConfig(max_positions=1024)
+    language_model = create_tiny_causal_lm(shape, tokenizer, seed=0)
+    model = RewardModel(
+        language_model.base_model, make_head("vrm", shape.hidden_size, len(OBJECTIVES), VRMHeadConfig())
+    )
+    card = RewardModelCard(
+        head="vrm",
+        vrm=VRMHeadConfig(),
+        objectives=OBJECTIVES,
+        max_length=shape.max_positions,
+        score_mean=(0.0,) * len(OBJECTIVES),
+        score_std=(1.0,) * len(OBJECTIVES),
+        reward_mean=0.0,
+        reward_std=1.0,
+        metrics={},
+    )
+    save_reward_model(
+        directory,
+        state_dict=model.state_dict(),
+        backbone_config=language_model.config.to_dict(),
+        tokenizer=tokenizer,
+        card=card,
+    )
+    return directory
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """The smallest value that a share q of them does not exceed."""
+    return sorted(values)[math.ceil(q * len(values)) - 1]
+
+
+def report(result: dict, options: argparse.Namespace) -> None:
+    floor = result["floor"]
+    direct = statistics.median(result["responses_per_s"]["direct"])
+    print(f"\n{options.rows} responses a request, {options.per_prompt} a prompt, {options.callers} callers, ", end="")
+    print(f"{options.threads} threads; median of {options.rounds} rounds of {options.seconds:g} s")
+    flops, peak = floor["gflop_per_response"], floor["product_gflop_per_s"]
+    print(f"floor: {flops:.3f} GFLOP a response (products with weights, prompts shared), {1e3 * flops / peak:.2f} ms")
+    print(f"at the {peak:.0f} GFLOP/s of a large product; the direct forward takes {1e3 / direct:.2f} ms\n")
+    print(f"{'':<10}{'responses/s':>14}{'of direct':>12}{'rounds':>24}   CPU ms a response")
+    for name, rates in result["responses_per_s"].items():
+        rounds = " ".join(f"{rate:.0f}" for rate in rates)
+        used = {role: statistics.median(all_ms) for role, all_ms in result["cpu_ms_per_response"][name].items()}
+        print(
+            f"{name:<10}{statistics.median(rates):>14.1f}{statistics.median(rates) / direct:>12.1%}{rounds:>24}", end=""
+        )
+        print("   " + ", ".join(f"{role} {ms:.2f}" for role, ms in used.items()))
+    print(f"\n{'':<10}{'load':>8}{'requests':>10}{'p50 ms':>10}{'p95 ms':>10}{'p99 ms':>10}")
+    for row in result["latencies"]:
+        print(f"{row['road']:<10}{row['load']:>8.0%}{row['requests']:>10}", end="")
+        print("".join(f"{row[key]:>10.1f}" for key in ("p50_ms", "p95_ms", "p99_ms")))
+
+
+if __name__ == "__main__":
+    main()

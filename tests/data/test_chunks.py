@@ -1,0 +1,79 @@
+"""Exact accounting of a batch in chunks; times are given, so every case is worked by hand."""
+
+from math import inf
+
+from pipeline.data.chunks import ChunkLedger
+from pipeline.data.sampling import rollout_requests
+from pipeline.records import Prompt, SamplingParams
+
+SAMPLING = SamplingParams(temperature=1.0, top_p=1.0, max_response_tokens=8, samples_per_prompt=1, seed=0)
+REQUESTS = rollout_requests([Prompt(id=str(n), messages=(), token_ids=(n,)) for n in range(7)], SAMPLING)
+
+
+def ids(chunk):
+    return "".join(request.prompt.id for request in chunk.requests)
+
+
+def answer(chunk, by="first"):
+    return [f"{request.prompt.id} {by}" for request in chunk.requests]
+
+
+def test_chunks_are_handed_out_in_order_where_nothing_is_known_of_their_length():
+    ledger = ChunkLedger(REQUESTS, 3)
+    assert [ids(ledger.issue(0.0)) for _ in range(3)] == ["012", "345", "6"]
+    assert ledger.issue(0.0) is None
+
+
+def test_the_chunk_with_the_longest_expected_response_goes_first():
+    tokens = {"0": 5, "1": 5, "2": 5, "3": 1, "4": 9, "5": 1, "6": 7}
+    ledger = ChunkLedger(REQUESTS, 3, lambda request: tokens[request.prompt.id])
+    assert [ids(ledger.issue(0.0)) for _ in range(3)] == ["345", "6", "012"]
+
+
+def test_answers_come_back_in_any_order_and_leave_in_that_of_the_requests():
+    ledger = ChunkLedger(REQUESTS, 3)
+    chunks = [ledger.issue(0.0) for _ in range(3)]
+    for chunk in reversed(chunks):
+        assert not ledger.is_complete
+        assert ledger.accept(chunk, answer(chunk), 1.0)
+    assert ledger.is_complete
+    assert not ledger.is_out
+    assert ledger.rollouts() == [f"{n} first" for n in range(7)]
+
+
+def test_a_late_chunk_is_issued_again_once_and_its_first_answer_wins():
+    ledger = ChunkLedger(REQUESTS, 3)
+    quick, slow, last = (ledger.issue(0.0) for _ in range(3))
+    assert ledger.next_late_at() == inf  # nothing to compare with yet
+    assert ledger.accept(quick, answer(quick), 10.0)
+    assert ledger.next_late_at() == 20.0  # twice the median, 10
+    assert ledger.issue_again(19.9) is None
+    assert ledger.issue_again(20.0) is slow  # out since 0, as is the last; the first of the two
+    assert ledger.issue_again(20.0) is last
+    assert ledger.issue_again(99.0) is None
+    assert ledger.num_issued_again == 2
+
+    assert ledger.accept(slow, answer(slow, "second worker"), 21.0)
+    assert not ledger.accept(slow, answer(slow, "first worker"), 22.0)
+    assert ledger.accept(last, answer(last), 23.0)
+    assert ledger.rollouts()[3:] == ["3 second worker", "4 second worker", "5 second worker", "6 first"]
+
+
+def test_a_lost_chunk_is_the_next_to_be_issued_unless_it_has_an_answer():
+    ledger = ChunkLedger(REQUESTS, 3)
+    first, second = ledger.issue(0.0), ledger.issue(0.0)
+    ledger.put_back(first)
+    assert ledger.issue(1.0) is first
+    assert ledger.accept(second, answer(second), 2.0)
+    ledger.put_back(second)
+    assert ids(ledger.issue(2.0)) == "6"
+    assert ledger.issue(2.0) is None
+
+
+def test_an_answer_to_a_chunk_that_was_put_back_is_not_kept():
+    ledger = ChunkLedger(REQUESTS, 7)
+    chunk = ledger.issue(0.0)
+    ledger.put_back(chunk)
+    assert not ledger.accept(chunk, answer(chunk, "old policy"), 1.0)
+    assert ledger.accept(ledger.issue(1.0), answer(chunk, "new policy"), 2.0)
+    assert ledger.rollouts()[0] == "0 new policy"

@@ -1,0 +1,60 @@
+"""The grid of an experiment: which runs there are, and when two of them are the same."""
+
+import pytest
+
+from pipeline.errors import ConfigError
+from pipeline.experiments.grid import EXPERIMENTS, plan_runs, varied_settings
+
+FEW = ("reward_training.num_steps=3",)
+
+
+@pytest.mark.parametrize(("name", "variants"), [("E3", 10), ("E4", 5), ("E5", 5), ("E7", 6), ("noise", 10)])
+def test_every_variant_runs_with_every_seed_and_no_two_runs_are_the_same(name, variants):
+    runs = plan_runs(EXPERIMENTS[name], "experiments_tiny", FEW, [0, 7])
+    assert len(runs) == 2 * variants
+    assert len({run.config_hash for run in runs}) == 2 * variants
+    assert [run.seed for run in runs] == [run.recipe.seed for run in runs] == [0] * variants + [7] * variants
+
+
+def test_experiments_share_the_runs_that_train_the_same_model():
+    def of(name, variant, overrides=FEW):
+        runs = plan_runs(EXPERIMENTS[name], "experiments_tiny", overrides, [0])
+        return next(run.config_hash for run in runs if run.variant.name == variant)
+
+    vrm = of("E4", "vrm")
+    assert (
+        vrm == of("E7", "KL weight 1e-4") == of("E5", "lambda 0.5") == of("E3", "kl") == of("noise", "vrm, 0% flipped")
+    )
+    assert of("E4", "bt") == of("noise", "bt, 0% flipped") != vrm
+    assert of("E4", "vrm", ["reward_training.num_steps=4"]) != vrm
+
+
+def test_where_a_run_computes_is_no_part_of_its_identity_and_its_data_is():
+    def first(overrides, data=()):
+        return plan_runs(EXPERIMENTS["E4"], "experiments_tiny", overrides, [0], data)[0].config_hash
+
+    assert first([]) == first(["cluster.reward_training.cpus_per_rank=2"]) == first(["alignment.num_steps=3"])
+    assert first([]) != first([], ["another file"])
+
+
+def test_what_an_experiment_varies_cannot_be_set_beside_it():
+    with pytest.raises(ConfigError, match=r"kl_weight_w, seed: this experiment varies it itself"):
+        plan_runs(EXPERIMENTS["E7"], "experiments_tiny", ["seed=3", "reward_training.loss.kl_weight_w=0"], [0])
+
+
+def test_the_varied_settings_are_told_for_every_run_even_where_the_recipe_made_them():
+    runs = plan_runs(EXPERIMENTS["E3"], "experiments_tiny", FEW, [0])
+    told = varied_settings(runs)
+    assert told["reward_training.loss.supervision"] == [
+        "kl",
+        "kl",
+        "mse",
+        "mae",
+        "rank",
+        "kl",
+        "kl",
+        "rank",
+        "kl",
+        "kl",
+    ]
+    assert told["reward_training.loss.supervision_weight"] == ["0", *["0.5"] * 9]

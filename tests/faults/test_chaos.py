@@ -1,0 +1,325 @@
+"""What clusters do to a run, really done to it: it recovers by itself, or stops where the same command resumes.
+
+Every run here ends with the weights of a run that nothing happened to, bit for bit: no committed step was lost, and no
+sample trained on twice. Also killed for real: the job's driver in tests/jobs/test_full_pipeline.py, vLLM engines in
+tests/actors/test_vllm_engine.py, a replica under load of users in tests/actors/test_vrm_service.py.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import torch
+from ray.util.placement_group import placement_group, remove_placement_group
+from safetensors.torch import load_file
+
+from actors.rank_group import RankGroup, gather
+from actors.ranked_learner import RankedPolicyLearner
+from actors.rollout_pool import RolloutPool
+from actors.vrm_service import start_service, stop_service
+from pipeline.config.schema import DeadlinesConfig, RanksConfig, RolloutConfig, ScoringConfig
+from pipeline.data.chat import decode_response
+from pipeline.data.planted import build_tokenizer
+from pipeline.data.prompts import PromptStream
+from pipeline.errors import DeadlineExceeded
+from pipeline.learning.engine import TorchEngine
+from pipeline.learning.experience import RewardScale
+from pipeline.loops.alignment import align
+from pipeline.models.backbone import load_backbone, load_tokenizer
+from pipeline.models.reward_model import RewardModel, make_head, save_reward_model
+from pipeline.records import Rollout
+from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
+from pipeline.stages.runner import StageRunner
+from pipeline.stages.workspace import StageDirectory, Workspace
+from tests.conftest import small_world
+from tests.faults.driver import MISFORTUNES, SECOND_SAVE, run
+from tests.learners import ALIGNMENT, HEAD, ppo_learner, prompts_of, reward_card, statistics_of
+
+pytestmark = pytest.mark.components
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ALIGNMENT.model_copy(update={"checkpoint_every": 1})
+DEADLINES = DeadlinesConfig(start_s=240, update_s=120, generate_s=120, score_s=120, weights_s=120)
+
+
+def weights(directory):
+    return load_file(Path(directory) / "model.safetensors")
+
+
+def assert_bit_equal(left, right):
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+# ------------------------------------------------------------------ the driver
+
+
+def test_a_driver_that_dies_in_a_save_or_finds_the_disk_full_resumes_behind_the_commit_before(tiny_policy, tmp_path):
+    run(tmp_path / "whole", tiny_policy)
+    driver = subprocess.run(
+        [sys.executable, "-m", "tests.faults.driver", str(tmp_path), tiny_policy],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert driver.returncode == 0, driver.stderr
+    endings = json.loads(driver.stdout.splitlines()[-1])
+    for misfortune in MISFORTUNES:
+        code, letter = endings[misfortune]
+        place = tmp_path / misfortune
+        if misfortune == "finds the disk full":
+            assert code == 2
+            assert letter.startswith(f"WorkspaceError: no space is left while writing {place}/checkpoints/step-000003")
+            assert "the same command then resumes" in letter
+        else:
+            assert code == -signal.SIGKILL
+        stage = StageDirectory(str(place), "align_policy", "0" * 64)
+        assert stage.checkpoints.latest().step == SECOND_SAVE - 2
+        again = run(place, tiny_policy)
+        assert again.loaded == [SECOND_SAVE - 1, SECOND_SAVE, SECOND_SAVE + 1, SECOND_SAVE + 2, SECOND_SAVE + 3]
+        assert_bit_equal(weights(place / "result"), weights(tmp_path / "whole" / "result"))
+        assert [row["step"] for row in read_metrics(place / METRICS_FILE)] == list(range(6))
+
+
+# ------------------------------------------------------------------ a hang
+
+
+class Sleepwalker:
+    def pid(self):
+        return os.getpid()
+
+
+def test_a_rank_that_hangs_is_named_with_what_it_was_doing_and_for_how_long(local_ray):
+    ranks = [ray.remote(Sleepwalker).options(num_cpus=0.1).remote() for _ in range(2)]
+    _, hanging = ray.get([rank.pid.remote() for rank in ranks], timeout=120)
+    os.kill(hanging, signal.SIGSTOP)
+    started = time.monotonic()
+    with pytest.raises(DeadlineExceeded, match=r"PPO learner: updating at step 3 did not end within 3 s on \[1\] of 2"):
+        gather([rank.pid.remote() for rank in ranks], who="PPO learner", doing="updating at step 3", deadline_s=3)
+    assert time.monotonic() - started < 30
+    for rank in ranks:
+        ray.kill(rank)
+
+
+# ------------------------------------------------------------------ everybody else
+
+
+def befalls(fate, what):
+    """Once: the file that announces it is gone afterwards."""
+    try:
+        (Path(fate) / what).unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class MortalWorker:
+    """Draws tokens as a function of its weights and of the request; its fate lies in its model directory."""
+
+    def __init__(self, name):
+        self._name = name
+
+    def start(self, directory, config, dtype, max_model_len, seed):
+        self._fate = directory
+        self._tokenizer = load_tokenizer(directory)
+
+    def load_weights(self, weights, tolerance):
+        if befalls(self._fate, "death in a weight update"):
+            die()
+        state = load_file(f"{weights.location}/model.safetensors")
+        self._checksum = int.from_bytes(np.float64(sum(t.double().sum().item() for t in state.values())).tobytes())
+        self._version = weights.version
+        return {"gate/mean": 0.0, "gate/max": 0.0, "weights/seconds": 0.1, "weights/gb_per_s": 1.0}
+
+    def sample(self, requests, sampling):
+        if befalls(self._fate, "death in generation"):
+            die()
+        return [self._draw(request, sampling) for request in requests]
+
+    def _draw(self, request, sampling):
+        rng = np.random.default_rng([request.seed, self._checksum])
+        drawn = rng.integers(10, 100, size=int(rng.integers(2, sampling.max_response_tokens))).tolist()
+        tokens = (*drawn, self._tokenizer.eos_token_id)
+        return Rollout(
+            prompt=request.prompt,
+            sample_index=request.sample_index,
+            response_ids=tokens,
+            response_text=decode_response(self._tokenizer, tokens),
+            logprobs=(-4.0,) * len(tokens),
+            policy_version=self._version,
+            finish_reason="stop",
+        )
+
+
+class MortalEngine(TorchEngine):
+    def __init__(self, *arguments, fate, **options):
+        super().__init__(*arguments, **options)
+        self._fate = fate
+
+    def backward(self, loss, *, last):
+        super().backward(loss, last=last)
+        if befalls(self._fate, "death in backward"):
+            die()
+
+
+def build_learner(policy, publish_directory, fate, device=None):
+    """Runs on the rank."""
+    engine = partial(MortalEngine, fate=fate)
+    return ppo_learner(policy, small_world(), build_tokenizer(), publish_directory, config=CONFIG, make_engine=engine)
+
+
+class EventfulRollouts:
+    """The pool, and what happens as it is asked for the rollouts of a step."""
+
+    def __init__(self, pool, events):
+        self._pool = pool
+        self._events = events
+
+    def load_weights(self, weights):
+        self._step = weights.version
+        self._happens("weights")
+        return self._pool.load_weights(weights)
+
+    def generate(self, prompts, sampling):
+        self._happens("generation")
+        return self._pool.generate(prompts, sampling)
+
+    def _happens(self, phase):
+        self._events.pop((phase, self._step), lambda: None)()
+
+
+class Node:
+    """A second machine, as far as Ray can tell: a raylet and its workers, which lose power together."""
+
+    def __init__(self, num_cpus):
+        address = ray.get_runtime_context().gcs_address
+        ray_command = os.path.join(os.path.dirname(sys.executable), "ray")
+        self._process = subprocess.Popen(
+            [
+                *(ray_command, "start", f"--address={address}", f"--num-cpus={num_cpus}", "--block"),
+                *(f"--object-store-memory={100 * 2**20}", "--disable-usage-stats"),
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        until(lambda: sum(node["Alive"] for node in ray.nodes()) == 2)
+
+    def lose_power(self):
+        for process in [*psutil.Process(self._process.pid).children(recursive=True), self._process]:
+            process.kill()
+        self._process.wait()
+
+
+def until(condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def kill_the_replica():
+    [replica] = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::ServeRepli")]
+    replica.kill()
+
+
+@pytest.fixture
+def reward_model(tiny_policy, tokenizer, world, tmp_path):
+    backbone = load_backbone(tiny_policy, dtype="float32")
+    torch.manual_seed(0)
+    model = RewardModel(backbone, make_head("vrm", 64, 4, HEAD))
+    torch.nn.init.normal_(model.head.weight_head.output.weight, std=0.1)
+    save_reward_model(
+        str(tmp_path / "reward model"),
+        state_dict=model.state_dict(),
+        backbone_config=backbone.config.to_dict(),
+        tokenizer=tokenizer,
+        card=reward_card("vrm", statistics_of(world)),
+    )
+    return str(tmp_path / "reward model")
+
+
+def test_a_run_that_loses_a_node_two_workers_a_rank_and_a_replica_ends_as_if_nothing_had_happened(
+    local_ray, reward_model, tiny_policy, world, tokenizer, tmp_path, capsys, caplog
+):
+    fate = shutil.copytree(tiny_policy, tmp_path / "fate")
+    prompts = PromptStream(prompts=tuple(prompts_of(world, tokenizer)), seed=0)
+    scale = RewardScale(mean=0.0, std=1.0)
+    # Calls wait 0.4 s for company in the replica: long enough to kill it with some in its hands.
+    scorer = start_service(
+        reward_model,
+        ScoringConfig(cpus_per_replica=0.5, batch_wait_s=0.4),
+        start_s=240,
+        deadline_s=120,
+        name="chaos",
+    )
+    # While it stands, nothing but the service fits the first node.
+    filler = placement_group([{"CPU": 3.4}])
+    ray.get(filler.ready(), timeout=60)
+    node = Node(num_cpus=4)
+    pool = RolloutPool(
+        str(fate),
+        RolloutConfig(workers=2, cpus_per_worker=1, chunk_size=3, max_restarts=4),
+        DEADLINES,
+        dtype="float32",
+        max_model_len=64,
+        gate_tolerance=1e-4,
+        seed=0,
+        worker=MortalWorker,
+    )
+
+    def the_node_loses_power():
+        remove_placement_group(filler)
+        node.lose_power()
+
+    events = {
+        ("generation", 1): the_node_loses_power,
+        ("generation", 2): (fate / "death in generation").touch,
+        ("weights", 3): (fate / "death in a weight update").touch,
+        ("generation", 4): threading.Timer(0.2, kill_the_replica).start,
+        ("generation", 5): (fate / "death in backward").touch,
+    }
+
+    def disturbed(stage):
+        spec = (tiny_policy, str(tmp_path / "published"), str(fate))
+        ranks = RanksConfig(ranks=1, cpus_per_rank=1)
+        with RankGroup("PPO learner", ranks, build_learner, spec, start_s=240) as group:
+            learner = RankedPolicyLearner(group, DEADLINES)
+            rollouts = EventfulRollouts(pool, events)
+            return align(rollouts, scorer, learner, prompts, stage, CONFIG, reward_scale=scale, seed=0)
+
+    try:
+        with Workspace.open(str(tmp_path / "ws"), job="disturbed", needs_bytes=0) as workspace:
+            result = StageRunner(workspace).run("align_policy", 1, disturbed, config={}, max_restarts=2)
+            rows = workspace.stage("align_policy", result.fingerprint).metrics_rows()
+        alone = build_learner(tiny_policy, tmp_path / "published alone", str(tmp_path / "no fate"))
+        quiet = StageDirectory(str(tmp_path / "quiet"), "align_policy", "0" * 64)
+        align(pool, scorer, alone, prompts, quiet, CONFIG, reward_scale=scale, seed=0)
+    finally:
+        pool.close()
+        stop_service("chaos")
+    assert events == {}
+    assert [path.name for path in fate.glob("death*")] == []
+    assert [row["step"] for row in rows] == list(range(6))
+    assert_bit_equal(weights(result.location), weights(tmp_path / "quiet" / "result"))
+    assert capsys.readouterr().out.count("starts again from its last commit") == 2
+    letters = [record.getMessage() for record in caplog.records if "replacing it" in record.getMessage()]
+    assert len(letters) == 4
+    assert sum("died during sample()" in letter for letter in letters) >= 1
+    assert sum("died during load_weights() of policy version 3" in letter for letter in letters) == 1

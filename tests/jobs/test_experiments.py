@@ -1,0 +1,113 @@
+"""The experiments job: what is finished is never computed again, and what failed does not take the others with it."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from jobs.experiments import compute_on_the_cluster, demand_of, main, parse, run_experiment
+from pipeline.config.load import load_recipe
+from pipeline.errors import ConfigError, CorruptManifest, NumericsError, WorkerError
+from pipeline.experiments.grid import EXPERIMENTS
+from tests.experiments.test_findings import result
+
+SMALL = (
+    "data.planted.num_train_pairs=64",
+    "data.planted.num_heldout_pairs=16",
+    "reward_training.num_steps=4",
+    "reward_training.batch_pairs=8",
+    "reward_training.eval_every=2",
+    "policy.tiny.hidden_size=16",
+    "policy.tiny.intermediate_size=16",
+    "cluster.reward_training.cpus_per_rank=2",
+)
+
+
+def asked(name, out, *more):
+    return parse([name, "--out", str(out), "--seeds", "0", "1", *more])
+
+
+class Fake:
+    """Computes at once, in reverse order, and remembers what it was asked for."""
+
+    def __init__(self, failing=()):
+        self.failing = failing
+        self.computed = []
+
+    def __call__(self, runs):
+        for index, run in reversed(list(enumerate(runs))):
+            self.computed.append((run.variant.name, run.seed))
+            if (run.variant.name, run.seed) in self.failing:
+                yield index, NumericsError("a gradient is not finite")
+            else:
+                yield index, result([1.0, -1.0, float(run.seed)])
+
+
+def test_a_second_call_computes_only_what_is_missing(tmp_path):
+    first, second, third = Fake(failing=[("gate", 1)]), Fake(), Fake()
+    with pytest.raises(WorkerError, match=r"(?s)1 of 10 runs failed.*gate, seed 1: NumericsError: a gradient"):
+        run_experiment(asked("E4", tmp_path), first)
+    assert len(first.computed) == 10
+    assert len((tmp_path / "E4.csv").read_text().splitlines()) == 1 + 9
+    told = run_experiment(asked("E4", tmp_path), second)
+    assert second.computed == [("gate", 1)]
+    assert "10 runs, seeds 0, 1" in told
+    run_experiment(asked("noise", tmp_path), third)
+    assert len(third.computed) == 20 - 4  # vrm and bt without noise stand in E4
+    assert {path.name for path in tmp_path.iterdir()} >= {"E4.csv", "E4.txt", "E4.png", "E4_curves.png", "noise.csv"}
+
+
+def test_a_committed_run_says_what_it_was(tmp_path):
+    run_experiment(asked("E7", tmp_path), Fake())
+    for path in (tmp_path / "runs").iterdir():
+        record = json.loads(path.read_text())
+        assert path.stem == record["config_hash"]
+        assert record["config"]["seed"] == record["seed"]
+        assert "cluster" not in record["config"]
+        assert record["versions"]["torch"]
+
+
+def test_a_result_that_cannot_be_read_is_named(tmp_path):
+    run_experiment(asked("E7", tmp_path), Fake())
+    broken = next((tmp_path / "runs").iterdir())
+    broken.write_text("{}")
+    with pytest.raises(CorruptManifest, match=f"{broken.name} is no result of a run .*Delete it"):
+        run_experiment(asked("E7", tmp_path), Fake())
+
+
+def test_bad_input_ends_before_anything_is_computed(tmp_path, capsys):
+    with pytest.raises(ConfigError, match="varies it itself"):
+        run_experiment(asked("E4", tmp_path, "reward_training.head=bt"), Fake())
+    with pytest.raises(ConfigError, match="seeds are whole numbers"):
+        asked("E4", tmp_path, "two")
+    with pytest.raises(SystemExit, match="2"):
+        main(["E4", "--recipe", "tinny", "--out", str(tmp_path)])
+    assert "Did you mean 'tiny'?" in capsys.readouterr().err
+
+
+def test_a_run_holds_what_the_recipe_gives_all_ranks():
+    demand = demand_of(load_recipe("smollm2_cpu"))
+    assert (demand.count, demand.cpus, demand.gpus) == (1, 2.0, 0.0)
+
+
+@pytest.mark.components
+def test_a_small_grid_trains_for_real_over_the_cluster(tmp_path, local_ray, monkeypatch):
+    whole = EXPERIMENTS["E4"]
+    two = replace(whole, variants=tuple(v for v in whole.variants if v.name in ("vrm", "ensemble")))
+    monkeypatch.setitem(EXPERIMENTS, "E4", two)
+    told = run_experiment(parse(["E4", "--out", str(tmp_path), "--seeds", "0", *SMALL]), compute_on_the_cluster)
+    assert "ensemble min" in told
+    records = {r["variant"]: r for r in (json.loads(p.read_text()) for p in (tmp_path / "runs").iterdir())}
+    assert set(records) == {"vrm", "ensemble"}
+    vrm, ensemble = records["vrm"], records["ensemble"]
+    assert vrm["prompts"] == ensemble["prompts"]
+    assert (set(vrm["margins"]), set(ensemble["margins"])) == ({"mean", "lcb"}, {"mean", "lcb", "min"})
+    assert -1.0 <= vrm["metrics"]["weight_correlation"] <= 1.0
+    assert "weight_correlation" not in ensemble["metrics"]
+    assert ensemble["metrics"]["eval/posterior_std"] > 0.0
+    assert [point["step"] for point in vrm["curve"]] == [2.0, 4.0]
+
+    def nothing_to_do(runs):
+        raise AssertionError("everything is finished")
+
+    run_experiment(parse(["E4", "--out", str(tmp_path), "--seeds", "0", *SMALL]), nothing_to_do)
