@@ -13,8 +13,8 @@
         --judge replay:judgments.cache --out model_judgment/gpt-4_single.jsonl
 
 The key of an endpoint is read from VRM_JUDGE_API_KEY (another variable: --api-key-env). gold:planted is the annotator
-of the planted world, for its prompts alone. Every judgment is kept in <out>.cache as it comes: a run that was stopped asks
-only for what is missing. <out>.summary.json says what was asked, what failed and what it cost. Exits with 1 when
+of the planted world, for its prompts alone. Every judgment is kept in <out>.cache as it comes: a run that was stopped
+asks only for what is missing. <out>.summary.json says what was asked, what failed and what it cost. Exits with 1 when
 requests stayed unanswered; the same command then asks for those alone.
 """
 

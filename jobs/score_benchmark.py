@@ -22,7 +22,7 @@ from typing import Any
 
 from pipeline.benchmark import arena_hard, arena_hard_files, mt_bench
 from pipeline.data.files import content_fingerprint
-from pipeline.errors import PipelineError
+from pipeline.errors import DataError, PipelineError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +92,18 @@ def score_alpaca_eval(options: argparse.Namespace) -> Scored:
     from pipeline.benchmark import alpaca_eval  # brings scikit-learn, which --help does without
 
     gamed, difficulty = alpaca_eval.read_gamed_rows(options.gamed) if options.gamed else (None, None)
-    models, rows = {}, []
+    models: dict[str, dict[str, Any]] = {}
+    rows = []
     for file in options.judgments:
         annotations = alpaca_eval.read_annotations(Path(file))
+        if annotations.model in models:
+            raise DataError(f"{file}: {annotations.model!r} is judged in a file before it, too; give one of them.")
+        others = {m["baseline"] for m in models.values()} - {annotations.baseline}
+        if others:
+            raise DataError(
+                f"{file}: judged against {annotations.baseline!r}, the files before it against {others.pop()!r}. "
+                "Score them apart."
+            )
         m = alpaca_eval.length_controlled_win_rate(annotations, difficulty, gamed=gamed)
         models[annotations.model] = m | {"baseline": annotations.baseline}
         rows.append(

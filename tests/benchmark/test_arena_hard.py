@@ -330,6 +330,19 @@ def test_a_row_that_is_no_judgment_is_named(change, letter, tmp_path):
         read_games([written(tmp_path, "x.jsonl", GOOD | change)], baseline="base")
 
 
+def test_a_question_judged_twice_is_named_by_both_lines(tmp_path):
+    files = [written(tmp_path, name, GOOD) for name in ("gpt.jsonl", "claude.jsonl")]
+    with pytest.raises(DataError, match=r"claude.jsonl, line 1: 'm' is judged on question q again, as in .*gpt.jsonl"):
+        read_games(files, baseline="base")
+
+
+def test_a_line_that_a_kill_cut_short_is_named(tmp_path):
+    whole = json.dumps(GOOD)
+    (tmp_path / "x.jsonl").write_text(f"{whole}\n{whole[:-7]}")
+    with pytest.raises(DataError, match=r"x.jsonl, line 2: no JSON"):
+        read_games([str(tmp_path / "x.jsonl")], baseline="base")
+
+
 def test_answers_of_both_layouts_give_the_same_style(tmp_path):
     text = "# Title\n- **a**"
     counted_inside = {"turns": [{"content": text, "token_len": 7}]}

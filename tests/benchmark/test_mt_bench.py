@@ -232,3 +232,11 @@ def test_a_row_that_is_no_judgment_is_named(change, letter, tmp_path):
     path.write_text(json.dumps(GOOD | change))
     with pytest.raises(DataError, match=letter):
         read_judgments([str(path)])
+
+
+def test_a_turn_graded_twice_is_named_by_both_lines(tmp_path):
+    common = {"question_id": 81, "model": "m", "user_prompt": "?", "judgment": "[[8]]", "score": 8, "turn": 1}
+    rows = [{**common, "judge": [judge, "single-v1"]} for judge in ("gpt-4", "claude")]
+    (tmp_path / "j.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"j.jsonl, line 2: turn 1 of question 81 by 'm' is graded again.*line 1"):
+        read_judgments([str(tmp_path / "j.jsonl")])

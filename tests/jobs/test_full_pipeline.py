@@ -11,7 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from jobs import compare_policies, judge_benchmark, score_benchmark
 from jobs.command_line import PREEMPTED
+from pipeline.benchmark import comparison_page
+from pipeline.benchmark.alpaca_eval import read_annotations
+from pipeline.benchmark.answers import read_answers
+from pipeline.data.planted import GoldAnnotator
+from pipeline.objectives.comparison import compare
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,6 +130,62 @@ def test_answers_have_the_form_alpaca_eval_reads(finished):
         rows = json.loads(path.read_text())
         assert len(rows) == 32
         assert all({"instruction", "output", "generator"} <= row.keys() for row in rows)
+
+
+def test_base_and_aligned_are_judged_scored_and_compared_and_every_number_agrees(finished, tmp_path):
+    """By the reward model and by the truth, through the same jobs that another judge would be asked by."""
+    result = stage_directory(finished[0], "generate_benchmark") / "result"
+    reward_model = stage_directory(finished[0], "train_reward_model") / "result"
+    base, aligned = files = [result / generator / "model_outputs.json" for generator in ("base", "aligned")]
+    pairs = list(zip(read_answers(aligned), read_answers(base), strict=True))
+    assert [a.instruction for a, _ in pairs] == [b.instruction for _, b in pairs]
+
+    annotations, scores = {}, {}
+    for name, judge in (("vrm", f"vrm:{reward_model}"), ("gold", "gold:planted")):
+        out = tmp_path / name / "annotations.json"
+        judging = ["--answers", str(aligned), "--baseline", str(base), "--judge", judge, "--out", str(out)]
+        costs = judge_benchmark.judge_benchmark(judge_benchmark.parse(["--benchmark", "alpaca_eval", *judging]))
+        assert (costs.unanswered, costs.unparsed) == ({}, 0)
+        annotations[name] = read_annotations(out)
+        scoring = ["--benchmark", "alpaca_eval", "--judgments", str(out), "--out", str(tmp_path / name)]
+        score_benchmark.score(score_benchmark.parse(scoring))
+        [scores[name]] = json.loads((tmp_path / name / "alpaca_eval.json").read_text())["models"].values()
+        preferences = annotations[name].preferences
+        assert scores[name]["win_rate"] == pytest.approx(100 * (sum(preferences) / len(pairs) - 1))
+
+    # The judge scores one pair at a time where the benchmark scored batches: equal to rounding.
+    from_rewards = [1.0 + compare(a.score, b.score).probability for a, b in pairs]
+    assert annotations["vrm"].preferences == pytest.approx(from_rewards, abs=1e-3)
+    gold = GoldAnnotator()
+    gaps = [
+        gold.reward(prompt, a.output) - gold.reward(prompt, b.output)
+        for a, b in pairs
+        for prompt in [[{"role": "user", "content": a.instruction}]]
+    ]
+    wins = sum(gap > 1e-9 for gap in gaps) + 0.5 * sum(abs(gap) <= 1e-9 for gap in gaps)
+    assert scores["gold"]["discrete_win_rate"] == pytest.approx(100 * wins / len(pairs))
+
+    page = tmp_path / "comparison.html"
+    options = ["--judgments", *(str(tmp_path / name / "annotations.json") for name in scores)]
+    options += ["--scores", str(tmp_path / "gold" / "alpaca_eval.json"), "--categories", str(result / "planted.json")]
+    compare_policies.compare_policies(
+        compare_policies.parse([*map(str, files), *options, "--objectives", "a,b,c,d", "--out", str(page)])
+    )
+    assert f"{scores['gold']['win_rate']:.2f} ± {scores['gold']['standard_error']:.2f}" in page.read_text()
+    contest = comparison_page.contest([comparison_page.read_policy(file, {}) for file in files])
+    [rewards] = comparison_page.reward_verdicts(contest)
+    first, second = contest.policies
+    reported = manifest(finished[0], "generate_benchmark")["metrics"]["reward/win_rate"]
+    assert comparison_page.win_matrix(contest, rewards)[second][first]["win_rate"] == pytest.approx(reported)
+    for (name, judged), verdicts in zip(
+        annotations.items(), comparison_page.judged_verdicts(contest, list(annotations.values())), strict=True
+    ):
+        cell = comparison_page.win_matrix(contest, verdicts)[judged.model][judged.baseline]
+        assert 100 * cell["win_rate"] == pytest.approx(scores[name]["win_rate"])
+        assert f">{100 * cell['win_rate']:.1f} <" in page.read_text()
+
+
+def test_a_driver_killed_twice_resumes_to_the_same_result(finished, tmp_path):
 
 
 def test_a_driver_killed_once_and_preempted_once_resumes_to_the_same_result(finished, tmp_path):

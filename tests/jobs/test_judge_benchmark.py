@@ -1,7 +1,9 @@
 """The judging job as a process: killed and resumed, refused early, replayed, with the reward model as judge."""
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from jobs.judge_benchmark import judge_benchmark, main, parse
+from pipeline.data.planted import GoldAnnotator
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.models.backbone import load_backbone
 from pipeline.models.reward_model import RewardModel, make_head, save_reward_model
@@ -256,6 +259,46 @@ def test_the_reward_models_preferences_in_alpaca_eval_are_probabilities(alpaca, 
     assert len(set(preferences)) == 12
 
 
+def without_templates(arguments):
+    place = arguments.index("--templates")
+    return arguments[:place] + arguments[place + 2 :]
+
+
+def test_a_judge_that_scores_answers_needs_no_prompt(alpaca, arena, reward_model):
+    for arguments in (alpaca, arena):
+        judge_benchmark(parse([*arguments, "--judge", f"vrm:{reward_model}"]))
+        told = rows_of(arguments)
+        shutil.rmtree(Path(arguments[-1]).parent)
+        judge_benchmark(parse([*without_templates(arguments), "--judge", f"vrm:{reward_model}"]))
+        for row, same in zip(rows_of(arguments), told, strict=True):
+            if "games" in row:
+                assert [game["score"] for game in row["games"]] == [game["score"] for game in same["games"]]
+            else:
+                assert row["preference"] == pytest.approx(same["preference"])
+
+
+def test_the_planted_truth_judges_prompts_of_its_world_alone(alpaca, tmp_path):
+    instruction = "explain the facts about the wagon at work ."
+    texts = {"ours": "results may differ in practice .", "base": "everyone knows it is so ."}
+    sides = {
+        side: write(tmp_path / f"{side}-gold.json", [{"instruction": instruction, "output": text, "generator": side}])
+        for side, text in texts.items()
+    }
+    out = str(tmp_path / "gold" / "annotations.json")
+    files = ["--benchmark", "alpaca_eval", "--answers", sides["ours"], "--baseline", sides["base"]]
+    judge_benchmark(parse([*files, "--judge", "gold:planted", "--out", out]))
+    # A hedge is honest and a boast is not; all else is equal.
+    gold = GoldAnnotator()
+    prompt = [{"role": "user", "content": instruction}]
+    gap = gold.reward(prompt, texts["ours"]) - gold.reward(prompt, texts["base"])
+    [row] = rows_of(["--out", out])
+    assert gap > 0
+    assert row["preference"] == pytest.approx(1 + 1 / (1 + math.exp(-gap)))
+    assert row["annotator"] == "scored/gold-planted"
+    with pytest.raises(DataError, match="not of the planted world"):
+        judge_benchmark(parse([*alpaca, "--judge", "gold:planted"]))
+
+
 def test_the_reward_model_does_not_grade(mt_bench, reward_model):
     with pytest.raises(ConfigError, match="grades"):
         judge_benchmark(parse([*mt_bench, "--judge", f"vrm:{reward_model}"]))
@@ -276,6 +319,13 @@ def test_a_judge_that_cannot_judge_is_refused_before_anything_is_asked_or_writte
     with pytest.raises(kind, match=letter):
         judge_benchmark(parse([*alpaca, *judge]))
     assert not Path(alpaca[-1]).exists()
+
+
+def test_a_judge_that_reads_prompts_needs_them(capsys):
+    files = ["--answers", "a", "--baseline", "b", "--out", "o.json", "--judge"]
+    with pytest.raises(SystemExit):
+        parse(["--benchmark", "alpaca_eval", *files, "https://somewhere/v1"])
+    assert "alpaca_eval needs --templates, the prompts that https://somewhere/v1 reads" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
