@@ -154,15 +154,15 @@ class VRMHeadConfig(Frozen):
     """Concentrations one by one, or as mean times total concentration; their bounds then hold for the average one."""
     alpha_min: Positive = 0.05
     alpha_max: Positive = 1000.0
-    prior_alpha: Positive = 1.0
-    """Concentration of the symmetric Dirichlet prior."""
+    prior_alpha: Positive | tuple[Positive, ...] = 1.0
+    """Concentrations of the Dirichlet prior: one for all objectives, or a list with one for each."""
     logvar_min: float = -8.0
     logvar_max: float = 4.0
     initial_logvar: float = -2.0
 
     @model_validator(mode="after")
     def _starts_inside_its_bounds(self) -> VRMHeadConfig:
-        if not self.alpha_min < self.prior_alpha < self.alpha_max:
+        if not all(self.alpha_min < alpha < self.alpha_max for alpha in self.prior_concentrations(1)):
             raise ValueError(
                 f"prior_alpha = {self.prior_alpha} must lie between alpha_min = {self.alpha_min} and "
                 f"alpha_max = {self.alpha_max}, because the head starts at its prior"
@@ -173,6 +173,10 @@ class VRMHeadConfig(Frozen):
                 f"logvar_max = {self.logvar_max}"
             )
         return self
+
+    def prior_concentrations(self, num_objectives: int) -> tuple[float, ...]:
+        """alpha_0, [K]."""
+        return self.prior_alpha if isinstance(self.prior_alpha, tuple) else (self.prior_alpha,) * num_objectives
 
 
 class EnsembleConfig(Frozen):
@@ -544,6 +548,16 @@ class ExperimentConfig(Frozen):
             raise ValueError(
                 f"reward_training.reward_weights has {len(given)} numbers for {len(self.objectives)} objectives; "
                 f"give one for each of {', '.join(self.objectives)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_prior_concentration_an_objective(self) -> ExperimentConfig:
+        given = self.reward_training.vrm.prior_concentrations(len(self.objectives))
+        if len(given) != len(self.objectives):
+            raise ValueError(
+                f"reward_training.vrm.prior_alpha has {len(given)} numbers for {len(self.objectives)} objectives; "
+                f"give one for each of {', '.join(self.objectives)}, or a single one for all"
             )
         return self
 
