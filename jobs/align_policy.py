@@ -38,6 +38,7 @@ def align_policy(rooms: Rooms, policy: StageResult, reward_model: StageResult) -
         inputs=[policy, reward_model],
         data=data_fingerprints(recipe),
         keep_checkpoints=recipe.alignment.keep_checkpoints,
+        keep_best=recipe.alignment.keep_best,
         max_restarts=recipe.cluster.alignment.max_restarts,
     )
 

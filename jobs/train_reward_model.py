@@ -35,6 +35,7 @@ def train_reward_model(rooms: Rooms, policy: StageResult) -> StageResult:
         config=recipe.model_dump(mode="json", include={"seed", "objectives", "data", "reward_training"}),
         inputs=[policy],
         data=data_fingerprints(recipe),
+        keep_best=recipe.reward_training.keep_best,
         max_restarts=recipe.cluster.reward_training.max_restarts,
     )
 

@@ -276,6 +276,17 @@ class RewardTrainingConfig(Frozen):
     eval_every: Count = 50
     max_eval_pairs: Count = 2048
     checkpoint_every: Count = 50
+    keep_best: Literal["eval/accuracy", "-eval/nll"] | None = None
+    """End with the checkpoint that is best by this held-out metric (minus: lowest is best); None ends with the last."""
+
+    @model_validator(mode="after")
+    def _checkpoints_to_choose_from_are_evaluated(self) -> RewardTrainingConfig:
+        if self.keep_best and self.checkpoint_every % self.eval_every:
+            raise ValueError(
+                f"keep_best = {self.keep_best!r} needs an evaluation at every checkpoint, but checkpoint_every = "
+                f"{self.checkpoint_every} is no multiple of eval_every = {self.eval_every}; change one of the two"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_way_to_train_less(self) -> RewardTrainingConfig:
@@ -470,6 +481,9 @@ class AlignmentConfig(Frozen):
     """Sample the next step while the learner works on this one: responses come from the policy before its last update.
     Chunks that wait when an update ends are sampled from the new policy; those begun "continue" with the old one, or
     are "discard"ed and sampled again. None samples each step when its policy is there."""
+    keep_best: Literal["reward/mean", "reward/shaped"] | None = None
+    """End with the checkpoint that is best by this metric of its step; None ends with the last. Rollouts of a step are
+    drawn before its update, so they judge the policy that the update began with."""
     gate_tolerance: Positive | None = None
     """Largest mean absolute logprob difference between engine and learner after a weight update;
     None chooses 1e-4 for float32 and 0.05 for bfloat16."""
