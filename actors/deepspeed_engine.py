@@ -116,12 +116,11 @@ class DeepSpeedEngine:
         return state
 
     def save(self, directory: str) -> None:
-        self._engine.save_checkpoint(directory, tag=TAG, exclude_frozen_parameters=True)
+        self._engine.save_checkpoint(directory, tag=TAG)
 
     def load(self, directory: str) -> None:
         try:
-            # Not strict: frozen parameters are not in it.
-            path, _ = self._engine.load_checkpoint(directory, tag=TAG, load_module_strict=False)
+            path, _ = self._engine.load_checkpoint(directory, tag=TAG)
         except (RuntimeError, KeyError, AssertionError, ValueError) as error:
             raise CheckpointError(
                 f"{directory} does not restore this model on {self.world_size} ranks: {error}. "

@@ -68,8 +68,9 @@ def _fine_tune(stage: StageDirectory, recipe: Recipe) -> Metrics:
         with RankGroup(
             "policy training", spec.ranks, build_supervised_trainer, (spec,), start_s=deadlines.start_s
         ) as group:
-            return train(
-                RankedLearner(group, deadlines),
+            learner = RankedLearner(group, deadlines)
+            metrics = train(
+                learner,
                 stage,
                 batch_of=lambda step: [
                     texts[i] for i in step_indices(len(texts), config.batch_size, step, recipe.seed)
@@ -79,6 +80,7 @@ def _fine_tune(stage: StageDirectory, recipe: Recipe) -> Metrics:
                 eval_every=config.eval_every,
                 checkpoint_every=config.checkpoint_every,
             )
+            return metrics | learner.peak_memory()
 
 
 def _write_starting_policy(recipe: Recipe, directory: str) -> PreTrainedTokenizerBase:

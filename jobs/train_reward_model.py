@@ -86,8 +86,9 @@ def _train(stage: StageDirectory, recipe: Recipe, backbone_uri: str) -> Metrics:
     )
     deadlines = recipe.cluster.deadlines
     with RankGroup("reward training", spec.ranks, build_reward_trainer, (spec,), start_s=deadlines.start_s) as group:
+        learner = RankedLearner(group, deadlines)
         metrics = train(
-            RankedLearner(group, deadlines),
+            learner,
             stage,
             batch_of=lambda step: collate(
                 [pairs[i] for i in step_indices(len(pairs), config.batch_pairs, step, recipe.seed)], step
@@ -97,6 +98,7 @@ def _train(stage: StageDirectory, recipe: Recipe, backbone_uri: str) -> Metrics:
             eval_every=config.eval_every,
             checkpoint_every=config.checkpoint_every,
         )
+        metrics |= learner.peak_memory()
     for letter in alarm_letters(metrics):
         print(f"train_reward_model  {letter}", flush=True)
     return (

@@ -59,7 +59,7 @@ class TrainEngine(Protocol):
         """The whole model on the CPU of rank 0; empty elsewhere. Collective."""
 
     def save(self, directory: str) -> None:
-        """Writes what a resumed run cannot read elsewhere: frozen parameters are where it began. Collective."""
+        """Writes everything a resumed run needs. Collective."""
 
     def load(self, directory: str) -> None:
         """Restores what `save` wrote. Collective."""
@@ -115,17 +115,14 @@ class TorchEngine:
 
     def save(self, directory: str) -> None:
         os.makedirs(directory, exist_ok=True)
-        frozen = frozen_names(self.module)
-        trained = {name: tensor for name, tensor in self.module.state_dict().items() if name not in frozen}
-        state = {"module": trained, "optimiser": self.optimiser.state_dict()}
+        state = {"module": self.module.state_dict(), "optimiser": self.optimiser.state_dict()}
         torch.save(state, os.path.join(directory, CHECKPOINT_FILE))
 
     def load(self, directory: str) -> None:
         path = os.path.join(directory, CHECKPOINT_FILE)
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
-            frozen = {name: t for name, t in self.module.state_dict().items() if name in frozen_names(self.module)}
-            self.module.load_state_dict(frozen | state["module"])
+            self.module.load_state_dict(state["module"])
             self.optimiser.load_state_dict(state["optimiser"])
         except (FileNotFoundError, KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(
@@ -138,11 +135,6 @@ def set_learning_rates(optimiser: Any, groups: Sequence[ParameterGroup], factor:
     """Those of the next step; at a rate of 0 weight decay moves nothing either."""
     for own, group in zip(optimiser.param_groups, groups, strict=True):
         own["lr"] = 0.0 if group.name == resting else group.learning_rate * factor
-
-
-def frozen_names(module: nn.Module) -> set[str]:
-    """Parameters that do not train."""
-    return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 
 def require_finite_norm(norm: float) -> None:

@@ -64,6 +64,9 @@ def test_two_ranks_agree_with_one_process_and_resume_exactly(
         once = learner.update(data[3], 3)
         learner.restore(str(tmp_path / "checkpoint"))
         assert learner.update(data[3], 3) == once
+        memory = learner.peak_memory()
+    assert memory.keys() == {"memory/rank_peak_gib"}  # and a GPU's, where there is one
+    assert 0.05 < memory["memory/rank_peak_gib"] < 16
     exported, one_process = load_file(tmp_path / "result" / "model.safetensors"), None
     one_process = merged(alone.engine.full_state_dict(), alone.engine.module)
     assert exported.keys() == one_process.keys()

@@ -149,10 +149,6 @@ def test_resumed_alignment_of_adapters_equals_the_uninterrupted_run(tiny_policy,
     whole, _ = run_alignment(tiny_policy, world, tokenizer, tmp_path / "whole", config=config)
     with pytest.raises(Killed):
         run_alignment(tiny_policy, world, tokenizer, tmp_path / "killed", kill=("update", 3), config=config)
-    committed = stage_at(tmp_path / "killed", "align_policy").checkpoints.latest()
-    names = set(torch.load(f"{committed.uri}/engine.pt", weights_only=True)["module"])
-    assert names
-    assert all("lora_" in name or name.startswith("value_head.") for name in names)
     resumed, _ = run_alignment(tiny_policy, world, tokenizer, tmp_path / "killed", config=config)
     assert timeless(resumed) == timeless(whole)
     assert resumed["kl/per_response"] != 0.0
