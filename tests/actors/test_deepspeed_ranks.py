@@ -44,7 +44,7 @@ def batches(world, tokenizer):
     return [collate(pairs[8 * step : 8 * step + 7], step) for step in range(4)]
 
 
-@pytest.mark.parametrize(("zero_stage", "lora"), [(1, None), (2, None), (2, LORA), (3, None), (3, LORA)])
+@pytest.mark.parametrize(("zero_stage", "lora"), [(1, None), (2, LORA), (3, None), (3, LORA)])
 def test_two_ranks_agree_with_one_process_and_resume_exactly(
     zero_stage, lora, local_ray, tiny_policy, world, tokenizer, tmp_path
 ):
