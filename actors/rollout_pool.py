@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from types import TracebackType
 from typing import Any
 
@@ -30,6 +32,12 @@ class Worker:
     actor: Any
     started: Any
     """Reference that resolves when the engine is up, or raises why it is not."""
+
+
+ADVANCE_S = 0.5
+"""How long an engine decodes before it reports what finished and takes new requests."""
+
+Asked = tuple[Prompt, SamplingParams]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,14 +177,16 @@ class RolloutPool:
             for number, first in enumerate(range(0, len(requests), size))
         )
         idle = list(self._workers)
-        running: dict[Any, tuple[Worker, Chunk, float]] = {}
+        running: dict[Any, tuple[Worker, float]] = {}
+        chunks: dict[Any, Chunk] = {}
         results: dict[int, list[Rollout]] = {}
         while waiting or running:
             while idle and waiting:
                 worker, chunk = idle.pop(), waiting.popleft()
-                running[worker.actor.sample.remote(chunk.requests, sampling)] = (worker, chunk, time.monotonic())
-            reference = self._next_ready(running)
-            worker, chunk, _ = running.pop(reference)
+                reference = worker.actor.sample.remote(chunk.requests, sampling)
+                running[reference], chunks[reference] = (worker, time.monotonic()), chunk
+            reference = self._next_ready(running, "sample()")
+            (worker, _), chunk = running.pop(reference), chunks.pop(reference)
             try:
                 results[chunk.number] = self._answer(worker, reference, "sample()", self._deadlines.generate_s)
             except RayActorError as error:
@@ -185,6 +195,62 @@ class RolloutPool:
                 waiting.appendleft(chunk)
             idle.append(worker)
         return [rollout for number in sorted(results) for rollout in results[number]]
+
+    def stream(self, waiting: deque[Asked]) -> Iterator[Rollout]:
+        """One rollout for each prompt that waits, in the order in which they finish.
+
+        Consumes `waiting`, which may grow while the rollouts are read: a rollout can be answered with the next turn of
+        its conversation. Every engine has more in its queue than it can decode at once, and decodes on while the driver
+        reads; a dead worker is replaced and what it held is asked again. Read to the end, or close the pool: engines
+        with open requests refuse new weights.
+
+        Raises:
+            As `generate`; the deadline is that of a call, which decodes for half a second.
+        """
+        if self._weights is None:
+            raise StaleEngineError("the rollout pool holds no policy yet: call load_weights before stream.")
+        numbers = count()
+        held: dict[str, dict[int, Asked]] = {worker.name: {} for worker in self._workers}
+        running: dict[Any, tuple[Worker, float]] = {}
+
+        def advance(worker: Worker) -> None:
+            """Gives the worker its share of what is open, and lets it decode."""
+            mine = held[worker.name]
+            share = math.ceil((sum(map(len, held.values())) + len(waiting)) / len(held))
+            room = min(share, self._config.max_sequences + self._config.chunk_size) - len(mine)
+            submitted = {}
+            for _ in range(min(room, len(waiting))):
+                prompt, sampling = asked = waiting.popleft()
+                require_room([prompt], sampling, self._max_model_len)
+                [request] = rollout_requests([prompt], sampling)
+                number = next(numbers)
+                submitted[number], mine[number] = (request, sampling), asked
+            if mine:
+                running[worker.actor.advance.remote(submitted, ADVANCE_S)] = (worker, time.monotonic())
+
+        while True:
+            busy = {worker.name for worker, _ in running.values()}
+            for worker in self._workers:
+                if worker.name not in busy:
+                    advance(worker)
+            if not running:
+                return
+            reference = self._next_ready(running, "advance()")
+            worker, _ = running.pop(reference)
+            finished: dict[int, Rollout] = {}
+            try:
+                finished = self._answer(worker, reference, "advance()", self._deadlines.generate_s)
+            except RayActorError as error:
+                [replacement], _ = self._load([self._replacement(worker, "advance()", error)], self._weights)
+                self._workers[self._workers.index(worker)] = replacement
+                waiting.extendleft(reversed(held.pop(worker.name).values()))
+                held[replacement.name] = {}
+            else:
+                for number in finished:
+                    del held[worker.name][number]
+                # Before the rollouts are read: the engine decodes meanwhile.
+                advance(worker)
+            yield from finished.values()
 
     def close(self) -> None:
         """Ends the workers; nothing of them needs saving."""
@@ -271,13 +337,13 @@ class RolloutPool:
                 raise error.cause from error
             raise
 
-    def _next_ready(self, running: dict[Any, tuple[Worker, Chunk, float]]) -> Any:
-        """The next chunk to come back; none may take longer than the deadline."""
-        worker, _, issued = min(running.values(), key=lambda assignment: assignment[2])
+    def _next_ready(self, running: Mapping[Any, tuple[Worker, float]], call: str) -> Any:
+        """The next call to come back, of those issued to a worker at a time; none may take longer than the deadline."""
+        worker, issued = min(running.values(), key=lambda assignment: assignment[1])
         left = self._deadlines.generate_s - (time.monotonic() - issued)
         ready, _ = ray.wait(list(running), num_returns=1, timeout=max(0.0, left))
         if not ready:
-            raise self._deadline_exceeded(worker, "sample()", self._deadlines.generate_s)
+            raise self._deadline_exceeded(worker, call, self._deadlines.generate_s)
         return ready[0]
 
     def _deadline_exceeded(self, worker: Worker, call: str, deadline_s: float) -> DeadlineExceeded:

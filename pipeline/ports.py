@@ -6,7 +6,8 @@ against DeepSpeed, vLLM and Ray Serve under Ray.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Protocol, TypeVar
 
 from pipeline.records import (
@@ -73,6 +74,13 @@ class RolloutSource(Protocol):
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
         """`samples_per_prompt` rollouts per prompt, ordered by (prompt, sample), whoever sampled them."""
+
+
+class RolloutStream(Protocol):
+    """Samples responses as they are asked for."""
+
+    def stream(self, waiting: deque[tuple[Prompt, SamplingParams]]) -> Iterator[Rollout]:
+        """One rollout for each prompt, as it finishes; consumes `waiting`, which may grow while they are read."""
 
 
 class RewardScorer(Protocol):

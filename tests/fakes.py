@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -50,6 +51,11 @@ class FakeRollouts:
                     )
                 )
         return rollouts
+
+    def stream(self, waiting: deque[tuple[Prompt, SamplingParams]]) -> Iterator[Rollout]:
+        while waiting:
+            prompt, sampling = waiting.popleft()
+            yield from self.generate([prompt], sampling)
 
 
 class FakeScorer:

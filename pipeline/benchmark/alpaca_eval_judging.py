@@ -8,7 +8,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from pipeline.benchmark.judging import (
 )
 from pipeline.errors import DataError
 from pipeline.records import Message
+from pipeline.stages.storage import write_text
 
 FIRST, SECOND = "m", "M"
 """What the prompt of alpaca_eval_clf calls the answers it shows first and second."""
@@ -73,6 +74,11 @@ def read_model_outputs(path: Path) -> list[ModelOutput]:
             f"{path} holds answers of {len(generators)} generators ({generators}); give one model's answers"
         )
     return rows
+
+
+def write_model_outputs(path: Path, outputs: Sequence[ModelOutput]) -> None:
+    """A JSON list of {instruction, output, generator, dataset}, whole or not at all."""
+    write_text(str(path), json.dumps([asdict(output) for output in outputs], indent=1, ensure_ascii=False))
 
 
 def read_chatml(path: Path) -> tuple[Message, ...]:
