@@ -70,8 +70,11 @@ def read_rows(path: str) -> Iterator[Row]:
             raise DataError(f"{path}: files of kind {suffix!r} are not read; give .jsonl, .parquet or .json")
 
 
-def read_hub_rows(name: str, split: str) -> Iterator[Row]:
+def read_hub_rows(name: str, split: str, *, cure: str) -> Iterator[Row]:
     """Streams the rows of a data set of the Hugging Face hub.
+
+    Args:
+        cure: what to do with the downloaded files where the hub is out of reach, for the letter.
 
     Raises:
         DataError: it cannot be opened.
@@ -83,7 +86,7 @@ def read_hub_rows(name: str, split: str) -> Iterator[Row]:
     except (OSError, ValueError, RuntimeError) as error:  # not reachable, not there, or without a split of this name
         raise DataError(
             f"the hub's data set {name!r} cannot be opened: {error}. Check the name and the network, or download "
-            "it and give its files."
+            f"it and {cure}."
         ) from error
     for number, values in enumerate(dataset, start=1):
         yield Row(place=f"{name}, row {number}", number=number, values=values)

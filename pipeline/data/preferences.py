@@ -291,7 +291,9 @@ ADAPTERS: dict[str, Callable[[Iterable[Row], tuple[str, ...], int], Iterator[Pre
 
 
 def _rows(source: str, hub: bool) -> Iterator[Row]:
-    yield from read_hub_rows(source, "train") if hub else read_rows(source)
+    if hub:
+        return read_hub_rows(source, "train", cure='set data.source to "files"')
+    return read_rows(source)
 
 
 def _pair(
