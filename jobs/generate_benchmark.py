@@ -111,8 +111,13 @@ def main(rooms: Rooms) -> None:
     generate_benchmark(rooms, policy, align_policy(rooms, policy, reward_model), reward_model)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The stage over a workspace, or any model on an official benchmark."""
     if any(argument.split("=")[0] == "--benchmark" for argument in sys.argv[1:]):
         benchmark_answers.main()
     else:
         run_job(__doc__, main)
+
+
+if __name__ == "__main__":
+    command()

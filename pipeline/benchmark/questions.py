@@ -111,7 +111,7 @@ def _alpaca_question(row: Row) -> Question:
         turns=(row.require("instruction", str),),
         # AlpacaEval leaves sampling to each model; these are what most of its model configs say, with 2048 tokens.
         temperature=0.7,
-        group=str(row.values.get("dataset", "")),
+        group=str(row.values.get("dataset") or ""),
         place=row.place,
     )
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from jobs.benchmark_answers import answer_benchmark, parse
+from jobs.generate_benchmark import command
 from pipeline.benchmark.alpaca_eval_judging import read_model_outputs
 from pipeline.benchmark.arena_hard_files import read_answers as read_arena_answers
+from pipeline.benchmark.mt_bench import TEMPERATURES
 from pipeline.benchmark.mt_bench import read_answers as read_mt_bench_answers
 from pipeline.errors import ConfigError, DataError, WorkspaceLocked
 from pipeline.models.backbone import create_tiny_causal_lm, save_causal_lm
@@ -271,6 +273,29 @@ def test_a_model_that_is_not_there_is_named(answer, tmp_path):
         answer("alpaca_eval", str(tmp_path / "empty"))
 
 
+def test_the_stages_job_takes_a_benchmark_and_a_letter_is_all_it_prints(monkeypatch, tmp_path, capsys):
+    prompts = write(tmp_path / "q.jsonl", TWICE)
+    options = ["--benchmark=mt_bench", "--model", "/nowhere", "--prompts", prompts, "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["generate_benchmark.py", *options])
+    with pytest.raises(SystemExit) as left:
+        command()
+    assert left.value.code == 2
+    assert capsys.readouterr().err == (
+        f"DataError: {prompts}, line 3: question 81 stands at {prompts}, line 1 already. Keep one of them.\n"
+    )
+    monkeypatch.setattr("sys.argv", ["generate_benchmark.py", "--dry-run"])
+    command()
+    assert "num_prompts: 256" in capsys.readouterr().out
+
+
+def test_progress_counts_the_turns_of_earlier_runs(answer, monkeypatch, capsys):
+    monkeypatch.setattr("jobs.benchmark_answers.PROGRESS_S", 0.0)
+    answer("mt_bench", QUESTIONS, dies_after=4)
+    answer("mt_bench", QUESTIONS)
+    shown = [line.split(",")[0] for line in capsys.readouterr().err.splitlines()]
+    assert shown == [f"answered {n} of 6 turns" for n in range(1, 7)]
+
+
 # ----------------------------------------------------------------------------- what is written
 
 
@@ -320,6 +345,7 @@ def test_fastchat_reads_the_answers(answer, tmp_path):
     theirs = common.load_model_answers(str(tmp_path / "out/model_answer"))
     ours = read_mt_bench_answers([str(tmp_path / "out/model_answer/tiny.jsonl")])
     assert list(theirs) == ["tiny"]
+    assert {name: common.temperature_config[name] for name in TEMPERATURES} == TEMPERATURES
     assert {q: tuple(row["choices"][0]["turns"]) for q, row in theirs["tiny"].items()} == {
         answer.question_id: answer.turns for answer in ours
     }
