@@ -1,10 +1,13 @@
 """The generation job without engines: what it asks, what it keeps, what it refuses, what it writes."""
 
+import importlib
 import json
+import sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -338,9 +341,12 @@ def test_the_official_json_list_is_read_and_cut_or_empty_answers_are_counted(ans
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_fastchat_reads_the_answers(answer, tmp_path):
-    reason = "needs FastChat: pip install --no-deps fschat==0.2.36"
-    common = pytest.importorskip("fastchat.llm_judge.common", reason=reason)
+def test_fastchat_reads_the_answers(answer, tmp_path, monkeypatch):
+    pytest.importorskip("fastchat", reason="needs FastChat: pip install --no-deps fschat==0.2.36")
+    # Reading answers uses neither its clients nor its models, which take long to import.
+    for unused in ("openai", "anthropic", "fastchat.model.model_adapter"):
+        monkeypatch.setitem(sys.modules, unused, MagicMock())
+    common = importlib.import_module("fastchat.llm_judge.common")
     answer("mt_bench", QUESTIONS)
     theirs = common.load_model_answers(str(tmp_path / "out/model_answer"))
     ours = read_mt_bench_answers([str(tmp_path / "out/model_answer/tiny.jsonl")])
