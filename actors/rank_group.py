@@ -9,8 +9,9 @@ from types import TracebackType
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 
+from actors.deaths import DIED
 from cluster.placement import pack_bundles
 from pipeline.config.schema import RanksConfig
 from pipeline.errors import DeadlineExceeded, PipelineError, WorkerDied
@@ -161,7 +162,7 @@ def gather(references: Sequence[Any], *, who: str, doing: str, deadline_s: float
             )
         try:
             answers[ready[0]] = ray.get(ready[0], timeout=deadline_s)
-        except (RayActorError, RayTaskError) as error:
+        except (*DIED, RayTaskError) as error:
             dead = _first_dead([*ready, *pending])
             if dead is not None:
                 raise WorkerDied(
@@ -188,7 +189,7 @@ def _first_dead(references: Sequence[Any]) -> Any | None:
             return None
         try:
             ray.get(ready[0], timeout=DEATH_NOTICE_S)
-        except RayActorError:
+        except DIED:
             return ready[0]
         except RayTaskError:
             continue

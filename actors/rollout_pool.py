@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from types import TracebackType
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayTaskError
 
+from actors.deaths import DIED
 from actors.rollout_worker import RolloutWorker
 from cluster.running_jobs import actor_name
 from cluster.scaling import Autoscaler, RolloutWaits
@@ -36,6 +39,12 @@ class Worker:
     actor: Any
     started: Any
     """Reference that resolves when the engine is up, or raises why it is not."""
+
+
+ADVANCE_S = 0.5
+"""How long an engine decodes before it reports what finished and takes new requests."""
+
+Asked = tuple[Prompt, SamplingParams]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -169,7 +178,7 @@ class RolloutPool:
     def _join(self, worker: Worker, wanted: int) -> None:
         try:
             ray.get(worker.started, timeout=self._deadlines.start_s)
-        except (RayActorError, RayTaskError) as error:
+        except (*DIED, RayTaskError) as error:
             # The run goes on with the workers it has: a request from outside must not end it.
             self._given_up = wanted
             logger.warning("%s, asked for from outside, did not start: %s", worker.name, error)
@@ -275,6 +284,63 @@ class RolloutPool:
         )
         return batch.ledger.rollouts()
 
+    def stream(self, waiting: deque[Asked]) -> Iterator[Rollout]:
+        """One rollout for each prompt that waits, in the order in which they finish.
+
+        Consumes `waiting`, which may grow while the rollouts are read: a rollout can be answered with the next turn of
+        its conversation. Every engine has more in its queue than it can decode at once, and decodes on while the driver
+        reads; a dead worker is replaced and what it held is asked again. Read to the end, or close the pool: engines
+        with open requests refuse new weights.
+
+        Raises:
+            As `generate`; the deadline is that of a call, which decodes for half a second.
+        """
+        if self._weights is None:
+            raise StaleEngineError("the rollout pool holds no policy yet: call load_weights before stream.")
+        numbers = count()
+        held: dict[str, dict[int, Asked]] = {worker.name: {} for worker in self._workers}
+        running: dict[Any, tuple[Worker, float]] = {}
+
+        def advance(worker: Worker) -> None:
+            """Gives the worker its share of what is open, and lets it decode."""
+            mine = held[worker.name]
+            share = math.ceil((sum(map(len, held.values())) + len(waiting)) / len(held))
+            room = min(share, self._config.max_sequences + self._config.chunk_size) - len(mine)
+            submitted = {}
+            for _ in range(min(room, len(waiting))):
+                prompt, sampling = asked = waiting.popleft()
+                require_room([prompt], sampling, self._max_model_len)
+                [request] = rollout_requests([prompt], sampling)
+                number = next(numbers)
+                submitted[number], mine[number] = (request, sampling), asked
+            if mine:
+                running[worker.actor.advance.remote(submitted, ADVANCE_S)] = (worker, time.monotonic())
+
+        while True:
+            busy = {worker.name for worker, _ in running.values()}
+            for worker in self._workers:
+                if worker.name not in busy:
+                    advance(worker)
+            if not running:
+                return
+            reference = self._next_ready(running, "advance()")
+            worker, _ = running.pop(reference)
+            finished: dict[int, Rollout] = {}
+            try:
+                finished = self._answer(worker, reference, "advance()", self._deadlines.generate_s)
+            except DIED as error:
+                died = _died(worker, "advance()", self._config)
+                [replacement], _ = self._load([self._replacement(worker, died, error)], self._weights)
+                self._workers[self._workers.index(worker)] = replacement
+                waiting.extendleft(reversed(held.pop(worker.name).values()))
+                held[replacement.name] = {}
+            else:
+                for number in finished:
+                    del held[worker.name][number]
+                # Before the rollouts are read: the engine decodes meanwhile.
+                advance(worker)
+            yield from finished.values()
+
     def close(self) -> None:
         """Ends the workers; nothing of them needs saving."""
         self._restarts_left = 0  # the sampling thread must not replace what ends here
@@ -340,7 +406,7 @@ class RolloutPool:
             call = self._calls.pop(reference)
             try:
                 rollouts = self._answer(call.worker, reference, "sample()", self._deadlines.generate_s)
-            except RayActorError as error:
+            except DIED as error:
                 self._put_back(call)
                 self._replace(call.worker, _died(call.worker, "sample()", self._config), error)
                 continue
@@ -420,13 +486,13 @@ class RolloutPool:
             while True:
                 try:
                     self._answer(worker, worker.started, "start()", self._deadlines.start_s)
-                except RayActorError as error:
+                except DIED as error:
                     worker = self._replacement(worker, _died(worker, "start()", self._config), error)
                 else:
                     try:
                         metrics.append(self._answer(worker, reference, call, self._deadlines.weights_s))
                         break
-                    except RayActorError as error:
+                    except DIED as error:
                         worker = self._replacement(worker, _died(worker, call, self._config), error)
                     except DeadlineExceeded as error:
                         # It may hang in a chunk that another worker has answered meanwhile.
@@ -461,6 +527,15 @@ class RolloutPool:
             if isinstance(error.cause, PipelineError):
                 raise error.cause from error
             raise
+
+    def _next_ready(self, running: Mapping[Any, tuple[Worker, float]], call: str) -> Any:
+        """The next call to come back, of those issued to a worker at a time; none may take longer than the deadline."""
+        worker, issued = min(running.values(), key=lambda assignment: assignment[1])
+        left = self._deadlines.generate_s - (time.monotonic() - issued)
+        ready, _ = ray.wait(list(running), num_returns=1, timeout=max(0.0, left))
+        if not ready:
+            raise self._deadline_exceeded(worker, call, self._deadlines.generate_s)
+        return ready[0]
 
     def _deadline_exceeded(self, worker: Worker, call: str, deadline_s: float) -> DeadlineExceeded:
         free = ray.available_resources()

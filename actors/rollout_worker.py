@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from pipeline.config.schema import RolloutConfig
 from pipeline.data.sampling import RolloutRequest
 from pipeline.errors import StaleEngineError
 from pipeline.learning.probes import check_engine
 from pipeline.records import Metrics, PolicyWeights, Rollout, SamplingParams
+
+if TYPE_CHECKING:
+    from actors.vllm_engine import Sample
 
 
 class RolloutWorker:
@@ -18,6 +22,7 @@ class RolloutWorker:
     def __init__(self, name: str) -> None:
         self._name = name
         self._version: int | None = None
+        self._submitted: dict[int, RolloutRequest] = {}
 
     def start(self, model_directory: str, config: RolloutConfig, dtype: str, max_model_len: int, seed: int) -> None:
         """Builds the engine. Not the constructor's work: an error here is a message, there a dead actor."""
@@ -50,20 +55,37 @@ class RolloutWorker:
 
     def sample(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Rollout]:
         """One rollout per request, in order."""
-        from pipeline.data.chat import decode_response
+        version = self._checked_version()
+        samples = self._engine.sample([r.prompt.token_ids for r in requests], [r.seed for r in requests], sampling)
+        return [self._rollout(*answered, version) for answered in zip(requests, samples, strict=True)]
 
+    def advance(
+        self, submitted: Mapping[int, tuple[RolloutRequest, SamplingParams]], seconds: float
+    ) -> dict[int, Rollout]:
+        """Adds requests to those in the engine, decodes for about so long, and returns what finished, by number."""
+        version = self._checked_version()
+        for number, (request, sampling) in submitted.items():
+            self._engine.submit(number, request.prompt.token_ids, request.seed, sampling)
+            self._submitted[number] = request
+        finished = self._engine.advance(seconds)
+        return {
+            number: self._rollout(self._submitted.pop(number), sample, version) for number, sample in finished.items()
+        }
+
+    def _checked_version(self) -> int:
         if self._version is None:
             raise StaleEngineError(f"{self._name} was asked to sample before it passed the numerics gate.")
-        samples = self._engine.sample([r.prompt.token_ids for r in requests], [r.seed for r in requests], sampling)
-        return [
-            Rollout(
-                prompt=request.prompt,
-                sample_index=request.sample_index,
-                response_ids=sample.token_ids,
-                response_text=decode_response(self._tokenizer, sample.token_ids),
-                logprobs=sample.logprobs,
-                policy_version=self._version,
-                finish_reason=sample.finish_reason,
-            )
-            for request, sample in zip(requests, samples, strict=True)
-        ]
+        return self._version
+
+    def _rollout(self, request: RolloutRequest, sample: Sample, version: int) -> Rollout:
+        from pipeline.data.chat import decode_response
+
+        return Rollout(
+            prompt=request.prompt,
+            sample_index=request.sample_index,
+            response_ids=sample.token_ids,
+            response_text=decode_response(self._tokenizer, sample.token_ids),
+            logprobs=sample.logprobs,
+            policy_version=version,
+            finish_reason=sample.finish_reason,
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -98,21 +99,24 @@ class VLLMEngine:
         """One response per (prompt, seed), in order."""
         outputs = self._llm.generate(
             [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts],
-            [
-                SamplingParams(
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    max_tokens=sampling.max_response_tokens,
-                    seed=seed,
-                    logprobs=0,
-                    detokenize=False,
-                    output_kind=RequestOutputKind.FINAL_ONLY,
-                )
-                for seed in seeds
-            ],
+            [_sampling_params(sampling, seed) for seed in seeds],
             use_tqdm=False,
         )
         return [_as_sample(output.outputs[0]) for output in outputs]
+
+    def submit(self, number: int, prompt: tuple[int, ...], seed: int, sampling: Sampling) -> None:
+        """Queues one request, whose response `advance` will return under this number."""
+        self._llm.llm_engine.add_request(
+            str(number), TokensPrompt(prompt_token_ids=list(prompt)), _sampling_params(sampling, seed)
+        )
+
+    def advance(self, seconds: float) -> dict[int, Sample]:
+        """Decodes what was submitted for about so long, or until all is done. Returns what finished, by number."""
+        engine, finished = self._llm.llm_engine, {}
+        end = time.monotonic() + seconds
+        while engine.has_unfinished_requests() and time.monotonic() < end:
+            finished |= {int(o.request_id): _as_sample(o.outputs[0]) for o in engine.step() if o.finished}
+        return finished
 
     def differing_groups(self, location: str) -> dict[str, float]:
         """Parameter group -> largest relative difference from the published file, for groups that differ.
@@ -123,6 +127,18 @@ class VLLMEngine:
         """
         [differences] = self._llm.apply_model(lambda model: _differences(model, os.path.join(location, WEIGHTS_FILE)))
         return differences
+
+
+def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        max_tokens=sampling.max_response_tokens,
+        seed=seed,
+        logprobs=0,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
 
 
 def _as_sample(completion) -> Sample:  # type: ignore[no-untyped-def]

@@ -18,13 +18,14 @@ from itertools import pairwise
 
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.deployment import Application
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
+from actors.deaths import DIED
 from actors.vrm_api import build_api
 from pipeline.config.schema import ScoringConfig
 from pipeline.errors import DataError, DeadlineExceeded, PipelineError, ResourceError, WorkerDied, WorkerError
@@ -168,7 +169,7 @@ class ServedScorer:
                 if isinstance(error.cause, PipelineError):
                     raise error.cause from error
                 raise
-            except (RayActorError, DeploymentUnavailableError) as error:
+            except (*DIED, DeploymentUnavailableError) as error:
                 if attempt + 1 == ATTEMPTS:
                     raise WorkerDied(
                         f"scoring {len(share[1])} responses, a replica of the scoring service died {ATTEMPTS} times: "

@@ -41,13 +41,7 @@ class StageDemand:
 
 def plan_resources(cluster: ClusterConfig) -> tuple[StageDemand, ...]:
     """Stage by stage, in order. Rollout workers and scoring replicas stay up from alignment through the benchmark."""
-    rollout = Demand(
-        role="rollout worker",
-        setting="cluster.rollout.workers",
-        count=cluster.rollout.workers,
-        cpus=cluster.rollout.cpus_per_worker,
-        gpus=cluster.rollout.gpus_per_worker,
-    )
+    rollout = _rollout(cluster)
     scoring = Demand(
         role="scoring replica",
         setting="cluster.scoring.replicas",
@@ -60,6 +54,21 @@ def plan_resources(cluster: ClusterConfig) -> tuple[StageDemand, ...]:
         StageDemand(stage="train_reward_model", demands=(_ranks("reward_training", cluster.reward_training),)),
         StageDemand(stage="align_policy", demands=(_ranks("alignment", cluster.alignment), rollout, scoring)),
         StageDemand(stage="generate_benchmark", demands=(rollout, scoring)),
+    )
+
+
+def plan_generation(cluster: ClusterConfig) -> tuple[StageDemand, ...]:
+    """Rollout workers alone, for answers that nothing scores."""
+    return (StageDemand(stage="generate_benchmark", demands=(_rollout(cluster),)),)
+
+
+def _rollout(cluster: ClusterConfig) -> Demand:
+    return Demand(
+        role="rollout worker",
+        setting="cluster.rollout.workers",
+        count=cluster.rollout.workers,
+        cpus=cluster.rollout.cpus_per_worker,
+        gpus=cluster.rollout.gpus_per_worker,
     )
 
 

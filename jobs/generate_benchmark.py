@@ -2,16 +2,19 @@
 
     python jobs/generate_benchmark.py --recipe tiny
 
-Runs the stages before it when their results are not in the workspace.
+Runs the stages before it when their results are not in the workspace. With --benchmark, any model answers the questions
+of AlpacaEval, Arena-Hard or MT-Bench instead; see --benchmark alpaca_eval --help.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from jobs import benchmark_answers
 from jobs.align_policy import align_policy
 from jobs.command_line import run_job
 from jobs.prepare_policy import prepare_policy
@@ -108,5 +111,13 @@ def main(rooms: Rooms) -> None:
     generate_benchmark(rooms, policy, align_policy(rooms, policy, reward_model), reward_model)
 
 
+def command() -> None:
+    """The stage over a workspace, or any model on an official benchmark."""
+    if any(argument.split("=")[0] == "--benchmark" for argument in sys.argv[1:]):
+        benchmark_answers.main()
+    else:
+        run_job(__doc__, main)
+
+
 if __name__ == "__main__":
-    run_job(__doc__, main)
+    command()

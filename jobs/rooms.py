@@ -83,15 +83,31 @@ class Rooms:
         return self._scorer
 
     def publish_directory(self) -> str:
-        """Shared memory for published weights, removed with the job; a killed job's successor reuses its place."""
-        base = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
-        directory = os.path.join(base, f"vrm-weights-{os.getuid()}-{self._identity()}")
-        self._exits.callback(shutil.rmtree, directory, ignore_errors=True)
-        return directory
+        """Shared memory for published weights, removed with the job."""
+        return self._exits.enter_context(shared_memory(self.stages.workspace.uri))
 
     def _identity(self) -> str:
         """Of the workspace: what a killed job left on the cluster, its successor finds under the same name."""
-        return hashlib.sha256(self.stages.workspace.uri.encode()).hexdigest()[:12]
+        return identity(self.stages.workspace.uri)
+
+
+@contextmanager
+def shared_memory(owner: str) -> Iterator[str]:
+    """A directory for published weights, removed at the end; a killed job's successor reuses its place.
+
+    Args:
+        owner: where the job's results go.
+    """
+    base = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
+    directory = os.path.join(base, f"vrm-weights-{os.getuid()}-{identity(owner)}")
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def identity(owner: str) -> str:
+    return hashlib.sha256(owner.encode()).hexdigest()[:12]
 
 
 @contextmanager

@@ -6,7 +6,8 @@ against DeepSpeed, vLLM and Ray Serve under Ray.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Protocol, TypeVar
 
 from pipeline.records import (
@@ -94,6 +95,13 @@ class BackgroundRolloutSource(RolloutSource, Protocol):
 
     def collect(self) -> list[Rollout]:
         """The rollouts of the batch that was begun; waits for them."""
+
+
+class RolloutStream(Protocol):
+    """Samples responses as they are asked for."""
+
+    def stream(self, waiting: deque[tuple[Prompt, SamplingParams]]) -> Iterator[Rollout]:
+        """One rollout for each prompt, as it finishes; consumes `waiting`, which may grow while they are read."""
 
 
 class RewardScorer(Protocol):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -58,6 +59,11 @@ class FakeRollouts:
 
     def collect(self) -> list[Rollout]:
         return self._begun
+
+    def stream(self, waiting: deque[tuple[Prompt, SamplingParams]]) -> Iterator[Rollout]:
+        while waiting:
+            prompt, sampling = waiting.popleft()
+            yield from self.generate([prompt], sampling)
 
 
 class FakeScorer:

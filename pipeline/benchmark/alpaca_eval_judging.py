@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from pipeline.benchmark.judging import (
 from pipeline.data.files import read_rows
 from pipeline.errors import DataError
 from pipeline.records import Message
+from pipeline.stages.storage import write_text
 
 FIRST, SECOND = "m", "M"
 """What the prompt of alpaca_eval_clf calls the answers it shows first and second."""
@@ -76,6 +78,11 @@ def read_model_outputs(path: Path) -> list[ModelOutput]:
     if not outputs:
         raise DataError(f"{path} holds no AlpacaEval answers; give a model_outputs.json")
     return list(outputs.values())
+
+
+def write_model_outputs(path: Path, outputs: Sequence[ModelOutput]) -> None:
+    """A JSON list of {instruction, output, generator, dataset}, whole or not at all."""
+    write_text(str(path), json.dumps([asdict(output) for output in outputs], indent=1, ensure_ascii=False))
 
 
 def read_chatml(path: Path) -> tuple[Message, ...]:

@@ -1,7 +1,7 @@
 """Arena-Hard's files, as its code writes and reads them: answers, judgments, battles.
 
 Two layouts are in use. v0.1: `question_id`, `choices`, `conv_metadata`. v2, since April 2025: `uid`, `messages`,
-`metadata`. Both are read; answers are written as v2.
+`metadata`. Both are read and written.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from pipeline.benchmark.arena_hard import (
 )
 from pipeline.data.files import Row, read_rows
 from pipeline.errors import DataError
-from pipeline.records import Answer
+from pipeline.stages.storage import write_text
+
+ENCODINGS: dict[Rules, str] = {"v0.1": "cl100k_base", "v2": "o200k_base"}
+"""Of gpt-3.5-turbo and of gpt-4o."""
 
 WINNERS = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5, "tie (bothbad)": 0.5}
 
@@ -100,29 +103,54 @@ def styles_of(answers: Sequence[ModelAnswer]) -> dict[tuple[str, str], Style]:
     return {(a.model, a.question_id): style_of(a.output, num_tokens=a.num_tokens) for a in answers}
 
 
-def write_answers(path: Path, answers: Sequence[Answer], *, count_tokens: Callable[[str], int]) -> None:
-    """Answers in the v2 layout; their `prompt_id` is the question's `uid`.
+def write_answers(path: Path, answers: Sequence[ModelAnswer], *, prompts: Mapping[str, str], rules: Rules) -> None:
+    """Answers in the layout of either edition, whole or not at all.
 
     Args:
-        count_tokens: what style control calls length. Upstream: tiktoken with the encoding of gpt-4o.
+        prompts: question id -> what was asked.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for answer in answers:
-            identity = f"{answer.generator}\n{answer.prompt_id}\n{answer.output}"
+    rows = []
+    for answer in answers:
+        identity = hashlib.sha256(f"{answer.model}\n{answer.question_id}\n{answer.output}".encode()).hexdigest()[:22]
+        # Upstream's v2 reads these by position: the length first.
+        metadata = {"token_len": answer.num_tokens, **markdown_counts(answer.output)}
+        if rules == "v2":
             row = {
-                "uid": answer.prompt_id,
-                "ans_id": hashlib.sha256(identity.encode()).hexdigest()[:22],
-                "model": answer.generator,
+                "uid": answer.question_id,
+                "ans_id": identity,
+                "model": answer.model,
                 "messages": [
-                    {"role": "user", "content": answer.instruction},
+                    {"role": "user", "content": prompts[answer.question_id]},
                     {"role": "assistant", "content": {"answer": answer.output}},
                 ],
                 "tstamp": time.time(),
-                # Upstream reads these by position: the length first.
-                "metadata": {"token_len": count_tokens(answer.output), **markdown_counts(answer.output)},
+                "metadata": metadata,
             }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        else:
+            row = {
+                "question_id": answer.question_id,
+                "answer_id": identity,
+                "model_id": answer.model,
+                "choices": [{"index": 0, "turns": [{"content": answer.output, "token_len": answer.num_tokens}]}],
+                "tstamp": time.time(),
+                "conv_metadata": metadata,
+            }
+        rows.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_text(str(path), "".join(rows))
+
+
+def upstream_token_counter(rules: Rules) -> Callable[[str], int] | None:
+    """What style control calls the length of an answer: tokens of OpenAI's encodings; None where they are not at hand.
+
+    tiktoken downloads an encoding once; TIKTOKEN_CACHE_DIR names a directory that has it.
+    """
+    import tiktoken
+
+    try:
+        encoding = tiktoken.get_encoding(ENCODINGS[rules])
+    except OSError:
+        return None
+    return lambda text: len(encoding.encode(text, disallowed_special=()))
 
 
 def _battle(row: Row) -> Battle:

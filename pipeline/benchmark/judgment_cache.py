@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from pipeline.benchmark.judging import Judge, JudgeRequest, Judgment
-from pipeline.errors import DataError, WorkspaceError, WorkspaceLocked
+from pipeline.data.files import AppendedLines
+from pipeline.errors import DataError
 
 
 class JudgmentCache:
@@ -21,8 +21,8 @@ class JudgmentCache:
     that a kill cut short is dropped at the next start.
     """
 
-    def __init__(self, stream: BinaryIO, judgments: dict[str, Judgment]) -> None:
-        self._stream = stream
+    def __init__(self, lines: AppendedLines, judgments: dict[str, Judgment]) -> None:
+        self._lines = lines
         self._judgments = judgments
 
     @classmethod
@@ -34,21 +34,9 @@ class JudgmentCache:
             WorkspaceLocked: another run appends to it.
             DataError: a line is no judgment.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise WorkspaceLocked(
-                    f"another run appends to {path}. Wait for it, or give this one a --cache of its own."
-                ) from error
-            stream.seek(0)
-            content = stream.read()
-            whole = content.rfind(b"\n") + 1
-            # Opened for appending: writes go to the new end.
-            stream.truncate(whole)
-            rows = read_judgment_rows(content[:whole], place=str(path))
-            yield cls(stream, {row["key"]: judgment for row, judgment in rows if "key" in row})
+        with AppendedLines.open(path, elsewhere="--cache") as lines:
+            rows = read_judgment_rows(lines.content, place=str(path))
+            yield cls(lines, {row["key"]: judgment for row, judgment in rows if "key" in row})
 
     def get(self, key: str) -> Judgment | None:
         return self._judgments.get(key)
@@ -62,14 +50,7 @@ class JudgmentCache:
             "sampling": asdict(request.sampling),
             "judgment": asdict(judgment),
         }
-        try:
-            self._stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-            self._stream.flush()
-        except OSError as error:
-            raise WorkspaceError(
-                f"{self._stream.name} cannot be written: {error}. Mend it and run the same command again: "
-                "what was judged before is kept."
-            ) from error
+        self._lines.append(row)
         self._judgments[key] = judgment
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from pipeline.data.files import Row, read_rows
 from pipeline.errors import DataError
 from pipeline.records import Metrics
+from pipeline.stages.storage import write_text
 
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 """Ten questions each, in this order, from FIRST_QUESTION on."""
@@ -35,6 +36,8 @@ TEMPERATURES = {
     "humanities": 0.1,
 }
 """Sampling temperature of the answers, by category."""
+OTHER_TEMPERATURE = 0.7
+"""Of a category that is not MT-Bench's own."""
 
 FAILED = -1.0
 """The score of a judgment that gave none."""
@@ -209,8 +212,7 @@ def write_answers(path: Path, answers: Sequence[ModelAnswer]) -> None:
 
 
 def _write(path: Path, rows: Sequence[dict[str, object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_text(str(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _judgment(row: Row) -> Judgment:

@@ -1,19 +1,21 @@
-"""Rows of JSONL, JSON and Parquet files, each knowing where it stands."""
+"""Rows of JSONL, JSON and Parquet files, each knowing where it stands; files that grow by lines."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow.parquet as pq
 from pyarrow import ArrowInvalid
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, WorkspaceError, WorkspaceLocked
 
 T = TypeVar("T")
 
@@ -73,7 +75,29 @@ def read_rows(path: str) -> Iterator[Row]:
         case ".json":
             yield from _read_json(file)
         case suffix:
-            raise DataError(f"{path}: files of kind {suffix!r} are not read; give .jsonl, .json or .parquet")
+            raise DataError(f"{path}: files of kind {suffix!r} are not read; give .jsonl, .parquet or .json")
+
+
+def read_hub_rows(name: str, split: str, *, cure: str) -> Iterator[Row]:
+    """Streams the rows of a data set of the Hugging Face hub.
+
+    Args:
+        cure: what to do with the downloaded files where the hub is out of reach, for the letter.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(name, split=split, streaming=True)
+    except (OSError, ValueError, RuntimeError) as error:  # not reachable, not there, or without a split of this name
+        raise DataError(
+            f"the hub's data set {name!r} cannot be opened: {error}. Check the name and the network, or download "
+            f"it and {cure}."
+        ) from error
+    for number, values in enumerate(dataset, start=1):
+        yield Row(place=f"{name}, row {number}", number=number, values=values)
 
 
 def _read_jsonl(file: Path) -> Iterator[Row]:
@@ -143,6 +167,76 @@ def _read_parquet(file: Path) -> Iterator[Row]:
         for values in batch.to_pylist():
             number += 1
             yield Row(place=f"{file}, row {number}", number=number, values=values)
+
+
+def _read_json(file: Path) -> Iterator[Row]:
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file}: no JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise DataError(f"{file}: no JSON list of rows but {rows!r:.60}")
+    for number, values in enumerate(rows, start=1):
+        if not isinstance(values, dict):
+            raise DataError(f"{file}, row {number}: {values!r:.60} is no object")
+        yield Row(place=f"{file}, row {number}", number=number, values=values)
+
+
+class AppendedLines:
+    """A file of JSON objects, one a line, that only grows: what a killed run had written is there for the next one."""
+
+    def __init__(self, stream: BinaryIO, content: bytes) -> None:
+        self._stream = stream
+        self.content = content
+        """The whole lines the file held when it was opened."""
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: Path, *, elsewhere: str) -> Iterator[AppendedLines]:
+        """Makes the file where it does not exist. A last line that a kill cut short is dropped.
+
+        Args:
+            elsewhere: the option that names another file, for the letter.
+
+        Raises:
+            WorkspaceLocked: another run appends to it.
+            WorkspaceError: it cannot be written.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stream = path.open("a+b")
+        except OSError as error:
+            raise WorkspaceError(
+                f"{path} cannot be written: {error}. Mend it, or choose another {elsewhere}."
+            ) from error
+        with stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise WorkspaceLocked(
+                    f"another run appends to {path}. Wait for it, or give this one {elsewhere} of its own."
+                ) from error
+            stream.seek(0)
+            content = stream.read()
+            whole = content.rfind(b"\n") + 1
+            # Opened for appending: writes go to the new end.
+            stream.truncate(whole)
+            yield cls(stream, content[:whole])
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Writes one line; it is in the file when this returns.
+
+        Raises:
+            WorkspaceError: it cannot be written.
+        """
+        try:
+            self._stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            self._stream.flush()
+        except OSError as error:
+            raise WorkspaceError(
+                f"{self._stream.name} cannot be written: {error}. Mend it and run the same command again: "
+                "what it holds is kept."
+            ) from error
 
 
 def content_fingerprint(path: str) -> str:

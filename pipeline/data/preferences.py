@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from pipeline.data.batching import stable_seed
-from pipeline.data.files import Row, read_rows
+from pipeline.data.files import Row, read_hub_rows, read_rows
 from pipeline.data.prompts import as_messages
 from pipeline.errors import DataError
 from pipeline.records import Message, PreferencePair
@@ -291,20 +291,9 @@ ADAPTERS: dict[str, Callable[[Iterable[Row], tuple[str, ...], int], Iterator[Pre
 
 
 def _rows(source: str, hub: bool) -> Iterator[Row]:
-    if not hub:
-        yield from read_rows(source)
-        return
-    from datasets import load_dataset
-
-    try:
-        dataset = load_dataset(source, split="train", streaming=True)
-    except (OSError, ValueError) as error:  # not reachable, not there, or without a split of this name
-        raise DataError(
-            f"the hub's data set {source!r} cannot be opened: {error}. Check the name and the network, or download "
-            'it and set data.source to "files".'
-        ) from error
-    for number, values in enumerate(dataset, start=1):
-        yield Row(place=f"{source}, row {number}", number=number, values=values)
+    if hub:
+        return read_hub_rows(source, "train", cure='set data.source to "files"')
+    return read_rows(source)
 
 
 def _pair(

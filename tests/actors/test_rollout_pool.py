@@ -4,7 +4,8 @@ import os
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ class ScriptedWorker:
 
     def __init__(self, name):
         self._name = name
+        self._open = {}
 
     def start(self, directory, config, dtype, max_model_len, seed):
         self._directory = Path(directory)
@@ -69,6 +71,20 @@ class ScriptedWorker:
             )
             for request in requests
         ]
+
+    def advance(self, submitted, seconds):
+        """Finishes the latest of its requests first, two a call."""
+        if self._told("die while sampling"):
+            os._exit(1)
+        if self._told("hang"):
+            time.sleep(60)
+        self._open |= submitted
+        finished = {number: self._open.pop(number) for number in sorted(self._open, reverse=True)[:2]}
+        return {
+            number: rollout
+            for number, (request, sampling) in finished.items()
+            for rollout in self.sample([request], sampling)
+        }
 
     def _told(self, what):
         try:
@@ -395,3 +411,54 @@ def test_requests_that_cannot_be_met_are_refused_before_any_work(open_pool):
         pool.resize(0)
     with pytest.raises(ConfigError, match="one GPU"):
         open_pool(gpus_per_worker=2)
+
+
+ONE_EACH = replace(SAMPLING, samples_per_prompt=1)
+
+
+def asked(*prompts):
+    return deque((prompt, ONE_EACH) for prompt in prompts)
+
+
+@pytest.mark.parametrize("misfortune", [None, "die while sampling"])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_stream_answers_each_prompt_once_as_generate_would(open_pool, tmp_path, workers, misfortune):
+    pool = open_pool(workers=workers)
+    pool.load_weights(weights(0))
+    at_once = {rollout.prompt.id: rollout for rollout in pool.generate(PROMPTS, ONE_EACH)}
+    if misfortune:
+        (tmp_path / misfortune).touch()
+
+    streamed = list(pool.stream(asked(*PROMPTS)))
+
+    assert sorted(rollout.prompt.id for rollout in streamed) == sorted(at_once)
+    assert all(rollout == at_once[rollout.prompt.id] for rollout in streamed)
+    assert pool.num_workers == workers
+    assert list(pool.stream(asked())) == []
+
+
+def test_a_stream_takes_what_is_asked_while_it_is_read(open_pool):
+    pool = open_pool()
+    pool.load_weights(weights(0))
+    waiting = asked(*PROMPTS[:3])
+    seen = []
+    for rollout in pool.stream(waiting):
+        seen.append(rollout.prompt.id)
+        if "then" not in rollout.prompt.id:
+            waiting.append((replace(rollout.prompt, id=f"{rollout.prompt.id}, then"), ONE_EACH))
+
+    first = [prompt.id for prompt in PROMPTS[:3]]
+    assert sorted(seen) == sorted([*first, *(f"{name}, then" for name in first)])
+    assert all(seen.index(name) < seen.index(f"{name}, then") for name in first)
+
+
+def test_a_stream_that_hangs_or_has_no_room_is_named(open_pool, tmp_path):
+    pool = open_pool(workers=1, generate_s=1.5)
+    with pytest.raises(StaleEngineError, match="call load_weights before stream"):
+        next(pool.stream(asked(PROMPTS[0])))
+    pool.load_weights(weights(0))
+    with pytest.raises(DataError, match=r"prompt 'long' has 9 tokens; with 8 response tokens it needs 17"):
+        next(pool.stream(asked(Prompt(id="long", messages=(), token_ids=(1,) * 9))))
+    (tmp_path / "hang").touch()
+    with pytest.raises(DeadlineExceeded, match=r"rollout worker 0: advance\(\) did not return within 1.5 s"):
+        next(pool.stream(asked(PROMPTS[0])))

@@ -25,6 +25,7 @@ from pipeline.benchmark.alpaca_eval import (
     read_gamed_rows,
     win_rate,
 )
+from pipeline.benchmark.alpaca_eval_judging import ModelOutput, write_model_outputs
 from pipeline.benchmark.answers import write_answers
 from pipeline.errors import DataError, ShapeError
 from pipeline.records import Answer, RewardScore
@@ -612,8 +613,18 @@ def test_the_baseline_against_itself_is_that_of_alpaca_eval(upstream, tmp_path):
     assert {name: ours[name] for name in theirs} == pytest.approx(theirs)
 
 
+def written_by_the_stage(path, answers):
+    write_answers(path, answers, dataset="tiny")
+
+
+def written_by_the_job(path, answers):
+    rows = [ModelOutput(instruction=a.instruction, output=a.output, generator=a.generator, dataset="") for a in answers]
+    write_model_outputs(path, rows)
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_alpaca_eval_judges_our_model_outputs_and_we_read_its_annotations(upstream, tmp_path):
+@pytest.mark.parametrize("write", [written_by_the_stage, written_by_the_job])
+def test_alpaca_eval_judges_our_model_outputs_and_we_read_its_annotations(upstream, tmp_path, write):
     """The whole way round: our answers, its annotator with a judge that always says "b", our statistics."""
     main = importlib.import_module("alpaca_eval.main")
     paths = {}
@@ -631,7 +642,7 @@ def test_alpaca_eval_judges_our_model_outputs_and_we_read_its_annotations(upstre
             )
             for i in range(12)
         ]
-        write_answers(paths[generator], answers, dataset="tiny")
+        write(paths[generator], answers)
     judge = tmp_path / "judge"
     judge.mkdir()
     (judge / "prompt.txt").write_text("{instruction} {output_1} {output_2}")

@@ -20,9 +20,8 @@ from pipeline.benchmark.arena_hard import (
     to_battles,
     win_rate,
 )
-from pipeline.benchmark.arena_hard_files import read_answers, read_games, styles_of, write_answers
+from pipeline.benchmark.arena_hard_files import ModelAnswer, read_answers, read_games, styles_of, write_answers
 from pipeline.errors import DataError
-from pipeline.records import Answer, RewardScore
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "arena_hard"
 needs_public_data = pytest.mark.skipif(not SHARED.exists(), reason="needs the public data folder beside the checkout")
@@ -355,18 +354,26 @@ def test_answers_of_both_layouts_give_the_same_style(tmp_path):
         assert styles == {("m", "q"): Style(tokens=7, headers=1, lists=1, bolds=1)}
 
 
-def test_answers_are_written_as_upstream_v2_reads_them(tmp_path):
-    score = RewardScore(mean=0.0, std=0.0, objective_weights=(), objective_scores=())
-    answer = Answer(prompt_id="q", instruction="why ?", output="## Bécause\n1. **x**", generator="tiny", score=score)
+def test_answers_are_written_as_either_edition_reads_them(tmp_path):
+    answer = ModelAnswer(question_id="q", model="tiny", output="## Bécause\n1. **x**", num_tokens=4)
     path = tmp_path / "model_answer" / "tiny.jsonl"
-    write_answers(path, [answer], count_tokens=lambda text: len(text.split()))
+    write_answers(path, [answer], prompts={"q": "why ?"}, rules="v2")
     row = json.loads(path.read_text())
     assert (row["uid"], row["model"], row["messages"][0]["content"]) == ("q", "tiny", "why ?")
     assert row["messages"][-1]["content"]["answer"] == "## Bécause\n1. **x**"
     # Upstream's v2 takes the features by position.
     sums = [v if isinstance(v, int) else sum(v.values()) for v in row["metadata"].values()]
     assert sums == [4, 1, 1, 1]
-    assert styles_of(read_answers([str(path)])) == {("tiny", "q"): Style(tokens=4, headers=1, lists=1, bolds=1)}
+    assert read_answers([str(path)]) == [answer]
+
+    write_answers(path, [answer], prompts={"q": "why ?"}, rules="v0.1")
+    row = json.loads(path.read_text())
+    assert (row["question_id"], row["model_id"]) == ("q", "tiny")
+    # Early readers take the length from the turn, later ones the features from conv_metadata.
+    assert row["choices"] == [{"index": 0, "turns": [{"content": "## Bécause\n1. **x**", "token_len": 4}]}]
+    assert [sum(v.values()) for v in list(row["conv_metadata"].values())[1:]] == [1, 1, 1]
+    assert list(row["conv_metadata"]) == ["token_len", "header_count", "list_count", "bold_count"]
+    assert read_answers([str(path)]) == [answer]
 
 
 @pytest.mark.parametrize(

