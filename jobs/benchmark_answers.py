@@ -123,11 +123,22 @@ class Progress:
     """Counts what this run samples; says now and then how far it is."""
 
     def __init__(self, *, done: int, total: int) -> None:
+        """
+        Args:
+            done: turns answered before this run, of `total`.
+        """
         self.turns = 0
         self.tokens = 0
-        self.done, self._total = done, total
-        """Turns answered before."""
+        self._done, self._total = done, total
+        self.start()
+
+    def start(self) -> None:
+        """Engines are up: the clock of the throughput starts here."""
         self._started = self._shown = time.monotonic()
+
+    @property
+    def left(self) -> int:
+        return self._total - self._done - self.turns
 
     @property
     def seconds(self) -> float:
@@ -138,10 +149,10 @@ class Progress:
         self.tokens += turn.num_tokens
         if time.monotonic() - self._shown >= PROGRESS_S:
             self._shown = time.monotonic()
-            left = self._total - self.done - self.turns
             print(
-                f"answered {self.done + self.turns} of {self._total} turns, "
-                f"{as_number(self.tokens / self.seconds)} tokens/s, {as_clock(self.seconds / self.turns * left)} left",
+                f"answered {self._total - self.left} of {self._total} turns, "
+                f"{as_number(self.tokens / self.seconds)} tokens/s, "
+                f"{as_clock(self.seconds / self.turns * self.left)} left",
                 file=sys.stderr,
                 flush=True,
             )
@@ -179,47 +190,42 @@ def answer_benchmark(options: argparse.Namespace, open_rollouts: OpenRollouts = 
         "seed": sampling.seed,
     }
     with AnswerLog.open(options.out / f"{options.benchmark}.answers", settings, every_question) as log:
-        total = sum(len(question.turns) for question in questions)
-        progress = Progress(done=sum(len(log.turns(question)) for question in questions), total=total)
-        if any(len(log.turns(question)) < len(question.turns) for question in questions):
+        progress = Progress(done=sum(len(log.turns(q)) for q in questions), total=sum(len(q.turns) for q in questions))
+        if progress.left:
             with checkpoint_directory(options.model, recipe.policy.dtype) as directory:
-                context = int(load_config(directory).max_position_embeddings)
                 longest = require_room_for_all(
-                    questions, tokenizer, max_response_tokens=sampling.max_response_tokens, context=context
+                    questions,
+                    tokenizer,
+                    max_response_tokens=sampling.max_response_tokens,
+                    context=int(load_config(directory).max_position_embeddings),
                 )
                 policy = Policy(directory=directory, tokenizer=tokenizer, max_model_len=longest)
                 with open_rollouts(policy, questions, recipe, str(options.out.absolute())) as rollouts:
-                    progress = Progress(done=progress.done, total=total)
+                    progress.start()
                     answer_questions(
-                        rollouts,
-                        questions,
-                        log,
-                        tokenizer,
-                        sampling=sampling,
-                        max_model_len=longest,
-                        progress=progress,
+                        rollouts, questions, log, tokenizer, sampling=sampling, max_model_len=longest, progress=progress
                     )
-        turns = [turn for question in questions for turn in log.turns(question)]
-        answers = [
-            AnsweredQuestion(question=question, outputs=tuple(turn.output for turn in log.turns(question)))
-            for question in questions
-        ]
+        turns = {question.id: log.turns(question) for question in questions}
     written = benchmark.write(
         options.out,
         AnsweredBenchmark(
             model=options.name,
-            answers=answers,
+            answers=[
+                AnsweredQuestion(question=question, outputs=tuple(turn.output for turn in turns[question.id]))
+                for question in questions
+            ],
             count_tokens=lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
         ),
     )
+    every_turn = [turn for answered in turns.values() for turn in answered]
     summary = {
         **settings,
         "questions": len(questions),
         "official_questions": benchmark.num_questions,
-        "turns": total,
-        "tokens": sum(turn.num_tokens for turn in turns),
-        "cut_at_max_response_tokens": sum(turn.finish_reason == "length" for turn in turns),
-        "empty": sum(not turn.output for turn in turns),
+        "turns": len(every_turn),
+        "tokens": sum(turn.num_tokens for turn in every_turn),
+        "cut_at_max_response_tokens": sum(turn.finish_reason == "length" for turn in every_turn),
+        "empty": sum(not turn.output for turn in every_turn),
         **written,
         "this_run": {"turns": progress.turns, "tokens": progress.tokens, "seconds": round(progress.seconds, 3)},
     }
