@@ -22,7 +22,7 @@ from pipeline.benchmark.judging import (
     answers_of_one_model,
     require_fields,
 )
-from pipeline.data.files import read_rows
+from pipeline.data.files import Row, read_rows
 from pipeline.errors import DataError
 
 SAMPLING = JudgeSampling(temperature=0.0, max_tokens=4096, top_logprobs=0)
@@ -68,24 +68,34 @@ def read_arena_template(path: Path) -> JudgePrompt:
 
 
 def read_arena_questions(path: Path) -> list[ArenaQuestion]:
-    """question.jsonl in the v2 layout {uid, category, prompt} or in v0.1's {question_id, category, turns}.
+    """question.jsonl, a question a row.
 
     Raises:
-        DataError: names file and line: a row of neither kind, of several turns, or a question that is there already.
+        DataError: names file and line: a row of neither layout, or a question that is there already.
     """
     questions: dict[str, ArenaQuestion] = {}
     for row in read_rows(str(path)):
-        if "uid" in row.values:
-            uid, prompt = row.require("uid", str), row.require("prompt", str)
-        else:
-            uid, turns = row.require("question_id", str), row.require("turns", list)
-            if len(turns) != 1 or not isinstance(turns[0].get("content"), str):
-                raise DataError(f"{row.place}, field 'turns': {turns!r:.60} is not one turn with its content")
-            prompt = turns[0]["content"]
-        if uid in questions:
-            raise DataError(f"{row.place}: question {uid} is there already; keep one")
-        questions[uid] = ArenaQuestion(uid=uid, category=row.require("category", str), prompt=prompt)
+        question = arena_question(row)
+        if question.uid in questions:
+            raise DataError(f"{row.place}: question {question.uid} is there already; keep one")
+        questions[question.uid] = question
     return list(questions.values())
+
+
+def arena_question(row: Row) -> ArenaQuestion:
+    """A row in the v2 layout {uid, category, prompt} or in v0.1's {question_id, category, turns}.
+
+    Raises:
+        DataError: neither of them, or several turns.
+    """
+    if "uid" in row.values:
+        uid, prompt = row.require("uid", str), row.require("prompt", str)
+    else:
+        uid, turns = row.require("question_id", str), row.require("turns", list)
+        if len(turns) != 1 or not isinstance(turns[0], dict) or not isinstance(turns[0].get("content"), str):
+            raise DataError(f"{row.place}, field 'turns': {turns!r:.60} is not one turn with its content")
+        prompt = turns[0]["content"]
+    return ArenaQuestion(uid=uid, category=row.require("category", str), prompt=prompt)
 
 
 class ArenaHardJudging:

@@ -19,7 +19,7 @@ from pipeline.benchmark.judging import (
     require_fields,
 )
 from pipeline.benchmark.mt_bench import FAILED, ModelAnswer
-from pipeline.data.files import read_rows
+from pipeline.data.files import Row, read_rows
 from pipeline.errors import DataError
 
 SAMPLING = JudgeSampling(temperature=0.0, max_tokens=2048, top_logprobs=0)
@@ -66,23 +66,32 @@ def read_grading_templates(path: Path) -> dict[str, JudgePrompt]:
 
 
 def read_mt_bench_questions(path: Path) -> list[MTBenchQuestion]:
-    """question.jsonl: {question_id, category, turns: [2]}.
+    """question.jsonl, a question a row.
 
     Raises:
         DataError: names file and line: a row of another kind, or a question that is there already.
     """
     questions: dict[int, MTBenchQuestion] = {}
     for row in read_rows(str(path)):
-        turns = row.require("turns", list)
-        if len(turns) != 2:
-            raise DataError(f"{row.place}, field 'turns': {len(turns)} turns; MT-Bench asks two")
-        question_id = row.require("question_id", int)
-        if question_id in questions:
-            raise DataError(f"{row.place}: question {question_id} is there already; keep one")
-        questions[question_id] = MTBenchQuestion(
-            question_id=question_id, category=row.require("category", str), turns=tuple(turns)
-        )
+        question = mt_bench_question(row)
+        if question.question_id in questions:
+            raise DataError(f"{row.place}: question {question.question_id} is there already; keep one")
+        questions[question.question_id] = question
     return list(questions.values())
+
+
+def mt_bench_question(row: Row) -> MTBenchQuestion:
+    """A row {question_id, category, turns: [2]}.
+
+    Raises:
+        DataError: a row of another kind.
+    """
+    turns = row.require("turns", list)
+    if len(turns) != 2 or not all(isinstance(turn, str) for turn in turns):
+        raise DataError(f"{row.place}, field 'turns': {len(turns)} turns, {turns!r:.60}; MT-Bench asks two, in words")
+    return MTBenchQuestion(
+        question_id=row.require("question_id", int), category=row.require("category", str), turns=tuple(turns)
+    )
 
 
 class MTBenchJudging:
