@@ -33,7 +33,7 @@ def run_everywhere(recipes: Sequence[Recipe], demand: Demand, *, max_restarts: i
     Yields:
         (index of the recipe, outcome), as runs finish. An error ends its own run only.
     """
-    task = ray.remote(_run).options(num_cpus=demand.cpus, num_gpus=demand.gpus, max_retries=max_restarts)
+    task = ray.remote(train_one).options(num_cpus=demand.cpus, num_gpus=demand.gpus, max_retries=max_restarts)
     data_root = os.environ.get("VRM_DATA_ROOT", "")
     waiting = {task.remote(recipe, demand.cpus, demand.gpus, data_root): i for i, recipe in enumerate(recipes)}
     try:
@@ -56,7 +56,8 @@ def _outcome(finished: ray.ObjectRef) -> Outcome:
         return WorkerDied(f"its process died, most often for want of memory: {error}. The same command runs it again.")
 
 
-def _run(recipe: Recipe, cpus: float, gpus: float, data_root: str) -> dict[str, Any]:
+def train_one(recipe: Recipe, cpus: float, gpus: float, data_root: str) -> dict[str, Any]:
+    """Plain data of the `RunResult` of one recipe, trained in this process."""
     import torch
 
     from pipeline.data.source import DATA_ROOT, load_data

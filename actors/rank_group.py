@@ -40,8 +40,13 @@ class Rank:
     def build(self, factory: Callable[..., Any], arguments: tuple, address: str) -> None:
         from actors.deepspeed_engine import join_process_group
 
-        device = join_process_group(self._rank, self._world_size, address)
-        self._learner = factory(*arguments, device)
+        self._device = join_process_group(self._rank, self._world_size, address)
+        self._learner = factory(*arguments, self._device)
+
+    def peak_memory(self) -> Metrics:
+        from pipeline.learning.memory import peak_memory
+
+        return peak_memory(self._device)
 
     def restore(self, uri: str) -> None:
         with storage.reading(uri) as directory:

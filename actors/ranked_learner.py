@@ -9,6 +9,7 @@ import ray
 
 from actors.rank_group import RankGroup
 from pipeline.config.schema import DeadlinesConfig
+from pipeline.learning.memory import largest
 from pipeline.records import Experience, Metrics, PolicyWeights, Rollout, TokenEvaluation
 
 
@@ -36,6 +37,13 @@ class RankedLearner:
 
     def export(self, directory: str) -> None:
         self._all(lambda rank: rank.export.remote(directory), f"exporting to {directory}")
+
+    def peak_memory(self) -> Metrics:
+        """Of the rank that needed most (`pipeline.learning.memory`)."""
+        doing = "reporting its memory"
+        return largest(
+            self._group.all(lambda rank: rank.peak_memory.remote(), doing=doing, deadline_s=self._deadline_s)
+        )
 
     def _all(self, call: Callable[[Any], Any], doing: str) -> Any:
         """Rank 0 speaks for all: results are equal on every rank."""

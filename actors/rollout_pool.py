@@ -399,7 +399,7 @@ class RolloutPool:
             }
         name = f"rollout worker {self._num_started}"
         self._num_started += 1
-        actor = (
+        actor: Any = (
             ray.remote(self._worker_class)
             .options(
                 num_cpus=config.cpus_per_worker,
@@ -412,7 +412,7 @@ class RolloutPool:
         return Worker(name=name, actor=actor, started=actor.start.remote(*self._start_arguments))
 
     def _load(self, workers: Sequence[Worker], weights: PolicyWeights) -> tuple[list[Worker], list[Metrics]]:
-        """Loads all workers at once. Returns them, with the dead ones replaced, and their metrics, in order."""
+        """Loads all workers at once. Returns them, with the dead and hanging replaced, and their metrics, in order."""
         call = f"load_weights() of policy version {weights.version}"
         calls = [(worker, worker.actor.load_weights.remote(weights, self._tolerance)) for worker in workers]
         loaded, metrics = [], []
@@ -420,11 +420,18 @@ class RolloutPool:
             while True:
                 try:
                     self._answer(worker, worker.started, "start()", self._deadlines.start_s)
-                    metrics.append(self._answer(worker, reference, call, self._deadlines.weights_s))
-                    break
                 except RayActorError as error:
-                    worker = self._replacement(worker, _died(worker, call, self._config), error)
-                    reference = worker.actor.load_weights.remote(weights, self._tolerance)
+                    worker = self._replacement(worker, _died(worker, "start()", self._config), error)
+                else:
+                    try:
+                        metrics.append(self._answer(worker, reference, call, self._deadlines.weights_s))
+                        break
+                    except RayActorError as error:
+                        worker = self._replacement(worker, _died(worker, call, self._config), error)
+                    except DeadlineExceeded as error:
+                        # It may hang in a chunk that another worker has answered meanwhile.
+                        worker = self._replacement(worker, error, None)
+                reference = worker.actor.load_weights.remote(weights, self._tolerance)
             loaded.append(worker)
         return loaded, metrics
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import secrets
 import socket
 import time
@@ -45,6 +46,7 @@ ROUTE_S = 10.0
 """How long the HTTP proxy may take to learn of a new application."""
 DRAIN_S = 60.0
 """How long a replica that is to end may work on what it took on; clients ask again for what it then drops."""
+OWN_ERROR = re.compile(r"^pipeline\.errors\.(\w+: .+)$", re.MULTILINE)
 LOOK_BACK_S = 11.0
 """Over which the length of the queue is averaged. Serve samples it every 10 s and wants a longer window."""
 
@@ -261,7 +263,7 @@ def scoring_application(model_uri: str, config: ScoringConfig, *, token: str | N
         max_queued_requests=4 * config.max_batch_size,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1.0),
         graceful_shutdown_timeout_s=DRAIN_S,
-        max_constructor_retry_count=1,  # a checkpoint that does not load once never will
+        max_constructor_retry_count=2,  # once may be a node that died; twice is the checkpoint
         max_surge_percent=1,  # rounded up to one replica: a new one starts before an old one ends
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
     ).bind(model_uri, config, token, deadline_s)
@@ -314,8 +316,14 @@ def _wait_until_running(name: str, start_s: float) -> None:
 
 
 def _reason(application: ApplicationStatusOverview) -> str:
-    """Serve tells why a replica failed sometimes of the application, sometimes only of its deployment."""
+    """Serve tells why a replica failed sometimes of the application, sometimes only of its deployment.
+
+    It sends the whole traceback; when one of our errors ended it, that is what the user should read.
+    """
     told = [application.message, *(deployment.message for deployment in application.deployments.values())]
+    letters = [letter for text in told for letter in OWN_ERROR.findall(text)]
+    if letters:
+        return letters[-1]
     return "; ".join(dict.fromkeys(text.strip() for text in told if text.strip())) or "no reason given"
 
 

@@ -38,6 +38,7 @@ def align_policy(rooms: Rooms, policy: StageResult, reward_model: StageResult) -
         inputs=[policy, reward_model],
         data=data_fingerprints(recipe),
         keep_checkpoints=recipe.alignment.keep_checkpoints,
+        keep_best=recipe.alignment.keep_best,
         max_restarts=recipe.cluster.alignment.max_restarts,
     )
 
@@ -64,16 +65,18 @@ def _align(stage: StageDirectory, rooms: Rooms, policy: StageResult, reward_mode
     deadlines = recipe.cluster.deadlines
     rollouts, scorer = rooms.rollouts(policy), rooms.scorer(reward_model)
     with RankGroup("PPO learner", spec.ranks, build_ppo_learner, (spec,), start_s=deadlines.start_s) as group:
-        return align(
+        learner = RankedPolicyLearner(group, deadlines)
+        metrics = align(
             rollouts,
             scorer,
-            RankedPolicyLearner(group, deadlines),
+            learner,
             PromptStream(prompts=tuple(prompts), seed=recipe.seed),
             stage,
             config,
             reward_scale=RewardScale(mean=card.reward_mean, std=card.reward_std),
             seed=recipe.seed,
         )
+        return metrics | learner.peak_memory()
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def demand_of(recipe: Recipe) -> Demand:
     """What one run holds: a single process that takes the place of all ranks of reward training."""
     ranks = recipe.cluster.reward_training
     return Demand(
-        role="run",
+        role="training run",
         setting="cluster.reward_training.ranks",
         count=1,
         cpus=ranks.ranks * ranks.cpus_per_rank,

@@ -89,6 +89,7 @@ def measure(options: argparse.Namespace, recipe: Recipe | None) -> str:
     from pipeline.data.collate import tokenise_pairs
     from pipeline.data.files import content_fingerprint
     from pipeline.data.preferences import first_of_each_prompt, shared_prompts
+    from pipeline.data.score_statistics import ScoreStatistics
     from pipeline.learning.posterior_risk import posterior_risk
     from pipeline.models.reward_model import load_reward_model, read_card
     from pipeline.stages import storage
@@ -102,6 +103,9 @@ def measure(options: argparse.Namespace, recipe: Recipe | None) -> str:
                 "Give the result of a run with reward_training.head=vrm."
             )
         pairs, heldout_pairs = load_pairs(options, recipe, card)
+        ScoreStatistics.of(pairs, card.objectives).require_scale_of(
+            card.score_mean, card.score_std, place=", ".join(options.train) or f"the data of recipe {options.recipe}"
+        )
         dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
         model, tokenizer, _ = load_reward_model(directory, dtype=dtype)
         model_fingerprint = content_fingerprint(directory)

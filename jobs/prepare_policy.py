@@ -65,8 +65,9 @@ def _fine_tune(stage: StageDirectory, recipe: Recipe) -> Metrics:
         with RankGroup(
             "policy training", spec.ranks, build_supervised_trainer, (spec,), start_s=deadlines.start_s
         ) as group:
-            return train(
-                RankedLearner(group, deadlines),
+            learner = RankedLearner(group, deadlines)
+            metrics = train(
+                learner,
                 stage,
                 batch_of=lambda step: [
                     texts[i] for i in step_indices(len(texts), config.batch_size, step, recipe.seed)
@@ -76,6 +77,7 @@ def _fine_tune(stage: StageDirectory, recipe: Recipe) -> Metrics:
                 eval_every=config.eval_every,
                 checkpoint_every=config.checkpoint_every,
             )
+            return metrics | learner.peak_memory()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ A checkpoint that does not load is reported and never answers. On a cluster of m
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -66,6 +67,7 @@ def serve_until_interrupted(options: argparse.Namespace) -> None:
         "deadline_s": deadlines.score_s,
         "token": None if options.no_token else service_token(),
     }
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     swap_asked = threading.Event()
     # Serve replaces an HTTP proxy that missed three checks; by default it checks every 10 s.
     os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")

@@ -35,6 +35,7 @@ def train_reward_model(rooms: Rooms, policy: StageResult) -> StageResult:
         config=recipe.model_dump(mode="json", include={"seed", "objectives", "data", "reward_training"}),
         inputs=[policy],
         data=data_fingerprints(recipe),
+        keep_best=recipe.reward_training.keep_best,
         max_restarts=recipe.cluster.reward_training.max_restarts,
     )
 
@@ -66,8 +67,9 @@ def _train(stage: StageDirectory, recipe: Recipe, backbone_uri: str) -> Metrics:
     )
     deadlines = recipe.cluster.deadlines
     with RankGroup("reward training", spec.ranks, build_reward_trainer, (spec,), start_s=deadlines.start_s) as group:
+        learner = RankedLearner(group, deadlines)
         metrics = train(
-            RankedLearner(group, deadlines),
+            learner,
             stage,
             batch_of=training.batch,
             heldout=training.heldout,
@@ -75,6 +77,7 @@ def _train(stage: StageDirectory, recipe: Recipe, backbone_uri: str) -> Metrics:
             eval_every=config.eval_every,
             checkpoint_every=config.checkpoint_every,
         )
+        metrics |= learner.peak_memory()
     for letter in alarm_letters(metrics):
         print(f"train_reward_model  {letter}", flush=True)
     return metrics | contamination | about_the_data

@@ -43,9 +43,10 @@ def write_report(
                 name=manifest["name"],
                 seconds=manifest["seconds"],
                 node_peak_gib=manifest["node_peak_gib"],
+                metrics=result.metrics,
                 versions=manifest["versions"],
             )
-            for manifest in manifests
+            for manifest, result in zip(manifests, results, strict=True)
         ],
         reward_rows=stages[1].metrics_rows(),
         alignment_rows=stages[2].metrics_rows(),

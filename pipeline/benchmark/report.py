@@ -36,6 +36,14 @@ class StageSummary:
     node_peak_gib: float
     """Most memory in use on the driver's node while the stage ran, all processes together."""
     versions: Mapping[str, str]
+    metrics: Metrics
+    """What the stage left; a training stage says in `memory/*` what one of its ranks needed."""
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        memory = [self.metrics.get(f"memory/{place}_peak_gib") for place in ("rank", "device")]
+        peaks = [self.node_peak_gib, *memory]
+        return (self.name, as_clock(self.seconds), *("" if peak is None else f"{peak:.1f}" for peak in peaks))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +135,7 @@ def render(data: ReportData) -> str:
         alignment_figure=_alignment_figure(data.alignment_rows),
         weights_figure=_weights_figure(data),
         samples=[(base, aligned, _contributions(data, base), _contributions(data, aligned)) for base, aligned in shown],
-        stages=[(s.name, as_clock(s.seconds), f"{s.node_peak_gib:.1f}") for s in data.stages],
+        stages=[stage.cells for stage in data.stages],
         versions=data.stages[-1].versions if data.stages else {},
         recipe=json.dumps(data.recipe, indent=2),
     )

@@ -154,15 +154,15 @@ class VRMHeadConfig(Frozen):
     """Concentrations one by one, or as mean times total concentration; their bounds then hold for the average one."""
     alpha_min: Positive = 0.05
     alpha_max: Positive = 1000.0
-    prior_alpha: Positive = 1.0
-    """Concentration of the symmetric Dirichlet prior."""
+    prior_alpha: Positive | tuple[Positive, ...] = 1.0
+    """Concentrations of the Dirichlet prior: one for all objectives, or a list with one for each."""
     logvar_min: float = -8.0
     logvar_max: float = 4.0
     initial_logvar: float = -2.0
 
     @model_validator(mode="after")
     def _starts_inside_its_bounds(self) -> VRMHeadConfig:
-        if not self.alpha_min < self.prior_alpha < self.alpha_max:
+        if not all(self.alpha_min < alpha < self.alpha_max for alpha in self.prior_concentrations(1)):
             raise ValueError(
                 f"prior_alpha = {self.prior_alpha} must lie between alpha_min = {self.alpha_min} and "
                 f"alpha_max = {self.alpha_max}, because the head starts at its prior"
@@ -173,6 +173,10 @@ class VRMHeadConfig(Frozen):
                 f"logvar_max = {self.logvar_max}"
             )
         return self
+
+    def prior_concentrations(self, num_objectives: int) -> tuple[float, ...]:
+        """alpha_0, [K]."""
+        return self.prior_alpha if isinstance(self.prior_alpha, tuple) else (self.prior_alpha,) * num_objectives
 
 
 class EnsembleConfig(Frozen):
@@ -272,6 +276,17 @@ class RewardTrainingConfig(Frozen):
     eval_every: Count = 50
     max_eval_pairs: Count = 2048
     checkpoint_every: Count = 50
+    keep_best: Literal["eval/accuracy", "-eval/nll"] | None = None
+    """End with the checkpoint that is best by this held-out metric (minus: lowest is best); None ends with the last."""
+
+    @model_validator(mode="after")
+    def _checkpoints_to_choose_from_are_evaluated(self) -> RewardTrainingConfig:
+        if self.keep_best and self.checkpoint_every % self.eval_every:
+            raise ValueError(
+                f"keep_best = {self.keep_best!r} needs an evaluation at every checkpoint, but checkpoint_every = "
+                f"{self.checkpoint_every} is no multiple of eval_every = {self.eval_every}; change one of the two"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_way_to_train_less(self) -> RewardTrainingConfig:
@@ -466,6 +481,9 @@ class AlignmentConfig(Frozen):
     """Sample the next step while the learner works on this one: responses come from the policy before its last update.
     Chunks that wait when an update ends are sampled from the new policy; those begun "continue" with the old one, or
     are "discard"ed and sampled again. None samples each step when its policy is there."""
+    keep_best: Literal["reward/mean", "reward/shaped"] | None = None
+    """End with the checkpoint that is best by this metric of its step; None ends with the last. Rollouts of a step are
+    drawn before its update, so they judge the policy that the update began with."""
     gate_tolerance: Positive | None = None
     """Largest mean absolute logprob difference between engine and learner after a weight update;
     None chooses 1e-4 for float32 and 0.05 for bfloat16."""
@@ -544,6 +562,16 @@ class ExperimentConfig(Frozen):
             raise ValueError(
                 f"reward_training.reward_weights has {len(given)} numbers for {len(self.objectives)} objectives; "
                 f"give one for each of {', '.join(self.objectives)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_prior_concentration_an_objective(self) -> ExperimentConfig:
+        given = self.reward_training.vrm.prior_concentrations(len(self.objectives))
+        if len(given) != len(self.objectives):
+            raise ValueError(
+                f"reward_training.vrm.prior_alpha has {len(given)} numbers for {len(self.objectives)} objectives; "
+                f"give one for each of {', '.join(self.objectives)}, or a single one for all"
             )
         return self
 

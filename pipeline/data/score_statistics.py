@@ -8,9 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
+from pipeline.errors import DataError
 from pipeline.records import PreferencePair
 
 SMALLEST_STD = 1e-6
+LEAST_SCORES = 30
+"""Fewer say too little of their scale."""
+SAME_SCALE = 3.0
+"""Saved standard deviations by which a mean, and the factor by which a spread, may differ between samples of one
+scale. From 0-4 to 1-10 or 0-100 is farther."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +51,28 @@ class ScoreStatistics:
             std=tuple(s if s > SMALLEST_STD else 1.0 for s in std),
             count=tuple(count),
         )
+
+    def require_scale_of(self, mean: Sequence[float], std: Sequence[float], *, place: str) -> None:
+        """Raises unless these scores look as if they were given on the scale of saved statistics.
+
+        Args:
+            mean, std: [K] saved beside a model; empty for a model that was trained without scores.
+            place: where the scores of `self` come from, for the letter.
+
+        Raises:
+            DataError: an objective's mean or spread is far from the saved one.
+        """
+        for k, (saved_mean, saved_std) in enumerate(zip(mean, std, strict=True)):
+            if self.count[k] < LEAST_SCORES:
+                continue
+            ratio = self.std[k] / saved_std
+            if abs(self.mean[k] - saved_mean) > SAME_SCALE * saved_std or not 1 / SAME_SCALE < ratio < SAME_SCALE:
+                raise DataError(
+                    f"{place}: the scores of {self.objectives[k]!r} have mean {self.mean[k]:.3g} and standard "
+                    f"deviation {self.std[k]:.3g}, but the model was trained on scores with mean {saved_mean:.3g} and "
+                    f"standard deviation {saved_std:.3g}. They are on another scale, or of another objective: "
+                    "rescale them, or give the data of this model."
+                )
 
     def standardise(self, scores: Sequence[Mapping[str, float] | None]) -> tuple[torch.Tensor, torch.Tensor]:
         """[B] score mappings to (s_hat [B, K] float32, mask [B, K] bool); s_hat = (s - mean) / std, 0 where missing."""

@@ -95,7 +95,8 @@ def posterior_risk(
             wrong_draws[rows, s] = _wrong(model.head(prompts, responses, seeds).sampled)
         # Float64 and not below 0: at the prior, float32 rounding would otherwise add up over the training set.
         alpha, mu, logvar = (t.double().cpu() for t in (posterior.alpha, posterior.mu, posterior.logvar))
-        kl_w[rows] = dirichlet_kl(alpha[: len(rows)], alpha.new_full((1,), prior.prior_alpha)).clamp(min=0.0)
+        alpha_0 = alpha.new_tensor(prior.prior_concentrations(alpha.shape[1]))
+        kl_w[rows] = dirichlet_kl(alpha[: len(rows)], alpha_0).clamp(min=0.0)
         zero = mu.new_zeros(1)
         kl_z[:, rows] = gaussian_kl(mu, logvar, zero, zero).clamp(min=0.0).view(2, len(rows))
     share = wrong_draws.double().mean(1)

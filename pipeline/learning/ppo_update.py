@@ -175,7 +175,7 @@ class PPOLearner:
             if experience.kl_loss_coefficient > 0:
                 loss = loss + experience.kl_loss_coefficient * policy.kl
                 terms["kl_loss"] = policy.kl
-            if policy_rests:
+            if policy_rests:  # the schema sees to it that the critic shares nothing with the policy
                 loss = torch.zeros_like(loss)
             if experience.critic is not None:
                 values, returns = self._on_device(own, experience.critic.values, experience.critic.returns)

@@ -192,8 +192,8 @@ class RewardModelTrainer:
 
     def _divergences(self, alpha: torch.Tensor, output: RewardOutput) -> dict[str, torch.Tensor]:
         """[n] nats per pair, and their weighted sum in the loss; `alpha` [n, K] is the chosen rows'."""
-        n, prior, zero = len(alpha), alpha.new_full((1,), self.card.vrm.prior_alpha), output.mu.new_zeros(1)
-        kl_w, kl_z = dirichlet_kl(alpha, prior), gaussian_kl(output.mu, output.logvar, zero, zero)
+        n, prior, zero = len(alpha), self.card.vrm.prior_concentrations(alpha.shape[1]), output.mu.new_zeros(1)
+        kl_w, kl_z = dirichlet_kl(alpha, alpha.new_tensor(prior)), gaussian_kl(output.mu, output.logvar, zero, zero)
         kl_z = kl_z[:n] + kl_z[n:]
         mean = self.loss.kl_reduction == "mean"
         penalty = kl_penalty(

@@ -33,7 +33,8 @@ def align(
     by the gate, before any of their samples is used.
 
     Returns:
-        The metrics of the last step; of the last good commit when the KL stop rule ended the run.
+        The metrics of the last step, or of the step that `keep_best` prefers; of the last good commit when the KL stop
+        rule ended the run.
 
     Raises:
         NumericsError: the KL stop rule applies, and there is no earlier commit to end with.
@@ -94,7 +95,10 @@ def align(
                     step, learner.snapshot, state={"kl_coefficient": kl_coefficient, "metrics": metrics}
                 )
                 stage.leave_if_preempted(step)
-    stage.checkpoints.settle()
+    best = stage.checkpoints.better_than(metrics)
+    if best is not None:
+        learner.restore(best.uri)
+        metrics = best.state["metrics"]
     learner.export(stage.result_uri)
     return metrics
 

@@ -28,7 +28,7 @@ def train(
     the state after step s; a run killed anywhere resumes behind its last commit and ends with the same weights.
 
     Returns:
-        The held-out metrics of the finished model.
+        The held-out metrics of the finished model: the last, or the one that `keep_best` prefers.
 
     Raises:
         Preempted: the process is about to be ended; the step it was in is committed.
@@ -45,10 +45,13 @@ def train(
                 metrics |= learner.evaluate(heldout)
             log.write(step, metrics)
             if step + 1 < num_steps and stage.is_commit_due(step, every=checkpoint_every):
-                stage.checkpoints.save(step, learner.snapshot, state={})
+                stage.checkpoints.save(step, learner.snapshot, state={"metrics": metrics})
                 stage.leave_if_preempted(step)
         final = learner.evaluate(heldout)
         log.write(num_steps - 1, final)
-    stage.checkpoints.settle()
+    best = stage.checkpoints.better_than(final)
+    if best is not None:
+        learner.restore(best.uri)
+        final = learner.evaluate(heldout)
     learner.export(stage.result_uri)
     return final

@@ -136,14 +136,19 @@ class VRMHead(nn.Module):
             self.feature_head.output.bias[config.semantic_dims :] = inverse_soft_clamp(
                 config.initial_logvar, low=config.logvar_min, high=config.logvar_max
             )
+            prior = config.prior_concentrations(num_objectives)
             if separate_mean:
                 floor = config.alpha_min / FLOORS_IN_ALPHA_MIN
-                self.weight_head.output.bias[num_objectives] = inverse_bounded_softplus(
-                    config.prior_alpha - floor, low=config.alpha_min - floor, high=config.alpha_max
+                above = [alpha - floor for alpha in prior]
+                share = inverse_bounded_softplus(
+                    sum(above) / num_objectives, low=config.alpha_min - floor, high=config.alpha_max
                 )
+                self.weight_head.output.bias.copy_(torch.tensor([*map(math.log, above), share]))
             else:
-                self.weight_head.output.bias.fill_(
-                    inverse_bounded_softplus(config.prior_alpha, low=config.alpha_min, high=config.alpha_max)
+                self.weight_head.output.bias.copy_(
+                    torch.tensor(
+                        [inverse_bounded_softplus(a, low=config.alpha_min, high=config.alpha_max) for a in prior]
+                    )
                 )
             if config.decoder == "bilinear":
                 nn.init.normal_(self.score_matrix, std=1.0 / math.sqrt(config.semantic_dims))

@@ -183,6 +183,7 @@ def load_reward_model(
         raise CheckpointError(f"{weights} cannot be read: {error}. It was cut short; export it again.") from error
     except RuntimeError as error:
         raise CheckpointError(
-            f"{weights} does not fit the architecture in {directory}/config.json and {CARD_FILE}: {error}"
+            f"{weights} does not fit the architecture in {directory}/config.json and {CARD_FILE} (a {card.head!r} head "
+            f"for {len(card.objectives)} objectives, {', '.join(card.objectives)}): {error}"
         ) from error
     return RewardModel(backbone, head).eval(), load_tokenizer(directory), card

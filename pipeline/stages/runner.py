@@ -51,6 +51,7 @@ class StageRunner:
         inputs: Sequence[StageResult] = (),
         data: Sequence[str] = (),
         keep_checkpoints: int = 2,
+        keep_best: str | None = None,
         max_restarts: int = 0,
     ) -> StageResult:
         """The stage's result: from the workspace if it is there, else computed from its last committed step.
@@ -61,10 +62,11 @@ class StageRunner:
             config: JSON-able slice of the recipe that `compute` reads.
             inputs: results of earlier stages that `compute` reads.
             data: content fingerprints of files that `compute` reads.
+            keep_checkpoints, keep_best: as in `CheckpointStore`.
             max_restarts: how often a death of a worker is answered by starting again from the last commit.
         """
         identity = fingerprint(name, version, config, [result.fingerprint for result in inputs] + list(data))
-        stage = self.workspace.stage(name, identity, keep_checkpoints=keep_checkpoints)
+        stage = self.workspace.stage(name, identity, keep_checkpoints=keep_checkpoints, keep_best=keep_best)
         finished = stage.result()
         if finished is not None:
             stage.checkpoints.delete()

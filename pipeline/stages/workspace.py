@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import threading
@@ -60,11 +61,18 @@ def _never() -> bool:
 class CheckpointStore:
     """The checkpoints of one stage. A directory without a commit is the rest of a killed save and is never read."""
 
-    def __init__(self, uri: str, *, keep: int, before_commit: Callable[[], None] = _always) -> None:
+    def __init__(
+        self, uri: str, *, keep: int, keep_best: str | None = None, before_commit: Callable[[], None] = _always
+    ) -> None:
+        """Args:
+        keep: how many of the newest commits are kept.
+        keep_best: a metric of `state["metrics"]`; the commit where it is highest is kept as well. With a minus in
+            front, where it is lowest.
+        """
         self._uri = uri
         self._keep = keep
+        self._keep_best = keep_best
         self._before_commit = before_commit
-
         self._under_way: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -108,11 +116,32 @@ class CheckpointStore:
             raise error
 
     def commit(self, step: int, state: dict[str, Any]) -> None:
-        """Makes the state after `step` the latest; then deletes all but the newest `keep`, and every rest."""
+        """Makes the state after `step` the latest; then deletes all but the newest `keep`, the best, and every rest."""
         storage.make_durable(self.uri(step))
         self._before_commit()
         storage.write_text(f"{self.uri(step)}.json", json.dumps({"step": step, "state": state}))
-        self._delete_all_but(self._committed_steps()[-self._keep :])
+        best = self._best()
+        kept = self._committed_steps()[-self._keep :]
+        self._delete_all_but(kept if best is None else [best.step, *kept])
+
+    def better_than(self, metrics: Metrics) -> Checkpoint | None:
+        """The best checkpoint, if `keep_best` prefers it to a model with these metrics; a save under way counts."""
+        self.settle()
+        best = self._best()
+        return best if best is not None and self._merit(best.state["metrics"]) > self._merit(metrics) else None
+
+    def _best(self) -> Checkpoint | None:
+        """Of several that are equally good the newest."""
+        if self._keep_best is None:
+            return None
+        commits = [self._read(step) for step in self._committed_steps()]
+        return max(commits, key=lambda commit: (self._merit(commit.state["metrics"]), commit.step), default=None)
+
+    def _merit(self, metrics: Metrics) -> float:
+        """A commit on short notice may not have been evaluated: nothing speaks for it."""
+        assert self._keep_best is not None
+        sign = -1.0 if self._keep_best.startswith("-") else 1.0
+        return sign * metrics.get(self._keep_best.removeprefix("-"), -sign * math.inf)
 
     def latest(self, *, before: int | None = None) -> Checkpoint | None:
         """The newest committed checkpoint, of a step below `before` if given; a save under way is waited for.
@@ -124,10 +153,13 @@ class CheckpointStore:
         steps = [step for step in self._committed_steps() if before is None or step < before]
         if not steps:
             return None
-        commit = f"{self.uri(steps[-1])}.json"
+        return self._read(steps[-1])
+
+    def _read(self, step: int) -> Checkpoint:
+        commit = f"{self.uri(step)}.json"
         cure = f"Delete {commit} to resume from the checkpoint before it."
         values = _read_record(commit, keys=("step", "state"), cure=cure)
-        return Checkpoint(step=values["step"], uri=self.uri(steps[-1]), state=values["state"])
+        return Checkpoint(step=values["step"], uri=self.uri(step), state=values["state"])
 
     def delete_uncommitted(self) -> None:
         """Removes the rests of killed saves, so that a new save never mixes with an old one."""
@@ -162,6 +194,7 @@ class StageDirectory:
         fingerprint: str,
         *,
         keep_checkpoints: int = 2,
+        keep_best: str | None = None,
         require_ownership: Callable[[], None] = _always,
         preempted: Callable[[], bool] = _never,
     ) -> None:
@@ -172,7 +205,10 @@ class StageDirectory:
         self._require_ownership = require_ownership
         self._preempted = preempted
         self.checkpoints = CheckpointStore(
-            storage.join(uri, "checkpoints"), keep=keep_checkpoints, before_commit=self._before_commit
+            storage.join(uri, "checkpoints"),
+            keep=keep_checkpoints,
+            keep_best=keep_best,
+            before_commit=self._before_commit,
         )
 
     def result(self) -> StageResult | None:
@@ -302,13 +338,16 @@ class Workspace:
         storage.require_writable(uri, needs_bytes=needs_bytes)
         return cls(uri, ownership.take(uri, job, take_over=take_over), preempted=preempted)
 
-    def stage(self, name: str, fingerprint: str, *, keep_checkpoints: int = 2) -> StageDirectory:
+    def stage(
+        self, name: str, fingerprint: str, *, keep_checkpoints: int = 2, keep_best: str | None = None
+    ) -> StageDirectory:
         uri = storage.join(self.uri, "stages", f"{name}-{fingerprint[:12]}")
         return StageDirectory(
             uri,
             name,
             fingerprint,
             keep_checkpoints=keep_checkpoints,
+            keep_best=keep_best,
             require_ownership=lambda: ownership.require_ownership(self.uri, self._owner),
             preempted=self.preempted,
         )

@@ -41,6 +41,8 @@ class ScriptedWorker:
     def load_weights(self, weights, tolerance):
         if self._told("die while loading"):
             os._exit(1)
+        if self._told("hang while loading"):
+            time.sleep(60)
         if self._told("be stale"):
             raise StaleEngineError(f"{self._name} is stale")
         self._version = weights.version
@@ -81,9 +83,11 @@ def open_pool(tmp_path):
     """Opens pools of scripted workers whose script lies in `tmp_path`."""
     pools = []
 
-    def open_pool(*, generate_s=30.0, requested_workers=lambda: None, autoscaler=None, workspace=None, **config):
+    def open_pool(
+        *, generate_s=30.0, weights_s=120, requested_workers=lambda: None, autoscaler=None, workspace=None, **config
+    ):
         config = RolloutConfig(**{"workers": 2, "cpus_per_worker": 0.1, "chunk_size": 3} | config)
-        deadlines = DeadlinesConfig(start_s=120, generate_s=generate_s, weights_s=120)
+        deadlines = DeadlinesConfig(start_s=120, generate_s=generate_s, weights_s=weights_s)
         pools.append(
             RolloutPool(
                 str(tmp_path),
@@ -166,14 +170,16 @@ def test_a_hanging_worker_is_named_with_its_call_and_seconds(open_pool, tmp_path
 
 
 def test_a_hanging_worker_is_replaced_within_the_budget(open_pool, tmp_path):
-    pool = open_pool(generate_s=1.5, max_restarts=1)
+    pool = open_pool(workers=1, generate_s=1.5, weights_s=5.0, max_restarts=2)
     pool.load_weights(weights(0))
     untroubled = pool.generate(PROMPTS, SAMPLING)
 
     (tmp_path / "hang").touch()
     assert pool.generate(PROMPTS, SAMPLING) == untroubled
-    assert pool.num_workers == 2
-    assert {worker.name for worker in pool._workers} & {"rollout worker 2"}
+    (tmp_path / "hang while loading").touch()
+    assert pool.load_weights(weights(0))["rollout/workers"] == 1
+    assert pool.generate(PROMPTS, SAMPLING) == untroubled
+    assert [worker.name for worker in pool._workers] == ["rollout worker 2"]
 
 
 def test_a_late_chunk_is_sampled_again_and_stands_in_the_batch_once(open_pool, tmp_path):
@@ -210,13 +216,13 @@ def test_chunks_begun_before_an_update_go_on_or_are_sampled_again_and_those_that
     (tmp_path / "be slow").touch()
     pool.begin(PROMPTS, SAMPLING, resample_unfinished=resample)
     assert until(lambda: not (tmp_path / "be slow").exists())
-    pool.load_weights(weights(1))
+    dropped = pool.load_weights(weights(1))["rollout/answers_dropped"]
     rollouts = pool.collect()
     metrics = pool.load_weights(weights(2))
 
     assert [r.policy_version for r in rollouts] == [0] * old + [1] * (14 - old)
     assert [r.response_ids for r in rollouts] == [r.response_ids for r in untroubled]
-    assert metrics["rollout/answers_dropped"] == (1 if resample else 0)
+    assert dropped == (1 if resample else 0)
     assert metrics["rollout/seconds"] >= SLOW_S - 1
     learner_s = metrics["rollout/seconds"] + metrics["rollout/queue_wait_s"] - metrics["rollout/learner_wait_s"]
     assert learner_s >= SLOW_S - 1  # the load waited for the chunk that was out
@@ -294,7 +300,7 @@ def test_a_prefetched_run_that_is_resized_and_loses_a_worker_has_every_sample_of
         for step in range(config.num_steps):
             sizes.append(pool.load_weights(weights(step))["rollout/workers"])
             batch, ages = rollouts.collect(step)
-            assert ages["rollout/staleness_max"] == (min(1, step) if isinstance(rollouts, PrefetchingRollouts) else 0)
+            assert ages["rollout/staleness_max"] <= (1 if isinstance(rollouts, PrefetchingRollouts) else 0)
             samples.append([(r.prompt.id, r.sample_index, r.response_ids) for r in batch])
             before_update(step)
         return samples, sizes

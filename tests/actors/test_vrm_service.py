@@ -7,6 +7,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from itertools import pairwise
 
 import psutil
 import pytest
@@ -264,7 +265,7 @@ class Load:
 
     def __init__(self, url, world, directories, *, callers=2):
         pairs = world.heldout_pairs()
-        # Sixteen times each word of the world behind a response: too many rows to be all in the replica's memory.
+        # 1,024 rows of all lengths: a replica still has to score most of them.
         self._rows = [(p.prompt, f"{p.chosen} {n}" + " check" * n) for p in pairs for n in range(64)]
         self._url = url
         self._expected = {}
@@ -297,7 +298,8 @@ class Load:
 
     def wait_for_answer(self, *, asked_after):
         """Seconds from then to the end of the first call that began later."""
-        while not self.troubles:
+        gives_up = time.monotonic() + 180
+        while not self.troubles and time.monotonic() < gives_up:
             ends = [end for began, end, _ in self.answers if began > asked_after]
             if ends:
                 return min(ends) - asked_after
@@ -335,16 +337,17 @@ def test_a_new_checkpoint_rolls_in_under_load(service, reward_model, better_mode
     with Load(service[1], world, [reward_model, better_model]) as load:
         with pytest.raises(WorkerError, match=r"holds no reward_model\.json"):
             swap_model(str(tmp_path), reward_model, config, **SETTINGS)
-        began = time.monotonic()
-        load.wait_for_answer(asked_after=began)
+        load.wait_for_answer(asked_after=time.monotonic())
         assert {name for _, _, name in load.answers} == {old}
+        began = time.monotonic()
         swap_model(better_model, reward_model, config, **SETTINGS)
         swapped = time.monotonic()
         load.wait_for_answer(asked_after=swapped)
     assert not load.troubles
     assert {name for asked, _, name in load.answers if asked > swapped} == {new}
-    # Nobody waited for a model to load.
-    assert max(end - asked for asked, end, _ in load.answers if began < asked < swapped) < swapped - began
+    # The old model answered while the new one loaded.
+    ends = sorted(end for _, end, _ in load.answers if began < end < swapped)
+    assert max(later - earlier for earlier, later in pairwise([began, *ends, swapped])) < (swapped - began) / 2
 
 
 def test_what_serve_build_writes_deploys_and_sleeps_while_nobody_asks(
@@ -376,7 +379,7 @@ def test_what_serve_build_writes_deploys_and_sleeps_while_nobody_asks(
     try:
         wait_until(lambda: serve.status().applications["built"].status == "RUNNING")
         assert replicas_of("built") == 0
-        with VRMScorer(f"{service[1]}/built", token=TOKEN, deadline_s=60) as client:
+        with VRMScorer(f"{service[1]}/built", token=TOKEN, deadline_s=120) as client:
             answer = client.score("what of the saw ?", ["do check another source ."])
         assert answer.model_fingerprint == directory_fingerprint(reward_model)
         assert replicas_of("built") == 1
@@ -390,7 +393,7 @@ def replicas_of(application):
     return sum(deployment.replica_states.values())
 
 
-def wait_until(is_so, timeout_s=60):
+def wait_until(is_so, timeout_s=120):
     ends = time.monotonic() + timeout_s
     while not is_so():
         assert time.monotonic() < ends

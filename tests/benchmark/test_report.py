@@ -15,12 +15,16 @@ def answer(prompt_id, output, mean, weights=(0.7, 0.3)):
     )
 
 
+def stage(**metrics):
+    return StageSummary(name="align_policy", seconds=65.0, node_peak_gib=7.25, versions={"torch": "2"}, metrics=metrics)
+
+
 def report(**changes):
     values = {
         "name": "tiny",
         "recipe": {"seed": 0},
         "objectives": ("helpfulness", "honesty"),
-        "stages": [StageSummary(name="align_policy", seconds=65.0, node_peak_gib=7.25, versions={"torch": "2"})],
+        "stages": [stage()],
         "reward_rows": [{"step": s, "train/nll": 0.6, "eval/nll": 0.5} for s in range(3)],
         "alignment_rows": [{"step": s, "reward/mean": s, "kl/per_response": 1.5, "gate/max": 1e-6} for s in range(3)],
         "reward_metrics": {
@@ -71,3 +75,10 @@ def test_a_bradley_terry_run_has_no_weights_to_show():
     plain = [answer("a", "x", 1.0, ())]
     page = render(report(base=plain, aligned=plain, kinds={}, planted_weights={}))
     assert "Objective weights by kind" not in page
+
+
+def test_the_cost_of_a_stage_holds_the_peak_memory_of_its_ranks_where_it_has_any():
+    assert stage().cells == ("align_policy", "1:05", "7.2", "", "")
+    on_gpu = stage(**{"memory/rank_peak_gib": 3.0, "memory/device_peak_gib": 61.55})
+    assert on_gpu.cells == ("align_policy", "1:05", "7.2", "3.0", "61.5")
+    assert "<td>61.5</td>" in render(report(stages=[on_gpu]))

@@ -36,6 +36,12 @@ def test_alignment_holds_ranks_engines_and_scorers_together():
     }
 
 
+def test_a_service_that_sleeps_is_planned_with_the_replica_that_will_wake():
+    scoring = ScoringConfig(replicas=0, max_replicas=4, cpus_per_replica=0.5)
+    *_, benchmark = plan_resources(CLUSTER.model_copy(update={"scoring": scoring}))
+    assert benchmark.total("CPU") == 3 * 2 + 0.5
+
+
 def test_a_plan_that_fits_exactly_is_accepted():
     check_plan(plan_resources(CLUSTER), [node(8.5, 5)])
     check_plan(plan_resources(CLUSTER), [node(4, 2), node(4.5, 3)])

@@ -53,6 +53,16 @@ def test_a_recipe_may_extend_another(tmp_path):
     assert recipe.objectives == ("helpfulness", "safety")
 
 
+def test_a_prior_is_one_concentration_for_all_objectives_or_one_for_each():
+    key = "reward_training.vrm.prior_alpha"
+    assert load_recipe("tiny", [f"{key}=[4,1,1,2]"]).reward_training.vrm.prior_concentrations(4) == (4, 1, 1, 2)
+    assert load_recipe("tiny", [f"{key}=2"]).reward_training.vrm.prior_concentrations(4) == (2, 2, 2, 2)
+    with pytest.raises(ConfigError, match=r"prior_alpha has 2 numbers for 4 objectives.*brevity"):
+        load_recipe("tiny", [f"{key}=[4,1]"])
+    with pytest.raises(ConfigError, match=r"must lie between alpha_min = 0.05"):
+        load_recipe("tiny", [f"{key}=[4,1,1,0.01]"])
+
+
 def test_recipes_that_extend_each_other_are_refused(tmp_path):
     write(tmp_path, f"extends: {tmp_path}/b.yaml\n", "a.yaml")
     write(tmp_path, f"extends: {tmp_path}/a.yaml\n", "b.yaml")

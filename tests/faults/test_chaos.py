@@ -185,12 +185,11 @@ def build_learner(policy, publish_directory, fate, device=None):
     return ppo_learner(policy, small_world(), build_tokenizer(), publish_directory, config=CONFIG, make_engine=engine)
 
 
-class EventfulRollouts:
-    """The pool, and what happens as it is asked for the rollouts of a step."""
+class Eventful:
+    """The pool and the scorer, and what happens to them as a phase of a step begins; each event once."""
 
-    def __init__(self, pool, events):
-        self._pool = pool
-        self._events = events
+    def __init__(self, pool, scorer, events):
+        self._pool, self._scorer, self._events = pool, scorer, events
 
     def load_weights(self, weights):
         self._step = weights.version
@@ -200,6 +199,10 @@ class EventfulRollouts:
     def generate(self, prompts, sampling):
         self._happens("generation")
         return self._pool.generate(prompts, sampling)
+
+    def score(self, prompts, responses):
+        self._happens("scoring")
+        return self._scorer.score(prompts, responses)
 
     def _happens(self, phase):
         self._events.pop((phase, self._step), lambda: None)()
@@ -292,7 +295,7 @@ def test_a_run_that_loses_a_node_two_workers_a_rank_and_a_replica_ends_as_if_not
         ("generation", 1): the_node_loses_power,
         ("generation", 2): (fate / "death in generation").touch,
         ("weights", 3): (fate / "death in a weight update").touch,
-        ("generation", 4): threading.Timer(0.2, kill_the_replica).start,
+        ("scoring", 4): threading.Timer(0.2, kill_the_replica).start,
         ("generation", 5): (fate / "death in backward").touch,
     }
 
@@ -301,8 +304,8 @@ def test_a_run_that_loses_a_node_two_workers_a_rank_and_a_replica_ends_as_if_not
         ranks = RanksConfig(ranks=1, cpus_per_rank=1)
         with RankGroup("PPO learner", ranks, build_learner, spec, start_s=240) as group:
             learner = RankedPolicyLearner(group, DEADLINES)
-            rollouts = EventfulRollouts(pool, events)
-            return align(rollouts, scorer, learner, prompts, stage, CONFIG, reward_scale=scale, seed=0)
+            eventful = Eventful(pool, scorer, events)
+            return align(eventful, eventful, learner, prompts, stage, CONFIG, reward_scale=scale, seed=0)
 
     try:
         with Workspace.open(str(tmp_path / "ws"), job="disturbed", needs_bytes=0) as workspace:

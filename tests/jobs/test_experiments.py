@@ -1,10 +1,11 @@
 """The experiments job: what is finished is never computed again, and what failed does not take the others with it."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
+from actors.experiment_runs import train_one
 from jobs.experiments import compute_on_the_cluster, demand_of, main, parse, run_experiment
 from pipeline.config.load import load_recipe
 from pipeline.errors import ConfigError, CorruptManifest, NumericsError, WorkerError
@@ -75,6 +76,13 @@ def test_a_result_that_cannot_be_read_is_named(tmp_path):
         run_experiment(asked("E7", tmp_path), Fake())
 
 
+def test_a_dry_run_lists_the_runs_and_what_each_holds(tmp_path):
+    told = run_experiment(asked("E4", tmp_path, "--dry-run", "reward_training.num_steps=3"), Fake())
+    assert told.count("seed 1  ensemble") == 1
+    assert "training run" in told
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bad_input_ends_before_anything_is_computed(tmp_path, capsys):
     with pytest.raises(ConfigError, match="varies it itself"):
         run_experiment(asked("E4", tmp_path, "reward_training.head=bt"), Fake())
@@ -88,6 +96,19 @@ def test_bad_input_ends_before_anything_is_computed(tmp_path, capsys):
 def test_a_run_holds_what_the_recipe_gives_all_ranks():
     demand = demand_of(load_recipe("smollm2_cpu"))
     assert (demand.count, demand.cpus, demand.gpus) == (1, 2.0, 0.0)
+
+
+def test_files_are_an_experiment_too_with_a_frozen_backbone_in_bfloat16(world, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(asdict(pair)) + "\n" for pair in world.train_pairs()))
+    overrides = [
+        *("data.source=files", f"data.preferences=[{pairs}]", "data.heldout_fraction=0.3"),
+        *("reward_training.trainable_layers=0", "reward_training.backbone_dtype=bfloat16"),
+    ]
+    outcome = train_one(load_recipe("experiments_tiny", [*SMALL, *overrides]), 1.0, 0.0, "")
+    assert len(outcome["prompts"]) == len(outcome["margins"]["mean"]) > 5
+    assert "weight_correlation" not in outcome["metrics"]  # nobody knows the truth
+    assert outcome["metrics"]["eval/accuracy"] >= 0.0
 
 
 @pytest.mark.components

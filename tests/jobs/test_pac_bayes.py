@@ -1,7 +1,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from jobs.pac_bayes import measure, parse
 from pipeline.config.load import load_recipe
 from pipeline.data.planted import OBJECTIVES
 from pipeline.data.preferences import normalised_prompt
-from pipeline.errors import CheckpointError, ConfigError
+from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.models.backbone import load_backbone
 from pipeline.models.reward_model import RewardModel, make_head, save_reward_model
 from tests.learners import HEAD, reward_card, statistics_of
@@ -99,6 +99,21 @@ def test_a_head_without_a_posterior_is_refused(tiny_policy, world, tokenizer, tm
     model = save_model(tmp_path, tiny_policy, world, tokenizer, head="bt")
     with pytest.raises(CheckpointError, match=r"has a 'bt' head, and no posterior to bound"):
         run("--model", model, "--recipe", "tiny", *SMALL)
+
+
+def test_pairs_of_a_renamed_objective_or_of_another_scale_are_refused(model, world, tmp_path):
+    def train_on(change):
+        pairs = [
+            replace(pair, scores_chosen=change(pair.scores_chosen), scores_rejected=change(pair.scores_rejected))
+            for pair in world.train_pairs()
+        ]
+        train, heldout = write_pairs(tmp_path / "t.jsonl", pairs), write_pairs(tmp_path / "h.jsonl", pairs[:2])
+        run("--model", model, "--train", train, "--heldout", heldout, "--output", str(tmp_path / "report.json"))
+
+    with pytest.raises(DataError, match=r"unknown objective 'helpful'.*Did you mean 'helpfulness'"):
+        train_on(lambda scores: {"helpful": scores["helpfulness"]})
+    with pytest.raises(DataError, match=r"t\.jsonl: the scores of 'helpfulness' .*on another scale"):
+        train_on(lambda scores: {name: score / 5 for name, score in scores.items()})
 
 
 def test_a_recipe_of_other_objectives_is_refused(model):

@@ -1,9 +1,12 @@
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.models.critic import PolicyWithCritic, TokenStatistics
 from pipeline.models.packing import pack
+from pipeline.models.suitability import require_causal, require_plain_head
 from pipeline.records import PromptGroup
+from tests.models.test_packing import DECODERS, decoder
 
 
 def test_token_statistics_equal_a_plain_forward(tiny_policy):
@@ -30,3 +33,18 @@ def test_a_fresh_critic_predicts_nothing(tiny_policy):
     lm = AutoModelForCausalLM.from_pretrained(tiny_policy)
     output = PolicyWithCritic(lm, None)(pack([PromptGroup(prompt_ids=(1, 1), response_ids=((1, 1),))]), 2, 1.0)
     assert TokenStatistics(*output).values.abs().sum() == 0
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_every_family_of_decoders_serves_as_policy(family):
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(decoder(family).config).eval()
+    require_causal(lm.base_model, family)
+    require_plain_head(lm, family)
+    with torch.no_grad():
+        logits = lm(torch.tensor([[5, 6, 7, 10, 11]])).logits[0]
+    expected = torch.log_softmax(logits / 0.5, -1)[[2, 3], [10, 11]]
+    packed = pack([PromptGroup(prompt_ids=(5, 6, 7), response_ids=((10, 11),))])
+    with torch.no_grad():
+        got = TokenStatistics(*PolicyWithCritic(lm, None)(packed, 2, 0.5))
+    torch.testing.assert_close(got.logprobs[0], expected, atol=1e-5, rtol=1e-5)

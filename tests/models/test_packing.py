@@ -9,6 +9,8 @@ from transformers import (
     Gemma2Model,
     Gemma3TextConfig,
     Gemma3TextModel,
+    GemmaConfig,
+    GemmaModel,
     LlamaConfig,
     LlamaModel,
     MambaConfig,
@@ -43,6 +45,7 @@ DECODERS = {
     "qwen2": lambda: Qwen2Model(Qwen2Config(**SIZES)),
     "qwen3": lambda: Qwen3Model(Qwen3Config(**SIZES, head_dim=8)),
     "mistral, window 3": lambda: MistralModel(MistralConfig(**SIZES, sliding_window=3)),
+    "gemma": lambda: GemmaModel(GemmaConfig(**SIZES, head_dim=8)),
     "gemma3, window 3 and whole": lambda: Gemma3TextModel(
         Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=3, layer_types=["sliding_attention", "full_attention"])
     ),

@@ -297,6 +297,20 @@ def test_the_card_names_decoder_and_parameterisation_and_an_older_one_meant_the_
     assert loaded == card()
 
 
+@pytest.mark.parametrize("weight_param", ["softplus", "mean_conc"])
+def test_the_prior_may_favour_an_objective_and_the_head_starts_there(weight_param):
+    config = VRMHeadConfig(semantic_dims=6, hidden_size=32, weight_param=weight_param, prior_alpha=(4.0, 1.0, 0.5, 2.0))
+    output = VRMHead(8, 4, config)(torch.randn(3, 8), torch.randn(3, 8), None)
+    torch.testing.assert_close(output.alpha, torch.tensor([[4.0, 1.0, 0.5, 2.0]]).expand(3, 4), rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_of_another_number_of_objectives_is_refused(tiny_policy, tokenizer, tmp_path):
+    three = card().model_copy(update={"objectives": ("helpfulness", "honesty", "safety")})
+    directory = saved(vrm(tiny_policy), tokenizer, three, tmp_path)
+    with pytest.raises(CheckpointError, match=r"(?s)a 'vrm' head for 3 objectives, helpfulness, .*score_matrix"):
+        load_reward_model(directory)
+
+
 def test_a_regression_checkpoint_remembers_how_it_weighs_its_scores(tiny_policy, tokenizer, tmp_path):
     weights = (0.7, 0.8, 0.5, -0.4)
     backbone = load_backbone(tiny_policy, dtype="float32")

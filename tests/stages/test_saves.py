@@ -67,3 +67,29 @@ def test_a_failed_save_surfaces_at_the_next_step_once_and_leaves_the_commit_befo
         store.require_sound()
     store.require_sound()
     assert store.latest().step == 3
+
+
+def commit(store, step, **metrics):
+    written = Slow()
+    written.may_end.set()
+    store.save(step, lambda: written, {"metrics": metrics})
+    store.settle()
+
+
+@pytest.mark.parametrize(("keep_best", "kept", "best"), [("accuracy", [3, 8, 9], 3), ("-accuracy", [1, 8, 9], 1)])
+def test_the_best_commit_is_kept_beside_the_newest(keep_best, kept, best, tmp_path):
+    store = CheckpointStore(str(tmp_path), keep=2, keep_best=keep_best)
+    for step, accuracy in {0: 0.5, 1: 0.2, 2: 0.7, 3: 0.9, 4: 0.3, 8: 0.6}.items():
+        commit(store, step, accuracy=accuracy)
+    commit(store, 9)  # on short notice, without an evaluation
+    assert committed(store) == kept
+    assert store.better_than({"accuracy": 0.55}).step == best
+
+
+def test_only_a_checkpoint_that_beats_the_last_model_replaces_it(tmp_path):
+    store = CheckpointStore(str(tmp_path), keep=1, keep_best="accuracy")
+    assert store.better_than({"accuracy": 0.1}) is None
+    commit(store, 0, accuracy=0.8)
+    assert store.better_than({"accuracy": 0.8}) is None
+    assert store.better_than({"accuracy": 0.79}).step == 0
+    assert CheckpointStore(str(tmp_path), keep=1).better_than({"accuracy": 0.1}) is None
