@@ -185,9 +185,6 @@ def test_base_and_aligned_are_judged_scored_and_compared_and_every_number_agrees
         assert f">{100 * cell['win_rate']:.1f} <" in page.read_text()
 
 
-def test_a_driver_killed_twice_resumes_to_the_same_result(finished, tmp_path):
-
-
 def test_a_driver_killed_once_and_preempted_once_resumes_to_the_same_result(finished, tmp_path):
     whole, _ = finished
     workspace = tmp_path / "killed"
