@@ -71,7 +71,7 @@ def read_arena_questions(path: Path) -> list[ArenaQuestion]:
     """question.jsonl, a question a row.
 
     Raises:
-        DataError: names file and line: a row of neither kind, of several turns, or a question that is there already.
+        DataError: names file and line: a row of neither layout, or a question that is there already.
     """
     questions: dict[str, ArenaQuestion] = {}
     for row in read_rows(str(path)):
