@@ -1,12 +1,22 @@
 """The forms in which other trainers ask for rewards."""
 
+import asyncio
 import base64
+import contextlib
+import importlib.util
 import json
+import logging
 import math
 import random
+import socket
 import struct
+import sys
+import threading
+import types
+from pathlib import Path
 
 import pytest
+import uvicorn
 
 from tests.actors.test_vrm_api import api, ask, chatml
 
@@ -172,3 +182,40 @@ def test_vllms_own_classes_read_the_answers():
         assert json.loads(theirs.model_dump_json()) == answer
     classify.ClassificationCompletionRequest.model_validate(text)
     scoring.ScoreQueriesDocumentsRequest.model_validate(pair)
+
+
+@contextlib.contextmanager
+def listening(app):
+    """The application on a port of this machine; yields host:port."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def test_openrlhfs_own_client_reads_the_rewards(monkeypatch):
+    """Its rollout agent, loaded from its file: importing the package would ask for its GPU libraries."""
+    package = importlib.util.find_spec("openrlhf")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("needs openrlhf's files (0.11.2 was tried): pip install --no-deps openrlhf")
+    silent = types.SimpleNamespace(init_logger=logging.getLogger)
+    monkeypatch.setitem(sys.modules, "openrlhf", types.ModuleType("openrlhf"))
+    monkeypatch.setitem(sys.modules, "openrlhf.utils", types.ModuleType("openrlhf.utils"))
+    monkeypatch.setitem(sys.modules, "openrlhf.utils.logging_utils", silent)
+    file = Path(package.submodule_search_locations[0], "utils", "agent.py")
+    spec = importlib.util.spec_from_file_location("openrlhf_agent", file)
+    agent = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(agent)
+    with listening(api(token="secret")) as address:
+        executor = agent.SingleTurnAgentExecutor([f"http://vrm:secret@{address}/get_reward"])
+        answers = asyncio.run(
+            executor._fetch_rewards_via_http([chatml(SHORT), chatml(LONG)], [chatml(None)] * 2, [None, "x"])
+        )
+    assert [answer["rewards"] for answer in answers] == [[-0.5, -2.5]]
+    assert answers[0]["extra_logs"]["vrm/reward_std"] == [1.25, 1.75]
