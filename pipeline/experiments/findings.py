@@ -33,6 +33,7 @@ COLUMNS: Mapping[str, str] = {
 }
 """Column of the table -> what the run measured. A head that knows nothing of it has an empty cell."""
 
+OF_A_POSTERIOR = ("kl_w", "kl_z")
 PRINTED = ("accuracy", "nll", "ece", "margin", "kl_w", "kl_z", "active_units", "weight_correlation", "seconds")
 
 
@@ -47,6 +48,8 @@ class FinishedRun:
         """A cell of the table."""
         if column == "seconds":
             return float(self.result["seconds"])
+        if column in OF_A_POSTERIOR and self.run.recipe.reward_training.head != "vrm":
+            return None  # the trainer counts a divergence of 0 where there is no posterior
         return self.result["metrics"].get(COLUMNS[column])
 
 

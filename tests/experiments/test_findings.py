@@ -94,6 +94,7 @@ def test_the_table_has_a_row_per_run_and_an_empty_cell_where_a_head_knows_nothin
         ("bt", "1", "bt"),
     ]
     assert [row["active_units"] for row in rows] == ["5", "", "5", ""]
+    assert [row["kl_z"] for row in rows] == ["0", "", "0", ""]
     assert [row["accuracy"] for row in rows] == ["0.5", "1", "0.5", "1"]
     assert {row["config_hash"] for row in rows} == {run.run.config_hash for run in runs}
     words = in_words(E4, runs, compare(runs, "vrm"))

@@ -312,7 +312,7 @@ def test_the_literal_objective_collapses_and_the_default_weight_does_not(tiny_po
     collapsed, useful = trained(literal), trained(VariationalLossConfig())
     assert collapsed["train/kl_w"] + collapsed["train/kl_z"] < 0.1
     assert collapsed["eval/nll"] == pytest.approx(math.log(2), abs=0.01)
-    assert collapsed["eval/sampled_nll"] == pytest.approx(math.log(2), abs=0.02)
+    assert collapsed["eval/sampled_nll"] == pytest.approx(math.log(2), abs=0.05)  # one draw of 32 pairs
     assert collapsed["eval/margin"] < 0.02
     assert collapsed["eval/accuracy"] > 0.8
     assert (collapsed["alarm/z_collapse"], useful["alarm/z_collapse"]) == (1.0, 0.0)
