@@ -169,19 +169,6 @@ def _read_parquet(file: Path) -> Iterator[Row]:
             yield Row(place=f"{file}, row {number}", number=number, values=values)
 
 
-def _read_json(file: Path) -> Iterator[Row]:
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file}: no JSON: {error}") from error
-    if not isinstance(rows, list):
-        raise DataError(f"{file}: no JSON list of rows but {rows!r:.60}")
-    for number, values in enumerate(rows, start=1):
-        if not isinstance(values, dict):
-            raise DataError(f"{file}, row {number}: {values!r:.60} is no object")
-        yield Row(place=f"{file}, row {number}", number=number, values=values)
-
-
 class AppendedLines:
     """A file of JSON objects, one a line, that only grows: what a killed run had written is there for the next one."""
 
