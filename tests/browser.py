@@ -66,12 +66,14 @@ class Browser:
         self.evaluate(f"document.getElementById({json.dumps(element)}).focus()")
         self._call("Input.insertText", text=text)
 
-    def photograph(self, file: Path, width: int) -> None:
-        """The whole page at this width."""
-        shape = {"deviceScaleFactor": 1, "mobile": False}
-        self._call("Emulation.setDeviceMetricsOverride", width=width, height=800, **shape)
-        height = self.evaluate("document.documentElement.scrollHeight")
-        self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, **shape)
+    def resize(self, width: int, height: int = 800) -> None:
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self._call("Emulation.setDeviceMetricsOverride", **size)
+
+    def photograph(self, file: Path) -> None:
+        """The whole page."""
+        width, height = self.evaluate("[innerWidth, document.documentElement.scrollHeight]")
+        self.resize(width, height)
         file.write_bytes(base64.b64decode(self._call("Page.captureScreenshot")["data"]))
 
     def close(self) -> None:

@@ -31,6 +31,10 @@ CHART = """
 }))
 """
 
+DRAWN_IN_THE_PIXELS_THERE_ARE = """
+[...document.querySelectorAll("svg")].every(svg => svg.viewBox.baseVal.width === svg.parentElement.clientWidth)
+"""
+
 
 @pytest.fixture(scope="module")
 def url(trained_api):
@@ -95,7 +99,9 @@ def test_the_page_shows_what_the_service_says(url, browser, artefacts):
     ]
     assert "fingerprint f00d" in text("model")
     for name, width in (("wide", 1100), ("narrow", 390)):
-        browser.photograph(artefacts / f"page-{name}.png", width)
+        browser.resize(width)
+        browser.wait_for(DRAWN_IN_THE_PIXELS_THERE_ARE)
+        browser.photograph(artefacts / f"page-{name}.png")
         assert browser.evaluate("document.documentElement.scrollWidth") == width  # nothing sticks out
     assert {address.removeprefix(url) for address in browser.requested} == {"/", "/v1/compare", "/v1/model"}
     assert browser.complaints == []
