@@ -12,11 +12,14 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError, WorkerCrashedError
 
+from actors.deaths import DIED
 from actors.reward_trainer import RewardTrainerSpec, reward_trainer
 from cluster.resources import Demand
 from pipeline.config.schema import Recipe
 from pipeline.errors import PipelineError, WorkerDied
 from pipeline.stages import storage
+
+LOOK_AGAIN_S = 60.0
 
 Outcome = dict[str, Any] | PipelineError
 """Plain data of a `RunResult`, or the error that ended the run."""
@@ -38,8 +41,10 @@ def run_everywhere(recipes: Sequence[Recipe], demand: Demand, *, max_restarts: i
     waiting = {task.remote(recipe, demand.cpus, demand.gpus, data_root): i for i, recipe in enumerate(recipes)}
     try:
         while waiting:
-            (done,), _ = ray.wait(list(waiting), num_returns=1)
-            yield waiting.pop(done), _outcome(done)
+            # How long a training may take nobody can say beforehand; the job prints every run that ends.
+            done, _ = ray.wait(list(waiting), num_returns=1, timeout=LOOK_AGAIN_S)
+            for reference in done:
+                yield waiting.pop(reference), _outcome(reference)
     finally:
         for reference in waiting:
             ray.cancel(reference, force=True)
@@ -47,12 +52,12 @@ def run_everywhere(recipes: Sequence[Recipe], demand: Demand, *, max_restarts: i
 
 def _outcome(finished: ray.ObjectRef) -> Outcome:
     try:
-        return ray.get(finished)
+        return ray.get(finished, timeout=LOOK_AGAIN_S)
     except RayTaskError as error:
         if isinstance(error.cause, PipelineError):
             return error.cause
         raise
-    except WorkerCrashedError as error:
+    except (*DIED, WorkerCrashedError) as error:
         return WorkerDied(f"its process died, most often for want of memory: {error}. The same command runs it again.")
 
 

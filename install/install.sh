@@ -33,8 +33,8 @@ esac
 install "${backend[@]}" "$torch" setuptools wheel ninja packaging py-cpuinfo hjson
 DS_BUILD_OPS=0 install "${backend[@]}" --no-build-isolation-package deepspeed --override install/overrides-"$accelerator".txt \
   --editable ".[$accelerator,dev]"
-# A peer like alpaca_eval, of which tests need the evaluation code alone: its own requirements serve models and a web page.
-install --no-deps "fschat==0.2.36"
+# Peers of which the tests need a file or two: their own requirements serve models, or need a GPU.
+install --no-deps "fschat==0.2.36" "openrlhf==0.11.2"
 .venv/bin/python -c 'import deepspeed, ray, torch, transformers, vllm' 2>/dev/null || {
   echo "install: the packages are there but do not import; run .venv/bin/python -c 'import vllm, deepspeed' to see why" >&2
   exit 1
