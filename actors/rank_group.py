@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -61,7 +62,8 @@ class Rank:
         return result if self._rank == 0 else None
 
     def publish_weights(self, version: int) -> PolicyWeights:
-        return self._learner.publish_weights(version)
+        node = ray.get_runtime_context().get_node_id()
+        return replace(self._learner.publish_weights(version), node=node)
 
     def snapshot(self) -> None:
         self._snapshot = self._learner.snapshot()

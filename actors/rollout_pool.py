@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from types import TracebackType
 from typing import Any
@@ -86,7 +86,7 @@ class RolloutPool:
 
     def __init__(
         self,
-        model_directory: str,
+        model_uri: str,
         config: RolloutConfig,
         deadlines: DeadlinesConfig,
         *,
@@ -102,7 +102,7 @@ class RolloutPool:
         """Starts the workers and returns at once; the first `load_weights` waits for them.
 
         Args:
-            model_directory: config and tokenizer files; weights there are not read.
+            model_uri: config and tokenizer files; weights there are not read. Every node must reach it.
             max_model_len: tokens of prompt and response together.
             gate_tolerance: largest mean absolute logprob difference to the learner, nats.
             worker: what runs in each Ray actor.
@@ -117,7 +117,7 @@ class RolloutPool:
             )
         self._worker_class = worker
         self._workspace = workspace
-        self._start_arguments = (model_directory, config, dtype, max_model_len, seed)
+        self._start_arguments = (model_uri, config, dtype, max_model_len, seed)
         self._max_model_len = max_model_len
         self._config = config
         self._deadlines = deadlines
@@ -200,6 +200,8 @@ class RolloutPool:
             StaleEngineError: an engine does not reproduce the learner's probe log-probabilities.
             WorkerDied, DeadlineExceeded: a worker is gone or does not answer, and the retry budget is spent.
         """
+        if weights.node is None:
+            weights = replace(weights, node=ray.get_runtime_context().get_node_id())
         with self._between_chunks():
             self._follow_request()
             self._weights = weights

@@ -6,11 +6,13 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from actors.weight_relay import readable_here
 from pipeline.config.schema import RolloutConfig
 from pipeline.data.sampling import RolloutRequest
 from pipeline.errors import StaleEngineError
 from pipeline.learning.probes import check_engine
 from pipeline.records import Metrics, PolicyWeights, Rollout, SamplingParams
+from pipeline.stages import storage
 
 if TYPE_CHECKING:
     from actors.vllm_engine import Sample
@@ -24,18 +26,20 @@ class RolloutWorker:
         self._version: int | None = None
         self._submitted: dict[int, RolloutRequest] = {}
 
-    def start(self, model_directory: str, config: RolloutConfig, dtype: str, max_model_len: int, seed: int) -> None:
+    def start(self, model_uri: str, config: RolloutConfig, dtype: str, max_model_len: int, seed: int) -> None:
         """Builds the engine. Not the constructor's work: an error here is a message, there a dead actor."""
         from actors.vllm_engine import VLLMEngine
         from pipeline.models.backbone import load_tokenizer
 
-        self._engine = VLLMEngine(model_directory, config, dtype=dtype, max_model_len=max_model_len, seed=seed)
-        self._tokenizer = load_tokenizer(model_directory)
+        with storage.reading(model_uri) as directory:
+            self._engine = VLLMEngine(directory, config, dtype=dtype, max_model_len=max_model_len, seed=seed)
+            self._tokenizer = load_tokenizer(directory)
 
     def load_weights(self, weights: PolicyWeights, tolerance: float) -> Metrics:
         """Loads a published policy and passes the gate; until it has, this worker samples nothing."""
         self._version = None
         started = time.perf_counter()
+        weights = readable_here(weights)
         num_bytes = self._engine.load_weights(weights.location)
         seconds = time.perf_counter() - started
         gate = self.check(weights, tolerance)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.resources import StageDemand, check_plan
 from cluster.submission import job_id
@@ -15,6 +18,7 @@ from pipeline.config.schema import ClusterConfig
 from pipeline.errors import ResourceError
 
 CONNECT_S = 10.0
+REMOVE_S = 30.0
 
 
 @contextmanager
@@ -58,6 +62,20 @@ def _connect(config: ClusterConfig) -> None:
             f"no Ray cluster {place}: {error}. "
             "Start one with `ray start --head`, or unset RAY_ADDRESS to let the job start its own."
         ) from error
+
+
+def remove_from_nodes(directory: str) -> None:
+    """Deletes a local directory on this node, and on the others as far as they can be reached."""
+    shutil.rmtree(directory, ignore_errors=True)
+    here = ray.get_runtime_context().get_node_id()
+    others = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    if others:
+        remove: Any = ray.remote(shutil.rmtree).options(num_cpus=0)
+        removals = [
+            remove.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(directory, True)
+            for node in others
+        ]
+        ray.wait(removals, num_returns=len(removals), timeout=REMOVE_S)
 
 
 def require_listener(address: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,12 +15,11 @@ from actors.rollout_pool import RolloutPool
 from actors.vrm_service import ServedScorer, start_service, stop_service
 from cluster.resources import plan_resources
 from cluster.scaling import Autoscaler
-from cluster.session import open_cluster
+from cluster.session import open_cluster, remove_from_nodes
 from cluster.submission import job_id
 from jobs.command_line import Options
 from pipeline.config.schema import Recipe
 from pipeline.records import StageResult
-from pipeline.stages import storage
 from pipeline.stages.preemption import PreemptionNotice
 from pipeline.stages.requests import forget_requests, requested_rollout_workers
 from pipeline.stages.runner import StageRunner
@@ -47,11 +45,10 @@ class Rooms:
             recipe = self.recipe
             alignment, benchmark = recipe.alignment, recipe.benchmark
             autoscale = recipe.cluster.rollout.autoscale
-            directory = self._exits.enter_context(storage.reading(policy.location))
             forget_requests(self.stages.workspace.uri)
             self._pool = self._exits.enter_context(
                 RolloutPool(
-                    directory,
+                    policy.location,
                     recipe.cluster.rollout,
                     recipe.cluster.deadlines,
                     dtype=recipe.policy.dtype,
@@ -93,7 +90,7 @@ class Rooms:
 
 @contextmanager
 def shared_memory(owner: str) -> Iterator[str]:
-    """A directory for published weights, removed at the end; a killed job's successor reuses its place.
+    """A directory for published weights, on every node removed at the end; a killed job's successor reuses its place.
 
     Args:
         owner: where the job's results go.
@@ -103,7 +100,7 @@ def shared_memory(owner: str) -> Iterator[str]:
     try:
         yield directory
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        remove_from_nodes(directory)
 
 
 def identity(owner: str) -> str:

@@ -201,7 +201,7 @@ class PolicyWeights:
     `lm_head.weight` always explicit."""
     probes: tuple[ProbeSequence, ...]
     node: str | None = None
-    """Id of the node whose file system `location` is in; None where every node reads it."""
+    """Id of the node whose memory `location` lies in; None stands for the driver's."""
 
 
 @dataclass(frozen=True, kw_only=True)

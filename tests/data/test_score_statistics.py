@@ -47,7 +47,8 @@ def test_scores_on_another_scale_than_the_saved_statistics_are_refused(world):
 
 
 def test_flipped_labels_swap_responses_with_their_scores_and_smaller_shares_lie_in_larger_ones(world):
-    pairs = [replace(world.train_pairs()[0], id=str(i)) for i in range(2000)]
+    pair = world.train_pairs()[0]
+    pairs = [replace(pair, id=str(i)) for i in range(2000)]
     some, more = (with_flipped_labels(pairs, share, seed=0) for share in (0.1, 0.3))
     flipped = [{i for i, (a, b) in enumerate(zip(pairs, side, strict=True)) if a != b} for side in (some, more)]
     assert flipped[0] < flipped[1]
