@@ -28,7 +28,15 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 from actors.deaths import DIED
 from actors.vrm_api import build_api
 from pipeline.config.schema import ScoringConfig
-from pipeline.errors import DataError, DeadlineExceeded, PipelineError, ResourceError, WorkerDied, WorkerError
+from pipeline.errors import (
+    ConfigError,
+    DataError,
+    DeadlineExceeded,
+    PipelineError,
+    ResourceError,
+    WorkerDied,
+    WorkerError,
+)
 from pipeline.learning.reward_scorer import RewardModelScorer
 from pipeline.ports import RewardScorer
 from pipeline.records import Message, RewardScore
@@ -190,27 +198,29 @@ def start_service(
 ) -> ServedScorer:
     """Brings the application up and waits for its replicas.
 
-    HTTP listens on 127.0.0.1 when `config.port` is set; it asks for `token` as a bearer token, or for none when None.
+    HTTP listens on `config.host` when `config.port` is set; it asks for `token` as a bearer token, for none when None.
     `deadline_s` is how long a request may take, over HTTP and through the handle.
     A cluster has one Serve for all its jobs, so `name` must be the job's own. An application of that name is replaced:
     only a killed run of the same job can have left it.
 
     Raises:
+        ConfigError: others than this machine could reach it, and there is no token.
         ResourceError: the port is taken, or another application holds it.
         WorkerError: the replicas did not start, say because the checkpoint does not load.
         DeadlineExceeded: they were not up after `start_s`.
     """
     if config.port:
+        require_token_if_exposed(config.host, token)
         if not serve.status().proxies:
-            require_free_port(config.port)
-        serve.start(http_options={"host": "127.0.0.1", "port": config.port})
+            require_free_port(config.host, config.port)
+        serve.start(http_options={"host": config.host, "port": config.port})
     else:
         serve.start(proxy_location="Disabled")
     _delete(name)
     handle = _deploy(scoring_application(model_uri, config, token=token, deadline_s=deadline_s), config, name)
     _wait_until_running(name, start_s)
     if config.port:
-        _require_route(name, config.port)
+        _require_route(name, config)
     return ServedScorer(handle, config, deadline_s=deadline_s)
 
 
@@ -328,30 +338,39 @@ def _reason(application: ApplicationStatusOverview) -> str:
     return "; ".join(dict.fromkeys(text.strip() for text in told if text.strip())) or "no reason given"
 
 
-def _require_route(name: str, port: int) -> None:
+def _require_route(name: str, config: ScoringConfig) -> None:
     """The cluster's one Serve may have been started by another job, which chose another port, or none."""
+    host = "127.0.0.1" if config.host == "0.0.0.0" else config.host
     deadline = time.monotonic() + ROUTE_S
     while time.monotonic() < deadline:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/-/routes", timeout=ROUTE_S) as answer:
+            with urllib.request.urlopen(f"http://{host}:{config.port}/-/routes", timeout=ROUTE_S) as answer:
                 if name in json.loads(answer.read()).values():
                     return
         except (OSError, ValueError):
             pass  # not up yet
         time.sleep(POLL_S)
     raise ResourceError(
-        f"Serve already runs on this cluster and does not listen on port {port} of this machine. "
+        f"Serve already runs on this cluster and does not listen on port {config.port} of this machine. "
         "Choose cluster.scoring.port=0, or end it with `serve shutdown` when nobody uses it."
     )
 
 
-def require_free_port(port: int) -> None:
+def require_token_if_exposed(host: str, token: str | None) -> None:
+    if token is None and host not in ("127.0.0.1", "localhost", "::1"):
+        raise ConfigError(
+            f"a service on {host!r} without a token would answer whoever reaches this machine. "
+            "Give it a token, or let it listen on 127.0.0.1."
+        )
+
+
+def require_free_port(host: str, port: int) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
         except OSError as error:
             raise ResourceError(
-                f"port {port} on 127.0.0.1 is in use ({error.strerror}). "
+                f"port {port} on {host} cannot be had ({error.strerror}). "
                 "Choose another cluster.scoring.port, or 0 for none."
             ) from error

@@ -1,4 +1,4 @@
-"""Serves a trained reward model on 127.0.0.1.
+"""Serves a trained reward model, on 127.0.0.1 unless told otherwise.
 
     python jobs/serve_reward_model.py --model runs/tiny/stages/train_reward_model-.../result --port 8000
     curl -H "Authorization: Bearer $TOKEN" -H "content-type: application/json" \
@@ -38,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="result directory of train_reward_model, or a link to it")
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--host", default="127.0.0.1", help="another address exposes it: put TLS in front")
     parser.add_argument("--replicas", type=int, default=1, help="with --max-replicas the fewest; 0 lets it sleep")
     parser.add_argument("--max-replicas", type=int, help="replicas follow the queue up to this many")
     parser.add_argument("--gpus-per-replica", type=float, default=0.0)
@@ -56,16 +57,25 @@ def serve_until_interrupted(options: argparse.Namespace) -> None:
     # A replica that is replaced later must load the same checkpoint, wherever the link points by then.
     model = os.path.realpath(options.model)
     read_card(model)
-    from actors.vrm_service import require_free_port, service_token, start_service, stop_service, swap_model
+    from actors.vrm_service import (
+        require_free_port,
+        require_token_if_exposed,
+        service_token,
+        start_service,
+        stop_service,
+        swap_model,
+    )
     from cluster.session import open_cluster
 
-    require_free_port(options.port)
+    token = None if options.no_token else service_token()
+    require_token_if_exposed(options.host, token)
+    require_free_port(options.host, options.port)
     config = scoring_config(options)
     deadlines = DeadlinesConfig()
     settings: dict[str, Any] = {
         "start_s": deadlines.start_s,
         "deadline_s": deadlines.score_s,
-        "token": None if options.no_token else service_token(),
+        "token": token,
     }
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     swap_asked = threading.Event()
@@ -76,9 +86,9 @@ def serve_until_interrupted(options: argparse.Namespace) -> None:
         try:
             start_service(model, config, **settings)
             signal.signal(signal.SIGUSR1, lambda *_: swap_asked.set())
-            print(f"serving {in_words(model)} at http://127.0.0.1:{options.port}, process {os.getpid()}")
-            if settings["token"] is not None:
-                print(f"token: {settings['token']}", flush=True)
+            print(f"serving {in_words(model)} at http://{options.host}:{options.port}, process {os.getpid()}")
+            if token is not None:
+                print(f"token: {token}", flush=True)
             while swap_asked.wait():
                 swap_asked.clear()
                 successor = os.path.realpath(options.model)
@@ -101,6 +111,7 @@ def scoring_config(options: argparse.Namespace) -> ScoringConfig:
             max_replicas=options.max_replicas,
             gpus_per_replica=options.gpus_per_replica,
             port=options.port,
+            host=options.host,
         )
     except ValidationError as error:
         raise ConfigError(str(error)) from error

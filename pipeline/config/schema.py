@@ -660,7 +660,9 @@ class ScoringConfig(Frozen):
     """How long an idle replica waits for company. What arrives while it scores shares its next batch anyhow."""
     max_batch_size: Count = 64
     port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """HTTP port on localhost; 0 serves the Ray handle only."""
+    """HTTP port; 0 serves the Ray handle only."""
+    host: str = "127.0.0.1"
+    """Address HTTP listens on. Any other than this machine's own needs a token, and TLS in front of it."""
     max_request_bytes: Count = 8 * 2**20
     max_rows_per_request: Count = 1024
     """Over HTTP. Each row costs at most the model's `max_length` tokens, so this bounds the tokens of a request too."""

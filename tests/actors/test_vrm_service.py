@@ -22,7 +22,7 @@ from ray.serve.scripts import build as serve_build
 from actors.vrm_service import require_free_port, start_service, stop_service, swap_model
 from pipeline.config.schema import ScoringConfig
 from pipeline.data.planted import OBJECTIVES
-from pipeline.errors import DataError, DeadlineExceeded, PipelineError, ResourceError, WorkerError
+from pipeline.errors import ConfigError, DataError, DeadlineExceeded, PipelineError, ResourceError, WorkerError
 from pipeline.learning.reward_scorer import RewardModelScorer
 from pipeline.models.backbone import load_backbone
 from pipeline.models.reward_model import RewardModel, make_head, save_reward_model
@@ -256,8 +256,20 @@ def test_a_taken_port_is_refused_before_anything_starts():
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
-        with pytest.raises(ResourceError, match="is in use"):
-            require_free_port(holder.getsockname()[1])
+        with pytest.raises(ResourceError, match=r"port \d+ on 127\.0\.0\.1 cannot be had"):
+            require_free_port("127.0.0.1", holder.getsockname()[1])
+
+
+def test_a_service_that_others_reach_needs_a_token():
+    with pytest.raises(ConfigError, match=r"a service on '0\.0\.0\.0' without a token would answer whoever reaches"):
+        start_service("nowhere", ScoringConfig(port=8000, host="0.0.0.0"), start_s=1, deadline_s=1)
+
+
+def test_nobody_else_reaches_a_service_that_was_not_exposed(service):
+    _, url = service
+    port = int(url.rpartition(":")[2])
+    listening = {c.laddr.ip for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == port}
+    assert listening == {"127.0.0.1"}
 
 
 class Load:
