@@ -412,6 +412,12 @@ class RolloutPool:
                 self._put_back(call)
                 self._replace(call.worker, _died(call.worker, "sample()", self._config), error)
                 continue
+            except (PipelineError, RayTaskError):
+                if call.batch is batch:
+                    raise
+                # Nobody waits for that batch any more, and so for its errors.
+                self._counts["dropped"] += 1
+                continue
             unwanted = call.batch is not batch or (self._held_back and batch.resample_unfinished)
             if unwanted or not batch.ledger.accept(call.chunk, rollouts, now):
                 self._put_back(call)

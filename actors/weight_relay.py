@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.records import PolicyWeights
 
 WEIGHTS_FILE = "model.safetensors"
-BUCKET_BYTES = 64 * 2**20
+BUCKET_BYTES = 32 * 2**20
 BUCKETS_AHEAD = 4
 """Buckets on their way at once: enough to keep a network busy, and a small part of any object store."""
 BUCKET_S = 120.0

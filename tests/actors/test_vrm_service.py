@@ -246,12 +246,6 @@ def test_another_port_than_the_one_serve_listens_on_is_refused(service, reward_m
     stop_service("other-port")
 
 
-def test_a_checkpoint_that_does_not_load_is_named(service, tmp_path):
-    with pytest.raises(WorkerError, match=r"holds no reward_model\.json"):
-        start_service(str(tmp_path), ScoringConfig(cpus_per_replica=0.5), start_s=120, deadline_s=60, name="broken")
-    stop_service("broken")
-
-
 def test_a_taken_port_is_refused_before_anything_starts():
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))

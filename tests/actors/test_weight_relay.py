@@ -1,32 +1,25 @@
-"""Weights published on one node are read on another; several raylets of one machine stand for the nodes."""
+"""Weights published on one node are read on another; two raylets of one machine stand for the nodes."""
 
 import os
-import warnings
 from pathlib import Path
 
 import pytest
 import ray
-from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.weight_relay import readable_here
 from pipeline.records import PolicyWeights
+from tests.nodes import Node
 
 pytestmark = pytest.mark.components
-SIZE = 150 * 2**20 + 3  # two whole buckets and a part
+SIZE = 70 * 2**20 + 3  # two whole buckets and a part
 
 
-@pytest.fixture(scope="module")
-def two_nodes():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        options = {"num_cpus": 1, "object_store_memory": 400 * 2**20}
-        cluster = Cluster(initialize_head=True, head_node_args=options)
-        other = cluster.add_node(**options)
-        ray.init(address=cluster.address, log_to_driver=False)
-    yield ray.get_runtime_context().get_node_id(), other.node_id
-    ray.shutdown()
-    cluster.shutdown()
+@pytest.fixture
+def two_nodes(local_ray):
+    other = Node(num_cpus=1)
+    yield ray.get_runtime_context().get_node_id(), other.id
+    other.lose_power()
 
 
 def read_on(node, weights, times=1):

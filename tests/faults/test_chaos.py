@@ -45,6 +45,7 @@ from pipeline.stages.workspace import StageDirectory, Workspace
 from tests.conftest import small_world
 from tests.faults.driver import MISFORTUNES, SECOND_SAVE, run
 from tests.learners import ALIGNMENT, HEAD, ppo_learner, prompts_of, reward_card, statistics_of
+from tests.nodes import Node
 
 pytestmark = pytest.mark.components
 
@@ -208,35 +209,6 @@ class Eventful:
         self._events.pop((phase, self._step), lambda: None)()
 
 
-class Node:
-    """A second machine, as far as Ray can tell: a raylet and its workers, which lose power together."""
-
-    def __init__(self, num_cpus):
-        address = ray.get_runtime_context().gcs_address
-        ray_command = os.path.join(os.path.dirname(sys.executable), "ray")
-        self._process = subprocess.Popen(
-            [
-                *(ray_command, "start", f"--address={address}", f"--num-cpus={num_cpus}", "--block"),
-                *(f"--object-store-memory={100 * 2**20}", "--disable-usage-stats"),
-            ],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        until(lambda: sum(node["Alive"] for node in ray.nodes()) == 2)
-
-    def lose_power(self):
-        for process in [*psutil.Process(self._process.pid).children(recursive=True), self._process]:
-            process.kill()
-        self._process.wait()
-
-
-def until(condition):
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 def kill_the_replica():
     [replica] = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::ServeRepli")]
     replica.kill()
@@ -322,7 +294,8 @@ def test_a_run_that_loses_a_node_two_workers_a_rank_and_a_replica_ends_as_if_not
     assert [row["step"] for row in rows] == list(range(6))
     assert_bit_equal(weights(result.location), weights(tmp_path / "quiet" / "result"))
     assert capsys.readouterr().out.count("starts again from its last commit") == 2
-    letters = [record.getMessage() for record in caplog.records if "replacing it" in record.getMessage()]
+    letters = [record.getMessage() for record in caplog.records if "Replacing it" in record.getMessage()]
     assert len(letters) == 4
     assert sum("died during sample()" in letter for letter in letters) >= 1
-    assert sum("died during load_weights() of policy version 3" in letter for letter in letters) == 1
+    # A worker that dies in generation may be missed only then: another has sampled its late chunk meanwhile.
+    assert sum("died during load_weights() of policy version 3" in letter for letter in letters) >= 1

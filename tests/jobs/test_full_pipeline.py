@@ -202,10 +202,10 @@ def test_a_driver_killed_once_and_preempted_once_resumes_to_the_same_result(fini
     assert "train_reward_model  resumes behind step" in log
     assert f"align_policy        resumes behind step {preempted_behind + 1}" in log
     # Two DeepSpeed ranks on the same data: equal to rounding.
-    for name, value in manifest(whole, "train_reward_model")["metrics"].items():
-        assert manifest(workspace, "train_reward_model")["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-5), (
-            name
-        )
+    one, other = (manifest(w, "train_reward_model")["metrics"] for w in (whole, workspace))
+    assert one.keys() == other.keys()
+    learned = {name: value for name, value in one.items() if not name.startswith("memory/")}
+    assert {name: other[name] for name in learned} == pytest.approx(learned, rel=1e-4, abs=1e-5)
     # vLLM samples by seed; a token that flips on a rounding difference moves a mean over 32 responses a little.
     one, other = (manifest(w, "align_policy")["metrics"] for w in (whole, workspace))
     assert other["reward/mean"] == pytest.approx(one["reward/mean"], abs=0.3)
