@@ -27,6 +27,8 @@ FUSED = {
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
 """vLLM's fused projections and the published parameters they are made of, in order."""
+PROMPT_TOKENS_AT_ONCE = 4096
+"""Of a CPU engine, in one forward pass: vLLM's own number."""
 ROUNDING = 32
 """Units in the last place by which two ways to compute one matrix product may differ, relative to its largest entry."""
 
@@ -48,6 +50,12 @@ class VLLMEngine:
         self, model_directory: str, config: RolloutConfig, *, dtype: str, max_model_len: int, seed: int
     ) -> None:
         weight_transfer.register()
+        # A CPU generator cannot be set back, which vLLM does to seeded requests whose prompt it reads in parts.
+        whole_prompts = (
+            {"enable_chunked_prefill": False, "max_num_batched_tokens": max(PROMPT_TOKENS_AT_ONCE, max_model_len)}
+            if config.gpus_per_worker == 0
+            else {}
+        )
         self._llm = LLM(
             model=model_directory,
             dtype=dtype,
@@ -62,6 +70,7 @@ class VLLMEngine:
             weight_transfer_config=WeightTransferConfig(backend=weight_transfer.BACKEND),
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
+            **whole_prompts,
         )
         self._llm.collective_rpc("init_weight_transfer_engine", args=({},))
 

@@ -1,6 +1,7 @@
 """Real vLLM engines behind the pool, against the Hugging Face model they must agree with."""
 
 import copy
+from collections import deque
 from dataclasses import replace
 
 import pytest
@@ -24,7 +25,7 @@ SAMPLING = SamplingParams(temperature=0.7, top_p=1.0, max_response_tokens=24, sa
 
 @pytest.fixture(scope="module")
 def pool(local_ray, tiny_policy):
-    config = RolloutConfig(workers=2, cpus_per_worker=1, chunk_size=8, max_sequences=16, max_restarts=1)
+    config = RolloutConfig(workers=2, cpus_per_worker=1, chunk_size=8, max_sequences=64, max_restarts=1)
     with RolloutPool(
         tiny_policy,
         config,
@@ -182,6 +183,22 @@ def test_weights_that_leave_parameters_out_or_are_not_there_are_refused(pool, po
         pool.load_weights(replace(publish(policy), location="/nowhere"))
 
     assert pool.load_weights(publish(policy))["gate/max"] <= TOLERANCE
+
+
+def test_seeded_prompts_longer_together_than_one_forward_pass_are_answered(pool, policy, publish, tokenizer):
+    pool.load_weights(publish(policy))
+    words = sorted(word for word in tokenizer.get_vocab() if word.isalpha())
+
+    def asked(n):
+        """Prompts that begin differently: what an engine has read once it does not read again."""
+        messages = ({"role": "user", "content": " ".join(words[(n + k) % len(words)] for k in range(105))},)
+        return Prompt(id=str(n), messages=messages, token_ids=encode_prompt(tokenizer, messages))
+
+    # 50 requests an engine, of more than 100 tokens each: vLLM would cut one of them at 4,096.
+    sampling = SamplingParams(temperature=0.7, top_p=1.0, max_response_tokens=4, samples_per_prompt=1, seed=0)
+    waiting = deque((asked(n), sampling) for n in range(100))
+    assert all(100 < len(prompt.token_ids) <= 124 for prompt, _ in waiting)
+    assert {rollout.prompt.id for rollout in pool.stream(waiting)} == {str(n) for n in range(100)}
 
 
 def test_a_killed_engine_and_a_resized_pool_leave_every_sample_as_it_was(pool, policy, publish, prompts):

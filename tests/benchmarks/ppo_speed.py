@@ -41,15 +41,16 @@ from pipeline.data.prompts import PromptStream, read_prompts, tokenise_prompts
 from pipeline.learning.engine import TorchEngine
 from pipeline.learning.experience import RewardScale
 from pipeline.learning.parameter_groups import parameter_groups
-from pipeline.learning.ppo_update import PPOLearner, frozen_reference
+from pipeline.learning.ppo_update import PPOLearner
 from pipeline.learning.probes import choose_probes
 from pipeline.learning.reward_scorer import RewardModelScorer
 from pipeline.loops.alignment import align
 from pipeline.models.backbone import load_backbone, load_causal_lm, load_tokenizer, save_causal_lm
-from pipeline.models.critic import Policy, PolicyWithCritic
+from pipeline.models.critic import PolicyWithCritic
 from pipeline.models.reward_model import RewardModel, RewardModelCard, make_head
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from pipeline.stages.workspace import StageDirectory
+from tests.fakes import reference_of
 
 LEARNING_RATE = 1e-6
 KL_COEFFICIENT = 0.05
@@ -101,7 +102,6 @@ def main() -> None:
 def ours(directory, prompts, options, stage: Path) -> list[dict[str, float]]:
     """The metrics of every iteration but the first."""
     policy, tokenizer = load_causal_lm(directory, dtype="float32")
-    reference, _ = load_causal_lm(directory, dtype="float32")
     critic = load_backbone(directory, dtype="float32")
     optimiser = OptimiserConfig(learning_rate=LEARNING_RATE)
     alignment = AlignmentConfig(
@@ -122,7 +122,7 @@ def ours(directory, prompts, options, stage: Path) -> list[dict[str, float]]:
     groups += parameter_groups(critic, None, optimiser, head_learning_rate=LEARNING_RATE)
     learner = PPOLearner(
         TorchEngine(model, groups, betas=optimiser.betas, max_grad_norm=1.0),
-        frozen_reference(Policy(reference), torch.device("cpu")),
+        reference_of(directory),
         config=alignment,
         model_config=policy.config,
         tokenizer=tokenizer,
