@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from actors.weight_relay import readable_here
 from pipeline.config.schema import RolloutConfig
 from pipeline.data.sampling import RolloutRequest
 from pipeline.errors import StaleEngineError
@@ -37,6 +36,8 @@ class RolloutWorker:
 
     def load_weights(self, weights: PolicyWeights, tolerance: float) -> Metrics:
         """Loads a published policy and passes the gate; until it has, this worker samples nothing."""
+        from actors.weight_relay import readable_here
+
         self._version = None
         started = time.perf_counter()
         weights = readable_here(weights)
