@@ -98,20 +98,18 @@ class DeepSpeedEngine:
         dist.all_reduce(total)
         return total
 
-    def full_state_dict(self) -> dict[str, torch.Tensor]:
+    def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         if self._zero_stage < 3:
-            return (
-                {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
-                if self.rank == 0
-                else {}
-            )
-        state: dict[str, torch.Tensor] = {}
+            yield from self.module.state_dict().items()
+            return
         # One parameter at a time: the whole model never stands on one device.
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             with deepspeed.zero.GatheredParameters([parameter]):
-                if self.rank == 0:
-                    state[name] = parameter.detach().cpu().clone()
-        return state
+                tensor = parameter.detach().clone()
+            yield name, tensor
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.cpu() for name, tensor in self.full_tensors() if self.rank == 0}
 
     def snapshot(self) -> Snapshot:
         return Snapshot.take(self._fragments(), self._shapes(), part=self.rank, num_parts=self.world_size)

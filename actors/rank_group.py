@@ -14,7 +14,7 @@ from ray.exceptions import RayTaskError
 
 from actors.deaths import DIED
 from cluster.placement import pack_bundles
-from pipeline.config.schema import RanksConfig
+from pipeline.config.schema import RanksConfig, WeightTransfer
 from pipeline.errors import DeadlineExceeded, PipelineError, WorkerDied
 from pipeline.records import Metrics, PolicyWeights
 from pipeline.stages import storage
@@ -32,6 +32,7 @@ class Rank:
     def __init__(self, rank: int, world_size: int) -> None:
         self._rank = rank
         self._world_size = world_size
+        self._sender: Any = None
 
     def free_address(self) -> str:
         """Where the process group can meet, asked of rank 0."""
@@ -64,6 +65,27 @@ class Rank:
     def publish_weights(self, version: int) -> PolicyWeights:
         node = ray.get_runtime_context().get_node_id()
         return replace(self._learner.publish_weights(version), node=node)
+
+    def meet_engines(
+        self, backend: WeightTransfer, workers: Sequence[Any], address: str, dtype: str, deadline_s: float
+    ) -> None:
+        """Introduces the learner to rollout workers that shall take its weights from this rank's GPU."""
+        from actors.weight_sender import WeightSender
+
+        if self._sender is not None:
+            self._sender.close()
+        self._sender = WeightSender(
+            backend,
+            self._learner.policy_tensors,
+            workers,
+            rank=self._rank,
+            address=address,
+            dtype=dtype,
+            deadline_s=deadline_s,
+        )
+
+    def send_weights(self) -> None:
+        self._sender.send()
 
     def snapshot(self) -> None:
         self._snapshot = self._learner.snapshot()
@@ -111,7 +133,7 @@ class RankGroup:
             for rank in range(config.ranks)
         ]
         try:
-            [address] = gather([self._ranks[0].free_address.remote()], who=name, doing="starting", deadline_s=start_s)
+            address = self.free_address("starting", deadline_s=start_s)
             factory_ref, arguments_ref = ray.put(factory), ray.put(arguments)
             self.all(
                 lambda rank: rank.build.remote(factory_ref, arguments_ref, address),
@@ -121,6 +143,11 @@ class RankGroup:
         except BaseException:
             self.close()
             raise
+
+    def free_address(self, doing: str, *, deadline_s: float) -> str:
+        """Where others can meet the first rank, "host:port"."""
+        [address] = gather([self._ranks[0].free_address.remote()], who=self.name, doing=doing, deadline_s=deadline_s)
+        return address
 
     def all(self, call: Callable[[Any], Any], *, doing: str, deadline_s: float) -> list[Any]:
         """Makes one call on every rank and waits for all answers, in rank order.

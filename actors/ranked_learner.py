@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
 
 from actors.rank_group import RankGroup
-from pipeline.config.schema import DeadlinesConfig
+from pipeline.config.schema import DeadlinesConfig, WeightTransfer
 from pipeline.learning.memory import largest
 from pipeline.records import Experience, Metrics, PolicyWeights, Rollout, TokenEvaluation
 
@@ -76,3 +76,42 @@ class RankedPolicyLearner(RankedLearner):
 
     def publish_weights(self, version: int) -> PolicyWeights:
         return self._all(lambda rank: rank.publish_weights.remote(version), f"publishing policy version {version}")
+
+
+class RankedSender:
+    """The driver's end: keeps learner and rollout workers introduced, and anew where either has changed."""
+
+    def __init__(self, group: RankGroup, backend: WeightTransfer, *, dtype: str, deadline_s: float) -> None:
+        self._group = group
+        self._backend = backend
+        self._dtype = dtype
+        self._deadline_s = deadline_s
+        self._met: tuple[str, ...] = ()
+
+    def send(self, workers: Mapping[str, Any]) -> None:
+        """Sends the published policy, from the GPUs on which it still is, into every engine.
+
+        Args:
+            workers: name -> Ray handle; idle, and up.
+
+        Raises:
+            TransferFailed: an engine did not take it; the workers read the published file, as after any other failure.
+            WorkerDied, DeadlineExceeded: of the learner.
+        """
+        names = tuple(workers)
+        if names != self._met:
+            self._met = ()
+            address = self._group.free_address("meeting the rollout workers", deadline_s=self._deadline_s)
+            self._all(
+                lambda rank: rank.meet_engines.remote(
+                    self._backend, list(workers.values()), address, self._dtype, self._deadline_s
+                ),
+                "meeting the rollout workers",
+            )
+        self._met = ()
+        self._all(lambda rank: rank.send_weights.remote(), "sending weights to the rollout workers")
+        self._met = names
+
+    def _all(self, call: Callable[[Any], Any], doing: str) -> None:
+        # Twice: the first rank itself notices engines that do not answer.
+        self._group.all(call, doing=doing, deadline_s=2 * self._deadline_s)

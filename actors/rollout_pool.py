@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import GetTimeoutError, RayTaskError
@@ -22,10 +22,18 @@ from actors.deaths import DIED
 from actors.rollout_worker import RolloutWorker
 from cluster.running_jobs import actor_name
 from cluster.scaling import Autoscaler, RolloutWaits
-from pipeline.config.schema import DeadlinesConfig, RolloutConfig
+from pipeline.config.schema import DeadlinesConfig, RolloutConfig, WeightTransfer
 from pipeline.data.chunks import Chunk, ChunkLedger
 from pipeline.data.sampling import require_room, rollout_requests
-from pipeline.errors import ConfigError, DeadlineExceeded, PipelineError, StaleEngineError, WorkerDied, WorkerError
+from pipeline.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    PipelineError,
+    StaleEngineError,
+    TransferFailed,
+    WorkerDied,
+    WorkerError,
+)
 from pipeline.records import Metrics, PolicyWeights, Prompt, Rollout, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -39,6 +47,16 @@ class Worker:
     actor: Any
     started: Any
     """Reference that resolves when the engine is up, or raises why it is not."""
+
+
+class WeightSender(Protocol):
+    """The learner's ranks, as far as they can send their weights without a file."""
+
+    def send(self, workers: Mapping[str, Any]) -> None:
+        """Sends the published policy into the engines of these idle workers, name -> Ray handle.
+
+        Raises TransferFailed when any of them did not take it.
+        """
 
 
 ADVANCE_S = 0.5
@@ -94,6 +112,7 @@ class RolloutPool:
         max_model_len: int,
         gate_tolerance: float,
         seed: int,
+        weight_transfer: WeightTransfer = "shm",
         worker: type = RolloutWorker,
         workspace: str | None = None,
         requested_workers: Callable[[], int | None] = lambda: None,
@@ -105,6 +124,7 @@ class RolloutPool:
             model_uri: config and tokenizer files; weights there are not read. Every node must reach it.
             max_model_len: tokens of prompt and response together.
             gate_tolerance: largest mean absolute logprob difference to the learner, nats.
+            weight_transfer: what the engines shall be able to do beside reading a published file; see `fed_by`.
             worker: what runs in each Ray actor.
             workspace: of the job, told by the actors' names (`cluster/running_jobs.py`); None leaves them nameless.
             requested_workers: asked between batches; the pool grows or shrinks to what it says, None changes nothing.
@@ -117,7 +137,9 @@ class RolloutPool:
             )
         self._worker_class = worker
         self._workspace = workspace
-        self._start_arguments = (model_uri, config, dtype, max_model_len, seed)
+        self._start_arguments = (model_uri, config, weight_transfer, dtype, max_model_len, seed)
+        self._weight_transfer = weight_transfer
+        self._sender: WeightSender | None = None
         self._max_model_len = max_model_len
         self._config = config
         self._deadlines = deadlines
@@ -185,6 +207,18 @@ class RolloutPool:
         else:
             self._workers.append(worker)
 
+    @contextmanager
+    def fed_by(self, sender: WeightSender) -> Iterator[None]:
+        """Within it, engines that can take weights from the learner's GPUs do; what is published is what it sends.
+
+        Who joins later or replaces a dead worker reads the published file, and so do all when a transfer fails.
+        """
+        self._sender = None if self._weight_transfer == "shm" else sender
+        try:
+            yield
+        finally:
+            self._sender = None
+
     def load_weights(self, weights: PolicyWeights) -> Metrics:
         """Gives every engine the published policy; the slowest engine and the widest gap make the metrics.
 
@@ -205,7 +239,8 @@ class RolloutPool:
         with self._between_chunks():
             self._follow_request()
             self._weights = weights
-            self._workers, metrics = self._load(self._workers, weights)
+            sent = self._sender is not None and self._send(self._sender)
+            self._workers, metrics = self._load(self._workers, weights, received=sent)
             counts, self._counts = self._counts, Counter()
             waits, self._waits = self._waits, None
         overlap = (
@@ -217,6 +252,8 @@ class RolloutPool:
             if waits is not None
             else {}
         )
+        if self._sender is not None:
+            overlap["weights/sent_between_gpus"] = float(sent)
         return overlap | {
             "rollout/workers": float(len(self._workers)),
             "rollout/chunks_issued_again": float(counts["issued again"]),
@@ -225,6 +262,7 @@ class RolloutPool:
             "gate/max": max(m["gate/max"] for m in metrics),
             "weights/seconds": max(m["weights/seconds"] for m in metrics),
             "weights/gb_per_s": min(m["weights/gb_per_s"] for m in metrics),
+            "weights/copy_gb_per_s": min(m["weights/copy_gb_per_s"] for m in metrics),
         }
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
@@ -485,29 +523,54 @@ class RolloutPool:
         )
         return Worker(name=name, actor=actor, started=actor.start.remote(*self._start_arguments))
 
-    def _load(self, workers: Sequence[Worker], weights: PolicyWeights) -> tuple[list[Worker], list[Metrics]]:
-        """Loads all workers at once. Returns them, with the dead and hanging replaced, and their metrics, in order."""
+    def _send(self, sender: WeightSender) -> bool:
+        """Whether the learner's GPUs have sent what it published into every engine."""
+        self._workers = [self._up(worker) for worker in self._workers]
+        try:
+            sender.send({worker.name: worker.actor for worker in self._workers})
+        except TransferFailed as error:
+            logger.warning("%s", error)
+            return False
+        return True
+
+    def _load(
+        self, workers: Sequence[Worker], weights: PolicyWeights, *, received: bool = False
+    ) -> tuple[list[Worker], list[Metrics]]:
+        """Loads all workers at once, or passes them through the gate if they have received the weights already.
+
+        Returns them, with the dead and hanging replaced, and their metrics, in order.
+        """
         call = f"load_weights() of policy version {weights.version}"
-        calls = [(worker, worker.actor.load_weights.remote(weights, self._tolerance)) for worker in workers]
+        calls = []
+        for worker in workers:
+            load = worker.actor.accept_weights if received else worker.actor.load_weights
+            calls.append((worker, load.remote(weights, self._tolerance)))
         loaded, metrics = [], []
         for worker, reference in calls:
             while True:
-                try:
-                    self._answer(worker, worker.started, "start()", self._deadlines.start_s)
-                except DIED as error:
-                    worker = self._replacement(worker, _died(worker, "start()", self._config), error)
-                else:
+                up = self._up(worker)
+                if up is worker:
                     try:
                         metrics.append(self._answer(worker, reference, call, self._deadlines.weights_s))
                         break
                     except DIED as error:
-                        worker = self._replacement(worker, _died(worker, call, self._config), error)
+                        up = self._replacement(worker, _died(worker, call, self._config), error)
                     except DeadlineExceeded as error:
                         # It may hang in a chunk that another worker has answered meanwhile.
-                        worker = self._replacement(worker, error, None)
-                reference = worker.actor.load_weights.remote(weights, self._tolerance)
+                        up = self._replacement(worker, error, None)
+                worker, reference = up, up.actor.load_weights.remote(weights, self._tolerance)
             loaded.append(worker)
         return loaded, metrics
+
+    def _up(self, worker: Worker) -> Worker:
+        """The worker once its engine has started, or the one that had to replace it."""
+        while True:
+            try:
+                self._answer(worker, worker.started, "start()", self._deadlines.start_s)
+            except DIED as error:
+                worker = self._replacement(worker, _died(worker, "start()", self._config), error)
+            else:
+                return worker
 
     def _replace(self, worker: Worker, error: WorkerError, cause: Exception | None = None) -> None:
         """Puts a loaded worker in the place of one that is gone; who has left the pool before needs none."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from pipeline.config.schema import RolloutConfig
+from pipeline.config.schema import RolloutConfig, WeightTransfer
 from pipeline.data.sampling import RolloutRequest
 from pipeline.errors import StaleEngineError
 from pipeline.learning.probes import check_engine
@@ -17,21 +19,49 @@ if TYPE_CHECKING:
     from actors.vllm_engine import Sample
 
 
+COPIED_BYTES = 256 * 2**20
+"""At most, to measure once how fast the engine's memory is: more than any cache, and a moment's work."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """The last policy's way into the engine."""
+
+    seconds: float
+    num_bytes: int
+
+
 class RolloutWorker:
     """Holds an engine and the tokenizer that turns its samples into text."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._version: int | None = None
+        self._copy_gb_per_s: float | None = None
         self._submitted: dict[int, RolloutRequest] = {}
 
-    def start(self, model_uri: str, config: RolloutConfig, dtype: str, max_model_len: int, seed: int) -> None:
+    def start(
+        self,
+        model_uri: str,
+        config: RolloutConfig,
+        weight_transfer: WeightTransfer,
+        dtype: str,
+        max_model_len: int,
+        seed: int,
+    ) -> None:
         """Builds the engine. Not the constructor's work: an error here is a message, there a dead actor."""
         from actors.vllm_engine import VLLMEngine
         from pipeline.models.backbone import load_tokenizer
 
         with storage.reading(model_uri) as directory:
-            self._engine = VLLMEngine(directory, config, dtype=dtype, max_model_len=max_model_len, seed=seed)
+            self._engine = VLLMEngine(
+                directory,
+                config,
+                weight_transfer=weight_transfer,
+                dtype=dtype,
+                max_model_len=max_model_len,
+                seed=seed,
+            )
             self._tokenizer = load_tokenizer(directory)
 
     def load_weights(self, weights: PolicyWeights, tolerance: float) -> Metrics:
@@ -42,20 +72,51 @@ class RolloutWorker:
         started = time.perf_counter()
         weights = readable_here(weights)
         num_bytes = self._engine.load_weights(weights.location)
-        seconds = time.perf_counter() - started
+        self._transfer = Transfer(seconds=time.perf_counter() - started, num_bytes=num_bytes)
+        return self.accept_weights(weights, tolerance)
+
+    # What the learner's first rank calls while it sends (`actors/weight_sender.py`).
+
+    def meet_learner(self, init_info: dict[str, Any]) -> None:
+        self._engine.meet_learner(init_info)
+
+    def start_update(self) -> None:
+        self._version = None
+        self._began, self._num_bytes = time.perf_counter(), 0
+        self._engine.start_update()
+
+    def receive(self, update_info: dict[str, Any]) -> None:
+        self._engine.receive(update_info)
+        self._num_bytes += update_bytes(update_info)
+
+    def finish_update(self) -> None:
+        self._engine.finish_update()
+        self._transfer = Transfer(seconds=time.perf_counter() - self._began, num_bytes=self._num_bytes)
+
+    def accept_weights(self, weights: PolicyWeights, tolerance: float) -> Metrics:
+        """The gate for weights that are in the engine, however they came; then this worker samples from them."""
         gate = self.check(weights, tolerance)
         self._version = weights.version
-        return gate | {"weights/seconds": seconds, "weights/gb_per_s": num_bytes / 1e9 / seconds}
+        seconds, num_bytes = self._transfer.seconds, self._transfer.num_bytes
+        if self._copy_gb_per_s is None:
+            self._copy_gb_per_s = self._engine.copy_gb_per_s(min(num_bytes, COPIED_BYTES))
+        return gate | {
+            "weights/seconds": seconds,
+            "weights/gb_per_s": num_bytes / 1e9 / seconds,
+            "weights/copy_gb_per_s": self._copy_gb_per_s,
+        }
 
     def check(self, weights: PolicyWeights, tolerance: float) -> Metrics:
         """The numerics gate alone."""
+        from actors.weight_relay import readable_here
+
         return check_engine(
             weights.probes,
             self._engine.probe_logprobs(weights.probes),
             tolerance=tolerance,
             engine=self._name,
             version=weights.version,
-            differing_groups=lambda: self._engine.differing_groups(weights.location),
+            differing_groups=lambda: self._engine.differing_groups(readable_here(weights).location),
         )
 
     def sample(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Rollout]:
@@ -94,3 +155,13 @@ class RolloutWorker:
             policy_version=version,
             finish_reason=sample.finish_reason,
         )
+
+
+def update_bytes(update_info: Mapping[str, Any]) -> int:
+    """Of the tensors that vLLM's update announces."""
+    import torch
+
+    return sum(
+        math.prod(shape) * getattr(torch, dtype).itemsize
+        for shape, dtype in zip(update_info["shapes"], update_info["dtype_names"], strict=True)
+    )

@@ -1,4 +1,7 @@
-"""One vLLM engine: load weights, recompute probes, sample. With weight_transfer.py the only importer of vllm."""
+"""One vLLM engine: load weights, recompute probes, sample.
+
+Beside the two ends of weight transfer the only importer of vllm.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,19 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from vllm import LLM, SamplingParams, TokensPrompt
-from vllm.config import WeightTransferConfig
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.sampling_params import RequestOutputKind
 
-from actors import weight_transfer
-from pipeline.config.schema import RolloutConfig
+from actors.weight_transfer import register
+from pipeline.config.schema import RolloutConfig, WeightTransfer
 from pipeline.errors import StaleEngineError
+from pipeline.learning.memory import copy_gb_per_s
 from pipeline.records import FinishReason, ProbeSequence
 from pipeline.records import SamplingParams as Sampling
 
@@ -47,9 +51,15 @@ class VLLMEngine:
     """An engine without weights of its own: it starts with dummies and must be given a policy."""
 
     def __init__(
-        self, model_directory: str, config: RolloutConfig, *, dtype: str, max_model_len: int, seed: int
+        self,
+        model_directory: str,
+        config: RolloutConfig,
+        *,
+        weight_transfer: WeightTransfer,
+        dtype: str,
+        max_model_len: int,
+        seed: int,
     ) -> None:
-        weight_transfer.register()
         # A CPU generator cannot be set back, which vLLM does to seeded requests whose prompt it reads in parts.
         whole_prompts = (
             {"enable_chunked_prefill": False, "max_num_batched_tokens": max(PROMPT_TOKENS_AT_ONCE, max_model_len)}
@@ -67,25 +77,52 @@ class VLLMEngine:
             load_format="dummy",
             # With tied embeddings a CPU engine keeps a packed copy of lm_head that updates do not reach.
             hf_overrides={"tie_word_embeddings": False},
-            weight_transfer_config=WeightTransferConfig(backend=weight_transfer.BACKEND),
+            weight_transfer_config=register(weight_transfer),
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
             **whole_prompts,
         )
-        self._llm.collective_rpc("init_weight_transfer_engine", args=({},))
+        self._is_updating = False
 
     def load_weights(self, location: str) -> int:
-        """Loads a published policy and forgets cached prefixes of the one before. Returns the bytes read."""
+        """Loads a published policy from its file. Returns the bytes read."""
         path = os.path.join(location, WEIGHTS_FILE)
+        self.start_update()
+        self.receive({"path": path})
+        self.finish_update()
+        return os.path.getsize(path)
+
+    def meet_learner(self, init_info: dict[str, Any]) -> None:
+        """Agrees with the learner's ranks on how they will send; `init_info` is theirs."""
+        self._llm.collective_rpc("init_weight_transfer_engine", args=(init_info,))
+
+    def start_update(self) -> None:
+        """Begins to replace the weights; an update that somebody began and nobody finished ends here."""
+        if self._is_updating:
+            self._llm.collective_rpc("finish_weight_update")
         self._llm.collective_rpc("start_weight_update")
-        self._llm.collective_rpc("update_weights", args=({"path": path},))
+        self._is_updating = True
+
+    def receive(self, update_info: dict[str, Any]) -> None:
+        """Takes all of the weights or a part, from where `update_info` says."""
+        self._is_updating = False  # an update that fails is over
+        self._llm.collective_rpc("update_weights", args=(update_info,))
+        self._is_updating = True
+
+    def finish_update(self) -> None:
+        """Ends an update, and forgets cached prefixes of the policy before."""
         self._llm.collective_rpc("finish_weight_update")
+        self._is_updating = False
         if not self._llm.reset_prefix_cache():
             raise StaleEngineError(
-                f"the engine would not forget the prefixes it cached before {location!r}: a request is still running. "
+                "the engine would not forget the prefixes it cached before this update: a request is still running. "
                 "Load weights between batches only."
             )
-        return os.path.getsize(path)
+
+    def copy_gb_per_s(self, num_bytes: int) -> float:
+        """Of the memory that the engine's weights lie in."""
+        [speed] = self._llm.apply_model(lambda model: copy_gb_per_s(num_bytes, next(model.parameters()).device))
+        return speed
 
     def probe_logprobs(self, probes: Sequence[ProbeSequence]) -> list[list[float]]:
         """Log-probabilities of the probes' response tokens at temperature 1."""

@@ -1,8 +1,9 @@
 """Weights into a running vLLM engine, through vLLM's own weight-transfer API.
 
-vLLM ships transports between GPUs (`nccl`, `ipc`, ...), in which learner and engine meet in one collective. `shm` is
-ours, registered beside them: the learner writes one safetensors file on the node, and every engine of the node reads it
-when its turn comes. It needs no GPU, and works for engines on one as well.
+`shm` is ours: the learner writes one safetensors file on the node, and every engine of the node reads it when its turn
+comes. It needs no GPU, and works for engines on one as well. `nccl` and `ipc` are vLLM's, between GPUs: learner and
+engines take part at the same time (`actors/weight_sender.py` is the other end). An engine of any of the three also
+reads the file, which is how a worker gets its weights that joins when the others have theirs.
 """
 
 from __future__ import annotations
@@ -14,18 +15,19 @@ from dataclasses import dataclass
 
 import torch
 from safetensors import safe_open
-from vllm.config import set_current_vllm_config
+from vllm.config import WeightTransferConfig, set_current_vllm_config
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from pipeline.config.schema import WeightTransfer
 from pipeline.errors import CheckpointError
-
-BACKEND = "shm"
 
 
 @dataclass
@@ -40,8 +42,59 @@ class ShmUpdateInfo(WeightTransferUpdateInfo):
     path: str = ""
 
 
-class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
-    """Loads a published safetensors file into the model of this worker."""
+class ReadsPublishedFile(WeightTransferEngine):
+    """What the engines of all three backends add to vLLM's."""
+
+    def init_transfer_engine(self, init_info: WeightTransferInitInfo) -> None:
+        """Meets a learner, after leaving the one before: a stage that starts again has new ranks."""
+        self.shutdown()
+        super().init_transfer_engine(init_info)
+
+    def update_weights(self, update_info: dict) -> None:
+        """Takes part of the weights as the backend does, or all of them from the file at `update_info["path"]`."""
+        try:
+            if "path" in update_info:
+                self._read(update_info["path"])
+            else:
+                self.receive_weights(self.parse_update_info(update_info))
+            # The base class synchronises an accelerator, which a CPU engine does not have.
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize()
+        except BaseException:
+            # Else the next update would begin with the parts that this one has left waiting.
+            self.finish_weight_update()
+            raise
+
+    def _read(self, path: str) -> None:
+        """Streams the file into the model, one tensor at a time: a full GPU has no room for a second copy.
+
+        Raises:
+            CheckpointError: the file is not on this node, or leaves parameters of the model as they were.
+        """
+        if not os.path.isfile(path):
+            raise CheckpointError(
+                f"no published weights at {path!r} on node {os.uname().nodename}. Rollout workers read "
+                "what the learner's first rank writes: put both on one node, or publish where both can read."
+            )
+        dtype = self.model_config.dtype
+        parameters = {name for name, _ in self.model.named_parameters()}
+        with (
+            set_current_vllm_config(self.vllm_config),
+            safe_open(path, framework="pt", device=str(self.device)) as published,
+        ):
+            names = list(published.keys())
+            loaded = self.model.load_weights((name, published.get_tensor(name).to(dtype)) for name in names)
+        missing = sorted(parameters - set(loaded))
+        if missing:
+            raise CheckpointError(
+                f"{path!r} holds {len(names)} tensors, but none for {len(missing)} of the engine's "
+                f"{len(parameters)} parameters ({', '.join(missing[:3])}, ...), which would stay as they were. Publish "
+                "every parameter, lm_head.weight included, from a policy of the engine's architecture."
+            )
+
+
+class ShmWeightTransferEngine(ReadsPublishedFile, WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
+    """Knows no other way than the file."""
 
     init_info_cls = ShmInitInfo
     update_info_cls = ShmUpdateInfo
@@ -53,38 +106,8 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         with set_current_vllm_config(self.vllm_config):
             initialize_layerwise_reload(self.model)
 
-    def update_weights(self, update_info: dict) -> None:
-        self.receive_weights(self.parse_update_info(update_info))
-        # The base class synchronises an accelerator, which a CPU engine does not have.
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
-
     def receive_weights(self, update_info: ShmUpdateInfo) -> None:
-        """Streams the file into the model, one tensor at a time: a full GPU has no room for a second copy.
-
-        Raises:
-            CheckpointError: the file is not on this node, or leaves parameters of the model as they were.
-        """
-        if not os.path.isfile(update_info.path):
-            raise CheckpointError(
-                f"no published weights at {update_info.path!r} on node {os.uname().nodename}. Rollout workers read "
-                "what the learner's first rank writes: put both on one node, or publish where both can read."
-            )
-        dtype = self.model_config.dtype
-        parameters = {name for name, _ in self.model.named_parameters()}
-        with (
-            set_current_vllm_config(self.vllm_config),
-            safe_open(update_info.path, framework="pt", device=str(self.device)) as published,
-        ):
-            names = list(published.keys())
-            loaded = self.model.load_weights((name, published.get_tensor(name).to(dtype)) for name in names)
-        missing = sorted(parameters - set(loaded))
-        if missing:
-            raise CheckpointError(
-                f"{update_info.path!r} holds {len(names)} tensors, but none for {len(missing)} of the engine's "
-                f"{len(parameters)} parameters ({', '.join(missing[:3])}, ...), which would stay as they were. Publish "
-                "every parameter, lm_head.weight included, from a policy of the engine's architecture."
-            )
+        self._read(update_info.path)
 
     def finish_weight_update(self) -> None:
         with set_current_vllm_config(self.vllm_config):
@@ -94,9 +117,22 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         """Nothing is held open between updates."""
 
 
-def register() -> None:
-    """Makes `shm` known to vLLM in this process; safe to repeat."""
+class NcclWeightTransferEngine(ReadsPublishedFile, NCCLWeightTransferEngine):
+    """Receives what the learner's first rank broadcasts."""
+
+
+class IpcWeightTransferEngine(ReadsPublishedFile, IPCWeightTransferEngine):
+    """Copies from the memory of the learner's rank on the same GPU."""
+
+
+ENGINES = {"shm": ShmWeightTransferEngine, "nccl": NcclWeightTransferEngine, "ipc": IpcWeightTransferEngine}
+
+
+def register(backend: WeightTransfer) -> WeightTransferConfig:
+    """Makes the backend known to vLLM in this process; safe to repeat. Returns what an engine is told to use it."""
     # It warns of layers without parameters (rotary embeddings) at every update; a parameter left out is an error above.
     logging.getLogger(initialize_layerwise_reload.__module__).setLevel(logging.ERROR)
+    name = f"published_or_{backend}"
     with contextlib.suppress(ValueError):  # already registered
-        WeightTransferEngineFactory.register_engine(BACKEND, ShmWeightTransferEngine)
+        WeightTransferEngineFactory.register_engine(name, ENGINES[backend])
+    return WeightTransferConfig(backend=name)

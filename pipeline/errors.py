@@ -14,7 +14,8 @@
     ├── WorkerError          a remote process that failed
     │   ├── WorkerDied           it is gone, and so is its retry budget
     │   ├── Overloaded           it has more to do than it may take on
-    │   └── DeadlineExceeded     it did not answer in time
+    │   ├── DeadlineExceeded     it did not answer in time
+    │   └── TransferFailed       weights did not reach the engines from GPU to GPU
     └── Preempted            asked to leave, and left behind a commit
 
 Each error carries its message alone, so it survives pickling across a Ray boundary unchanged.
@@ -80,6 +81,10 @@ class Overloaded(WorkerError):
 
 class DeadlineExceeded(WorkerError):
     """A remote call did not return in time; the message says which, and for how long it ran."""
+
+
+class TransferFailed(WorkerError):
+    """The engines did not take the weights from the learner's GPUs; the published file still holds them."""
 
 
 class Preempted(PipelineError):

@@ -17,6 +17,8 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+WeightTransfer = Literal["shm", "nccl", "ipc"]
+Placement = Literal["disaggregated", "colocated"]
 
 
 class Frozen(BaseModel):
@@ -634,6 +636,12 @@ class RolloutConfig(Frozen):
     """Responses handed to a worker at a time."""
     max_restarts: Annotated[int, Field(ge=0)] = 2
     """How many workers that died or hung are replaced, over the whole job."""
+    placement: Placement | None = None
+    """"disaggregated" engines have GPUs of their own; "colocated" ones share the learner's, one each, and sleep while
+    it works. None lets the plan choose: their own where there are enough."""
+    weight_transfer: WeightTransfer | None = None
+    """How a policy reaches the engines: "shm" by a file on each node, "nccl" from GPU to GPU, "ipc" within a shared
+    GPU. None takes the last that the placement allows."""
     autoscale: AutoscaleConfig | None = None
     """Let the number of workers follow the learner between these bounds; needs `alignment.prefetch`."""
 

@@ -53,6 +53,12 @@ class TrainEngine(Protocol):
     def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         """The elementwise sum over ranks, equal on every rank."""
 
+    def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The whole model with its names, tensor by tensor, on the device of every rank.
+
+        Collective: all ranks read to the end, before any of them steps.
+        """
+
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """The whole model on the CPU of rank 0; empty elsewhere. Collective."""
 
@@ -118,8 +124,11 @@ class TorchEngine:
     def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
+    def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self.module.state_dict().items()
+
     def full_state_dict(self) -> dict[str, torch.Tensor]:
-        return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
+        return {name: tensor.cpu() for name, tensor in self.full_tensors()}
 
     def snapshot(self) -> Snapshot:
         return Snapshot.take(self._fragments(), self._shapes(), part=self.rank, num_parts=self.world_size)

@@ -1,8 +1,9 @@
-"""What a training rank needed at most."""
+"""What a training rank needed of memory at most, and how fast memory is."""
 
 from __future__ import annotations
 
 import resource
+import time
 from collections.abc import Sequence
 
 import torch
@@ -22,3 +23,17 @@ def peak_memory(device: torch.device) -> Metrics:
 def largest(peaks: Sequence[Metrics]) -> Metrics:
     """Of each number the largest over ranks: the memory that one rank must be given."""
     return {name: max(peak[name] for peak in peaks) for name in peaks[0]}
+
+
+def copy_gb_per_s(num_bytes: int, device: torch.device, *, rounds: int = 3) -> float:
+    """How fast one thread, or the GPU, copies so many bytes within the device's memory: no transfer is faster."""
+    source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    best = float("inf")
+    for _ in range(rounds):
+        started = time.perf_counter()
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return num_bytes / 1e9 / best

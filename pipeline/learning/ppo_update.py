@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from pipeline.learning.shards import MicroBatch, Rows, Sums, own_micro_batches
 from pipeline.learning.training_state import Snapshot
 from pipeline.models.backbone import save_causal_lm
 from pipeline.models.critic import TokenStatistics
-from pipeline.models.lora import merged
+from pipeline.models.lora import merged_tensors
 from pipeline.models.packing import PackedTokens, pack
 from pipeline.objectives.aggregation import MiniBatchSize
 from pipeline.objectives.masked import masked_sum
@@ -222,13 +222,23 @@ class PPOLearner:
         state = self.engine.full_state_dict()
         location = self._location(version)
         if self.engine.rank == 0:
-            merged_policy = _policy_part(merged(state, self.engine.module))
-            write_policy_weights(merged_policy, location, over=self._location(version - 2))
+            policy = dict(self._policy_part(state.items()))
+            write_policy_weights(policy, location, over=self._location(version - 2))
             # By name, not by age: a killed run may have left later versions than the one it resumes from.
             kept = {location, self._location(version - 1)}
             for other in set(location.parent.glob("policy-*")) - kept:
                 shutil.rmtree(other, ignore_errors=True)
         return PolicyWeights(version=version, location=str(location), probes=probes)
+
+    def policy_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What `publish_weights` writes, tensor by tensor and still on this rank's device. Collective, as
+        `TrainEngine.full_tensors`."""
+        return self._policy_part(self.engine.full_tensors())
+
+    def _policy_part(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in merged_tensors(tensors, self.engine.module):
+            if name.startswith("policy."):
+                yield name.removeprefix("policy."), tensor
 
     def _location(self, version: int) -> Path:
         return Path(self.publish_directory) / f"policy-{version:06d}"
@@ -239,12 +249,8 @@ class PPOLearner:
     def export(self, directory: str) -> None:
         state = self.engine.full_state_dict()
         if self.engine.rank == 0:
-            state = _policy_part(merged(state, self.engine.module))
-            save_causal_lm(state, self.model_config, self.tokenizer, directory)
-
-
-def _policy_part(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix("policy."): t for name, t in state.items() if name.startswith("policy.")}
+            policy = dict(self._policy_part(state.items()))
+            save_causal_lm(policy, self.model_config, self.tokenizer, directory)
 
 
 def reference_without_adapters(engine: TrainEngine) -> Callable[..., torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,6 +15,8 @@ from pipeline.config.schema import LoRAConfig
 from pipeline.models.suitability import linear_layers
 
 ADAPTER = "default"
+BASE, LORA_A, LORA_B = "base_layer.weight", f"lora_A.{ADAPTER}.weight", f"lora_B.{ADAPTER}.weight"
+"""What an adapted layer has in place of its weight."""
 
 
 def add_lora(model: PreTrainedModel, config: LoRAConfig | None, *, seed: int) -> None:
@@ -58,22 +60,38 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def merged(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """The plain model that computes what the adapted one does: W + (alpha / rank) B A under the name of W.
-
-    The sum is made in float32 and rounded once to the dtype of W. The model itself keeps its adapters apart.
+    """The plain model that computes what the adapted one does, as `merged_tensors`.
 
     Args:
         state: all tensors of `model`, or none, as on the ranks that hold no copy; unchanged.
-        model: says where adapters are and how they are scaled; without any, the result is `state`.
     """
-    plain = dict(state)
-    for name, layer in _adapted_layers(model) if state else ():
-        a, b = (plain.pop(f"{name}.lora_{part}.{ADAPTER}.weight").float() for part in "AB")
-        weight = plain.pop(f"{name}.base_layer.weight")
-        plain[f"{name}.weight"] = (weight.float() + layer.scaling[ADAPTER] * (b @ a)).to(weight.dtype)
-        if layer.base_layer.bias is not None:
-            plain[f"{name}.bias"] = plain.pop(f"{name}.base_layer.bias")
-    return plain
+    return dict(merged_tensors(state.items(), model))
+
+
+def merged_tensors(tensors: Iterable[tuple[str, torch.Tensor]], model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensor by tensor, the plain model that computes what the adapted one does: W + (alpha / rank) B A in place of W.
+
+    The sum is made in float32 and rounded once to the dtype of W. The model itself keeps its adapters apart. Beside the
+    tensor in hand, no more is held than the parts of layers that are not complete yet.
+
+    Args:
+        tensors: of `model`, with their names.
+        model: says where adapters are and how they are scaled; without any, `tensors` pass as they are.
+    """
+    layers = dict(_adapted_layers(model))
+    parts = {f"{name}.{part}": (name, part) for name in layers for part in (BASE, LORA_A, LORA_B)}
+    biases = {f"{name}.base_layer.bias": f"{name}.bias" for name in layers}
+    waiting: dict[str, dict[str, torch.Tensor]] = {name: {} for name in layers}
+    for name, tensor in tensors:
+        if name not in parts:
+            yield biases.get(name, name), tensor
+            continue
+        layer, part = parts[name]
+        waiting[layer][part] = tensor
+        if len(waiting[layer]) == 3:
+            of = waiting.pop(layer)
+            update = layers[layer].scaling[ADAPTER] * (of[LORA_B].float() @ of[LORA_A].float())
+            yield f"{layer}.weight", (of[BASE].float() + update).to(of[BASE].dtype)
 
 
 def _adapted_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:

@@ -35,7 +35,7 @@ class ScriptedWorker:
         self._name = name
         self._open = {}
 
-    def start(self, directory, config, dtype, max_model_len, seed):
+    def start(self, directory, config, weight_transfer, dtype, max_model_len, seed):
         self._directory = Path(directory)
         if self._told("refuse to start"):
             raise ConfigError(f"{self._name} cannot serve this model")
@@ -48,7 +48,13 @@ class ScriptedWorker:
         if self._told("be stale"):
             raise StaleEngineError(f"{self._name} is stale")
         self._version = weights.version
-        return {"gate/mean": 1e-6, "gate/max": 2e-6, "weights/seconds": 0.5, "weights/gb_per_s": 2.0}
+        return {
+            "gate/mean": 1e-6,
+            "gate/max": 2e-6,
+            "weights/seconds": 0.5,
+            "weights/gb_per_s": 2.0,
+            "weights/copy_gb_per_s": 8.0,
+        }
 
     def sample(self, requests, sampling):
         if self._told("die while sampling"):
@@ -146,6 +152,7 @@ def test_any_number_of_workers_gives_the_same_rollouts_in_order(open_pool):
         "gate/max": 2e-6,
         "weights/seconds": 0.5,
         "weights/gb_per_s": 2.0,
+        "weights/copy_gb_per_s": 8.0,
     }
     assert [(r.prompt.id, r.sample_index) for r in alone] == [(p.id, i) for p in PROMPTS for i in range(2)]
     assert {r.policy_version for r in alone} == {3}

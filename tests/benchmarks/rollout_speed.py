@@ -30,6 +30,7 @@ from pipeline.data.planted import build_tokenizer
 from pipeline.data.prompts import PromptStream
 from pipeline.learning.engine import TorchEngine
 from pipeline.learning.experience import RewardScale
+from pipeline.learning.memory import copy_gb_per_s
 from pipeline.learning.parameter_groups import parameter_groups
 from pipeline.learning.ppo_update import PPOLearner
 from pipeline.learning.probes import choose_probes
@@ -134,7 +135,7 @@ def measure(model: str, prompts: list[Prompt], place: str, published: str, optio
         measured["weights/seconds"] = seconds
         measured["weights/gb"] = num_bytes / 1e9
         measured["weights/gb_per_s"] = num_bytes / 1e9 / seconds
-        measured["weights/copy_gb_per_s"] = num_bytes / 1e9 / time_copy(num_bytes, options.rounds)
+        measured["weights/copy_gb_per_s"] = copy_gb_per_s(num_bytes, torch.device("cpu"), rounds=options.rounds)
         steps = {
             name: run_alignment(model, prompts, pool, os.path.join(place, name), published, options, prefetch)
             for name, prefetch in (("synchronous", None), ("prefetch", "continue"))
@@ -180,17 +181,6 @@ def time_hf(model: str, prompts: list[Prompt], options: argparse.Namespace) -> f
             )
         rates.append(sequences[:, tokens.shape[1] :].numel() / (time.perf_counter() - started))
     return max(rates)
-
-
-def time_copy(num_bytes: int, rounds: int) -> float:
-    """Seconds to copy as many bytes in memory, one thread, best round: the floor of any transfer."""
-    source, target = torch.zeros(num_bytes, dtype=torch.uint8), torch.empty(num_bytes, dtype=torch.uint8)
-    best = float("inf")
-    for _ in range(rounds + 1):
-        started = time.perf_counter()
-        target.copy_(source)
-        best = min(best, time.perf_counter() - started)
-    return best
 
 
 def run_alignment(

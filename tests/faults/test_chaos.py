@@ -137,7 +137,7 @@ class MortalWorker:
     def __init__(self, name):
         self._name = name
 
-    def start(self, directory, config, dtype, max_model_len, seed):
+    def start(self, directory, config, weight_transfer, dtype, max_model_len, seed):
         self._fate = directory
         self._tokenizer = load_tokenizer(directory)
 
@@ -147,7 +147,8 @@ class MortalWorker:
         state = load_file(f"{weights.location}/model.safetensors")
         self._checksum = int.from_bytes(np.float64(sum(t.double().sum().item() for t in state.values())).tobytes())
         self._version = weights.version
-        return {"gate/mean": 0.0, "gate/max": 0.0, "weights/seconds": 0.1, "weights/gb_per_s": 1.0}
+        gate = {"gate/mean": 0.0, "gate/max": 0.0}
+        return gate | {"weights/seconds": 0.1, "weights/gb_per_s": 1.0, "weights/copy_gb_per_s": 8.0}
 
     def sample(self, requests, sampling):
         if befalls(self._fate, "death in generation"):

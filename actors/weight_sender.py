@@ -1,0 +1,190 @@
+"""The learner's end of a transfer between GPUs (`nccl`, `ipc`); `actors/weight_transfer.py` is the engine's.
+
+vLLM's trainer engines move the bytes, in buckets. What is here says which tensors, to which workers, and what happens
+when a worker fails: the learner's ranks read their shards together, so none of them may stop half way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import ray
+import torch
+from vllm.distributed.weight_transfer.base import ParamMeta, TrainerInitInfo, WeightSource
+from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+from pipeline.config.schema import WeightTransfer
+from pipeline.errors import TransferFailed
+
+BUCKET_BYTES = 256 * 2**20
+"""Two of them stand on every GPU while weights are sent."""
+
+
+class PolicySource(WeightSource):
+    """The policy as the engines shall have it: published names, in their dtype."""
+
+    def __init__(self, tensors: Callable[[], Iterator[tuple[str, torch.Tensor]]], dtype: torch.dtype) -> None:
+        self._tensors = tensors
+        self._dtype = dtype
+        self._metadata: list[ParamMeta] = []
+
+    def metadata(self) -> list[ParamMeta]:
+        """Read off the tensors the first time, which every rank must do together."""
+        if not self._metadata:
+            self._metadata = [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self]
+        return self._metadata
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self._tensors():
+            yield name, tensor.to(self._dtype)
+
+    def largest_bytes(self) -> int:
+        """Of one tensor; a bucket must hold it."""
+        return max(torch.Size(of.shape).numel() * of.dtype.itemsize for of in self.metadata())
+
+
+class RolloutWorkersClient:
+    """The engines in vLLM's eyes: what its trainer engine calls, on every rollout worker. Never raises.
+
+    The first worker to fail ends the transfer for all: nothing more is asked of them, and `abort` frees a rank that
+    waits for the failed one. The sender reads on to the end of the weights, for the sake of the other ranks.
+    """
+
+    def __init__(self, workers: Sequence[Any], deadline_s: float) -> None:
+        self._workers = workers
+        self._deadline_s = deadline_s
+        self._ends = 0.0
+        self.abort: Callable[[], None] = lambda: None
+        self.failure: Exception | None = None
+
+    def begin(self) -> None:
+        """Starts the clock: all calls until the next `begin` together must end within the deadline."""
+        self._ends = time.monotonic() + self._deadline_s
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        # To vLLM each worker is the first and only process of its own engine, and counts from the offset.
+        offset = init_info.get("rank_offset")
+        self._ask(
+            lambda n, worker: worker.meet_learner.remote(
+                init_info if offset is None else init_info | {"rank_offset": offset + n}
+            )
+        )
+
+    def start_weight_update(self) -> None:
+        self._ask(lambda n, worker: worker.start_update.remote())
+
+    def update_weights(self, update_info: Any) -> None:
+        self._ask(lambda n, worker: worker.receive.remote(update_info))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._ask(lambda n, worker: worker.finish_update.remote())
+
+    def _ask(self, call: Callable[[int, Any], Any]) -> None:
+        if self.failure is not None:
+            return
+        waiting = [call(n, worker) for n, worker in enumerate(self._workers)]
+        try:
+            while waiting:  # one by one: the first to fail may be the last in order
+                left = max(0.0, self._ends - time.monotonic())
+                ready, waiting = ray.wait(waiting, num_returns=1, timeout=left)
+                if not ready:
+                    raise TimeoutError(
+                        f"{len(waiting)} of {len(self._workers)} did not answer in {self._deadline_s:g} s"
+                    )
+                ray.get(ready, timeout=left)
+        except Exception as error:
+            self.failure = error
+            self.abort()
+
+
+class WeightSender:
+    """One rank's part. Made, and told to send, on all ranks of the learner together; the first one sends."""
+
+    def __init__(
+        self,
+        backend: WeightTransfer,
+        tensors: Callable[[], Iterator[tuple[str, torch.Tensor]]],
+        workers: Sequence[Any],
+        *,
+        rank: int,
+        address: str,
+        dtype: str,
+        deadline_s: float,
+    ) -> None:
+        """Meets the workers.
+
+        Args:
+            tensors: the policy, tensor by tensor (`PPOLearner.policy_tensors`).
+            workers: Ray handles of rollout workers, idle.
+            address: where the first rank can wait for them, "host:port".
+            dtype: the engines'.
+            deadline_s: of meeting, and of each sending.
+
+        Raises:
+            TransferFailed: a worker did not come; said by the first rank.
+        """
+        self._client = RolloutWorkersClient(workers, deadline_s)
+        source = PolicySource(tensors, getattr(torch, dtype))
+        self._client.begin()
+        try:
+            self._trainer = WeightTransferTrainerFactory.trainer_init(
+                trainer_init_info(
+                    backend,
+                    rank=rank,
+                    address=address,
+                    num_workers=len(workers),
+                    bucket_bytes=max(BUCKET_BYTES, source.largest_bytes()),
+                ),
+                client=self._client,
+                source=source,
+            )
+        except RuntimeError as error:
+            raise TransferFailed(_letter(self._client.failure or error)) from error
+        self._require_no_failure()
+        group = getattr(self._trainer, "model_update_group", None)
+        if group is not None:
+            self._client.abort = group.destroy
+
+    def send(self) -> None:
+        """Sends the policy as it is now into every engine; the engines still have to pass the gate.
+
+        Raises:
+            TransferFailed: a worker is gone, hangs or refused; said by the first rank, after the last tensor. No worker
+                may be taken to hold the policy, and this sender cannot be used again.
+        """
+        self._client.begin()
+        self._trainer.send_weights()
+        self._require_no_failure()
+
+    def close(self) -> None:
+        self._trainer.shutdown()
+
+    def _require_no_failure(self) -> None:
+        if self._client.failure is not None:
+            raise TransferFailed(_letter(self._client.failure)) from self._client.failure
+
+
+def trainer_init_info(
+    backend: WeightTransfer, *, rank: int, address: str, num_workers: int, bucket_bytes: int
+) -> TrainerInitInfo:
+    if backend == "ipc":
+        return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=bucket_bytes)
+    host, port = address.rsplit(":", 1)
+    return NCCLTrainerInitInfo(
+        rank=rank,
+        master_address=host,
+        master_port=int(port),
+        world_size=1 + num_workers,
+        packed_buffer_size_bytes=bucket_bytes,
+    )
+
+
+def _letter(error: BaseException) -> str:
+    return (
+        f"weights did not go from the learner's GPUs to the engines': {type(error).__name__}: {error}. The engines "
+        "read the published file instead. If it stays so, set cluster.rollout.weight_transfer=shm."
+    )
