@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from actors.deaths import DIED
-from cluster.placement import pack_bundles
+from cluster.placement import Placement, pack_bundles
 from pipeline.config.schema import RanksConfig, WeightTransfer
 from pipeline.errors import DeadlineExceeded, PipelineError, WorkerDied
 from pipeline.records import Metrics, PolicyWeights
@@ -63,8 +63,12 @@ class Rank:
         return result if self._rank == 0 else None
 
     def publish_weights(self, version: int) -> PolicyWeights:
+        from pipeline.learning.memory import free_cached_memory
+
         node = ray.get_runtime_context().get_node_id()
-        return replace(self._learner.publish_weights(version), node=node)
+        weights = replace(self._learner.publish_weights(version), node=node)
+        free_cached_memory(self._device)  # engines that share this GPU wake next
+        return weights
 
     def meet_engines(
         self, backend: WeightTransfer, workers: Sequence[Any], address: str, dtype: str, deadline_s: float
@@ -112,23 +116,34 @@ class RankGroup:
         arguments: tuple,
         *,
         start_s: float,
+        placement: Placement | None = None,
     ) -> None:
+        """Waits until every rank has built its learner.
+
+        Args:
+            placement: bundles that the ranks share with other actors and leave as they are; None reserves their own.
+        """
         self.name = name
         threads = config.threads_per_rank or max(1, int(config.cpus_per_rank))
         on_gpu = config.gpus_per_rank > 0
         environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         if not on_gpu:
             environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        self._placement = pack_bundles(
-            config.ranks, cpus=config.cpus_per_rank, gpus=config.gpus_per_rank, timeout_s=start_s, name=name
+        self._own_placement = (
+            pack_bundles(
+                config.ranks, cpus=config.cpus_per_rank, gpus=config.gpus_per_rank, timeout_s=start_s, name=name
+            )
+            if placement is None
+            else None
         )
+        bundles = placement or self._own_placement
         actor = ray.remote(concurrency_groups={DISK: 1})(Rank)
         self._ranks = [
             actor.options(
                 num_cpus=config.cpus_per_rank,
-                num_gpus=config.gpus_per_rank,
+                num_gpus=config.gpus_per_rank / bundles.tenants,
                 runtime_env={"env_vars": environment},
-                scheduling_strategy=self._placement.strategy(rank),
+                scheduling_strategy=bundles.strategy(rank),
             ).remote(rank, config.ranks)
             for rank in range(config.ranks)
         ]
@@ -164,7 +179,8 @@ class RankGroup:
     def close(self) -> None:
         for rank in self._ranks:
             ray.kill(rank, no_restart=True)
-        self._placement.remove()
+        if self._own_placement is not None:
+            self._own_placement.remove()
 
     def __enter__(self) -> RankGroup:
         return self

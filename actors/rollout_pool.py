@@ -20,9 +20,11 @@ from ray.exceptions import GetTimeoutError, RayTaskError
 
 from actors.deaths import DIED
 from actors.rollout_worker import RolloutWorker
+from cluster.placement import Placement
+from cluster.rollout_plan import THROUGH_FILES, RolloutPlan
 from cluster.running_jobs import actor_name
 from cluster.scaling import Autoscaler, RolloutWaits
-from pipeline.config.schema import DeadlinesConfig, RolloutConfig, WeightTransfer
+from pipeline.config.schema import DeadlinesConfig, RolloutConfig
 from pipeline.data.chunks import Chunk, ChunkLedger
 from pipeline.data.sampling import require_room, rollout_requests
 from pipeline.errors import (
@@ -47,6 +49,8 @@ class Worker:
     actor: Any
     started: Any
     """Reference that resolves when the engine is up, or raises why it is not."""
+    bundle: int | None = None
+    """Of the placement that the worker shares with a rank of the learner."""
 
 
 class WeightSender(Protocol):
@@ -112,7 +116,8 @@ class RolloutPool:
         max_model_len: int,
         gate_tolerance: float,
         seed: int,
-        weight_transfer: WeightTransfer = "shm",
+        plan: RolloutPlan = THROUGH_FILES,
+        placement: Placement | None = None,
         worker: type = RolloutWorker,
         workspace: str | None = None,
         requested_workers: Callable[[], int | None] = lambda: None,
@@ -124,7 +129,8 @@ class RolloutPool:
             model_uri: config and tokenizer files; weights there are not read. Every node must reach it.
             max_model_len: tokens of prompt and response together.
             gate_tolerance: largest mean absolute logprob difference to the learner, nats.
-            weight_transfer: what the engines shall be able to do beside reading a published file; see `fed_by`.
+            plan: what the engines can do beside reading a published file (`fed_by`), and whether they `sleep`.
+            placement: bundles that the workers share with the learner, one each; None asks the cluster for room.
             worker: what runs in each Ray actor.
             workspace: of the job, told by the actors' names (`cluster/running_jobs.py`); None leaves them nameless.
             requested_workers: asked between batches; the pool grows or shrinks to what it says, None changes nothing.
@@ -137,8 +143,9 @@ class RolloutPool:
             )
         self._worker_class = worker
         self._workspace = workspace
-        self._start_arguments = (model_uri, config, weight_transfer, dtype, max_model_len, seed)
-        self._weight_transfer = weight_transfer
+        self._start_arguments = (model_uri, config, plan, dtype, max_model_len, seed)
+        self._plan = plan
+        self._placement = placement
         self._sender: WeightSender | None = None
         self._max_model_len = max_model_len
         self._config = config
@@ -166,14 +173,23 @@ class RolloutPool:
     def num_workers(self) -> int:
         return len(self._workers)
 
+    @property
+    def _most_workers(self) -> float:
+        return math.inf if self._placement is None else self._placement.num_bundles
+
     def resize(self, num_workers: int) -> None:
         """Grows or shrinks the pool between chunks. A joining worker loads the current weights and passes the gate."""
         if num_workers < 1:
             raise ConfigError(f"a rollout pool of {num_workers} workers cannot sample; ask for at least 1.")
+        if num_workers > self._most_workers:
+            raise ConfigError(
+                f"{num_workers} rollout workers do not fit the learner's {self._most_workers} GPUs, which hold one "
+                f"each. Ask for {self._most_workers}, or set cluster.rollout.placement=disaggregated."
+            )
         with self._between_chunks():
             while len(self._workers) > num_workers:
                 _end(self._workers.pop())
-            joining = [self._start_worker() for _ in range(num_workers - len(self._workers))]
+            joining = self._start_workers(num_workers - len(self._workers))
             if joining and self._weights is not None:
                 joining, _ = self._load(joining, self._weights)
             self._workers += joining
@@ -185,12 +201,13 @@ class RolloutPool:
             wanted = self._autoscaler.wanted(len(self._workers), self._waits)
         if wanted is None:
             return
+        wanted = min(wanted, self._most_workers)
         while self._joining and len(self._workers) + len(self._joining) > wanted:
             _end(self._joining.pop())
         while len(self._workers) > wanted:
             _end(self._workers.pop())
         if wanted != self._given_up:
-            self._joining += [self._start_worker() for _ in range(wanted - len(self._workers) - len(self._joining))]
+            self._joining += self._start_workers(wanted - len(self._workers) - len(self._joining))
         for worker in list(self._joining):
             ready, _ = ray.wait([worker.started], timeout=0)
             if ready:
@@ -213,11 +230,27 @@ class RolloutPool:
 
         Who joins later or replaces a dead worker reads the published file, and so do all when a transfer fails.
         """
-        self._sender = None if self._weight_transfer == "shm" else sender
+        self._sender = None if self._plan.weight_transfer == "shm" else sender
         try:
             yield
         finally:
             self._sender = None
+
+    def sleep(self) -> None:
+        """Engines that share the learner's GPUs leave them to it until the next `load_weights`; others stay awake.
+
+        Between batches only. A worker that does not fall asleep is ended, and replaced when weights are loaded.
+        """
+        if self._plan.placement == "disaggregated":
+            return
+        with self._between_chunks():
+            self._workers = [self._up(worker) for worker in self._workers]
+            for worker, asleep in [(worker, worker.actor.sleep.remote()) for worker in self._workers]:
+                try:
+                    self._answer(worker, asleep, "sleep()", self._deadlines.weights_s)
+                except (*DIED, DeadlineExceeded) as error:
+                    logger.warning("%s is ended: it did not leave its GPU to the learner. %s", worker.name, error)
+                    _end(worker)
 
     def load_weights(self, weights: PolicyWeights) -> Metrics:
         """Gives every engine the published policy; the slowest engine and the widest gap make the metrics.
@@ -493,7 +526,14 @@ class RolloutPool:
 
     # ------------------------------------------------------------------ workers
 
-    def _start_worker(self) -> Worker:
+    def _start_workers(self, count: int) -> list[Worker]:
+        if self._placement is None:
+            return [self._start_worker(None) for _ in range(count)]
+        taken = {worker.bundle for worker in (*self._workers, *self._joining)}
+        free = [bundle for bundle in range(self._placement.num_bundles) if bundle not in taken]
+        return [self._start_worker(bundle) for bundle in free[: max(0, count)]]
+
+    def _start_worker(self, bundle: int | None) -> Worker:
         config = self._config
         environment = {
             # The engine in the actor's own process: seconds to start instead of minutes.
@@ -515,13 +555,14 @@ class RolloutPool:
             ray.remote(self._worker_class)
             .options(
                 num_cpus=config.cpus_per_worker,
-                num_gpus=config.gpus_per_worker,
+                num_gpus=config.gpus_per_worker / (self._placement.tenants if self._placement else 1),
+                scheduling_strategy=self._placement.strategy(bundle) if self._placement else "DEFAULT",
                 runtime_env={"env_vars": environment},
                 name=None if self._workspace is None else actor_name(name, self._workspace),
             )
             .remote(name)
         )
-        return Worker(name=name, actor=actor, started=actor.start.remote(*self._start_arguments))
+        return Worker(name=name, actor=actor, started=actor.start.remote(*self._start_arguments), bundle=bundle)
 
     def _send(self, sender: WeightSender) -> bool:
         """Whether the learner's GPUs have sent what it published into every engine."""
@@ -587,7 +628,7 @@ class RolloutPool:
             raise error from cause
         self._restarts_left -= 1
         logger.warning("%s Replacing it, %d restarts left.", error, self._restarts_left)
-        return self._start_worker()
+        return self._start_worker(worker.bundle)
 
     def _answer(self, worker: Worker, reference: Any, call: str, deadline_s: float) -> Any:
         try:

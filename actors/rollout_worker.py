@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.schema import RolloutConfig, WeightTransfer
+from cluster.rollout_plan import RolloutPlan
+from pipeline.config.schema import RolloutConfig
 from pipeline.data.sampling import RolloutRequest
 from pipeline.errors import StaleEngineError
 from pipeline.learning.probes import check_engine
@@ -44,7 +45,7 @@ class RolloutWorker:
         self,
         model_uri: str,
         config: RolloutConfig,
-        weight_transfer: WeightTransfer,
+        plan: RolloutPlan,
         dtype: str,
         max_model_len: int,
         seed: int,
@@ -57,12 +58,17 @@ class RolloutWorker:
             self._engine = VLLMEngine(
                 directory,
                 config,
-                weight_transfer=weight_transfer,
+                plan=plan,
                 dtype=dtype,
                 max_model_len=max_model_len,
                 seed=seed,
             )
             self._tokenizer = load_tokenizer(directory)
+
+    def sleep(self) -> None:
+        """Leaves the GPU to the learner; the next weights wake it."""
+        self._version = None
+        self._engine.sleep()
 
     def load_weights(self, weights: PolicyWeights, tolerance: float) -> Metrics:
         """Loads a published policy and passes the gate; until it has, this worker samples nothing."""

@@ -19,7 +19,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.sampling_params import RequestOutputKind
 
 from actors.weight_transfer import register
-from pipeline.config.schema import RolloutConfig, WeightTransfer
+from cluster.rollout_plan import RolloutPlan
+from pipeline.config.schema import RolloutConfig
 from pipeline.errors import StaleEngineError
 from pipeline.learning.memory import copy_gb_per_s
 from pipeline.records import FinishReason, ProbeSequence
@@ -55,7 +56,7 @@ class VLLMEngine:
         model_directory: str,
         config: RolloutConfig,
         *,
-        weight_transfer: WeightTransfer,
+        plan: RolloutPlan,
         dtype: str,
         max_model_len: int,
         seed: int,
@@ -77,12 +78,21 @@ class VLLMEngine:
             load_format="dummy",
             # With tied embeddings a CPU engine keeps a packed copy of lm_head that updates do not reach.
             hf_overrides={"tie_word_embeddings": False},
-            weight_transfer_config=register(weight_transfer),
+            weight_transfer_config=register(plan.weight_transfer),
+            enable_sleep_mode=plan.placement == "colocated",
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
             **whole_prompts,
         )
         self._is_updating = False
+        self._is_asleep = False
+
+    def sleep(self) -> None:
+        """Gives the GPU's memory back, weights and cache; the next update wakes the engine."""
+        if not self._is_asleep:
+            # Level 2: level 1 would keep a copy of weights that are replaced before they are used again.
+            self._llm.sleep(level=2)
+            self._is_asleep = True
 
     def load_weights(self, location: str) -> int:
         """Loads a published policy from its file. Returns the bytes read."""
@@ -98,6 +108,9 @@ class VLLMEngine:
 
     def start_update(self) -> None:
         """Begins to replace the weights; an update that somebody began and nobody finished ends here."""
+        if self._is_asleep:
+            # The cache last: until the update is over, the learner's side may need the room.
+            self._llm.wake_up(tags=["weights"])
         if self._is_updating:
             self._llm.collective_rpc("finish_weight_update")
         self._llm.collective_rpc("start_weight_update")
@@ -113,6 +126,9 @@ class VLLMEngine:
         """Ends an update, and forgets cached prefixes of the policy before."""
         self._llm.collective_rpc("finish_weight_update")
         self._is_updating = False
+        if self._is_asleep:
+            self._llm.wake_up(tags=["kv_cache"])
+            self._is_asleep = False
         if not self._llm.reset_prefix_cache():
             raise StaleEngineError(
                 "the engine would not forget the prefixes it cached before this update: a request is still running. "

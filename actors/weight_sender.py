@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import ray
@@ -15,8 +16,9 @@ import torch
 from vllm.distributed.weight_transfer.base import ParamMeta, TrainerInitInfo, WeightSource
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
-from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
+from actors.weight_transfer import stop_sending
 from pipeline.config.schema import WeightTransfer
 from pipeline.errors import TransferFailed
 
@@ -31,6 +33,7 @@ class PolicySource(WeightSource):
         self._tensors = tensors
         self._dtype = dtype
         self._metadata: list[ParamMeta] = []
+        self._reading: Iterator[tuple[str, torch.Tensor]] = iter(())
 
     def metadata(self) -> list[ParamMeta]:
         """Read off the tensors the first time, which every rank must do together."""
@@ -39,8 +42,14 @@ class PolicySource(WeightSource):
         return self._metadata
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self._tensors():
+        self._reading = self._tensors()
+        for name, tensor in self._reading:
             yield name, tensor.to(self._dtype)
+
+    def read_to_the_end(self) -> None:
+        """What is left of the last pass: the other ranks read it, too, and cannot go on alone."""
+        for _ in self._reading:
+            pass
 
     def largest_bytes(self) -> int:
         """Of one tensor; a bucket must hold it."""
@@ -128,7 +137,7 @@ class WeightSender:
             TransferFailed: a worker did not come; said by the first rank.
         """
         self._client = RolloutWorkersClient(workers, deadline_s)
-        source = PolicySource(tensors, getattr(torch, dtype))
+        self._source = source = PolicySource(tensors, getattr(torch, dtype))
         self._client.begin()
         try:
             self._trainer = WeightTransferTrainerFactory.trainer_init(
@@ -145,9 +154,8 @@ class WeightSender:
         except RuntimeError as error:
             raise TransferFailed(_letter(self._client.failure or error)) from error
         self._require_no_failure()
-        group = getattr(self._trainer, "model_update_group", None)
-        if group is not None:
-            self._client.abort = group.destroy
+        if isinstance(self._trainer, NCCLTrainerWeightTransferEngine) and self._trainer.model_update_group is not None:
+            self._client.abort = partial(stop_sending, self._trainer.model_update_group)
 
     def send(self) -> None:
         """Sends the policy as it is now into every engine; the engines still have to pass the gate.
@@ -157,7 +165,11 @@ class WeightSender:
                 may be taken to hold the policy, and this sender cannot be used again.
         """
         self._client.begin()
-        self._trainer.send_weights()
+        try:
+            self._trainer.send_weights()
+        except RuntimeError as error:  # of the connection: what ended it may be a worker that ended
+            self._source.read_to_the_end()
+            raise TransferFailed(_letter(self._client.failure or error)) from error
         self._require_no_failure()
 
     def close(self) -> None:

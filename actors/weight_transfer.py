@@ -11,11 +11,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from safetensors import safe_open
 from vllm.config import WeightTransferConfig, set_current_vllm_config
+from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -23,11 +27,15 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
-from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from pipeline.config.schema import WeightTransfer
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, TransferFailed
+
+STOPPED = "weight transfer stopped"
+"""Key in the store through which learner and engines met."""
+WATCH_S = 0.5
 
 
 @dataclass
@@ -118,7 +126,47 @@ class ShmWeightTransferEngine(ReadsPublishedFile, WeightTransferEngine[ShmInitIn
 
 
 class NcclWeightTransferEngine(ReadsPublishedFile, NCCLWeightTransferEngine):
-    """Receives what the learner's first rank broadcasts."""
+    """Receives what the learner's first rank broadcasts, until that rank is gone or says that it stops."""
+
+    def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
+        assert self.model_update_group is not None, "no learner was met"
+        with _watching(self.model_update_group):
+            super().receive_weights(update_info)
+        if self.model_update_group.disabled:
+            raise TransferFailed("the learner stopped sending: another engine failed, or the learner did")
+
+
+@contextmanager
+def _watching(communicator: PyNcclCommunicator) -> Iterator[None]:
+    """Within it, a broadcast that nobody completes is given up; NCCL itself waits for ever."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(WATCH_S):
+            if sender_stopped(communicator):
+                communicator.destroy()
+                return
+
+    watcher = threading.Thread(target=watch, name="weight transfer", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+def stop_sending(communicator: PyNcclCommunicator) -> None:
+    """Ends a transfer for all who take part in it, from the sender's side and from any thread."""
+    communicator.group.store.set(STOPPED, b"1")
+    communicator.destroy()
+
+
+def sender_stopped(communicator: PyNcclCommunicator) -> bool:
+    try:
+        return communicator.group.store.check([STOPPED])
+    except RuntimeError:  # the sender keeps the store, and is gone
+        return True
 
 
 class IpcWeightTransferEngine(ReadsPublishedFile, IPCWeightTransferEngine):

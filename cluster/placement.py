@@ -13,9 +13,14 @@ from pipeline.errors import ResourceError
 
 @dataclass(frozen=True)
 class Placement:
-    """Reserved bundles, one per actor."""
+    """Reserved bundles, one per actor, or per `tenants` actors that share its GPU."""
 
     group: PlacementGroup
+    tenants: int = 1
+
+    @property
+    def num_bundles(self) -> int:
+        return self.group.bundle_count
 
     def strategy(self, bundle: int) -> PlacementGroupSchedulingStrategy:
         return PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle)
@@ -24,7 +29,7 @@ class Placement:
         remove_placement_group(self.group)
 
 
-def pack_bundles(count: int, *, cpus: float, gpus: float, timeout_s: float, name: str) -> Placement:
+def pack_bundles(count: int, *, cpus: float, gpus: float, timeout_s: float, name: str, tenants: int = 1) -> Placement:
     """Reserves `count` equal bundles, on as few nodes as possible.
 
     Raises:
@@ -41,4 +46,4 @@ def pack_bundles(count: int, *, cpus: float, gpus: float, timeout_s: float, name
             f"{free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU free. "
             "Ask for less in the recipe's cluster section, add a node, or end the job that holds them."
         )
-    return Placement(group)
+    return Placement(group, tenants)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.config.schema import ClusterConfig, RanksConfig
+from pipeline.config.schema import ClusterConfig, Placement, RanksConfig
 from pipeline.errors import ResourceError
 
 TOLERANCE = 1e-6
@@ -39,9 +39,13 @@ class StageDemand:
         return sum(d.count * (d.cpus if resource == "CPU" else d.gpus) for d in self.demands)
 
 
-def plan_resources(cluster: ClusterConfig) -> tuple[StageDemand, ...]:
-    """Stage by stage, in order. Rollout workers and scoring replicas stay up from alignment through the benchmark."""
-    rollout = _rollout(cluster)
+def plan_resources(cluster: ClusterConfig, placement: Placement = "disaggregated") -> tuple[StageDemand, ...]:
+    """Stage by stage, in order. Rollout workers and scoring replicas stay up from alignment through the benchmark.
+
+    Args:
+        placement: of the rollout workers (`cluster/rollout_plan.py`). Those that share the learner's GPUs keep them
+            reserved for both.
+    """
     scoring = Demand(
         role="scoring replica",
         setting="cluster.scoring.replicas",
@@ -49,11 +53,23 @@ def plan_resources(cluster: ClusterConfig) -> tuple[StageDemand, ...]:
         cpus=cluster.scoring.cpus_per_replica,
         gpus=cluster.scoring.gpus_per_replica,
     )
+    if placement == "colocated":
+        shared = Demand(
+            role="rank and engine",
+            setting="cluster.alignment.ranks",
+            count=cluster.alignment.ranks,
+            cpus=cluster.alignment.cpus_per_rank + cluster.rollout.cpus_per_worker,
+            gpus=cluster.alignment.gpus_per_rank,
+        )
+        aligning = sampling = [shared]
+    else:
+        rollout = _rollout(cluster)
+        aligning, sampling = [_ranks("alignment", cluster.alignment), rollout], [rollout]
     return (
         StageDemand(stage="prepare_policy", demands=(_ranks("policy_training", cluster.policy_training),)),
         StageDemand(stage="train_reward_model", demands=(_ranks("reward_training", cluster.reward_training),)),
-        StageDemand(stage="align_policy", demands=(_ranks("alignment", cluster.alignment), rollout, scoring)),
-        StageDemand(stage="generate_benchmark", demands=(rollout, scoring)),
+        StageDemand(stage="align_policy", demands=(*aligning, scoring)),
+        StageDemand(stage="generate_benchmark", demands=(*sampling, scoring)),
     )
 
 
@@ -92,6 +108,11 @@ def as_table(plan: Sequence[StageDemand]) -> str:
     peak = {resource: max(stage.total(resource) for stage in plan) for resource in ("CPU", "GPU")}
     lines.append(f"{'at most at once':<20}{'':<18}{'':>6}{peak['CPU']:>10g}{peak['GPU']:>10g}")
     return "\n".join(lines)
+
+
+def fits(plan: Sequence[StageDemand], nodes: Sequence[Mapping[str, float]]) -> bool:
+    """Whether the nodes have what every stage needs at once."""
+    return all(_fits(stage.demands, nodes) for stage in plan)
 
 
 def check_plan(plan: Sequence[StageDemand], nodes: Sequence[Mapping[str, float]]) -> None:

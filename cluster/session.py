@@ -34,7 +34,7 @@ def open_cluster(config: ClusterConfig, plan: Sequence[StageDemand]) -> Iterator
     if connected_here:
         _connect(config)
     try:
-        check_plan(plan, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        check_plan(plan, node_resources())
         yield
     finally:
         if connected_here:
@@ -62,6 +62,11 @@ def _connect(config: ClusterConfig) -> None:
             f"no Ray cluster {place}: {error}. "
             "Start one with `ray start --head`, or unset RAY_ADDRESS to let the job start its own."
         ) from error
+
+
+def node_resources() -> list[dict[str, float]]:
+    """What each living node has in total, in use or not."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def remove_from_nodes(directory: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from actors.ppo_learner import PPOLearnerSpec, build_ppo_learner
 from actors.rank_group import RankGroup
-from actors.ranked_learner import RankedPolicyLearner
+from actors.ranked_learner import RankedPolicyLearner, RankedSender
 from jobs.command_line import run_job
 from jobs.prepare_policy import prepare_policy
 from jobs.rooms import Rooms
@@ -64,18 +64,30 @@ def _align(stage: StageDirectory, rooms: Rooms, policy: StageResult, reward_mode
     )
     deadlines = recipe.cluster.deadlines
     rollouts, scorer = rooms.rollouts(policy), rooms.scorer(reward_model)
-    with RankGroup("PPO learner", spec.ranks, build_ppo_learner, (spec,), start_s=deadlines.start_s) as group:
+    rollouts.sleep()  # the learner may be built on the engines' GPUs
+    with RankGroup(
+        "PPO learner",
+        spec.ranks,
+        build_ppo_learner,
+        (spec,),
+        start_s=deadlines.start_s,
+        placement=rooms.shared_gpus(),
+    ) as group:
         learner = RankedPolicyLearner(group, deadlines)
-        metrics = align(
-            rollouts,
-            scorer,
-            learner,
-            PromptStream(prompts=tuple(prompts), seed=recipe.seed),
-            stage,
-            config,
-            reward_scale=RewardScale(mean=card.reward_mean, std=card.reward_std),
-            seed=recipe.seed,
+        sender = RankedSender(
+            group, rooms.rollout_plan.weight_transfer, dtype=recipe.policy.dtype, deadline_s=deadlines.weights_s
         )
+        with rollouts.fed_by(sender):
+            metrics = align(
+                rollouts,
+                scorer,
+                learner,
+                PromptStream(prompts=tuple(prompts), seed=recipe.seed),
+                stage,
+                config,
+                reward_scale=RewardScale(mean=card.reward_mean, std=card.reward_std),
+                seed=recipe.seed,
+            )
         return metrics | learner.peak_memory()
 
 

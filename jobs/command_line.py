@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster.resources import as_table, check_plan, plan_resources, this_machine
+from cluster.rollout_plan import plan_rollouts
 from cluster.submission import is_submitted_job
 from pipeline.config.load import load_recipe
 from pipeline.config.schema import Recipe
@@ -78,11 +79,15 @@ def dry_run(options: Options) -> None:
     """
     import yaml
 
-    plan = plan_resources(options.recipe.cluster)
-    print(yaml.safe_dump(options.recipe.model_dump(mode="json"), sort_keys=False))
-    print(f"workspace: {options.workspace}\n\n{as_table(plan)}\n")
-    here = this_machine()
-    if CLUSTERS & os.environ.keys():
+    recipe, here = options.recipe, this_machine()
+    elsewhere = bool(CLUSTERS & os.environ.keys())
+    rollouts = plan_rollouts(recipe, [] if elsewhere or not here["GPU"] else [here])
+    plan = plan_resources(recipe.cluster, rollouts.placement)
+    print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    print(f"workspace: {options.workspace}\n\n{as_table(plan)}\n\n{rollouts}")
+    if rollouts.placement == "disaggregated" and recipe.cluster.rollout.placement is None and recipe.could_share_gpus:
+        print("Where that does not fit, they share the learner's GPUs instead.")
+    if elsewhere:
         print("Whether the cluster has it is checked when the job connects, before any actor starts.")
     elif not here["GPU"] and any(stage.total("GPU") for stage in plan):
         print("This machine has no GPU: the plan is for another one.")

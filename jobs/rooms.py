@@ -13,9 +13,11 @@ from transformers.utils import logging as transformers_logging
 
 from actors.rollout_pool import RolloutPool
 from actors.vrm_service import ServedScorer, start_service, stop_service
-from cluster.resources import plan_resources
+from cluster.placement import Placement, pack_bundles
+from cluster.resources import check_plan, plan_resources
+from cluster.rollout_plan import RolloutPlan, plan_rollouts
 from cluster.scaling import Autoscaler
-from cluster.session import open_cluster, remove_from_nodes
+from cluster.session import node_resources, open_cluster, remove_from_nodes
 from cluster.submission import job_id
 from jobs.command_line import Options
 from pipeline.config.schema import Recipe
@@ -32,9 +34,11 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
 class Rooms:
     """Starts engines and service when a stage first asks, and keeps them for the stages after it."""
 
-    def __init__(self, recipe: Recipe, stages: StageRunner, exits: ExitStack) -> None:
+    def __init__(self, recipe: Recipe, stages: StageRunner, rollout_plan: RolloutPlan, exits: ExitStack) -> None:
         self.recipe = recipe
         self.stages = stages
+        self.rollout_plan = rollout_plan
+        self._shared_gpus: Placement | None = None
         self._exits = exits
         self._pool: RolloutPool | None = None
         self._scorer: ServedScorer | None = None
@@ -58,12 +62,29 @@ class Rooms:
                     ),
                     gate_tolerance=alignment.gate_tolerance or TOLERANCE[recipe.policy.dtype],
                     seed=recipe.seed,
+                    plan=self.rollout_plan,
+                    placement=self.shared_gpus(),
                     workspace=self.stages.workspace.uri,
                     requested_workers=lambda: requested_rollout_workers(self.stages.workspace.uri),
                     autoscaler=None if autoscale is None else Autoscaler(autoscale),
                 )
             )
         return self._pool
+
+    def shared_gpus(self) -> Placement | None:
+        """The learner's GPUs with room for an engine on each, where the plan says so; kept as long as the engines."""
+        if self._shared_gpus is None and self.rollout_plan.placement == "colocated":
+            cluster = self.recipe.cluster
+            self._shared_gpus = pack_bundles(
+                cluster.alignment.ranks,
+                cpus=cluster.alignment.cpus_per_rank + cluster.rollout.cpus_per_worker,
+                gpus=cluster.alignment.gpus_per_rank,
+                timeout_s=cluster.deadlines.start_s,
+                name="PPO learner with rollout engines",
+                tenants=2,
+            )
+            self._exits.callback(self._shared_gpus.remove)
+        return self._shared_gpus
 
     def scorer(self, reward_model: StageResult) -> ServedScorer:
         """The scoring service of this job's reward model."""
@@ -119,6 +140,9 @@ def open_rooms(options: Options) -> Iterator[Rooms]:
         workspace = exits.enter_context(
             Workspace.open(options.workspace, job=job_id(), take_over=options.take_over, preempted=notice.is_given)
         )
-        exits.enter_context(open_cluster(recipe.cluster, plan_resources(recipe.cluster)))
+        exits.enter_context(open_cluster(recipe.cluster, ()))
+        nodes = node_resources()
+        rollout_plan = plan_rollouts(recipe, nodes)
+        check_plan(plan_resources(recipe.cluster, rollout_plan.placement), nodes)
         exits.enter_context(notice.watching())  # behind ray.init, which handles SIGTERM by leaving at once
-        yield Rooms(recipe, StageRunner(workspace), exits)
+        yield Rooms(recipe, StageRunner(workspace), rollout_plan, exits)

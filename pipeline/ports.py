@@ -86,6 +86,9 @@ class RolloutSource(Protocol):
 class BackgroundRolloutSource(RolloutSource, Protocol):
     """Samples while its caller does something else, loading weights included."""
 
+    def sleep(self) -> None:
+        """Leaves GPUs that are shared with the learner to it, until the next `load_weights`."""
+
     def begin(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, resample_unfinished: bool) -> None:
         """Starts what `generate` does and returns at once; a batch begun before and not collected is abandoned.
 

@@ -24,6 +24,9 @@ class FakeRollouts:
         self._checksum = 0.0
         self._begun: list[Rollout] = []
 
+    def sleep(self) -> None:
+        """Has no GPU to leave."""
+
     def load_weights(self, weights: PolicyWeights) -> Metrics:
         from safetensors.torch import load_file
 

@@ -645,6 +645,24 @@ class RolloutConfig(Frozen):
     autoscale: AutoscaleConfig | None = None
     """Let the number of workers follow the learner between these bounds; needs `alignment.prefetch`."""
 
+    @property
+    def asks_for_shared_gpus(self) -> bool:
+        return self.placement == "colocated" or self.weight_transfer == "ipc"
+
+    @model_validator(mode="after")
+    def _weights_cross_what_lies_between(self) -> RolloutConfig:
+        if (self.placement, self.weight_transfer) == ("colocated", "nccl"):
+            raise ValueError(
+                "placement = colocated puts learner and engine on one GPU, and NCCL knows one process a GPU; "
+                "set weight_transfer=ipc"
+            )
+        if (self.placement, self.weight_transfer) == ("disaggregated", "ipc"):
+            raise ValueError(
+                "weight_transfer = ipc works within one GPU, and placement = disaggregated gives the engines others; "
+                "set weight_transfer=nccl"
+            )
+        return self
+
 
 class ScoringConfig(Frozen):
     """The VRM scoring service on Ray Serve."""
@@ -710,11 +728,55 @@ class ClusterConfig(Frozen):
     object_store_gib: Positive | None = None
     """Only used when the job starts its own local cluster."""
 
+    @property
+    def takes_whole_gpus(self) -> bool:
+        """One for every rank of the PPO learner, and one for every engine."""
+        return self.alignment.gpus_per_rank == self.rollout.gpus_per_worker == 1
+
+    @model_validator(mode="after")
+    def _transfers_between_gpus_have_gpus(self) -> ClusterConfig:
+        rollout = self.rollout
+        if (rollout.asks_for_shared_gpus or rollout.weight_transfer == "nccl") and not self.takes_whole_gpus:
+            asked = (
+                "placement = colocated"
+                if rollout.placement == "colocated"
+                else f"weight_transfer = {rollout.weight_transfer}"
+            )
+            raise ValueError(
+                f"rollout.{asked} needs a whole GPU for every engine and every rank of the learner, but "
+                f"rollout.gpus_per_worker = {rollout.gpus_per_worker:g} and alignment.gpus_per_rank = "
+                f"{self.alignment.gpus_per_rank:g}; set both to 1, or leave rollout.{asked.partition(' ')[0]} out"
+            )
+        return self
+
 
 class Recipe(ExperimentConfig):
     """An experiment and the cluster it runs on: one YAML file in `jobs/recipes/`."""
 
     cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def could_share_gpus(self) -> bool:
+        return self.cluster.takes_whole_gpus and not self._against_shared_gpus()
+
+    def _against_shared_gpus(self) -> str:
+        """Why engines cannot stand on the learner's GPUs and sleep while it works; empty where they can."""
+        rollout, ranks = self.cluster.rollout, self.cluster.alignment.ranks
+        if self.alignment.prefetch is not None:
+            return f"alignment.prefetch = {self.alignment.prefetch} samples while the learner works; set it to null"
+        if rollout.workers > ranks:
+            return (
+                f"cluster.rollout.workers = {rollout.workers} exceeds cluster.alignment.ranks = {ranks}, and a GPU "
+                f"holds one of each; set cluster.rollout.workers={ranks}"
+            )
+        return ""
+
+    @model_validator(mode="after")
+    def _engines_that_share_gpus_sleep(self) -> Recipe:
+        against = self._against_shared_gpus()
+        if self.cluster.rollout.asks_for_shared_gpus and against:
+            raise ValueError(f"engines that share the learner's GPUs sleep while it works, but {against}")
+        return self
 
     @model_validator(mode="after")
     def _autoscaling_has_waits_to_compare(self) -> Recipe:

@@ -25,6 +25,12 @@ def largest(peaks: Sequence[Metrics]) -> Metrics:
     return {name: max(peak[name] for peak in peaks) for name in peaks[0]}
 
 
+def free_cached_memory(device: torch.device) -> None:
+    """Gives other processes on the GPU what tensors of this one no longer take."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def copy_gb_per_s(num_bytes: int, device: torch.device, *, rounds: int = 3) -> float:
     """How fast one thread, or the GPU, copies so many bytes within the device's memory: no transfer is faster."""
     source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)

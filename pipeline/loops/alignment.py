@@ -55,6 +55,7 @@ def align(
             clock = Stopwatch()
             samples, ages = batches.collect(step)
             clock.lap("rollout")
+            rollouts.sleep()
             scores = scorer.score([s.prompt.messages for s in samples], [s.response_text for s in samples])
             clock.lap("score")
             evaluations = learner.evaluate(samples)

@@ -8,7 +8,9 @@ import pytest
 import ray
 import torch
 
+from actors.ranked_learner import RankedSender
 from actors.rollout_pool import RolloutPool
+from cluster.rollout_plan import RolloutPlan
 from pipeline.config.schema import DeadlinesConfig, RolloutConfig
 from pipeline.data.chat import encode_prompt
 from pipeline.errors import CheckpointError, StaleEngineError
@@ -16,6 +18,7 @@ from pipeline.learning.probes import choose_probes
 from pipeline.learning.publishing import write_policy_weights
 from pipeline.models.backbone import load_causal_lm
 from pipeline.records import PolicyWeights, ProbeSequence, Prompt, SamplingParams
+from tests.gloo import GlooGroup, GlooWorker
 
 pytestmark = pytest.mark.components
 
@@ -24,7 +27,14 @@ SAMPLING = SamplingParams(temperature=0.7, top_p=1.0, max_response_tokens=24, sa
 
 
 @pytest.fixture(scope="module")
-def pool(local_ray, tiny_policy):
+def learner(local_ray):
+    """The first rank of a learner whose GPU is a CPU."""
+    return GlooGroup()
+
+
+@pytest.fixture(scope="module")
+def pool(learner, tiny_policy):
+    """Engines that read published files, as all do, and that also take weights from `learner`."""
     config = RolloutConfig(workers=2, cpus_per_worker=1, chunk_size=8, max_sequences=64, max_restarts=1)
     with RolloutPool(
         tiny_policy,
@@ -34,6 +44,8 @@ def pool(local_ray, tiny_policy):
         max_model_len=128,
         gate_tolerance=TOLERANCE,
         seed=0,
+        plan=RolloutPlan(placement="disaggregated", weight_transfer="nccl"),
+        worker=GlooWorker,
     ) as pool:
         yield pool
 
@@ -105,6 +117,44 @@ def test_engines_agree_with_the_learner_after_every_update(pool, policy, publish
         # The probes tell the versions apart, by much more than the tolerance.
         assert before is None or (now - before).abs().mean() > 0.1
         before = now
+
+
+def test_the_learner_sends_its_policy_and_the_file_stands_in_where_that_fails(pool, learner, policy, publish, caplog):
+    sender = RankedSender(learner, "nccl", dtype="float32", deadline_s=60.0)
+
+    def update(version, *, sends=True):
+        """Metrics, and the buckets that were sent. Without `sends` the learner's GPU holds another policy."""
+        model = another(policy, version)
+        state = model.state_dict() if sends else another(policy, 99).state_dict()
+        ray.get(learner.rank.hold.remote(state), timeout=60)
+        metrics = pool.load_weights(publish(model, version=version))
+        assert metrics["gate/max"] <= TOLERANCE
+        return metrics, ray.get(learner.rank.sizes.remote(), timeout=60)
+
+    sizes = [tensor.nbytes for tensor in policy.state_dict().values()]
+    with pool.fed_by(sender):
+        for version in (1, 2):
+            metrics, buckets = update(version)
+            assert metrics["weights/sent_between_gpus"] == 1
+            assert sum(buckets) == sum(sizes)
+            assert len(buckets) > 2
+            assert all(bucket <= 2 * max(sizes) for bucket in buckets)
+            assert 0 < metrics["weights/gb_per_s"] < metrics["weights/copy_gb_per_s"]
+
+        # A worker fails half way: no engine may be taken to hold the policy, and all read the file.
+        ray.get(pool._workers[1].actor.fail_next.remote(), timeout=60)
+        metrics, _ = update(3, sends=False)
+        assert metrics["weights/sent_between_gpus"] == 0
+        assert "MemoryError: no room for the next bucket" in caplog.text
+        # And they meet the learner again.
+        metrics, _ = update(4)
+        assert metrics["weights/sent_between_gpus"] == 1
+
+        # The gate sees what was sent, not what was published.
+        with pytest.raises(StaleEngineError):
+            update(5, sends=False)
+    metrics, _ = update(6, sends=False)
+    assert "weights/sent_between_gpus" not in metrics
 
 
 def test_rollouts_carry_the_logprobs_of_the_distribution_they_were_sampled_from(

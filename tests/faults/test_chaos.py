@@ -198,6 +198,9 @@ class Eventful:
         self._happens("weights")
         return self._pool.load_weights(weights)
 
+    def sleep(self):
+        self._pool.sleep()
+
     def generate(self, prompts, sampling):
         self._happens("generation")
         return self._pool.generate(prompts, sampling)

@@ -1,0 +1,53 @@
+"""Where the rollout engines stand and how weights reach them: decided once, before any actor starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cluster.resources import fits, plan_resources
+from pipeline.config.schema import Placement, Recipe, WeightTransfer
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutPlan:
+    """The decision."""
+
+    placement: Placement
+    weight_transfer: WeightTransfer
+
+    def __str__(self) -> str:
+        places = {
+            "disaggregated": "have resources of their own",
+            "colocated": "share the learner's GPUs and sleep while it works",
+        }
+        ways = {"shm": "a file on each node", "nccl": "NCCL, from GPU to GPU", "ipc": "CUDA IPC, within each GPU"}
+        return (
+            f"Rollout engines {places[self.placement]} ({self.placement}); weights reach them by "
+            f"{ways[self.weight_transfer]} ({self.weight_transfer})."
+        )
+
+
+THROUGH_FILES = RolloutPlan(placement="disaggregated", weight_transfer="shm")
+"""What engines without a GPU do, and those without a learner."""
+
+
+def plan_rollouts(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> RolloutPlan:
+    """What the recipe says; where it leaves the choice, engines share GPUs only if they cannot have their own.
+
+    Args:
+        recipe: the schema has refused what no cluster could do.
+        nodes: each node's total {"CPU": ..., "GPU": ...}; none where the cluster is not known yet.
+    """
+    cluster, rollout = recipe.cluster, recipe.cluster.rollout
+    shares = rollout.asks_for_shared_gpus or (
+        rollout.placement is None
+        and rollout.weight_transfer != "nccl"
+        and recipe.could_share_gpus
+        and not fits(plan_resources(cluster), nodes)
+        and fits(plan_resources(cluster, "colocated"), nodes)
+    )
+    if shares:
+        return RolloutPlan(placement="colocated", weight_transfer=rollout.weight_transfer or "ipc")
+    default: WeightTransfer = "nccl" if cluster.takes_whole_gpus else "shm"
+    return RolloutPlan(placement="disaggregated", weight_transfer=rollout.weight_transfer or default)
