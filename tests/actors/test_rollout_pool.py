@@ -12,10 +12,20 @@ import pytest
 import ray
 
 from actors.rollout_pool import RolloutPool
+from cluster.placement import pack_bundles
+from cluster.rollout_plan import THROUGH_FILES, RolloutPlan
 from cluster.running_jobs import jobs_with_rollout_workers, workspace_of
 from pipeline.config.schema import AlignmentConfig, DeadlinesConfig, PPOConfig, RolloutConfig
 from pipeline.data.prompts import PromptStream
-from pipeline.errors import ConfigError, DataError, DeadlineExceeded, StaleEngineError, WorkerDied, WorkspaceError
+from pipeline.errors import (
+    ConfigError,
+    DataError,
+    DeadlineExceeded,
+    StaleEngineError,
+    TransferFailed,
+    WorkerDied,
+    WorkspaceError,
+)
 from pipeline.loops.step_rollouts import OnPolicyRollouts, PrefetchingRollouts, StepPlan
 from pipeline.records import PolicyWeights, Prompt, Rollout, SamplingParams
 from pipeline.stages.requests import request_rollout_workers, requested_rollout_workers
@@ -47,6 +57,10 @@ class ScriptedWorker:
             time.sleep(60)
         if self._told("be stale"):
             raise StaleEngineError(f"{self._name} is stale")
+        return self.accept_weights(weights, tolerance)
+
+    def accept_weights(self, weights, tolerance):
+        self._asleep = False
         self._version = weights.version
         return {
             "gate/mean": 1e-6,
@@ -55,6 +69,14 @@ class ScriptedWorker:
             "weights/gb_per_s": 2.0,
             "weights/copy_gb_per_s": 8.0,
         }
+
+    def sleep(self):
+        if self._told("die on the way to bed"):
+            os._exit(1)
+        self._asleep = True
+
+    def is_asleep(self):
+        return self._asleep
 
     def sample(self, requests, sampling):
         if self._told("die while sampling"):
@@ -106,7 +128,15 @@ def open_pool(tmp_path):
     pools = []
 
     def open_pool(
-        *, generate_s=30.0, weights_s=120, requested_workers=lambda: None, autoscaler=None, workspace=None, **config
+        *,
+        generate_s=30.0,
+        weights_s=120,
+        requested_workers=lambda: None,
+        autoscaler=None,
+        workspace=None,
+        plan=THROUGH_FILES,
+        placement=None,
+        **config,
     ):
         config = RolloutConfig(**{"workers": 2, "cpus_per_worker": 0.1, "chunk_size": 3} | config)
         deadlines = DeadlinesConfig(start_s=120, generate_s=generate_s, weights_s=weights_s)
@@ -119,6 +149,8 @@ def open_pool(tmp_path):
                 max_model_len=16,
                 gate_tolerance=1e-4,
                 seed=0,
+                plan=plan,
+                placement=placement,
                 worker=ScriptedWorker,
                 workspace=workspace,
                 requested_workers=requested_workers,
@@ -470,3 +502,63 @@ def test_a_stream_that_hangs_or_has_no_room_is_named(open_pool, tmp_path):
     (tmp_path / "hang").touch()
     with pytest.raises(DeadlineExceeded, match=r"rollout worker 0: advance\(\) did not return within 1.5 s"):
         next(pool.stream(asked(PROMPTS[0])))
+
+
+class ScriptedSender:
+    """Says whom it sent to; fails when told to."""
+
+    def __init__(self):
+        self.sent, self.fails = [], False
+
+    def send(self, workers):
+        if self.fails:
+            raise TransferFailed("a cable was cut")
+        self.sent.append(tuple(workers))
+
+
+def test_shared_gpus_hold_one_worker_each_which_sleeps_until_the_next_weights(open_pool, tmp_path):
+    """Two bundles of the learner's, in which CPUs stand for GPUs."""
+    placement = pack_bundles(2, cpus=0.2, gpus=0.0, timeout_s=30, name="shared", tenants=2)
+    plan = RolloutPlan(placement="colocated", weight_transfer="ipc")
+    pool, sender = open_pool(workers=1, plan=plan, placement=placement, requested_workers=lambda: 5), ScriptedSender()
+    [first] = pool._workers
+
+    def asleep():
+        return ray.get([worker.actor.is_asleep.remote() for worker in pool._workers], timeout=60)
+
+    pool.sleep()  # before there are weights: the learner is about to be built
+    assert asleep() == [True]
+    with pool.fed_by(sender):
+        # Five are asked for, and two GPUs hold one each.
+        assert until(lambda: pool.load_weights(weights(0))["rollout/workers"] == 2)
+        assert [worker.bundle for worker in pool._workers] == [0, 1]
+        assert asleep() == [False, False]
+        pool.sleep()
+        assert asleep() == [True, True]
+        pool.load_weights(weights(1))
+        assert asleep() == [False, False]
+        assert sender.sent[0] == (first.name,)
+        assert sender.sent[-1] == tuple(worker.name for worker in pool._workers)
+
+        # One dies asleep: the transfer fails, all read the file, and its successor gets its place.
+        (tmp_path / "die on the way to bed").touch()
+        pool.sleep()
+        sender.fails = True
+        metrics = pool.load_weights(weights(2))
+        assert metrics["weights/sent_between_gpus"] == 0
+        assert asleep() == [False, False]
+        assert [worker.bundle for worker in pool._workers] == [0, 1]
+    with pytest.raises(ConfigError, match=r"3 rollout workers do not fit the learner's 2 GPUs, which hold one each"):
+        pool.resize(3)
+    pool.close()
+    placement.remove()
+
+
+def test_engines_that_only_know_files_are_never_sent_to(open_pool):
+    pool, sender = open_pool(workers=1), ScriptedSender()
+    with pool.fed_by(sender):
+        assert "weights/sent_between_gpus" not in pool.load_weights(weights(0))
+        pool.sleep()  # has a GPU, or none, of its own
+        [worker] = pool._workers
+        assert not ray.get(worker.actor.is_asleep.remote(), timeout=60)
+    assert sender.sent == []
