@@ -245,10 +245,12 @@ class RolloutPool:
             return
         with self._between_chunks():
             self._workers = [self._up(worker) for worker in self._workers]
-            for worker, asleep in [(worker, worker.actor.sleep.remote()) for worker in self._workers]:
+            calls = [(worker, worker.actor.sleep.remote()) for worker in (*self._workers, *self._joining)]
+            for worker, asleep in calls:
                 try:
-                    self._answer(worker, asleep, "sleep()", self._deadlines.weights_s)
-                except (*DIED, DeadlineExceeded) as error:
+                    # One that joins has to start first.
+                    self._answer(worker, asleep, "sleep()", self._deadlines.start_s)
+                except (*DIED, RayTaskError, DeadlineExceeded) as error:
                     logger.warning("%s is ended: it did not leave its GPU to the learner. %s", worker.name, error)
                     _end(worker)
 

@@ -72,7 +72,7 @@ class VLLMEngine:
             dtype=dtype,
             max_model_len=max_model_len,
             max_num_seqs=config.max_sequences,
-            gpu_memory_utilization=config.gpu_memory_fraction,
+            gpu_memory_utilization=config.memory_fraction(plan.placement),
             enforce_eager=config.enforce_eager,
             seed=seed,
             load_format="dummy",

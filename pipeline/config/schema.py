@@ -629,7 +629,9 @@ class RolloutConfig(Frozen):
     """As `threads_per_rank`."""
     kv_cache_gib: Count = 1
     """CPU engines only: size of the KV cache."""
-    gpu_memory_fraction: Fraction = 0.9
+    gpu_memory_fraction: Fraction | None = None
+    """Of each GPU, for weights and KV cache. None takes 0.9 of an engine's own GPU, and 0.45 of one that it shares: the
+    learner's parameters and optimizer stay there while it samples."""
     max_sequences: Count = 256
     enforce_eager: bool = True
     chunk_size: Count = 32
@@ -644,6 +646,9 @@ class RolloutConfig(Frozen):
     GPU. None takes the last that the placement allows."""
     autoscale: AutoscaleConfig | None = None
     """Let the number of workers follow the learner between these bounds; needs `alignment.prefetch`."""
+
+    def memory_fraction(self, placement: Placement) -> float:
+        return self.gpu_memory_fraction or {"disaggregated": 0.9, "colocated": 0.45}[placement]
 
     @property
     def asks_for_shared_gpus(self) -> bool:

@@ -231,8 +231,7 @@ class PPOLearner:
         return PolicyWeights(version=version, location=str(location), probes=probes)
 
     def policy_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What `publish_weights` writes, tensor by tensor and still on this rank's device. Collective, as
-        `TrainEngine.full_tensors`."""
+        """What `publish_weights` writes, tensor by tensor on this rank's device. Collective, as `full_tensors`."""
         return self._policy_part(self.engine.full_tensors())
 
     def _policy_part(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -186,6 +186,9 @@ def test_published_weights_are_merged_and_say_what_the_learner_says(tiny_policy,
     published = learner.publish_weights(1)
     state = load_file(f"{published.location}/model.safetensors")
     assert state.keys() == load_file(f"{tiny_policy}/model.safetensors").keys()
+    sent = dict(learner.policy_tensors())
+    assert sent.keys() == state.keys()
+    assert all(torch.equal(sent[name], state[name]) for name in state)
     assert set(learner.engine.module.state_dict()) == adapted
     learner.export(str(tmp_path / "result"))
     engine = publish_checkpoint(
