@@ -99,18 +99,23 @@ class GlooWorker(RolloutWorker):
         super().receive(update_info)
 
 
-class GlooRank(Rank):
-    """The learner's first rank, on a CPU, with a policy that it is given instead of a learner."""
+class PolicyRank(Rank):
+    """The learner's first rank, with a policy that it is given instead of a learner."""
 
     def hold(self, state):
         from actors import weight_sender
 
-        weight_sender.BUCKET_BYTES = 1
+        weight_sender.BUCKET_BYTES = 1  # so that one holds no more than the largest tensor
         self._learner = self
-        self._state = state
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._state = {name: tensor.to(device) for name, tensor in state.items()}
 
     def policy_tensors(self):
         yield from self._state.items()
+
+
+class GlooRank(PolicyRank):
+    """One on a CPU."""
 
     def meet_engines(self, *arguments):
         def listen(init_info):
@@ -125,19 +130,23 @@ class GlooRank(Rank):
 
     def sizes(self):
         """Of the buckets sent since the last time, bytes."""
-        sizes, self._sender._trainer.model_update_group.sizes = self._sender._trainer.model_update_group.sizes, []
+        group = self._sender._trainer.model_update_group
+        sizes, group.sizes = group.sizes, []
         return sizes
 
 
-class GlooGroup:
+class GroupOfOne:
     """A RankGroup of one such rank."""
 
-    def __init__(self):
-        environment = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "CUDA_VISIBLE_DEVICES": ""}
-        actor = ray.remote(concurrency_groups={DISK: 1})(GlooRank).options(
-            num_cpus=0, runtime_env={"env_vars": environment}
-        )
-        self.rank = actor.remote(0, 1)
+    def __init__(self, rank=GlooRank, **options):
+        environment = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+        if rank is GlooRank:
+            environment |= {"CUDA_VISIBLE_DEVICES": ""}
+        actor = ray.remote(concurrency_groups={DISK: 1})(rank)
+        self.rank = actor.options(num_cpus=0, runtime_env={"env_vars": environment}, **options).remote(0, 1)
+
+    def hold(self, state):
+        ray.get(self.rank.hold.remote(state), timeout=60)
 
     def free_address(self, doing, *, deadline_s):
         return self.all(lambda rank: rank.free_address.remote(), doing=doing, deadline_s=deadline_s)[0]
