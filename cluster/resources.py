@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.config.schema import ClusterConfig, Placement, RanksConfig
+from pipeline.config.schema import ClusterConfig, RanksConfig, RolloutPlacement
 from pipeline.errors import ResourceError
 
 TOLERANCE = 1e-6
@@ -39,7 +39,7 @@ class StageDemand:
         return sum(d.count * (d.cpus if resource == "CPU" else d.gpus) for d in self.demands)
 
 
-def plan_resources(cluster: ClusterConfig, placement: Placement = "disaggregated") -> tuple[StageDemand, ...]:
+def plan_resources(cluster: ClusterConfig, placement: RolloutPlacement = "disaggregated") -> tuple[StageDemand, ...]:
     """Stage by stage, in order. Rollout workers and scoring replicas stay up from alignment through the benchmark.
 
     Args:

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.resources import fits, plan_resources
-from pipeline.config.schema import Placement, Recipe, WeightTransfer
+from pipeline.config.schema import Recipe, RolloutPlacement, WeightTransfer
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutPlan:
     """The decision."""
 
-    placement: Placement
+    placement: RolloutPlacement
     weight_transfer: WeightTransfer
 
     def __str__(self) -> str:

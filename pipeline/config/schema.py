@@ -18,7 +18,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 WeightTransfer = Literal["shm", "nccl", "ipc"]
-Placement = Literal["disaggregated", "colocated"]
+RolloutPlacement = Literal["disaggregated", "colocated"]
 
 
 class Frozen(BaseModel):
@@ -638,16 +638,16 @@ class RolloutConfig(Frozen):
     """Responses handed to a worker at a time."""
     max_restarts: Annotated[int, Field(ge=0)] = 2
     """How many workers that died or hung are replaced, over the whole job."""
-    placement: Placement | None = None
+    placement: RolloutPlacement | None = None
     """"disaggregated" engines have GPUs of their own; "colocated" ones share the learner's, one each, and sleep while
     it works. None lets the plan choose: their own where there are enough."""
     weight_transfer: WeightTransfer | None = None
     """How a policy reaches the engines: "shm" by a file on each node, "nccl" from GPU to GPU, "ipc" within a shared
-    GPU. None takes the last that the placement allows."""
+    GPU. None takes "shm" without whole GPUs, else what the placement asks for."""
     autoscale: AutoscaleConfig | None = None
     """Let the number of workers follow the learner between these bounds; needs `alignment.prefetch`."""
 
-    def memory_fraction(self, placement: Placement) -> float:
+    def memory_fraction(self, placement: RolloutPlacement) -> float:
         return self.gpu_memory_fraction or {"disaggregated": 0.9, "colocated": 0.45}[placement]
 
     @property
