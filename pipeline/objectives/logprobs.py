@@ -75,17 +75,19 @@ class _LogprobsAndEntropy(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         x = logits.detach().float()
         rows = max(1, BLOCK_BYTES // (4 * x.shape[-1]))
+        scratch = torch.empty_like(x[:rows])
         logprobs, entropies = [], []
         for block, ids in zip(x.split(rows), token_ids.split(rows), strict=True):
             if temperature != 1.0:
                 block /= temperature
             block -= block.amax(-1, keepdim=True)
-            pi = block.exp()
+            pi = torch.exp(block, out=scratch[: len(block)])
             total = pi.sum(-1, keepdim=True)
             pi /= total
             log_total = total.log().squeeze(-1)
             logprobs.append(block.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - log_total)
-            entropies.append(log_total - torch.linalg.vecdot(pi, block))
+            block *= pi
+            entropies.append(log_total - block.sum(-1))
             block.copy_(pi)
         logprob, entropy = torch.cat(logprobs), torch.cat(entropies)
         ctx.save_for_backward(x, token_ids)
