@@ -71,6 +71,7 @@ class DeepSpeedEngine:
                 for group in groups
             ],
             betas=betas,
+            fused=True,
         )
         self._engine, *_ = deepspeed.initialize(
             model=module,

@@ -103,6 +103,7 @@ class TorchEngine:
                 for group in groups
             ],
             betas=betas,
+            fused=True,
         )
 
     def forward(self, *args: Any) -> Any:

@@ -14,22 +14,23 @@ import numpy as np
 from pipeline.errors import StaleEngineError
 from pipeline.records import Metrics, ProbeSequence, Prompt, PromptGroup
 
+PROMPT_TOKENS = 64
+"""Of a prompt: enough to tell one set of weights from another. Probes are computed twice with every new version."""
 RANDOM_TOKENS = 8
 
 
 def choose_probes(prompts: Sequence[Prompt], *, vocabulary_size: int, seed: int, count: int = 8) -> list[PromptGroup]:
-    """Sequences to compare: real prompts cut in half, the second half as a response that ends in a few random tokens.
+    """Sequences to compare: beginnings of real prompts cut in half, the second half as a response that ends at random.
 
     The halves exercise the states a policy really visits, the random tokens rows of the output layer it rarely does.
     """
     rng = np.random.default_rng(seed)
     probes = []
     for prompt in prompts[:count]:
-        middle = max(1, len(prompt.token_ids) // 2)
+        beginning = prompt.token_ids[:PROMPT_TOKENS]
+        middle = max(1, len(beginning) // 2)
         noise = tuple(int(t) for t in rng.integers(vocabulary_size, size=RANDOM_TOKENS))
-        probes.append(
-            PromptGroup(prompt_ids=prompt.token_ids[:middle], response_ids=(prompt.token_ids[middle:] + noise,))
-        )
+        probes.append(PromptGroup(prompt_ids=beginning[:middle], response_ids=(beginning[middle:] + noise,)))
     return probes
 
 

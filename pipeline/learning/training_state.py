@@ -166,10 +166,10 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def adam_state(optimiser: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, Any]:
-    """AdamW's state of a parameter, as the optimiser itself would begin it where no step was taken yet."""
+    """Fused AdamW's state of a parameter, as the optimiser itself would begin it where no step was taken yet."""
     state = optimiser.state[parameter]
     if not state:
-        state["step"] = torch.tensor(0.0)
+        state["step"] = torch.zeros((), device=parameter.device)
         state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     return state

@@ -171,6 +171,8 @@ def shared_prompt_attention(
         raise CheckpointError(f"attention scores capped at {softcap} (Gemma 2) are not supported; use Qwen3 or Llama")
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    # A prompt with a single response is one plain causal sequence, whichever of the two a token belongs to.
+    group_lengths = tuple((sum(lengths),) if len(lengths) == 2 else lengths for lengths in group_lengths)
     flat = [length for lengths in group_lengths for length in lengths]
     pieces = iter(zip(query.split(flat, 2), key.split(flat, 2), value.split(flat, 2), strict=True))
     attended = [

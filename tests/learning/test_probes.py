@@ -79,3 +79,9 @@ def test_probes_split_real_prompts_and_end_in_random_tokens_of_the_vocabulary():
     assert len(set(noise)) == 8
     assert all(len(n) == 8 and set(n) <= set(range(50)) for n in noise)
     assert probes == choose_probes(prompts, vocabulary_size=50, seed=1)
+
+
+def test_a_probe_takes_the_beginning_of_a_long_prompt():
+    [probe] = choose_probes([Prompt(id="0", messages=(), token_ids=tuple(range(1000)))], vocabulary_size=50, seed=1)
+    assert probe.prompt_ids == tuple(range(32))
+    assert probe.response_ids[0][:-8] == tuple(range(32, 64))

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipeline.errors import ShapeError
 from pipeline.objectives.advantages import generalized_advantages, token_rewards, transform_reward
 from pipeline.objectives.divergence import adapt_kl_coefficient, kl_estimate
-from pipeline.objectives.logprobs import logits_to_logprobs_and_entropy, token_logprobs_and_entropy
+from pipeline.objectives.logprobs import overwrite_logits, token_logprobs_and_entropy
 from pipeline.objectives.masked import masked_mean, whiten
 from pipeline.objectives.policy import clipped_policy_loss, clipped_tokens, importance_ratio
 from pipeline.objectives.preference import bradley_terry_loss, pair_accuracy, probit_preference
@@ -122,22 +122,59 @@ def test_reward_transforms_by_hand():
     assert transformed == pytest.approx([math.log(3 / 4), math.log(1 / 2), 0.0, -5.0])
 
 
-def test_chunked_logprobs_equal_the_plain_ones_with_their_gradients():
+@pytest.mark.parametrize("chunk_size", [2, 7, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunked_logprobs_equal_the_plain_ones_with_their_gradients(chunk_size, dtype, monkeypatch):
+    monkeypatch.setattr("pipeline.objectives.logprobs.BLOCK_BYTES", 3 * 11 * 4)  # three rows a block
     torch.manual_seed(0)
-    head = torch.nn.Linear(8, 11)
+    head = torch.nn.Linear(8, 11, dtype=dtype)
     ids = torch.randint(11, (7,))
-    gradients, results = [], []
-    for chunk_size in (2, 100):
-        hidden = torch.linspace(-1, 1, 56).view(7, 8).requires_grad_()
-        logprobs, entropy = token_logprobs_and_entropy(hidden, head, ids, temperature=0.7, chunk_size=chunk_size)
-        logprobs.sum().backward()
-        gradients.append(hidden.grad)
-        results.append(torch.stack([logprobs.detach(), entropy]))
-    torch.testing.assert_close(results[0], results[1])
-    torch.testing.assert_close(gradients[0], gradients[1])
-    with torch.no_grad():
-        plain = torch.log_softmax(head(torch.linspace(-1, 1, 56).view(7, 8)) / 0.7, -1)
-    torch.testing.assert_close(results[0][0], plain[torch.arange(7), ids])
+    upstream = torch.randn(7)
+
+    def plain(hidden):
+        log_pi = torch.log_softmax(head(hidden).float() / 0.7, -1)
+        return log_pi[torch.arange(7), ids], -(log_pi.exp() * log_pi).sum(-1).detach()
+
+    def chunked(hidden):
+        return token_logprobs_and_entropy(hidden, head, ids, temperature=0.7, chunk_size=chunk_size)
+
+    results = []
+    for function in (plain, chunked):
+        hidden = torch.linspace(-3, 3, 56, dtype=dtype).view(7, 8).requires_grad_()
+        logprobs, entropy = function(hidden)
+        assert (logprobs.dtype, entropy.dtype, entropy.requires_grad) == (torch.float32, torch.float32, False)
+        gradients = torch.autograd.grad((upstream * logprobs).sum(), [hidden, head.weight, head.bias])
+        results.append([logprobs.detach(), entropy, *gradients])
+        with torch.no_grad():
+            torch.testing.assert_close(function(hidden), (logprobs, entropy))
+    expected, got = results
+    exact = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, **exact)
+
+
+def test_the_gradient_of_a_logprob_is_one_hot_minus_the_policy():
+    logits = torch.log(torch.tensor([[0.5, 0.25, 0.25]])).requires_grad_()
+    logprobs, entropy = overwrite_logits(logits, torch.tensor([1]), temperature=1.0)
+    assert logprobs.item() == pytest.approx(math.log(0.25))
+    assert entropy.item() == pytest.approx(1.5 * math.log(2))
+    loss = 2 * logprobs.sum()
+    [gradient] = torch.autograd.grad(loss, logits, retain_graph=True)
+    assert gradient.tolist() == [pytest.approx([-1.0, 1.5, -0.5])]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # the memory is the gradient's now
+        torch.autograd.grad(loss, logits)
+
+
+def test_a_head_is_computed_once_for_the_chunk_the_backward_pass_begins_with():
+    calls = []
+    head = torch.nn.Linear(4, 5)
+    head.register_forward_hook(lambda *_: calls.append(1))
+    for num_tokens, expected in ((2, 1), (6, 5)):
+        calls.clear()
+        hidden = torch.randn(num_tokens, 4, requires_grad=True)
+        ids = torch.zeros(num_tokens, dtype=torch.int64)
+        token_logprobs_and_entropy(hidden, head, ids, temperature=1.0, chunk_size=2)[0].sum().backward()
+        assert len(calls) == expected  # three chunks, two of them again
 
 
 class LargestTensor(TorchDispatchMode):
@@ -164,7 +201,7 @@ def test_chunked_logprobs_never_hold_the_logits_of_more_than_a_chunk():
 
 
 def test_entropy_of_a_uniform_policy_is_the_log_of_the_vocabulary():
-    _, entropy = logits_to_logprobs_and_entropy(torch.zeros(1, 8), torch.tensor([3]), temperature=1.0)
+    _, entropy = overwrite_logits(torch.zeros(1, 8), torch.tensor([3]), temperature=1.0)
     assert entropy.item() == pytest.approx(math.log(8))
 
 
