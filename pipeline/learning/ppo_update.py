@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -245,6 +246,18 @@ class PPOLearner:
 
 def _policy_part(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix("policy."): t for name, t in state.items() if name.startswith("policy.")}
+
+
+def frozen_reference(
+    forward: Callable[..., torch.Tensor], *, dtype: str, device: torch.device
+) -> Callable[..., torch.Tensor]:
+    """The policy as it was, a model of its own that learns nothing, as a function."""
+
+    def reference(*arguments: Any) -> torch.Tensor:
+        with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+            return forward(*arguments)
+
+    return reference
 
 
 def reference_without_adapters(engine: TrainEngine) -> Callable[..., torch.Tensor]:

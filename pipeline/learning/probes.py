@@ -16,6 +16,9 @@ from pipeline.records import Metrics, ProbeSequence, Prompt, PromptGroup
 
 RANDOM_TOKENS = 8
 
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
+"""Default gate tolerance, nats: float32 engines agree to 2e-5, bfloat16 rounds to 3 digits."""
+
 
 def choose_probes(prompts: Sequence[Prompt], *, vocabulary_size: int, seed: int, count: int = 8) -> list[PromptGroup]:
     """Sequences to compare: real prompts cut in half, the second half as a response that ends in a few random tokens.
