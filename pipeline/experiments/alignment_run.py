@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.benchmark.win_rate import compare_answers
@@ -13,7 +12,7 @@ from pipeline.config.schema import AlignmentConfig, BenchmarkConfig
 from pipeline.data.preferences import normalised_prompt
 from pipeline.data.prompts import PromptStream, tokenise_prompts
 from pipeline.data.source import NamedPrompt
-from pipeline.errors import ShapeError
+from pipeline.experiments.policy_findings import CURVES, fall_from_peak
 from pipeline.experiments.reward_run import RunResult
 from pipeline.learning.experience import RewardScale
 from pipeline.learning.gold_gap import GoldYardstick, gold_proxy_gap
@@ -22,19 +21,6 @@ from pipeline.loops.benchmark_generation import answer_prompts
 from pipeline.ports import BackgroundRolloutSource, PolicyLearner, RewardScorer
 from pipeline.records import Metrics, PolicyWeights
 from pipeline.stages.workspace import StageDirectory
-
-CURVES = (
-    "reward/mean",
-    "reward/zscore",
-    "reward/posterior_std",
-    "gold/mean",
-    "gold/zscore",
-    "gold/gap",
-    "kl/per_response",
-    "response/tokens",
-)
-WINDOW = 5
-"""Steps averaged before a curve is said to rise or fall: a step is a hundred responses or so."""
 
 
 def align_and_measure(
@@ -99,7 +85,7 @@ def align_and_measure(
         gap = gold_proxy_gap(proxies[name], golds[name], reward_scale, gold.scale)
         metrics[f"gap/{name}"] = gap["gold/gap"]
     metrics["gap/growth"] = metrics["gap/aligned"] - metrics["gap/base"]
-    metrics["gold/fall"] = fall_from_peak([row["gold/mean"] for row in rows], window=WINDOW)
+    metrics["gold/fall"] = fall_from_peak([row["gold/mean"] for row in rows])
     return RunResult(
         metrics=metrics,
         curve=alignment_curve(rows),
@@ -107,21 +93,6 @@ def align_and_measure(
         margins={"gold": _differences(golds), "reward": _differences(proxies)},
         seconds=time.monotonic() - started,
     )
-
-
-def fall_from_peak(values: Sequence[float], *, window: int) -> float:
-    """By how much the moving average over `window` steps ends below its highest; 0 where it ends highest.
-
-    A curve shorter than the window is its own average, and has not fallen.
-
-    Raises:
-        ShapeError: there are no values.
-    """
-    if not values:
-        raise ShapeError("a curve without steps has no peak")
-    size = min(window, len(values))
-    averages = np.convolve(values, np.full(size, 1.0 / size), mode="valid")
-    return float(averages.max() - averages[-1])
 
 
 def alignment_curve(rows: Sequence[Mapping[str, float]]) -> list[Metrics]:

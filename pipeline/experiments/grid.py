@@ -6,7 +6,7 @@ model share its run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +20,8 @@ VERSION = 1
 
 LOSS = "reward_training.loss"
 
-READS = {
+Trained = Literal["reward_model", "policy"]
+READS: Mapping[Trained, set[str]] = {
     "reward_model": {"seed", "objectives", "data", "policy", "reward_training"},
     "policy": {"seed", "objectives", "data", "policy", "prepare_policy", "reward_training", "alignment", "benchmark"},
 }
@@ -49,7 +50,7 @@ class Experiment:
 
     title: str
     question: str
-    trains: Literal["reward_model", "policy"] = "reward_model"
+    trains: Trained = "reward_model"
     """A policy is aligned against a reward model; runs that differ in the alignment alone share that model."""
     recipe: str = "experiments_tiny"
     """Runs on this one unless told otherwise."""
@@ -69,6 +70,7 @@ class Experiment:
 class Run:
     """One training."""
 
+    trains: Trained
     variant: Variant
     seed: int
     recipe: Recipe
@@ -216,11 +218,11 @@ def plan_runs(
                     'truth, which other data does not have. Leave data.source at "planted".'
                 )
             identity = config_hash(loaded, data, trains=experiment.trains)
-            runs.append(Run(variant=variant, seed=seed, recipe=loaded, config_hash=identity))
+            runs.append(Run(trains=experiment.trains, variant=variant, seed=seed, recipe=loaded, config_hash=identity))
     return runs
 
 
-def config_hash(experiment: ExperimentConfig, data: Sequence[str], *, trains: str = "reward_model") -> str:
+def config_hash(experiment: ExperimentConfig, data: Sequence[str], *, trains: Trained = "reward_model") -> str:
     """16 hex digits over the parts of a recipe that a run reads."""
     config = experiment.model_dump(mode="json", include=READS[trains])
     return fingerprint("experiment_run", VERSION, config, data)[:16]
