@@ -222,6 +222,10 @@ def _fine_tune(stage: StageDirectory, *, recipe: Recipe, place: Place) -> Metric
     from pipeline.loops.supervised_training import train
 
     config = recipe.prepare_policy
+    if not config.num_steps:
+        with storage.writing(stage.result_uri) as directory:
+            write_starting_policy(recipe.policy, directory, seed=recipe.seed)
+        return {}
     with tempfile.TemporaryDirectory() as start:
         tokenizer = write_starting_policy(recipe.policy, start, seed=recipe.seed)
         texts = tokenise_texts(load_data(recipe).sft_texts, tokenizer, max_length=config.max_length)

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.benchmark.bootstrap import bootstrap_intervals
+from pipeline.benchmark.pairwise import pair_accuracy
 from pipeline.experiments.findings import FinishedRun, Spread, by_variant, cell, spread
 from pipeline.experiments.grid import Experiment
+from pipeline.records import Metrics
 
 CURVES = (
     "reward/mean",
@@ -92,6 +95,20 @@ def contrasts(experiment: Experiment, finished: Sequence[FinishedRun]) -> list[C
     return found
 
 
+def gold_win_rate(runs: Sequence[FinishedRun]) -> tuple[float, float, float]:
+    """(value, low, high): how often the truth prefers the answer after alignment to the one before, a tie one half.
+
+    Over the held-out prompts of all runs together; the 95% interval draws prompts, so it says nothing of other seeds.
+    """
+    margins = np.concatenate([f.result["margins"]["gold"] for f in runs])
+    prompts = [prompt for f in runs for prompt in f.result["prompts"]]
+
+    def won(rows: np.ndarray) -> Metrics:
+        return {"win_rate": pair_accuracy(margins[rows])["accuracy_tie_half"]}
+
+    return won(np.arange(len(margins)))["win_rate"], *bootstrap_intervals(won, prompts, seed=0)["win_rate"]
+
+
 def policies_in_words(experiment: Experiment, finished: Sequence[FinishedRun]) -> str:
     """The table for a terminal, and what it says."""
     spreads = {column: by_variant(finished, column) for column in PRINTED}
@@ -129,9 +146,10 @@ def _rise_in_words(name: str, finished: Sequence[FinishedRun]) -> str:
     rose = [_of(f, "gold_end") > _of(f, "gold_start") for f in runs]
     stayed = [up and _of(f, "gold_fall") <= STAYS_UP * _won_at_best(f) for f, up in zip(runs, rose, strict=True)]
     start, end = (spread([_of(f, column) for f in runs]).mean for column in ("gold_start", "gold_end"))
+    rate, low, high = gold_win_rate(runs)
     return (
         f"{name}: the gold reward goes from {start:.2f} to {end:.2f}; it rose in {sum(rose)} and stayed up in "
-        f"{sum(stayed)} of {len(runs)} seeds."
+        f"{sum(stayed)} of {len(runs)} seeds. {rate:.0%} [{low:.0%}, {high:.0%}] of the answers beat the start's."
     )
 
 

@@ -13,6 +13,7 @@ from pipeline.experiments.policy_findings import (
     contrasts,
     curves_csv,
     fall_from_peak,
+    gold_win_rate,
     moving_average,
     policies_in_words,
 )
@@ -78,13 +79,21 @@ def test_the_words_say_what_rose_what_stayed_up_and_what_the_seeds_do_not_tell()
         "vrm lcb": [aligned(gap=0.3), aligned(gap=0.1)],
     }
     words = policies_in_words(E8, finished(arms, [0, 1]))
-    assert "bt: the gold reward goes from 2.00 to 3.00; it rose in 2 and stayed up in 2 of 2 seeds." in words
+    assert (
+        "bt: the gold reward goes from 2.00 to 3.00; it rose in 2 and stayed up in 2 of 2 seeds. 75% [50%, 100%]"
+        in words
+    )
     # 0.2 lost of the 1.2 it had won is more than a tenth; the other seed ends below its start
     assert "bt, KL 0: the gold reward goes from 2.00 to 2.40; it rose in 1 and stayed up in 0 of 2 seeds." in words
     assert "bt, KL 0: the gap grows by 1.05 sd more than with bt." in words
     assert "vrm lcb: the gap grows by 0.05 sd more than with vrm, which these seeds do not tell from 0." in words
     assert "+1.050 [+0.415, +1.685]*" in words  # 1.05 +- 12.706 * 0.0707 / sqrt 2
     assert "minus vrm, KL 0" not in words  # not run
+
+
+def test_the_win_rate_counts_a_tie_half_and_its_interval_draws_prompts():
+    # prompt a ties, prompt b wins, in both seeds: a draw of prompts sees one of them or both
+    assert gold_win_rate(finished({"bt": [aligned()] * 2}, [0, 1])) == (0.75, 0.5, 1.0)
 
 
 def test_the_tables_have_a_row_per_run_and_a_row_per_step():
