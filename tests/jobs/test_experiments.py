@@ -143,10 +143,34 @@ def test_alignments_without_a_known_truth_are_refused(tmp_path):
 
 
 @pytest.mark.components
+def test_a_small_grid_trains_for_real_over_the_cluster(tmp_path, local_ray, monkeypatch):
+    whole = EXPERIMENTS["E4"]
+    two = replace(whole, variants=tuple(v for v in whole.variants if v.name in ("vrm", "ensemble")))
+    monkeypatch.setitem(EXPERIMENTS, "E4", two)
+    told = run_experiment(parse(["E4", "--out", str(tmp_path), "--seeds", "0", *SMALL]), compute_on_the_cluster)
+    assert "ensemble min" in told
+    records = {r["variant"]: r for r in (json.loads(p.read_text()) for p in (tmp_path / "runs").iterdir())}
+    assert set(records) == {"vrm", "ensemble"}
+    vrm, ensemble = records["vrm"], records["ensemble"]
+    assert vrm["prompts"] == ensemble["prompts"]
+    assert (set(vrm["margins"]), set(ensemble["margins"])) == ({"mean", "lcb"}, {"mean", "lcb", "min"})
+    assert -1.0 <= vrm["metrics"]["weight_correlation"] <= 1.0
+    assert "weight_correlation" not in ensemble["metrics"]
+    assert ensemble["metrics"]["eval/posterior_std"] > 0.0
+    assert [point["step"] for point in vrm["curve"]] == [2.0, 4.0]
+
+    def nothing_to_do(runs, out):
+        raise AssertionError("everything is finished")
+
+    run_experiment(parse(["E4", "--out", str(tmp_path), "--seeds", "0", *SMALL]), nothing_to_do)
+
+
+@pytest.mark.components
 def test_arms_of_a_seed_align_for_real_from_one_policy_and_against_one_reward_model(tmp_path, local_ray, monkeypatch):
     whole = EXPERIMENTS["E8"]
     two = replace(whole, variants=tuple(v for v in whole.variants if v.name in ("vrm", "vrm lcb")))
     monkeypatch.setitem(EXPERIMENTS, "E8", two)
+    # Behind the test above: its processes are warm.
     command = parse(["E8", "--out", str(tmp_path), "--seeds", "0", *SMALL_ALIGNMENT])
     assert "vrm lcb minus vrm" in run_experiment(command, compute_on_the_cluster)
     shared = {path: path.stat().st_mtime_ns for path in (tmp_path / "shared").glob("*/manifest.json")}
@@ -168,26 +192,3 @@ def test_arms_of_a_seed_align_for_real_from_one_policy_and_against_one_reward_mo
     again = json.loads(places["vrm lcb"].read_text())
     assert (again["curve"], again["margins"]) == (lcb["curve"], lcb["margins"])
     assert {path: path.stat().st_mtime_ns for path in shared} == shared
-
-
-@pytest.mark.components
-def test_a_small_grid_trains_for_real_over_the_cluster(tmp_path, local_ray, monkeypatch):
-    whole = EXPERIMENTS["E4"]
-    two = replace(whole, variants=tuple(v for v in whole.variants if v.name in ("vrm", "ensemble")))
-    monkeypatch.setitem(EXPERIMENTS, "E4", two)
-    told = run_experiment(parse(["E4", "--out", str(tmp_path), "--seeds", "0", *SMALL]), compute_on_the_cluster)
-    assert "ensemble min" in told
-    records = {r["variant"]: r for r in (json.loads(p.read_text()) for p in (tmp_path / "runs").iterdir())}
-    assert set(records) == {"vrm", "ensemble"}
-    vrm, ensemble = records["vrm"], records["ensemble"]
-    assert vrm["prompts"] == ensemble["prompts"]
-    assert (set(vrm["margins"]), set(ensemble["margins"])) == ({"mean", "lcb"}, {"mean", "lcb", "min"})
-    assert -1.0 <= vrm["metrics"]["weight_correlation"] <= 1.0
-    assert "weight_correlation" not in ensemble["metrics"]
-    assert ensemble["metrics"]["eval/posterior_std"] > 0.0
-    assert [point["step"] for point in vrm["curve"]] == [2.0, 4.0]
-
-    def nothing_to_do(runs, out):
-        raise AssertionError("everything is finished")
-
-    run_experiment(parse(["E4", "--out", str(tmp_path), "--seeds", "0", *SMALL]), nothing_to_do)
