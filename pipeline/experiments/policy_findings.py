@@ -162,6 +162,8 @@ def _contrast_in_words(contrast: Contrast) -> str:
     gap = contrast.by_column["gap_growth"]
     more = "more" if gap.mean > 0 else "less"
     sure = "" if _excludes_zero(gap) else ", which these seeds do not tell from 0"
+    if len(gap.values) == 1:
+        sure = ", in one seed"
     return f"{contrast.variant}: the gap grows by {abs(gap.mean):.2f} sd {more} than with {contrast.reference}{sure}."
 
 

@@ -89,6 +89,8 @@ def test_the_words_say_what_rose_what_stayed_up_and_what_the_seeds_do_not_tell()
     assert "vrm lcb: the gap grows by 0.05 sd more than with vrm, which these seeds do not tell from 0." in words
     assert "+1.050 [+0.415, +1.685]*" in words  # 1.05 +- 12.706 * 0.0707 / sqrt 2
     assert "minus vrm, KL 0" not in words  # not run
+    alone = finished({name: runs[:1] for name, runs in arms.items()}, [0])
+    assert "bt, KL 0: the gap grows by 1.00 sd more than with bt, in one seed." in policies_in_words(E8, alone)
 
 
 def test_the_win_rate_counts_a_tie_half_and_its_interval_draws_prompts():
