@@ -14,6 +14,7 @@ from torch import nn
 
 from pipeline.config.schema import RanksConfig
 from pipeline.learning.engine import ParameterGroup, require_finite_norm, set_learning_rates
+from pipeline.learning.ppo_update import frozen_reference
 from pipeline.learning.training_state import Fragment, SavedState, Snapshot, adam_state, trained_parameters
 
 COLLECTIVE_TIMEOUT = timedelta(days=1)
@@ -170,11 +171,7 @@ def sharded_reference(module: nn.Module, ranks: RanksConfig, *, dtype: str, devi
     else:
         forward = module.to(device)
 
-    def reference(*arguments: Any) -> torch.Tensor:
-        with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-            return forward(*arguments)
-
-    return reference
+    return frozen_reference(forward, dtype=dtype, device=device)
 
 
 def zero_config(ranks: RanksConfig, *, dtype: str, max_grad_norm: float) -> dict[str, Any]:

@@ -1,8 +1,10 @@
-"""PPO learner shards on DeepSpeed ranks."""
+"""PPO learner shards on DeepSpeed ranks, or the whole learner in one process."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pipeline.config.schema import AlignmentConfig, RanksConfig
@@ -11,8 +13,10 @@ from pipeline.stages import storage
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel
 
+    from pipeline.learning.engine import TrainEngine
     from pipeline.learning.ppo_update import PPOLearner
 
 
@@ -34,6 +38,25 @@ class PPOLearnerSpec:
 def build_ppo_learner(spec: PPOLearnerSpec, device: torch.device) -> PPOLearner:
     """Runs on every rank."""
     from actors.deepspeed_engine import DeepSpeedEngine, sharded_reference
+
+    return ppo_learner(
+        spec,
+        partial(DeepSpeedEngine, ranks=spec.ranks, device=device),
+        partial(sharded_reference, ranks=spec.ranks, dtype=spec.dtype, device=device),
+    )
+
+
+def ppo_learner(
+    spec: PPOLearnerSpec,
+    make_engine: Callable[..., TrainEngine],
+    make_reference: Callable[[nn.Module], Callable[..., torch.Tensor]],
+) -> PPOLearner:
+    """The learner of a spec.
+
+    Args:
+        make_engine: gets module, parameter groups, betas, max_grad_norm and dtype.
+        make_reference: the frozen policy as a function.
+    """
     from pipeline.learning.parameter_groups import policy_parameter_groups
     from pipeline.learning.ppo_update import PPOLearner, reference_without_adapters
     from pipeline.models.backbone import load_causal_lm, train_only_last_layers
@@ -55,19 +78,14 @@ def build_ppo_learner(spec: PPOLearnerSpec, device: torch.device) -> PPOLearner:
     model = PolicyWithCritic(policy, critic)
     model.value_head.requires_grad_(ppo.trains_a_critic)  # without a critic it stays at the zero it starts from
     groups = policy_parameter_groups(model, ppo)
-    engine = DeepSpeedEngine(
+    engine = make_engine(
         model,
         groups,
         betas=ppo.policy.betas,
         max_grad_norm=ppo.policy.max_grad_norm,
-        ranks=spec.ranks,
         dtype=spec.dtype,
-        device=device,
     )
-    if frozen is None:
-        reference = reference_without_adapters(engine)
-    else:
-        reference = sharded_reference(Policy(frozen), spec.ranks, dtype=spec.dtype, device=device)
+    reference = reference_without_adapters(engine) if frozen is None else make_reference(Policy(frozen))
     return PPOLearner(
         engine,
         reference,

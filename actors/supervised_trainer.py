@@ -1,8 +1,10 @@
-"""Supervised fine-tuning of the policy on DeepSpeed ranks."""
+"""Supervised fine-tuning of the policy, on DeepSpeed ranks or in one process."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pipeline.config.schema import PreparePolicyConfig, RanksConfig
@@ -11,6 +13,7 @@ from pipeline.stages import storage
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.learning.engine import TrainEngine
     from pipeline.learning.supervised_update import SupervisedFineTuner
 
 
@@ -29,6 +32,12 @@ class SupervisedTrainerSpec:
 def build_supervised_trainer(spec: SupervisedTrainerSpec, device: torch.device) -> SupervisedFineTuner:
     """Runs on every rank."""
     from actors.deepspeed_engine import DeepSpeedEngine
+
+    return supervised_trainer(spec, partial(DeepSpeedEngine, ranks=spec.ranks, device=device))
+
+
+def supervised_trainer(spec: SupervisedTrainerSpec, make_engine: Callable[..., TrainEngine]) -> SupervisedFineTuner:
+    """The trainer of a spec; `make_engine` gets module, parameter groups, betas, max_grad_norm and dtype."""
     from pipeline.learning.parameter_groups import parameter_groups
     from pipeline.learning.supervised_update import SupervisedFineTuner
     from pipeline.models.backbone import load_causal_lm
@@ -39,14 +48,12 @@ def build_supervised_trainer(spec: SupervisedTrainerSpec, device: torch.device) 
     with storage.reading(spec.policy_uri) as directory:
         model, tokenizer = load_causal_lm(directory, dtype="float32")
     add_lora(model, config.lora, seed=spec.seed)
-    engine = DeepSpeedEngine(
+    engine = make_engine(
         Policy(model),
         parameter_groups(model, None, config.optimiser, head_learning_rate=config.optimiser.learning_rate),
         betas=config.optimiser.betas,
         max_grad_norm=config.optimiser.max_grad_norm,
-        ranks=spec.ranks,
         dtype=spec.dtype,
-        device=device,
     )
     return SupervisedFineTuner(
         engine,

@@ -17,6 +17,7 @@ from jobs.train_reward_model import train_reward_model
 from pipeline.data.prompts import PromptStream, tokenise_prompts
 from pipeline.data.source import data_fingerprints, load_data
 from pipeline.learning.experience import RewardScale
+from pipeline.learning.gold_gap import GoldYardstick
 from pipeline.learning.probes import choose_probes
 from pipeline.loops.alignment import align
 from pipeline.models.backbone import load_tokenizer, require_context, require_lora_targets
@@ -51,7 +52,8 @@ def _align(stage: StageDirectory, rooms: Rooms, policy: StageResult, reward_mode
         require_context(directory, config.max_prompt_tokens + config.max_response_tokens, "alignment")
     with storage.reading(reward_model.location) as directory:
         card = read_card(directory)
-    prompts = tokenise_prompts(load_data(recipe).train_prompts, tokenizer, max_prompt_tokens=config.max_prompt_tokens)
+    data = load_data(recipe)
+    prompts = tokenise_prompts(data.train_prompts, tokenizer, max_prompt_tokens=config.max_prompt_tokens)
     spec = PPOLearnerSpec(
         config=config,
         ranks=recipe.cluster.alignment,
@@ -87,6 +89,7 @@ def _align(stage: StageDirectory, rooms: Rooms, policy: StageResult, reward_mode
                 config,
                 reward_scale=RewardScale(mean=card.reward_mean, std=card.reward_std),
                 seed=recipe.seed,
+                gold=None if data.gold is None else GoldYardstick.of(data.gold, data.heldout_pairs),
             )
         return metrics | learner.peak_memory()
 

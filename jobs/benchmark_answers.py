@@ -38,7 +38,7 @@ from pipeline.data.chat import require_chat_template
 from pipeline.data.files import content_fingerprint
 from pipeline.data.prompts import tokenise_prompts
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.learning.probes import choose_probes
+from pipeline.learning.probes import TOLERANCE, choose_probes
 from pipeline.learning.publishing import publish_checkpoint
 from pipeline.loops.benchmark_generation import answer_questions, conversation, require_room_for_all
 from pipeline.models.backbone import load_causal_lm, load_config, load_tokenizer, save_causal_lm
@@ -76,7 +76,7 @@ def open_pool(policy: Policy, questions: Sequence[Question], recipe: Recipe, own
     from actors.rollout_pool import RolloutPool
     from cluster.resources import plan_generation
     from cluster.session import open_cluster
-    from jobs.rooms import TOLERANCE, shared_memory
+    from jobs.rooms import shared_memory
 
     dtype = recipe.policy.dtype
     named = [(str(question.id), conversation(question, [])) for question in questions]

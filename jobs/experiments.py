@@ -1,13 +1,18 @@
-"""Experiments on the reward model: every variant with every seed, over the whole cluster, in one table and figures.
+"""Experiments on the reward model and on alignment: every variant with every seed, over the whole cluster, in one table
+and figures.
 
     python jobs/experiments.py E4 --recipe experiments_tiny --out runs/E4 --seeds 0 1 2
+    python jobs/experiments.py E8 --out runs/E8 --seeds 0 1 2
 
 E3 supervision losses, E4 vrm against its baselines, E5 supervision weight, E7 the collapse over KL weights, noise wrong
 labels. A run is one process with the same trainer, budget, data order and seeds for every variant; the backbone is the
-recipe's checkpoint, or a tiny model from scratch. The same command computes only the runs that are missing, and
-experiments that share a run share its result.
+recipe's checkpoint, or a tiny model from scratch. E8 aligns policies against bt, vrm and vrm's lower confidence bound,
+with and without KL, and holds the reward against the planted truth; a run is one process again, and the runs of a seed
+start from one fine-tuned policy. The same command computes only the runs that are missing, and experiments that share a
+run share its result.
 
-Writes runs/<config hash>.json, <experiment>.csv, <experiment>.txt and <experiment>*.png.
+Writes runs/<config hash>.json, <experiment>*.csv, <experiment>.txt and <experiment>*.png; under shared/ the policies
+and reward models that runs of E8 have in common.
 """
 
 from __future__ import annotations
@@ -30,8 +35,11 @@ from pipeline.stages import storage
 if TYPE_CHECKING:
     from pipeline.experiments.findings import FinishedRun
 
-Compute = Callable[[Sequence[Run]], Iterable[tuple[int, "dict[str, Any] | PipelineError"]]]
-"""Runs -> (index, plain data of a `RunResult`, or the error that ended the run), as they finish."""
+Compute = Callable[[Sequence[Run], str], Iterable[tuple[int, "dict[str, Any] | PipelineError"]]]
+"""Runs, and where results go -> (index, plain data of a `RunResult`, or the error that ended the run), as they end."""
+
+HEADLINE = {"reward_model": ("accuracy", "eval/accuracy"), "policy": ("gold win rate", "gold/win_rate")}
+"""What an experiment trains -> the number on a progress line, and where the run keeps it."""
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -42,12 +50,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=sorted(EXPERIMENTS))
-    parser.add_argument("--recipe", default="experiments_tiny", help="a name in jobs/recipes, or a path to a .yaml")
+    parser.add_argument("--recipe", help="a name in jobs/recipes, or a path to a .yaml; default the experiment's own")
     parser.add_argument("--out", required=True, help="directory for results; several experiments may share it")
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"], metavar="SEED", help="0 1 2")
     parser.add_argument("--dry-run", action="store_true", help="print the runs and what each of them holds, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="of the recipe")
     asked = parser.parse_intermixed_args(arguments)
+    asked.recipe = asked.recipe or EXPERIMENTS[asked.experiment].recipe
     asked.overrides += [word for word in asked.seeds if "=" in word]  # argparse takes them for seeds
     seeds = [word for word in asked.seeds if "=" not in word]
     if not all(word.isdecimal() for word in seeds):
@@ -68,17 +77,19 @@ def demand_of(recipe: Recipe) -> Demand:
     )
 
 
-def compute_on_the_cluster(runs: Sequence[Run]) -> Iterable[tuple[int, dict[str, Any] | PipelineError]]:
+def compute_on_the_cluster(runs: Sequence[Run], out: str) -> Iterable[tuple[int, dict[str, Any] | PipelineError]]:
     """On the cluster this job was submitted to, or one of its own."""
-    from actors.experiment_runs import run_everywhere
+    from actors.experiment_runs import align_everywhere, train_everywhere
     from cluster.session import open_cluster
 
     cluster = runs[0].recipe.cluster
     demand = demand_of(runs[0].recipe)
+    recipes, restarts = [run.recipe for run in runs], cluster.reward_training.max_restarts
     with open_cluster(cluster, [StageDemand(stage="experiment", demands=(demand,))]):
-        yield from run_everywhere(
-            [run.recipe for run in runs], demand, max_restarts=cluster.reward_training.max_restarts
-        )
+        if runs[0].trains == "policy":
+            yield from align_everywhere(recipes, demand, storage.join(out, "shared"), max_restarts=restarts)
+        else:
+            yield from train_everywhere(recipes, demand, max_restarts=restarts)
 
 
 def finish_runs(runs: Sequence[Run], out: str, compute: Compute) -> tuple[list[FinishedRun], list[str]]:
@@ -91,7 +102,7 @@ def finish_runs(runs: Sequence[Run], out: str, compute: Compute) -> tuple[list[F
             missing.setdefault(run.config_hash, run)
     todo, failures = list(missing.values()), []
     print(f"{len(runs)} runs, {len(runs) - len(todo)} finished before, {len(todo)} to do", flush=True)
-    for count, (index, outcome) in enumerate(compute(todo) if todo else (), start=1):
+    for count, (index, outcome) in enumerate(compute(todo, out) if todo else (), start=1):
         run = todo[index]
         told = f"{count:>4}/{len(todo)}  {run.variant.name}, seed {run.seed}"
         if isinstance(outcome, PipelineError):
@@ -99,7 +110,8 @@ def finish_runs(runs: Sequence[Run], out: str, compute: Compute) -> tuple[list[F
             print(f"{told}  failed", flush=True)
             continue
         _commit(run, outcome, out)
-        print(f"{told}  accuracy {outcome['metrics']['eval/accuracy']:.3f}  {outcome['seconds']:.0f} s", flush=True)
+        what, metric = HEADLINE[run.trains]
+        print(f"{told}  {what} {outcome['metrics'][metric]:.3f}  {outcome['seconds']:.0f} s", flush=True)
     results = ((run, _read(run, out)) for run in runs)
     return [FinishedRun(run=run, result=result) for run, result in results if result is not None], failures
 
@@ -144,13 +156,20 @@ def _read(run: Run, out: str) -> Mapping[str, Any] | None:
 def report(name: str, finished: Sequence[FinishedRun], out: str) -> str:
     """Writes table and figures, returns the findings in words."""
     from pipeline.experiments.figures import write_figures
-    from pipeline.experiments.findings import compare, in_words, results_csv
+    from pipeline.experiments.findings import POLICY_COLUMNS, compare, in_words, results_csv
+    from pipeline.experiments.policy_findings import curves_csv, policies_in_words
 
     experiment = EXPERIMENTS[name]
-    comparisons = compare(finished, experiment.compare_with) if experiment.compare_with else []
-    words = in_words(experiment, finished, comparisons)
+    if experiment.trains == "policy":
+        words = policies_in_words(experiment, finished)
+        tables = {name: results_csv(finished, (*POLICY_COLUMNS,)), f"{name}_curves": curves_csv(finished)}
+    else:
+        comparisons = compare(finished, experiment.compare_with) if experiment.compare_with else []
+        words = in_words(experiment, finished, comparisons)
+        tables = {name: results_csv(finished)}
     with storage.writing(out) as directory:
-        Path(directory, f"{name}.csv").write_text(results_csv(finished))
+        for table, text in tables.items():
+            Path(directory, f"{table}.csv").write_text(text)
         Path(directory, f"{name}.txt").write_text(words + "\n")
         write_figures(name, experiment, finished, Path(directory))
     return words

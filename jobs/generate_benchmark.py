@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from jobs import benchmark_answers
@@ -21,15 +20,14 @@ from jobs.prepare_policy import prepare_policy
 from jobs.rooms import Rooms
 from jobs.train_reward_model import train_reward_model
 from pipeline.benchmark.answers import write_answers
-from pipeline.benchmark.win_rate import win_rate
-from pipeline.data.planted import GoldAnnotator
+from pipeline.benchmark.win_rate import compare_answers
 from pipeline.data.prompts import read_prompts, tokenise_prompts
 from pipeline.data.source import data_fingerprints, load_data, resolve
 from pipeline.learning.probes import choose_probes
 from pipeline.learning.publishing import publish_checkpoint
 from pipeline.loops.benchmark_generation import answer_prompts
 from pipeline.models.backbone import load_tokenizer, require_context
-from pipeline.records import Answer, Metrics, Prompt, StageResult
+from pipeline.records import Answer, Metrics, StageResult
 from pipeline.stages import storage
 from pipeline.stages.workspace import StageDirectory
 
@@ -75,34 +73,12 @@ def _generate(
             )
             path = Path(result) / generator / "model_outputs.json"
             write_answers(path, answers[generator], dataset=recipe.name)
-        metrics = compare(answers[ALIGNED], answers[BASE], prompts, data.gold)
+        metrics = compare_answers(answers[ALIGNED], answers[BASE], prompts, data.gold)
         if data.gold is not None:
             kinds = {prompt.id: data.gold.kind(prompt.messages) for prompt in prompts}
             planted = {kinds[p.id]: data.gold.objective_weights(p.messages) for p in prompts}
             (Path(result) / "planted.json").write_text(json.dumps({"kinds": kinds, "weights": planted}))
     return metrics
-
-
-def compare(
-    aligned: Sequence[Answer], base: Sequence[Answer], prompts: Sequence[Prompt], gold: GoldAnnotator | None
-) -> Metrics:
-    """Win rates by the reward model and, where the truth is known, by the gold annotator; means and lengths."""
-    metrics = _prefixed("reward", win_rate([a.score.mean for a in aligned], [b.score.mean for b in base]))
-    for name, answers in ((ALIGNED, aligned), (BASE, base)):
-        metrics[f"reward/{name}"] = sum(a.score.mean for a in answers) / len(answers)
-        metrics[f"words/{name}"] = sum(len(a.output.split()) for a in answers) / len(answers)
-    if gold is not None:
-        rewards = {
-            name: [gold.reward(prompt.messages, answer.output) for prompt, answer in zip(prompts, answers, strict=True)]
-            for name, answers in ((ALIGNED, aligned), (BASE, base))
-        }
-        metrics |= _prefixed("gold", win_rate(rewards[ALIGNED], rewards[BASE]))
-        metrics |= {f"gold/{name}": sum(values) / len(values) for name, values in rewards.items()}
-    return metrics
-
-
-def _prefixed(prefix: str, metrics: Metrics) -> Metrics:
-    return {f"{prefix}/{name}": value for name, value in metrics.items()}
 
 
 def main(rooms: Rooms) -> None:

@@ -21,14 +21,12 @@ from cluster.session import node_resources, open_cluster, remove_from_nodes
 from cluster.submission import job_id
 from jobs.command_line import Options
 from pipeline.config.schema import Recipe
+from pipeline.learning.probes import TOLERANCE
 from pipeline.records import StageResult
 from pipeline.stages.preemption import PreemptionNotice
 from pipeline.stages.requests import forget_requests, requested_rollout_workers
 from pipeline.stages.runner import StageRunner
 from pipeline.stages.workspace import Workspace
-
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
-"""Default gate tolerance, nats: float32 engines agree to 2e-5, bfloat16 rounds to 3 digits."""
 
 
 class Rooms:

@@ -101,6 +101,9 @@ def results_table(data: ReportData) -> list[tuple[str, str]]:
                 f"{max(r['gate/max'] for r in data.alignment_rows):.1e}",
             ),
         ]
+        gaps = [row["gold/gap"] for row in data.alignment_rows if "gold/gap" in row]
+        if gaps:
+            rows.append(("gold-proxy gap in sd, first to last step", f"{gaps[0]:+.2f} to {gaps[-1]:+.2f}"))
     rows += [
         ("time", as_clock(sum(stage.seconds for stage in data.stages))),
         ("peak memory of the driver's node, GiB", f"{max(stage.node_peak_gib for stage in data.stages):.1f}"),
@@ -167,12 +170,17 @@ def _alignment_figure(rows: Sequence[Row]) -> str:
         "engine-learner gap": ("engine_gap/mean", "gate/max"),
         "tokens per second": ("tokens_per_s/rollout", "tokens_per_s/step"),
     }
+    if any("gold/mean" in row for row in rows):
+        panels |= {
+            "gold reward, by the planted truth": ("gold/mean", ""),
+            "gold-proxy gap, standard deviations": ("gold/gap", ""),
+        }
     return _grid(rows, panels, ("sampling", "gate, or whole step"))
 
 
 def _grid(rows: Sequence[Row], panels: Mapping[str, tuple[str, str]], labels: tuple[str, str]) -> str:
-    columns = 3 if len(panels) % 3 == 0 else 4
-    figure, axes = plt.subplots(len(panels) // columns, columns, figsize=(3.4 * columns, 5.0), squeeze=False)
+    columns = len(panels) // 2
+    figure, axes = plt.subplots(2, columns, figsize=(3.4 * columns, 5.0), squeeze=False)
     for axis, (title, names) in zip(axes.flat, panels.items(), strict=True):
         for name, label, colour in zip(names, labels, (BLUE, ORANGE), strict=True):
             points = [(row["step"] + 1, row[name]) for row in rows if name in row]

@@ -1,12 +1,16 @@
-"""Win rates of paired scores."""
+"""Win rates of paired scores, and of two policies' answers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from pipeline.errors import ShapeError
-from pipeline.records import Metrics
+from pipeline.records import Answer, Metrics, Prompt
+
+if TYPE_CHECKING:
+    from pipeline.data.planted import GoldAnnotator
 
 NORMAL_QUANTILE_95 = 1.959963984540054
 
@@ -43,6 +47,36 @@ def win_rate_of_preferences(preferences: Sequence[float]) -> Metrics:
     rate = sum(preferences) / n
     low, high = wilson_interval(rate, n)
     return {"win_rate": rate, "ties": sum(p == 0.5 for p in preferences) / n, "low": low, "high": high}
+
+
+def compare_answers(
+    aligned: Sequence[Answer], base: Sequence[Answer], prompts: Sequence[Prompt], gold: GoldAnnotator | None
+) -> Metrics:
+    """Win rates by the reward model and, where the truth is known, by the gold annotator; means and lengths.
+
+    Args:
+        aligned, base: answers of two policies to the same prompts, in their order.
+
+    Returns:
+        `win_rate` of the first against the second under `reward/` and `gold/`; `reward/`, `words/` and `gold/` of
+        `aligned` and `base`, the means over the prompts.
+    """
+    metrics = _prefixed("reward", win_rate([a.score.mean for a in aligned], [b.score.mean for b in base]))
+    for name, answers in (("aligned", aligned), ("base", base)):
+        metrics[f"reward/{name}"] = sum(a.score.mean for a in answers) / len(answers)
+        metrics[f"words/{name}"] = sum(len(a.output.split()) for a in answers) / len(answers)
+    if gold is not None:
+        rewards = {
+            name: [gold.reward(prompt.messages, answer.output) for prompt, answer in zip(prompts, answers, strict=True)]
+            for name, answers in (("aligned", aligned), ("base", base))
+        }
+        metrics |= _prefixed("gold", win_rate(rewards["aligned"], rewards["base"]))
+        metrics |= {f"gold/{name}": sum(values) / len(values) for name, values in rewards.items()}
+    return metrics
+
+
+def _prefixed(prefix: str, metrics: Metrics) -> Metrics:
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}
 
 
 def wilson_interval(rate: float, n: int, z: float = NORMAL_QUANTILE_95) -> tuple[float, float]:

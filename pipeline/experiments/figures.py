@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -14,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipeline.experiments.findings import FinishedRun, Spread, by_variant
-from pipeline.experiments.grid import Experiment, Variant
+from pipeline.experiments.grid import NO_KL, Experiment, Variant
+from pipeline.experiments.policy_findings import moving_average
 
 COLOURS = ("#2563a8", "#d9772b", "#3a8f5c", "#8b5fbf", "#b0413e", "#6b7280")
 TITLES = {
@@ -27,6 +29,19 @@ TITLES = {
     "active_units": "active semantic units",
     "weight_correlation": "correlation with planted weights",
     "supervision": "held-out supervision loss",
+    "gold_win_rate": "gold win rate against the start, held out",
+    "gap_growth": "growth of the gold-proxy gap, held out (sd)",
+}
+OVER_OPTIMISATION = {
+    "reward/zscore": "reward of the model (sd)",
+    "gold/zscore": "gold reward (sd)",
+}
+"""Against KL. Standard deviations of held-out responses."""
+POLICY_CURVES = OVER_OPTIMISATION | {
+    "gold/gap": "gold-proxy gap (sd)",
+    "kl/per_response": "KL to the start (nats a response)",
+    "reward/posterior_std": "sd of the model's reward",
+    "response/tokens": "response tokens",
 }
 CURVES = {
     "train/accuracy": "training accuracy (one batch)",
@@ -38,7 +53,12 @@ CURVES = {
 def write_figures(name: str, experiment: Experiment, finished: Sequence[FinishedRun], directory: Path) -> list[Path]:
     """`<name>.png`, a panel per column, and `<name>_curves.png`, learning curves. Returns what it wrote."""
     written = [directory / f"{name}.png", directory / f"{name}_curves.png"]
-    for path, figure in zip(written, (_panels(experiment, finished), _curves(experiment, finished)), strict=True):
+    figures = (
+        (_over_optimisation(experiment, finished), _policy_curves(experiment, finished))
+        if experiment.trains == "policy"
+        else (_panels(experiment, finished), _curves(experiment, finished))
+    )
+    for path, figure in zip(written, figures, strict=True):
         figure.savefig(path, dpi=130)
         plt.close(figure)
     return written
@@ -113,8 +133,76 @@ def _curves(experiment: Experiment, finished: Sequence[FinishedRun]) -> Figure:
     return _finished(figure, experiment, finished)
 
 
-def _grid(count: int) -> tuple[Figure, list[Axes]]:
-    columns = min(3, max(1, count))
+def _over_optimisation(experiment: Experiment, finished: Sequence[FinishedRun]) -> Figure:
+    """Reward and gold reward against KL (Gao et al. 2022, arXiv:2210.10760, Fig. 1), and the panels of the end."""
+    spreads = {column: by_variant(finished, column) for column in experiment.panels}
+    figure, axes = _grid(len(OVER_OPTIMISATION) + len(spreads), columns=2)
+    against_kl, ends = axes[: len(OVER_OPTIMISATION)], axes[len(OVER_OPTIMISATION) :]
+    for axis, (metric, title) in zip(against_kl, OVER_OPTIMISATION.items(), strict=True):
+        for variant, curves in _arms(experiment, finished):
+            style = _arm_style(experiment, variant)
+            for curve in curves:
+                axis.plot(
+                    moving_average(curve["kl/per_response"]),
+                    moving_average(curve[metric]),
+                    **style | {"alpha": 0.25, "lw": 0.8},
+                )
+            kl, reward = (
+                np.mean([moving_average(curve[m]) for curve in curves], axis=0) for m in ("kl/per_response", metric)
+            )
+            axis.plot(kl, reward, **style, label=variant.name)
+            axis.plot(kl[-1:], reward[-1:], **style | {"marker": "o", "markersize": 4})
+        axis.set_xlabel("KL to the start, nats a response", fontsize=8)
+        _style(axis, title)
+    _share_y(against_kl)
+    against_kl[0].legend(frameon=False, fontsize=7)
+    for axis, (column, found) in zip(ends, spreads.items(), strict=True):
+        _by_name(axis, [v.name for v in experiment.variants if v.name in found], found)
+        axis.axhline(0.5 if column == "gold_win_rate" else 0.0, color="#9aa1ab", linewidth=0.8, linestyle=":")
+        _style(axis, TITLES[column])
+    return _finished(figure, experiment, finished)
+
+
+def _policy_curves(experiment: Experiment, finished: Sequence[FinishedRun]) -> Figure:
+    """Mean over seeds at every step, a moving average."""
+    figure, axes = _grid(len(POLICY_CURVES))
+    for axis, (metric, title) in zip(axes, POLICY_CURVES.items(), strict=True):
+        for variant, curves in _arms(experiment, finished):
+            steps = moving_average(curves[0]["step"])
+            mean = np.mean([moving_average(curve[metric]) for curve in curves], axis=0)
+            axis.plot(steps, mean, **_arm_style(experiment, variant), label=variant.name)
+        axis.set_xlabel("step", fontsize=8)
+        _style(axis, title)
+    _share_y(axes[:2])
+    axes[0].legend(frameon=False, fontsize=7)
+    return _finished(figure, experiment, finished)
+
+
+def _arms(
+    experiment: Experiment, finished: Sequence[FinishedRun]
+) -> Iterator[tuple[Variant, list[dict[str, np.ndarray]]]]:
+    """Every arm that has a run, and its curves: name -> [steps], one a seed."""
+    for variant in experiment.variants:
+        curves = [f.result["curve"] for f in finished if f.run.variant == variant]
+        if curves:
+            yield variant, [{name: np.array([point[name] for point in curve]) for name in curve[0]} for curve in curves]
+
+
+def _arm_style(experiment: Experiment, variant: Variant) -> dict[str, Any]:
+    """A colour for the arm; dashed where nothing holds the policy back."""
+    series = list(dict.fromkeys(v.series for v in experiment.variants))
+    free = variant.name.endswith(NO_KL)
+    return {"color": COLOURS[series.index(variant.series)], "linestyle": "--" if free else "-", "lw": 1.4}
+
+
+def _share_y(axes: Sequence[Axes]) -> None:
+    limits = [axis.get_ylim() for axis in axes]
+    for axis in axes:
+        axis.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+
+
+def _grid(count: int, *, columns: int = 3) -> tuple[Figure, list[Axes]]:
+    columns = min(columns, max(1, count))
     rows = -(-max(1, count) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.3 * rows), squeeze=False)
     for unused in axes.flat[count:]:

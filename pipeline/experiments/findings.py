@@ -17,7 +17,7 @@ from pipeline.benchmark.pairwise import calibration, pair_accuracy
 from pipeline.errors import ShapeError
 from pipeline.experiments.grid import Experiment, Run, varied_settings
 
-COLUMNS: Mapping[str, str] = {
+COLUMNS: dict[str, str] = {
     "accuracy": "eval/accuracy",
     "nll": "eval/nll",
     "ece": "eval/calibration_error",
@@ -31,7 +31,27 @@ COLUMNS: Mapping[str, str] = {
     "longer_is_better": "eval/longer_is_better",
     "train_accuracy": "train/accuracy",
 }
-"""Column of the table -> what the run measured. A head that knows nothing of it has an empty cell."""
+"""Column of the table of reward models -> what the run measured. A head that knows nothing of it has an empty cell."""
+
+POLICY_COLUMNS: dict[str, str] = {
+    "gold_win_rate": "gold/win_rate",
+    "gold_win_rate_low": "gold/low",
+    "gold_win_rate_high": "gold/high",
+    "gold_start": "gold/base",
+    "gold_end": "gold/aligned",
+    "gold_fall": "gold/fall",
+    "reward_win_rate": "reward/win_rate",
+    "gap_start": "gap/base",
+    "gap_end": "gap/aligned",
+    "gap_growth": "gap/growth",
+    "kl": "kl/per_response",
+    "posterior_std": "reward/posterior_std",
+    "words_start": "words/base",
+    "words_end": "words/aligned",
+    "reward_model_accuracy": "reward_model/accuracy",
+}
+"""Column of the table of policies -> what the run measured. `gold_fall`, `kl` and `posterior_std` are of
+training rollouts, the others of held-out prompts; the bounds of the win rate are Wilson's over the prompts of a run."""
 
 OF_A_POSTERIOR = ("kl_w", "kl_z")
 PRINTED = ("accuracy", "nll", "ece", "margin", "kl_w", "kl_z", "active_units", "weight_correlation", "seconds")
@@ -50,7 +70,7 @@ class FinishedRun:
             return float(self.result["seconds"])
         if column in OF_A_POSTERIOR and self.run.recipe.reward_training.head != "vrm":
             return None  # the trainer counts a divergence of 0 where there is no posterior
-        return self.result["metrics"].get(COLUMNS[column])
+        return self.result["metrics"].get((COLUMNS | POLICY_COLUMNS)[column])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,14 +96,14 @@ class Comparison:
     nll: tuple[float, float, float]
 
 
-def results_csv(finished: Sequence[FinishedRun]) -> str:
+def results_csv(finished: Sequence[FinishedRun], columns: Sequence[str] = (*COLUMNS,)) -> str:
     """One row per run: its identity, every varied setting, every measured column."""
     settings = varied_settings([f.run for f in finished])
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["variant", "seed", "config_hash", *settings, *COLUMNS, "seconds"])
+    writer.writerow(["variant", "seed", "config_hash", *settings, *columns, "seconds"])
     for i, f in enumerate(finished):
-        cells = [f.value(column) for column in (*COLUMNS, "seconds")]
+        cells = [f.value(column) for column in (*columns, "seconds")]
         writer.writerow(
             [f.run.variant.name, f.run.seed, f.run.config_hash]
             + [values[i] for values in settings.values()]
@@ -169,7 +189,7 @@ def in_words(experiment: Experiment, finished: Sequence[FinishedRun], comparison
         " " * width + "".join(f"{_short(column):>18}" for column in columns),
     ]
     for name in names:
-        cells = (_cell(spreads[column].get(name), column) for column in columns)
+        cells = (cell(spreads[column].get(name), column) for column in columns)
         lines.append(f"{name:<{width}}" + "".join(f"{cell:>18}" for cell in cells))
     baseline = spread([v for f in finished if (v := f.value("longer_is_better")) is not None])
     lines.append(f"{'longer is better':<{width}}{baseline.mean:>18.3f}")
@@ -191,7 +211,7 @@ def _short(column: str) -> str:
     return {"weight_correlation": "weights corr.", "active_units": "active"}.get(column, column)
 
 
-def _cell(found: Spread | None, column: str) -> str:
+def cell(found: Spread | None, column: str) -> str:
     if found is None:
         return "-"
     if column == "seconds":

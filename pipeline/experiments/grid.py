@@ -6,8 +6,9 @@ model share its run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from pipeline.config.load import load_recipe
 from pipeline.config.schema import ExperimentConfig, Recipe
@@ -18,6 +19,16 @@ VERSION = 1
 """Of what a run computes; part of its identity."""
 
 LOSS = "reward_training.loss"
+
+Trained = Literal["reward_model", "policy"]
+READS: Mapping[Trained, set[str]] = {
+    "reward_model": {"seed", "objectives", "data", "policy", "reward_training"},
+    "policy": {"seed", "objectives", "data", "policy", "prepare_policy", "reward_training", "alignment", "benchmark"},
+}
+"""What an experiment trains -> the parts of a recipe that its runs read."""
+
+EQUAL_KL = "0.05"
+"""KL coefficient that the arms of E8 share; rewards are standardised, so it weighs the same for every head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +50,10 @@ class Experiment:
 
     title: str
     question: str
+    trains: Trained = "reward_model"
+    """A policy is aligned against a reward model; runs that differ in the alignment alone share that model."""
+    recipe: str = "experiments_tiny"
+    """Runs on this one unless told otherwise."""
     variants: tuple[Variant, ...]
     panels: tuple[str, ...]
     """Columns of the results, one figure panel each."""
@@ -47,12 +62,15 @@ class Experiment:
     log_axis: bool = False
     compare_with: str | None = None
     """The variant that the others are compared with, pair by pair."""
+    contrasts: tuple[tuple[str, str], ...] = ()
+    """Variants whose difference, the first minus the second, seed by seed, answers the question."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One training."""
 
+    trains: Trained
     variant: Variant
     seed: int
     recipe: Recipe
@@ -74,6 +92,22 @@ def _supervision(form: str, on: str = "mean", target: str = "chosen") -> Variant
 
 def _head(name: str) -> Variant:
     return Variant(name=name, overrides=(f"reward_training.head={name}",), series=name)
+
+
+def _arm(name: str, head: str, reward: str, kl_coefficient: str) -> Variant:
+    return Variant(
+        name=name,
+        overrides=(
+            f"reward_training.head={head}",
+            f"alignment.ppo.reward_transform={reward}",
+            f"alignment.kl.coefficient={kl_coefficient}",
+        ),
+        series=name.removesuffix(NO_KL),
+    )
+
+
+NO_KL = ", KL 0"
+ARMS = (("bt", "bt", "zscore"), ("vrm", "vrm", "zscore"), ("vrm lcb", "vrm", "lcb"))
 
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -119,6 +153,23 @@ EXPERIMENTS: dict[str, Experiment] = {
         axis="KL weight, of w and of z",
         log_axis=True,
     ),
+    "E8": Experiment(
+        title="Over-optimisation",
+        question="Does the policy win what the truth values, and whom does it fool when no KL holds it back?",
+        trains="policy",
+        recipe="experiments_alignment_tiny",
+        variants=tuple(
+            _arm(f"{name}{suffix}", head, reward, coefficient)
+            for suffix, coefficient in (("", EQUAL_KL), (NO_KL, "0"))
+            for name, head, reward in ARMS
+        ),
+        panels=("gold_win_rate", "gap_growth"),
+        contrasts=(
+            *((f"{name}{NO_KL}", name) for name, *_ in ARMS),
+            *((f"vrm lcb{suffix}", f"vrm{suffix}") for suffix in ("", NO_KL)),
+            *((f"vrm{suffix}", f"bt{suffix}") for suffix in ("", NO_KL)),
+        ),
+    ),
     "noise": Experiment(
         title="Label noise",
         question="Which head bears wrong labels better?",
@@ -150,7 +201,8 @@ def plan_runs(
         data: content fingerprints of the files the recipe reads.
 
     Raises:
-        ConfigError: an override sets what the experiment varies, or a variant contradicts the recipe.
+        ConfigError: an override sets what the experiment varies, a variant contradicts the recipe, or policies are to
+            be measured by a truth that nobody knows.
     """
     varied = {override.partition("=")[0] for variant in experiment.variants for override in variant.overrides}
     fixed = sorted((varied | {"seed"}) & {override.partition("=")[0] for override in overrides})
@@ -160,13 +212,19 @@ def plan_runs(
     for seed in dict.fromkeys(seeds):
         for variant in experiment.variants:
             loaded = load_recipe(recipe, [*overrides, *variant.overrides, f"seed={seed}"])
-            runs.append(Run(variant=variant, seed=seed, recipe=loaded, config_hash=config_hash(loaded, data)))
+            if experiment.trains == "policy" and loaded.data.source != "planted":
+                raise ConfigError(
+                    f'data.source = "{loaded.data.source}": this experiment holds the reward against the planted '
+                    'truth, which other data does not have. Leave data.source at "planted".'
+                )
+            identity = config_hash(loaded, data, trains=experiment.trains)
+            runs.append(Run(trains=experiment.trains, variant=variant, seed=seed, recipe=loaded, config_hash=identity))
     return runs
 
 
-def config_hash(experiment: ExperimentConfig, data: Sequence[str]) -> str:
+def config_hash(experiment: ExperimentConfig, data: Sequence[str], *, trains: Trained = "reward_model") -> str:
     """16 hex digits over the parts of a recipe that a run reads."""
-    config = experiment.model_dump(mode="json", include={"seed", "objectives", "data", "policy", "reward_training"})
+    config = experiment.model_dump(mode="json", include=READS[trains])
     return fingerprint("experiment_run", VERSION, config, data)[:16]
 
 

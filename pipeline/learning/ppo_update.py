@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -250,6 +251,18 @@ class PPOLearner:
         if self.engine.rank == 0:
             policy = dict(self._policy_part(state.items()))
             save_causal_lm(policy, self.model_config, self.tokenizer, directory)
+
+
+def frozen_reference(
+    forward: Callable[..., torch.Tensor], *, dtype: str, device: torch.device
+) -> Callable[..., torch.Tensor]:
+    """The policy as it was, a model of its own that learns nothing, as a function."""
+
+    def reference(*arguments: Any) -> torch.Tensor:
+        with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+            return forward(*arguments)
+
+    return reference
 
 
 def reference_without_adapters(engine: TrainEngine) -> Callable[..., torch.Tensor]:

@@ -18,6 +18,9 @@ PROMPT_TOKENS = 64
 """Of a prompt: enough to tell one set of weights from another. Probes are computed twice with every new version."""
 RANDOM_TOKENS = 8
 
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
+"""Default gate tolerance, nats: float32 engines agree to 2e-5, bfloat16 rounds to 3 digits."""
+
 
 def choose_probes(prompts: Sequence[Prompt], *, vocabulary_size: int, seed: int, count: int = 8) -> list[PromptGroup]:
     """Sequences to compare: beginnings of real prompts cut in half, the second half as a response that ends at random.

@@ -8,6 +8,7 @@ from pipeline.config.schema import AlignmentConfig
 from pipeline.data.prompts import PromptStream
 from pipeline.errors import NumericsError
 from pipeline.learning.experience import RewardScale, build_experience
+from pipeline.learning.gold_gap import GoldYardstick
 from pipeline.loops.step_rollouts import StepPlan, rollouts_by_step
 from pipeline.objectives.divergence import adapt_kl_coefficient
 from pipeline.ports import BackgroundRolloutSource, PolicyLearner, RewardScorer
@@ -25,12 +26,14 @@ def align(
     *,
     reward_scale: RewardScale,
     seed: int,
+    gold: GoldYardstick | None = None,
 ) -> Metrics:
     """Restores the last commit, then: sample, score, evaluate, update, publish, until `num_steps`.
 
     Consumes `prompts.batch(step)`. Waits for every rollout of a step before its update; with `config.prefetch` they
     were begun during the update before, else nothing overlaps. The rollout engines hold the learner's weights, proven
-    by the gate, before any of their samples is used.
+    by the gate, before any of their samples is used. With `gold` every step also says what the truth thinks of its
+    rollouts; nothing is trained on that.
 
     Returns:
         The metrics of the last step, or of the step that `keep_best` prefers; of the last good commit when the KL stop
@@ -56,7 +59,8 @@ def align(
             samples, ages = batches.collect(step)
             clock.lap("rollout")
             rollouts.sleep()
-            scores = scorer.score([s.prompt.messages for s in samples], [s.response_text for s in samples])
+            asked, said = [s.prompt.messages for s in samples], [s.response_text for s in samples]
+            scores = scorer.score(asked, said)
             clock.lap("score")
             evaluations = learner.evaluate(samples)
             clock.lap("evaluate")
@@ -70,6 +74,8 @@ def align(
                 reward_scale=reward_scale,
                 max_response_tokens=config.max_response_tokens,
             )
+            if gold is not None:
+                measured |= gold.measure(asked, said, [score.mean for score in scores], reward_scale)
             kl = measured["kl/per_response"]
             if config.kl.stop_above is not None and kl > config.kl.stop_above:
                 # Before the update and its commit: a resumed run must come to the same decision.

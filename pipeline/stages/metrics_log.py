@@ -20,6 +20,7 @@ SHOWN = {
     "eval/accuracy": "held-out accuracy",
     "eval/alarms": "alarms",
     "reward/mean": "reward",
+    "gold/mean": "gold",
     "kl/per_response": "kl",
     "response/tokens": "length",
     "tokens_per_s/step": "tokens/s",

@@ -66,6 +66,16 @@ def test_the_table_names_the_headline_numbers():
     assert table["peak memory of the driver's node, GiB"] == "7.2"
 
 
+def test_the_gap_to_the_truth_is_told_and_drawn_where_the_truth_is_known():
+    assert "gold-proxy gap in sd, first to last step" not in dict(results_table(report()))
+    rows = [
+        {"step": s, "kl/per_response": 1.5, "gate/max": 1e-6, "gold/mean": 3.0, "gold/gap": s - 0.25} for s in range(3)
+    ]
+    known = report(alignment_rows=rows)
+    assert dict(results_table(known))["gold-proxy gap in sd, first to last step"] == "-0.25 to +1.75"
+    assert len(render(known)) > 0
+
+
 def test_the_weight_correlation_by_hand():
     # inferred (.7, .3, .2, .8) against (.9, .1, .1, .9): deviations (.2, -.2, -.3, .3) and (.4, -.4, -.4, .4)
     assert weight_correlation(report()) == pytest.approx(0.4 / (0.26 * 0.64) ** 0.5)

@@ -8,7 +8,7 @@ from pipeline.experiments.grid import EXPERIMENTS, plan_runs, varied_settings
 FEW = ("reward_training.num_steps=3",)
 
 
-@pytest.mark.parametrize(("name", "variants"), [("E3", 10), ("E4", 5), ("E5", 5), ("E7", 6), ("noise", 10)])
+@pytest.mark.parametrize(("name", "variants"), [("E3", 10), ("E4", 5), ("E5", 5), ("E7", 6), ("E8", 6), ("noise", 10)])
 def test_every_variant_runs_with_every_seed_and_no_two_runs_are_the_same(name, variants):
     runs = plan_runs(EXPERIMENTS[name], "experiments_tiny", FEW, [0, 7])
     assert len(runs) == 2 * variants
@@ -35,6 +35,31 @@ def test_where_a_run_computes_is_no_part_of_its_identity_and_its_data_is():
 
     assert first([]) == first(["cluster.reward_training.cpus_per_rank=2"]) == first(["alignment.num_steps=3"])
     assert first([]) != first([], ["another file"])
+
+
+def test_an_alignment_is_another_run_than_the_training_of_its_reward_model_and_reads_more_of_the_recipe():
+    def first(*overrides):
+        return plan_runs(EXPERIMENTS["E8"], "experiments_alignment_tiny", overrides, [0])[0].config_hash
+
+    assert first() == first("cluster.rollout.workers=7")
+    assert (
+        len({first(), *map(first, ("alignment.num_steps=3", "prepare_policy.num_steps=3", "benchmark.num_prompts=3"))})
+        == 4
+    )
+
+
+def test_the_arms_of_over_optimisation_differ_in_head_reward_and_kl_alone():
+    told = varied_settings(plan_runs(EXPERIMENTS["E8"], "experiments_alignment_tiny", (), [0]))
+    assert told == {
+        "reward_training.head": ["bt", "vrm", "vrm"] * 2,
+        "alignment.ppo.reward_transform": ["zscore", "zscore", "lcb"] * 2,
+        "alignment.kl.coefficient": ["0.05"] * 3 + ["0"] * 3,
+    }
+
+
+def test_every_contrast_is_between_two_arms():
+    names = {variant.name for variant in EXPERIMENTS["E8"].variants}
+    assert {name for contrast in EXPERIMENTS["E8"].contrasts for name in contrast} == names
 
 
 def test_what_an_experiment_varies_cannot_be_set_beside_it():

@@ -5,12 +5,13 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from actors.experiment_runs import train_one
+from actors.experiment_runs import Place, train_one
 from jobs.experiments import compute_on_the_cluster, demand_of, main, parse, run_experiment
 from pipeline.config.load import load_recipe
 from pipeline.errors import ConfigError, CorruptManifest, NumericsError, WorkerError
 from pipeline.experiments.grid import EXPERIMENTS
 from tests.experiments.test_findings import result
+from tests.experiments.test_policy_findings import aligned
 
 SMALL = (
     "data.planted.num_train_pairs=64",
@@ -21,6 +22,15 @@ SMALL = (
     "policy.tiny.hidden_size=16",
     "policy.tiny.intermediate_size=16",
     "cluster.reward_training.cpus_per_rank=2",
+)
+
+
+SMALL_ALIGNMENT = (
+    *SMALL,
+    *("data.planted.num_sft_texts=64", "data.planted.num_train_prompts=32", "data.planted.num_heldout_prompts=8"),
+    *("prepare_policy.num_steps=2", "prepare_policy.batch_size=8"),
+    *("alignment.num_steps=3", "alignment.prompts_per_step=8", "alignment.ppo.mini_batch_size=4"),
+    *("alignment.max_response_tokens=12", "benchmark.max_response_tokens=12"),
 )
 
 
@@ -35,7 +45,7 @@ class Fake:
         self.failing = failing
         self.computed = []
 
-    def __call__(self, runs):
+    def __call__(self, runs, out):
         for index, run in reversed(list(enumerate(runs))):
             self.computed.append((run.variant.name, run.seed))
             if (run.variant.name, run.seed) in self.failing:
@@ -105,10 +115,31 @@ def test_files_are_an_experiment_too_with_a_frozen_backbone_in_bfloat16(world, t
         *("data.source=files", f"data.preferences=[{pairs}]", "data.heldout_fraction=0.3"),
         *("reward_training.trainable_layers=0", "reward_training.backbone_dtype=bfloat16"),
     ]
-    outcome = train_one(load_recipe("experiments_tiny", [*SMALL, *overrides]), 1.0, 0.0, "")
+    outcome = train_one(load_recipe("experiments_tiny", [*SMALL, *overrides]), Place(cpus=1.0, gpus=0.0, data_root=""))
     assert len(outcome["prompts"]) == len(outcome["margins"]["mean"]) > 5
     assert "weight_correlation" not in outcome["metrics"]  # nobody knows the truth
     assert outcome["metrics"]["eval/accuracy"] >= 0.0
+
+
+def test_alignments_are_reported_by_their_gold_reward(tmp_path, capsys):
+    def one_arm_fails(runs, out):
+        assert out == str(tmp_path)
+        for index, run in enumerate(runs):
+            failed = run.variant.name == "vrm, KL 0"
+            yield index, NumericsError("a gradient is not finite") if failed else aligned()
+
+    with pytest.raises(WorkerError, match="2 of 12 runs failed"):
+        run_experiment(asked("E8", tmp_path), one_arm_fails)
+    assert "12/12  vrm lcb, KL 0, seed 1  gold win rate 0.500" in capsys.readouterr().out
+    assert "vrm lcb, KL 0" in (tmp_path / "E8.txt").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("E8.csv", "E8_curves.csv", "E8.txt", "E8.png", "E8_curves.png", "runs"),
+    }
+
+
+def test_alignments_without_a_known_truth_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="holds the reward against the planted truth"):
+        run_experiment(asked("E8", tmp_path, "data.source=files"), Fake())
 
 
 @pytest.mark.components
@@ -128,7 +159,36 @@ def test_a_small_grid_trains_for_real_over_the_cluster(tmp_path, local_ray, monk
     assert ensemble["metrics"]["eval/posterior_std"] > 0.0
     assert [point["step"] for point in vrm["curve"]] == [2.0, 4.0]
 
-    def nothing_to_do(runs):
+    def nothing_to_do(runs, out):
         raise AssertionError("everything is finished")
 
     run_experiment(parse(["E4", "--out", str(tmp_path), "--seeds", "0", *SMALL]), nothing_to_do)
+
+
+@pytest.mark.components
+def test_arms_of_a_seed_align_for_real_from_one_policy_and_against_one_reward_model(tmp_path, local_ray, monkeypatch):
+    whole = EXPERIMENTS["E8"]
+    two = replace(whole, variants=tuple(v for v in whole.variants if v.name in ("vrm", "vrm lcb")))
+    monkeypatch.setitem(EXPERIMENTS, "E8", two)
+    # Behind the test above: its processes are warm.
+    command = parse(["E8", "--out", str(tmp_path), "--seeds", "0", *SMALL_ALIGNMENT])
+    assert "vrm lcb minus vrm" in run_experiment(command, compute_on_the_cluster)
+    shared = {path: path.stat().st_mtime_ns for path in (tmp_path / "shared").glob("*/manifest.json")}
+    assert sorted(path.parent.name.split("-")[0] for path in shared) == ["prepare_policy", "train_reward_model"]
+    places = {json.loads(path.read_text())["variant"]: path for path in (tmp_path / "runs").iterdir()}
+    mean, lcb = (json.loads(places[name].read_text()) for name in ("vrm", "vrm lcb"))
+    assert mean["prompts"] == lcb["prompts"]
+    assert len(mean["margins"]["gold"]) == len(mean["prompts"]) == 8
+    assert [point["step"] for point in mean["curve"]] == [0.0, 1.0, 2.0]
+    # Both begin with the same policy, the same prompts and the same luck; what they are rewarded for differs.
+    assert mean["curve"][0] == lcb["curve"][0]
+    assert mean["curve"][0]["kl/per_response"] == pytest.approx(0.0, abs=1e-5)
+    assert mean["metrics"]["gold/base"] == lcb["metrics"]["gold/base"]
+    assert mean["metrics"]["reward/shaped"] != lcb["metrics"]["reward/shaped"]
+    assert mean["metrics"]["engine_gap/max"] < 1e-4
+
+    places["vrm lcb"].unlink()
+    run_experiment(command, compute_on_the_cluster)
+    again = json.loads(places["vrm lcb"].read_text())
+    assert (again["curve"], again["margins"]) == (lcb["curve"], lcb["margins"])
+    assert {path: path.stat().st_mtime_ns for path in shared} == shared

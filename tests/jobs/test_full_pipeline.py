@@ -107,6 +107,7 @@ def test_the_submitted_job_shows_progress_and_ends_with_its_results(finished):
         assert f"{stage:<19} finished" in output
     assert "4/4  reward" in output
     assert "win rate over base, by the gold annotator" in output
+    assert "gold-proxy gap in sd, first to last step" in output
     assert f"report: {workspace}/report.html" in output
 
 
