@@ -8,11 +8,12 @@ import numpy as np
 import torch
 
 from pipeline.benchmark.pairwise import ScoredPairs, pair_diagnostics
+from pipeline.learning.reward_scorer import reward_scores
 from pipeline.models.reward_heads import RewardOutput
 from pipeline.objectives.comparison import compare
 from pipeline.objectives.preference import bradley_terry_loss, pair_accuracy
 from pipeline.objectives.variational import gaussian_kl_per_dimension
-from pipeline.records import Metrics, PreferenceBatch, RewardScore
+from pipeline.records import Metrics, PreferenceBatch
 
 PAIR_METRICS = (
     "calibration_error",
@@ -107,28 +108,11 @@ def _of_pairs(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
 
 def _margin_stds(output: RewardOutput, num_pairs: int) -> np.ndarray:
     """[B] posterior standard deviations of the margins, under the weights of the chosen row, the prompt's."""
-    alpha = output.alpha.sum(-1)[:num_pairs]
-    chosen, rejected = (
-        [
-            RewardScore(
-                mean=mean,
-                std=std,
-                objective_weights=tuple(weights),
-                objective_scores=tuple(scores),
-                concentration=concentration,
-            )
-            for mean, std, weights, scores, concentration in zip(
-                output.mean[rows].tolist(),
-                output.variance[rows].sqrt().tolist(),
-                output.weights[:num_pairs].tolist(),
-                output.scores[rows].tolist(),
-                alpha.tolist(),
-                strict=True,
-            )
-        ]
-        for rows in (slice(num_pairs), slice(num_pairs, None))
+    of_prompts = output._replace(
+        alpha=output.alpha[:num_pairs].repeat(2, 1), weights=output.weights[:num_pairs].repeat(2, 1)
     )
-    return np.array([compare(a, b).margin_std for a, b in zip(chosen, rejected, strict=True)])
+    scores = reward_scores(of_prompts)
+    return np.array([compare(a, b).margin_std for a, b in zip(scores[:num_pairs], scores[num_pairs:], strict=True)])
 
 
 def score_collinearity(scores: torch.Tensor) -> float:

@@ -42,6 +42,7 @@ def test_diagnostics_of_two_pairs_by_hand():
         logvar=torch.zeros(4, 2, dtype=torch.float64),
         scores=double([[1.0, -2.0], [2.0, -4.0], [3.0, -6.0], [4.0, -8.0]]),
         weights=double([[0.75, 0.25], [0.25, 0.75], [0.5, 0.5], [0.5, 0.5]]),
+        deviations=torch.zeros(4, 0, dtype=torch.float64),
     )
     metrics = reward_diagnostics(output, batch_of([5, 4, 3, 4], target=[[0.5, 0.5], [1.0, 0.0]], mask=[[True] * 2] * 2))
 
@@ -100,7 +101,7 @@ def test_the_uncertainty_of_a_pair_is_that_of_the_difference_under_one_draw_of_t
 
 def test_a_bradley_terry_head_has_no_posterior_to_diagnose():
     nothing = torch.zeros(2, 0, dtype=torch.float64)
-    output = RewardOutput(double([1, 0]), double([1, 0]), double([0, 0]), *[nothing] * 5)
+    output = RewardOutput(double([1, 0]), double([1, 0]), double([0, 0]), *[nothing] * 6)
     assert reward_diagnostics(output, batch_of([3, 3])).keys() == {
         "eval/reward_mean",
         "eval/reward_std",
