@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayTaskError, WorkerCrashedError
@@ -16,29 +17,87 @@ from actors.deaths import DIED
 from actors.reward_trainer import RewardTrainerSpec, reward_trainer
 from cluster.resources import Demand
 from pipeline.config.schema import Recipe
+from pipeline.data.files import content_fingerprint
 from pipeline.errors import PipelineError, WorkerDied
+from pipeline.records import PromptGroup
 from pipeline.stages import storage
+from pipeline.stages.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from pipeline.data.source import RunData
+    from pipeline.learning.reward_data import RewardTrainingData
+    from pipeline.learning.reward_update import RewardModelTrainer
+    from pipeline.models.frozen_states import FrozenStates
 
 LOOK_AGAIN_S = 60.0
 
+PAIRS_PER_FILE = 32
+"""What a killed pass over the pairs loses at most."""
+
+STATES_VERSION = 1
+"""Raised when states are computed otherwise."""
+
 Outcome = dict[str, Any] | PipelineError
-"""Plain data of a `RunResult`, or the error that ended the run."""
+"""Plain data that a task returned, or the error that ended it."""
 
 
-def run_everywhere(recipes: Sequence[Recipe], demand: Demand, *, max_restarts: int) -> Iterator[tuple[int, Outcome]]:
+def run_everywhere(
+    recipes: Sequence[Recipe], demand: Demand, states_uri: str, *, max_restarts: int
+) -> Iterator[tuple[int, Outcome]]:
     """Trains the reward model of every recipe, as many at a time as the cluster has room for.
 
     Args:
         recipes: one a run.
         demand: what one run holds.
+        states_uri: what `keep_states` filled.
         max_restarts: how often a run is begun anew after its process died.
 
     Yields:
         (index of the recipe, outcome), as runs finish. An error ends its own run only.
     """
-    task = ray.remote(train_one).options(num_cpus=demand.cpus, num_gpus=demand.gpus, max_retries=max_restarts)
-    data_root = os.environ.get("VRM_DATA_ROOT", "")
-    waiting = {task.remote(recipe, demand.cpus, demand.gpus, data_root): i for i, recipe in enumerate(recipes)}
+    task = _remote(train_one, demand, max_restarts)
+    place = demand.cpus, demand.gpus, os.environ.get("VRM_DATA_ROOT", "")
+    yield from _as_they_finish([task.remote(recipe, *place, states_uri) for recipe in recipes])
+
+
+def keep_states(
+    recipes: Sequence[Recipe],
+    demand: Demand,
+    states_uri: str,
+    *,
+    max_restarts: int,
+    report: Callable[[str], None],
+) -> None:
+    """Fills `states_uri` with what the frozen backbone of these recipes says of their pairs, where it is not there yet.
+
+    The pairs are dealt over the whole cluster; recipes whose backbone trains, or starts from noise, have no states.
+    A killed pass goes on where it was.
+
+    Raises:
+        PipelineError: the data or the backbone cannot be read, or a process died too often.
+    """
+    frozen = [recipe for recipe in recipes if backbone_key(recipe) is not None]
+    of_each_seed = list({recipe.seed: recipe for recipe in frozen}.values())
+    if not of_each_seed:
+        return
+    room = ray.cluster_resources()
+    shards = max(1, int(room.get("GPU", 0) // demand.gpus if demand.gpus else room.get("CPU", 0) // demand.cpus))
+    task = _remote(compute_missing_states, demand, max_restarts)
+    place = demand.cpus, demand.gpus, os.environ.get("VRM_DATA_ROOT", "")
+    for _, outcome in _as_they_finish(
+        [task.remote(of_each_seed, *place, states_uri, i, shards) for i in range(shards)]
+    ):
+        if isinstance(outcome, PipelineError):
+            raise outcome
+        report(f"states of the frozen backbone: {outcome['computed']} pairs computed in {outcome['seconds']:.0f} s")
+
+
+def _remote(function: Callable[..., Any], demand: Demand, max_restarts: int) -> Any:
+    return ray.remote(function).options(num_cpus=demand.cpus, num_gpus=demand.gpus, max_retries=max_restarts)
+
+
+def _as_they_finish(references: Sequence[ray.ObjectRef]) -> Iterator[tuple[int, Outcome]]:
+    waiting = {reference: i for i, reference in enumerate(references)}
     try:
         while waiting:
             # How long a training may take nobody can say beforehand; the job prints every run that ends.
@@ -61,13 +120,67 @@ def _outcome(finished: ray.ObjectRef) -> Outcome:
         return WorkerDied(f"its process died, most often for want of memory: {error}. The same command runs it again.")
 
 
-def train_one(recipe: Recipe, cpus: float, gpus: float, data_root: str) -> dict[str, Any]:
-    """Plain data of the `RunResult` of one recipe, trained in this process."""
+def backbone_key(recipe: Recipe) -> str | None:
+    """Identity of the states of a recipe's backbone; None where it trains, or starts from noise."""
+    config = recipe.reward_training
+    uri = config.backbone or recipe.policy.checkpoint
+    if config.trainable_layers != 0 or uri is None:
+        return None
+    inputs = [content_fingerprint(uri) if os.path.isdir(uri) else uri]
+    return fingerprint("frozen_states", STATES_VERSION, {"dtype": config.backbone_dtype}, inputs)[:16]
+
+
+def train_one(
+    recipe: Recipe, cpus: float, gpus: float, data_root: str, states_uri: str | None = None
+) -> dict[str, Any]:
+    """Plain data of the `RunResult` of one recipe, trained in this process.
+
+    Args:
+        states_uri: what `keep_states` filled; None computes every state as it is needed.
+    """
+    from pipeline.experiments.reward_run import train_and_measure
+
+    with tempfile.TemporaryDirectory() as directory:
+        data, training, spec = _material(recipe, directory, cpus, data_root)
+        trainer = _trainer(spec, gpus)
+        key = backbone_key(recipe)
+        if states_uri is not None and key is not None:
+            trainer.engine.module.frozen_states = _states_in(storage.join(states_uri, key))
+        stage = storage.join(directory, "training")
+        return asdict(train_and_measure(trainer, training, data.gold, stage, eval_every=spec.config.eval_every))
+
+
+def compute_missing_states(
+    recipes: Sequence[Recipe], cpus: float, gpus: float, data_root: str, states_uri: str, shard: int, shards: int
+) -> dict[str, Any]:
+    """One shard of `keep_states`, in this process; `recipes` have one backbone and differ in their data."""
+    from pipeline.models.frozen_states import compute_states, write_states
+
+    started = time.monotonic()
+    uri = storage.join(states_uri, str(backbone_key(recipes[0])))
+    known, todo = _states_in(uri), {}
+    with tempfile.TemporaryDirectory() as directory:
+        for recipe in recipes:
+            _, training, spec = _material(recipe, directory, cpus, data_root)
+            # Pairs that another seed splits elsewhere, or whose label another run flips, are the same texts.
+            todo |= {frozenset(keys): tokens for keys, tokens in _pairs_of(training) if not known.holds(keys)}
+    mine = [tokens for keys, tokens in todo.items() if int(min(keys), 16) % shards == shard]
+    if mine:
+        model = _trainer(spec, gpus).engine.module
+    for first in range(0, len(mine), PAIRS_PER_FILE):
+        states = compute_states(model, mine[first : first + PAIRS_PER_FILE], dtype=spec.config.backbone_dtype)
+        with storage.writing(uri) as written:
+            write_states(states, written)
+    return {"computed": len(mine), "seconds": time.monotonic() - started}
+
+
+def _material(
+    recipe: Recipe, directory: str, cpus: float, data_root: str
+) -> tuple[RunData, RewardTrainingData, RewardTrainerSpec]:
+    """What a run reads; a backbone from noise is written into `directory`."""
     import torch
 
     from pipeline.data.source import DATA_ROOT, load_data
-    from pipeline.experiments.reward_run import train_and_measure
-    from pipeline.learning.engine import TorchEngine
     from pipeline.learning.reward_data import RewardTrainingData
     from pipeline.learning.starting_policy import write_starting_policy
     from pipeline.models.backbone import load_tokenizer
@@ -75,23 +188,41 @@ def train_one(recipe: Recipe, cpus: float, gpus: float, data_root: str) -> dict[
     os.environ[DATA_ROOT] = data_root
     torch.set_num_threads(max(1, int(cpus)))
     config = recipe.reward_training
-    with tempfile.TemporaryDirectory() as directory:
-        backbone_uri = config.backbone or recipe.policy.checkpoint
-        if backbone_uri is None:
-            backbone_uri = storage.join(directory, "policy")
-            write_starting_policy(recipe.policy, backbone_uri, seed=recipe.seed)
-        with storage.reading(backbone_uri) as checkpoint:
-            tokenizer = load_tokenizer(checkpoint)
-        data = load_data(recipe)
-        training = RewardTrainingData.of(recipe, data, tokenizer)
-        spec = RewardTrainerSpec(
-            config=config,
-            ranks=recipe.cluster.reward_training,
-            backbone_uri=backbone_uri,
-            statistics=training.statistics,
-            num_steps=training.num_steps,
-            seed=recipe.seed,
-        )
-        trainer = reward_trainer(spec, partial(TorchEngine, device="cuda" if gpus else "cpu"))
-        stage = storage.join(directory, "training")
-        return asdict(train_and_measure(trainer, training, data.gold, stage, eval_every=config.eval_every))
+    backbone_uri = config.backbone or recipe.policy.checkpoint
+    if backbone_uri is None:
+        backbone_uri = storage.join(directory, "policy")
+        write_starting_policy(recipe.policy, backbone_uri, seed=recipe.seed)
+    with storage.reading(backbone_uri) as checkpoint:
+        tokenizer = load_tokenizer(checkpoint)
+    data = load_data(recipe)
+    training = RewardTrainingData.of(recipe, data, tokenizer)
+    spec = RewardTrainerSpec(
+        config=config,
+        ranks=recipe.cluster.reward_training,
+        backbone_uri=backbone_uri,
+        statistics=training.statistics,
+        num_steps=training.num_steps,
+        seed=recipe.seed,
+    )
+    return data, training, spec
+
+
+def _trainer(spec: RewardTrainerSpec, gpus: float) -> RewardModelTrainer:
+    from pipeline.learning.engine import TorchEngine
+
+    return reward_trainer(spec, partial(TorchEngine, device="cuda" if gpus else "cpu"))
+
+
+def _pairs_of(training: RewardTrainingData) -> Iterator[tuple[list[str], PromptGroup]]:
+    from pipeline.models.frozen_states import response_keys
+    from pipeline.models.packing import pack
+
+    for pair in (*training.pairs, *training.heldout_pairs):
+        yield response_keys(pack([pair.tokens])), pair.tokens
+
+
+def _states_in(uri: str) -> FrozenStates:
+    from pipeline.models.frozen_states import FrozenStates
+
+    with storage.reading(uri) as directory:
+        return FrozenStates.read(directory)

@@ -7,7 +7,9 @@ labels. A run is one process with the same trainer, budget, data order and seeds
 recipe's checkpoint, or a tiny model from scratch. The same command computes only the runs that are missing, and
 experiments that share a run share its result.
 
-Writes runs/<config hash>.json, <experiment>.csv, <experiment>.txt and <experiment>*.png.
+A backbone that does not train (trainable_layers: 0) is run once over the pairs, for all runs and later experiments.
+
+Writes states/, runs/<config hash>.json, <experiment>.csv, <experiment>.txt and <experiment>*.png.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +33,9 @@ from pipeline.stages import storage
 if TYPE_CHECKING:
     from pipeline.experiments.findings import FinishedRun
 
-Compute = Callable[[Sequence[Run]], Iterable[tuple[int, "dict[str, Any] | PipelineError"]]]
-"""Runs -> (index, plain data of a `RunResult`, or the error that ended the run), as they finish."""
+Compute = Callable[[Sequence[Run], str], Iterable[tuple[int, "dict[str, Any] | PipelineError"]]]
+"""Runs, directory of results -> (index, plain data of a `RunResult`, or the error that ended the run), as they
+finish."""
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -68,17 +72,18 @@ def demand_of(recipe: Recipe) -> Demand:
     )
 
 
-def compute_on_the_cluster(runs: Sequence[Run]) -> Iterable[tuple[int, dict[str, Any] | PipelineError]]:
-    """On the cluster this job was submitted to, or one of its own."""
-    from actors.experiment_runs import run_everywhere
+def compute_on_the_cluster(runs: Sequence[Run], out: str) -> Iterable[tuple[int, dict[str, Any] | PipelineError]]:
+    """On the cluster this job was submitted to, or one of its own; states of a frozen backbone once for all runs."""
+    from actors.experiment_runs import keep_states, run_everywhere
     from cluster.session import open_cluster
 
     cluster = runs[0].recipe.cluster
     demand = demand_of(runs[0].recipe)
     with open_cluster(cluster, [StageDemand(stage="experiment", demands=(demand,))]):
-        yield from run_everywhere(
-            [run.recipe for run in runs], demand, max_restarts=cluster.reward_training.max_restarts
-        )
+        recipes, states_uri = [run.recipe for run in runs], storage.join(out, "states")
+        restarts = cluster.reward_training.max_restarts
+        keep_states(recipes, demand, states_uri, max_restarts=restarts, report=partial(print, flush=True))
+        yield from run_everywhere(recipes, demand, states_uri, max_restarts=restarts)
 
 
 def finish_runs(runs: Sequence[Run], out: str, compute: Compute) -> tuple[list[FinishedRun], list[str]]:
@@ -91,7 +96,7 @@ def finish_runs(runs: Sequence[Run], out: str, compute: Compute) -> tuple[list[F
             missing.setdefault(run.config_hash, run)
     todo, failures = list(missing.values()), []
     print(f"{len(runs)} runs, {len(runs) - len(todo)} finished before, {len(todo)} to do", flush=True)
-    for count, (index, outcome) in enumerate(compute(todo) if todo else (), start=1):
+    for count, (index, outcome) in enumerate(compute(todo, out) if todo else (), start=1):
         run = todo[index]
         told = f"{count:>4}/{len(todo)}  {run.variant.name}, seed {run.seed}"
         if isinstance(outcome, PipelineError):

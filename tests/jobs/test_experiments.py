@@ -5,10 +5,10 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from actors.experiment_runs import train_one
+from actors.experiment_runs import backbone_key, compute_missing_states, train_one
 from jobs.experiments import compute_on_the_cluster, demand_of, main, parse, run_experiment
 from pipeline.config.load import load_recipe
-from pipeline.errors import ConfigError, CorruptManifest, NumericsError, WorkerError
+from pipeline.errors import CheckpointError, ConfigError, CorruptManifest, NumericsError, WorkerError
 from pipeline.experiments.grid import EXPERIMENTS
 from tests.experiments.test_findings import result
 
@@ -23,6 +23,8 @@ SMALL = (
     "cluster.reward_training.cpus_per_rank=2",
 )
 
+BFLOAT16 = "reward_training.backbone_dtype=bfloat16"
+
 
 def asked(name, out, *more):
     return parse([name, "--out", str(out), "--seeds", "0", "1", *more])
@@ -35,7 +37,7 @@ class Fake:
         self.failing = failing
         self.computed = []
 
-    def __call__(self, runs):
+    def __call__(self, runs, out):
         for index, run in reversed(list(enumerate(runs))):
             self.computed.append((run.variant.name, run.seed))
             if (run.variant.name, run.seed) in self.failing:
@@ -111,6 +113,36 @@ def test_files_are_an_experiment_too_with_a_frozen_backbone_in_bfloat16(world, t
     assert outcome["metrics"]["eval/accuracy"] >= 0.0
 
 
+def test_states_of_a_frozen_backbone_are_computed_once_for_all_seeds_and_labels(tiny_policy, tmp_path, monkeypatch):
+    overrides = [*SMALL, f"policy.checkpoint={tiny_policy}", "reward_training.trainable_layers=0"]
+    recipe = load_recipe("experiments_tiny", overrides)
+    flipped = load_recipe("experiments_tiny", [*overrides, "data.label_flips=0.4", "reward_training.head=bt"])
+    states = str(tmp_path / "states")
+    computed = [compute_missing_states([recipe], 1.0, 0.0, "", states, shard, 2)["computed"] for shard in (0, 1)]
+    assert sum(computed) == 64 + 16
+    assert min(computed) > 20
+    assert compute_missing_states([recipe, flipped], 1.0, 0.0, "", states, 0, 1)["computed"] == 0
+    as_needed = train_one(recipe, 1.0, 0.0, "")
+    monkeypatch.delattr("pipeline.models.reward_model.packed_states")  # from here on nothing can be computed
+    looked_up = train_one(recipe, 1.0, 0.0, "", states)
+    assert looked_up["margins"]["mean"] == pytest.approx(as_needed["margins"]["mean"], abs=1e-5)
+    assert looked_up["metrics"]["train/accuracy"] == as_needed["metrics"]["train/accuracy"]
+    assert train_one(flipped, 1.0, 0.0, "", states)["metrics"]["eval/accuracy"] >= 0.0
+    with pytest.raises(NameError):  # another precision is another function
+        train_one(load_recipe("experiments_tiny", [*overrides, BFLOAT16]), 1.0, 0.0, "", states)
+    [damaged, *_] = (tmp_path / "states").glob("*/*.safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"cannot be read.*Delete it to compute it again"):
+        train_one(recipe, 1.0, 0.0, "", states)
+
+
+def test_a_backbone_that_trains_or_starts_from_noise_has_no_states(tiny_policy):
+    frozen, given = "reward_training.trainable_layers=0", f"policy.checkpoint={tiny_policy}"
+    keys = [backbone_key(load_recipe("experiments_tiny", overrides)) for overrides in ([frozen], [given], [])]
+    assert keys == [None, None, None]
+    assert backbone_key(load_recipe("experiments_tiny", [frozen, given])) is not None
+
+
 @pytest.mark.components
 def test_a_small_grid_trains_for_real_over_the_cluster(tmp_path, local_ray, monkeypatch):
     whole = EXPERIMENTS["E4"]
@@ -128,7 +160,7 @@ def test_a_small_grid_trains_for_real_over_the_cluster(tmp_path, local_ray, monk
     assert ensemble["metrics"]["eval/posterior_std"] > 0.0
     assert [point["step"] for point in vrm["curve"]] == [2.0, 4.0]
 
-    def nothing_to_do(runs):
+    def nothing_to_do(runs, out):
         raise AssertionError("everything is finished")
 
     run_experiment(parse(["E4", "--out", str(tmp_path), "--seeds", "0", *SMALL]), nothing_to_do)
