@@ -332,7 +332,7 @@ def _from_pku_saferlhf(rows: Iterable[Row], objectives: tuple[str, ...], seed: i
     """PKU-SafeRLHF: the safer of two responses is chosen; `safety` = 3 - severity is its score where asked for.
 
     As PKU-Alignment publishes it (`response_0`, `response_1`, `safer_response_id`, `response_0_severity_level`, ...),
-    or as `prompt`, `chosen` (the safer) and `rejected`. Helpfulness, the other preference of the publisher, is not read.
+    or as `prompt`, `chosen` (the safer) and `rejected`. The publisher's other preference, helpfulness, is not read.
     """
     for row in rows:
         messages = as_messages(row.values.get("prompt"), place=f"{row.place}, field 'prompt'")

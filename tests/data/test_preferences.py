@@ -213,16 +213,16 @@ def test_pku_chooses_the_safer_response_and_scores_it_by_its_severity(tmp_path):
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the public data folder beside the checkout")
 @pytest.mark.parametrize(
-    ("data_format", "file", "least", "rows"),
+    ("data_format", "file", "count"),
     [
-        ("hh_rlhf", "hh_rlhf/hh_rlhf_test.parquet", 3200, 3262),
-        ("webgpt", "webgpt_comparisons/webgpt_test.parquet", 300, 624),
-        ("pku_saferlhf", "pku_saferlhf/pku_saferlhf_5k.parquet", 3685, 3685),
+        ("hh_rlhf", "hh_rlhf/hh_rlhf_test.parquet", 3262 - 20),  # an empty or an equal answer
+        ("webgpt", "webgpt_comparisons/webgpt_test.parquet", 625 - 172),  # ties
+        ("pku_saferlhf", "pku_saferlhf/pku_saferlhf_5k.parquet", 3685),
     ],
 )
-def test_real_rows_of_other_publishers(data_format, file, least, rows):
+def test_real_rows_of_other_publishers(data_format, file, count):
     pairs = read(str(SHARED / file), data_format)
-    assert least <= len(pairs) <= rows
+    assert len(pairs) == count
     assert all(pair.prompt[-1]["role"] == "user" and pair.chosen != pair.rejected for pair in pairs)
     assert not any("\n\nHuman:" in turn["content"] for pair in pairs for turn in pair.prompt)
 
