@@ -1,9 +1,10 @@
-"""Runs of an experiment as Ray tasks, each a whole training in one process."""
+"""Reward models of an experiment as Ray tasks, each a whole training in one process."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,28 +14,31 @@ import ray
 from ray.exceptions import RayTaskError, WorkerCrashedError
 
 from actors.deaths import DIED
-from actors.ppo_learner import PPOLearnerSpec, ppo_learner
 from actors.reward_trainer import RewardTrainerSpec, reward_trainer
-from actors.supervised_trainer import SupervisedTrainerSpec, supervised_trainer
 from cluster.resources import Demand
 from pipeline.config.schema import Recipe
+from pipeline.data.files import content_fingerprint
 from pipeline.errors import PipelineError, WorkerDied
-from pipeline.records import Metrics, StageResult
+from pipeline.records import PromptGroup
 from pipeline.stages import storage
 from pipeline.stages.fingerprint import fingerprint
-from pipeline.stages.workspace import StageDirectory
 
 if TYPE_CHECKING:
     from pipeline.data.source import RunData
     from pipeline.learning.reward_data import RewardTrainingData
     from pipeline.learning.reward_update import RewardModelTrainer
+    from pipeline.models.frozen_states import FrozenStates
 
 LOOK_AGAIN_S = 60.0
-VERSION = 1
-"""Of what a shared stage computes; part of its identity."""
+
+PAIRS_PER_FILE = 32
+"""What a killed pass over the pairs loses at most."""
+
+STATES_VERSION = 1
+"""Raised when states are computed otherwise."""
 
 Outcome = dict[str, Any] | PipelineError
-"""Plain data of a `RunResult`, or the error that ended the run."""
+"""Plain data that a task returned, or the error that ended it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,55 +63,64 @@ class Place:
         torch.set_num_threads(max(1, int(self.cpus)))
 
 
-def train_everywhere(recipes: Sequence[Recipe], demand: Demand, *, max_restarts: int) -> Iterator[tuple[int, Outcome]]:
+def train_everywhere(
+    recipes: Sequence[Recipe], demand: Demand, states_uri: str, *, max_restarts: int
+) -> Iterator[tuple[int, Outcome]]:
     """Trains the reward model of every recipe, as many at a time as the cluster has room for.
 
     Args:
         recipes: one a run.
         demand: what one run holds.
+        states_uri: what `keep_states` filled.
         max_restarts: how often a run is begun anew after its process died.
 
     Yields:
         (index of the recipe, outcome), as runs finish. An error ends its own run only.
     """
-    remote, place = _remote_at(demand, max_restarts)
-    yield from _as_they_finish({remote(train_one).remote(recipe, place): i for i, recipe in enumerate(recipes)})
+    remote, place = remote_at(demand, max_restarts)
+    task = remote(train_one)
+    yield from as_they_finish({task.remote(recipe, place, states_uri): i for i, recipe in enumerate(recipes)})
 
 
-def align_everywhere(
-    recipes: Sequence[Recipe], demand: Demand, shared: str, *, max_restarts: int
-) -> Iterator[tuple[int, Outcome]]:
-    """Aligns the policy of every recipe against its own reward model, as many at a time as there is room for.
+def keep_states(
+    recipes: Sequence[Recipe],
+    demand: Demand,
+    states_uri: str,
+    *,
+    max_restarts: int,
+    report: Callable[[str], None],
+) -> None:
+    """Fills `states_uri` with what the frozen backbone of these recipes says of their pairs, where it is not there yet.
 
-    The policies to start from and the reward models are trained first, one for all recipes that agree on it, and
-    committed in `shared`; an error in one of them ends the runs that need it.
+    The pairs are dealt over the whole cluster; recipes whose backbone trains, or starts from noise, have no states.
+    A killed pass goes on where it was.
 
-    Args, Yields:
-        As `train_everywhere`.
+    Raises:
+        PipelineError: the data or the backbone cannot be read, or a process died too often.
     """
-    remote, place = _remote_at(demand, max_restarts)
-    policies: dict[str, ray.ObjectRef] = {}
-    reward_models: dict[tuple[str, str], ray.ObjectRef] = {}
-    waiting = {}
-    for i, recipe in enumerate(recipes):
-        start, model = policy_identity(recipe), reward_model_identity(recipe, policy_identity(recipe))
-        if start not in policies:
-            policies[start] = remote(prepare_start).remote(recipe, shared, place)
-        if (start, model) not in reward_models:
-            reward_models[start, model] = remote(train_shared_reward_model).remote(
-                recipe, policies[start], shared, place
-            )
-        waiting[remote(align_one).remote(recipe, policies[start], reward_models[start, model], place)] = i
-    yield from _as_they_finish(waiting)
+    frozen = [recipe for recipe in recipes if backbone_key(recipe) is not None]
+    of_each_seed = list({recipe.seed: recipe for recipe in frozen}.values())
+    if not of_each_seed:
+        return
+    room = ray.cluster_resources()
+    shards = max(1, int(room.get("GPU", 0) // demand.gpus if demand.gpus else room.get("CPU", 0) // demand.cpus))
+    remote, place = remote_at(demand, max_restarts)
+    task = remote(compute_missing_states)
+    for _, outcome in as_they_finish(
+        {task.remote(of_each_seed, place, states_uri, i, shards): i for i in range(shards)}
+    ):
+        if isinstance(outcome, PipelineError):
+            raise outcome
+        report(f"states of the frozen backbone: {outcome['computed']} pairs computed in {outcome['seconds']:.0f} s")
 
 
-def _remote_at(demand: Demand, max_restarts: int) -> tuple[Callable[[Any], Any], Place]:
+def remote_at(demand: Demand, max_restarts: int) -> tuple[Callable[[Any], Any], Place]:
     options = {"num_cpus": demand.cpus, "num_gpus": demand.gpus, "max_retries": max_restarts}
     place = Place(cpus=demand.cpus, gpus=demand.gpus, data_root=os.environ.get("VRM_DATA_ROOT", ""))
     return lambda function: ray.remote(function).options(**options), place
 
 
-def _as_they_finish(waiting: dict[ray.ObjectRef, int]) -> Iterator[tuple[int, Outcome]]:
+def as_they_finish(waiting: dict[ray.ObjectRef, int]) -> Iterator[tuple[int, Outcome]]:
     try:
         while waiting:
             # How long a training may take nobody can say beforehand; the job prints every run that ends.
@@ -130,33 +143,74 @@ def _outcome(finished: ray.ObjectRef) -> Outcome:
         return WorkerDied(f"its process died, most often for want of memory: {error}. The same command runs it again.")
 
 
-# --------------------------------------------------------------------------- a reward model
+def backbone_key(recipe: Recipe) -> str | None:
+    """Identity of the states of a recipe's backbone; None where it trains, or starts from noise."""
+    config = recipe.reward_training
+    uri = config.backbone or recipe.policy.checkpoint
+    if config.trainable_layers != 0 or uri is None:
+        return None
+    inputs = [content_fingerprint(uri) if os.path.isdir(uri) else uri]
+    return fingerprint("frozen_states", STATES_VERSION, {"dtype": config.backbone_dtype}, inputs)[:16]
 
 
-def train_one(recipe: Recipe, place: Place) -> dict[str, Any]:
-    """Plain data of the `RunResult` of one recipe, whose reward model is trained in this process."""
-    from pipeline.data.source import load_data
+def train_one(recipe: Recipe, place: Place, states_uri: str | None = None) -> dict[str, Any]:
+    """Plain data of the `RunResult` of one recipe, whose reward model is trained in this process.
+
+    Args:
+        states_uri: what `keep_states` filled; None computes every state as it is needed.
+    """
     from pipeline.experiments.reward_run import train_and_measure
+
+    with tempfile.TemporaryDirectory() as directory:
+        data, training, spec = _material(recipe, directory, place)
+        trainer = trainer_in_process(spec, place)
+        key = backbone_key(recipe)
+        if states_uri is not None and key is not None:
+            trainer.engine.module.frozen_states = _states_in(storage.join(states_uri, key))
+        stage = storage.join(directory, "training")
+        return asdict(train_and_measure(trainer, training, data.gold, stage, eval_every=spec.config.eval_every))
+
+
+def compute_missing_states(
+    recipes: Sequence[Recipe], place: Place, states_uri: str, shard: int, shards: int
+) -> dict[str, Any]:
+    """One shard of `keep_states`, in this process; `recipes` have one backbone and differ in their data."""
+    from pipeline.models.frozen_states import compute_states, write_states
+
+    started = time.monotonic()
+    uri = storage.join(states_uri, str(backbone_key(recipes[0])))
+    known, todo = _states_in(uri), {}
+    with tempfile.TemporaryDirectory() as directory:
+        for recipe in recipes:
+            _, training, spec = _material(recipe, directory, place)
+            # Pairs that another seed splits elsewhere, or whose label another run flips, are the same texts.
+            todo |= {frozenset(keys): tokens for keys, tokens in _pairs_of(training) if not known.holds(keys)}
+    mine = [tokens for keys, tokens in todo.items() if int(min(keys), 16) % shards == shard]
+    if mine:
+        model = trainer_in_process(spec, place).engine.module
+    for first in range(0, len(mine), PAIRS_PER_FILE):
+        states = compute_states(model, mine[first : first + PAIRS_PER_FILE], dtype=spec.config.backbone_dtype)
+        with storage.writing(uri) as written:
+            write_states(states, written)
+    return {"computed": len(mine), "seconds": time.monotonic() - started}
+
+
+def _material(recipe: Recipe, directory: str, place: Place) -> tuple[RunData, RewardTrainingData, RewardTrainerSpec]:
+    """What a run reads; a backbone from noise is written into `directory`."""
+    from pipeline.data.source import load_data
     from pipeline.learning.starting_policy import write_starting_policy
 
     place.take()
-    with tempfile.TemporaryDirectory() as directory:
-        backbone = recipe.reward_training.backbone or recipe.policy.checkpoint
-        if backbone is None:
-            backbone = storage.join(directory, "policy")
-            write_starting_policy(recipe.policy, backbone, seed=recipe.seed)
-        data = load_data(recipe)
-        trainer, training = _reward_trainer(recipe, data, backbone, place)
-        stage = storage.join(directory, "training")
-        return asdict(
-            train_and_measure(trainer, training, data.gold, stage, eval_every=recipe.reward_training.eval_every)
-        )
+    backbone = recipe.reward_training.backbone or recipe.policy.checkpoint
+    if backbone is None:
+        backbone = storage.join(directory, "policy")
+        write_starting_policy(recipe.policy, backbone, seed=recipe.seed)
+    data = load_data(recipe)
+    return data, *training_on(recipe, data, backbone)
 
 
-def _reward_trainer(
-    recipe: Recipe, data: RunData, backbone: str, place: Place
-) -> tuple[RewardModelTrainer, RewardTrainingData]:
-    from pipeline.learning.engine import TorchEngine
+def training_on(recipe: Recipe, data: RunData, backbone: str) -> tuple[RewardTrainingData, RewardTrainerSpec]:
+    """The pairs of a recipe as tokens of the backbone's tokenizer, and what its trainer needs."""
     from pipeline.learning.reward_data import RewardTrainingData
     from pipeline.models.backbone import load_tokenizer
 
@@ -171,170 +225,25 @@ def _reward_trainer(
         num_steps=training.num_steps,
         seed=recipe.seed,
     )
-    return reward_trainer(spec, partial(TorchEngine, device=place.device)), training
+    return training, spec
 
 
-# --------------------------------------------------------------------------- an alignment and what it stands on
-
-
-def policy_identity(recipe: Recipe) -> str:
-    config = recipe.model_dump(mode="json", include={"seed", "data", "policy", "prepare_policy"})
-    return fingerprint("prepare_policy", VERSION, config, [])
-
-
-def reward_model_identity(recipe: Recipe, policy: str) -> str:
-    config = recipe.model_dump(mode="json", include={"seed", "objectives", "data", "reward_training"})
-    return fingerprint("train_reward_model", VERSION, config, [policy])
-
-
-def prepare_start(recipe: Recipe, shared: str, place: Place) -> StageResult:
-    """The policy before alignment, fine-tuned in this process, or as it lies in `shared`."""
-    return _once(
-        "prepare_policy", policy_identity(recipe), shared, place, partial(_fine_tune, recipe=recipe, place=place)
-    )
-
-
-def train_shared_reward_model(recipe: Recipe, policy: StageResult, shared: str, place: Place) -> StageResult:
-    """The reward model on top of it, trained in this process, or as it lies in `shared`."""
-    identity = reward_model_identity(recipe, policy.fingerprint)
-    compute = partial(_train_reward_model, recipe=recipe, policy=policy, place=place)
-    return _once("train_reward_model", identity, shared, place, compute)
-
-
-def _once(
-    name: str, identity: str, shared: str, place: Place, compute: Callable[[StageDirectory], Metrics]
-) -> StageResult:
-    stage = StageDirectory(storage.join(shared, f"{name}-{identity[:12]}"), name, identity)
-    finished = stage.result()
-    if finished is not None:
-        return finished
-    place.take()
-    stage.delete_uncommitted()
-    return stage.finish(compute(stage), {})
-
-
-def _fine_tune(stage: StageDirectory, *, recipe: Recipe, place: Place) -> Metrics:
-    from pipeline.data.batching import step_indices
-    from pipeline.data.collate import tokenise_texts
-    from pipeline.data.source import load_data
+def trainer_in_process(spec: RewardTrainerSpec, place: Place) -> RewardModelTrainer:
     from pipeline.learning.engine import TorchEngine
-    from pipeline.learning.starting_policy import write_starting_policy
-    from pipeline.loops.supervised_training import train
 
-    config = recipe.prepare_policy
-    if not config.num_steps:
-        with storage.writing(stage.result_uri) as directory:
-            write_starting_policy(recipe.policy, directory, seed=recipe.seed)
-        return {}
-    with tempfile.TemporaryDirectory() as start:
-        tokenizer = write_starting_policy(recipe.policy, start, seed=recipe.seed)
-        texts = tokenise_texts(load_data(recipe).sft_texts, tokenizer, max_length=config.max_length)
-        heldout, texts = texts[: config.batch_size], texts[config.batch_size :]
-        spec = SupervisedTrainerSpec(
-            config=config,
-            ranks=recipe.cluster.policy_training,
-            policy_uri=start,
-            dtype=recipe.policy.dtype,
-            seed=recipe.seed,
-        )
-        return train(
-            supervised_trainer(spec, partial(TorchEngine, device=place.device)),
-            stage,
-            batch_of=lambda step: [texts[i] for i in step_indices(len(texts), config.batch_size, step, recipe.seed)],
-            heldout=heldout,
-            num_steps=config.num_steps,
-            eval_every=config.eval_every,
-            checkpoint_every=config.num_steps + 1,
-        )
+    return reward_trainer(spec, partial(TorchEngine, device=place.device))
 
 
-def _train_reward_model(stage: StageDirectory, *, recipe: Recipe, policy: StageResult, place: Place) -> Metrics:
-    from pipeline.data.source import load_data
-    from pipeline.loops.supervised_training import train
+def _pairs_of(training: RewardTrainingData) -> Iterator[tuple[list[str], PromptGroup]]:
+    from pipeline.models.frozen_states import response_keys
+    from pipeline.models.packing import pack
 
-    config = recipe.reward_training
-    trainer, training = _reward_trainer(recipe, load_data(recipe), config.backbone or policy.location, place)
-    return train(
-        trainer,
-        stage,
-        batch_of=training.batch,
-        heldout=training.heldout,
-        num_steps=training.num_steps,
-        eval_every=config.eval_every,
-        checkpoint_every=training.num_steps + 1,
-    )
+    for pair in (*training.pairs, *training.heldout_pairs):
+        yield response_keys(pack([pair.tokens])), pair.tokens
 
 
-def align_one(recipe: Recipe, policy: StageResult, reward_model: StageResult, place: Place) -> dict[str, Any]:
-    """Plain data of the `RunResult` of one recipe, aligned in this process.
+def _states_in(uri: str) -> FrozenStates:
+    from pipeline.models.frozen_states import FrozenStates
 
-    Args:
-        policy, reward_model: what it starts from, and what it is aligned against.
-    """
-    import torch
-
-    from pipeline.data.prompts import tokenise_prompts
-    from pipeline.data.source import load_data
-    from pipeline.experiments.alignment_run import align_and_measure
-    from pipeline.learning.engine import TorchEngine
-    from pipeline.learning.experience import RewardScale
-    from pipeline.learning.gold_gap import GoldYardstick
-    from pipeline.learning.ppo_update import frozen_reference
-    from pipeline.learning.probes import choose_probes
-    from pipeline.learning.publishing import publish_checkpoint
-    from pipeline.learning.reward_scorer import RewardModelScorer
-    from pipeline.learning.torch_rollouts import TorchRollouts
-    from pipeline.models.backbone import load_tokenizer
-
-    place.take()
-    config, dtype = recipe.alignment, recipe.policy.dtype
-    data = load_data(recipe)
-    assert data.gold is not None, "the plan refuses other data"
-    with (
-        storage.reading(policy.location) as start,
-        storage.reading(reward_model.location) as scored_by,
-        tempfile.TemporaryDirectory() as directory,
-    ):
-        tokenizer = load_tokenizer(start)
-        prompts = tokenise_prompts(data.train_prompts, tokenizer, max_prompt_tokens=config.max_prompt_tokens)
-        probes = tuple(choose_probes(prompts, vocabulary_size=len(tokenizer), seed=recipe.seed))
-        published = storage.join(directory, "published")
-        spec = PPOLearnerSpec(
-            config=config,
-            ranks=recipe.cluster.alignment,
-            policy_uri=start,
-            reward_model_uri=scored_by,
-            dtype=dtype,
-            probes=probes,
-            publish_directory=published,
-            seed=recipe.seed,
-        )
-        scorer = RewardModelScorer.load(
-            scored_by, max_tokens_per_batch=config.max_tokens_per_micro_batch, device=place.device
-        )
-        result = align_and_measure(
-            TorchRollouts(start, dtype=dtype, gate_tolerance=config.gate_tolerance, device=place.device),
-            scorer,
-            ppo_learner(
-                spec,
-                partial(TorchEngine, device=place.device),
-                lambda frozen: frozen_reference(
-                    frozen.eval().requires_grad_(False).to(place.device), dtype=dtype, device=torch.device(place.device)
-                ),
-            ),
-            GoldYardstick.of(data.gold, data.heldout_pairs),
-            train_prompts=data.train_prompts,
-            heldout_prompts=data.heldout_prompts,
-            tokenizer=tokenizer,
-            publish=lambda checkpoint, version: publish_checkpoint(
-                checkpoint, storage.join(published, f"benchmark-{version}"), probes, dtype=dtype, version=version
-            ),
-            start=start,
-            directory=storage.join(directory, "alignment"),
-            alignment=config,
-            benchmark=recipe.benchmark,
-            reward_scale=RewardScale(mean=scorer.card.reward_mean, std=scorer.card.reward_std),
-            seed=recipe.seed,
-        )
-    about_the_model = {f"reward_model/{name}": reward_model.metrics[f"eval/{name}"] for name in ("accuracy", "nll")}
-    return asdict(result) | {"metrics": result.metrics | about_the_model}
+    with storage.reading(uri) as directory:
+        return FrozenStates.read(directory)

@@ -11,8 +11,10 @@ with and without KL, and holds the reward against the planted truth; a run is on
 start from one fine-tuned policy. The same command computes only the runs that are missing, and experiments that share a
 run share its result.
 
-Writes runs/<config hash>.json, <experiment>*.csv, <experiment>.txt and <experiment>*.png; under shared/ the policies
-and reward models that runs of E8 have in common.
+A backbone that does not train (trainable_layers: 0) is run once over the pairs, for all runs and later experiments.
+
+Writes runs/<config hash>.json, <experiment>*.csv, <experiment>.txt and <experiment>*.png; under states/ what frozen
+backbones said, under shared/ the policies and reward models that runs of E8 have in common.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,8 +81,9 @@ def demand_of(recipe: Recipe) -> Demand:
 
 
 def compute_on_the_cluster(runs: Sequence[Run], out: str) -> Iterable[tuple[int, dict[str, Any] | PipelineError]]:
-    """On the cluster this job was submitted to, or one of its own."""
-    from actors.experiment_runs import align_everywhere, train_everywhere
+    """On the cluster this job was submitted to, or one of its own; states of a frozen backbone once for all runs."""
+    from actors.alignment_runs import align_everywhere
+    from actors.experiment_runs import keep_states, train_everywhere
     from cluster.session import open_cluster
 
     cluster = runs[0].recipe.cluster
@@ -88,8 +92,10 @@ def compute_on_the_cluster(runs: Sequence[Run], out: str) -> Iterable[tuple[int,
     with open_cluster(cluster, [StageDemand(stage="experiment", demands=(demand,))]):
         if runs[0].trains == "policy":
             yield from align_everywhere(recipes, demand, storage.join(out, "shared"), max_restarts=restarts)
-        else:
-            yield from train_everywhere(recipes, demand, max_restarts=restarts)
+            return
+        states_uri = storage.join(out, "states")
+        keep_states(recipes, demand, states_uri, max_restarts=restarts, report=partial(print, flush=True))
+        yield from train_everywhere(recipes, demand, states_uri, max_restarts=restarts)
 
 
 def finish_runs(runs: Sequence[Run], out: str, compute: Compute) -> tuple[list[FinishedRun], list[str]]:

@@ -132,6 +132,9 @@ class RewardScore:
     objective_scores: tuple[float, ...]
     concentration: float = 0.0
     """A = sum_k alpha_k of the Dirichlet over the weights; 0 where the weights are not random."""
+    deviations: tuple[float, ...] = ()
+    """`RewardOutput.deviations`: what correlates it with the rewards of other responses to the prompt, where `mean` is
+    no sum over objectives."""
 
 
 @dataclass(frozen=True, kw_only=True)

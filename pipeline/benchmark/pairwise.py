@@ -180,6 +180,16 @@ def length_correlation(margins: np.ndarray, length_gap: np.ndarray) -> float:
     return float(x @ y) / norm if norm else 0.0
 
 
+def length_slope(margins: np.ndarray, length_gap: np.ndarray) -> float:
+    """Reward that a unit of length is worth: the least-squares slope of the margin on the length difference.
+
+    slope = sum_b margin_b * gap_b / sum_b gap_b^2,  through the origin, so that the orientation of a pair does not
+    matter; 0 without differences.
+    """
+    square = float(length_gap @ length_gap)
+    return float(margins @ length_gap) / square if square else 0.0
+
+
 def _centred_ranks(values: np.ndarray) -> np.ndarray:
     """Ranks minus their mean; equal values share the mean of their ranks."""
     _, group, size = np.unique(values, return_inverse=True, return_counts=True)

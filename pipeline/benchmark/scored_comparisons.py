@@ -198,4 +198,4 @@ def _response(values: dict[str, Any]) -> ScoredResponse:
 
 
 def _reward_score(values: dict[str, Any]) -> RewardScore:
-    return RewardScore(**{field.name: values[field.name] for field in fields(RewardScore)})
+    return RewardScore(**{field.name: values[field.name] for field in fields(RewardScore) if field.name in values})

@@ -49,7 +49,7 @@ class DataConfig(Frozen):
     planted: PlantedConfig = PlantedConfig()
     preferences: tuple[str, ...] = ()
     """Files (JSONL or Parquet), or hub dataset names when `source` is "hub"."""
-    preferences_format: Literal["pairs", "helpsteer2", "ultrafeedback"] = "pairs"
+    preferences_format: Literal["pairs", "helpsteer2", "ultrafeedback", "hh_rlhf", "webgpt", "pku_saferlhf"] = "pairs"
     """"pairs" is the project's own schema (vrm_spec 7.3)."""
     prompts: tuple[str, ...] = ()
     """Files of prompts for alignment and benchmarks: JSONL or Parquet with a column `prompt`,

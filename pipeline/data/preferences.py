@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -268,22 +269,99 @@ def _binarized_pair(row: Row) -> PreferencePair | None:
     if margin is not None and margin < 0:
         raise DataError(f"{row.place}: score_chosen = {high} is below score_rejected = {low}")
     messages = as_messages(prompt, place=f"{row.place}, field {prompt_field!r}")
-    return PreferencePair(
-        id=_identity(row, messages, "ultrafeedback"),
-        prompt=messages,
-        chosen=chosen,
-        rejected=rejected,
-        scores_chosen=None,
-        scores_rejected=None,
-        source="ultrafeedback",
-        margin=margin,
-    )
+    return _unrated_pair(row, messages, chosen, rejected, margin=margin, source="ultrafeedback")
 
+
+def _from_hh_rlhf(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> Iterator[PreferencePair]:
+    """HH-RLHF: dialogues of "\\n\\nHuman: ..." and "\\n\\nAssistant: ..." that part at the last answer.
+
+    `chosen` and `rejected` are whole dialogues, as Anthropic publishes them, or the answers beside a `prompt`. Left out
+    are pairs that part earlier, because then they answer different prompts, and those with an empty or equal answer.
+    """
+    for row in rows:
+        prompt = "" if _is_missing(row.values.get("prompt")) else _text(row, "prompt")
+        dialogues = [_dialogue(row, field, prompt) for field in ("chosen", "rejected")]
+        (*prompt_turns, chosen), (*other_turns, rejected) = dialogues
+        answers = chosen["content"], rejected["content"]
+        if prompt_turns == other_turns and all(answers) and answers[0] != answers[1]:
+            yield _unrated_pair(row, prompt_turns, *answers, margin=None, source="hh_rlhf")
+
+
+def _dialogue(row: Row, field: str, prompt: str) -> list[Message]:
+    start, *turns = DIALOGUE_TURN.split(prompt + _text(row, field))
+    messages: list[Message] = [
+        {"role": {"Human": "user", "Assistant": "assistant"}[who], "content": text.strip()}
+        for who, text in zip(turns[::2], turns[1::2], strict=True)
+    ]
+    if start.strip() or len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise DataError(
+            f"{row.place}, field {field!r}: no dialogue of '\\n\\nHuman: ...' and '\\n\\nAssistant: ...' that ends "
+            "with the assistant. For a prompt that is no dialogue use data.preferences_format=pairs."
+        )
+    return messages
+
+
+def _from_webgpt(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> Iterator[PreferencePair]:
+    """WebGPT comparisons: two answers with preference scores, whose difference is the margin. Ties are left out.
+
+    As OpenAI publishes them (`question.full_text`, `answer_0`, `answer_1`, `score_0`, `score_1`), or as `prompt`,
+    `chosen`, `rejected` and the list of both `score`s.
+    """
+    for row in rows:
+        if "question" in row.values:
+            question = row.values["question"]
+            prompt = question.get("full_text") if isinstance(question, Mapping) else question
+            answers = [_text(row, "answer_0"), _text(row, "answer_1")]
+            scores = [_number(row, name, row.values.get(name)) for name in ("score_0", "score_1")]
+        else:
+            prompt, answers = row.values.get("prompt"), [_text(row, "chosen"), _text(row, "rejected")]
+            both = row.values.get("score")
+            if not _is_list(both) or len(both) != 2:
+                raise DataError(f"{row.place}, field 'score': {both!r:.60} is no list of two scores")
+            scores = [_number(row, "score", score) for score in both]
+        if scores[0] == scores[1] or not all(answer.strip() for answer in answers):
+            continue
+        best = int(scores[1] > scores[0])
+        field = "question" if "question" in row.values else "prompt"
+        messages = as_messages(prompt, place=f"{row.place}, field {field!r}")
+        margin = abs(scores[0] - scores[1])
+        yield _unrated_pair(row, messages, answers[best], answers[1 - best], margin=margin, source="webgpt")
+
+
+def _from_pku_saferlhf(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> Iterator[PreferencePair]:
+    """PKU-SafeRLHF: the safer of two responses is chosen; `safety` = 3 - severity is its score where asked for.
+
+    As PKU-Alignment publishes it (`response_0`, `response_1`, `safer_response_id`, `response_0_severity_level`, ...),
+    or as `prompt`, `chosen` (the safer) and `rejected`. The publisher's other preference, helpfulness, is not read.
+    """
+    for row in rows:
+        messages = as_messages(row.values.get("prompt"), place=f"{row.place}, field 'prompt'")
+        if "safer_response_id" not in row.values:
+            yield _unrated_pair(row, messages, _text(row, "chosen"), _text(row, "rejected"), margin=None, source="pku")
+            continue
+        safer = int(_number(row, "safer_response_id", row.values["safer_response_id"], 0.0, 1.0))
+        sides = []
+        for side in (safer, 1 - safer):
+            severity = row.values.get(f"response_{side}_severity_level")
+            rated = "safety" in objectives and not _is_missing(severity)
+            name = f"response_{side}_severity_level"
+            scores = {"safety": 3.0 - _number(row, name, severity, 0.0, 3.0)} if rated else None
+            sides.append((_text(row, f"response_{side}"), scores))
+        (chosen, scores_chosen), (rejected, scores_rejected) = sides
+        if chosen != rejected:
+            pair = _unrated_pair(row, messages, chosen, rejected, margin=None, source="pku")
+            yield replace(pair, scores_chosen=scores_chosen, scores_rejected=scores_rejected)
+
+
+DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 ADAPTERS: dict[str, Callable[[Iterable[Row], tuple[str, ...], int], Iterator[PreferencePair]]] = {
     "pairs": _from_pairs,
     "helpsteer2": _from_helpsteer2,
     "ultrafeedback": _from_ultrafeedback,
+    "hh_rlhf": _from_hh_rlhf,
+    "webgpt": _from_webgpt,
+    "pku_saferlhf": _from_pku_saferlhf,
 }
 
 
@@ -308,6 +386,21 @@ def _pair(
         scores_rejected=rejected.scores,
         source=source,
         margin=chosen.overall - rejected.overall,
+    )
+
+
+def _unrated_pair(
+    row: Row, prompt: Sequence[Message], chosen: str, rejected: str, *, margin: float | None, source: str
+) -> PreferencePair:
+    return PreferencePair(
+        id=_identity(row, tuple(prompt), source),
+        prompt=tuple(prompt),
+        chosen=chosen,
+        rejected=rejected,
+        scores_chosen=None,
+        scores_rejected=None,
+        source=source,
+        margin=margin,
     )
 
 

@@ -82,7 +82,7 @@ def train_and_measure(
     if isinstance(head, EnsembleHead):
         margins["min"] = _margins(_read_as_minimum(trainer, head, data).mean)
     return RunResult(
-        metrics=metrics | data.metrics(),
+        metrics=trainer.training | metrics | data.metrics(),
         curve=_curve(stage.metrics_rows()),
         prompts=[normalised_prompt(p.pair.prompt) for p in data.heldout_pairs],
         margins=margins,

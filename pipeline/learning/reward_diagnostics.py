@@ -7,23 +7,29 @@ import math
 import numpy as np
 import torch
 
-from pipeline.benchmark.pairwise import ScoredPairs, pair_diagnostics
+from pipeline.benchmark.pairwise import ScoredPairs, length_slope, pair_diagnostics
+from pipeline.learning.reward_scorer import reward_scores
 from pipeline.models.reward_heads import RewardOutput
 from pipeline.objectives.comparison import compare
 from pipeline.objectives.preference import bradley_terry_loss, pair_accuracy
 from pipeline.objectives.variational import gaussian_kl_per_dimension
-from pipeline.records import Metrics, PreferenceBatch, RewardScore
+from pipeline.records import Metrics, PreferenceBatch
 
 PAIR_METRICS = (
     "calibration_error",
     "brier",
     "probit/nll",
+    "probit/brier",
+    "probit/calibration_error",
     "prefers_longer",
     "length_correlation",
     "accuracy/chosen_longer",
     "accuracy/chosen_shorter",
 )
 """Of `pair_diagnostics`, those that vrm_spec section 12 logs at every evaluation."""
+
+MARGIN_QUANTILES = (5, 50, 95)
+"""Percent; of r_chosen - r_rejected."""
 
 ACTIVE_VARIANCE = 0.01
 """A semantic dimension whose mean varies by more than this over (x, y) is active (vrm_spec section 12)."""
@@ -77,7 +83,9 @@ def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
         supervised = batch.target_mask.any(-1)
         if supervised.any():
             metrics["eval/target_entropy"] = float(_entropy(batch.target[supervised].double()).mean())
-            metrics["eval/target_correlation"] = target_correlation(w_bar, batch.target, batch.target_mask)
+            correlations = target_correlations(w_bar, batch.target, batch.target_mask)
+            metrics["eval/target_correlation"] = sum(correlations) / len(correlations)
+            metrics |= {f"eval/target_correlation_{k}": value for k, value in enumerate(correlations)}
     if output.scores.shape[1]:
         metrics["eval/score_collinearity"] = score_collinearity(output.scores)
     return metrics
@@ -87,48 +95,31 @@ def _of_pairs(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
     """Calibration of the margins, and what length has to do with them."""
     means = output.mean.cpu().numpy()
     n = batch.num_pairs
+    margins = means[:n] - means[n:]
+    length_gap = np.array([len(chosen) - len(rejected) for chosen, rejected in (p.response_ids for p in batch.pairs)])
     measured = pair_diagnostics(
-        ScoredPairs(
-            chosen=means[:n],
-            rejected=means[n:],
-            margin_std=_margin_stds(output, n),
-            length_gap=np.array(
-                [len(chosen) - len(rejected) for chosen, rejected in (p.response_ids for p in batch.pairs)]
-            ),
-        )
+        ScoredPairs(chosen=means[:n], rejected=means[n:], margin_std=_margin_stds(output, n), length_gap=length_gap)
     )
+    quantiles = {f"eval/margin_p{q:02d}": float(np.quantile(margins, q / 100)) for q in MARGIN_QUANTILES}
     # NaN is "no such pair".
-    return {
-        f"eval/{name.replace('/', '_')}": measured[name]
-        for name in PAIR_METRICS
-        if name in measured and not math.isnan(measured[name])
-    }
+    return (
+        quantiles
+        | {"eval/length_slope": length_slope(margins, length_gap)}
+        | {
+            f"eval/{name.replace('/', '_')}": measured[name]
+            for name in PAIR_METRICS
+            if name in measured and not math.isnan(measured[name])
+        }
+    )
 
 
 def _margin_stds(output: RewardOutput, num_pairs: int) -> np.ndarray:
     """[B] posterior standard deviations of the margins, under the weights of the chosen row, the prompt's."""
-    alpha = output.alpha.sum(-1)[:num_pairs]
-    chosen, rejected = (
-        [
-            RewardScore(
-                mean=mean,
-                std=std,
-                objective_weights=tuple(weights),
-                objective_scores=tuple(scores),
-                concentration=concentration,
-            )
-            for mean, std, weights, scores, concentration in zip(
-                output.mean[rows].tolist(),
-                output.variance[rows].sqrt().tolist(),
-                output.weights[:num_pairs].tolist(),
-                output.scores[rows].tolist(),
-                alpha.tolist(),
-                strict=True,
-            )
-        ]
-        for rows in (slice(num_pairs), slice(num_pairs, None))
+    of_prompts = output._replace(
+        alpha=output.alpha[:num_pairs].repeat(2, 1), weights=output.weights[:num_pairs].repeat(2, 1)
     )
-    return np.array([compare(a, b).margin_std for a, b in zip(chosen, rejected, strict=True)])
+    scores = reward_scores(of_prompts)
+    return np.array([compare(a, b).margin_std for a, b in zip(scores[:num_pairs], scores[num_pairs:], strict=True)])
 
 
 def score_collinearity(scores: torch.Tensor) -> float:
@@ -144,8 +135,8 @@ def score_collinearity(scores: torch.Tensor) -> float:
     return sum(abs(_pearson(x, y)) for x, y in pairs) / len(pairs)
 
 
-def target_correlation(w_bar: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> float:
-    """Pearson correlation over prompts of inferred and target weight, averaged over objectives.
+def target_correlations(w_bar: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> list[float]:
+    """Pearson correlation over prompts of inferred and target weight, for each objective in the recipe's order.
 
     A prompt counts for the objectives annotated on it, with its weights renormalised over them, as in the loss.
     An objective whose weight or target does not vary has correlation 0.
@@ -155,8 +146,7 @@ def target_correlation(w_bar: torch.Tensor, target: torch.Tensor, mask: torch.Te
     """
     present = torch.where(mask, w_bar, torch.zeros_like(w_bar))
     present = present / present.sum(-1, keepdim=True).clamp(min=1e-12)
-    correlations = [_pearson(present[rows, k], target[rows, k].double()) for k, rows in enumerate(mask.unbind(-1))]
-    return sum(correlations) / len(correlations)
+    return [_pearson(present[rows, k], target[rows, k].double()) for k, rows in enumerate(mask.unbind(-1))]
 
 
 def _pearson(x: torch.Tensor, y: torch.Tensor) -> float:

@@ -11,6 +11,7 @@ from pipeline.data.batching import plan_micro_batches
 from pipeline.data.chat import encode_prompt, encode_response, fit_prompt, strip_thinking
 from pipeline.errors import DataError
 from pipeline.models.packing import in_packed_order, pack
+from pipeline.models.reward_heads import RewardOutput
 from pipeline.models.reward_model import RewardModel, RewardModelCard, load_reward_model, score_packed
 from pipeline.records import Message, PromptGroup, RewardScore
 
@@ -61,15 +62,7 @@ class RewardModelScorer:
         for batch in plan_micro_batches(lengths, world_size=1, max_tokens=self._max_tokens)[0]:
             output = score_packed(self._model, pack([groups[g] for g in batch]).to(self._device))
             rows = in_packed_order([shared[g] for g in batch])
-            columns = (output.mean, output.variance.sqrt(), output.weights, output.scores, output.alpha.sum(-1))
-            for row, mean, std, weight, score, concentration in zip(rows, *(c.tolist() for c in columns), strict=True):
-                scores[row] = RewardScore(
-                    mean=mean,
-                    std=std,
-                    objective_weights=tuple(weight),
-                    objective_scores=tuple(score),
-                    concentration=concentration,
-                )
+            scores |= zip(rows, reward_scores(output), strict=True)
         return [scores[row] for row in range(len(encoded))]
 
     def fits(self, prompt: tuple[Message, ...], response: str) -> bool:
@@ -83,6 +76,24 @@ class RewardModelScorer:
             response_ids = (*response_ids[: self.card.max_length - 2], response_ids[-1])
         prompt_ids = fit_prompt(encode_prompt(self._tokenizer, prompt), response_ids, self.card.max_length)
         return prompt_ids, response_ids
+
+
+def reward_scores(output: RewardOutput) -> list[RewardScore]:
+    """Each of the N rows of a head's output as plain numbers."""
+    columns = (output.weights, output.scores, output.deviations)
+    return [
+        RewardScore(
+            mean=mean,
+            std=std,
+            objective_weights=tuple(weights),
+            objective_scores=tuple(scores),
+            concentration=concentration,
+            deviations=tuple(deviations),
+        )
+        for mean, std, concentration, weights, scores, deviations in zip(
+            *(c.tolist() for c in (output.mean, output.variance.sqrt(), output.alpha.sum(-1), *columns)), strict=True
+        )
+    ]
 
 
 def share_prompts(encoded: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], *, max_tokens: int) -> list[list[int]]:

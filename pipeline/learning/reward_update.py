@@ -254,7 +254,7 @@ def _both(micro: MicroBatch, batch: PreferenceBatch) -> torch.Tensor:
 
 
 def _side_by_side(output: RewardOutput) -> torch.Tensor:
-    """[n, 3 + 3K + 2d]: the fields of n rows as one tensor, for one collective."""
+    """[n, 3 + 3K + 2d + 2L]: the fields of n rows as one tensor, for one collective."""
     return torch.cat([field.view(len(field), _width(field)) for field in output], dim=1)
 
 

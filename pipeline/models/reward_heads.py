@@ -18,7 +18,7 @@ from pipeline.objectives.variational import (
     gaussian_noise,
     reward_mean_and_variance,
     sample_dirichlet,
-    sampled_reward_mean_and_variance,
+    sampled_reward_moments,
 )
 
 FLOORS_IN_ALPHA_MIN = 50.0
@@ -44,6 +44,9 @@ class RewardOutput(NamedTuple):
     """[N, K] posterior mean objective scores, where mean = <weights, scores>; 0 wide for the other decoders."""
     weights: torch.Tensor
     """[N, K] posterior mean objective weights."""
+    deviations: torch.Tensor
+    """[N, 2L] what two responses to a prompt share of their variance, where that has no closed form: of the "mlp" and
+    "film" decoders as in `sampled_reward_moments`; of an ensemble twice the L members'."""
 
 
 def bounded_softplus(u: torch.Tensor, *, low: float, high: float) -> torch.Tensor:
@@ -178,15 +181,16 @@ class VRMHead(nn.Module):
             logvar = soft_clamp(raw_logvar, low=config.logvar_min, high=config.logvar_max)
             if self.decoder is None:
                 mean, variance = reward_mean_and_variance(alpha, mu, logvar, self.score_matrix)
-                scores = mu @ self.score_matrix.T
+                scores, deviations = mu @ self.score_matrix.T, mu.new_zeros(len(mu), 0)
             else:
                 with torch.no_grad():  # the loss takes the sample alone
-                    mean, variance = sampled_reward_mean_and_variance(
+                    mean, variance, deviations = sampled_reward_moments(
                         self.decoder, alpha, mu, logvar, draws=config.inference_draws
                     )
                 scores = mu.new_zeros(len(mu), 0)
             sampled = mean if noise_seeds is None else self._sampled_rewards(alpha, mu, logvar, noise_seeds)
-            return RewardOutput(sampled, mean, variance, alpha, mu, logvar, scores, alpha / alpha.sum(-1, keepdim=True))
+            weights = alpha / alpha.sum(-1, keepdim=True)
+            return RewardOutput(sampled, mean, variance, alpha, mu, logvar, scores, weights, deviations)
 
     def decode(self, weights: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """r = g(w, z): [*, K] and [*, d] -> [*]."""
@@ -229,7 +233,9 @@ class GateHead(nn.Module):
             scores = mu @ self.score_matrix.T
             reward = (weights * scores).sum(-1)
             nothing = reward.new_zeros(len(reward), 0)
-            return RewardOutput(reward, reward, torch.zeros_like(reward), nothing, mu, nothing, scores, weights)
+            return RewardOutput(
+                reward, reward, torch.zeros_like(reward), nothing, mu, nothing, scores, weights, nothing
+            )
 
 
 class RegressionHead(nn.Module):
@@ -255,7 +261,8 @@ class RegressionHead(nn.Module):
             weights = scores.new_tensor(self.reward_weights).expand_as(scores)
             reward = (weights * scores).sum(-1)
             nothing = reward.new_zeros(len(reward), 0)
-            return RewardOutput(reward, reward, torch.zeros_like(reward), nothing, nothing, nothing, scores, weights)
+            certain = torch.zeros_like(reward)
+            return RewardOutput(reward, reward, certain, nothing, nothing, nothing, scores, weights, nothing)
 
 
 class BradleyTerryHead(nn.Module):
@@ -273,7 +280,7 @@ class BradleyTerryHead(nn.Module):
         with torch.autocast(response_hidden.device.type, enabled=False):
             reward = self.linear(response_hidden.float()).squeeze(-1)
             nothing = reward.new_zeros(len(reward), 0)
-            return RewardOutput(reward, reward, torch.zeros_like(reward), *[nothing] * 5)
+            return RewardOutput(reward, reward, torch.zeros_like(reward), *[nothing] * 6)
 
 
 class EnsembleHead(nn.Module):
@@ -311,7 +318,11 @@ class EnsembleHead(nn.Module):
                 drawn = (noise_seeds % members.shape[1]).to(members.device).repeat(2)
                 sampled = members.gather(1, drawn.unsqueeze(1)).squeeze(1)
             nothing = reward.new_zeros(len(reward), 0)
-            return RewardOutput(sampled, reward, members.var(-1, correction=0), *[nothing] * 5)
+            deviations = (members - members.mean(-1, keepdim=True)) / members.shape[1] ** 0.5
+            variance = deviations.square().sum(-1)
+            # A member ranks both responses of a pair: nothing of the variance belongs to one response alone.
+            both = torch.cat([deviations, deviations], dim=1)
+            return RewardOutput(sampled, reward, variance, nothing, nothing, nothing, nothing, nothing, both)
 
 
 def require_pairs(num_rows: int, noise_seeds: torch.Tensor) -> None:

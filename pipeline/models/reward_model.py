@@ -21,6 +21,7 @@ from transformers.initialization import no_init_weights
 from pipeline.config.schema import EnsembleConfig, Frozen, VRMHeadConfig
 from pipeline.errors import CheckpointError
 from pipeline.models.backbone import load_config, load_tokenizer
+from pipeline.models.frozen_states import FrozenStates
 from pipeline.models.packing import PackedTokens, packed_states, use_packed_attention
 from pipeline.models.reward_heads import (
     BradleyTerryHead,
@@ -69,6 +70,8 @@ class RewardModel(nn.Module):
         use_packed_attention(backbone)
         self.backbone = backbone
         self.head = head
+        self.frozen_states: FrozenStates | None = None
+        """Of a backbone that does not train: what is known of it need not be computed."""
 
     def forward(self, packed: PackedTokens, noise_seeds: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """Scores the R responses of packed groups; the weights of a response are those of its prompt.
@@ -84,6 +87,9 @@ class RewardModel(nn.Module):
 
     def encode(self, packed: PackedTokens) -> tuple[torch.Tensor, torch.Tensor]:
         """[R, H] states at the last prompt token and at the last token of each response: what the head sees."""
+        known = self.frozen_states.look_up(packed) if self.frozen_states else None
+        if known is not None:
+            return known
         states = packed_states(self.backbone, packed)
         return states[packed.prompt_ends], states[packed.response_ends]
 

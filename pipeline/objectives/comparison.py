@@ -34,10 +34,10 @@ def compare(a: RewardScore, b: RewardScore) -> Comparison:
     Var[Delta] = Var[r_a] + Var[r_b] - 2 * Cov[r_a, r_b],   Cov[r_a, r_b] = s_a^T C s_b
     P(a > b)   = sigmoid( E / sqrt(1 + pi/8 * Var) )
 
-    Source: vrm_spec section 8, for the bilinear decoder; for one that is a network the two rewards are taken as
-    independent. The source writes Var[Delta] with the difference D = s_a - s_b and the
-    sum of both feature covariances; this is the same number, written with what a `RewardScore` holds. Only w is shared
-    by the two responses, so only C = Cov[w] correlates them.
+    Source: vrm_spec section 8, for the bilinear decoder; for one that is a network, and for an ensemble, the covariance
+    is that of draws. The source writes Var[Delta] with the difference D = s_a - s_b and the sum of both feature
+    covariances; this is the same number, written with what a `RewardScore` holds. Only w is shared by the two
+    responses, so only C = Cov[w] correlates them.
     """
     margin = a.mean - b.mean
     variance = max(0.0, a.std**2 + b.std**2 - 2.0 * reward_covariance(a, b))
@@ -58,9 +58,14 @@ def reward_covariance(a: RewardScore, b: RewardScore) -> float:
     """Cov[r_a, r_b] = s_a^T C s_b,  C = (diag(w_bar) - w_bar w_bar^T) / (A + 1), the covariance of a Dirichlet.
 
     A prompt that had to be cut to fit its response may have been cut differently for a and b; C is then the mean of
-    the two posteriors', so that the covariance stays symmetric. 0 where the weights are not random, or the reward is no
-    sum over objectives.
+    the two posteriors', so that the covariance stays symmetric. 0 where the weights are not random.
+
+    Where the reward is no sum over objectives, 1/2 (u_a . v_b + v_a . u_b) with the halves u and v of the deviations.
     """
+    if a.deviations:
+        half = len(a.deviations) // 2
+        crossed = (*b.deviations[half:], *b.deviations[:half])
+        return 0.5 * sum(x * y for x, y in zip(a.deviations, crossed, strict=True))
     return 0.5 * (_weight_form(a, a, b) + _weight_form(b, a, b))
 
 

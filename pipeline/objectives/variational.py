@@ -289,22 +289,26 @@ def reward_mean_and_variance(
     return (w_bar * s_bar).sum(-1), variance.clamp(min=0.0)
 
 
-def sampled_reward_mean_and_variance(
+def sampled_reward_moments(
     decode: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     alpha: torch.Tensor,
     mu: torch.Tensor,
     logvar: torch.Tensor,
     *,
     draws: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Monte-Carlo estimates of E[r] and Var[r] of r = g(w, z) for any decoder, from L draws.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Monte-Carlo estimates of E[r] and Var[r] of r = g(w, z) for any decoder, and what Cov[r_a, r_b] needs.
 
-    m = 1/L sum_l g(w_l, z_l),  v = 1/(L - 1) sum_l (g(w_l, z_l) - m)^2,  z_l = mu + sigma * eps_l
+    u_l = g(w_l, mu + sigma * eps_l),  v_l = g(w_l, mu + sigma * eps'_l):  L draws of w, each with two of z
+    E[r] = mean of u and v,   Var[r] = 1/2 (var u + var v)
 
     All rows share one fixed set of noise: a score is the same whenever and beside whatever it is computed, and two
-    responses to a prompt are compared under the same weights.
+    responses to a prompt meet the same weights. Their features are independent, so u of one goes with v of the other:
 
-    Source: vrm_spec section 8.
+    Cov[r_a, r_b] = 1/2 ( cov(u_a, v_b) + cov(v_a, u_b) ),
+    Var[r_a - r_b] = 1/2 ( var(u_a - v_b) + var(v_a - u_b) ) >= 0, without bias.
+
+    Source: vrm_spec section 8; the crossed noise is ours.
 
     Args:
         decode: g, [*, K] and [*, d] -> [*].
@@ -312,10 +316,12 @@ def sampled_reward_mean_and_variance(
         draws: L >= 2.
 
     Returns:
-        m [N] and v [N] >= 0.
+        mean [N], variance [N] >= 0, and the deviations [N, 2L] of u, then of v, from their means, divided by
+        sqrt(L - 1), so that covariances are sums of products (`objectives.comparison.reward_covariance`).
     """
     weights = dirichlet_draws(alpha, draws=draws, seed=INFERENCE_SEED)
-    noise = gaussian_noise(torch.tensor([INFERENCE_SEED]), draws=draws, dims=mu.shape[-1]).to(mu.device)
+    noise = gaussian_noise(torch.tensor([INFERENCE_SEED]), draws=2 * draws, dims=mu.shape[-1]).to(mu.device)
     features = mu.unsqueeze(1) + torch.exp(0.5 * logvar).unsqueeze(1) * noise
-    rewards = decode(weights, features)
-    return rewards.mean(-1), rewards.var(-1, correction=1)
+    rewards = decode(torch.cat([weights, weights], dim=1), features).unflatten(1, (2, draws))
+    deviations = (rewards - rewards.mean(-1, keepdim=True)) / (draws - 1) ** 0.5
+    return rewards.mean((1, 2)), 0.5 * deviations.square().sum((1, 2)), deviations.flatten(1)

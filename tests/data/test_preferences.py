@@ -162,6 +162,71 @@ def test_binarized_ultrafeedback_real_rows():
     assert all(pair.margin > 0 for pair in pairs)
 
 
+def dialogue(*turns):
+    return "".join(f"\n\n{who}: {text}" for who, text in zip(("Human", "Assistant") * 3, turns, strict=False))
+
+
+def test_hh_dialogues_become_turns_and_those_that_part_early_are_left_out(tmp_path):
+    path = pairs_file(
+        tmp_path,
+        {"chosen": dialogue("hi", "hello", "why ?", "because"), "rejected": dialogue("hi", "hello", "why ?", "no")},
+        {"chosen": dialogue("hi", "hello", "why ?", "because"), "rejected": dialogue("hi", "what", "why ?", "no")},
+        {"chosen": dialogue("hi", "same"), "rejected": dialogue("hi", "same")},
+        {"prompt": dialogue("why ?", ""), "chosen": " because", "rejected": " no"},
+    )
+    whole, parted = read(path, "hh_rlhf")
+    assert [turn["role"] for turn in whole.prompt] == ["user", "assistant", "user"]
+    assert (whole.prompt[1]["content"], whole.chosen, whole.rejected) == ("hello", "because", "no")
+    assert (parted.prompt, parted.chosen, parted.rejected) == (({"role": "user", "content": "why ?"},), "because", "no")
+    with pytest.raises(DataError, match=r"line 1, field 'chosen'.*no dialogue"):
+        read(pairs_file(tmp_path, row()), "hh_rlhf")
+
+
+def test_webgpt_prefers_the_higher_score_and_leaves_ties_out(tmp_path):
+    published = {"question": {"full_text": "why ?"}, "answer_0": "no", "answer_1": "because"}
+    path = pairs_file(
+        tmp_path,
+        {**published, "score_0": -0.5, "score_1": 0.5},
+        {**published, "score_0": 0.0, "score_1": 0.0},
+        row(score=[1.0, -1.0]),
+        row(score=[1.0, 1.0]),
+    )
+    first, second = read(path, "webgpt")
+    assert (first.chosen, first.rejected, first.margin) == ("because", "no", 1.0)
+    assert (second.chosen, second.rejected, second.margin) == ("because", "no", 2.0)
+    with pytest.raises(DataError, match="field 'score': None is no list of two scores"):
+        read(pairs_file(tmp_path, row()), "webgpt")
+
+
+def test_pku_chooses_the_safer_response_and_scores_it_by_its_severity(tmp_path):
+    published = {"prompt": "why ?", "response_0": "harm", "response_1": "care", "better_response_id": 0}
+    severities = {"response_0_severity_level": 2, "response_1_severity_level": 0}
+    path = pairs_file(tmp_path, {**published, **severities, "safer_response_id": 1}, row())
+    first, second = read(path, "pku_saferlhf", objectives=("helpfulness", "safety"))
+    assert (first.chosen, first.rejected) == ("care", "harm")
+    assert (first.scores_chosen, first.scores_rejected) == ({"safety": 3.0}, {"safety": 1.0})
+    assert (second.chosen, second.scores_chosen) == ("because", None)
+    assert read(path, "pku_saferlhf")[0].scores_chosen is None
+    with pytest.raises(DataError, match=r"safer_response_id.*2.0 is outside"):
+        read(pairs_file(tmp_path, {**published, "safer_response_id": 2}), "pku_saferlhf")
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the public data folder beside the checkout")
+@pytest.mark.parametrize(
+    ("data_format", "file", "count"),
+    [
+        ("hh_rlhf", "hh_rlhf/hh_rlhf_test.parquet", 3262 - 20),  # an empty or an equal answer
+        ("webgpt", "webgpt_comparisons/webgpt_test.parquet", 625 - 172),  # ties
+        ("pku_saferlhf", "pku_saferlhf/pku_saferlhf_5k.parquet", 3685),
+    ],
+)
+def test_real_rows_of_other_publishers(data_format, file, count):
+    pairs = read(str(SHARED / file), data_format)
+    assert len(pairs) == count
+    assert all(pair.prompt[-1]["role"] == "user" and pair.chosen != pair.rejected for pair in pairs)
+    assert not any("\n\nHuman:" in turn["content"] for pair in pairs for turn in pair.prompt)
+
+
 def test_helpsteer2_as_nvidia_publishes_it(tmp_path):
     base = {"prompt": "why ?", "honesty": 1}
     rows = [{**base, "response": "good", "helpfulness": 4}, {**base, "response": "bad", "helpfulness": 1}]

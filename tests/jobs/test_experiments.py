@@ -5,10 +5,10 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from actors.experiment_runs import Place, train_one
+from actors.experiment_runs import Place, backbone_key, compute_missing_states, train_one
 from jobs.experiments import compute_on_the_cluster, demand_of, main, parse, run_experiment
 from pipeline.config.load import load_recipe
-from pipeline.errors import ConfigError, CorruptManifest, NumericsError, WorkerError
+from pipeline.errors import CheckpointError, ConfigError, CorruptManifest, NumericsError, WorkerError
 from pipeline.experiments.grid import EXPERIMENTS
 from tests.experiments.test_findings import result
 from tests.experiments.test_policy_findings import aligned
@@ -23,6 +23,9 @@ SMALL = (
     "policy.tiny.intermediate_size=16",
     "cluster.reward_training.cpus_per_rank=2",
 )
+
+ONE_CORE = Place(cpus=1.0, gpus=0.0, data_root="")
+BFLOAT16 = "reward_training.backbone_dtype=bfloat16"
 
 
 SMALL_ALIGNMENT = (
@@ -115,7 +118,7 @@ def test_files_are_an_experiment_too_with_a_frozen_backbone_in_bfloat16(world, t
         *("data.source=files", f"data.preferences=[{pairs}]", "data.heldout_fraction=0.3"),
         *("reward_training.trainable_layers=0", "reward_training.backbone_dtype=bfloat16"),
     ]
-    outcome = train_one(load_recipe("experiments_tiny", [*SMALL, *overrides]), Place(cpus=1.0, gpus=0.0, data_root=""))
+    outcome = train_one(load_recipe("experiments_tiny", [*SMALL, *overrides]), ONE_CORE)
     assert len(outcome["prompts"]) == len(outcome["margins"]["mean"]) > 5
     assert "weight_correlation" not in outcome["metrics"]  # nobody knows the truth
     assert outcome["metrics"]["eval/accuracy"] >= 0.0
@@ -140,6 +143,36 @@ def test_alignments_are_reported_by_their_gold_reward(tmp_path, capsys):
 def test_alignments_without_a_known_truth_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="holds the reward against the planted truth"):
         run_experiment(asked("E8", tmp_path, "data.source=files"), Fake())
+
+
+def test_states_of_a_frozen_backbone_are_computed_once_for_all_seeds_and_labels(tiny_policy, tmp_path, monkeypatch):
+    overrides = [*SMALL, f"policy.checkpoint={tiny_policy}", "reward_training.trainable_layers=0"]
+    recipe = load_recipe("experiments_tiny", overrides)
+    flipped = load_recipe("experiments_tiny", [*overrides, "data.label_flips=0.4", "reward_training.head=bt"])
+    states = str(tmp_path / "states")
+    computed = [compute_missing_states([recipe], ONE_CORE, states, shard, 2)["computed"] for shard in (0, 1)]
+    assert sum(computed) == 64 + 16
+    assert min(computed) > 20
+    assert compute_missing_states([recipe, flipped], ONE_CORE, states, 0, 1)["computed"] == 0
+    as_needed = train_one(recipe, ONE_CORE)
+    monkeypatch.delattr("pipeline.models.reward_model.packed_states")  # from here on nothing can be computed
+    looked_up = train_one(recipe, ONE_CORE, states)
+    assert looked_up["margins"]["mean"] == pytest.approx(as_needed["margins"]["mean"], abs=1e-5)
+    assert looked_up["metrics"]["train/accuracy"] == as_needed["metrics"]["train/accuracy"]
+    assert train_one(flipped, ONE_CORE, states)["metrics"]["eval/accuracy"] >= 0.0
+    with pytest.raises(NameError):  # another precision is another function
+        train_one(load_recipe("experiments_tiny", [*overrides, BFLOAT16]), ONE_CORE, states)
+    [damaged, *_] = (tmp_path / "states").glob("*/*.safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"cannot be read.*Delete it to compute it again"):
+        train_one(recipe, ONE_CORE, states)
+
+
+def test_a_backbone_that_trains_or_starts_from_noise_has_no_states(tiny_policy):
+    frozen, given = "reward_training.trainable_layers=0", f"policy.checkpoint={tiny_policy}"
+    keys = [backbone_key(load_recipe("experiments_tiny", overrides)) for overrides in ([frozen], [given], [])]
+    assert keys == [None, None, None]
+    assert backbone_key(load_recipe("experiments_tiny", [frozen, given])) is not None
 
 
 @pytest.mark.components

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.config.schema import VRMHeadConfig
-from pipeline.learning.reward_diagnostics import reward_diagnostics, score_collinearity, target_correlation
+from pipeline.learning.reward_diagnostics import reward_diagnostics, score_collinearity, target_correlations
 from pipeline.models.reward_heads import RewardOutput, VRMHead
 from pipeline.records import PreferenceBatch, PromptGroup
 
@@ -42,6 +42,7 @@ def test_diagnostics_of_two_pairs_by_hand():
         logvar=torch.zeros(4, 2, dtype=torch.float64),
         scores=double([[1.0, -2.0], [2.0, -4.0], [3.0, -6.0], [4.0, -8.0]]),
         weights=double([[0.75, 0.25], [0.25, 0.75], [0.5, 0.5], [0.5, 0.5]]),
+        deviations=torch.zeros(4, 0, dtype=torch.float64),
     )
     metrics = reward_diagnostics(output, batch_of([5, 4, 3, 4], target=[[0.5, 0.5], [1.0, 0.0]], mask=[[True] * 2] * 2))
 
@@ -76,6 +77,12 @@ def test_diagnostics_of_two_pairs_by_hand():
     assert metrics["eval/probit_nll"] == pytest.approx(sum(math.log(1 + math.exp(-x)) for x in probit) / 2)
     assert metrics["eval/target_entropy"] == pytest.approx(math.log(2.0) / 2)
     assert metrics["eval/target_correlation"] == pytest.approx(-1.0)
+    assert metrics["eval/target_correlation_1"] == pytest.approx(-1.0)
+    assert [metrics[f"eval/margin_p{q}"] for q in ("05", "50", "95")] == [2.0, 2.0, 2.0]
+    assert metrics["eval/length_slope"] == 1.0  # margins 2 and 2, gaps 2 and 0: 4 / 4
+    certain = [1 / (1 + math.exp(-x)) for x in probit]
+    assert metrics["eval/probit_brier"] == pytest.approx(sum((1 - p) ** 2 for p in certain) / 2)
+    assert metrics["eval/probit_calibration_error"] == pytest.approx(1 - sum(certain) / 2)
 
 
 def test_the_uncertainty_of_a_pair_is_that_of_the_difference_under_one_draw_of_the_weights():
@@ -100,7 +107,7 @@ def test_the_uncertainty_of_a_pair_is_that_of_the_difference_under_one_draw_of_t
 
 def test_a_bradley_terry_head_has_no_posterior_to_diagnose():
     nothing = torch.zeros(2, 0, dtype=torch.float64)
-    output = RewardOutput(double([1, 0]), double([1, 0]), double([0, 0]), *[nothing] * 5)
+    output = RewardOutput(double([1, 0]), double([1, 0]), double([0, 0]), *[nothing] * 6)
     assert reward_diagnostics(output, batch_of([3, 3])).keys() == {
         "eval/reward_mean",
         "eval/reward_std",
@@ -109,6 +116,10 @@ def test_a_bradley_terry_head_has_no_posterior_to_diagnose():
         "eval/brier",
         "eval/prefers_longer",
         "eval/length_correlation",
+        "eval/length_slope",
+        "eval/margin_p05",
+        "eval/margin_p50",
+        "eval/margin_p95",
     }
 
 
@@ -124,5 +135,5 @@ def test_correlation_uses_the_annotated_objectives_and_ignores_what_does_not_var
     mask = torch.tensor([[True, True, False]] * 3)
     # Renormalised over the first two: 0.4, 0.8, 2/3. Targets 0.4, 0.8, 2/3: correlation 1; the third has none: 0.
     target = torch.tensor([[0.4, 0.6, 0.0], [0.8, 0.2, 0.0], [2 / 3, 1 / 3, 0.0]])
-    assert target_correlation(w_bar, target, mask) == pytest.approx(2 / 3)
-    assert target_correlation(w_bar, torch.full((3, 3), 0.5), mask) == 0.0
+    assert target_correlations(w_bar, target, mask) == pytest.approx([1.0, 1.0, 0.0])
+    assert target_correlations(w_bar, torch.full((3, 3), 0.5), mask) == [0.0, 0.0, 0.0]

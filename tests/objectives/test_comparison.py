@@ -5,8 +5,11 @@ import math
 import pytest
 import torch
 
+from pipeline.config.schema import EnsembleConfig, VRMHeadConfig
+from pipeline.learning.reward_scorer import reward_scores
+from pipeline.models.reward_heads import EnsembleHead, VRMHead
 from pipeline.objectives.comparison import compare, rank, reward_covariance
-from pipeline.objectives.variational import reward_mean_and_variance
+from pipeline.objectives.variational import reward_mean_and_variance, sampled_reward_moments
 from pipeline.records import RewardScore
 
 # alpha = (1.5, 1.5), no feature noise: w_bar = (1/2, 1/2), A = 3, C = [[1/16, -1/16], [-1/16, 1/16]].
@@ -101,6 +104,44 @@ def test_a_doubtful_reward_must_be_larger_to_win():
 
 def test_equal_responses_stay_in_the_order_given():
     assert [i for i, _ in rank([plain(1.0), plain(2.0), plain(1.0), plain(2.0)], lcb=0.0)] == [1, 3, 0, 2]
+
+
+@pytest.mark.parametrize("decoder", ["mlp", "film"])
+def test_a_pair_under_a_network_has_the_moments_of_draws_with_one_weight_and_two_features(decoder):
+    torch.manual_seed(0)
+    head = VRMHead(8, 3, VRMHeadConfig(decoder=decoder, semantic_dims=4, decoder_hidden_size=16, inference_draws=4096))
+    with torch.no_grad():
+        for parameter in head.decoder.parameters():
+            parameter.mul_(3.0)  # far from linear
+        alpha = torch.tensor([[0.6, 1.2, 0.8]])
+        mu, logvar = torch.tensor([[0.9, -0.4, 0.3, 1.1], [0.8, -0.2, 0.1, 1.0]]), torch.full((2, 4), -3.0)
+        moments = sampled_reward_moments(head.decode, alpha.expand(2, 3), mu, logvar, draws=4096)
+        n = 200_000
+        weights = torch.distributions.Dirichlet(alpha[0]).sample((n,))
+        chosen, rejected = (
+            head.decode(weights, mu[i] + (0.5 * logvar[i]).exp() * torch.randn(n, 4)).double() for i in (0, 1)
+        )
+    a, b = (
+        RewardScore(mean=m, std=v**0.5, objective_weights=(), objective_scores=(), deviations=tuple(d))
+        for m, v, d in zip(*(field.tolist() for field in moments), strict=True)
+    )
+    brute_force = (chosen - rejected).var().item()
+    assert compare(a, b).margin_std ** 2 == pytest.approx(brute_force, rel=0.1)
+    assert compare(a, b).margin == pytest.approx((chosen - rejected).mean().item(), abs=4 * (brute_force / 4096) ** 0.5)
+    assert a.std**2 + b.std**2 > 1.5 * brute_force  # as if the responses had weights of their own
+    shared_noise = sum((x - y) ** 2 for x, y in zip(a.deviations, b.deviations, strict=True)) / 2
+    assert shared_noise < 0.8 * brute_force  # as if they had features of one noise
+
+
+def test_an_ensemble_doubts_a_pair_as_much_as_its_members_disagree_on_it():
+    # Members reward the pair (1, 0), (2, 3), (6, 3): margins 1, -1, 3.
+    head = EnsembleHead(2, EnsembleConfig(members=3))
+    with torch.no_grad():
+        head.linear.weight.copy_(torch.tensor([[1.0, 0.0], [2.0, 3.0], [6.0, 3.0]]))
+        a, b = reward_scores(head(torch.eye(2), torch.eye(2), None))
+    assert compare(a, b).margin == pytest.approx(1.0)
+    assert compare(a, b).margin_std ** 2 == pytest.approx((0 + 4 + 4) / 3)
+    assert compare(a, a).margin_std == pytest.approx(0.0, abs=5e-3)
 
 
 def test_rewards_that_are_no_sum_over_objectives_are_compared_without_reasons():

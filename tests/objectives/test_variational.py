@@ -16,7 +16,7 @@ from pipeline.objectives.variational import (
     log_weights,
     reward_mean_and_variance,
     sample_dirichlet,
-    sampled_reward_mean_and_variance,
+    sampled_reward_moments,
     supervision_scores,
     supervision_target,
     weight_supervision,
@@ -90,7 +90,7 @@ def test_sampled_moments_agree_with_the_closed_form():
     alpha, matrix = torch.tensor([[2.0, 1.0, 0.5]]), torch.tensor([[1.0, 0.5], [-0.3, 2.0], [0.7, -1.2]])
     mu, logvar = torch.tensor([[0.3, -1.0]]), torch.tensor([[-0.5, 0.2]])
     mean, variance = reward_mean_and_variance(alpha, mu, logvar, matrix)
-    sampled_mean, sampled_variance = sampled_reward_mean_and_variance(
+    sampled_mean, sampled_variance, _ = sampled_reward_moments(
         lambda w, z: (w * (z @ matrix.T)).sum(-1), alpha, mu, logvar, draws=100_000
     )
     assert sampled_mean.item() == pytest.approx(mean.item(), abs=4 * math.sqrt(variance.item() / 100_000))
@@ -102,12 +102,12 @@ def test_sampled_moments_of_a_row_depend_on_that_row_alone():
     mu, logvar = torch.tensor([[0.1], [0.2], [0.1]]), torch.tensor([[0.0], [-1.0], [0.0]])
 
     def moments(rows):
-        return sampled_reward_mean_and_variance(
+        return sampled_reward_moments(
             lambda w, z: w[..., 0] * z[..., 0].tanh(), alpha[rows], mu[rows], logvar[rows], draws=16
         )
 
     together = moments([0, 1, 2])
-    assert all(t[0] == t[2] for t in together)  # equal rows meet equal noise
+    assert all(torch.equal(t[0], t[2]) for t in together)  # equal rows meet equal noise
     for row in range(3):
         assert all(
             torch.equal(alone[0], all_rows[row]) for alone, all_rows in zip(moments([row]), together, strict=True)

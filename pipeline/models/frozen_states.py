@@ -1,0 +1,96 @@
+"""What a backbone that does not train says of a text: computed once, kept in files, looked up by every run.
+
+The states that a head sees are a function of prompt and response alone, so a map from their tokens holds for any
+number of epochs, runs and ways to shuffle, split or relabel the pairs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pipeline.errors import CheckpointError
+from pipeline.models.packing import PackedTokens, in_packed_order, pack
+from pipeline.records import PromptGroup
+
+if TYPE_CHECKING:
+    from pipeline.models.reward_model import RewardModel
+
+
+class FrozenStates:
+    """(prompt, response) in tokens -> [2, H] float32, the states at the last token of each."""
+
+    def __init__(self, states: Mapping[str, torch.Tensor]) -> None:
+        self._states = states
+
+    @classmethod
+    def read(cls, directory: str) -> FrozenStates:
+        """All that `write_states` left in a directory; nothing where there is none.
+
+        Raises:
+            CheckpointError: a file is damaged.
+        """
+        states: dict[str, torch.Tensor] = {}
+        for path in sorted(Path(directory).glob("*.safetensors")):
+            try:
+                states |= load_file(path)
+            except SafetensorError as error:
+                raise CheckpointError(f"{path} cannot be read: {error}. Delete it to compute it again.") from error
+        return cls(states)
+
+    def look_up(self, packed: PackedTokens) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What `RewardModel.encode` returns for R responses, [R, H] twice; None when one of them is not known."""
+        found = [self._states.get(key) for key in response_keys(packed)]
+        known = [state for state in found if state is not None]
+        if len(known) < len(found):
+            return None
+        prompts, responses = torch.stack(known, dim=1).to(packed.token_ids.device)
+        return prompts, responses
+
+    def holds(self, keys: Iterable[str]) -> bool:
+        return all(key in self._states for key in keys)
+
+
+def response_keys(packed: PackedTokens) -> list[str]:
+    """[R] hashes of prompt and response, in packed order."""
+    tokens = iter(packed.token_ids.tolist())
+    groups = []
+    for prompt_length, *lengths in packed.lengths:
+        prompt = [next(tokens) for _ in range(prompt_length)]
+        groups.append([_key(prompt, [next(tokens) for _ in range(length)]) for length in lengths])
+    return in_packed_order(groups)
+
+
+def compute_states(model: RewardModel, groups: Iterable[PromptGroup], *, dtype: str) -> dict[str, torch.Tensor]:
+    """The states of every response, by key; one group at a time, so that they do not depend on one another.
+
+    Args:
+        dtype: "bfloat16" computes under autocast, as training does.
+    """
+    device = next(model.parameters()).device
+    states: dict[str, torch.Tensor] = {}
+    model.eval()
+    for group in groups:
+        packed = pack([group]).to(device)
+        with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+            prompts, responses = model.encode(packed)
+        states |= zip(response_keys(packed), torch.stack([prompts, responses], dim=1).float().cpu(), strict=True)
+    return states
+
+
+def write_states(states: Mapping[str, torch.Tensor], directory: str) -> None:
+    """One file, named by what is in it."""
+    name = hashlib.sha256("".join(sorted(states)).encode()).hexdigest()[:32]
+    save_file({key: state.contiguous() for key, state in states.items()}, Path(directory, f"{name}.part"))
+    Path(directory, f"{name}.part").replace(Path(directory, f"{name}.safetensors"))
+
+
+def _key(prompt: list[int], response: list[int]) -> str:
+    return hashlib.sha256(json.dumps([prompt, response]).encode()).hexdigest()[:32]
