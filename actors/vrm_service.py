@@ -13,7 +13,8 @@ import secrets
 import socket
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from itertools import pairwise
 
 from fastapi import FastAPI
@@ -51,8 +52,8 @@ from pipeline.stages.runner import installed_versions
 APPLICATION = "vrm"
 ATTEMPTS = 3
 POLL_S = 0.2
-ROUTE_S = 10.0
-"""How long the HTTP proxy may take to learn of a new application."""
+ROUTES_S = 10.0
+"""How long the HTTP proxy may take to say what it serves."""
 DRAIN_S = 60.0
 """How long a replica that is to end may work on what it took on; clients ask again for what it then drops."""
 OWN_ERROR = re.compile(r"^pipeline\.errors\.(\w+: .+)$", re.MULTILINE)
@@ -205,22 +206,27 @@ def start_service(
 
     Raises:
         ConfigError: others than this machine could reach it, and there is no token.
-        ResourceError: the port is taken, or another application holds it.
+        ResourceError: the port is taken, another application holds it, or Serve runs already and does not listen there.
         WorkerError: the replicas did not start, say because the checkpoint does not load.
-        DeadlineExceeded: they were not up after `start_s`.
+        DeadlineExceeded: they, or the HTTP proxy, were not up after `start_s`.
     """
+    deadline = time.monotonic() + start_s
     if config.port:
         require_token_if_exposed(config.host, token)
-        if not serve.status().proxies:
-            require_free_port(config.host, config.port)
-        serve.start(http_options={"host": config.host, "port": config.port})
+        _start_http(config)
     else:
         serve.start(proxy_location="Disabled")
     _delete(name)
     handle = _deploy(scoring_application(model_uri, config, token=token, deadline_s=deadline_s), config, name)
     _wait_until_running(name, start_s)
     if config.port:
-        _require_route(name, config)
+        while name not in (_routed(config) or ()):
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded(
+                    f"Serve's HTTP proxy did not answer for the scoring service on port {config.port} within "
+                    f"{start_s:g} s. Raise cluster.deadlines.start_s, or choose cluster.scoring.port=0."
+                )
+            time.sleep(POLL_S)
     return ServedScorer(handle, config, deadline_s=deadline_s)
 
 
@@ -338,22 +344,29 @@ def _reason(application: ApplicationStatusOverview) -> str:
     return "; ".join(dict.fromkeys(text.strip() for text in told if text.strip())) or "no reason given"
 
 
-def _require_route(name: str, config: ScoringConfig) -> None:
+def _start_http(config: ScoringConfig) -> None:
     """The cluster's one Serve may have been started by another job, which chose another port, or none."""
+    status = serve.status()
+    if not (status.proxies or status.applications):
+        require_free_port(config.host, config.port)
+    elif _routed(config) is None:
+        raise ResourceError(
+            f"Serve already runs on this cluster and does not listen on port {config.port} of this machine. "
+            "Choose cluster.scoring.port=0, or end it with `serve shutdown` when nobody uses it."
+        )
+    # On a busy machine a proxy may miss the time that Serve gives it; Serve then starts another one by itself.
+    with suppress(*DIED, TimeoutError):
+        serve.start(http_options={"host": config.host, "port": config.port})
+
+
+def _routed(config: ScoringConfig) -> Collection[str] | None:
+    """The applications that Serve answers for on our port; None when no Serve answers there."""
     host = "127.0.0.1" if config.host == "0.0.0.0" else config.host
-    deadline = time.monotonic() + ROUTE_S
-    while time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(f"http://{host}:{config.port}/-/routes", timeout=ROUTE_S) as answer:
-                if name in json.loads(answer.read()).values():
-                    return
-        except (OSError, ValueError):
-            pass  # not up yet
-        time.sleep(POLL_S)
-    raise ResourceError(
-        f"Serve already runs on this cluster and does not listen on port {config.port} of this machine. "
-        "Choose cluster.scoring.port=0, or end it with `serve shutdown` when nobody uses it."
-    )
+    try:
+        with urllib.request.urlopen(f"http://{host}:{config.port}/-/routes", timeout=ROUTES_S) as answer:
+            return set(json.loads(answer.read()).values())
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def require_token_if_exposed(host: str, token: str | None) -> None:

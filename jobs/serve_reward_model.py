@@ -13,7 +13,8 @@ Another checkpoint rolls in without a failed request when --model is a symbolic 
 
     ln -sfn runs/better/stages/train_reward_model-.../result current && kill -USR1 $PID
 
-A checkpoint that does not load is reported and never answers. On a cluster of many: jobs/scoring_application.py.
+A checkpoint that does not load is reported and never answers. A replica or an HTTP proxy that dies is replaced within a
+minute, and our clients ask again for that long. On a cluster of many: jobs/scoring_application.py.
 """
 
 from __future__ import annotations
@@ -81,12 +82,16 @@ def serve_until_interrupted(options: argparse.Namespace) -> None:
     swap_asked = threading.Event()
     # Serve replaces an HTTP proxy that missed three checks; by default it checks every 10 s.
     os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
+    # One that is not up after 5 s it ends, and tries again: on a busy machine never with success.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     # The cluster of RAY_ADDRESS, or one of its own: Serve itself would look for whatever ran here last.
     with open_cluster(ClusterConfig(object_store_gib=0.5), ()):
         try:
             start_service(model, config, **settings)
             signal.signal(signal.SIGUSR1, lambda *_: swap_asked.set())
-            print(f"serving {in_words(model)} at http://{options.host}:{options.port}, process {os.getpid()}")
+            print(
+                f"serving {in_words(model)} at http://{options.host}:{options.port}, process {os.getpid()}", flush=True
+            )
             if token is not None:
                 print(f"token: {token}", flush=True)
             while swap_asked.wait():

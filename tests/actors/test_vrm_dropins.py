@@ -165,23 +165,31 @@ def test_no_request_however_mangled_breaks_the_service(path):
 
 
 @pytest.mark.components
-def test_vllms_own_classes_read_the_answers():
+def test_vllms_own_classes_write_the_requests_and_read_the_answers():
     """vLLM takes ten seconds to import, hence the marker."""
     classify = pytest.importorskip("vllm.entrypoints.pooling.classify.protocol")
     pooling = pytest.importorskip("vllm.entrypoints.pooling.pooling.protocol")
     scoring = pytest.importorskip("vllm.entrypoints.pooling.scoring.protocol")
-    text, pair = {"input": chatml(SHORT)}, {"queries": "hi", "documents": SHORT}
-    for kind, path, body in (
-        (classify.ClassificationResponse, "/classify", text),
-        (pooling.PoolingResponse, "/pooling", text),
-        (scoring.ScoreResponse, "/score", pair),
+    text = {"input": chatml(SHORT)}
+    chat = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": SHORT}]}
+    app, sigmoid = api(), pytest.approx(0.3775406688)
+    for path, asks, fields, answers in (
+        ("/classify", classify.ClassificationCompletionRequest, text, classify.ClassificationResponse),
+        ("/classify", classify.ClassificationChatRequest, chat, classify.ClassificationResponse),
+        ("/pooling", pooling.PoolingCompletionRequest, text, pooling.PoolingResponse),
+        ("/pooling", pooling.PoolingChatRequest, chat, pooling.PoolingResponse),
+        ("/score", scoring.ScoreQueriesDocumentsRequest, {"queries": "hi", "documents": SHORT}, scoring.ScoreResponse),
+        ("/score", scoring.ScoreQueriesItemsRequest, {"queries": "hi", "items": [SHORT]}, scoring.ScoreResponse),
+        ("/score", scoring.ScoreTextRequest, {"text_1": ["hi"], "text_2": [SHORT]}, scoring.ScoreResponse),
+        ("/score", scoring.ScoreDataRequest, {"data_1": "hi", "data_2": SHORT}, scoring.ScoreResponse),
     ):
-        answer = ask("POST", path, body).json()
-        theirs = kind.model_validate(answer)
+        # With every field of theirs, those included that mean nothing here.
+        answer = ask("POST", path, asks.model_validate(fields).model_dump(mode="json"), app=app).json()
+        theirs = answers.model_validate(answer)
         assert theirs.model_extra == {}
         assert json.loads(theirs.model_dump_json()) == answer
-    classify.ClassificationCompletionRequest.model_validate(text)
-    scoring.ScoreQueriesDocumentsRequest.model_validate(pair)
+        item = theirs.data[0].model_dump()
+        assert item.get("score", item.get("probs", item.get("data"))) in (sigmoid, [sigmoid])
 
 
 @contextlib.contextmanager

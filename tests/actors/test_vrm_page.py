@@ -1,6 +1,7 @@
 """The page of the scoring service in a browser, beside what the service says over HTTP."""
 
 import contextlib
+import json
 import os
 import socket
 import threading
@@ -105,6 +106,8 @@ def test_the_page_shows_what_the_service_says(url, browser, artefacts):
         assert browser.evaluate("document.documentElement.scrollWidth") == width  # nothing sticks out
     assert {address.removeprefix(url) for address in browser.requested} == {"/", "/v1/compare", "/v1/model"}
     assert browser.complaints == []
+    browser.evaluate(f"show({json.dumps(answer | {'probability': 0.99996})})")
+    assert "with probability over 99.9%" in text("verdict")  # nothing is certain
 
 
 def test_the_page_says_why_it_was_refused(url, browser):

@@ -26,18 +26,20 @@ from pipeline.errors import ConfigError, DataError, DeadlineExceeded, PipelineEr
 from pipeline.learning.reward_scorer import RewardModelScorer
 from pipeline.models.backbone import load_backbone
 from pipeline.models.reward_model import RewardModel, make_head, save_reward_model
-from pipeline.serving.client import VRMScorer
+from pipeline.serving.client import PATIENCE_S, VRMScorer
+from pipeline.serving.trl_reward import VRMReward
 from pipeline.stages.fingerprint import directory_fingerprint
 from tests.learners import HEAD, reward_card, statistics_of
 
 pytestmark = pytest.mark.components
 
 TOKEN = "only-for-this-test"
-SETTINGS = {"start_s": 120, "deadline_s": 120, "name": "under-test", "token": TOKEN}
+SETTINGS = {"start_s": 240, "deadline_s": 120, "name": "under-test", "token": TOKEN}
 
 
 def config_of(port):
-    return ScoringConfig(cpus_per_replica=0.5, port=port)
+    # It remembers no scores, so every answer comes from the model.
+    return ScoringConfig(cpus_per_replica=0.5, port=port, cache_entries=0)
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +163,47 @@ def test_the_client_and_the_training_run_read_the_same_rewards(service, world):
         assert over_http.concentration == pytest.approx(inside.concentration, rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")  # TRL wants an older vLLM, which this trainer does not use
+def test_grpo_of_trl_trains_on_the_rewards_of_the_service(service, reward_model, tiny_policy, world, tmp_path):
+    trl = pytest.importorskip("trl", reason="needs trl (1.16 was tried)")
+    datasets = pytest.importorskip("datasets")
+    scorer = RewardModelScorer.load(reward_model, max_tokens_per_batch=4096)
+
+    def direct(prompts, completions, **columns):
+        return [score.mean for score in scorer.score(prompts, [turns[-1]["content"] for turns in completions])]
+
+    trainer = trl.GRPOTrainer(
+        model=tiny_policy,
+        reward_funcs=[VRMReward(service[1], token=TOKEN, deadline_s=60), direct],
+        args=trl.GRPOConfig(
+            output_dir=str(tmp_path),
+            max_steps=2,
+            logging_steps=1,
+            per_device_train_batch_size=4,
+            num_generations=4,
+            max_completion_length=8,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+        ),
+        train_dataset=datasets.Dataset.from_list(
+            [{"prompt": [dict(turn) for turn in prompt.messages]} for prompt in world.train_prompts]
+        ),
+    )
+    trainer.train()
+    steps = [row for row in trainer.state.log_history if "grad_norm" in row]
+    assert len(steps) == 2
+    for row in steps:
+        assert row["rewards/vrm/mean"] == pytest.approx(row["rewards/direct/mean"], abs=1e-5)
+        assert row["rewards/vrm/std"] == pytest.approx(row["rewards/direct/std"], abs=1e-5)
+        assert row["reward_std"] > 0.0
+        assert row["grad_norm"] > 0.0
+        contributions = [row[f"vrm/{name}"] for name in OBJECTIVES]
+        assert sum(contributions) == pytest.approx(row["rewards/vrm/mean"], abs=1e-5)
+
+
 def test_page_health_and_metrics_need_no_token(service):
     _, url = service
     for path, words in (("", "Which response is better"), ("healthz", "ok"), ("metrics", "vrm_requests_total")):
@@ -201,32 +244,6 @@ def replicas():
     return processes("ServeRepli")
 
 
-def test_a_killed_replica_is_replaced_and_its_share_scored(service, world):
-    scorer, _ = service
-    pairs = world.heldout_pairs() * 512
-    # No two responses alike, and enough of them to keep the replica busy for seconds.
-    prompts, responses = [p.prompt for p in pairs], [f"{p.chosen} {n}" for n, p in enumerate(pairs)]
-    expected = scorer.score(prompts[:16], responses[:16])
-    answers = []
-    asking = threading.Thread(target=lambda: answers.extend(scorer.score(prompts, responses)))
-    asking.start()
-    client = VRMScorer(service[1], token=TOKEN, deadline_s=120)
-    over_http = []
-    # A prompt that was not asked before: the replica's memory must not answer it.
-    waiting = threading.Thread(target=lambda: over_http.append(client.score("what of the saw ?", responses[:16])))
-    waiting.start()
-    time.sleep(0.3)  # in the middle of the batch
-    [victim] = replicas()
-    assert asking.is_alive()
-    victim.kill()
-    asking.join()
-    waiting.join()
-    client.close()
-    assert len(over_http[0].scores) == 16
-    assert len(answers) == len(pairs)
-    assert [a.mean for a in answers[:16]] == pytest.approx([e.mean for e in expected], abs=1e-5)
-
-
 def test_two_jobs_on_one_cluster_have_a_service_each(service, reward_model, world):
     config = ScoringConfig(cpus_per_replica=0.5)
     other = start_service(reward_model, config, start_s=120, deadline_s=60, name="other-job")
@@ -239,11 +256,10 @@ def test_two_jobs_on_one_cluster_have_a_service_each(service, reward_model, worl
     assert post(f"{service[1]}/v1/score", {"prompt": "hi", "responses": ["x"]})[0] == 200
 
 
-def test_another_port_than_the_one_serve_listens_on_is_refused(service, reward_model):
-    config = ScoringConfig(cpus_per_replica=0.5, port=1)
-    with pytest.raises(ResourceError, match="already"):
-        start_service(reward_model, config, start_s=120, deadline_s=60, name="other-port")
-    stop_service("other-port")
+def test_another_port_than_the_one_serve_listens_on_is_refused_before_anything_starts(service):
+    with pytest.raises(ResourceError, match=r"Serve already runs .* and does not listen on port 1"):
+        start_service("nowhere", ScoringConfig(port=1), start_s=120, deadline_s=60, name="other-port")
+    assert "other-port" not in serve.status().applications
 
 
 def test_a_taken_port_is_refused_before_anything_starts():
@@ -266,56 +282,81 @@ def test_nobody_else_reaches_a_service_that_was_not_exposed(service):
     assert listening == {"127.0.0.1"}
 
 
-class Load:
-    """Callers over HTTP who ask without pause; every answer is compared with the model it names, scored directly."""
+@pytest.fixture(scope="module")
+def rows(world):
+    """256 of all lengths."""
+    return [(p.prompt, f"{p.chosen} {n}" + " check" * 4 * n) for p in world.heldout_pairs() for n in range(16)]
 
-    def __init__(self, url, world, directories, *, callers=2):
-        pairs = world.heldout_pairs()
-        # 1,024 rows of all lengths: a replica still has to score most of them.
-        self._rows = [(p.prompt, f"{p.chosen} {n}" + " check" * n) for p in pairs for n in range(64)]
-        self._url = url
-        self._expected = {}
-        for directory in directories:
-            scores = RewardModelScorer.load(directory, max_tokens_per_batch=4096).score(
-                [prompt for prompt, _ in self._rows], [response for _, response in self._rows]
-            )
-            self._expected[directory_fingerprint(directory)] = [score.mean for score in scores]
+
+@pytest.fixture(scope="module")
+def expected(reward_model, better_model, rows):
+    """Fingerprint -> the reward of each row, scored in this process."""
+    scorers = {
+        directory_fingerprint(directory): RewardModelScorer.load(directory, max_tokens_per_batch=4096)
+        for directory in (reward_model, better_model)
+    }
+    prompts, responses = [prompt for prompt, _ in rows], [response for _, response in rows]
+    return {name: [score.mean for score in scorer.score(prompts, responses)] for name, scorer in scorers.items()}
+
+
+class Load:
+    """Callers over HTTP, and one through the handle; every answer is compared with what the model scores directly."""
+
+    def __init__(self, service, rows, expected, *, rows_per_call=32, pause_s=0.0):
+        self._scorer, self._url = service
+        self._rows, self._expected = rows, expected
+        self._rows_per_call, self._pause_s = rows_per_call, pause_s
         self.answers = []
-        """(asked at, answered at, fingerprint)."""
+        """(asked at, answered at, fingerprint or None), the last of a handle, which does not tell."""
         self.troubles = []
         self._ends = threading.Event()
-        self._threads = [threading.Thread(target=self._ask, args=(seed,)) for seed in range(callers)]
+        self._threads = [
+            *(threading.Thread(target=self._ask_over_http, args=(seed,)) for seed in range(2)),
+            threading.Thread(target=self._ask_through_the_handle),
+        ]
 
-    def _ask(self, seed):
+    def _ask_over_http(self, seed):
+        with VRMScorer(self._url, token=TOKEN, deadline_s=120, batch_size=self._rows_per_call // 2) as client:
+
+            def ask(prompts, responses):
+                answer = client.score_rows(prompts, responses)
+                return answer.model_fingerprint, [score.reward for score in answer.scores]
+
+            self._keep_asking(ask, seed)
+
+    def _ask_through_the_handle(self):
+        self._keep_asking(lambda *rows: (None, [score.mean for score in self._scorer.score(*rows)]), seed=2)
+
+    def _keep_asking(self, ask, seed):
         chance = random.Random(seed)
-        with VRMScorer(self._url, token=TOKEN, deadline_s=120, batch_size=16) as client:
-            while not self._ends.is_set():
-                chosen = chance.sample(range(len(self._rows)), 32)
-                began = time.monotonic()
-                try:
-                    answer = client.score_rows([self._rows[i][0] for i in chosen], [self._rows[i][1] for i in chosen])
-                except PipelineError as error:
-                    self.troubles.append(repr(error))
-                    return
-                expected = [self._expected[answer.model_fingerprint][i] for i in chosen]
-                if [score.reward for score in answer.scores] != pytest.approx(expected, abs=1e-5):
-                    self.troubles.append(f"wrong rewards from {answer.model_fingerprint}")
-                self.answers.append((began, time.monotonic(), answer.model_fingerprint))
+        while not self._ends.wait(self._pause_s):
+            chosen = chance.sample(range(len(self._rows)), self._rows_per_call)
+            began = time.monotonic()
+            try:
+                name, rewards = ask([self._rows[i][0] for i in chosen], [self._rows[i][1] for i in chosen])
+            except PipelineError as error:
+                self.troubles.append(repr(error))
+                return
+            possible = self._expected.values() if name is None else [self._expected[name]]
+            if not any(rewards == pytest.approx([every[i] for i in chosen], abs=1e-5) for every in possible):
+                self.troubles.append(f"wrong rewards from {name or 'the handle'}")
+            self.answers.append((began, time.monotonic(), name))
 
-    def wait_for_answer(self, *, asked_after):
-        """Seconds from then to the end of the first call that began later."""
+    def wait_for_answers(self, *, asked_after):
+        """Seconds from then to the end of the first calls, on either road, that began later."""
         gives_up = time.monotonic() + 180
         while not self.troubles and time.monotonic() < gives_up:
-            ends = [end for began, end, _ in self.answers if began > asked_after]
-            if ends:
-                return min(ends) - asked_after
+            over_http = [end for began, end, name in self.answers if began > asked_after and name]
+            by_handle = [end for began, end, name in self.answers if began > asked_after and not name]
+            if over_http and by_handle:
+                return max(min(over_http), min(by_handle)) - asked_after
             time.sleep(0.05)
         raise AssertionError(self.troubles)
 
     def __enter__(self):
         for thread in self._threads:
             thread.start()
-        self.wait_for_answer(asked_after=0.0)
+        self.wait_for_answers(asked_after=0.0)
         return self
 
     def __exit__(self, *_):
@@ -325,32 +366,36 @@ class Load:
 
 
 @pytest.mark.parametrize("process", ["ServeRepli", "ProxyActor"])
-def test_a_killed_process_costs_its_callers_nothing_but_time(service, reward_model, world, process, record_property):
-    with Load(service[1], world, [reward_model]) as load:
+def test_a_killed_process_costs_its_callers_nothing_but_time(
+    service, reward_model, rows, expected, process, record_property
+):
+    serving = directory_fingerprint(reward_model)
+    with Load(service, rows, {serving: expected[serving]}) as load:
         [victim] = processes(process)
         victim.kill()
-        whole_after_s = load.wait_for_answer(asked_after=time.monotonic())
+        whole_after_s = load.wait_for_answers(asked_after=time.monotonic())
     record_property("whole_after_s", whole_after_s)
     assert not load.troubles
-    assert whole_after_s < SETTINGS["start_s"]  # most of it a replica's start, on a machine that does much else
+    assert whole_after_s < PATIENCE_S  # what the service promises, and the client waits out
     [successor] = processes(process)
     assert successor.pid != victim.pid
 
 
-def test_a_new_checkpoint_rolls_in_under_load(service, reward_model, better_model, world, tmp_path):
+def test_a_new_checkpoint_rolls_in_under_load(service, reward_model, better_model, rows, expected, tmp_path):
     old, new = directory_fingerprint(reward_model), directory_fingerprint(better_model)
     config = config_of(int(service[1].rpartition(":")[2]))
-    with Load(service[1], world, [reward_model, better_model]) as load:
+    # Callers who leave the machine time to start the replicas.
+    with Load(service, rows, expected, rows_per_call=8, pause_s=0.2) as load:
         with pytest.raises(WorkerError, match=r"holds no reward_model\.json"):
             swap_model(str(tmp_path), reward_model, config, **SETTINGS)
-        load.wait_for_answer(asked_after=time.monotonic())
-        assert {name for _, _, name in load.answers} == {old}
+        load.wait_for_answers(asked_after=time.monotonic())
+        assert {name for _, _, name in load.answers if name} == {old}
         began = time.monotonic()
         swap_model(better_model, reward_model, config, **SETTINGS)
         swapped = time.monotonic()
-        load.wait_for_answer(asked_after=swapped)
+        load.wait_for_answers(asked_after=swapped)
     assert not load.troubles
-    assert {name for asked, _, name in load.answers if asked > swapped} == {new}
+    assert {name for asked, _, name in load.answers if asked > swapped and name} == {new}
     # The old model answered while the new one loaded.
     ends = sorted(end for _, end, _ in load.answers if began < end < swapped)
     assert max(later - earlier for earlier, later in pairwise([began, *ends, swapped])) < (swapped - began) / 2
@@ -379,7 +424,7 @@ def test_what_serve_build_writes_deploys_and_sleeps_while_nobody_asks(
         "min_replicas": 0,
         "max_replicas": 1,
         "downscale_delay_s": 0.5,
-        "look_back_period_s": 11,
+        "look_back_period_s": 2,
     }
     _get_global_client().deploy_apps(ServeDeploySchema.model_validate(schema))
     try:

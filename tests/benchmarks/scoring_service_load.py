@@ -2,18 +2,20 @@
 
     python -m tests.benchmarks.scoring_service_load --model runs/tiny/stages/train_reward_model-.../result
 
-Closed loop: batch requests from a few callers who wait for their answers give responses per second over HTTP and over
-the handle; the direct forward, in a process of its own with as many threads, takes turns with them. Open loop: requests
-arrive at random (Poisson) at 50% and 90% of what was measured, and a latency runs from the moment a request was due,
-not from when a slow service let it in. No text is asked twice, so no cache helps. Prints tables and the floor: FLOPs of
-the matrix products, and the seconds they take at the speed of a large product on as many threads. CPU time per response
-says where time goes, and holds on a machine that others use too. `--json` keeps all.
+Batch requests, in a closed loop: a few callers who wait for their answers give responses per second over HTTP and over
+the handle; the direct forward, in a process of its own with as many threads, takes turns with them. Small requests
+(one comparison), in an open loop: they arrive at random (Poisson) at 50% and 90% of what many callers got answered in a
+closed one, and a latency runs from the moment a request was due, not from when a slow service let it in. No text is
+asked twice, so no cache helps. Prints what it has as it comes, and the floor: FLOPs of the matrix products, and the
+seconds they take at the speed of a large product on as many threads. CPU time per response says where time goes, and
+holds on a machine that others use too. `--json` keeps all.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import logging
 import math
@@ -22,13 +24,15 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from multiprocessing.connection import Connection
 
 import psutil
 import torch
 from ray import serve
+from ray.serve.exceptions import BackPressureError
 
 from actors.vrm_service import start_service, stop_service
 from cluster.session import open_cluster
@@ -41,10 +45,11 @@ from pipeline.records import Message
 from pipeline.serving.client import AsyncVRMScorer
 
 NAME = "load"
+LOADS = (0.5, 0.9)
 QUANTILES = (0.5, 0.95, 0.99)
 
 Rows = tuple[list[tuple[Message, ...]], list[str]]
-Road = Callable[[], Awaitable[None]]
+Road = Callable[["Texts"], Awaitable[None]]
 """Asks once."""
 
 
@@ -55,7 +60,11 @@ class Latencies:
     road: str
     load: float
     """Share of the measured capacity."""
+    per_s: float
+    """Requests that arrived."""
     requests: int
+    refused: int
+    """Of them, because too many waited already; the client over HTTP asks again instead."""
     p50_ms: float
     p95_ms: float
     p99_ms: float
@@ -64,7 +73,8 @@ class Latencies:
 class Texts:
     """Requests of `rows` responses, `per_prompt` to each prompt; words are drawn at random, so none comes twice."""
 
-    def __init__(self, words: Sequence[str], options: argparse.Namespace, seed: int) -> None:
+    def __init__(self, words: Sequence[str], options: argparse.Namespace, rows: int, seed: int) -> None:
+        self.rows_per_request = rows
         self._words = words
         self._options = options
         self._random = random.Random(seed)
@@ -72,9 +82,9 @@ class Texts:
     def rows(self) -> Rows:
         options = self._options
         prompts: list[tuple[Message, ...]] = []
-        while len(prompts) < options.rows:
+        while len(prompts) < self.rows_per_request:
             prompt: tuple[Message, ...] = ({"role": "user", "content": self._text(options.prompt_words)},)
-            prompts += [prompt] * min(options.per_prompt, options.rows - len(prompts))
+            prompts += [prompt] * min(options.per_prompt, self.rows_per_request - len(prompts))
         return prompts, [self._text(options.response_words) for _ in prompts]
 
     def _text(self, mean_words: int) -> str:
@@ -84,13 +94,18 @@ class Texts:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="result directory of train_reward_model; default: a random one")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each contestant and round, and each open loop")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each contestant and round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=32, help="responses per request")
+    parser.add_argument("--rows", type=int, default=32, help="responses per batch request")
     parser.add_argument("--per-prompt", type=int, default=4, help="responses per prompt")
     parser.add_argument("--prompt-words", type=int, default=100, help="on average; uniform between half and 3/2 of it")
     parser.add_argument("--response-words", type=int, default=150)
-    parser.add_argument("--callers", type=int, default=2, help="of the closed loop")
+    parser.add_argument("--callers", type=int, default=2, help="of the closed loop of batch requests")
+    parser.add_argument("--requests", type=int, default=1000, help="small ones, at each load and on each road")
+    parser.add_argument("--small-rows", type=int, default=2, help="responses per small request, to one prompt")
+    parser.add_argument(
+        "--small-callers", type=int, default=32, help="who find out how many small ones a second can be"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of the replica, and of the direct forward")
     parser.add_argument("--port", type=int, default=8123)
     parser.add_argument("--json", help="file for the measurements")
@@ -99,7 +114,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         model = options.model or random_model(directory)
         result = measure(model, options)
-    report(result, options)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as stream:
             json.dump({"options": vars(options), **result}, stream, indent=2)
@@ -120,49 +134,80 @@ def measure(model: str, options: argparse.Namespace) -> dict:
 
 
 async def take_turns(model: str, direct: Connection, options: argparse.Namespace) -> dict:
-    """Measurements in the order of the report."""
-    texts = Texts(words_of(model), options, seed=1)
+    words = words_of(model)
+    batches = Texts(words, options, options.rows, seed=1)
     handle = serve.get_app_handle(NAME)
-    url = f"http://127.0.0.1:{options.port}"
-    async with AsyncVRMScorer(url, batch_size=options.rows, concurrency=4096) as client:
+    async with AsyncVRMScorer(f"http://127.0.0.1:{options.port}", batch_size=options.rows, concurrency=4096) as client:
 
-        async def over_http() -> None:
+        async def over_http(texts: Texts) -> None:
             answer = await client.score_rows(*texts.rows())
-            assert len(answer.scores) == options.rows
+            assert len(answer.scores) == texts.rows_per_request
 
-        async def over_handle() -> None:
-            assert len(await handle.score.remote(*texts.rows())) == options.rows
+        async def over_handle(texts: Texts) -> None:
+            assert len(await handle.score.remote(*texts.rows())) == texts.rows_per_request
 
-        roads = {"HTTP": over_http, "handle": over_handle}
+        roads: dict[str, Road] = {"HTTP": over_http, "handle": over_handle}
         for road in roads.values():
-            await closed_loop(road, options, seconds=2.0)
-        rates: dict[str, list[float]] = {"direct": [], **{name: [] for name in roads}}
-        cpu_ms: dict[str, dict[str, list[float]]] = {"direct": {"model": []}, **{name: {} for name in roads}}
-        floor = {}
-        for _ in range(options.rounds):
-            direct.send(options.seconds)
-            floor = await asyncio.to_thread(direct.recv)
-            rates["direct"].append(floor.pop("responses_per_s"))
-            cpu_ms["direct"]["model"].append(floor.pop("cpu_ms"))
-            for name, road in roads.items():
-                before = cpu_seconds()
-                rate, answered = await closed_loop(road, options, options.seconds)
-                rates[name].append(rate)
-                for role, seconds in cpu_seconds().items():
-                    cpu_ms[name].setdefault(role, []).append(1e3 * (seconds - before[role]) / answered)
-        latencies = []
-        for load in (0.5, 0.9):
-            for name, road in roads.items():
-                per_s = load * statistics.median(rates[name]) / options.rows
-                taken = await open_loop(road, per_s, options.seconds * options.rounds)
-                points = [1e3 * percentile(taken, q) for q in QUANTILES]
-                latencies.append(asdict(Latencies(name, load, len(taken), *points)))
-    return {"responses_per_s": rates, "cpu_ms_per_response": cpu_ms, "latencies": latencies, "floor": floor}
+            await closed_loop(road, batches, options.callers, seconds=2.0)
+        throughput = await measure_throughput(roads, batches, direct, options)
+        latencies = await measure_latencies(roads, words, options)
+    return {**throughput, "latencies": [asdict(row) for row in latencies]}
 
 
-async def closed_loop(
-    road: Callable[[], Awaitable[None]], options: argparse.Namespace, seconds: float
-) -> tuple[float, int]:
+async def measure_throughput(
+    roads: dict[str, Road], batches: Texts, direct: Connection, options: argparse.Namespace
+) -> dict:
+    """Rounds in which the direct forward and every road take their turns."""
+    rates: dict[str, list[float]] = {"direct": [], **{name: [] for name in roads}}
+    cpu_ms: dict[str, dict[str, list[float]]] = {"direct": {"model": []}, **{name: {} for name in roads}}
+    floor = {}
+    print(f"{options.rows} responses a request, {options.per_prompt} a prompt, {options.callers} callers, ", end="")
+    print(f"{options.threads} threads; {options.rounds} rounds of {options.seconds:g} s\n", flush=True)
+    for number in range(options.rounds):
+        direct.send(options.seconds)
+        floor = await asyncio.to_thread(direct.recv)
+        rates["direct"].append(floor.pop("responses_per_s"))
+        cpu_ms["direct"]["model"].append(floor.pop("cpu_ms"))
+        for name, road in roads.items():
+            before = cpu_seconds()
+            rate, answered = await closed_loop(road, batches, options.callers, options.seconds)
+            rates[name].append(rate)
+            for role, seconds in cpu_seconds().items():
+                cpu_ms[name].setdefault(role, []).append(1e3 * (seconds - before[role]) / answered)
+        measured = ", ".join(f"{name} {values[-1]:.1f}" for name, values in rates.items())
+        print(f"round {number + 1}: {measured} responses/s", flush=True)
+    result = {"responses_per_s": rates, "cpu_ms_per_response": cpu_ms, "floor": floor}
+    report_throughput(result)
+    return result
+
+
+async def measure_latencies(
+    roads: dict[str, Road], words: Sequence[str], options: argparse.Namespace
+) -> list[Latencies]:
+    print(
+        f"\n{options.small_rows} responses a request; the load is a share of what {options.small_callers} callers got\n"
+    )
+    print(
+        f"{'':<10}{'load':>6}{'per s':>8}{'requests':>10}{'refused':>9}{'p50 ms':>10}{'p95 ms':>10}{'p99 ms':>10}",
+        flush=True,
+    )
+    small = Texts(words, options, options.small_rows, seed=2)
+    rows = []
+    for name, road in roads.items():
+        await closed_loop(road, small, options.small_callers, seconds=1.0)
+        capacity, _ = await closed_loop(road, small, options.small_callers, options.seconds)
+        for load in LOADS:
+            per_s = load * capacity / options.small_rows
+            taken, refused = await open_loop(road, small, arrivals(per_s, options.requests))
+            points = [1e3 * percentile(taken, q) for q in QUANTILES]
+            row = Latencies(name, load, per_s, options.requests, refused, *points)
+            print(f"{row.road:<10}{row.load:>6.0%}{row.per_s:>8.1f}{row.requests:>10}{row.refused:>9}", end="")
+            print("".join(f"{ms:>10.1f}" for ms in points), flush=True)
+            rows.append(row)
+    return rows
+
+
+async def closed_loop(road: Road, texts: Texts, callers: int, seconds: float) -> tuple[float, int]:
     """Responses per second, and responses, when every caller asks again as soon as it was answered."""
     began = time.perf_counter()
     answered = 0
@@ -170,10 +215,10 @@ async def closed_loop(
     async def caller() -> None:
         nonlocal answered
         while time.perf_counter() - began < seconds:
-            await road()
-            answered += options.rows
+            await road(texts)
+            answered += texts.rows_per_request
 
-    await asyncio.gather(*(caller() for _ in range(options.callers)))
+    await asyncio.gather(*(caller() for _ in range(callers)))
     return answered / (time.perf_counter() - began), answered
 
 
@@ -187,34 +232,32 @@ def cpu_seconds() -> dict[str, float]:
     return used
 
 
-async def open_loop(road: Road, per_s: float, seconds: float) -> list[float]:
-    """Seconds from when each request was due to its answer."""
+async def open_loop(road: Road, texts: Texts, due_after_s: Sequence[float]) -> tuple[list[float], int]:
+    """Seconds from when each request was due to its answer, and how many were refused."""
     taken: list[float] = []
     began = time.perf_counter()
 
     async def ask(due: float) -> None:
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        await road()
-        taken.append(time.perf_counter() - due)
+        with contextlib.suppress(BackPressureError):
+            await road(texts)
+            taken.append(time.perf_counter() - due)
 
-    await asyncio.gather(*(ask(began + at) for at in arrivals(per_s, seconds)))
-    return taken
+    await asyncio.gather(*(ask(began + after_s) for after_s in due_after_s))
+    return taken, len(due_after_s) - len(taken)
 
 
-def arrivals(per_s: float, seconds: float) -> Iterator[float]:
-    """A Poisson process, always the same; at least one arrival."""
+def arrivals(per_s: float, requests: int) -> list[float]:
+    """A Poisson process, always the same but for its pace: seconds from its beginning."""
     chance = random.Random(2)
-    at = chance.expovariate(per_s)
-    yield min(at, seconds)
-    while (at := at + chance.expovariate(per_s)) < seconds:
-        yield at
+    return list(accumulate(chance.expovariate(per_s) for _ in range(requests)))
 
 
 def score_directly(pipe: Connection, model: str, options: argparse.Namespace) -> None:
     """In a process of its own: sent a number of seconds, it scores that long and sends what it measured."""
     torch.set_num_threads(options.threads)
     scorer = RewardModelScorer.load(model, max_tokens_per_batch=ScoringConfig().max_tokens_per_batch)
-    texts = Texts(words_of(model), options, seed=3)
+    texts = Texts(words_of(model), options, options.rows, seed=3)
     scorer.score(*texts.rows())
     config = load_config(model)
     width = config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
@@ -282,26 +325,18 @@ def percentile(values: Sequence[float], q: float) -> float:
     return sorted(values)[math.ceil(q * len(values)) - 1]
 
 
-def report(result: dict, options: argparse.Namespace) -> None:
+def report_throughput(result: dict) -> None:
     floor = result["floor"]
     direct = statistics.median(result["responses_per_s"]["direct"])
-    print(f"\n{options.rows} responses a request, {options.per_prompt} a prompt, {options.callers} callers, ", end="")
-    print(f"{options.threads} threads; median of {options.rounds} rounds of {options.seconds:g} s")
     flops, peak = floor["gflop_per_response"], floor["product_gflop_per_s"]
-    print(f"floor: {flops:.3f} GFLOP a response (products with weights, prompts shared), {1e3 * flops / peak:.2f} ms")
+    print(f"\nfloor: {flops:.3f} GFLOP a response (products with weights, prompts shared), {1e3 * flops / peak:.2f} ms")
     print(f"at the {peak:.0f} GFLOP/s of a large product; the direct forward takes {1e3 / direct:.2f} ms\n")
-    print(f"{'':<10}{'responses/s':>14}{'of direct':>12}{'rounds':>24}   CPU ms a response")
+    print(f"{'median':<10}{'responses/s':>14}{'of direct':>12}   CPU ms a response")
     for name, rates in result["responses_per_s"].items():
-        rounds = " ".join(f"{rate:.0f}" for rate in rates)
+        median = statistics.median(rates)
         used = {role: statistics.median(all_ms) for role, all_ms in result["cpu_ms_per_response"][name].items()}
-        print(
-            f"{name:<10}{statistics.median(rates):>14.1f}{statistics.median(rates) / direct:>12.1%}{rounds:>24}", end=""
-        )
-        print("   " + ", ".join(f"{role} {ms:.2f}" for role, ms in used.items()))
-    print(f"\n{'':<10}{'load':>8}{'requests':>10}{'p50 ms':>10}{'p95 ms':>10}{'p99 ms':>10}")
-    for row in result["latencies"]:
-        print(f"{row['road']:<10}{row['load']:>8.0%}{row['requests']:>10}", end="")
-        print("".join(f"{row[key]:>10.1f}" for key in ("p50_ms", "p95_ms", "p99_ms")))
+        print(f"{name:<10}{median:>14.1f}{median / direct:>12.1%}   ", end="")
+        print(", ".join(f"{role} {ms:.2f}" for role, ms in used.items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """The serving job, in a process of its own: whether Ray runs is a fact of the whole process."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 
+from pipeline.stages.fingerprint import directory_fingerprint
 from tests.learners import reward_card, statistics_of
 
 SERVE = """
@@ -22,31 +25,60 @@ def start_service(*settings, **named):
     assert ray.is_initialized(), "Serve would look for the cluster that ran last"
     assert ray.get_runtime_context().gcs_address != "127.0.0.1:9"
     assert ray.get_runtime_context().namespace.startswith("local-")
-    print("served", flush=True)
-    raise KeyboardInterrupt
 
 vrm_service.start_service = start_service
-vrm_service.stop_service = lambda: None
+vrm_service.swap_model = lambda model, previous, *settings, **named: print("swapped", previous, "for", model)
+vrm_service.stop_service = lambda: print("stopped", flush=True)
 main()
 assert not ray.is_initialized(), "what was started must be shut down"
 """
 
 
 @pytest.mark.components
-def test_the_address_of_a_cluster_that_ended_does_not_mislead_the_job(world, tmp_path):
-    """Ray leaves it behind when a head node goes; `ray.init()` without an address waits a minute for it."""
-    (tmp_path / "reward_model.json").write_text(reward_card("vrm", statistics_of(world)).model_dump_json())
+def test_the_job_swaps_when_told_and_stops_when_interrupted(world, tmp_path):
+    """Beside the address of a cluster that ended: `ray.init()` without an address would wait a minute for it."""
+    card = reward_card("vrm", statistics_of(world))
+    models = [tmp_path / name for name in ("old", "new")]
+    for number, model in enumerate(models):
+        model.mkdir()
+        (model / "reward_model.json").write_text(card.model_copy(update={"reward_mean": number}).model_dump_json())
+    old, new = map(str, models)
+    current = tmp_path / "current"
+    current.symlink_to(old)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     # Ray's own folder is everybody's; and the path of a socket must be short.
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, open(tmp_path / "told", "w+", encoding="utf-8") as told:
         (Path(directory) / "ray").mkdir()
         (Path(directory) / "ray" / "ray_current_cluster").write_text("127.0.0.1:9")
-        run = subprocess.run(
-            [sys.executable, "-c", SERVE, "--model", str(tmp_path), "--port", "0"],
+        job = subprocess.Popen(
+            [sys.executable, "-c", SERVE, "--model", str(current), "--port", "0", "--no-token"],
             env=environment | {"RAY_TMPDIR": directory},
-            capture_output=True,
-            text=True,
-            timeout=180,
-            check=False,
+            stdout=told,
+            stderr=subprocess.STDOUT,
         )
-    assert (run.returncode, run.stdout.count("served")) == (0, 1), run.stderr
+
+        def point_to(model, *, until):
+            current.unlink()
+            current.symlink_to(model)
+            job.send_signal(signal.SIGUSR1)
+            wait_for(until)
+
+        def wait_for(words):
+            gives_up = time.monotonic() + 180
+            while words not in (said := Path(told.name).read_text(encoding="utf-8")):
+                assert job.poll() is None, said
+                assert time.monotonic() < gives_up, said
+                time.sleep(0.05)
+
+        try:
+            wait_for(f"({directory_fingerprint(old)[:12]}, {old}) at http://127.0.0.1:0, process {job.pid}")
+            point_to(new, until=f"({directory_fingerprint(new)[:12]}, {new})\n")
+            point_to(tmp_path, until=f"still serving {new}. CheckpointError: ")
+            point_to(old, until=f"swapped {new} for {old}\n")
+            job.send_signal(signal.SIGINT)
+            wait_for("stopped")
+            assert job.wait(timeout=120) == 0
+        finally:
+            job.kill()
+            job.wait()
+        assert Path(told.name).read_text(encoding="utf-8").count("swapped") == 2

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import types
 
 import httpx
 import pytest
@@ -80,29 +79,3 @@ def test_what_is_no_answer_of_the_assistant_is_refused(completion, reason):
 def test_it_can_be_sent_to_another_process():
     copy = pickle.loads(pickle.dumps(VRMReward("http://vrm", lcb=1.0, token="mine")))
     assert (copy._lcb, copy._scorer._settings.token, copy.__name__) == (1.0, "mine", "vrm")
-
-
-def test_trl_calls_it_as_one_of_its_own():
-    """TRL's own code path, with everything of the trainer that the call touches and nothing else."""
-    grpo = pytest.importorskip("trl.trainer.grpo_trainer", reason="needs trl (1.16 was tried)")
-    utils = pytest.importorskip("trl.trainer.utils")
-    function = reward()
-    assert utils.get_callable_name(function) == "vrm"
-    assert not utils.is_async_callable(function)
-    logged = {}
-    trainer = types.SimpleNamespace(
-        accelerator=types.SimpleNamespace(device="cpu", gather=lambda tensor: tensor, is_main_process=False),
-        reward_funcs=[function],
-        reward_processing_classes=[None],
-        reward_func_names=["vrm"],
-        state=types.SimpleNamespace(global_step=0),
-        environments=None,
-        args=types.SimpleNamespace(report_to=[]),
-        _log_completion_extra=lambda name, values: None,
-        _log_metric=logged.__setitem__,
-    )
-    inputs = [{"prompt": CHAT, "solution": "x"}, {"prompt": CHAT, "solution": "y"}]
-    completions = [[{"role": "assistant", "content": text}] for text in ("a", "abc")]
-    rewards = grpo.GRPOTrainer._calculate_rewards(trainer, inputs, [CHAT, CHAT], completions, [[1], [2]])
-    assert rewards.tolist() == [[1.0], [3.0]]
-    assert logged["vrm/reward_std"] == 0.5
