@@ -1,7 +1,7 @@
 """vLLM's NCCL transfer of weights where there is no GPU: its own code on both ends, gloo where NCCL would be.
 
 Only the communicator and the CUDA streams are replaced. Names, dtypes, shapes, order and buckets are what they are on
-GPUs.
+GPUs. Imports no vllm: the processes of the actors do.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import ray
 import torch
 import torch.distributed as dist
 
-from actors import weight_transfer
 from actors.rank_group import DISK, Rank, gather
 from actors.rollout_worker import RolloutWorker
 
@@ -65,27 +64,13 @@ def without_streams():
         yield
 
 
-class GlooEngine(weight_transfer.NcclWeightTransferEngine):
-    """The engine's end."""
-
-    def init_transfer_engine(self, init_info):
-        def join(init_info, parallel_config):
-            return GlooCommunicator(
-                init_info.master_address, init_info.master_port, init_info.rank_offset, init_info.world_size
-            )
-
-        with mock.patch("vllm.distributed.weight_transfer.nccl_engine.worker_init_process_group", join):
-            super().init_transfer_engine(init_info)
-
-    def receive_weights(self, update_info):
-        with without_streams():
-            super().receive_weights(update_info)
-
-
 class GlooWorker(RolloutWorker):
     """A rollout worker whose engine is on a CPU."""
 
     def start(self, *arguments):
+        from actors import weight_transfer
+        from tests.gloo_engine import GlooEngine
+
         weight_transfer.ENGINES["nccl"] = GlooEngine
         super().start(*arguments)
 
