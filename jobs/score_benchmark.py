@@ -172,7 +172,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where <benchmark>.json is written")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
     arena = parser.add_argument_group("arena_hard only")
-    arena.add_argument("--baseline", metavar="MODEL", help="the model that the judge compared with (gpt-4-0314)")
+    arena.add_argument(
+        "--baseline",
+        metavar="MODEL",
+        help=f"the model that the judge compared with ({arena_hard_files.OFFICIAL_BASELINE})",
+    )
     arena.add_argument("--answers", nargs="+", metavar="FILE", help="all models' answers: adds style control")
     alpaca = parser.add_argument_group("alpaca_eval only")
     alpaca.add_argument("--gamed", type=Path, metavar="FILE", help="df_gamed.csv: length control as on the leaderboard")
@@ -180,7 +184,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if options.gamed and options.benchmark != "alpaca_eval":
         parser.error(f"--gamed means nothing to {options.benchmark}")
     if options.benchmark == "arena_hard":
-        options.baseline = options.baseline or "gpt-4-0314"
+        options.baseline = options.baseline or arena_hard_files.OFFICIAL_BASELINE
     elif options.baseline or options.answers:
         parser.error(f"--baseline and --answers mean nothing to {options.benchmark}")
     return options

@@ -29,6 +29,9 @@ from pipeline.data.files import Row, read_rows
 from pipeline.errors import DataError
 from pipeline.stages.storage import write_text
 
+OFFICIAL_BASELINE = "gpt-4-0314"
+"""Of v0.1, whose judgments do not name it."""
+
 ENCODINGS: dict[Rules, str] = {"v0.1": "cl100k_base", "v2": "o200k_base"}
 """Of gpt-3.5-turbo and of gpt-4o."""
 
