@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,12 +39,14 @@ def score_arena_hard(options: argparse.Namespace) -> Scored:
     """Win rates over the baseline; style-controlled ones too where answers are given."""
     games = arena_hard_files.read_games(options.judgments, baseline=options.baseline)
     models = arena_hard.win_rate(games.battles, options.baseline, seed=options.seed)
-    header = ["model", "win rate", "95% over questions", "95% as upstream", "failed games"]
+    questions = Counter(model for model, _ in {(battle.model_b, battle.question_id) for battle in games.battles})
+    header = ["model", "win rate", "95% over questions", "95% as upstream", "questions", "failed games"]
     columns = {
         model: [
             _number(m["win_rate"]),
             _interval(m["low"], m["high"]),
             _interval(m["upstream_low"], m["upstream_high"]),
+            str(questions[model]),
             str(games.failures.get(model, 0)),
         ]
         for model, m in models.items()
@@ -79,10 +82,11 @@ def score_mt_bench(options: argparse.Namespace) -> Scored:
     for model in ranked:
         m = models[model]
         grades = [_number(m[key]) if key in m else "" for key in keys]
-        rows.append((model, grades[0], _interval(m["low"], m["high"]), *grades[1:], f"{m['failures']:.0f}"))
+        counts = (f"{m['judgments']:.0f}", f"{m['failures']:.0f}")
+        rows.append((model, grades[0], _interval(m["low"], m["high"]), *grades[1:], *counts))
     return Scored(
         metrics={"judges": sorted({judgment.judge for judgment in judgments}), "models": models},
-        header=("model", "average", "95% over questions", "turn 1", "turn 2", *mt_bench.CATEGORIES, "failed"),
+        header=("model", "average", "95% over questions", "turn 1", "turn 2", *mt_bench.CATEGORIES, "turns", "failed"),
         rows=rows,
     )
 
@@ -114,12 +118,13 @@ def score_alpaca_eval(options: argparse.Namespace) -> Scored:
                 _number(m["discrete_win_rate"]),
                 _number(m["length_controlled_winrate"]),
                 "far from the raw one" if m["extreme_change"] else "",
+                str(len(annotations.instructions)),
                 str(m["n_unparsed"]),
             )
         )
     return Scored(
         metrics={"models": models},
-        header=("model", "win rate", "SE", "discrete", "length-controlled", "", "unparsed"),
+        header=("model", "win rate", "SE", "discrete", "length-controlled", "", "instructions", "unparsed"),
         rows=sorted(rows, key=lambda row: -models[row[0]]["length_controlled_winrate"]),
     )
 

@@ -102,8 +102,20 @@ def read_answers(files: Sequence[str]) -> list[ModelAnswer]:
 
 
 def styles_of(answers: Sequence[ModelAnswer]) -> dict[tuple[str, str], Style]:
-    """(model, question id) -> style."""
-    return {(a.model, a.question_id): style_of(a.output, num_tokens=a.num_tokens) for a in answers}
+    """(model, question id) -> style.
+
+    Raises:
+        DataError: a model answers a question twice; names both lines.
+    """
+    first: dict[tuple[str, str], ModelAnswer] = {}
+    for answer in answers:
+        known = first.setdefault((answer.model, answer.question_id), answer)
+        if known is not answer:
+            raise DataError(
+                f"{answer.place}: {answer.model} answers question {answer.question_id} again, as in {known.place}. "
+                "Keep one."
+            )
+    return {key: style_of(answer.output, num_tokens=answer.num_tokens) for key, answer in first.items()}
 
 
 def write_answers(path: Path, answers: Sequence[ModelAnswer], *, prompts: Mapping[str, str], rules: Rules) -> None:

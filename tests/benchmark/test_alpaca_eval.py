@@ -145,14 +145,16 @@ def test_without_difficulty_the_minimal_model_is_fitted():
     result = length_controlled_win_rate(rows, None)
     assert result["variant"] == "length_controlled_minimal"
     assert result["length_controlled_winrate"] == pytest.approx(100 * sigmoid(-0.6), abs=0.3)
-    assert result["notes"] == []
+    [note] = result["notes"]
+    assert "without AlpacaEval's gamed rows" in note
 
 
 def test_the_result_says_whose_difficulty_it_stands_on():
     rows, difficulty = planted_rows(Coefficients(-1.0, 0.5, 0.0), num_rows=50)
     result = length_controlled_win_rate(rows, difficulty)
-    [note] = result["notes"]
-    assert BASELINE in note
+    difficulty_note, fit_note = result["notes"]
+    assert BASELINE in difficulty_note
+    assert "LC is not the leaderboard's" in fit_note
     assert json.loads(json.dumps(result)) == result
 
 
