@@ -33,6 +33,8 @@ class Scored:
     metrics: dict[str, Any]
     header: tuple[str, ...]
     rows: list[tuple[str, ...]]
+    notes: list[str]
+    """What to know of the numbers, to stand below them."""
 
 
 def score_arena_hard(options: argparse.Namespace) -> Scored:
@@ -69,7 +71,7 @@ def score_arena_hard(options: argparse.Namespace) -> Scored:
         "style_control": {name: asdict(control) for name, control in controlled.items()},
     }
     ranked = sorted(columns, key=lambda model: -models[model]["win_rate"])
-    return Scored(metrics=metrics, header=tuple(header), rows=[(model, *columns[model]) for model in ranked])
+    return Scored(metrics=metrics, header=tuple(header), rows=[(model, *columns[model]) for model in ranked], notes=[])
 
 
 def score_mt_bench(options: argparse.Namespace) -> Scored:
@@ -88,6 +90,7 @@ def score_mt_bench(options: argparse.Namespace) -> Scored:
         metrics={"judges": sorted({judgment.judge for judgment in judgments}), "models": models},
         header=("model", "average", "95% over questions", "turn 1", "turn 2", *mt_bench.CATEGORIES, "turns", "failed"),
         rows=rows,
+        notes=[],
     )
 
 
@@ -126,6 +129,7 @@ def score_alpaca_eval(options: argparse.Namespace) -> Scored:
         metrics={"models": models},
         header=("model", "win rate", "SE", "discrete", "length-controlled", "", "instructions", "unparsed"),
         rows=sorted(rows, key=lambda row: -models[row[0]]["length_controlled_winrate"]),
+        notes=sorted({note for m in models.values() for note in m["notes"]}),
     )
 
 
@@ -137,7 +141,7 @@ SCORERS: dict[str, Callable[[argparse.Namespace], Scored]] = {
 
 
 def score(options: argparse.Namespace) -> str:
-    """Writes the metrics and returns the table."""
+    """Writes the metrics; returns the table, and what to know of it."""
     scored = SCORERS[options.benchmark](options)
     inputs = {
         file: content_fingerprint(file)
@@ -146,7 +150,7 @@ def score(options: argparse.Namespace) -> str:
     metrics = {"benchmark": options.benchmark, **scored.metrics, "seed": options.seed, "inputs": inputs}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"{options.benchmark}.json").write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
-    return as_table(scored.header, scored.rows)
+    return "\n".join([as_table(scored.header, scored.rows), *scored.notes])
 
 
 def as_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -116,7 +116,7 @@ def _alpaca_eval(scores: Mapping[str, Any], policy: str) -> tuple[str, ...]:
     if m is None:
         return (_baseline(scores, policy), "")
     # Without difficulties every instruction is predicted alike, and the standard error says nothing.
-    error = f" ± {m['lc_standard_error']:.2f}" if m["lc_standard_error"] else ""
+    error = f" ± {m['lc_standard_error']:.2f}" if m["lc_standard_error"] >= 0.005 else ""
     return (
         f"{m['win_rate']:.2f} ± {m['standard_error']:.2f}",
         f"{m['length_controlled_winrate']:.2f}{error}",

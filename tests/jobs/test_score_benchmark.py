@@ -84,9 +84,10 @@ def test_alpaca_eval_ranks_models_by_their_length_controlled_rate(tmp_path):
     ]
     annotations = tmp_path / "annotations.json"
     annotations.write_text(json.dumps(rows))
-    header, line = score(parse(arguments(tmp_path, "alpaca_eval", str(annotations)))).splitlines()
+    header, line, *notes = score(parse(arguments(tmp_path, "alpaca_eval", str(annotations)))).splitlines()
     assert header.split() == ["model", "win", "rate", "SE", "discrete", "length-controlled", "instructions", "unparsed"]
     assert line.split()[:2] == ["long", "75.00"]
+    assert "fitted without instruction difficulty and gamed rows" in " ".join(notes)
     [model] = json.loads((tmp_path / "scores" / "alpaca_eval.json").read_text())["models"].values()
     assert model["length_controlled_winrate"] < 75.0
     assert (model["baseline"], model["variant"]) == ("base", "length_controlled_minimal")
