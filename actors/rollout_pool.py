@@ -380,7 +380,8 @@ class RolloutPool:
             """Gives the worker its share of what is open, and lets it decode."""
             mine = held[worker.name]
             share = math.ceil((sum(map(len, held.values())) + len(waiting)) / len(held))
-            room = min(share, self._config.max_sequences + self._config.chunk_size) - len(mine)
+            # As many wait in the engine as it decodes: more than finish during a call.
+            room = min(share, 2 * self._config.max_sequences) - len(mine)
             submitted = {}
             for _ in range(min(room, len(waiting))):
                 prompt, sampling = asked = waiting.popleft()

@@ -8,9 +8,9 @@
         --prompts hub:lmarena-ai/arena-hard-auto-v0.1 policy.dtype=bfloat16 cluster.rollout.gpus_per_worker=1
 
 Writes model_outputs.json (alpaca_eval), v0.1/ and v2/model_answer/<name>.jsonl (arena_hard) or
-model_answer/<name>.jsonl (mt_bench), and summary.json. Every answer is kept in <out>/<benchmark>.answers as it comes:
-a run that was stopped goes on where it was. Only `cluster`, `policy.dtype`, `alignment.gate_tolerance` and `seed` are
-read from the recipe.
+model_answer/<name>.jsonl (mt_bench), and <benchmark>.summary.json: one directory can hold all three. Every answer is
+kept in <out>/<benchmark>.answers as it comes: a run that was stopped goes on where it was. Only `cluster`,
+`policy.dtype`, `alignment.gate_tolerance` and `seed` are read from the recipe.
 """
 
 from __future__ import annotations
@@ -229,7 +229,8 @@ def answer_benchmark(options: argparse.Namespace, open_rollouts: OpenRollouts = 
         **written,
         "this_run": {"turns": progress.turns, "tokens": progress.tokens, "seconds": round(progress.seconds, 3)},
     }
-    storage.write_text(str(options.out / "summary.json"), json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    place = options.out / f"{options.benchmark}.summary.json"
+    storage.write_text(str(place), json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     return as_text(summary)
 
 

@@ -1,13 +1,16 @@
 """One page from which a person can choose between policies.
 
     python jobs/compare_policies.py base/model_outputs.json aligned/model_outputs.json --out comparison.html
-    python jobs/compare_policies.py base/model_outputs.json aligned/model_outputs.json \\
-        --judgments results/annotations.json --scores scores/alpaca_eval.json scores/mt_bench.json \\
-        --categories planted.json --objectives helpfulness,honesty --out comparison.html
+    python jobs/compare_policies.py answers/base answers/aligned --questions arena/question.jsonl mt/question.jsonl \\
+        --judgments results/annotations.json model_judgment/gpt-4o/aligned.jsonl gpt-4_single.jsonl \\
+        --scores scores/alpaca_eval.json scores/arena_hard.json scores/mt_bench.json --out comparison.html
+    python jobs/compare_policies.py base/model_outputs.json aligned/model_outputs.json --questions planted.json \\
+        --judgments gold/annotations.json --objectives helpfulness,honesty --out comparison.html
 
-Reads answers of any generator; those of generate_benchmark carry rewards, and the reward model is then a judge as well.
-The first file is what the others are held against. --judgments are files of judge_benchmark about these answers,
---scores those of score_benchmark.
+Reads answers of any generator in the layouts of AlpacaEval, Arena-Hard and MT-Bench: a file of one policy, or the
+directory that generate_benchmark wrote, with every benchmark in it. Its answers to our own prompts carry rewards, and
+the reward model is then a judge as well. The first policy is what the others are held against. --judgments are files of
+judge_benchmark about these answers, --scores those of score_benchmark.
 """
 
 from __future__ import annotations
@@ -22,18 +25,22 @@ from pipeline.errors import PipelineError
 
 def compare_policies(options: argparse.Namespace) -> None:
     """Writes the page."""
-    from pipeline.benchmark import comparison_page as page
-    from pipeline.benchmark import leaderboard
-    from pipeline.benchmark.alpaca_eval import read_annotations
+    from pipeline.benchmark import comparison, comparison_files, comparison_page
+    from pipeline.benchmark.leaderboard import leaderboard, read_scores
 
-    categories = page.read_categories(options.categories) if options.categories else {}
-    contest = page.contest([page.read_policy(file, categories) for file in options.answers])
-    scores = leaderboard.read_scores(options.scores)
-    html = page.comparison_page(
-        contest,
-        judged=[read_annotations(file) for file in options.judgments],
-        leaderboard=leaderboard.leaderboard(contest.policies, scores),
-        notes=leaderboard.notes(scores),
+    questions = comparison_files.read_questions(options.questions)
+    files = [file for place in options.answers for file in comparison_files.answer_files(place)]
+    contests = comparison.contests([comparison_files.read_policy(file, questions) for file in files])
+    html = comparison_page.comparison_page(
+        comparison_page.judged_contests(contests, comparison_files.read_judgments(options.judgments)),
+        leaderboard=leaderboard(
+            tuple(dict.fromkeys(policy for contest in contests for policy in contest.policies)),
+            read_scores(options.scores),
+            {
+                contest.benchmark: {policy: means["words"] for policy, means in comparison.summaries(contest).items()}
+                for contest in contests
+            },
+        ),
         objectives=tuple(filter(None, options.objectives.split(","))),
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -42,10 +49,17 @@ def compare_policies(options: argparse.Namespace) -> None:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("answers", nargs="+", type=Path, metavar="FILE", help="model_outputs.json of a policy")
-    parser.add_argument("--judgments", nargs="+", type=Path, default=[], metavar="FILE", help="annotations.json")
+    parser.add_argument("answers", nargs="+", type=Path, metavar="PATH", help="a policy's answers: file or directory")
+    parser.add_argument("--judgments", nargs="+", type=Path, default=[], metavar="FILE", help="of judge_benchmark")
     parser.add_argument("--scores", nargs="+", type=Path, default=[], metavar="FILE", help="<benchmark>.json: Table 1")
-    parser.add_argument("--categories", type=Path, metavar="FILE", help="planted.json, or question.jsonl")
+    parser.add_argument(
+        "--questions",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="question.jsonl of Arena-Hard and MT-Bench; instructions.jsonl or planted.json add categories",
+    )
     parser.add_argument("--objectives", default="", help="their names, in the recipe's order: helpfulness,honesty,...")
     parser.add_argument("--out", type=Path, default=Path("comparison.html"))
     return parser.parse_args(arguments)

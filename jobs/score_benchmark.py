@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,18 +33,22 @@ class Scored:
     metrics: dict[str, Any]
     header: tuple[str, ...]
     rows: list[tuple[str, ...]]
+    notes: list[str]
+    """What to know of the numbers, to stand below them."""
 
 
 def score_arena_hard(options: argparse.Namespace) -> Scored:
     """Win rates over the baseline; style-controlled ones too where answers are given."""
     games = arena_hard_files.read_games(options.judgments, baseline=options.baseline)
     models = arena_hard.win_rate(games.battles, options.baseline, seed=options.seed)
-    header = ["model", "win rate", "95% over questions", "95% as upstream", "failed games"]
+    questions = Counter(model for model, _ in {(battle.model_b, battle.question_id) for battle in games.battles})
+    header = ["model", "win rate", "95% over questions", "95% as upstream", "questions", "failed games"]
     columns = {
         model: [
             _number(m["win_rate"]),
             _interval(m["low"], m["high"]),
             _interval(m["upstream_low"], m["upstream_high"]),
+            str(questions[model]),
             str(games.failures.get(model, 0)),
         ]
         for model, m in models.items()
@@ -66,7 +71,7 @@ def score_arena_hard(options: argparse.Namespace) -> Scored:
         "style_control": {name: asdict(control) for name, control in controlled.items()},
     }
     ranked = sorted(columns, key=lambda model: -models[model]["win_rate"])
-    return Scored(metrics=metrics, header=tuple(header), rows=[(model, *columns[model]) for model in ranked])
+    return Scored(metrics=metrics, header=tuple(header), rows=[(model, *columns[model]) for model in ranked], notes=[])
 
 
 def score_mt_bench(options: argparse.Namespace) -> Scored:
@@ -79,11 +84,13 @@ def score_mt_bench(options: argparse.Namespace) -> Scored:
     for model in ranked:
         m = models[model]
         grades = [_number(m[key]) if key in m else "" for key in keys]
-        rows.append((model, grades[0], _interval(m["low"], m["high"]), *grades[1:], f"{m['failures']:.0f}"))
+        counts = (f"{m['judgments']:.0f}", f"{m['failures']:.0f}")
+        rows.append((model, grades[0], _interval(m["low"], m["high"]), *grades[1:], *counts))
     return Scored(
         metrics={"judges": sorted({judgment.judge for judgment in judgments}), "models": models},
-        header=("model", "average", "95% over questions", "turn 1", "turn 2", *mt_bench.CATEGORIES, "failed"),
+        header=("model", "average", "95% over questions", "turn 1", "turn 2", *mt_bench.CATEGORIES, "turns", "failed"),
         rows=rows,
+        notes=[],
     )
 
 
@@ -114,13 +121,15 @@ def score_alpaca_eval(options: argparse.Namespace) -> Scored:
                 _number(m["discrete_win_rate"]),
                 _number(m["length_controlled_winrate"]),
                 "far from the raw one" if m["extreme_change"] else "",
+                str(len(annotations.instructions)),
                 str(m["n_unparsed"]),
             )
         )
     return Scored(
         metrics={"models": models},
-        header=("model", "win rate", "SE", "discrete", "length-controlled", "", "unparsed"),
+        header=("model", "win rate", "SE", "discrete", "length-controlled", "", "instructions", "unparsed"),
         rows=sorted(rows, key=lambda row: -models[row[0]]["length_controlled_winrate"]),
+        notes=sorted({note for m in models.values() for note in m["notes"]}),
     )
 
 
@@ -132,7 +141,7 @@ SCORERS: dict[str, Callable[[argparse.Namespace], Scored]] = {
 
 
 def score(options: argparse.Namespace) -> str:
-    """Writes the metrics and returns the table."""
+    """Writes the metrics; returns the table, and what to know of it."""
     scored = SCORERS[options.benchmark](options)
     inputs = {
         file: content_fingerprint(file)
@@ -141,7 +150,7 @@ def score(options: argparse.Namespace) -> str:
     metrics = {"benchmark": options.benchmark, **scored.metrics, "seed": options.seed, "inputs": inputs}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"{options.benchmark}.json").write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
-    return as_table(scored.header, scored.rows)
+    return "\n".join([as_table(scored.header, scored.rows), *scored.notes])
 
 
 def as_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -172,7 +181,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where <benchmark>.json is written")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
     arena = parser.add_argument_group("arena_hard only")
-    arena.add_argument("--baseline", metavar="MODEL", help="the model that the judge compared with (gpt-4-0314)")
+    arena.add_argument(
+        "--baseline",
+        metavar="MODEL",
+        help=f"the model that the judge compared with ({arena_hard_files.OFFICIAL_BASELINE})",
+    )
     arena.add_argument("--answers", nargs="+", metavar="FILE", help="all models' answers: adds style control")
     alpaca = parser.add_argument_group("alpaca_eval only")
     alpaca.add_argument("--gamed", type=Path, metavar="FILE", help="df_gamed.csv: length control as on the leaderboard")
@@ -180,7 +193,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if options.gamed and options.benchmark != "alpaca_eval":
         parser.error(f"--gamed means nothing to {options.benchmark}")
     if options.benchmark == "arena_hard":
-        options.baseline = options.baseline or "gpt-4-0314"
+        options.baseline = options.baseline or arena_hard_files.OFFICIAL_BASELINE
     elif options.baseline or options.answers:
         parser.error(f"--baseline and --answers mean nothing to {options.benchmark}")
     return options

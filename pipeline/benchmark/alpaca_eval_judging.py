@@ -7,7 +7,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ class ModelOutput:
     output: str
     generator: str
     dataset: str | None
+    place: str = field(default="an answer", compare=False, repr=False)
+    """File and row it was read from."""
 
 
 def read_model_outputs(path: Path) -> list[ModelOutput]:
@@ -68,6 +70,7 @@ def read_model_outputs(path: Path) -> list[ModelOutput]:
             output=row.require("output", str),
             generator=row.require("generator", str),
             dataset=row.values.get("dataset"),
+            place=row.place,
         )
         generator = generator or output.generator
         if output.generator != generator:
@@ -82,7 +85,11 @@ def read_model_outputs(path: Path) -> list[ModelOutput]:
 
 def write_model_outputs(path: Path, outputs: Sequence[ModelOutput]) -> None:
     """A JSON list of {instruction, output, generator, dataset}, whole or not at all."""
-    write_text(str(path), json.dumps([asdict(output) for output in outputs], indent=1, ensure_ascii=False))
+    rows = [
+        {"instruction": o.instruction, "output": o.output, "generator": o.generator, "dataset": o.dataset}
+        for o in outputs
+    ]
+    write_text(str(path), json.dumps(rows, indent=1, ensure_ascii=False))
 
 
 def read_chatml(path: Path) -> tuple[Message, ...]:
@@ -197,11 +204,12 @@ def pair_by_instruction(
     theirs = {output.instruction: output for output in baseline}
     for lacking, asked in ((baseline, answers), (answers, baseline)):
         known = {output.instruction for output in lacking}
-        missing = [output.instruction for output in asked if output.instruction not in known]
+        missing = [output for output in asked if output.instruction not in known]
         if missing:
             raise DataError(
-                f"{lacking[0].generator} has no answer to {len(missing)} of the {len(asked)} instructions that "
-                f"{asked[0].generator} answers, as {missing[0]!r:.80}. Judge answers to the same instructions."
+                f"{missing[0].place}: {lacking[0].generator} has no answer to {missing[0].instruction!r:.80}, nor to "
+                f"{len(missing) - 1} others of the {len(asked)} instructions that {asked[0].generator} answers. Judge "
+                f"answers to the same instructions; those of {lacking[0].generator} end at {lacking[-1].place}."
             )
     return [(answer, theirs[answer.instruction]) for answer in answers]
 

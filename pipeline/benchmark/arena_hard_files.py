@@ -29,6 +29,9 @@ from pipeline.data.files import Row, read_rows
 from pipeline.errors import DataError
 from pipeline.stages.storage import write_text
 
+OFFICIAL_BASELINE = "gpt-4-0314"
+"""Of v0.1, whose judgments do not name it."""
+
 ENCODINGS: dict[Rules, str] = {"v0.1": "cl100k_base", "v2": "o200k_base"}
 """Of gpt-3.5-turbo and of gpt-4o."""
 
@@ -99,8 +102,20 @@ def read_answers(files: Sequence[str]) -> list[ModelAnswer]:
 
 
 def styles_of(answers: Sequence[ModelAnswer]) -> dict[tuple[str, str], Style]:
-    """(model, question id) -> style."""
-    return {(a.model, a.question_id): style_of(a.output, num_tokens=a.num_tokens) for a in answers}
+    """(model, question id) -> style.
+
+    Raises:
+        DataError: a model answers a question twice; names both lines.
+    """
+    first: dict[tuple[str, str], ModelAnswer] = {}
+    for answer in answers:
+        known = first.setdefault((answer.model, answer.question_id), answer)
+        if known is not answer:
+            raise DataError(
+                f"{answer.place}: {answer.model} answers question {answer.question_id} again, as in {known.place}. "
+                "Keep one."
+            )
+    return {key: style_of(answer.output, num_tokens=answer.num_tokens) for key, answer in first.items()}
 
 
 def write_answers(path: Path, answers: Sequence[ModelAnswer], *, prompts: Mapping[str, str], rules: Rules) -> None:

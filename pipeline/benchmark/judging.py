@@ -245,7 +245,8 @@ def answers_of_one_model(
     missing = [question_id for question_id in needed if question_id not in by_question]
     if missing:
         raise DataError(
-            f"the {what} of {model} lack {len(missing)} of {len(needed)} questions, as {missing[0]}. "
+            f"the {what} of {model}, which end at {answers[-1].place}, lack {len(missing)} of {len(needed)} questions, "
+            f"as {missing[0]}. "
             "Generate them, or leave those questions out of the question file and of every other answer file."
         )
     return model, by_question

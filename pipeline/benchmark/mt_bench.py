@@ -223,8 +223,13 @@ def _judgment(row: Row) -> Judgment:
         raise DataError(f"{row.place}, field 'turn': {turn} is neither 1 nor 2")
     if not isinstance(score, int | float):
         raise DataError(f"{row.place}, field 'score': {score!r:.40} is no number")
+    question_id = row.require("question_id", int)
+    try:
+        category_of(question_id)
+    except DataError as error:
+        raise DataError(f"{row.place}, field 'question_id': {error}") from error
     return Judgment(
-        question_id=row.require("question_id", int),
+        question_id=question_id,
         model=row.require("model", str),
         judge=judge[0],
         template=judge[1],

@@ -32,21 +32,27 @@ def win_rate(scores: Sequence[float], baseline_scores: Sequence[float]) -> Metri
     )
 
 
-def win_rate_of_preferences(preferences: Sequence[float]) -> Metrics:
+def win_rate_of_preferences(preferences: Sequence[float], weights: Sequence[float] | None = None) -> Metrics:
     """Mean of probabilities to win, in [0, 1]; what is sure is 0 or 1, a tie is one half.
 
     The interval is that of a binomial share, and so no narrower than it should be: a variable in [0, 1] of mean p
     varies by at most p (1 - p).
+
+    Args:
+        weights: how often each counts; once where they are not given. The interval is then that of
+            (sum w)^2 / sum w^2 equal ones (Kish 1965).
 
     Returns, Raises:
         As `win_rate`.
     """
     if not preferences:
         raise ShapeError("win rate of no preferences: give at least one")
-    n = len(preferences)
-    rate = sum(preferences) / n
-    low, high = wilson_interval(rate, n)
-    return {"win_rate": rate, "ties": sum(p == 0.5 for p in preferences) / n, "low": low, "high": high}
+    weights = [1.0] * len(preferences) if weights is None else weights
+    total = sum(weights)
+    rate = sum(w * p for w, p in zip(weights, preferences, strict=True)) / total
+    ties = sum(w for w, p in zip(weights, preferences, strict=True) if p == 0.5) / total
+    low, high = wilson_interval(rate, total**2 / sum(w**2 for w in weights))
+    return {"win_rate": rate, "ties": ties, "low": low, "high": high}
 
 
 def compare_answers(
@@ -79,7 +85,7 @@ def _prefixed(prefix: str, metrics: Metrics) -> Metrics:
     return {f"{prefix}/{name}": value for name, value in metrics.items()}
 
 
-def wilson_interval(rate: float, n: int, z: float = NORMAL_QUANTILE_95) -> tuple[float, float]:
+def wilson_interval(rate: float, n: float, z: float = NORMAL_QUANTILE_95) -> tuple[float, float]:
     """centre +- half, with centre = (p + z^2/2n) / (1 + z^2/n), half = z / (1 + z^2/n) sqrt(p(1-p)/n + z^2/4n^2)."""
     scale = 1.0 + z * z / n
     centre = (rate + z * z / (2 * n)) / scale

@@ -145,14 +145,16 @@ def test_without_difficulty_the_minimal_model_is_fitted():
     result = length_controlled_win_rate(rows, None)
     assert result["variant"] == "length_controlled_minimal"
     assert result["length_controlled_winrate"] == pytest.approx(100 * sigmoid(-0.6), abs=0.3)
-    assert result["notes"] == []
+    [note] = result["notes"]
+    assert "fitted without instruction difficulty and gamed rows" in note
 
 
 def test_the_result_says_whose_difficulty_it_stands_on():
     rows, difficulty = planted_rows(Coefficients(-1.0, 0.5, 0.0), num_rows=50)
     result = length_controlled_win_rate(rows, difficulty)
-    [note] = result["notes"]
-    assert BASELINE in note
+    difficulty_note, fit_note = result["notes"]
+    assert BASELINE in difficulty_note
+    assert "LC is not the leaderboard's" in fit_note
     assert json.loads(json.dumps(result)) == result
 
 
@@ -471,6 +473,19 @@ def test_our_own_fit_is_half_a_point_from_the_leaderboard(
     ]
     assert np.mean(np.abs(errors)) < 0.6
     assert np.max(np.abs(errors)) < 1.5
+
+
+def test_what_a_fit_lacks_costs_what_its_note_says(official, leaderboard, difficulty_by_text):
+    for known, mean, largest in ((difficulty_by_text, 1.19, 16), (None, 6.75, 27)):
+        errors = [
+            abs(
+                length_controlled_win_rate(rows, known)["length_controlled_winrate"]
+                - float(leaderboard[model]["length_controlled_winrate"])
+            )
+            for model, rows in official.items()
+        ]
+        assert np.mean(errors) == pytest.approx(mean, abs=0.05)
+        assert largest < max(errors) < largest + 1
 
 
 def test_the_official_coefficients_of_phi_2_are_those_of_shifted_rows(

@@ -10,6 +10,7 @@ import pytest
 from pipeline.benchmark.alpaca_eval_judging import (
     AlpacaEvalJudging,
     is_switched,
+    pair_by_instruction,
     parse_identifier,
     read_chatml,
     read_model_outputs,
@@ -160,14 +161,16 @@ def test_answers_are_paired_by_instruction_whatever_their_order(tmp_path):
     assert [(row["output_1"], row["output_2"]) for row in rows] == [("10", "1"), ("20", "2")]
 
 
-def test_an_instruction_without_a_baseline_is_named(tmp_path):
-    with pytest.raises(DataError, match="gpt4 has no answer to 1 of the 2 instructions that ours answers, as 'b'"):
-        judging(tmp_path, {"a": "1", "b": "2"}, {"a": "10"})
-
-
-def test_an_instruction_that_only_the_baseline_answers_is_named(tmp_path):
-    with pytest.raises(DataError, match="ours has no answer to 1 of the 2 instructions that gpt4 answers, as 'b'"):
-        judging(tmp_path, {"a": "1"}, {"a": "10", "b": "2"})
+def test_an_instruction_that_one_of_the_two_does_not_answer_is_named_with_its_row(tmp_path):
+    short, long = tmp_path / "short.json", tmp_path / "long.json"
+    for path, generator, instructions in ((short, "brief", "a"), (long, "eager", "abc")):
+        rows = [{"instruction": text, "output": "x", "generator": generator} for text in instructions]
+        path.write_text(json.dumps(rows, indent=1))
+    few, many = read_model_outputs(short), read_model_outputs(long)
+    letter = r"long\.json, row 2 \(line 7\): brief has no answer to 'b', nor to 1 others .* end at .*short\.json, row 1"
+    for ours, baseline in ((few, many), (many, few)):
+        with pytest.raises(DataError, match=letter):
+            pair_by_instruction(ours, baseline)
 
 
 @pytest.mark.parametrize(

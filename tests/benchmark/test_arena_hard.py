@@ -235,6 +235,12 @@ def test_where_only_length_decides_uncentred_control_finds_equals():
     assert centred.coefficients["tokens"] > 0
 
 
+def test_an_answer_given_twice_is_named_by_both_lines():
+    answers = [ModelAnswer(question_id="q", model="m", output="x", num_tokens=1, place=f"a, line {n}") for n in (1, 5)]
+    with pytest.raises(DataError, match="a, line 5: m answers question q again, as in a, line 1"):
+        styles_of(answers)
+
+
 def test_an_answer_without_style_is_named():
     styles = {("base", "q"): Style(tokens=1, headers=0, lists=0, bolds=0)}
     with pytest.raises(DataError, match="no answer of 'm' to question 'q' among the 1 answers given"):

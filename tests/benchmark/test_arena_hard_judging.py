@@ -108,7 +108,9 @@ def test_the_scorer_reads_what_is_written(tmp_path):
 
 
 def test_a_question_without_an_answer_is_named():
-    with pytest.raises(DataError, match="the baseline's answers of base lack 1 of 2 questions, as u1"):
+    with pytest.raises(
+        DataError, match=r"the baseline's answers of base, which end at .*, lack 1 of 2 questions, as u1"
+    ):
         judging(
             [*QUESTIONS, ArenaQuestion(uid="u2", category="c", prompt="how ?")],
             ours=[answer("ours"), answer("ours", "u2")],

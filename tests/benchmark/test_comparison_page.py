@@ -1,38 +1,65 @@
+import dataclasses
 import json
+from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
+from pipeline.benchmark import mt_bench
 from pipeline.benchmark.alpaca_eval import Annotations
 from pipeline.benchmark.answers import write_answers
-from pipeline.benchmark.comparison_page import (
-    PolicyAnswers,
+from pipeline.benchmark.arena_hard import Battle
+from pipeline.benchmark.arena_hard import win_rate as arena_hard_win_rate
+from pipeline.benchmark.arena_hard_files import Games, read_games
+from pipeline.benchmark.comparison import (
     breakdown,
-    comparison_page,
     contest,
+    contests,
+    difference_over_shared_opponent,
+    game_verdicts,
+    grade_verdicts,
     judged_verdicts,
     mean_contributions,
-    orders,
-    read_categories,
-    read_policy,
     reward_verdicts,
     summaries,
     win_matrix,
 )
+from pipeline.benchmark.comparison_files import (
+    Judgments,
+    PolicyAnswers,
+    Questions,
+    answer_files,
+    read_judgments,
+    read_policy,
+    read_questions,
+)
+from pipeline.benchmark.comparison_page import comparison_page, judged_contests, orders
 from pipeline.errors import DataError
 from pipeline.records import Answer, RewardScore
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+NO_QUESTIONS = Questions(turns={}, categories={})
 
 
 def score(reward):
     return RewardScore(mean=reward, std=0.5, objective_weights=(0.25, 0.75), objective_scores=(reward, reward))
 
 
-def answers_of(policy, rewards, *, prompts=("p", "q", "r", "s"), output="an answer", categories=()):
-    return PolicyAnswers(
+def answers_of(policy, rewards, *, prompts=("p", "q", "r", "s"), output="an answer", categories=(), **changes):
+    answers = PolicyAnswers(
+        benchmark="alpaca_eval",
         policy=policy,
-        outputs=dict.fromkeys(prompts, output),
+        turns={prompt: (prompt,) for prompt in prompts},
+        outputs=dict.fromkeys(prompts, (output,)),
         rewards={prompt: score(reward) for prompt, reward in zip(prompts, rewards, strict=False)},
         categories=dict(zip(prompts, categories, strict=False)),
     )
+    return dataclasses.replace(answers, **changes)
+
+
+def page_of(contest, annotations=(), **more):
+    given = Judgments(annotations=annotations, games=(), grades=())
+    return comparison_page(judged_contests([contest], given), **more)
 
 
 def judged(preferences, *, model="aligned", baseline="base", prompts=("p", "q", "r", "s"), judge="gpt"):
@@ -89,7 +116,7 @@ def test_judgments_are_joined_by_instruction():
     ("files", "letter"),
     [
         ([judged([1.0] * 4, baseline="gpt-4")], "there are no answers of 'gpt-4'"),
-        ([judged([1.0], prompts=("elsewhere",))], "1 instructions .* are not answered by all policies, as 'elsewhere'"),
+        ([judged([1.0], prompts=("elsewhere",))], "1 prompts that none of the policies answered, as 'elsewhere'"),
         ([judged([1.0] * 4)] * 2, "'gpt' compares 'aligned' with 'base' in two files"),
     ],
 )
@@ -101,7 +128,8 @@ def test_judgments_of_something_else_are_refused(files, letter):
 def test_every_category_and_every_relation_of_lengths_has_its_win_rate():
     base = answers_of("base", [1.0] * 4, output="one two three four five", categories=("x", "x", "y"))
     texts = {"p": "one", "q": "1 2 3 4 5", "r": "1 2 3 4 5 6 7", "s": "1 2 3 4 5 6"}
-    ours = PolicyAnswers(policy="ours", outputs=texts, rewards=dict.fromkeys(texts, score(2.0)), categories={})
+    outputs = {prompt: (text,) for prompt, text in texts.items()}
+    ours = answers_of("ours", [2.0] * 4, outputs=outputs)
     both = contest([base, ours])
     [verdicts] = reward_verdicts(both)
     groups = dict(breakdown(both, verdicts, ("ours", "base")))
@@ -130,7 +158,7 @@ def test_the_prompts_where_the_last_policy_loses_most_come_first():
     [order] = orders(TWO, reward_verdicts(TWO))
     assert (order.policy, order.other) == ("aligned", "base")
     assert list(order.margins) == [1.0, -1.0, 0.0, 2.0]
-    page = comparison_page(TWO)
+    page = page_of(TWO)
     places = [page.index(f'<div class="prompt">{prompt}</div>') for prompt in "qrps"]
     assert places == sorted(places)
 
@@ -160,15 +188,15 @@ def test_only_prompts_that_all_answered_are_compared_and_the_others_counted():
     third = answers_of("third", [0.0, 0.0, 0.0], prompts=("q", "s", "elsewhere"))
     found = contest([BASE, ALIGNED, third])
     assert found.prompts == ("q", "s")
-    assert found.left_out == 3
+    assert found.left_out == {"p", "r", "elsewhere"}
 
 
 @pytest.mark.parametrize(
     ("files", "letter"),
     [
-        ([BASE], "1 policies cannot be compared"),
-        ([BASE, BASE], "two files hold answers of 'base'"),
-        ([BASE, answers_of("other", [0.0], prompts=("t",))], "no instruction is answered by all of base, other"),
+        ([BASE], "only 'base' has AlpacaEval answers, and nothing to be compared with"),
+        ([BASE, BASE], "two files hold AlpacaEval answers of 'base'"),
+        ([BASE, answers_of("other", [0.0], prompts=("t",))], "no AlpacaEval prompt is answered by all of base, other"),
     ],
 )
 def test_files_that_cannot_be_compared_are_refused(files, letter):
@@ -181,23 +209,215 @@ def test_a_category_comes_by_prompt_id_by_instruction_or_from_the_answers_file(t
         Answer(prompt_id=f"id-{text}", instruction=text, output="x", generator="a", score=score(1.0)) for text in "pqr"
     ]
     write_answers(tmp_path / "model_outputs.json", answers, dataset="koala")
-    found = read_policy(tmp_path / "model_outputs.json", {"id-p": "plan", "q": "quick"})
+    questions = Questions(turns={}, categories={"id-p": "plan", "q": "quick"})
+    found = read_policy(tmp_path / "model_outputs.json", questions)
     assert found.categories == {"p": "plan", "q": "quick", "r": "koala"}
     assert found.rewards["p"] == score(1.0)
 
 
-def test_categories_are_read_from_the_planted_world_and_from_question_files(tmp_path):
+def lines(path, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+ARENA_QUESTION = {"uid": "u1", "category": "hard", "prompt": "prove it"}
+MT_QUESTION = {"question_id": 81, "category": "writing", "turns": ["write", "write again"]}
+
+
+def test_question_files_of_every_benchmark_are_read_together(tmp_path):
     (tmp_path / "planted.json").write_text(json.dumps({"kinds": {"id": "plan"}, "weights": {}}))
-    assert read_categories(tmp_path / "planted.json") == {"id": "plan"}
-    rows = [{"question_id": 81, "category": "writing"}, {"instruction": "why ?", "dataset": "koala"}]
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert read_categories(tmp_path / "q.jsonl") == {"81": "writing", "why ?": "koala"}
-    (tmp_path / "q.jsonl").write_text('{"category": "writing"}\n')
-    with pytest.raises(DataError, match=r"q\.jsonl, line 1: no uid"):
-        read_categories(tmp_path / "q.jsonl")
-    (tmp_path / "other.json").write_text("[]")
-    with pytest.raises(DataError, match=r"other\.json holds no kinds"):
-        read_categories(tmp_path / "other.json")
+    instructions = {"instruction": "why ?", "dataset": "koala"}
+    asked = lines(tmp_path / "q.jsonl", MT_QUESTION, ARENA_QUESTION, instructions)
+    found = read_questions([tmp_path / "planted.json", asked])
+    assert found.turns == {81: ("write", "write again"), "u1": ("prove it",)}
+    assert found.categories == {"id": "plan", "81": "writing", "u1": "hard", "why ?": "koala"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "letter"),
+    [
+        ("q.jsonl", '{"category": "writing"}\n', r"q\.jsonl, line 1: no question"),
+        (
+            "q.jsonl",
+            '{"question_id": 81, "category": "writing", "turns": ["one"]}\n',
+            r"q\.jsonl, line 1, field 'turns'",
+        ),
+        ("planted.json", "[]", r"planted\.json holds no kinds"),
+    ],
+)
+def test_a_question_that_is_none_is_named_by_its_line(tmp_path, name, text, letter):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=letter):
+        read_questions([tmp_path / name])
+
+
+def arena_answer(model, uid="u1", output="proof"):
+    said = {"role": "assistant", "content": {"answer": output}}
+    return {"uid": uid, "model": model, "messages": [said], "metadata": {"token_len": 1}}
+
+
+def mt_answer(model, number=81, turns=("first", "second")):
+    return {"question_id": number, "model_id": model, "choices": [{"index": 0, "turns": turns}]}
+
+
+def test_a_directory_holds_the_answers_of_every_benchmark(tmp_path):
+    questions = read_questions([lines(tmp_path / "q.jsonl", MT_QUESTION, ARENA_QUESTION)])
+    answers = []
+    for policy in ("base", "aligned"):
+        home = tmp_path / policy
+        outputs = [{"instruction": "why ?", "output": "so", "generator": policy}]
+        home.mkdir()
+        (home / "model_outputs.json").write_text(json.dumps(outputs))
+        lines(home / "v2" / "model_answer" / f"{policy}.jsonl", arena_answer(policy))
+        lines(home / "v0.1" / "model_answer" / f"{policy}.jsonl", arena_answer(policy))
+        lines(home / "model_answer" / f"{policy}.jsonl", mt_answer(policy))
+        answers += [read_policy(file, questions) for file in answer_files(home)]
+    found = {of.benchmark: of for of in contests(answers)}
+    assert list(found) == ["alpaca_eval", "arena_hard", "mt_bench"]
+    assert all(of.policies == ("base", "aligned") for of in found.values())
+    assert found["arena_hard"].turns == (("prove it",),)
+    assert found["mt_bench"].outputs["base"] == [("first", "second")]
+    assert found["mt_bench"].categories == ("writing",)
+
+
+@pytest.mark.parametrize(
+    ("rows", "letter"),
+    [
+        ([arena_answer("m"), arena_answer("m", "u9")], r"a\.jsonl, line 2: m answers question u9, which is not among"),
+        ([arena_answer("m")] * 2, r"a\.jsonl, line 2: m answers question u1 again, as in .*a\.jsonl, line 1"),
+        ([mt_answer("m", turns=["one"])], r"a\.jsonl, line 1: m answers 1 of the 2 turns of question 81"),
+        ([mt_answer("m", 99)], r"a\.jsonl, line 1: m answers question 99"),
+        ([mt_answer("m"), {"question_id": 81}], r"a\.jsonl, line 2: no choices"),
+    ],
+)
+def test_an_answer_to_no_question_or_to_one_twice_is_named_by_its_line(tmp_path, rows, letter):
+    questions = read_questions([lines(tmp_path / "q.jsonl", MT_QUESTION, ARENA_QUESTION)])
+    with pytest.raises(DataError, match=letter):
+        read_policy(lines(tmp_path / "a.jsonl", *rows), questions)
+
+
+def test_answers_without_what_was_asked_need_the_questions(tmp_path):
+    with pytest.raises(DataError, match=r"a\.jsonl does not hold what was asked\. Give .* as --questions"):
+        read_policy(lines(tmp_path / "a.jsonl", mt_answer("m")), NO_QUESTIONS)
+    with pytest.raises(DataError, match="holds no answers: none of model_outputs"):
+        answer_files(tmp_path)
+
+
+def test_a_file_of_no_benchmarks_judgments_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"j\.jsonl, line 1: no judgment of AlpacaEval"):
+        read_judgments([lines(tmp_path / "j.jsonl", {"verdict": "A"})])
+
+
+# ----------------------------------------------------------------------------- Arena-Hard and MT-Bench
+
+
+def arena(*policies):
+    return contest([answers_of(policy, [], benchmark="arena_hard") for policy in policies])
+
+
+def game(question_id, outcome, weight=1, model="m"):
+    return Battle(question_id=question_id, model_a="base", model_b=model, outcome=outcome, weight=weight)
+
+
+def test_arena_hards_win_rate_is_its_own_a_clear_win_three_times():
+    # p: the model wins clearly and draws: 3.5 of 4; q: it loses twice; r and s were not decided.
+    battles = [game("p", 0.0, 3), game("p", 0.5), game("q", 1.0), game("q", 1.0)]
+    [verdicts] = game_verdicts(arena("base", "m"), [Games(battles=battles, judges=("gpt",), failures={})])
+    assert verdicts.pairs["m", "base"] == [3.5 / 4, 0.0, None, None]
+    cell = win_matrix(arena("base", "m"), verdicts)["m"]["base"]
+    assert cell["win_rate"] == pytest.approx(3.5 / 6)
+    assert 100 * cell["win_rate"] == pytest.approx(arena_hard_win_rate(battles, "base")["m"]["win_rate"], abs=1e-4)
+    assert win_matrix(arena("base", "m"), verdicts)["base"]["m"]["win_rate"] == pytest.approx(2.5 / 6)
+
+
+def test_the_public_battles_of_arena_hard_show_their_leaderboard():
+    file = SHARED / "arena_hard" / "battles_official_models_gpt4-1106-judge.jsonl"
+    if not file.exists():
+        pytest.skip("needs the public data folder beside the checkout")
+    rows = pq.read_table(SHARED / "arena_hard" / "model_answer.parquet", columns=["uid", "model"]).to_pylist()
+    by_model = {}
+    for row in rows:
+        by_model.setdefault(row["model"], []).append(row["uid"])
+    of = contest([answers_of(model, [], prompts=uids, benchmark="arena_hard") for model, uids in by_model.items()])
+    [verdicts] = game_verdicts(of, [read_games([str(file)], baseline="gpt-4-0314")])
+    matrix = win_matrix(of, verdicts)
+    assert 100 * matrix["gpt-4-0613"]["gpt-4-0314"]["win_rate"] == pytest.approx(37.90, abs=0.005)
+    assert 100 * matrix["gpt-3.5-turbo-0125"]["gpt-4-0314"]["win_rate"] == pytest.approx(23.34, abs=0.005)
+    third, gap = difference_over_shared_opponent(verdicts, ("gpt-4-0613", "gpt-3.5-turbo-0125"))
+    assert third == "gpt-4-0314"
+    assert 100 * gap["difference"] == pytest.approx(37.90 - 23.34, abs=0.05)
+    assert 0.05 < gap["low"] < gap["difference"] < gap["high"] < 0.24
+
+
+def grade(model, number, turn, value, judge="gpt-4"):
+    return mt_bench.Judgment(
+        question_id=number,
+        model=model,
+        judge=judge,
+        template="single-v1",
+        turn=turn,
+        user_prompt="?",
+        judgment="[[..]]",
+        score=value,
+    )
+
+
+def graded():
+    two_turns = {str(number): ("a", "b") for number in (81, 82, 83)}
+    return contest(
+        [answers_of(name, [], benchmark="mt_bench", turns=two_turns, outputs=two_turns) for name in ("base", "m")]
+    )
+
+
+def grades_of(model, *pairs):
+    return [grade(model, 81 + i, turn + 1, value) for i, pair in enumerate(pairs) for turn, value in enumerate(pair)]
+
+
+def test_the_higher_mean_grade_of_both_turns_wins_and_a_missing_grade_is_no_verdict():
+    rows = [*grades_of("base", (5, 5), (8, 6), (9, 9)), *grades_of("m", (3, 9), (7, 7), (10, -1))]
+    [verdicts] = grade_verdicts(graded(), rows)
+    assert verdicts.pairs["m", "base"] == [1.0, 0.5, None]
+    assert verdicts.margins["m", "base"] == [1.0, 0.0, 0.0]
+    assert verdicts.grades["m"] == [(3, 9), (7, 7), (10, None)]
+
+
+def test_mt_bench_shows_both_turns_their_grades_and_the_means_by_category():
+    rows = [*grades_of("base", (5, 5), (8, 6), (9, 9)), *grades_of("m", (3, 9), (7, 7), (10, -1))]
+    page = comparison_page(judged_contests([graded()], Judgments(annotations=(), games=(), grades=rows)))
+    assert "<b>7.20</b>" in page  # (3 + 9 + 7 + 7 + 10) / 5
+    assert page.index("no grade by gpt-4") > page.index("<b>10</b> by gpt-4")
+    assert page.count('<div class="prompt">a</div>') == page.count('<div class="prompt">b</div>') == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "letter"),
+    [
+        ([grade("other", 81, 1, 5)], "grades turn 1 of question 81 by 'other', and there are no answers"),
+        ([grade("m", 99, 2, 5)], "question 99 by 'm', a question that none of the policies answered"),
+        ([grade("m", 81, 1, 5)] * 2, "'gpt-4' grades turn 1 of question 81 by 'm' in two files"),
+    ],
+)
+def test_grades_of_something_else_are_refused(rows, letter):
+    with pytest.raises(DataError, match=letter):
+        grade_verdicts(graded(), rows)
+
+
+def test_judgments_of_a_benchmark_without_answers_are_refused():
+    with pytest.raises(DataError, match="judgments of MT-Bench, and no answers"):
+        judged_contests([TWO], Judgments(annotations=(), games=(), grades=[grade("m", 81, 1, 5)]))
+
+
+def test_two_that_only_met_a_third_are_compared_over_it_prompt_by_prompt():
+    three = contest([BASE, ALIGNED, answers_of("third", [])])
+    files = [judged([2.0, 2.0, 1.0, None]), judged([2.0, 1.5, 1.0, 1.0], model="third")]
+    [verdicts] = judged_verdicts(three, files)
+    # On p, q, r: 1, 1, 0 against 1, 1/2, 0; differences 0, 1/2, 0 with mean 1/6 and standard deviation sqrt(1/12).
+    other, gap = difference_over_shared_opponent(verdicts, ("aligned", "third"))
+    assert other == "base"
+    assert gap["difference"] == pytest.approx(1 / 6)
+    assert gap["high"] - gap["low"] == pytest.approx(2 * 1.959964 * (1 / 12) ** 0.5 / 3**0.5)
+    assert "+16.7" in page_of(three, files)
 
 
 # ----------------------------------------------------------------------------- the page
@@ -205,7 +425,7 @@ def test_categories_are_read_from_the_planted_world_and_from_question_files(tmp_
 
 def test_the_page_fetches_nothing_and_answers_cannot_run_in_it():
     hostile = answers_of("hostile", [0.0] * 4, output="<script>alert('x')</script><img src=http://elsewhere/a.png>")
-    page = comparison_page(contest([BASE, hostile]), objectives=("helpfulness", "honesty"))
+    page = page_of(contest([BASE, hostile]), objectives=("helpfulness", "honesty"))
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert" in page
     assert page.count("<script>") == 1
@@ -216,21 +436,21 @@ def test_the_page_fetches_nothing_and_answers_cannot_run_in_it():
 
 def test_answers_that_nobody_scored_can_be_read_and_judged():
     bare = contest([answers_of("base", []), answers_of("aligned", [])])
-    assert "Nobody has judged these answers" in comparison_page(bare)
-    page = comparison_page(bare, judged=[judged([2.0, 2.0, 2.0, 1.5])])
+    assert "Nobody has judged these answers" in page_of(bare)
+    page = page_of(bare, [judged([2.0, 2.0, 2.0, 1.5])])
     assert "Judge: gpt" in page
     assert "87.5" in page
-    assert "P(aligned beats base) = 0.50" in page
+    assert "gpt: aligned wins 0.50 against base" in page
 
 
 def test_a_policy_without_rewards_among_others_is_named():
-    page = comparison_page(contest([BASE, ALIGNED, answers_of("bare", [])]))
+    page = page_of(contest([BASE, ALIGNED, answers_of("bare", [])]))
     assert "No rewards came with the answers of bare." in page
 
 
 def test_wrong_names_of_objectives_are_refused():
     with pytest.raises(DataError, match="1 objectives are named, 'base' was scored on 2"):
-        comparison_page(TWO, objectives=("helpfulness",))
+        page_of(TWO, objectives=("helpfulness",))
 
 
 def test_the_job_reads_what_the_benchmark_wrote(tmp_path, monkeypatch, capsys):

@@ -37,15 +37,30 @@ MT = {
         name: {"average": average, "low": 7.0, "high": 8.0} for name, average in (("base", 7.5), ("aligned", 8))
     },
 }
+MT["models"]["aligned"]["turn_1"] = 8.2
 ALL = {content["benchmark"]: content for content in (ALPACA, ARENA, MT)}
 
 
-def test_a_row_is_that_of_the_papers_table():
-    base, aligned = leaderboard(("base", "aligned"), ALL)
-    assert (aligned.alpaca_eval_wr, aligned.alpaca_eval_lc) == ("45.30 ± 1.50", "50.38 ± 0.40")
-    assert (aligned.arena_hard_wr, aligned.arena_hard_sc) == ("65.5 [60.0, 70.0]", "57.2 (48.0)")
-    assert aligned.mt_bench == "8.00 [7.00, 8.00]"
-    assert (base.alpaca_eval_wr, base.arena_hard_sc, base.mt_bench) == ("", "", "7.50 [7.00, 8.00]")
+def test_a_row_is_that_of_the_papers_table_with_the_words_beside_the_rates():
+    words = {"alpaca_eval": {"base": 99.6, "aligned": 120.2}}
+    table = leaderboard(("base", "aligned"), ALL, words)
+    assert table.columns == (
+        *(("AlpacaEval 2", name) for name in ("WR", "LC", "words")),
+        *(("Arena-Hard", name) for name in ("WR", "SC")),
+        *(("MT-Bench", name) for name in ("average", "turn 1", "turn 2")),
+    )
+    assert dict(table.rows) == {
+        "base": ("baseline", "", "100", "", "", "7.50 [7.00, 8.00]", "", ""),
+        "aligned": (
+            *("45.30 ± 1.50", "50.38 ± 0.40", "120"),
+            *("65.5 [60.0, 70.0]", "57.2 (48.0)"),
+            *("8.00 [7.00, 8.00]", "8.20", ""),
+        ),
+    }
+
+
+def test_benchmarks_without_scores_have_no_column():
+    assert [title for title, _ in leaderboard(("aligned",), {"arena_hard": ARENA}, {}).columns] == ["Arena-Hard"] * 2
 
 
 def test_what_the_numbers_depend_on_is_said():
@@ -55,12 +70,12 @@ def test_what_the_numbers_depend_on_is_said():
 
 
 def test_without_scores_there_is_no_table():
-    assert leaderboard(("base", "aligned"), {}) == []
+    assert leaderboard(("base", "aligned"), {}, {}) is None
 
 
 def test_scores_of_other_models_are_refused():
     with pytest.raises(DataError, match=r"the scores of mt_bench are those of base, aligned, none .* \(ours\)"):
-        leaderboard(("ours",), {"mt_bench": MT})
+        leaderboard(("ours",), {"mt_bench": MT}, {})
 
 
 @pytest.mark.parametrize(

@@ -225,6 +225,7 @@ GOOD = {
         ({"turn": 3}, "field 'turn': 3 is neither 1 nor 2"),
         ({"score": "5"}, "field 'score': '5' is no number"),
         ({"question_id": "81"}, "field 'question_id': '81' is no int"),
+        ({"question_id": 161}, r"j.jsonl, line 1, field 'question_id': MT-Bench has questions 81 to 160, not 161"),
     ],
 )
 def test_a_row_that_is_no_judgment_is_named(change, letter, tmp_path):

@@ -100,7 +100,9 @@ def test_the_scorer_reads_what_is_written(tmp_path):
 
 
 def test_a_missing_reference_is_named():
-    with pytest.raises(DataError, match="the reference answers of gpt-4 lack 1 of 1 questions, as 111"):
+    with pytest.raises(
+        DataError, match=r"the reference answers of gpt-4, which end at .*, lack 1 of 1 questions, as 111"
+    ):
         judging(references=[ModelAnswer(question_id=112, model="gpt-4", turns=("r1", "r2"))])
 
 

@@ -91,7 +91,8 @@ def write(path, rows):
 
 
 def summary_of(out):
-    return json.loads((out / "summary.json").read_text())
+    [file] = out.glob("*.summary.json")
+    return json.loads(file.read_text())
 
 
 # ----------------------------------------------------------------------------- what is asked

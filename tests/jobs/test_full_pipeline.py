@@ -13,9 +13,10 @@ import pytest
 
 from jobs import compare_policies, judge_benchmark, score_benchmark
 from jobs.command_line import PREEMPTED
-from pipeline.benchmark import comparison_page
+from pipeline.benchmark import comparison
 from pipeline.benchmark.alpaca_eval import read_annotations
 from pipeline.benchmark.answers import read_answers
+from pipeline.benchmark.comparison_files import read_policy, read_questions
 from pipeline.data.planted import GoldAnnotator
 from pipeline.objectives.comparison import compare
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
@@ -168,20 +169,20 @@ def test_base_and_aligned_are_judged_scored_and_compared_and_every_number_agrees
 
     page = tmp_path / "comparison.html"
     options = ["--judgments", *(str(tmp_path / name / "annotations.json") for name in scores)]
-    options += ["--scores", str(tmp_path / "gold" / "alpaca_eval.json"), "--categories", str(result / "planted.json")]
+    options += ["--scores", str(tmp_path / "gold" / "alpaca_eval.json"), "--questions", str(result / "planted.json")]
     compare_policies.compare_policies(
         compare_policies.parse([*map(str, files), *options, "--objectives", "a,b,c,d", "--out", str(page)])
     )
     assert f"{scores['gold']['win_rate']:.2f} ± {scores['gold']['standard_error']:.2f}" in page.read_text()
-    contest = comparison_page.contest([comparison_page.read_policy(file, {}) for file in files])
-    [rewards] = comparison_page.reward_verdicts(contest)
+    contest = comparison.contest([read_policy(file, read_questions([])) for file in files])
+    [rewards] = comparison.reward_verdicts(contest)
     first, second = contest.policies
     reported = manifest(finished[0], "generate_benchmark")["metrics"]["reward/win_rate"]
-    assert comparison_page.win_matrix(contest, rewards)[second][first]["win_rate"] == pytest.approx(reported)
+    assert comparison.win_matrix(contest, rewards)[second][first]["win_rate"] == pytest.approx(reported)
     for (name, judged), verdicts in zip(
-        annotations.items(), comparison_page.judged_verdicts(contest, list(annotations.values())), strict=True
+        annotations.items(), comparison.judged_verdicts(contest, list(annotations.values())), strict=True
     ):
-        cell = comparison_page.win_matrix(contest, verdicts)[judged.model][judged.baseline]
+        cell = comparison.win_matrix(contest, verdicts)[judged.model][judged.baseline]
         assert 100 * cell["win_rate"] == pytest.approx(scores[name]["win_rate"])
         assert f">{100 * cell['win_rate']:.1f} <" in page.read_text()
 

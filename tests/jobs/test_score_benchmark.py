@@ -44,8 +44,9 @@ def arguments(tmp_path, benchmark, judgments, *more):
 def test_arena_hard_ranks_the_models_and_keeps_what_the_numbers_depend_on(tmp_path):
     options = arguments(tmp_path, "arena_hard", arena_games(tmp_path), "--baseline", "base")
     header, first, second = score(parse([*options, "--answers", arena_answers(tmp_path)])).splitlines()
-    assert header.split()[-2:] == ["sc_upstream", "sc_uncentred"]
+    assert header.split()[-5:] == ["questions", "failed", "games", "sc_upstream", "sc_uncentred"]
     assert first.split()[:2] == ["x", "75.00"]
+    assert first.split()[-4:-2] == ["2", "0"]
     assert second.split()[0] == "y"
     metrics = json.loads((tmp_path / "scores" / "arena_hard.json").read_text())
     assert (metrics["baseline"], metrics["judges"], metrics["failures"]) == ("base", ["gpt-4o"], {"x": 0, "y": 0})
@@ -59,9 +60,9 @@ def test_mt_bench_shows_turns_and_categories(tmp_path):
     rows = [{**common, "question_id": q, "turn": turn, "score": s} for q, turn, s in grades]
     table = score(parse(arguments(tmp_path, "mt_bench", jsonl(tmp_path / "j.jsonl", rows))))
     header, line = table.splitlines()
-    assert header.split()[-2:] == ["humanities", "failed"]
+    assert header.split()[-3:] == ["humanities", "turns", "failed"]
     # model, average, its interval, turn 1, turn 2, writing, reasoning; the other categories are empty.
-    assert line.split() == ["m", "5.00", "[1.00,", "7.00]", "4.50", "6.00", "7.00", "1.00", "1"]
+    assert line.split() == ["m", "5.00", "[1.00,", "7.00]", "4.50", "6.00", "7.00", "1.00", "4", "1"]
     metrics = json.loads((tmp_path / "scores" / "mt_bench.json").read_text())
     assert metrics["models"]["m"]["failures"] == 1
     assert metrics["judges"] == ["gpt-4"]
@@ -83,9 +84,10 @@ def test_alpaca_eval_ranks_models_by_their_length_controlled_rate(tmp_path):
     ]
     annotations = tmp_path / "annotations.json"
     annotations.write_text(json.dumps(rows))
-    header, line = score(parse(arguments(tmp_path, "alpaca_eval", str(annotations)))).splitlines()
-    assert header.split() == ["model", "win", "rate", "SE", "discrete", "length-controlled", "unparsed"]
+    header, line, *notes = score(parse(arguments(tmp_path, "alpaca_eval", str(annotations)))).splitlines()
+    assert header.split() == ["model", "win", "rate", "SE", "discrete", "length-controlled", "instructions", "unparsed"]
     assert line.split()[:2] == ["long", "75.00"]
+    assert "fitted without instruction difficulty and gamed rows" in " ".join(notes)
     [model] = json.loads((tmp_path / "scores" / "alpaca_eval.json").read_text())["models"].values()
     assert model["length_controlled_winrate"] < 75.0
     assert (model["baseline"], model["variant"]) == ("base", "length_controlled_minimal")
