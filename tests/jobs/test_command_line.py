@@ -12,8 +12,14 @@ from jobs.command_line import parse, place
 from pipeline.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("prepare_policy", "train_reward_model", "align_policy", "generate_benchmark", "write_report")
-JOBS = ("full_pipeline", *STAGES)
+JOBS = (
+    "full_pipeline",
+    "prepare_policy",
+    "train_reward_model",
+    "align_policy",
+    "generate_benchmark",
+    "write_report",
+)
 
 
 def run(*arguments, **variables):
