@@ -17,9 +17,11 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from itertools import pairwise
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayTaskError
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.deployment import Application
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
@@ -291,6 +293,20 @@ def stop_service(name: str = APPLICATION) -> None:
     _delete(name)
     if not serve.status().applications:
         serve.shutdown()
+
+
+def leave_service(name: str) -> None:
+    """`stop_service` for a process that leaves the cluster next, and so does not wait until Serve has ended.
+
+    Serve ends by killing its controller, and Ray tells whoever is there to hear it that the calls in flight failed.
+    """
+    _delete(name)
+    if not serve.status().applications:
+        try:
+            controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        except ValueError:  # it did not get as far as to start
+            return
+        ray.get(controller.graceful_shutdown.remote(wait=False))
 
 
 def service_token() -> str:

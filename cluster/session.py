@@ -56,7 +56,7 @@ def _connect(config: ClusterConfig) -> None:
         else:
             require_listener(address)
             ray.init(address=address, namespace=job_id(), log_to_driver=False)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray's own are bare: a raylet that is not up after 30 s on a busy machine
         place = "on this machine" if address == "local" else f"at RAY_ADDRESS={address}"
         raise ResourceError(
             f"no Ray cluster {place}: {error}. "

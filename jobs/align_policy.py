@@ -7,24 +7,21 @@ Runs the stages before it when their results are not in the workspace.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from actors.ppo_learner import PPOLearnerSpec, build_ppo_learner
-from actors.rank_group import RankGroup
-from actors.ranked_learner import RankedPolicyLearner, RankedSender
 from jobs.command_line import run_job
 from jobs.prepare_policy import prepare_policy
-from jobs.rooms import Rooms
 from jobs.train_reward_model import train_reward_model
 from pipeline.data.prompts import PromptStream, tokenise_prompts
 from pipeline.data.source import data_fingerprints, load_data
-from pipeline.learning.experience import RewardScale
-from pipeline.learning.gold_gap import GoldYardstick
 from pipeline.learning.probes import choose_probes
-from pipeline.loops.alignment import align
-from pipeline.models.backbone import load_tokenizer, require_context, require_lora_targets
-from pipeline.models.reward_model import read_card
 from pipeline.records import Metrics, StageResult
 from pipeline.stages import storage
 from pipeline.stages.workspace import StageDirectory
+
+if TYPE_CHECKING:
+    from jobs.rooms import Rooms
 
 VERSION = 2
 
@@ -45,6 +42,14 @@ def align_policy(rooms: Rooms, policy: StageResult, reward_model: StageResult) -
 
 
 def _align(stage: StageDirectory, rooms: Rooms, policy: StageResult, reward_model: StageResult) -> Metrics:
+    from actors.rank_group import RankGroup
+    from actors.ranked_learner import RankedPolicyLearner, RankedSender
+    from pipeline.learning.experience import RewardScale
+    from pipeline.learning.gold_gap import GoldYardstick
+    from pipeline.loops.alignment import align
+    from pipeline.models.backbone import load_tokenizer, require_context, require_lora_targets
+    from pipeline.models.reward_model import read_card
+
     recipe, config = rooms.recipe, rooms.recipe.alignment
     with storage.reading(policy.location) as directory:
         require_lora_targets(directory, config.ppo.lora, "alignment.ppo")

@@ -12,24 +12,23 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from jobs import benchmark_answers
 from jobs.align_policy import align_policy
 from jobs.command_line import run_job
 from jobs.prepare_policy import prepare_policy
-from jobs.rooms import Rooms
 from jobs.train_reward_model import train_reward_model
 from pipeline.benchmark.answers import write_answers
 from pipeline.benchmark.win_rate import compare_answers
 from pipeline.data.prompts import read_prompts, tokenise_prompts
 from pipeline.data.source import data_fingerprints, load_data, resolve
 from pipeline.learning.probes import choose_probes
-from pipeline.learning.publishing import publish_checkpoint
-from pipeline.loops.benchmark_generation import answer_prompts
-from pipeline.models.backbone import load_tokenizer, require_context
 from pipeline.records import Answer, Metrics, StageResult
 from pipeline.stages import storage
 from pipeline.stages.workspace import StageDirectory
+
+if TYPE_CHECKING:
+    from jobs.rooms import Rooms
 
 VERSION = 2
 BASE, ALIGNED = "base", "aligned"
@@ -52,6 +51,10 @@ def generate_benchmark(
 def _generate(
     stage: StageDirectory, rooms: Rooms, policies: dict[str, StageResult], reward_model: StageResult
 ) -> Metrics:
+    from pipeline.learning.publishing import publish_checkpoint
+    from pipeline.loops.benchmark_generation import answer_prompts
+    from pipeline.models.backbone import load_tokenizer, require_context
+
     recipe, config = rooms.recipe, rooms.recipe.benchmark
     data = load_data(recipe)
     with storage.reading(policies[BASE].location) as directory:
@@ -90,6 +93,8 @@ def main(rooms: Rooms) -> None:
 def command() -> None:
     """The stage over a workspace, or any model on an official benchmark."""
     if any(argument.split("=")[0] == "--benchmark" for argument in sys.argv[1:]):
+        from jobs import benchmark_answers
+
         benchmark_answers.main()
     else:
         run_job(__doc__, main)

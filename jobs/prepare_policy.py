@@ -6,22 +6,20 @@ python jobs/prepare_policy.py --recipe tiny
 from __future__ import annotations
 
 import tempfile
+from typing import TYPE_CHECKING
 
-from actors.rank_group import RankGroup
-from actors.ranked_learner import RankedLearner
 from actors.supervised_trainer import SupervisedTrainerSpec, build_supervised_trainer
 from jobs.command_line import run_job
-from jobs.rooms import Rooms
 from pipeline.config.schema import Recipe
 from pipeline.data.batching import step_indices
-from pipeline.data.collate import tokenise_texts
 from pipeline.data.source import data_fingerprints, load_data
-from pipeline.learning.starting_policy import write_starting_policy
 from pipeline.loops.supervised_training import train
-from pipeline.models.backbone import require_lora_targets
 from pipeline.records import Metrics, StageResult
 from pipeline.stages import storage
 from pipeline.stages.workspace import StageDirectory
+
+if TYPE_CHECKING:
+    from jobs.rooms import Rooms
 
 VERSION = 2
 HELDOUT_TEXTS = 256
@@ -41,12 +39,20 @@ def prepare_policy(rooms: Rooms) -> StageResult:
 
 def _adopt(stage: StageDirectory, recipe: Recipe) -> Metrics:
     """Uses the checkpoint as it is; it is copied, so that the workspace does not depend on the hub."""
+    from pipeline.learning.starting_policy import write_starting_policy
+
     with storage.writing(stage.result_uri) as directory:
         write_starting_policy(recipe.policy, directory, seed=recipe.seed)
     return {}
 
 
 def _fine_tune(stage: StageDirectory, recipe: Recipe) -> Metrics:
+    from actors.rank_group import RankGroup
+    from actors.ranked_learner import RankedLearner
+    from pipeline.data.collate import tokenise_texts
+    from pipeline.learning.starting_policy import write_starting_policy
+    from pipeline.models.backbone import require_lora_targets
+
     config = recipe.prepare_policy
     data = load_data(recipe)
     with tempfile.TemporaryDirectory() as start:

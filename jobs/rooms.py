@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from transformers.utils import logging as transformers_logging
 
 from actors.rollout_pool import RolloutPool
-from actors.vrm_service import ServedScorer, start_service, stop_service
+from actors.vrm_service import ServedScorer, leave_service, start_service
 from cluster.placement import Placement, pack_bundles
 from cluster.resources import check_plan, plan_resources
 from cluster.rollout_plan import RolloutPlan, plan_rollouts
@@ -40,6 +40,7 @@ class Rooms:
         self._exits = exits
         self._pool: RolloutPool | None = None
         self._scorer: ServedScorer | None = None
+        self._service: str | None = None
 
     def rollouts(self, policy: StageResult) -> RolloutPool:
         """The pool, with engines of the policy's architecture; it holds whatever weights it was last given."""
@@ -88,7 +89,7 @@ class Rooms:
         """The scoring service of this job's reward model."""
         if self._scorer is None:
             cluster, name = self.recipe.cluster, f"vrm-{self._identity()}"
-            self._exits.callback(stop_service, name)
+            self._service = name
             self._scorer = start_service(
                 reward_model.location,
                 cluster.scoring,
@@ -97,6 +98,11 @@ class Rooms:
                 name=name,
             )
         return self._scorer
+
+    def leave_service(self) -> None:
+        """The last thing before the cluster is left."""
+        if self._service is not None:
+            leave_service(self._service)
 
     def publish_directory(self) -> str:
         """Shared memory for published weights, removed with the job."""
@@ -142,5 +148,7 @@ def open_rooms(options: Options) -> Iterator[Rooms]:
         nodes = node_resources()
         rollout_plan = plan_rollouts(recipe, nodes)
         check_plan(plan_resources(recipe.cluster, rollout_plan.placement), nodes)
+        rooms = Rooms(recipe, StageRunner(workspace), rollout_plan, exits)
+        exits.callback(rooms.leave_service)
         exits.enter_context(notice.watching())  # behind ray.init, which handles SIGTERM by leaving at once
-        yield Rooms(recipe, StageRunner(workspace), rollout_plan, exits)
+        yield rooms

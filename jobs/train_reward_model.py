@@ -7,21 +7,20 @@ Runs the stage before it when its result is not in the workspace.
 
 from __future__ import annotations
 
-from actors.rank_group import RankGroup
-from actors.ranked_learner import RankedLearner
-from actors.reward_trainer import RewardTrainerSpec, build_reward_trainer
+from typing import TYPE_CHECKING
+
 from jobs.command_line import run_job
 from jobs.prepare_policy import prepare_policy
-from jobs.rooms import Rooms
 from pipeline.config.schema import Recipe
 from pipeline.data.source import data_fingerprints, load_data
 from pipeline.learning.reward_alarms import alarm_letters
-from pipeline.learning.reward_data import RewardTrainingData
 from pipeline.loops.supervised_training import train
-from pipeline.models.backbone import load_tokenizer, require_lora_targets
 from pipeline.records import Metrics, StageResult
 from pipeline.stages import storage
 from pipeline.stages.workspace import StageDirectory
+
+if TYPE_CHECKING:
+    from jobs.rooms import Rooms
 
 VERSION = 2
 
@@ -41,6 +40,12 @@ def train_reward_model(rooms: Rooms, policy: StageResult) -> StageResult:
 
 
 def _train(stage: StageDirectory, recipe: Recipe, backbone_uri: str) -> Metrics:
+    from actors.rank_group import RankGroup
+    from actors.ranked_learner import RankedLearner
+    from actors.reward_trainer import RewardTrainerSpec, build_reward_trainer
+    from pipeline.learning.reward_data import RewardTrainingData
+    from pipeline.models.backbone import load_tokenizer, require_lora_targets
+
     config = recipe.reward_training
     data = load_data(recipe)
     with storage.reading(backbone_uri) as directory:

@@ -9,23 +9,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jobs.align_policy import align_policy
 from jobs.command_line import run_job
 from jobs.generate_benchmark import ALIGNED, BASE, generate_benchmark
 from jobs.prepare_policy import prepare_policy
-from jobs.rooms import Rooms
 from jobs.train_reward_model import train_reward_model
 from pipeline.benchmark.answers import read_answers
-from pipeline.benchmark.report import ReportData, StageSummary, render, results_table
 from pipeline.records import StageResult
 from pipeline.stages import storage
+
+if TYPE_CHECKING:
+    from jobs.rooms import Rooms
 
 
 def write_report(
     rooms: Rooms, policy: StageResult, reward_model: StageResult, aligned: StageResult, benchmark: StageResult
 ) -> str:
     """Writes <workspace>/report.html from the finished stages, prints the results. Cheap: always made anew."""
+    from pipeline.benchmark.report import ReportData, StageSummary, render, results_table
+
     recipe, workspace = rooms.recipe, rooms.stages.workspace
     results = (policy, reward_model, aligned, benchmark)
     stages = [workspace.stage(result.name, result.fingerprint) for result in results]

@@ -96,6 +96,8 @@ def _letter(detail: Any) -> str:
             return f"{key} = {value}: this is a section; set one of its keys: {section}"
         case "tuple_type":
             return f"{key} = {value}: this is a list; write [{detail['input']}]"
+        case "too_short":
+            return f"{key} = {value}: give at least {detail['ctx']['min_length']}"
         case "value_error":
             return f"{key}: {message}" if key else message
         case _:

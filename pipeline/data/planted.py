@@ -14,15 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
 
 from pipeline.config.schema import PlantedConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.records import Message, PreferencePair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 OBJECTIVES = ("helpfulness", "honesty", "safety", "brevity")
 
@@ -267,6 +268,10 @@ class PlantedWorld:
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A word-level tokenizer over the world's own vocabulary; decoding gives back the words it was given."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
     texts = [m.format(topic="", place="") for group in (*PROMPTS.values(), *CLAUSES.values()) for m in group]
     words = sorted({word for text in texts for word in text.split()} | set(TOPICS) | set(PLACES))
     specials = [UNKNOWN, PADDING, TURN_START, TURN_END, "user", "assistant", "system"]

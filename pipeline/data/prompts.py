@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from pipeline.data.batching import step_indices
 from pipeline.data.chat import encode_prompt
 from pipeline.data.files import read_rows
 from pipeline.errors import DataError
 from pipeline.records import Message, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROMPT_FIELDS = ("messages", "prompt", "instruction")
 

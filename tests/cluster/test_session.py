@@ -5,6 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import ray
+
+from cluster.session import open_cluster
+from pipeline.config.schema import ClusterConfig
+from pipeline.errors import ResourceError
 
 OPEN = """
 import ray
@@ -75,3 +80,17 @@ def test_open_cluster(script, address):
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=180, check=False
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_a_ray_that_does_not_come_up_is_a_letter(monkeypatch):
+    def too_busy(**options):
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", too_busy)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with (
+        pytest.raises(ResourceError, match=r"no Ray cluster on this machine: The current node timed out.*`ray start"),
+        open_cluster(ClusterConfig(), ()),
+    ):
+        raise AssertionError("entered")

@@ -86,6 +86,7 @@ def test_recipes_that_extend_each_other_are_refused(tmp_path):
         ("prepare_policy.optimiser.learning_rate=inf", "learning_rate = 'inf': input should be a finite number"),
         ("alignment=5", "alignment = 5: this is a section; set one of its keys: num_steps, "),
         ("data.preferences=pairs.jsonl", "data.preferences = 'pairs.jsonl': this is a list; write [pairs.jsonl]"),
+        ("objectives=[safety]", "objectives = ['safety']: give at least 2"),
         ("data.preferences=[a,7]", "data.preferences[1] = 7: input should be a valid string"),
         ("alignment.ppo.mini_batch_size=100", "is not a multiple of ppo.mini_batch_size = 100; change one"),
         ("reward_training.vrm.decoder=hadamard", "semantic_dims = 16; set reward_training.vrm.semantic_dims=4"),

@@ -13,10 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 import ray
@@ -29,28 +27,24 @@ from actors.ranked_learner import RankedPolicyLearner
 from actors.rollout_pool import RolloutPool
 from actors.vrm_service import start_service, stop_service
 from pipeline.config.schema import DeadlinesConfig, RanksConfig, RolloutConfig, ScoringConfig
-from pipeline.data.chat import decode_response
-from pipeline.data.planted import build_tokenizer
 from pipeline.data.prompts import PromptStream
 from pipeline.errors import DeadlineExceeded
-from pipeline.learning.engine import TorchEngine
 from pipeline.learning.experience import RewardScale
 from pipeline.loops.alignment import align
-from pipeline.models.backbone import load_backbone, load_tokenizer
+from pipeline.models.backbone import load_backbone
 from pipeline.models.reward_model import RewardModel, make_head, save_reward_model
-from pipeline.records import Rollout
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from pipeline.stages.runner import StageRunner
 from pipeline.stages.workspace import StageDirectory, Workspace
-from tests.conftest import small_world
 from tests.faults.driver import MISFORTUNES, SECOND_SAVE, run
-from tests.learners import ALIGNMENT, HEAD, ppo_learner, prompts_of, reward_card, statistics_of
+from tests.faults.mortal_rank import CONFIG, build_learner
+from tests.faults.mortal_worker import MortalWorker
+from tests.learners import HEAD, prompts_of, reward_card, statistics_of
 from tests.nodes import Node
 
 pytestmark = pytest.mark.components
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = ALIGNMENT.model_copy(update={"checkpoint_every": 1})
 DEADLINES = DeadlinesConfig(start_s=240, update_s=120, generate_s=120, score_s=120, weights_s=120)
 
 
@@ -116,75 +110,6 @@ def test_a_rank_that_hangs_is_named_with_what_it_was_doing_and_for_how_long(loca
 
 
 # ------------------------------------------------------------------ everybody else
-
-
-def befalls(fate, what):
-    """Once: the file that announces it is gone afterwards."""
-    try:
-        (Path(fate) / what).unlink()
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-class MortalWorker:
-    """Draws tokens as a function of its weights and of the request; its fate lies in its model directory."""
-
-    def __init__(self, name):
-        self._name = name
-
-    def start(self, directory, config, weight_transfer, dtype, max_model_len, seed):
-        self._fate = directory
-        self._tokenizer = load_tokenizer(directory)
-
-    def load_weights(self, weights, tolerance):
-        if befalls(self._fate, "death in a weight update"):
-            die()
-        state = load_file(f"{weights.location}/model.safetensors")
-        self._checksum = int.from_bytes(np.float64(sum(t.double().sum().item() for t in state.values())).tobytes())
-        self._version = weights.version
-        gate = {"gate/mean": 0.0, "gate/max": 0.0}
-        return gate | {"weights/seconds": 0.1, "weights/gb_per_s": 1.0, "weights/copy_gb_per_s": 8.0}
-
-    def sample(self, requests, sampling):
-        if befalls(self._fate, "death in generation"):
-            die()
-        return [self._draw(request, sampling) for request in requests]
-
-    def _draw(self, request, sampling):
-        rng = np.random.default_rng([request.seed, self._checksum])
-        drawn = rng.integers(10, 100, size=int(rng.integers(2, sampling.max_response_tokens))).tolist()
-        tokens = (*drawn, self._tokenizer.eos_token_id)
-        return Rollout(
-            prompt=request.prompt,
-            sample_index=request.sample_index,
-            response_ids=tokens,
-            response_text=decode_response(self._tokenizer, tokens),
-            logprobs=(-4.0,) * len(tokens),
-            policy_version=self._version,
-            finish_reason="stop",
-        )
-
-
-class MortalEngine(TorchEngine):
-    def __init__(self, *arguments, fate, **options):
-        super().__init__(*arguments, **options)
-        self._fate = fate
-
-    def backward(self, loss, *, last):
-        super().backward(loss, last=last)
-        if befalls(self._fate, "death in backward"):
-            die()
-
-
-def build_learner(policy, publish_directory, fate, device=None):
-    """Runs on the rank."""
-    engine = partial(MortalEngine, fate=fate)
-    return ppo_learner(policy, small_world(), build_tokenizer(), publish_directory, config=CONFIG, make_engine=engine)
 
 
 class Eventful:

@@ -12,6 +12,14 @@ from jobs.command_line import parse, place
 from pipeline.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
+JOBS = (
+    "full_pipeline",
+    "prepare_policy",
+    "train_reward_model",
+    "align_policy",
+    "generate_benchmark",
+    "write_report",
+)
 
 
 def run(*arguments, **variables):
@@ -22,17 +30,17 @@ def run(*arguments, **variables):
     )
 
 
-def test_a_dry_run_prints_recipe_and_plan_without_torch():
+def test_dry_runs_of_the_pipeline_and_of_every_stage_print_recipe_and_plan_without_torch():
     code = (
-        "import sys; sys.argv = ['job', '--dry-run', 'alignment.num_steps=7']; "
-        "sys.path.insert(0, 'jobs'); import runpy; runpy.run_path('jobs/full_pipeline.py', run_name='__main__'); "
-        "print('torch' in sys.modules, 'ray' in sys.modules, 'transformers' in sys.modules)"
+        "import runpy, sys; sys.argv = ['job', '--dry-run', 'alignment.num_steps=7']; "
+        f"[runpy.run_path(f'jobs/{{job}}.py', run_name='__main__') for job in {JOBS}]; "
+        "print(*sorted({'torch', 'ray', 'transformers', 'matplotlib'} & sys.modules.keys()), 'loaded')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "num_steps: 7" in done.stdout
-    assert "rollout worker" in done.stdout
-    assert done.stdout.strip().endswith("False False False")
+    assert done.stdout.count("num_steps: 7") == len(JOBS)
+    assert done.stdout.count("at most at once") == len(JOBS)
+    assert done.stdout.splitlines()[-1].strip() == "loaded"
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,9 @@ REDUCED = (
     "benchmark.num_prompts=32",
 )
 
+FEWER_PROCESSES = ("cluster.alignment.ranks=1", "cluster.rollout.workers=1")
+"""Where things run is no part of what is computed: half the processes start in half the time."""
+
 pytestmark = pytest.mark.e2e
 
 
@@ -55,10 +58,10 @@ def committed(workspace, name):
 
 
 def start(workspace):
-    """The driver itself, with a local cluster of its own; its Ray processes die with it."""
+    """A stage's own job without a submission, on a local cluster of its own; its Ray processes die with it."""
     with open(workspace.parent / f"{workspace.name}.log", "a") as log:
         return subprocess.Popen(
-            [sys.executable, "jobs/full_pipeline.py", "--workspace", str(workspace), *REDUCED],
+            [sys.executable, "jobs/align_policy.py", "--workspace", str(workspace), *REDUCED, *FEWER_PROCESSES],
             cwd=ROOT,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -187,7 +190,7 @@ def test_base_and_aligned_are_judged_scored_and_compared_and_every_number_agrees
         assert f">{100 * cell['win_rate']:.1f} <" in page.read_text()
 
 
-def test_a_driver_killed_once_and_preempted_once_resumes_to_the_same_result(finished, tmp_path):
+def test_a_driver_killed_once_and_preempted_once_resumes_to_the_same_result_on_fewer_processes(finished, tmp_path):
     whole, _ = finished
     workspace = tmp_path / "killed"
     policy = stage_directory(whole, "prepare_policy")
