@@ -55,6 +55,8 @@ training rollouts, the others of held-out prompts; the bounds of the win rate ar
 
 OF_A_POSTERIOR = ("kl_w", "kl_z")
 PRINTED = ("accuracy", "nll", "ece", "margin", "kl_w", "kl_z", "active_units", "weight_correlation", "seconds")
+CELL = 21
+"""Characters of a table cell: "0.000232 +- 0.00015" and room before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,13 +188,13 @@ def in_words(experiment: Experiment, finished: Sequence[FinishedRun], comparison
         f"{experiment.title}. {experiment.question}",
         f"{len(finished)} runs, seeds {', '.join(map(str, seeds))}; mean over seeds +- 95% t interval",
         "",
-        " " * width + "".join(f"{_short(column):>18}" for column in columns),
+        " " * width + "".join(f"{_short(column):>{CELL}}" for column in columns),
     ]
     for name in names:
         cells = (cell(spreads[column].get(name), column) for column in columns)
-        lines.append(f"{name:<{width}}" + "".join(f"{cell:>18}" for cell in cells))
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:>{CELL}}" for cell in cells))
     baseline = spread([v for f in finished if (v := f.value("longer_is_better")) is not None])
-    lines.append(f"{'longer is better':<{width}}{baseline.mean:>18.3f}")
+    lines.append(f"{'longer is better':<{width}}{baseline.mean:>{CELL}.3f}")
     if comparisons:
         lines += [
             "",

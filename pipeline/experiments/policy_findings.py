@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.benchmark.bootstrap import bootstrap_intervals
 from pipeline.benchmark.pairwise import pair_accuracy
-from pipeline.experiments.findings import FinishedRun, Spread, by_variant, cell, spread
+from pipeline.experiments.findings import CELL, FinishedRun, Spread, by_variant, cell, spread
 from pipeline.experiments.grid import Experiment
 from pipeline.records import Metrics
 
@@ -123,10 +123,10 @@ def policies_in_words(experiment: Experiment, finished: Sequence[FinishedRun]) -
         "gold: mean planted reward, 1 to 5; gap: reward minus gold, each in sd of held-out responses; "
         "KL: nats a response",
         "",
-        " " * width + "".join(f"{head:>17}" for head in heads),
+        " " * width + "".join(f"{head:>{CELL}}" for head in heads),
     ]
     lines += [
-        f"{name:<{width}}" + "".join(f"{cell(spreads[column].get(name), column):>17}" for column in PRINTED)
+        f"{name:<{width}}" + "".join(f"{cell(spreads[column].get(name), column):>{CELL}}" for column in PRINTED)
         for name in names
     ]
     if found:

@@ -209,9 +209,9 @@ class PPOLearner:
 
     def _packed(self, sequences: Sequence[PromptGroup]) -> Iterator[tuple[MicroBatch, PackedTokens]]:
         """This rank's micro-batches of the sequences, on its device."""
-        lengths = [sequence.num_tokens for sequence in sequences]
-        for micro in own_micro_batches(lengths, self.engine, self.config.max_tokens_per_micro_batch):
-            yield micro, pack([sequences[row] for row in micro.rows.tolist()]).to(self.engine.device)
+        for micro in own_micro_batches(sequences, self.engine, self.config.max_tokens_per_micro_batch):
+            own = [sequences[row] for row in micro.rows.tolist()]
+            yield micro, pack(own, most_response_tokens=micro.most_response_tokens).to(self.engine.device)
 
     # ------------------------------------------------------------------ publish and save
 

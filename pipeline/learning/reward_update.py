@@ -120,7 +120,7 @@ class RewardModelTrainer:
 
     def evaluate(self, batch: PreferenceBatch) -> Metrics:
         output = self.score(batch)
-        everything = MicroBatch(rows=torch.arange(batch.num_pairs), weight=1.0, last=True)
+        everything = MicroBatch(rows=torch.arange(batch.num_pairs), weight=1.0, last=True, most_response_tokens=0)
         terms = self._terms(batch, everything, output._replace(sampled=output.mean))
         totals = {name: term.double().sum() for name, term in terms.items()}
         metrics = self._means(totals, batch, "eval") | reward_diagnostics(
@@ -154,7 +154,7 @@ class RewardModelTrainer:
     # ------------------------------------------------------------------ one micro-batch
 
     def _micro_batches(self, batch: PreferenceBatch) -> list[MicroBatch]:
-        return list(own_micro_batches([pair.num_tokens for pair in batch.pairs], self.engine, self.max_tokens))
+        return list(own_micro_batches(batch.pairs, self.engine, self.max_tokens))
 
     def _forward(self, batch: PreferenceBatch, micro: MicroBatch) -> RewardOutput:
         packed = pack([batch.pairs[row] for row in micro.rows.tolist()])

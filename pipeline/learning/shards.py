@@ -9,6 +9,7 @@ import torch
 
 from pipeline.data.batching import plan_micro_batches
 from pipeline.learning.engine import TrainEngine
+from pipeline.records import PromptGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +21,22 @@ class MicroBatch:
     weight: float
     """1, or 0 for a stand-in that only keeps the ranks' collectives in step."""
     last: bool
+    most_response_tokens: int
+    """Of this micro-batch on any rank."""
 
 
-def own_micro_batches(lengths: Sequence[int], engine: TrainEngine, max_tokens: int) -> Iterator[MicroBatch]:
-    """This rank's micro-batches of a batch whose rows have these lengths; as many on every rank."""
-    plan = plan_micro_batches(lengths, world_size=engine.world_size, max_tokens=max_tokens)[engine.rank]
-    for i, rows in enumerate(plan):
-        yield MicroBatch(rows=torch.tensor(rows or [0]), weight=float(bool(rows)), last=i == len(plan) - 1)
+def own_micro_batches(groups: Sequence[PromptGroup], engine: TrainEngine, max_tokens: int) -> Iterator[MicroBatch]:
+    """This rank's micro-batches of a batch of prompts with their responses; as many on every rank."""
+    plan = plan_micro_batches([g.num_tokens for g in groups], world_size=engine.world_size, max_tokens=max_tokens)
+    # A rank without rows stands in with row 0.
+    by_position = [[rows or [0] for rows in rows_of_ranks] for rows_of_ranks in zip(*plan, strict=True)]
+    for i, rows_of_ranks in enumerate(by_position):
+        yield MicroBatch(
+            rows=torch.tensor(rows_of_ranks[engine.rank]),
+            weight=float(bool(plan[engine.rank][i])),
+            last=i == len(by_position) - 1,
+            most_response_tokens=max(sum(groups[row].num_response_tokens for row in rows) for rows in rows_of_ranks),
+        )
 
 
 class Sums:

@@ -47,7 +47,7 @@ class SupervisedFineTuner:
         self.engine.module.train()
         num_tokens = _num_response_tokens(batch)
         sums = Sums()
-        for micro in own_micro_batches([text.num_tokens for text in batch], self.engine, self.max_tokens):
+        for micro in own_micro_batches(batch, self.engine, self.max_tokens):
             nll = self._nll_sum(batch, micro)
             self.engine.backward(micro.weight * nll / num_tokens, last=micro.last)
             sums.add(micro.weight, nll=nll)
@@ -60,7 +60,7 @@ class SupervisedFineTuner:
         self.engine.module.eval()
         sums = Sums()
         with torch.no_grad():
-            for micro in own_micro_batches([text.num_tokens for text in batch], self.engine, self.max_tokens):
+            for micro in own_micro_batches(batch, self.engine, self.max_tokens):
                 sums.add(micro.weight, nll=self._nll_sum(batch, micro))
         return {"eval/nll": float(sums.over_ranks(self.engine)["nll"]) / _num_response_tokens(batch)}
 
@@ -74,7 +74,8 @@ class SupervisedFineTuner:
             save_causal_lm(policy, self.model_config, self.tokenizer, directory)
 
     def _nll_sum(self, batch: Sequence[PromptGroup], micro: MicroBatch) -> torch.Tensor:
-        packed = pack([batch[row] for row in micro.rows.tolist()]).to(self.engine.device)
+        own = [batch[row] for row in micro.rows.tolist()]
+        packed = pack(own, most_response_tokens=micro.most_response_tokens).to(self.engine.device)
         # Padding counts nothing: its log-probability is 0.
         return -self.engine.forward(packed, int(packed.response_lengths.max()), 1.0).sum()
 

@@ -98,6 +98,7 @@ def _logprobs_and_entropy(
         policy.get_output_embeddings(),
         packed.token_ids[packed.response_tokens],
         temperature=temperature,
+        most_positions=packed.most_response_tokens,
     )
 
 

@@ -52,14 +52,21 @@ class PackedTokens:
     """[N] int64: index of the token whose state predicts it."""
     response_lengths: torch.Tensor
     """[R] int64."""
+    most_response_tokens: int
+    """N of the rank that has most in this forward pass: ranks that shard a vocabulary head must call it equally often,
+    in however many chunks."""
 
     def to(self, device: torch.device | str) -> PackedTokens:
-        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "lengths"}
-        return replace(self, **tensors)
+        named = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return replace(self, **{name: value.to(device) for name, value in named if isinstance(value, torch.Tensor)})
 
 
-def pack(groups: Sequence[PromptGroup]) -> PackedTokens:
-    """Lays groups end to end; every prompt and every response holds a token at least."""
+def pack(groups: Sequence[PromptGroup], *, most_response_tokens: int = 0) -> PackedTokens:
+    """Lays groups end to end; every prompt and every response holds a token at least.
+
+    Args:
+        most_response_tokens: of any rank in this forward pass, where there are others.
+    """
     token_ids: list[int] = []
     positions: list[int] = []
     responses: list[tuple[int, int, int, int]] = []  # number within its group, end of prompt, start, end
@@ -83,6 +90,7 @@ def pack(groups: Sequence[PromptGroup]) -> PackedTokens:
         response_tokens=torch.tensor([t for s, e in zip(starts, ends, strict=True) for t in range(s, e + 1)]),
         predictors=torch.tensor([t for _, p, s, e in responses for t in (p, *range(s, e))]),
         response_lengths=torch.tensor([e - s + 1 for s, e in zip(starts, ends, strict=True)]),
+        most_response_tokens=max(most_response_tokens, sum(group.num_response_tokens for group in groups)),
     )
 
 

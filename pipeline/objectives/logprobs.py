@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ def token_logprobs_and_entropy(
     token_ids: torch.Tensor,
     *,
     temperature: float,
+    most_positions: int = 0,
     chunk_size: int = 2048,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log pi(a_n | s_n) and H[pi(. | s_n)] for N positions, in float32.
@@ -30,7 +32,9 @@ def token_logprobs_and_entropy(
         lm_head: maps [n, H] to logits [n, V].
         token_ids: [N] int64.
         temperature: the temperature the tokens were sampled at, > 0.
-        chunk_size: positions per chunk.
+        most_positions: N of the process that has most; those that hold a share of the head each (ZeRO-3) gather it at
+            every call, so all must make as many.
+        chunk_size: positions per chunk, at most.
 
     Returns:
         logprobs [N] and entropies [N] in nats. Gradients flow through the logprobs; the entropy is a diagnostic.
@@ -39,7 +43,8 @@ def token_logprobs_and_entropy(
     def chunk(h: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return overwrite_logits(lm_head(h), ids, temperature=temperature)
 
-    *recomputed, last = zip(hidden.split(chunk_size), token_ids.split(chunk_size), strict=True)
+    chunks = max(1, math.ceil(max(len(hidden), most_positions) / chunk_size))
+    *recomputed, last = zip(hidden.tensor_split(chunks), token_ids.tensor_split(chunks), strict=True)
     pieces = [
         checkpoint(chunk, h, ids, use_reentrant=False) if torch.is_grad_enabled() else chunk(h, ids)
         for h, ids in recomputed

@@ -1,5 +1,7 @@
 """Whole updates on 1, 2, 3 and 5 ranks in step: the same metrics on every rank, and the same model."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -8,8 +10,11 @@ from transformers import AutoModelForCausalLM
 from pipeline.config.schema import OptimiserConfig
 from pipeline.data.collate import tokenise_texts
 from pipeline.learning.parameter_groups import parameter_groups
+from pipeline.learning.shards import own_micro_batches
 from pipeline.learning.supervised_update import SupervisedFineTuner
 from pipeline.models.critic import Policy
+from pipeline.models.packing import pack
+from pipeline.records import PromptGroup
 from tests.learners import ALIGNMENT, collator, ppo_learner, reward_trainer, tokenised
 from tests.learning.test_updates import experience_of, samples_of
 from tests.lockstep import run_ranks
@@ -33,6 +38,16 @@ def assert_ranks_agree(world_sizes, build, work, *, tolerance=1e-5):
         differences = torch.cat([(results[0][1][n] - model[n]).abs().flatten() for n in model])
         # Adam divides a gradient by its own size: where it is all rounding, so is the step. Those are few.
         assert differences.mean() < 1e-6
+
+
+def test_a_rank_knows_how_many_response_tokens_the_others_have_in_a_micro_batch():
+    batch = [PromptGroup(prompt_ids=(1,) * p, response_ids=((2,) * r,)) for p, r in ((4, 6), (8, 1), (2, 2))]
+    for rank, own in ((0, [([0], 1.0), ([0], 0.0)]), (1, [([1], 1.0), ([2], 1.0)])):
+        micros = list(own_micro_batches(batch, SimpleNamespace(world_size=2, rank=rank), 10))
+        assert [(micro.rows.tolist(), micro.weight) for micro in micros] == own
+        assert [micro.most_response_tokens for micro in micros] == [6, 6]  # row 0 stands in beside row 2
+        packed = [pack([batch[row] for row in micro.rows], most_response_tokens=6) for micro in micros]
+        assert [p.most_response_tokens for p in packed] == [6, 6]
 
 
 @pytest.mark.parametrize("head", ["vrm", "gate", "regression", "bt"])

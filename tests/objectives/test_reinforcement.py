@@ -177,6 +177,24 @@ def test_a_head_is_computed_once_for_the_chunk_the_backward_pass_begins_with():
         assert len(calls) == expected  # three chunks, two of them again
 
 
+def test_processes_that_share_a_head_call_it_equally_often():
+    calls = []
+    head = torch.nn.Linear(4, 5)
+    head.register_forward_hook(lambda *_: calls.append(1))
+    results = []
+    for most_positions in (3, 9):
+        calls.clear()
+        hidden = torch.linspace(-1, 1, 12).view(3, 4).requires_grad_()
+        ids = torch.tensor([0, 4, 2])
+        options = {"temperature": 1.0, "chunk_size": 2, "most_positions": most_positions}
+        logprobs, entropy = token_logprobs_and_entropy(hidden, head, ids, **options)
+        assert len(calls) == -(-most_positions // 2)  # some of them with nothing
+        results.append([logprobs, entropy, torch.autograd.grad(logprobs.sum(), hidden)[0]])
+        assert len(calls) == 2 * -(-most_positions // 2) - 1
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 class LargestTensor(TorchDispatchMode):
     """Elements of the largest tensor that any operation makes, forward or backward."""
 
