@@ -69,7 +69,7 @@ def _panels(experiment: Experiment, finished: Sequence[FinishedRun]) -> Figure:
     figure, axes = _grid(len(known))
     for axis, (column, spreads) in zip(axes, known.items(), strict=True):
         if experiment.axis is None:
-            _by_name(axis, [v.name for v in experiment.variants if v.name in spreads], spreads)
+            _by_name(axis, [variant.name for variant in experiment.variants], spreads)
         else:
             _by_number(axis, experiment, spreads)
         if column == "nll":
@@ -84,7 +84,10 @@ def _panels(experiment: Experiment, finished: Sequence[FinishedRun]) -> Figure:
 
 
 def _by_name(axis: Axes, names: Sequence[str], spreads: dict[str, Spread]) -> None:
+    """A place and a colour for every name, the same in each panel."""
     for place, name in enumerate(names):
+        if name not in spreads:
+            continue
         found = spreads[name]
         colour = COLOURS[place % len(COLOURS)]
         axis.scatter([place] * len(found.values), found.values, s=16, color=colour, alpha=0.6, linewidths=0)
