@@ -425,6 +425,7 @@ def test_what_serve_build_writes_deploys_and_sleeps_while_nobody_asks(
         "max_replicas": 1,
         "downscale_delay_s": 0.5,
         "look_back_period_s": 2,
+        "metrics_interval_s": 1,
     }
     _get_global_client().deploy_apps(ServeDeploySchema.model_validate(schema))
     try:
