@@ -306,7 +306,7 @@ def leave_service(name: str) -> None:
             controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
         except ValueError:  # it did not get as far as to start
             return
-        ray.get(controller.graceful_shutdown.remote(wait=False))
+        ray.wait([controller.graceful_shutdown.remote(wait=False)], timeout=DRAIN_S)
 
 
 def service_token() -> str:
