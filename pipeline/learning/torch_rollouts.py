@@ -95,6 +95,9 @@ class TorchRollouts:
     def collect(self) -> list[Rollout]:
         return self._begun
 
+    def sleep(self) -> None:
+        """Does nothing: between batches it holds nothing but the policy."""
+
     def _sample(
         self, requests: Sequence[RolloutRequest], sampling: SamplingParams
     ) -> tuple[torch.Tensor, torch.Tensor]:
