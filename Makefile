@@ -24,7 +24,7 @@ serve: .venv/.installed
 	@$(BIN)/python jobs/serve_reward_model.py --model "$$(ls -td "$(WORKSPACE)"/stages/train_reward_model-*/result | head -1)" $(ARGS)
 
 test: .venv/.installed lint
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(if $(ARGS),$(BIN)/python -m pytest $(ARGS),bash install/test.sh)
 
 lint: .venv/.installed
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
