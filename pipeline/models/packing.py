@@ -57,8 +57,9 @@ class PackedTokens:
     in however many chunks."""
 
     def to(self, device: torch.device | str) -> PackedTokens:
-        named = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return replace(self, **{name: value.to(device) for name, value in named if isinstance(value, torch.Tensor)})
+        named: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {name: value.to(device) for name, value in named.items() if isinstance(value, torch.Tensor)}
+        return replace(self, **(named | moved))
 
 
 def pack(groups: Sequence[PromptGroup], *, most_response_tokens: int = 0) -> PackedTokens:
