@@ -21,7 +21,9 @@ smollm2: .venv/.installed
 	@VRM_DATA_ROOT="$(DATA)" bash install/submit.sh --recipe smollm2_cpu --workspace "$(CURDIR)/runs/smollm2" $(ARGS)
 
 serve: .venv/.installed
-	@$(BIN)/python jobs/serve_reward_model.py --model "$$(ls -td "$(WORKSPACE)"/stages/train_reward_model-*/result | head -1)" $(ARGS)
+	@model=$$(ls -td "$(WORKSPACE)"/stages/train_reward_model-*/result 2>/dev/null | head -1); \
+	test -n "$$model" || { echo "no reward model in $(WORKSPACE): run make quickstart first, or name another WORKSPACE=" >&2; exit 2; }; \
+	$(BIN)/python jobs/serve_reward_model.py --model "$$model" $(ARGS)
 
 test: .venv/.installed lint
 	@$(if $(ARGS),$(BIN)/python -m pytest $(ARGS),bash install/test.sh)
