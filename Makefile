@@ -1,5 +1,5 @@
 # make quickstart   install, then run the whole pipeline on the tiny recipe through `ray job submit`
-# make test         install, then run every test
+# make test         install, then run the tests
 # make smollm2      install, then the real run: SmolLM2-135M-Instruct on HelpSteer2
 # make serve        install, then serve the reward model of the last quickstart on 127.0.0.1:8000
 # make lint         ruff and mypy

@@ -169,6 +169,7 @@ def test_every_version_reaches_every_engine_asleep_or_awake(fed_pool, policy, pu
         assert metrics["weights/copy_gb_per_s"] > 0
 
 
+@pytest.mark.long
 def test_the_learner_sends_its_policy_and_the_file_stands_in_where_that_fails(pool, learner, policy, publish, caplog):
     sender = RankedSender(learner, "nccl", dtype="float32", deadline_s=60.0)
 

@@ -199,6 +199,7 @@ def test_a_small_grid_trains_for_real_over_the_cluster(tmp_path, local_ray, monk
 
 
 @pytest.mark.components
+@pytest.mark.long
 def test_arms_of_a_seed_align_for_real_from_one_policy_and_against_one_reward_model(tmp_path, local_ray, monkeypatch):
     whole = EXPERIMENTS["E8"]
     two = replace(whole, variants=tuple(v for v in whole.variants if v.name in ("vrm", "vrm lcb")))

@@ -20,7 +20,7 @@ from pipeline.data.planted import CHAT_TEMPLATE
 from pipeline.models.backbone import create_tiny_causal_lm, load_causal_lm, save_causal_lm
 from tests.conftest import SMALLEST
 
-pytestmark = pytest.mark.components
+pytestmark = [pytest.mark.components, pytest.mark.long]
 
 INSTRUCTIONS = ("boat", "what boat", "boat boat", "which boat or what")
 KEY = "sk-of-this-test"
