@@ -82,25 +82,22 @@ def build_experience(
         group_size=_group_size(rollouts) if ppo.compares_a_group else 1,
     )
     advantages = ADVANTAGES[ppo.advantages](tokens, ppo)
-    returns = torch.where(mask, advantages + values, torch.zeros_like(values))
+    returns = _masked(advantages + values, mask)
     weights = torch.ones_like(logprobs)
     if ppo.importance_cap is not None:
         weights = truncated_importance_weights(logprobs, engine_logprobs, mask, cap=ppo.importance_cap)
 
-    k1 = torch.where(mask, logprobs - reference_logprobs, torch.zeros_like(logprobs))
-    engine_gap = torch.where(mask, (engine_logprobs - logprobs).abs(), torch.zeros_like(logprobs))
     metrics = {
         "reward/mean": float(mean.mean()),
         "reward/std_over_batch": float(mean.std(correction=0)),
         "reward/posterior_std": float(std.mean()),
         "reward/shaped": float(reward.mean()),
-        "kl/per_response": float(k1.sum(-1).mean()),
+        "kl/per_response": float(_masked(logprobs - reference_logprobs, mask).sum(-1).mean()),
         "kl/coefficient": kl_coefficient,
         "response/tokens": float(response_lengths.float().mean()),
         "response/stopped": float(1.0 - cut.mean()),
-        "engine_gap/mean": float(masked_mean(engine_gap, mask)),
-        "engine_gap/max": float(engine_gap.max()),
     }
+    metrics |= _engine_metrics(logprobs, engine_logprobs, weights, mask, importance_cap=ppo.importance_cap)
     if ppo.trains_a_critic:
         metrics["value/mean"] = float(masked_mean(values, mask))
         metrics["return/mean"] = float(masked_mean(returns, mask))
@@ -108,9 +105,6 @@ def build_experience(
         groups = reward.view(-1, tokens.group_size)
         metrics["group/reward_std"] = float(groups.std(-1).mean())
         metrics["group/uniform"] = float(uniform_groups(groups).float().mean())
-    if ppo.importance_cap is not None:
-        metrics["importance/mean"] = float(masked_mean(weights, mask))
-        metrics["importance/capped"] = float(masked_mean((weights >= ppo.importance_cap).float(), mask))
 
     kept = _rows_that_teach(reward, tokens.group_size) if ppo.drop_uniform_groups else torch.arange(len(rollouts))
     experience = Experience(
@@ -125,6 +119,27 @@ def build_experience(
         num_response_tokens=int(mask[kept].sum()),
     )
     return experience, metrics
+
+
+def _masked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return torch.where(mask, values, torch.zeros_like(values))
+
+
+def _engine_metrics(
+    logprobs: torch.Tensor,
+    engine_logprobs: torch.Tensor,
+    weights: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    importance_cap: float | None,
+) -> Metrics:
+    """How far the engine's log-probabilities are from the learner's, and what the importance weights make of it."""
+    gap = _masked((engine_logprobs - logprobs).abs(), mask)
+    metrics = {"engine_gap/mean": float(masked_mean(gap, mask)), "engine_gap/max": float(gap.max())}
+    if importance_cap is not None:
+        metrics["importance/mean"] = float(masked_mean(weights, mask))
+        metrics["importance/capped"] = float(masked_mean((weights >= importance_cap).float(), mask))
+    return metrics
 
 
 def _shaped_rewards(
