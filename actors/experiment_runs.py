@@ -15,6 +15,7 @@ from ray.exceptions import RayTaskError, WorkerCrashedError
 
 from actors.deaths import DIED
 from actors.reward_trainer import RewardTrainerSpec, reward_trainer
+from cluster.environment import HUGE_PAGES
 from cluster.resources import Demand
 from pipeline.config.schema import Recipe
 from pipeline.data.files import content_fingerprint
@@ -115,7 +116,12 @@ def keep_states(
 
 
 def remote_at(demand: Demand, max_restarts: int) -> tuple[Callable[[Any], Any], Place]:
-    options = {"num_cpus": demand.cpus, "num_gpus": demand.gpus, "max_retries": max_restarts}
+    options = {
+        "num_cpus": demand.cpus,
+        "num_gpus": demand.gpus,
+        "max_retries": max_restarts,
+        "runtime_env": {"env_vars": HUGE_PAGES},
+    }
     place = Place(cpus=demand.cpus, gpus=demand.gpus, data_root=os.environ.get("VRM_DATA_ROOT", ""))
     return lambda function: ray.remote(function).options(**options), place
 

@@ -20,6 +20,7 @@ from ray.exceptions import GetTimeoutError, RayTaskError
 
 from actors.deaths import DIED
 from actors.rollout_worker import RolloutWorker
+from cluster.environment import HUGE_PAGES
 from cluster.placement import Placement
 from cluster.rollout_plan import THROUGH_FILES, RolloutPlan
 from cluster.running_jobs import actor_name
@@ -538,7 +539,7 @@ class RolloutPool:
 
     def _start_worker(self, bundle: int | None) -> Worker:
         config = self._config
-        environment = {
+        environment = HUGE_PAGES | {
             # The engine in the actor's own process: seconds to start instead of minutes.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_NO_USAGE_STATS": "1",

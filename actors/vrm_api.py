@@ -16,14 +16,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from actors.vrm_dropins import dropins
 from actors.vrm_metrics import Measured, ServiceMetrics
 from actors.vrm_routes import desk_of, open_routes, routes
-from pipeline.errors import DataError, DeadlineExceeded, Overloaded, PipelineError
+from pipeline.errors import DataError, DeadlineExceeded, NumericsError, Overloaded, PipelineError
 from pipeline.serving.desk import ScoringDesk
 from pipeline.serving.protocol import Refusal
 
 logger = logging.getLogger(__name__)
 
-STATUS_OF: tuple[tuple[type[PipelineError], int], ...] = ((DataError, 422), (Overloaded, 429), (DeadlineExceeded, 504))
-"""What the asker can do something about; every other error is the service's own."""
+STATUS_OF: tuple[tuple[type[PipelineError], int], ...] = (
+    (DataError, 422),
+    (Overloaded, 429),
+    (NumericsError, 500),
+    (DeadlineExceeded, 504),
+)
+"""What the asker should know of; every other error is told to the service's log only."""
 
 
 def build_api(desk: ScoringDesk, *, token: str | None, replica: str) -> FastAPI:

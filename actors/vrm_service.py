@@ -1,6 +1,6 @@
 """The VRM scoring service on Ray Serve: a reward with its reasons and its error bar.
 
-PPO and outside users take the same road: both reach the replicas through the deployment.
+PPO and outside users ask the same questions of the same API: outsiders over HTTP, PPO through the deployment's handle.
 """
 
 from __future__ import annotations
@@ -13,36 +13,36 @@ import secrets
 import socket
 import time
 import urllib.request
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 
+import httpx
 import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayTaskError
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.deployment import Application
-from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
-from ray.serve.handle import DeploymentHandle, DeploymentResponse
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from actors.deaths import DIED
+from actors.served_scorer import ADDRESS, ServedScorer
 from actors.vrm_api import build_api
+from cluster.environment import HUGE_PAGES
 from pipeline.config.schema import ScoringConfig
 from pipeline.errors import (
     ConfigError,
-    DataError,
     DeadlineExceeded,
     PipelineError,
     ResourceError,
-    WorkerDied,
     WorkerError,
 )
 from pipeline.learning.reward_scorer import RewardModelScorer
 from pipeline.ports import RewardScorer
-from pipeline.records import Message, RewardScore
+from pipeline.records import RewardScore
 from pipeline.serving.admission import Admission
 from pipeline.serving.cache import ScoreCache
 from pipeline.serving.desk import Rows, ScoringDesk, describe
@@ -52,7 +52,6 @@ from pipeline.stages.fingerprint import directory_fingerprint
 from pipeline.stages.runner import installed_versions
 
 APPLICATION = "vrm"
-ATTEMPTS = 3
 POLL_S = 0.2
 ROUTES_S = 10.0
 """How long the HTTP proxy may take to say what it serves."""
@@ -108,18 +107,24 @@ class VRMService:
             cache=ScoreCache(config.cache_entries),
             deadline_s=deadline_s,
         )
-        self._token = token
+        replica = serve.get_replica_context().replica_id.unique_id
+        self._api = build_api(self._desk, token=token, replica=replica)
+        self._without_a_socket = httpx.AsyncClient(
+            transport=httpx.ASGITransport(self._api), base_url=ADDRESS, timeout=None
+        )
         self._batched.set_max_batch_size(config.max_batch_size)
         self._batched.set_batch_wait_timeout_s(config.batch_wait_s)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls it once the model is loaded."""
-        replica = serve.get_replica_context().replica_id.unique_id
-        return build_api(self._desk, token=self._token, replica=replica)
+        return self._api
 
-    async def score(self, prompts: list[tuple[Message, ...]], responses: list[str]) -> list[RewardScore]:
-        """For callers inside the cluster: many (prompt, response) rows in one call."""
-        return await self._desk.scores_for_training((prompts, responses))
+    async def answer(
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes
+    ) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body of the answer to an HTTP request that came through a handle."""
+        answer = await self._without_a_socket.request(method, path, headers=headers, content=body)
+        return answer.status_code, dict(answer.headers), answer.content
 
     async def _score_rows(self, rows: Rows) -> list[RewardScore]:
         scores = await self._batched(rows)
@@ -131,63 +136,6 @@ class VRMService:
     async def _batched(self, calls: list[Rows]) -> list[list[RewardScore] | PipelineError]:
         # In a thread: /healthz answers while a long batch is scored.
         return await asyncio.to_thread(score_together, self._scorer, calls)
-
-
-class ServedScorer:
-    """Implements `RewardScorer` through the deployment handle, spreading a batch over the replicas."""
-
-    def __init__(self, handle: DeploymentHandle, config: ScoringConfig, *, deadline_s: float) -> None:
-        self._handle = handle
-        self._replicas = config.max_replicas or config.replicas
-        self._deadline_s = deadline_s
-
-    def score(self, prompts: Sequence[tuple[Message, ...]], responses: Sequence[str]) -> list[RewardScore]:
-        """Scores in the order given.
-
-        Raises:
-            DataError: a prompt that the chat template refuses, or not one prompt per response.
-            DeadlineExceeded: no answer in time, over all shares and attempts together.
-            WorkerDied: a share's replica died `ATTEMPTS` times.
-        """
-        if len(prompts) != len(responses):
-            raise DataError(f"{len(prompts)} prompts but {len(responses)} responses to score")
-        size = max(1, -(-len(responses) // self._replicas))
-        shares = [(list(prompts[i : i + size]), list(responses[i : i + size])) for i in range(0, len(responses), size)]
-        deadline = time.monotonic() + self._deadline_s
-        calls = [self._handle.score.remote(*share) for share in shares]
-        try:
-            return [
-                score
-                for share, call in zip(shares, calls, strict=True)
-                for score in self._result(share, call, deadline, len(responses))
-            ]
-        except PipelineError:
-            for call in calls:
-                call.cancel()
-            raise
-
-    def _result(self, share: Rows, call: DeploymentResponse, deadline: float, total: int) -> list[RewardScore]:
-        """Scoring is a pure function, so a share whose replica died is simply asked again: Serve starts another."""
-        for attempt in range(ATTEMPTS):
-            try:
-                return call.result(timeout_s=max(0.0, deadline - time.monotonic()))
-            except TimeoutError as error:
-                raise DeadlineExceeded(
-                    f"the scoring service did not score {total} responses within {self._deadline_s:g} s. "
-                    "Add replicas (cluster.scoring.replicas), or raise cluster.deadlines.score_s."
-                ) from error
-            except RayTaskError as error:
-                if isinstance(error.cause, PipelineError):
-                    raise error.cause from error
-                raise
-            except (*DIED, DeploymentUnavailableError) as error:
-                if attempt + 1 == ATTEMPTS:
-                    raise WorkerDied(
-                        f"scoring {len(share[1])} responses, a replica of the scoring service died {ATTEMPTS} times: "
-                        f"{error}. If memory ran out, lower cluster.scoring.max_tokens_per_batch."
-                    ) from error
-                call = self._handle.score.remote(*share)
-        raise AssertionError("unreachable")
 
 
 def start_service(
@@ -229,7 +177,7 @@ def start_service(
                     f"{start_s:g} s. Raise cluster.deadlines.start_s, or choose cluster.scoring.port=0."
                 )
             time.sleep(POLL_S)
-    return ServedScorer(handle, config, deadline_s=deadline_s)
+    return ServedScorer(handle, config, deadline_s=deadline_s, token=token)
 
 
 def swap_model(
@@ -284,7 +232,11 @@ def scoring_application(model_uri: str, config: ScoringConfig, *, token: str | N
         graceful_shutdown_timeout_s=DRAIN_S,
         max_constructor_retry_count=2,  # once may be a node that died; twice is the checkpoint
         max_surge_percent=1,  # rounded up to one replica: a new one starts before an old one ends
-        ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
+        ray_actor_options={
+            "num_cpus": config.cpus_per_replica,
+            "num_gpus": config.gpus_per_replica,
+            "runtime_env": {"env_vars": HUGE_PAGES},
+        },
     ).bind(model_uri, config, token, deadline_s)
 
 
@@ -295,7 +247,7 @@ def stop_service(name: str = APPLICATION) -> None:
         serve.shutdown()
 
 
-def leave_service(name: str) -> None:
+def leave_service(name: str = APPLICATION) -> None:
     """`stop_service` for a process that leaves the cluster next, and so does not wait until Serve has ended.
 
     Serve ends by killing its controller, and Ray tells whoever is there to hear it that the calls in flight failed.

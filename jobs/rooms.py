@@ -12,7 +12,8 @@ from contextlib import ExitStack, contextmanager
 from transformers.utils import logging as transformers_logging
 
 from actors.rollout_pool import RolloutPool
-from actors.vrm_service import ServedScorer, leave_service, start_service
+from actors.served_scorer import ServedScorer
+from actors.vrm_service import leave_service, start_service
 from cluster.placement import Placement, pack_bundles
 from cluster.resources import check_plan, plan_resources
 from cluster.rollout_plan import RolloutPlan, plan_rollouts
@@ -92,7 +93,9 @@ class Rooms:
             self._service = name
             self._scorer = start_service(
                 reward_model.location,
-                cluster.scoring,
+                # Whether a row had been asked for before would decide with which others it shares a batch, and so its
+                # last digits: a resumed run would not repeat an uninterrupted one.
+                cluster.scoring.model_copy(update={"cache_entries": 0}),
                 start_s=cluster.deadlines.start_s,
                 deadline_s=cluster.deadlines.score_s,
                 name=name,

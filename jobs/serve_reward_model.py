@@ -59,11 +59,11 @@ def serve_until_interrupted(options: argparse.Namespace) -> None:
     model = os.path.realpath(options.model)
     read_card(model)
     from actors.vrm_service import (
+        leave_service,
         require_free_port,
         require_token_if_exposed,
         service_token,
         start_service,
-        stop_service,
         swap_model,
     )
     from cluster.session import open_cluster
@@ -106,7 +106,7 @@ def serve_until_interrupted(options: argparse.Namespace) -> None:
                     model = successor
                     print(f"serving {description}", flush=True)
         finally:
-            stop_service()
+            leave_service()
 
 
 def scoring_config(options: argparse.Namespace) -> ScoringConfig:

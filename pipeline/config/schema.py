@@ -696,11 +696,11 @@ class ScoringConfig(Frozen):
     """Address HTTP listens on. Any other than this machine's own needs a token, and TLS in front of it."""
     max_request_bytes: Count = 8 * 2**20
     max_rows_per_request: Count = 1024
-    """Over HTTP. Each row costs at most the model's `max_length` tokens, so this bounds the tokens of a request too."""
+    """Each row costs at most the model's `max_length` tokens, so this bounds the tokens of a request too."""
     max_pending_rows: Count = 8192
-    """Per replica; beyond it, HTTP requests are refused with 429 and Retry-After."""
+    """Per replica; beyond it, requests are refused with 429 and Retry-After."""
     cache_entries: Annotated[int, Field(ge=0)] = 65536
-    """Scores that a replica remembers for HTTP requests, about 1 KB each; 0 remembers none."""
+    """Scores that a replica remembers, about 1 KB each; 0, as in the service of a training run, remembers none."""
 
     @model_validator(mode="after")
     def _replicas_fit(self) -> ScoringConfig:

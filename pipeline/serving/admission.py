@@ -40,12 +40,6 @@ class Admission:
                 f"{self.pending_rows} responses wait to be scored and at most {self._max_pending_rows} may. "
                 f"Ask again in {self.retry_after_s} s, or serve with more replicas."
             )
-        with self.take(rows):
-            yield
-
-    @contextmanager
-    def take(self, rows: int) -> Iterator[None]:
-        """Like `admit`, but never refuses: for the training run that the service belongs to."""
         self.pending_rows += rows
         ahead, began = self.pending_rows, self._clock()
         try:

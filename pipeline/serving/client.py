@@ -24,7 +24,7 @@ from typing import Any, Generic, TypedDict, TypeVar, Unpack
 import httpx
 from pydantic import ValidationError
 
-from pipeline.errors import ConfigError, DataError, DeadlineExceeded, WorkerError
+from pipeline.errors import ConfigError, DataError, DeadlineExceeded, WorkerDied, WorkerError
 from pipeline.records import Message
 from pipeline.serving.protocol import (
     TOKEN_VARIABLE,
@@ -94,7 +94,8 @@ def exchange(
     Raises:
         ConfigError: the token is wrong.
         DataError: the service refuses the question.
-        WorkerError: it could not be reached, or failed, for `PATIENCE_S`.
+        WorkerDied: it could not be reached for `PATIENCE_S`.
+        WorkerError: it failed for as long.
         DeadlineExceeded: no answer after `deadline_s`.
     """
     ends = clock() + deadline_s
@@ -119,9 +120,8 @@ def exchange(
         elif failing_since is None:
             failing_since = clock()
         elif clock() - failing_since >= PATIENCE_S:
-            raise WorkerError(
-                f"{url} failed for {PATIENCE_S:g} s, at last with {trouble}. Is the service running there?"
-            )
+            kind = WorkerError if isinstance(outcome, httpx.Response) else WorkerDied
+            raise kind(f"{url} failed for {PATIENCE_S:g} s, at last with {trouble}. Is the service running there?")
         wait_s = at_least_s + uniform(0.0, pause_s)
         if clock() + wait_s >= ends:
             break
@@ -129,7 +129,7 @@ def exchange(
         pause_s = min(2.0 * pause_s, LONGEST_PAUSE_S)
     raise DeadlineExceeded(
         f"{url} did not answer within {deadline_s:g} s, at last with {trouble}. Ask for less at once, "
-        "serve with more replicas, or raise deadline_s."
+        "serve with more replicas (cluster.scoring.replicas), or raise deadline_s (cluster.deadlines.score_s)."
     )
 
 

@@ -47,6 +47,11 @@ class Counts:
     reward_sum: float = 0.0
     reward_std_sum: float = 0.0
 
+    def add(self, score: RewardScore) -> None:
+        self.rows += 1
+        self.reward_sum += score.mean
+        self.reward_std_sum += score.std
+
 
 class ScoringDesk:
     """Answers the requests of the protocol with one model."""
@@ -125,37 +130,21 @@ class ScoringDesk:
             try:
                 async with asyncio.timeout(self._deadline_s):
                     with self.admission.admit(len(new)):
-                        scores = await self._counted_scores(_transposed(list(new.values())))
+                        scores = await self._score_rows(_transposed(list(new.values())))
             except TimeoutError as error:
                 raise DeadlineExceeded(
                     f"{len(new)} responses were not scored within {self._deadline_s:g} s. "
                     "Ask for fewer at once, or raise cluster.deadlines.score_s."
                 ) from error
             for key, score in zip(new, scores, strict=True):
-                if not _is_finite(score):
+                if not (math.isfinite(score.mean) and math.isfinite(score.std)):
                     raise NumericsError(
                         f"the model gave a reward of {score.mean} with a standard deviation of {score.std}"
                     )
+                self.counts.add(score)
                 self.cache.put(key, score)
                 known[key] = score
         return [found for key in keys if (found := known[key]) is not None]
-
-    async def scores_for_training(self, rows: Rows) -> list[RewardScore]:
-        """The same for the run that the service belongs to: never refused, and never from the cache.
-
-        Whether a row had been asked for before would otherwise decide with which others it shares a batch, and so its
-        last digits: a resumed run would not repeat an uninterrupted one.
-        """
-        with self.admission.take(len(rows[1])):
-            return await self._counted_scores(rows)
-
-    async def _counted_scores(self, rows: Rows) -> list[RewardScore]:
-        scores = await self._score_rows(rows)
-        for score in filter(_is_finite, scores):
-            self.counts.rows += 1
-            self.counts.reward_sum += score.mean
-            self.counts.reward_std_sum += score.std
-        return scores
 
     @property
     def fingerprint(self) -> str:
@@ -173,11 +162,8 @@ class ScoringDesk:
             objective_weights=weights,
             objective_scores=scores,
             contributions={name: weights[name] * scores[name] for name in scores},
+            deviations=list(score.deviations),
         )
-
-
-def _is_finite(score: RewardScore) -> bool:
-    return math.isfinite(score.mean) and math.isfinite(score.std)
 
 
 def _transposed(rows: Sequence[Row]) -> Rows:

@@ -14,7 +14,7 @@ from pipeline.records import Message
 TOKEN_VARIABLE = "VRM_SERVICE_TOKEN"
 """Environment variable that both sides take the bearer token from."""
 
-MAX_TEXT_CHARS = 100_000
+MAX_TEXT_CHARS = 1_000_000
 
 Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 
@@ -81,6 +81,9 @@ class ScoredResponse(BaseModel):
     objective_weights: dict[str, float]
     objective_scores: dict[str, float]
     contributions: dict[str, float]
+    deviations: list[float] = []
+    """Halves u and v, where the reward is no sum of contributions: rewards a and b of two responses to one prompt have
+    the covariance (u_a . v_b + v_a . u_b) / 2."""
 
 
 class ScoreAnswer(Answer):

@@ -173,7 +173,7 @@ def test_the_token_is_taken_as_bearer_or_as_password():
         {"prompt": 3, "responses": ["x"]},
         {"prompt": [], "responses": ["x"]},
         {"prompt": [{"role": "tool", "content": "hi"}], "responses": ["x"]},
-        {"prompt": "hi", "responses": ["x" * 100_001]},
+        {"prompt": "hi", "responses": ["x" * 1_000_001]},
         {"prompt": "hi", "responses": ["x"] * 1025},
         {"prompt": "hi"},
         {"prompt": "hi", "responses": ["x"], "more": 1},
@@ -195,12 +195,17 @@ def test_a_bound_that_is_no_number_is_refused(lcb):
     assert ask("POST", "/v1/best_of", body).status_code == 422
 
 
-@pytest.mark.parametrize("response", ["break", "overflow"])
-def test_what_fails_inside_stays_inside(response, caplog):
-    answer = ask("POST", "/v1/score", {"prompt": "hi", "responses": [response]})
+def test_what_fails_inside_stays_inside(caplog):
+    answer = ask("POST", "/v1/score", {"prompt": "hi", "responses": ["break"]})
     assert answer.status_code == 500
     assert answer.json() == {"detail": "the service failed; its log says why"}
-    assert ("a secret" in caplog.text) == (response == "break")
+    assert "a secret" in caplog.text
+
+
+def test_a_reward_that_is_no_number_is_told():
+    answer = ask("POST", "/v1/score", {"prompt": "hi", "responses": ["overflow"]})
+    assert answer.status_code == 500
+    assert answer.json() == {"detail": "the model gave a reward of nan with a standard deviation of 0.0"}
 
 
 def test_a_request_that_is_too_large_is_refused_unread():

@@ -113,8 +113,8 @@ def test_the_page_shows_what_the_service_says(url, browser, artefacts):
 def test_the_page_says_why_it_was_refused(url, browser):
     browser.open(url)
     for element in ("prompt", "a", "b"):
-        browser.type_into(element, "x" if element == "prompt" else "y" * 100_001)
+        browser.type_into(element, "x" if element == "prompt" else "y" * 1_000_001)
     browser.evaluate("document.getElementById('ask').click()")
     browser.wait_for("document.getElementById('problem').textContent !== ''")
-    assert "at most 100000 characters" in browser.evaluate("document.getElementById('problem').textContent")
+    assert "at most 1000000 characters" in browser.evaluate("document.getElementById('problem').textContent")
     assert browser.evaluate("document.getElementById('result').hidden")

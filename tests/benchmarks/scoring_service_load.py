@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import logging
 import math
@@ -25,16 +24,15 @@ import statistics
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from multiprocessing.connection import Connection
 
 import psutil
 import torch
-from ray import serve
-from ray.serve.exceptions import BackPressureError
 
-from actors.vrm_service import start_service, stop_service
+from actors.vrm_service import leave_service, start_service
 from cluster.session import open_cluster
 from pipeline.config.schema import ClusterConfig, ScoringConfig, TinyModelConfig, VRMHeadConfig
 from pipeline.data.planted import OBJECTIVES, build_tokenizer
@@ -42,7 +40,7 @@ from pipeline.learning.reward_scorer import RewardModelScorer
 from pipeline.models.backbone import create_tiny_causal_lm, load_config, load_tokenizer
 from pipeline.models.reward_model import RewardModel, RewardModelCard, make_head, save_reward_model
 from pipeline.records import Message
-from pipeline.serving.client import AsyncVRMScorer
+from pipeline.serving.client import AsyncVRMScorer, VRMScorer
 
 NAME = "load"
 LOADS = (0.5, 0.9)
@@ -63,7 +61,6 @@ class Latencies:
     per_s: float
     """Requests that arrived."""
     requests: int
-    refused: int
     """Of them, because too many waited already; the client over HTTP asks again instead."""
     p50_ms: float
     p95_ms: float
@@ -126,17 +123,18 @@ def measure(model: str, options: argparse.Namespace) -> dict:
     config = ScoringConfig(port=options.port, threads_per_replica=options.threads)
     with open_cluster(ClusterConfig(object_store_gib=0.5), ()):
         try:
-            start_service(model, config, start_s=300, deadline_s=600, name=NAME)
+            scorer = start_service(model, config, start_s=300, deadline_s=600, name=NAME)
             direct.start()
-            return asyncio.run(take_turns(model, ours, options))
+            with scorer.client(rows=options.rows) as by_handle:
+                return asyncio.run(take_turns(model, by_handle, ours, options))
         finally:
-            stop_service(NAME)
+            leave_service(NAME)
 
 
-async def take_turns(model: str, direct: Connection, options: argparse.Namespace) -> dict:
+async def take_turns(model: str, by_handle: VRMScorer, direct: Connection, options: argparse.Namespace) -> dict:
     words = words_of(model)
     batches = Texts(words, options, options.rows, seed=1)
-    handle = serve.get_app_handle(NAME)
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(256))  # callers by the handle block
     async with AsyncVRMScorer(f"http://127.0.0.1:{options.port}", batch_size=options.rows, concurrency=4096) as client:
 
         async def over_http(texts: Texts) -> None:
@@ -144,7 +142,8 @@ async def take_turns(model: str, direct: Connection, options: argparse.Namespace
             assert len(answer.scores) == texts.rows_per_request
 
         async def over_handle(texts: Texts) -> None:
-            assert len(await handle.score.remote(*texts.rows())) == texts.rows_per_request
+            answer = await asyncio.to_thread(by_handle.score_rows, *texts.rows())
+            assert len(answer.scores) == texts.rows_per_request
 
         roads: dict[str, Road] = {"HTTP": over_http, "handle": over_handle}
         for road in roads.values():
@@ -188,7 +187,7 @@ async def measure_latencies(
         f"\n{options.small_rows} responses a request; the load is a share of what {options.small_callers} callers got\n"
     )
     print(
-        f"{'':<10}{'load':>6}{'per s':>8}{'requests':>10}{'refused':>9}{'p50 ms':>10}{'p95 ms':>10}{'p99 ms':>10}",
+        f"{'':<10}{'load':>6}{'per s':>8}{'requests':>10}{'p50 ms':>10}{'p95 ms':>10}{'p99 ms':>10}",
         flush=True,
     )
     small = Texts(words, options, options.small_rows, seed=2)
@@ -198,10 +197,10 @@ async def measure_latencies(
         capacity, _ = await closed_loop(road, small, options.small_callers, options.seconds)
         for load in LOADS:
             per_s = load * capacity / options.small_rows
-            taken, refused = await open_loop(road, small, arrivals(per_s, options.requests))
+            taken = await open_loop(road, small, arrivals(per_s, options.requests))
             points = [1e3 * percentile(taken, q) for q in QUANTILES]
-            row = Latencies(name, load, per_s, options.requests, refused, *points)
-            print(f"{row.road:<10}{row.load:>6.0%}{row.per_s:>8.1f}{row.requests:>10}{row.refused:>9}", end="")
+            row = Latencies(name, load, per_s, options.requests, *points)
+            print(f"{row.road:<10}{row.load:>6.0%}{row.per_s:>8.1f}{row.requests:>10}", end="")
             print("".join(f"{ms:>10.1f}" for ms in points), flush=True)
             rows.append(row)
     return rows
@@ -232,19 +231,18 @@ def cpu_seconds() -> dict[str, float]:
     return used
 
 
-async def open_loop(road: Road, texts: Texts, due_after_s: Sequence[float]) -> tuple[list[float], int]:
-    """Seconds from when each request was due to its answer, and how many were refused."""
+async def open_loop(road: Road, texts: Texts, due_after_s: Sequence[float]) -> list[float]:
+    """Seconds from when each request was due to its answer; one that is refused is asked again by the client."""
     taken: list[float] = []
     began = time.perf_counter()
 
     async def ask(due: float) -> None:
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        with contextlib.suppress(BackPressureError):
-            await road(texts)
-            taken.append(time.perf_counter() - due)
+        await road(texts)
+        taken.append(time.perf_counter() - due)
 
     await asyncio.gather(*(ask(began + after_s) for after_s in due_after_s))
-    return taken, len(due_after_s) - len(taken)
+    return taken
 
 
 def arrivals(per_s: float, requests: int) -> list[float]:

@@ -112,6 +112,7 @@ def test_the_submitted_job_shows_progress_and_ends_with_its_results(finished):
     assert "4/4  reward" in output
     assert "win rate over base, by the gold annotator" in output
     assert "gold-proxy gap in sd, first to last step" in output
+    assert "(raylet)" not in output  # Ray tells of processes that ended unbidden
     assert f"report: {workspace}/report.html" in output
 
 

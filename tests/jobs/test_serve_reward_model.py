@@ -28,7 +28,7 @@ def start_service(*settings, **named):
 
 vrm_service.start_service = start_service
 vrm_service.swap_model = lambda model, previous, *settings, **named: print("swapped", previous, "for", model)
-vrm_service.stop_service = lambda: print("stopped", flush=True)
+vrm_service.leave_service = lambda: print("stopped", flush=True)
 main()
 assert not ray.is_initialized(), "what was started must be shut down"
 """

@@ -30,12 +30,6 @@ def test_an_idle_replica_takes_a_request_of_any_size():
         pass
 
 
-def test_training_is_never_refused_but_counts():
-    admission = Admission(10)
-    with admission.take(50), admission.take(50), pytest.raises(Overloaded), admission.admit(1):
-        pass
-
-
 def test_room_is_given_back_when_scoring_fails():
     admission = Admission(10)
     with pytest.raises(ValueError, match="scoring"), admission.admit(10):

@@ -1,0 +1,97 @@
+"""The scoring service for callers inside the cluster: `VRMScorer` with a Serve handle for its wire.
+
+PPO and outside users ask the same client the same questions; requests through a handle only skip the socket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import httpx
+from ray.exceptions import RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from actors.deaths import DIED
+from pipeline.config.schema import ScoringConfig
+from pipeline.records import Message, RewardScore
+from pipeline.serving.client import VRMScorer
+from pipeline.serving.protocol import ScoredResponse
+
+ADDRESS = "http://scoring-service"
+"""What errors call the service; no socket has this name."""
+
+
+class HandleTransport(httpx.BaseTransport):
+    """Sends HTTP requests to the deployment's `answer` through a handle, for `httpx.Client` and so for `VRMScorer`.
+
+    A replica that dies, or refuses, looks as it would over a socket, so the client retries it in the same way. Serve
+    holds a request back while another replica starts.
+    """
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._answer = handle.answer
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        call = self._answer.remote(request.method, request.url.raw_path.decode(), dict(request.headers), request.read())
+        try:
+            status, headers, body = call.result(timeout_s=request.extensions["timeout"]["read"])
+        except TimeoutError as error:
+            call.cancel()
+            raise httpx.ReadTimeout("no answer in time", request=request) from error
+        except BackPressureError as error:
+            return httpx.Response(429, json={"detail": str(error)}, request=request)
+        except (*DIED, DeploymentUnavailableError) as error:
+            raise httpx.RemoteProtocolError(
+                f"a replica died: {error}. If memory ran out, lower cluster.scoring.max_tokens_per_batch",
+                request=request,
+            ) from error
+        except RayTaskError as error:
+            return httpx.Response(500, json={"detail": str(error)}, request=request)
+        return httpx.Response(status, headers=headers, content=body, request=request)
+
+
+class ServedScorer:
+    """Implements `RewardScorer` with a `VRMScorer`, spreading each batch evenly over the replicas."""
+
+    def __init__(
+        self, handle: DeploymentHandle, config: ScoringConfig, *, deadline_s: float, token: str | None = None
+    ) -> None:
+        self._transport = HandleTransport(handle)
+        self._replicas = config.max_replicas or config.replicas
+        self._max_rows = config.max_rows_per_request
+        self._deadline_s = deadline_s
+        self._token = token
+
+    def client(self, *, rows: int) -> VRMScorer:
+        """For calls of so many rows."""
+        share = -(-rows // self._replicas)
+        return VRMScorer(
+            ADDRESS,
+            transport=self._transport,
+            token=self._token,
+            deadline_s=self._deadline_s,
+            batch_size=max(1, min(share, self._max_rows)),
+            concurrency=self._replicas,
+        )
+
+    def score(self, prompts: Sequence[tuple[Message, ...]], responses: Sequence[str]) -> list[RewardScore]:
+        """Scores in the order given.
+
+        Raises:
+            DataError, WorkerError, DeadlineExceeded: as `VRMScorer.score_rows`.
+        """
+        with self.client(rows=len(responses)) as scorer:
+            return [as_reward_score(scored) for scored in scorer.score_rows(prompts, responses).scores]
+
+
+def as_reward_score(scored: ScoredResponse) -> RewardScore:
+    """What the model gave, from how the service tells it."""
+    return RewardScore(
+        mean=scored.reward,
+        std=scored.reward_std,
+        objective_weights=tuple(scored.objective_weights.values()),
+        objective_scores=tuple(scored.objective_scores.values()),
+        concentration=scored.concentration,
+        deviations=tuple(scored.deviations),
+    )
