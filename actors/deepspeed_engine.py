@@ -65,6 +65,9 @@ class DeepSpeedEngine:
         self.device = device
         self.module = module
         self.groups = tuple(groups)
+        self.max_grad_norm = max_grad_norm
+        # DeepSpeed averages gradients over ranks; our losses are sums over the global batch.
+        self.loss_factor = float(self.world_size)
         self._zero_stage = ranks.zero_stage
         optimiser = torch.optim.AdamW(
             [
@@ -85,8 +88,7 @@ class DeepSpeedEngine:
         return self._engine(*args)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        # DeepSpeed averages gradients over ranks; our losses are sums over the global batch. Undone here, once.
-        self._engine.backward(loss * self.world_size)
+        self._engine.backward(loss * self.loss_factor)
 
     def step(self, learning_rate_factor: float, *, resting: str | None = None) -> float:
         set_learning_rates(self._engine.optimizer, self.groups, learning_rate_factor, resting=resting)

@@ -35,6 +35,9 @@ class TrainEngine(Protocol):
     device: torch.device
     module: nn.Module
     """The unwrapped model. Under ZeRO-3 its parameters are partitioned: call `forward`, not this."""
+    max_grad_norm: float
+    loss_factor: float
+    """What `backward` multiplies a loss by, and `step` takes back: gradients of activations are larger by it."""
 
     def forward(self, *args: Any) -> Any:
         """The model on one micro-batch; every rank must make the same number of calls."""
@@ -81,6 +84,7 @@ class TorchEngine:
 
     rank = 0
     world_size = 1
+    loss_factor = 1.0
 
     def __init__(
         self,

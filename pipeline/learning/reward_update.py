@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -88,6 +90,8 @@ class RewardModelTrainer:
         sums = Sums()
         for micro in self._micro_batches(batch):
             output = self._forward(batch, micro)
+            if output.alpha.requires_grad:
+                output.alpha.register_hook(partial(_add_square, sums, micro.weight))
             terms = self._terms(batch, micro, output)
             loss = (terms["pair_loss"] + kl_factor * terms["kl_penalty"]).sum() / num_pairs
             loss = loss + self.loss.supervision_weight * terms["supervision"].sum() / max(1, num_supervised)
@@ -101,9 +105,13 @@ class RewardModelTrainer:
         totals = sums.over_ranks(self.engine)
         mean, square = (float(totals[name]) / (2 * num_pairs) for name in ("reward", "squared_reward"))
         self.training = self._means(totals, batch, "train") | {"train/reward_std": max(0.0, square - mean**2) ** 0.5}
+        if "squared_alpha_gradient" in totals:
+            norm = float(totals["squared_alpha_gradient"]) ** 0.5
+            self.training["train/alpha_gradient_norm"] = norm / self.engine.loss_factor
         return {
             **self.training,
             "grad_norm": grad_norm,
+            "clipped": float(grad_norm > self.engine.max_grad_norm),
             "pairs": float(num_pairs),
             "tokens": float(sum(pair.num_tokens for pair in batch.pairs)),
         }
@@ -246,6 +254,10 @@ def pair_loss(margins: torch.Tensor, annotated: torch.Tensor, config: PairLossCo
 def _counts(batch: PreferenceBatch) -> tuple[int, int, int]:
     """The denominators: pairs, pairs with a supervision target, annotated scores; of the whole batch on every rank."""
     return batch.num_pairs, int(batch.target_mask.any(-1).sum()), int(batch.score_mask.sum())
+
+
+def _add_square(sums: Sums, weight: float, gradient: torch.Tensor) -> None:
+    sums.add(weight, squared_alpha_gradient=gradient.double().square().sum())
 
 
 def _both(micro: MicroBatch, batch: PreferenceBatch) -> torch.Tensor:

@@ -45,7 +45,10 @@ def batches(world, tokenizer):
 
 
 def names_that_agree(metrics):
-    return {name: metrics[name] for name in ("train/nll", "train/kl_w", "train/kl_z", "grad_norm")}
+    return {
+        name: metrics[name]
+        for name in ("train/nll", "train/kl_w", "train/kl_z", "train/alpha_gradient_norm", "grad_norm")
+    }
 
 
 @pytest.mark.parametrize(

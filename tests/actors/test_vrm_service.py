@@ -390,7 +390,7 @@ def test_a_new_checkpoint_rolls_in_under_load(service, reward_model, better_mode
     old, new = directory_fingerprint(reward_model), directory_fingerprint(better_model)
     config = config_of(int(service[1].rpartition(":")[2]))
     # Callers who leave the machine time to start the replicas.
-    with Load(service, rows, expected, rows_per_call=8, pause_s=0.2) as load:
+    with Load(service, rows, expected, rows_per_call=4, pause_s=0.5) as load:
         with pytest.raises(WorkerError, match=r"holds no reward_model\.json"):
             swap_model(str(tmp_path), reward_model, config, **SETTINGS)
         load.wait_for_answers(asked_after=time.monotonic())
