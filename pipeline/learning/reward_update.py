@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.config.schema import PairLossConfig, VariationalLossConfig
@@ -79,6 +78,10 @@ class RewardModelTrainer:
         self.score_weight = 1.0 if isinstance(engine.module.head, RegressionHead) else loss.score_weight
         self.training: Metrics = {}
         """Of the latest update, for the alarms that compare training with held-out pairs."""
+        self._squared_gradient = torch.zeros(())
+        """Of the latest micro-batch: the squared norm of the loss's gradient at the output of the weight head."""
+        if isinstance(engine.module.head, VRMHead | GateHead):
+            engine.module.head.weight_head.register_forward_hook(self._watch)
 
     def restore(self, checkpoint: str) -> None:
         self.engine.load(checkpoint)
@@ -90,8 +93,6 @@ class RewardModelTrainer:
         sums = Sums()
         for micro in self._micro_batches(batch):
             output = self._forward(batch, micro)
-            if output.alpha.requires_grad:
-                output.alpha.register_hook(partial(_add_square, sums, micro.weight))
             terms = self._terms(batch, micro, output)
             loss = (terms["pair_loss"] + kl_factor * terms["kl_penalty"]).sum() / num_pairs
             loss = loss + self.loss.supervision_weight * terms["supervision"].sum() / max(1, num_supervised)
@@ -100,14 +101,15 @@ class RewardModelTrainer:
             self.engine.backward(micro.weight * loss, last=micro.last)
             terms |= {"reward": output.mean.double(), "squared_reward": output.mean.double() ** 2}
             sums.add(micro.weight, **{name: term.sum() for name, term in terms.items()})
+            sums.add(micro.weight, squared_gradient=self._squared_gradient)
         factor = learning_rate_factor(step, num_steps=self.num_steps, warmup_fraction=self.warmup_fraction)
         grad_norm = self.engine.step(factor)
         totals = sums.over_ranks(self.engine)
         mean, square = (float(totals[name]) / (2 * num_pairs) for name in ("reward", "squared_reward"))
         self.training = self._means(totals, batch, "train") | {"train/reward_std": max(0.0, square - mean**2) ** 0.5}
-        if "squared_alpha_gradient" in totals:
-            norm = float(totals["squared_alpha_gradient"]) ** 0.5
-            self.training["train/alpha_gradient_norm"] = norm / self.engine.loss_factor
+        if isinstance(self.engine.module.head, VRMHead | GateHead):
+            norm = float(totals["squared_gradient"]) ** 0.5
+            self.training["train/weight_head_gradient_norm"] = norm / self.engine.loss_factor
         return {
             **self.training,
             "grad_norm": grad_norm,
@@ -160,6 +162,13 @@ class RewardModelTrainer:
             )
 
     # ------------------------------------------------------------------ one micro-batch
+
+    def _watch(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        def keep(gradient: torch.Tensor) -> None:
+            self._squared_gradient = gradient.double().square().sum()
+
+        if output.requires_grad:
+            output.register_hook(keep)
 
     def _micro_batches(self, batch: PreferenceBatch) -> list[MicroBatch]:
         return list(own_micro_batches(batch.pairs, self.engine, self.max_tokens))
@@ -254,10 +263,6 @@ def pair_loss(margins: torch.Tensor, annotated: torch.Tensor, config: PairLossCo
 def _counts(batch: PreferenceBatch) -> tuple[int, int, int]:
     """The denominators: pairs, pairs with a supervision target, annotated scores; of the whole batch on every rank."""
     return batch.num_pairs, int(batch.target_mask.any(-1).sum()), int(batch.score_mask.sum())
-
-
-def _add_square(sums: Sums, weight: float, gradient: torch.Tensor) -> None:
-    sums.add(weight, squared_alpha_gradient=gradient.double().square().sum())
 
 
 def _both(micro: MicroBatch, batch: PreferenceBatch) -> torch.Tensor:

@@ -47,7 +47,7 @@ def batches(world, tokenizer):
 def names_that_agree(metrics):
     return {
         name: metrics[name]
-        for name in ("train/nll", "train/kl_w", "train/kl_z", "train/alpha_gradient_norm", "grad_norm")
+        for name in ("train/nll", "train/kl_w", "train/kl_z", "train/weight_head_gradient_norm", "grad_norm")
     }
 
 

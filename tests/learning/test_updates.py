@@ -13,7 +13,6 @@ from pipeline.learning.engine import TorchEngine
 from pipeline.learning.experience import RewardScale, build_experience
 from pipeline.learning.publishing import write_policy_weights
 from pipeline.learning.schedule import learning_rate_factor, warmup_factor
-from pipeline.models.reward_heads import RewardOutput
 from pipeline.objectives.variational import sample_dirichlet, weight_supervision
 from pipeline.records import Prompt, PromptGroup, RewardScore, Rollout, SamplingParams, TokenEvaluation
 from tests.fakes import FakeRollouts, FakeScorer
@@ -129,26 +128,22 @@ def test_the_pair_loss_changes_the_gradient_and_not_the_metrics(tiny_policy, wor
     assert len({m["grad_norm"] for m in metrics.values()}) == 4
 
 
-def test_the_gradient_at_the_concentrations_is_logged_and_whether_the_step_was_clipped(tiny_policy, world, tokenizer):
-    pairs, collate = tokenised(world, tokenizer)[:6], collator(world, tokenizer)
-    batch = collate(pairs, step=0)
-    seen = []
+def test_the_gradient_at_the_weight_head_is_logged_and_whether_the_step_was_clipped(tiny_policy, world, tokenizer):
+    batch = collator(world, tokenizer)(tokenised(world, tokenizer)[:6], step=0)
     learner = reward_trainer(tiny_policy, world, tokenizer, max_tokens=100_000)
-    forward = learner.engine.forward
-
-    def watched(*args):
-        output = forward(*args)
-        RewardOutput(*output).alpha.register_hook(seen.append)
-        return output
-
-    learner.engine.forward = watched
+    seen = []
+    learner.engine.module.head.weight_head.register_full_backward_hook(
+        lambda module, _, gradients: seen.extend(gradients)
+    )
     metrics = learner.update(batch, 0)
     [gradient] = seen
-    assert metrics["train/alpha_gradient_norm"] == pytest.approx(gradient.norm().item(), rel=1e-5)
+    assert metrics["train/weight_head_gradient_norm"] == pytest.approx(gradient.norm().item(), rel=1e-5)
     assert metrics["clipped"] == float(metrics["grad_norm"] > 1.0)
     in_parts = reward_trainer(tiny_policy, world, tokenizer, max_tokens=1).update(batch, 0)
-    assert in_parts["train/alpha_gradient_norm"] == pytest.approx(metrics["train/alpha_gradient_norm"], rel=1e-4)
-    assert "train/alpha_gradient_norm" not in reward_trainer(tiny_policy, world, tokenizer, head="bt").update(batch, 0)
+    assert in_parts["train/weight_head_gradient_norm"] == pytest.approx(gradient.norm().item(), rel=1e-4)
+    assert "train/weight_head_gradient_norm" not in reward_trainer(tiny_policy, world, tokenizer, head="bt").update(
+        batch, 0
+    )
 
 
 def test_supervising_the_sample_supervises_the_weights_that_made_the_reward(tiny_policy, world, tokenizer):
