@@ -21,6 +21,7 @@ from transformers import (
 
 from pipeline.config.schema import LoRAConfig, TinyModelConfig
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.models.linear import with_onednn
 from pipeline.models.packaged import is_packaged, load_packaged_causal_lm
 from pipeline.models.suitability import linear_layers, require_causal, require_plain_head
 
@@ -89,7 +90,7 @@ def load_causal_lm(
     backbone: Any = model.base_model
     require_causal(backbone, checkpoint)
     require_plain_head(model, checkpoint)
-    return model, tokenizer
+    return with_onednn(model), tokenizer
 
 
 def load_backbone(checkpoint: str, *, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -103,7 +104,7 @@ def load_backbone(checkpoint: str, *, dtype: str, trust_remote_code: bool = Fals
     else:
         model = _from_pretrained(AutoModel, checkpoint, dtype, trust_remote_code)
     require_causal(model, checkpoint)
-    return model
+    return with_onednn(model)
 
 
 def _from_pretrained(auto_class: Any, checkpoint: str, dtype: str, trust_remote_code: bool) -> PreTrainedModel:

@@ -22,6 +22,7 @@ from pipeline.config.schema import EnsembleConfig, Frozen, VRMHeadConfig
 from pipeline.errors import CheckpointError
 from pipeline.models.backbone import load_config, load_tokenizer
 from pipeline.models.frozen_states import FrozenStates
+from pipeline.models.linear import with_onednn
 from pipeline.models.packing import PackedTokens, packed_states, use_packed_attention
 from pipeline.models.reward_heads import (
     BradleyTerryHead,
@@ -192,4 +193,4 @@ def load_reward_model(
             f"{weights} does not fit the architecture in {directory}/config.json and {CARD_FILE} (a {card.head!r} head "
             f"for {len(card.objectives)} objectives, {', '.join(card.objectives)}): {error}"
         ) from error
-    return RewardModel(backbone, head).eval(), load_tokenizer(directory), card
+    return RewardModel(with_onednn(backbone), head).eval(), load_tokenizer(directory), card
