@@ -79,6 +79,9 @@ def serve_until_interrupted(options: argparse.Namespace) -> None:
         "token": token,
     }
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    # Also where a shell started it in the background, which leaves SIGINT ignored; and SIGTERM ends like it.
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, signal.default_int_handler)
     swap_asked = threading.Event()
     # Serve replaces an HTTP proxy that missed three checks; by default it checks every 10 s.
     os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
