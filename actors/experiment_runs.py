@@ -15,7 +15,6 @@ from ray.exceptions import RayTaskError, WorkerCrashedError
 
 from actors.deaths import DIED
 from actors.reward_trainer import RewardTrainerSpec, reward_trainer
-from cluster.environment import HUGE_PAGES
 from cluster.resources import Demand
 from pipeline.config.schema import Recipe
 from pipeline.data.files import content_fingerprint
@@ -116,12 +115,7 @@ def keep_states(
 
 
 def remote_at(demand: Demand, max_restarts: int) -> tuple[Callable[[Any], Any], Place]:
-    options = {
-        "num_cpus": demand.cpus,
-        "num_gpus": demand.gpus,
-        "max_retries": max_restarts,
-        "runtime_env": {"env_vars": HUGE_PAGES},
-    }
+    options = {"num_cpus": demand.cpus, "num_gpus": demand.gpus, "max_retries": max_restarts}
     place = Place(cpus=demand.cpus, gpus=demand.gpus, data_root=os.environ.get("VRM_DATA_ROOT", ""))
     return lambda function: ray.remote(function).options(**options), place
 

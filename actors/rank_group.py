@@ -13,7 +13,6 @@ import ray
 from ray.exceptions import RayTaskError
 
 from actors.deaths import DIED
-from cluster.environment import HUGE_PAGES
 from cluster.placement import Placement, pack_bundles
 from pipeline.config.schema import RanksConfig, WeightTransfer
 from pipeline.errors import DeadlineExceeded, PipelineError, WorkerDied
@@ -127,7 +126,7 @@ class RankGroup:
         self.name = name
         threads = config.threads_per_rank or max(1, int(config.cpus_per_rank))
         on_gpu = config.gpus_per_rank > 0
-        environment = HUGE_PAGES | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         if not on_gpu:
             environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         self._own_placement = (

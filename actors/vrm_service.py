@@ -31,7 +31,6 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 from actors.deaths import DIED
 from actors.served_scorer import ADDRESS, ServedScorer
 from actors.vrm_api import build_api
-from cluster.environment import HUGE_PAGES
 from pipeline.config.schema import ScoringConfig
 from pipeline.errors import (
     ConfigError,
@@ -232,11 +231,7 @@ def scoring_application(model_uri: str, config: ScoringConfig, *, token: str | N
         graceful_shutdown_timeout_s=DRAIN_S,
         max_constructor_retry_count=2,  # once may be a node that died; twice is the checkpoint
         max_surge_percent=1,  # rounded up to one replica: a new one starts before an old one ends
-        ray_actor_options={
-            "num_cpus": config.cpus_per_replica,
-            "num_gpus": config.gpus_per_replica,
-            "runtime_env": {"env_vars": HUGE_PAGES},
-        },
+        ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
     ).bind(model_uri, config, token, deadline_s)
 
 
