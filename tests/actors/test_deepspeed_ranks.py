@@ -52,7 +52,13 @@ def names_that_agree(metrics):
 
 
 @pytest.mark.parametrize(
-    ("zero_stage", "lora"), [(1, None), (2, LORA), (3, None), pytest.param(3, LORA, marks=pytest.mark.long)]
+    ("zero_stage", "lora"),
+    [
+        pytest.param(1, None, marks=pytest.mark.long),
+        (2, LORA),
+        (3, None),
+        pytest.param(3, LORA, marks=pytest.mark.long),
+    ],
 )
 def test_two_ranks_agree_with_one_process_and_each_resumes_what_the_other_saved(
     zero_stage, lora, local_ray, tiny_policy, world, tokenizer, tmp_path
