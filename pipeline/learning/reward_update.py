@@ -78,7 +78,7 @@ class RewardModelTrainer:
         self.score_weight = 1.0 if isinstance(engine.module.head, RegressionHead) else loss.score_weight
         self.training: Metrics = {}
         """Of the latest update, for the alarms that compare training with held-out pairs."""
-        self._squared_gradient = torch.zeros(())
+        self._squared_gradient = torch.zeros((), device=engine.device)
         """Of the latest micro-batch: the squared norm of the loss's gradient at the output of the weight head."""
         if isinstance(engine.module.head, VRMHead | GateHead):
             engine.module.head.weight_head.register_forward_hook(self._watch)

@@ -54,7 +54,7 @@ def names_that_agree(metrics):
 @pytest.mark.parametrize(
     ("zero_stage", "lora"),
     [
-        pytest.param(1, None, marks=pytest.mark.long),
+        (1, None),
         (2, LORA),
         (3, None),
         pytest.param(3, LORA, marks=pytest.mark.long),

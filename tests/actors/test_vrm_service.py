@@ -386,7 +386,6 @@ def test_a_killed_process_costs_its_callers_nothing_but_time(
     assert successor.pid != victim.pid
 
 
-@pytest.mark.long
 def test_a_new_checkpoint_rolls_in_under_load(service, reward_model, better_model, rows, expected, tmp_path):
     old, new = directory_fingerprint(reward_model), directory_fingerprint(better_model)
     config = config_of(int(service[1].rpartition(":")[2]))

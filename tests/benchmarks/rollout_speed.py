@@ -70,6 +70,8 @@ def main() -> None:
     parser.add_argument("--step-response-tokens", type=int, default=64)
     parser.add_argument("--json", help="write the numbers here, too")
     options = parser.parse_args()
+    if options.prompts_file and not options.checkpoint:
+        parser.error("--prompts-file needs --checkpoint, whose tokenizer reads it")
     torch.set_num_threads(1)
     shared = "/dev/shm" if os.path.isdir("/dev/shm") else None
     with tempfile.TemporaryDirectory() as place, tempfile.TemporaryDirectory(dir=shared) as published:
@@ -152,7 +154,7 @@ def measure_rollouts(
     hf = measured["rollout/tokens_per_s_hf_generate"]
     print(f"{'HF generate':<34}{hf:>10.0f}{1.0:>8.2f}", flush=True)
 
-    probes = choose_probes(prompts, vocabulary_size=49152, seed=0, count=4)
+    probes = choose_probes(prompts, vocabulary_size=shape.vocab_size, seed=0, count=4)
     weights = publish_checkpoint(model, os.path.join(published, "policy"), probes, dtype="float32", version=0)
     num_bytes = os.path.getsize(os.path.join(weights.location, "model.safetensors"))
     with open_pool(model, options, workers=2, response_tokens=options.response_tokens) as pool:

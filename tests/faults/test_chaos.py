@@ -159,7 +159,6 @@ def reward_model(tiny_policy, tokenizer, world, tmp_path):
     return str(tmp_path / "reward model")
 
 
-@pytest.mark.long
 def test_a_run_that_loses_a_node_two_workers_a_rank_and_a_replica_ends_as_if_nothing_had_happened(
     local_ray, reward_model, tiny_policy, world, tokenizer, tmp_path, capsys, caplog
 ):
