@@ -51,10 +51,13 @@ class RolloutWorker:
         seed: int,
     ) -> None:
         """Builds the engine. Not the constructor's work: an error here is a message, there a dead actor."""
-        from actors.vllm_engine import VLLMEngine
         from pipeline.models.backbone import load_tokenizer
 
         with storage.reading(model_uri) as directory:
+            self._tokenizer = load_tokenizer(directory)
+            # Second: the tokenizer's module imports transformers the quick way.
+            from actors.vllm_engine import VLLMEngine
+
             self._engine = VLLMEngine(
                 directory,
                 config,
@@ -63,7 +66,6 @@ class RolloutWorker:
                 max_model_len=max_model_len,
                 seed=seed,
             )
-            self._tokenizer = load_tokenizer(directory)
 
     def sleep(self) -> None:
         """Leaves the GPU to the learner; the next weights wake it."""

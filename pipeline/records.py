@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import torch
 
+Role = Literal["system", "user", "assistant"]
+
 Message = Mapping[str, str]
-"""One chat turn: {"role": "system" | "user" | "assistant", "content": text}."""
+"""One chat turn: {"role": Role, "content": text}."""
 
 Metrics = dict[str, float]
 

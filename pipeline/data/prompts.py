@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from pipeline.data.batching import step_indices
 from pipeline.data.chat import encode_prompt
 from pipeline.data.files import read_rows
 from pipeline.errors import DataError
-from pipeline.records import Message, Prompt
+from pipeline.records import Message, Prompt, Role
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,13 +33,18 @@ def as_messages(value: Any, *, place: str) -> tuple[Message, ...]:
     """A prompt as chat turns: a string is one user turn.
 
     Raises:
-        DataError: neither a non-empty string nor a list of {role, content} texts that ends in words; `place` says
-            where it stands.
+        DataError: neither a non-empty string nor a list of {role, content} texts that ends in words, or a role that is
+            no `Role`; `place` says where it stands.
     """
     if isinstance(value, str) and value.strip():
         return ({"role": "user", "content": value},)
     is_list = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
     if is_list and all(_is_turn(m) for m in value) and value[-1]["content"].strip():
+        if unknown := {m["role"] for m in value} - {*get_args(Role)}:
+            raise DataError(
+                f"{place}: a turn of the role {min(unknown)!r:.80}; known are {', '.join(get_args(Role))}. "
+                "Rename it, or leave such conversations out."
+            )
         return tuple({"role": m["role"], "content": m["content"]} for m in value)
     raise DataError(f"{place}: {value!r:.80} is no prompt; give a non-empty string or a list of {{role, content}}")
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -34,6 +33,9 @@ def add_lora(model: PreTrainedModel, config: LoRAConfig | None, *, seed: int) ->
     """
     if config is None:
         return
+    # Here: its import is a tenth of the start of a process, and most train without adapters.
+    from peft import LoraConfig, inject_adapter_in_model
+
     model.requires_grad_(False)
     peft_config = LoraConfig(
         r=config.rank,
@@ -94,5 +96,6 @@ def merged_tensors(tensors: Iterable[tuple[str, torch.Tensor]], model: nn.Module
             yield f"{layer}.weight", (of[BASE].float() + update).to(of[BASE].dtype)
 
 
-def _adapted_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+def _adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """Of peft's type `LoraLayer`, known by what only it has."""
+    return [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]

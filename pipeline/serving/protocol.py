@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from pipeline.records import Message
+from pipeline.records import Message, Role
 
 TOKEN_VARIABLE = "VRM_SERVICE_TOKEN"
 """Environment variable that both sides take the bearer token from."""
@@ -33,7 +33,7 @@ class Answer(BaseModel):
 
 
 class ChatMessage(Request):
-    role: Literal["system", "user", "assistant"]
+    role: Role
     content: Text
 
 

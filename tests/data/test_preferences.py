@@ -60,6 +60,7 @@ def test_a_pair_is_read_with_its_scores(tmp_path):
         (row(margin=float("inf")), r"field 'margin': inf is no finite number"),
         (row(prompt=[{"role": "user", "content": None}]), r"line 2, field 'prompt': .* is no prompt"),
         (row(prompt=[{"role": "user", "content": " "}]), r"line 2, field 'prompt': .* is no prompt"),
+        (row(prompt=[{"role": "tool", "content": "4"}]), r"field 'prompt': a turn of the role 'tool'; known are"),
     ],
 )
 def test_a_bad_row_is_named_by_file_line_and_field(tmp_path, bad, letter):
