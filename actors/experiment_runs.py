@@ -22,6 +22,7 @@ from pipeline.errors import PipelineError, WorkerDied
 from pipeline.records import PromptGroup
 from pipeline.stages import storage
 from pipeline.stages.fingerprint import fingerprint
+from pipeline.stages.metrics_log import as_clock
 
 if TYPE_CHECKING:
     from pipeline.data.source import RunData
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from pipeline.models.frozen_states import FrozenStates
 
 LOOK_AGAIN_S = 60.0
+TELL_AGAIN_S = 10.0
 
 PAIRS_PER_FILE = 32
 """What a killed pass over the pairs loses at most."""
@@ -105,19 +107,25 @@ def keep_states(
     room = ray.cluster_resources()
     shards = max(1, int(room.get("GPU", 0) // demand.gpus if demand.gpus else room.get("CPU", 0) // demand.cpus))
     remote, place = remote_at(demand, max_restarts)
-    task = remote(compute_missing_states)
-    for _, outcome in as_they_finish(
-        {task.remote(of_each_seed, place, states_uri, i, shards): i for i in range(shards)}
-    ):
+    task = remote(compute_missing_states, num_returns="streaming")
+    streams = {task.remote(of_each_seed, place, states_uri, i, shards): i for i in range(shards)}
+    progress: dict[int, tuple[int, int]] = {}
+    started = told = time.monotonic()
+    for shard, outcome in as_they_come(streams):
         if isinstance(outcome, PipelineError):
             raise outcome
-        report(f"states of the frozen backbone: {outcome['computed']} pairs computed in {outcome['seconds']:.0f} s")
+        progress[shard] = outcome
+        done, of = (sum(counts) for counts in zip(*progress.values(), strict=True))
+        now = time.monotonic()
+        if done and (now - told >= TELL_AGAIN_S or done == of):
+            told, left = now, as_clock((now - started) * (of - done) / done)
+            report(f"states of the frozen backbone  {done:,}/{of:,} pairs  {left} left")
 
 
-def remote_at(demand: Demand, max_restarts: int) -> tuple[Callable[[Any], Any], Place]:
+def remote_at(demand: Demand, max_restarts: int) -> tuple[Callable[..., Any], Place]:
     options = {"num_cpus": demand.cpus, "num_gpus": demand.gpus, "max_retries": max_restarts}
     place = Place(cpus=demand.cpus, gpus=demand.gpus, data_root=os.environ.get("VRM_DATA_ROOT", ""))
-    return lambda function: ray.remote(function).options(**options), place
+    return lambda function, **others: ray.remote(function).options(**options, **others), place
 
 
 def as_they_finish(waiting: dict[ray.ObjectRef, int]) -> Iterator[tuple[int, Outcome]]:
@@ -130,6 +138,21 @@ def as_they_finish(waiting: dict[ray.ObjectRef, int]) -> Iterator[tuple[int, Out
     finally:
         for reference in waiting:
             ray.cancel(reference, force=True)
+
+
+def as_they_come(streams: dict[ray.ObjectRefGenerator, int]) -> Iterator[tuple[int, Any]]:
+    """(index, what the task yielded or the error that ended it), of tasks that yield as they go."""
+    try:
+        while streams:
+            ready, _ = ray.wait(list(streams), num_returns=1, timeout=LOOK_AGAIN_S)
+            for stream in ready:
+                if (reference := next(stream, None)) is None:
+                    del streams[stream]
+                else:
+                    yield streams[stream], _outcome(reference)
+    finally:
+        for stream in streams:
+            ray.cancel(stream, force=True)
 
 
 def _outcome(finished: ray.ObjectRef) -> Outcome:
@@ -173,11 +196,14 @@ def train_one(recipe: Recipe, place: Place, states_uri: str | None = None) -> di
 
 def compute_missing_states(
     recipes: Sequence[Recipe], place: Place, states_uri: str, shard: int, shards: int
-) -> dict[str, Any]:
-    """One shard of `keep_states`, in this process; `recipes` have one backbone and differ in their data."""
+) -> Iterator[tuple[int, int]]:
+    """One shard of `keep_states`, in this process; `recipes` have one backbone and differ in their data.
+
+    Yields:
+        Pairs computed so far, and how many there are to compute.
+    """
     from pipeline.models.frozen_states import compute_states, write_states
 
-    started = time.monotonic()
     uri = storage.join(states_uri, str(backbone_key(recipes[0])))
     known, todo = _states_in(uri), {}
     with tempfile.TemporaryDirectory() as directory:
@@ -186,13 +212,14 @@ def compute_missing_states(
             # Pairs that another seed splits elsewhere, or whose label another run flips, are the same texts.
             todo |= {frozenset(keys): tokens for keys, tokens in _pairs_of(training) if not known.holds(keys)}
     mine = [tokens for keys, tokens in todo.items() if int(min(keys), 16) % shards == shard]
+    yield 0, len(mine)
     if mine:
         model = trainer_in_process(spec, place).engine.module
     for first in range(0, len(mine), PAIRS_PER_FILE):
         states = compute_states(model, mine[first : first + PAIRS_PER_FILE], dtype=spec.config.backbone_dtype)
         with storage.writing(uri) as written:
             write_states(states, written)
-    return {"computed": len(mine), "seconds": time.monotonic() - started}
+        yield min(first + PAIRS_PER_FILE, len(mine)), len(mine)
 
 
 def _material(recipe: Recipe, directory: str, place: Place) -> tuple[RunData, RewardTrainingData, RewardTrainerSpec]:

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from actors.experiment_runs import Place, backbone_key, compute_missing_states, train_one
+from actors.experiment_runs import Place, backbone_key, compute_missing_states, keep_states, train_one
 from jobs.experiments import compute_on_the_cluster, demand_of, main, parse, run_experiment
 from pipeline.config.load import load_recipe
 from pipeline.errors import CheckpointError, ConfigError, CorruptManifest, NumericsError, WorkerError
@@ -150,10 +150,12 @@ def test_states_of_a_frozen_backbone_are_computed_once_for_all_seeds_and_labels(
     recipe = load_recipe("experiments_tiny", overrides)
     flipped = load_recipe("experiments_tiny", [*overrides, "data.label_flips=0.4", "reward_training.head=bt"])
     states = str(tmp_path / "states")
-    computed = [compute_missing_states([recipe], ONE_CORE, states, shard, 2)["computed"] for shard in (0, 1)]
-    assert sum(computed) == 64 + 16
-    assert min(computed) > 20
-    assert compute_missing_states([recipe, flipped], ONE_CORE, states, 0, 1)["computed"] == 0
+    counts = [list(compute_missing_states([recipe], ONE_CORE, states, shard, 2)) for shard in (0, 1)]
+    (zero, first), (also_zero, second) = (of_shard[0] for of_shard in counts)
+    assert (zero, also_zero, first + second) == (0, 0, 64 + 16)
+    assert [of_shard[-1] for of_shard in counts] == [(first, first), (second, second)]
+    assert min(first, second) > 20
+    assert list(compute_missing_states([recipe, flipped], ONE_CORE, states, 0, 1)) == [(0, 0)]
     as_needed = train_one(recipe, ONE_CORE)
     monkeypatch.delattr("pipeline.models.reward_model.packed_states")  # from here on nothing can be computed
     looked_up = train_one(recipe, ONE_CORE, states)
@@ -196,6 +198,18 @@ def test_a_small_grid_trains_for_real_over_the_cluster(tmp_path, local_ray, monk
         raise AssertionError("everything is finished")
 
     run_experiment(parse(["E4", "--out", str(tmp_path), "--seeds", "0", *SMALL]), nothing_to_do)
+
+
+@pytest.mark.components
+def test_a_pass_over_frozen_states_tells_how_far_it_is(tiny_policy, tmp_path, local_ray):
+    overrides = [*SMALL, f"policy.checkpoint={tiny_policy}", "reward_training.trainable_layers=0"]
+    recipe = load_recipe("experiments_tiny", overrides)
+    told = []
+    keep_states([recipe], demand_of(recipe), str(tmp_path), max_restarts=0, report=told.append)
+    assert told[-1] == "states of the frozen backbone  80/80 pairs  0:00 left"
+    told.clear()
+    keep_states([recipe], demand_of(recipe), str(tmp_path), max_restarts=0, report=told.append)
+    assert told == []
 
 
 @pytest.mark.components
