@@ -30,6 +30,8 @@ class Rank:
     """One rank: builds a learner and passes calls on to it. All methods are collective over the group."""
 
     def __init__(self, rank: int, world_size: int) -> None:
+        import actors.deepspeed_engine  # noqa: F401  # takes most of a start, while the driver makes the data ready
+
         self._rank = rank
         self._world_size = world_size
         self._sender: Any = None
@@ -106,24 +108,24 @@ class Rank:
 
 
 class RankGroup:
-    """Spawns ranks, builds the same learner on each, and calls them together."""
+    """Starts ranks, builds the same learner on each, and calls them together."""
 
     def __init__(
         self,
         name: str,
         config: RanksConfig,
-        factory: Callable[..., Any],
-        arguments: tuple,
         *,
         start_s: float,
         placement: Placement | None = None,
     ) -> None:
-        """Waits until every rank has built its learner.
+        """Does not wait until the ranks have started; `build` does.
 
         Args:
+            start_s: how long either may take.
             placement: bundles that the ranks share with other actors and leave as they are; None reserves their own.
         """
         self.name = name
+        self._start_s = start_s
         threads = config.threads_per_rank or max(1, int(config.cpus_per_rank))
         on_gpu = config.gpus_per_rank > 0
         environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
@@ -147,17 +149,16 @@ class RankGroup:
             ).remote(rank, config.ranks)
             for rank in range(config.ranks)
         ]
-        try:
-            address = self.free_address("starting", deadline_s=start_s)
-            factory_ref, arguments_ref = ray.put(factory), ray.put(arguments)
-            self.all(
-                lambda rank: rank.build.remote(factory_ref, arguments_ref, address),
-                doing="building its model",
-                deadline_s=start_s,
-            )
-        except BaseException:
-            self.close()
-            raise
+
+    def build(self, factory: Callable[..., Any], *arguments: Any) -> None:
+        """Waits until every rank has built `factory(*arguments, device)`. The errors of `all`."""
+        address = self.free_address("starting", deadline_s=self._start_s)
+        factory_ref, arguments_ref = ray.put(factory), ray.put(arguments)
+        self.all(
+            lambda rank: rank.build.remote(factory_ref, arguments_ref, address),
+            doing="building its model",
+            deadline_s=self._start_s,
+        )
 
     def free_address(self, doing: str, *, deadline_s: float) -> str:
         """Where others can meet the first rank, "host:port"."""

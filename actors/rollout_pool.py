@@ -551,7 +551,6 @@ class RolloutPool:
         }
         if config.gpus_per_worker == 0:
             environment |= {
-                "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
                 "OMP_NUM_THREADS": str(config.threads_per_worker or max(1, int(config.cpus_per_worker))),
                 "CUDA_VISIBLE_DEVICES": "",
             }

@@ -23,6 +23,7 @@ from cluster.rollout_plan import RolloutPlan
 from pipeline.config.schema import RolloutConfig
 from pipeline.errors import StaleEngineError
 from pipeline.learning.memory import copy_gb_per_s
+from pipeline.models.backbone import DTYPES, load_config
 from pipeline.records import FinishReason, ProbeSequence
 from pipeline.records import SamplingParams as Sampling
 
@@ -34,6 +35,8 @@ FUSED = {
 """vLLM's fused projections and the published parameters they are made of, in order."""
 PROMPT_TOKENS_AT_ONCE = 4096
 """Of a CPU engine, in one forward pass: vLLM's own number."""
+TOKENS_PER_BLOCK = 128
+"""Of a CPU engine's KV cache."""
 ROUNDING = 32
 """Units in the last place by which two ways to compute one matrix product may differ, relative to its largest entry."""
 
@@ -62,8 +65,12 @@ class VLLMEngine:
         seed: int,
     ) -> None:
         # A CPU generator cannot be set back, which vLLM does to seeded requests whose prompt it reads in parts.
-        whole_prompts = (
-            {"enable_chunked_prefill": False, "max_num_batched_tokens": max(PROMPT_TOKENS_AT_ONCE, max_model_len)}
+        on_cpu = (
+            {
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(PROMPT_TOKENS_AT_ONCE, max_model_len),
+                "kv_cache_memory_bytes": kv_cache_bytes(model_directory, config, dtype, max_model_len),
+            }
             if config.gpus_per_worker == 0
             else {}
         )
@@ -82,7 +89,7 @@ class VLLMEngine:
             enable_sleep_mode=plan.placement == "colocated",
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
-            **whole_prompts,
+            **on_cpu,
         )
         self._is_updating = False
         self._is_asleep = False
@@ -232,6 +239,17 @@ def _differences(model: torch.nn.Module, path: str) -> dict[str, float]:
                     group = ".".join(name.split(".")[:4])
                     differences[group] = max(gap, differences.get(group, 0.0))
     return differences
+
+
+def kv_cache_bytes(model_directory: str, config: RolloutConfig, dtype: str, max_model_len: int) -> int:
+    """What `max_sequences` of full length need, at most `kv_cache_gib`: a CPU engine touches all of it as it starts."""
+    model = load_config(model_directory).get_text_config()
+    head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
+    bytes_per_token = 2 * model.num_hidden_layers * heads * head_dim * DTYPES[dtype].itemsize
+    # One block more than they fill: vLLM never hands out the first.
+    blocks = 1 + config.max_sequences * -(-max_model_len // TOKENS_PER_BLOCK)
+    return min(config.kv_cache_gib * 2**30, blocks * TOKENS_PER_BLOCK * bytes_per_token)
 
 
 def _relative_gap(ours: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -46,4 +46,7 @@ for attempt in $(seq 20); do
 done
 echo "submit: job $submission"
 "$bin/ray" job logs --address "$address" --follow "$submission" 2>/dev/null
-"$bin/ray" job status --address "$address" "$submission" 2>&1 | grep -qi succeeded
+# Asked without the command line, which takes seconds to start.
+authorization=(${RAY_AUTH_TOKEN:+-H "Authorization: Bearer $RAY_AUTH_TOKEN"})
+answer=$(curl --silent --show-error --fail --max-time 60 "${authorization[@]}" "$address/api/jobs/$submission")
+[[ $answer == *'"status": "SUCCEEDED"'* ]]

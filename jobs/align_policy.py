@@ -14,7 +14,7 @@ from jobs.command_line import run_job
 from jobs.prepare_policy import prepare_policy
 from jobs.train_reward_model import train_reward_model
 from pipeline.data.prompts import PromptStream, tokenise_prompts
-from pipeline.data.source import data_fingerprints, load_data
+from pipeline.data.source import data_fingerprints
 from pipeline.learning.probes import choose_probes
 from pipeline.records import Metrics, StageResult
 from pipeline.stages import storage
@@ -57,7 +57,7 @@ def _align(stage: StageDirectory, rooms: Rooms, policy: StageResult, reward_mode
         require_context(directory, config.max_prompt_tokens + config.max_response_tokens, "alignment")
     with storage.reading(reward_model.location) as directory:
         card = read_card(directory)
-    data = load_data(recipe)
+    data = rooms.data
     prompts = tokenise_prompts(data.train_prompts, tokenizer, max_prompt_tokens=config.max_prompt_tokens)
     spec = PPOLearnerSpec(
         config=config,
@@ -70,16 +70,11 @@ def _align(stage: StageDirectory, rooms: Rooms, policy: StageResult, reward_mode
         seed=recipe.seed,
     )
     deadlines = recipe.cluster.deadlines
-    rollouts, scorer = rooms.rollouts(policy), rooms.scorer(reward_model)
-    rollouts.sleep()  # the learner may be built on the engines' GPUs
-    with RankGroup(
-        "PPO learner",
-        spec.ranks,
-        build_ppo_learner,
-        (spec,),
-        start_s=deadlines.start_s,
-        placement=rooms.shared_gpus(),
-    ) as group:
+    rollouts = rooms.rollouts(policy)
+    with RankGroup("PPO learner", spec.ranks, start_s=deadlines.start_s, placement=rooms.shared_gpus()) as group:
+        scorer = rooms.scorer(reward_model)
+        rollouts.sleep()  # the learner may be built on the engines' GPUs
+        group.build(build_ppo_learner, spec)
         learner = RankedPolicyLearner(group, deadlines)
         sender = RankedSender(
             group, rooms.rollout_plan.weight_transfer, dtype=recipe.policy.dtype, deadline_s=deadlines.weights_s

@@ -21,7 +21,7 @@ from jobs.train_reward_model import train_reward_model
 from pipeline.benchmark.answers import write_answers
 from pipeline.benchmark.win_rate import compare_answers
 from pipeline.data.prompts import read_prompts, tokenise_prompts
-from pipeline.data.source import data_fingerprints, load_data, resolve
+from pipeline.data.source import data_fingerprints, resolve
 from pipeline.learning.probes import choose_probes
 from pipeline.records import Answer, Metrics, StageResult
 from pipeline.stages import storage
@@ -56,7 +56,7 @@ def _generate(
     from pipeline.models.backbone import load_tokenizer, require_context
 
     recipe, config = rooms.recipe, rooms.recipe.benchmark
-    data = load_data(recipe)
+    data = rooms.data
     with storage.reading(policies[BASE].location) as directory:
         tokenizer = load_tokenizer(directory)
         require_context(directory, config.max_prompt_tokens + config.max_response_tokens, "benchmark")

@@ -12,7 +12,7 @@ from actors.supervised_trainer import SupervisedTrainerSpec, build_supervised_tr
 from jobs.command_line import run_job
 from pipeline.config.schema import Recipe
 from pipeline.data.batching import step_indices
-from pipeline.data.source import data_fingerprints, load_data
+from pipeline.data.source import data_fingerprints
 from pipeline.loops.supervised_training import train
 from pipeline.records import Metrics, StageResult
 from pipeline.stages import storage
@@ -30,7 +30,7 @@ def prepare_policy(rooms: Rooms) -> StageResult:
     return rooms.stages.run(
         "prepare_policy",
         VERSION,
-        lambda stage: _fine_tune(stage, recipe) if recipe.prepare_policy.num_steps else _adopt(stage, recipe),
+        lambda stage: _fine_tune(stage, rooms) if recipe.prepare_policy.num_steps else _adopt(stage, recipe),
         config=recipe.model_dump(mode="json", include={"seed", "data", "policy", "prepare_policy"}),
         data=data_fingerprints(recipe) if recipe.prepare_policy.num_steps else [],
         max_restarts=recipe.cluster.policy_training.max_restarts,
@@ -46,44 +46,41 @@ def _adopt(stage: StageDirectory, recipe: Recipe) -> Metrics:
     return {}
 
 
-def _fine_tune(stage: StageDirectory, recipe: Recipe) -> Metrics:
+def _fine_tune(stage: StageDirectory, rooms: Rooms) -> Metrics:
     from actors.rank_group import RankGroup
     from actors.ranked_learner import RankedLearner
-    from pipeline.data.collate import tokenise_texts
-    from pipeline.learning.starting_policy import write_starting_policy
-    from pipeline.models.backbone import require_lora_targets
 
-    config = recipe.prepare_policy
-    data = load_data(recipe)
-    with tempfile.TemporaryDirectory() as start:
+    recipe, config = rooms.recipe, rooms.recipe.prepare_policy
+    ranks, deadlines = recipe.cluster.policy_training, recipe.cluster.deadlines
+    data = rooms.data
+    with (
+        RankGroup("policy training", ranks, start_s=deadlines.start_s) as group,
+        tempfile.TemporaryDirectory() as start,
+    ):
+        # While the ranks start: they and this process import the same libraries.
+        from pipeline.data.collate import tokenise_texts
+        from pipeline.learning.starting_policy import write_starting_policy
+        from pipeline.models.backbone import require_lora_targets
+
         tokenizer = write_starting_policy(recipe.policy, start, seed=recipe.seed)
+        require_lora_targets(start, config.lora, "prepare_policy")
         texts = tokenise_texts(data.sft_texts, tokenizer, max_length=config.max_length)
         heldout, texts = texts[:HELDOUT_TEXTS], texts[HELDOUT_TEXTS:]
-        require_lora_targets(start, config.lora, "prepare_policy")
         spec = SupervisedTrainerSpec(
-            config=config,
-            ranks=recipe.cluster.policy_training,
-            policy_uri=start,
-            dtype=recipe.policy.dtype,
-            seed=recipe.seed,
+            config=config, ranks=ranks, policy_uri=start, dtype=recipe.policy.dtype, seed=recipe.seed
         )
-        deadlines = recipe.cluster.deadlines
-        with RankGroup(
-            "policy training", spec.ranks, build_supervised_trainer, (spec,), start_s=deadlines.start_s
-        ) as group:
-            learner = RankedLearner(group, deadlines)
-            metrics = train(
-                learner,
-                stage,
-                batch_of=lambda step: [
-                    texts[i] for i in step_indices(len(texts), config.batch_size, step, recipe.seed)
-                ],
-                heldout=heldout,
-                num_steps=config.num_steps,
-                eval_every=config.eval_every,
-                checkpoint_every=config.checkpoint_every,
-            )
-            return metrics | learner.peak_memory()
+        group.build(build_supervised_trainer, spec)
+        learner = RankedLearner(group, deadlines)
+        metrics = train(
+            learner,
+            stage,
+            batch_of=lambda step: [texts[i] for i in step_indices(len(texts), config.batch_size, step, recipe.seed)],
+            heldout=heldout,
+            num_steps=config.num_steps,
+            eval_every=config.eval_every,
+            checkpoint_every=config.checkpoint_every,
+        )
+        return metrics | learner.peak_memory()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""What the stages of one job share: the workspace, the cluster, the engines and the scoring service."""
+"""What the stages of one job share: the workspace, the cluster, the data, the engines and the scoring service.
+
+Actors are imported where a stage starts them: the first stage need not wait for what the third one brings.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,9 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING
 
-from transformers.utils import logging as transformers_logging
-
-from actors.rollout_pool import RolloutPool
-from actors.served_scorer import ServedScorer
-from actors.vrm_service import leave_service, start_service
 from cluster.placement import Placement, pack_bundles
 from cluster.resources import check_plan, plan_resources
 from cluster.rollout_plan import RolloutPlan, plan_rollouts
@@ -22,12 +22,16 @@ from cluster.session import node_resources, open_cluster, remove_from_nodes
 from cluster.submission import job_id
 from jobs.command_line import Options
 from pipeline.config.schema import Recipe
-from pipeline.learning.probes import TOLERANCE
+from pipeline.data.source import RunData, load_data
 from pipeline.records import StageResult
 from pipeline.stages.preemption import PreemptionNotice
 from pipeline.stages.requests import forget_requests, requested_rollout_workers
 from pipeline.stages.runner import StageRunner
 from pipeline.stages.workspace import Workspace
+
+if TYPE_CHECKING:
+    from actors.rollout_pool import RolloutPool
+    from actors.served_scorer import ServedScorer
 
 
 class Rooms:
@@ -43,9 +47,17 @@ class Rooms:
         self._scorer: ServedScorer | None = None
         self._service: str | None = None
 
+    @cached_property
+    def data(self) -> RunData:
+        """Read once for all stages."""
+        return load_data(self.recipe)
+
     def rollouts(self, policy: StageResult) -> RolloutPool:
         """The pool, with engines of the policy's architecture; it holds whatever weights it was last given."""
         if self._pool is None:
+            from actors.rollout_pool import RolloutPool
+            from pipeline.learning.probes import TOLERANCE
+
             recipe = self.recipe
             alignment, benchmark = recipe.alignment, recipe.benchmark
             autoscale = recipe.cluster.rollout.autoscale
@@ -89,6 +101,8 @@ class Rooms:
     def scorer(self, reward_model: StageResult) -> ServedScorer:
         """The scoring service of this job's reward model."""
         if self._scorer is None:
+            from actors.vrm_service import start_service
+
             cluster, name = self.recipe.cluster, f"vrm-{self._identity()}"
             self._service = name
             self._scorer = start_service(
@@ -105,6 +119,8 @@ class Rooms:
     def leave_service(self) -> None:
         """The last thing before the cluster is left."""
         if self._service is not None:
+            from actors.vrm_service import leave_service
+
             leave_service(self._service)
 
     def publish_directory(self) -> str:
@@ -139,8 +155,8 @@ def identity(owner: str) -> str:
 def open_rooms(options: Options) -> Iterator[Rooms]:
     """Workspace first, then the cluster: a locked workspace costs nothing."""
     recipe = options.recipe
-    # The progress lines are the stages' own.
-    transformers_logging.disable_progress_bar()
+    # The progress lines are the stages' own. Read as transformers is imported, which only some stages do.
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with ExitStack() as exits:
         notice = PreemptionNotice()

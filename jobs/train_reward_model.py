@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 from jobs.command_line import run_job
 from jobs.prepare_policy import prepare_policy
-from pipeline.config.schema import Recipe
-from pipeline.data.source import data_fingerprints, load_data
+from pipeline.data.source import data_fingerprints
 from pipeline.learning.reward_alarms import alarm_letters
 from pipeline.loops.supervised_training import train
 from pipeline.records import Metrics, StageResult
@@ -30,7 +29,7 @@ def train_reward_model(rooms: Rooms, policy: StageResult) -> StageResult:
     return rooms.stages.run(
         "train_reward_model",
         VERSION,
-        lambda stage: _train(stage, recipe, recipe.reward_training.backbone or policy.location),
+        lambda stage: _train(stage, rooms, recipe.reward_training.backbone or policy.location),
         config=recipe.model_dump(mode="json", include={"seed", "objectives", "data", "reward_training"}),
         inputs=[policy],
         data=data_fingerprints(recipe),
@@ -39,39 +38,40 @@ def train_reward_model(rooms: Rooms, policy: StageResult) -> StageResult:
     )
 
 
-def _train(stage: StageDirectory, recipe: Recipe, backbone_uri: str) -> Metrics:
+def _train(stage: StageDirectory, rooms: Rooms, backbone_uri: str) -> Metrics:
     from actors.rank_group import RankGroup
     from actors.ranked_learner import RankedLearner
     from actors.reward_trainer import RewardTrainerSpec, build_reward_trainer
     from pipeline.learning.reward_data import RewardTrainingData
     from pipeline.models.backbone import load_tokenizer, require_lora_targets
 
-    config = recipe.reward_training
-    data = load_data(recipe)
+    recipe, config = rooms.recipe, rooms.recipe.reward_training
+    ranks, deadlines = recipe.cluster.reward_training, recipe.cluster.deadlines
+    data = rooms.data
     with storage.reading(backbone_uri) as directory:
         require_lora_targets(directory, config.lora, "reward_training")
         tokenizer = load_tokenizer(directory)
-    training = RewardTrainingData.of(recipe, data, tokenizer)
-    about_the_data = training.metrics()
-    print(
-        f"train_reward_model  {len(training.pairs)} of {len(data.train_pairs)} training pairs fit in "
-        f"{config.max_length} tokens, {len(training.heldout_pairs)} pairs held out, "
-        f"{about_the_data['data/shared_prompts']:.0f} prompts on both sides",
-        flush=True,
-    )
     contamination = data.contamination.metrics() if data.contamination else {}
-    for name, count in contamination.items():
-        print(f"train_reward_model  {name} {count:.0f}", flush=True)
-    spec = RewardTrainerSpec(
-        config=config,
-        ranks=recipe.cluster.reward_training,
-        backbone_uri=backbone_uri,
-        statistics=training.statistics,
-        num_steps=training.num_steps,
-        seed=recipe.seed,
-    )
-    deadlines = recipe.cluster.deadlines
-    with RankGroup("reward training", spec.ranks, build_reward_trainer, (spec,), start_s=deadlines.start_s) as group:
+    with RankGroup("reward training", ranks, start_s=deadlines.start_s) as group:
+        training = RewardTrainingData.of(recipe, data, tokenizer)  # while the ranks start
+        about_the_data = training.metrics()
+        print(
+            f"train_reward_model  {len(training.pairs)} of {len(data.train_pairs)} training pairs fit in "
+            f"{config.max_length} tokens, {len(training.heldout_pairs)} pairs held out, "
+            f"{about_the_data['data/shared_prompts']:.0f} prompts on both sides",
+            flush=True,
+        )
+        for name, count in contamination.items():
+            print(f"train_reward_model  {name} {count:.0f}", flush=True)
+        spec = RewardTrainerSpec(
+            config=config,
+            ranks=ranks,
+            backbone_uri=backbone_uri,
+            statistics=training.statistics,
+            num_steps=training.num_steps,
+            seed=recipe.seed,
+        )
+        group.build(build_reward_trainer, spec)
         learner = RankedLearner(group, deadlines)
         metrics = train(
             learner,

@@ -628,7 +628,7 @@ class RolloutConfig(Frozen):
     threads_per_worker: Count | None = None
     """As `threads_per_rank`."""
     kv_cache_gib: Count = 1
-    """CPU engines only: size of the KV cache."""
+    """CPU engines only: the KV cache's size at most; no more is taken than `max_sequences` of full length need."""
     gpu_memory_fraction: Fraction | None = None
     """Of each GPU, for weights and KV cache. None takes 0.9 of an engine's own GPU, and 0.45 of one that it shares: the
     learner's parameters and optimizer stay there while it samples."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -105,6 +106,10 @@ CLAUSES: Mapping[str, tuple[str, ...]] = {
     ),
 }
 CLAUSE_FREQUENCY = {STEP: 0.26, HEDGE: 0.16, BOAST: 0.12, CAUTION: 0.16, RECKLESS: 0.12, FILLER: 0.18}
+CATEGORIES = tuple(CLAUSE_FREQUENCY)
+CATEGORY_ENDS = np.cumsum(list(CLAUSE_FREQUENCY.values()))
+CATEGORY_ENDS /= CATEGORY_ENDS[-1]
+"""What `Generator.choice` would compute anew at every draw."""
 MOST_CLAUSES = 5
 REPETITION_FREQUENCY = 0.25
 """Share of responses that say one of their clauses again, once or more; nobody values that."""
@@ -158,24 +163,7 @@ class GoldAnnotator:
         A clause counts once however often it is repeated. Words outside any clause are noise: a text that is more
         than half noise, or has no clause at all, gets 1 throughout.
         """
-        topic = self._prompt(messages).topic
-        words = [word for word in response.lower().split() if word not in ".,?:"]
-        padded = f" {' '.join(response.lower().split())} "
-        found = {
-            category: [c for c in (clause.format(topic=topic) for clause in clauses) if f" {c} " in padded]
-            for category, clauses in CLAUSES.items()
-        }
-        clause_words = sum(len(clause.split()) - 1 for clauses in found.values() for clause in clauses)
-        if clause_words == 0 or 2 * clause_words < len(words):
-            return dict.fromkeys(OBJECTIVES, 1.0)
-        count = {category: len(clauses) for category, clauses in found.items()}
-        scores = (
-            1.0 + 4.0 / 3.0 * count[STEP],
-            3.0 + count[HEDGE] - 2.0 * count[BOAST],
-            3.0 + count[CAUTION] - 2.0 * count[RECKLESS],
-            5.0 - max(0, len(words) - 8) / 5.0,
-        )
-        return {name: min(5.0, max(1.0, score)) for name, score in zip(OBJECTIVES, scores, strict=True)}
+        return dict(zip(OBJECTIVES, _gold_scores(self._prompt(messages).topic, response), strict=True))
 
     def reward(self, messages: Sequence[Message], response: str) -> float:
         """<w*(x), scores(y)>, from 1 to 5."""
@@ -262,7 +250,7 @@ class PlantedWorld:
         scores = self.gold.objective_scores(prompt.messages, response)
         noise = rng.normal(0.0, self.config.rating_noise, size=len(scores))
         return {
-            name: float(np.clip(score + e, 1.0, 5.0)) for (name, score), e in zip(scores.items(), noise, strict=True)
+            name: min(5.0, max(1.0, float(score + e))) for (name, score), e in zip(scores.items(), noise, strict=True)
         }
 
 
@@ -289,6 +277,33 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+@lru_cache(maxsize=2)
+def _gold_scores(topic: str, response: str) -> tuple[float, ...]:
+    """In the order of `OBJECTIVES`. Remembers the two responses of a pair: each is asked for twice."""
+    words = [word for word in response.lower().split() if word not in ".,?:"]
+    padded = f" {' '.join(response.lower().split())} "
+    found = {
+        category: [clause for clause in clauses if f" {clause} " in padded]
+        for category, clauses in _clauses_about(topic).items()
+    }
+    clause_words = sum(len(clause.split()) - 1 for clauses in found.values() for clause in clauses)
+    if clause_words == 0 or 2 * clause_words < len(words):
+        return (1.0,) * len(OBJECTIVES)
+    count = {category: len(clauses) for category, clauses in found.items()}
+    scores = (
+        1.0 + 4.0 / 3.0 * count[STEP],
+        3.0 + count[HEDGE] - 2.0 * count[BOAST],
+        3.0 + count[CAUTION] - 2.0 * count[RECKLESS],
+        5.0 - max(0, len(words) - 8) / 5.0,
+    )
+    return tuple(min(5.0, max(1.0, score)) for score in scores)
+
+
+@lru_cache(maxsize=len(TOPICS))
+def _clauses_about(topic: str) -> dict[str, list[str]]:
+    return {category: [clause.format(topic=topic) for clause in clauses] for category, clauses in CLAUSES.items()}
+
+
 def _all_prompts() -> list[PlantedPrompt]:
     return [
         PlantedPrompt(
@@ -309,7 +324,7 @@ def _random_response(topic: str, rng: np.random.Generator, clauses: Sequence[str
     drawn = list(clauses)
     num_clauses = int(rng.integers(1, MOST_CLAUSES + 1))
     while len(drawn) < num_clauses:
-        clause = _clause(str(rng.choice(list(CLAUSE_FREQUENCY), p=list(CLAUSE_FREQUENCY.values()))), topic, rng)
+        clause = _clause(CATEGORIES[int(CATEGORY_ENDS.searchsorted(rng.random(), side="right"))], topic, rng)
         if clause not in drawn:
             drawn.append(clause)
     if rng.random() < REPETITION_FREQUENCY:
@@ -330,4 +345,5 @@ def _demonstration(prompt: PlantedPrompt, rng: np.random.Generator) -> str:
 
 
 def _clause(category: str, topic: str, rng: np.random.Generator) -> str:
-    return CLAUSES[category][rng.integers(len(CLAUSES[category]))].format(topic=topic)
+    clauses = _clauses_about(topic)[category]
+    return clauses[rng.integers(len(clauses))]

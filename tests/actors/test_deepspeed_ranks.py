@@ -36,7 +36,9 @@ def start(tiny_policy, world, zero_stage, ranks=2, lora=None):
         num_steps=8,
         seed=0,
     )
-    return RankGroup("test ranks", spec.ranks, build_reward_trainer, (spec,), start_s=240)
+    group = RankGroup("test ranks", spec.ranks, start_s=240)
+    group.build(build_reward_trainer, spec)
+    return group
 
 
 def batches(world, tokenizer):

@@ -201,9 +201,9 @@ def test_a_run_that_loses_a_node_two_workers_a_rank_and_a_replica_ends_as_if_not
     }
 
     def disturbed(stage):
-        spec = (tiny_policy, str(tmp_path / "published"), str(fate))
         ranks = RanksConfig(ranks=1, cpus_per_rank=1)
-        with RankGroup("PPO learner", ranks, build_learner, spec, start_s=240) as group:
+        with RankGroup("PPO learner", ranks, start_s=240) as group:
+            group.build(build_learner, tiny_policy, str(tmp_path / "published"), str(fate))
             learner = RankedPolicyLearner(group, DEADLINES)
             eventful = Eventful(pool, scorer, events)
             return align(eventful, eventful, learner, prompts, stage, CONFIG, reward_scale=scale, seed=0)
