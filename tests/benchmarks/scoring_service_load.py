@@ -91,8 +91,8 @@ class Texts:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="result directory of train_reward_model; default: a random one")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each contestant and round")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each contestant and round")
+    parser.add_argument("--rounds", type=int, default=9, help="shares are taken within each: a machine's speed drifts")
     parser.add_argument("--rows", type=int, default=32, help="responses per batch request")
     parser.add_argument("--per-prompt", type=int, default=4, help="responses per prompt")
     parser.add_argument("--prompt-words", type=int, default=100, help="on average; uniform between half and 3/2 of it")
@@ -149,6 +149,7 @@ async def take_turns(model: str, by_handle: VRMScorer, direct: Connection, optio
         for road in roads.values():
             await closed_loop(road, batches, options.callers, seconds=2.0)
         throughput = await measure_throughput(roads, batches, direct, options)
+        direct.send(None)
         latencies = await measure_latencies(roads, words, options)
     return {**throughput, "latencies": [asdict(row) for row in latencies]}
 
@@ -252,7 +253,7 @@ def arrivals(per_s: float, requests: int) -> list[float]:
 
 
 def score_directly(pipe: Connection, model: str, options: argparse.Namespace) -> None:
-    """In a process of its own: sent a number of seconds, it scores that long and sends what it measured."""
+    """In a process of its own: sent a number of seconds, it scores that long and sends what it measured; None ends it."""
     torch.set_num_threads(options.threads)
     scorer = RewardModelScorer.load(model, max_tokens_per_batch=ScoringConfig().max_tokens_per_batch)
     texts = Texts(words_of(model), options, options.rows, seed=3)
@@ -262,8 +263,7 @@ def score_directly(pipe: Connection, model: str, options: argparse.Namespace) ->
     weights = config.num_hidden_layers * config.hidden_size * (2 * width + 3 * config.intermediate_size)
     per_request = options.prompt_words * -(-options.rows // options.per_prompt) + options.response_words * options.rows
     peak = product_flops_per_s()
-    while True:
-        seconds = pipe.recv()
+    for seconds in iter(pipe.recv, None):
         answered, began, cpu_began = 0, time.perf_counter(), time.process_time()
         while time.perf_counter() - began < seconds:
             answered += len(scorer.score(*texts.rows()))
@@ -325,15 +325,17 @@ def percentile(values: Sequence[float], q: float) -> float:
 
 def report_throughput(result: dict) -> None:
     floor = result["floor"]
-    direct = statistics.median(result["responses_per_s"]["direct"])
+    direct_rates = result["responses_per_s"]["direct"]
+    direct = statistics.median(direct_rates)
     flops, peak = floor["gflop_per_response"], floor["product_gflop_per_s"]
     print(f"\nfloor: {flops:.3f} GFLOP a response (products with weights, prompts shared), {1e3 * flops / peak:.2f} ms")
     print(f"at the {peak:.0f} GFLOP/s of a large product; the direct forward takes {1e3 / direct:.2f} ms\n")
     print(f"{'median':<10}{'responses/s':>14}{'of direct':>12}   CPU ms a response")
     for name, rates in result["responses_per_s"].items():
         median = statistics.median(rates)
+        share = statistics.median(rate / alone for rate, alone in zip(rates, direct_rates, strict=True))
         used = {role: statistics.median(all_ms) for role, all_ms in result["cpu_ms_per_response"][name].items()}
-        print(f"{name:<10}{median:>14.1f}{median / direct:>12.1%}   ", end="")
+        print(f"{name:<10}{median:>14.1f}{share:>12.1%}   ", end="")
         print(", ".join(f"{role} {ms:.2f}" for role, ms in used.items()), flush=True)
 
 
