@@ -23,7 +23,7 @@ from cluster.rollout_plan import RolloutPlan
 from pipeline.config.schema import RolloutConfig
 from pipeline.errors import StaleEngineError
 from pipeline.learning.memory import copy_gb_per_s
-from pipeline.models.backbone import DTYPES, load_config
+from pipeline.models.backbone import kv_bytes_per_token, load_config
 from pipeline.records import FinishReason, ProbeSequence
 from pipeline.records import SamplingParams as Sampling
 
@@ -243,13 +243,9 @@ def _differences(model: torch.nn.Module, path: str) -> dict[str, float]:
 
 def kv_cache_bytes(model_directory: str, config: RolloutConfig, dtype: str, max_model_len: int) -> int:
     """What `max_sequences` of full length need, at most `kv_cache_gib`: a CPU engine touches all of it as it starts."""
-    model = load_config(model_directory).get_text_config()
-    head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-    heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
-    bytes_per_token = 2 * model.num_hidden_layers * heads * head_dim * DTYPES[dtype].itemsize
     # One block more than they fill: vLLM never hands out the first.
-    blocks = 1 + config.max_sequences * -(-max_model_len // TOKENS_PER_BLOCK)
-    return min(config.kv_cache_gib * 2**30, blocks * TOKENS_PER_BLOCK * bytes_per_token)
+    tokens = TOKENS_PER_BLOCK * (1 + config.max_sequences * -(-max_model_len // TOKENS_PER_BLOCK))
+    return min(config.kv_cache_gib * 2**30, tokens * kv_bytes_per_token(load_config(model_directory), dtype))
 
 
 def _relative_gap(ours: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -93,6 +93,14 @@ def load_causal_lm(
     return with_onednn(model), tokenizer
 
 
+def kv_bytes_per_token(config: PretrainedConfig, dtype: str) -> int:
+    """Of a decoder's cache: a key and a value of `head_dim` in every layer and key-value head."""
+    model = config.get_text_config()
+    head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
+    return 2 * model.num_hidden_layers * heads * head_dim * DTYPES[dtype].itemsize
+
+
 def load_backbone(checkpoint: str, *, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The decoder without its language-model head.
 

@@ -253,7 +253,7 @@ def arrivals(per_s: float, requests: int) -> list[float]:
 
 
 def score_directly(pipe: Connection, model: str, options: argparse.Namespace) -> None:
-    """In a process of its own: scores for as many seconds as it is sent, and sends what it measured, until it gets None."""
+    """In a process of its own: scores for as long as it is told, and sends what it measured, until told None."""
     torch.set_num_threads(options.threads)
     scorer = RewardModelScorer.load(model, max_tokens_per_batch=ScoringConfig().max_tokens_per_batch)
     texts = Texts(words_of(model), options, options.rows, seed=3)
