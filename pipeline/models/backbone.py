@@ -7,20 +7,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.config.schema import LoRAConfig, TinyModelConfig
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.models.auto import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from pipeline.models.linear import with_onednn
 from pipeline.models.packaged import is_packaged, load_packaged_causal_lm
 from pipeline.models.suitability import linear_layers, require_causal, require_plain_head
@@ -146,6 +137,8 @@ def _as_dtype(model: Any, dtype: str) -> PreTrainedModel:
 
 def create_tiny_causal_lm(config: TinyModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
     """A Qwen3-shaped decoder with random weights, float32, untied embeddings."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM  # behind `pipeline.models.auto`
+
     qwen = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,

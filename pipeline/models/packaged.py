@@ -9,9 +9,10 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError
+from pipeline.models.auto import AutoModelForCausalLM, AutoTokenizer
 
 SCHEME = "package:"
 

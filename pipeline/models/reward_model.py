@@ -15,11 +15,12 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from pipeline.config.schema import EnsembleConfig, Frozen, VRMHeadConfig
 from pipeline.errors import CheckpointError
+from pipeline.models.auto import AutoModel
 from pipeline.models.backbone import load_config, load_tokenizer
 from pipeline.models.frozen_states import FrozenStates
 from pipeline.models.linear import with_onednn
