@@ -49,19 +49,14 @@ def _adopt(stage: StageDirectory, recipe: Recipe) -> Metrics:
 def _fine_tune(stage: StageDirectory, rooms: Rooms) -> Metrics:
     from actors.rank_group import RankGroup
     from actors.ranked_learner import RankedLearner
+    from pipeline.data.collate import tokenise_texts
+    from pipeline.learning.starting_policy import write_starting_policy
+    from pipeline.models.backbone import require_lora_targets
 
     recipe, config = rooms.recipe, rooms.recipe.prepare_policy
     ranks, deadlines = recipe.cluster.policy_training, recipe.cluster.deadlines
     data = rooms.data
-    with (
-        RankGroup("policy training", ranks, start_s=deadlines.start_s) as group,
-        tempfile.TemporaryDirectory() as start,
-    ):
-        # While the ranks start: they and this process import the same libraries.
-        from pipeline.data.collate import tokenise_texts
-        from pipeline.learning.starting_policy import write_starting_policy
-        from pipeline.models.backbone import require_lora_targets
-
+    with tempfile.TemporaryDirectory() as start:
         tokenizer = write_starting_policy(recipe.policy, start, seed=recipe.seed)
         require_lora_targets(start, config.lora, "prepare_policy")
         texts = tokenise_texts(data.sft_texts, tokenizer, max_length=config.max_length)
@@ -69,18 +64,21 @@ def _fine_tune(stage: StageDirectory, rooms: Rooms) -> Metrics:
         spec = SupervisedTrainerSpec(
             config=config, ranks=ranks, policy_uri=start, dtype=recipe.policy.dtype, seed=recipe.seed
         )
-        group.build(build_supervised_trainer, spec)
-        learner = RankedLearner(group, deadlines)
-        metrics = train(
-            learner,
-            stage,
-            batch_of=lambda step: [texts[i] for i in step_indices(len(texts), config.batch_size, step, recipe.seed)],
-            heldout=heldout,
-            num_steps=config.num_steps,
-            eval_every=config.eval_every,
-            checkpoint_every=config.checkpoint_every,
-        )
-        return metrics | learner.peak_memory()
+        with RankGroup("policy training", ranks, start_s=deadlines.start_s) as group:
+            group.build(build_supervised_trainer, spec)
+            learner = RankedLearner(group, deadlines)
+            metrics = train(
+                learner,
+                stage,
+                batch_of=lambda step: [
+                    texts[i] for i in step_indices(len(texts), config.batch_size, step, recipe.seed)
+                ],
+                heldout=heldout,
+                num_steps=config.num_steps,
+                eval_every=config.eval_every,
+                checkpoint_every=config.checkpoint_every,
+            )
+            return metrics | learner.peak_memory()
 
 
 if __name__ == "__main__":

@@ -52,25 +52,25 @@ def _train(stage: StageDirectory, rooms: Rooms, backbone_uri: str) -> Metrics:
         require_lora_targets(directory, config.lora, "reward_training")
         tokenizer = load_tokenizer(directory)
     contamination = data.contamination.metrics() if data.contamination else {}
+    training = RewardTrainingData.of(recipe, data, tokenizer)
+    about_the_data = training.metrics()
+    print(
+        f"train_reward_model  {len(training.pairs)} of {len(data.train_pairs)} training pairs fit in "
+        f"{config.max_length} tokens, {len(training.heldout_pairs)} pairs held out, "
+        f"{about_the_data['data/shared_prompts']:.0f} prompts on both sides",
+        flush=True,
+    )
+    for name, count in contamination.items():
+        print(f"train_reward_model  {name} {count:.0f}", flush=True)
+    spec = RewardTrainerSpec(
+        config=config,
+        ranks=ranks,
+        backbone_uri=backbone_uri,
+        statistics=training.statistics,
+        num_steps=training.num_steps,
+        seed=recipe.seed,
+    )
     with RankGroup("reward training", ranks, start_s=deadlines.start_s) as group:
-        training = RewardTrainingData.of(recipe, data, tokenizer)  # while the ranks start
-        about_the_data = training.metrics()
-        print(
-            f"train_reward_model  {len(training.pairs)} of {len(data.train_pairs)} training pairs fit in "
-            f"{config.max_length} tokens, {len(training.heldout_pairs)} pairs held out, "
-            f"{about_the_data['data/shared_prompts']:.0f} prompts on both sides",
-            flush=True,
-        )
-        for name, count in contamination.items():
-            print(f"train_reward_model  {name} {count:.0f}", flush=True)
-        spec = RewardTrainerSpec(
-            config=config,
-            ranks=ranks,
-            backbone_uri=backbone_uri,
-            statistics=training.statistics,
-            num_steps=training.num_steps,
-            seed=recipe.seed,
-        )
         group.build(build_reward_trainer, spec)
         learner = RankedLearner(group, deadlines)
         metrics = train(

@@ -1,0 +1,62 @@
+"""What a stage can know to be wrong it says before any rank starts."""
+
+from contextlib import ExitStack
+from types import SimpleNamespace
+
+import pytest
+
+import actors.rank_group
+from jobs.prepare_policy import prepare_policy
+from jobs.rooms import Rooms
+from jobs.train_reward_model import train_reward_model
+from pipeline.config.load import load_recipe
+from pipeline.errors import ConfigError, DataError
+from pipeline.records import StageResult
+from pipeline.stages.runner import StageRunner
+from pipeline.stages.workspace import Workspace
+
+SMALL = (
+    "data.planted.num_train_pairs=16",
+    "data.planted.num_heldout_pairs=8",
+    "data.planted.num_sft_texts=300",
+    "data.planted.num_train_prompts=8",
+    "data.planted.num_heldout_prompts=8",
+)
+
+
+@pytest.fixture
+def rooms_of(tmp_path, monkeypatch):
+    def no_rank(*arguments, **options):
+        raise AssertionError("a rank was about to start")
+
+    monkeypatch.setattr(actors.rank_group, "RankGroup", no_rank)
+    with ExitStack() as exits:
+        workspace = exits.enter_context(Workspace.open(str(tmp_path / "run"), job="test"))
+        yield lambda *settings: Rooms(
+            load_recipe("tiny", (*SMALL, *settings)), StageRunner(workspace), SimpleNamespace(), exits
+        )
+
+
+def test_input_that_is_right_comes_as_far_as_the_ranks(rooms_of):
+    with pytest.raises(AssertionError, match="a rank was about to start"):
+        prepare_policy(rooms_of())
+
+
+def test_adapters_on_layers_that_the_policy_does_not_have(rooms_of):
+    with pytest.raises(
+        ConfigError, match=r"prepare_policy\.lora\.targets: a qwen3 model has no linear layer named c_attn"
+    ):
+        prepare_policy(rooms_of("prepare_policy.lora={targets: [c_attn]}"))
+
+
+def test_texts_of_which_none_fits(rooms_of):
+    with pytest.raises(DataError, match=r"none of 300 texts fits in prepare_policy\.max_length = 2 tokens"):
+        prepare_policy(rooms_of("prepare_policy.max_length=2"))
+
+
+def test_pairs_of_which_none_fits(rooms_of, tiny_policy):
+    with pytest.raises(DataError, match=r"none of 16 pairs fits in max_length = 2 tokens"):
+        train_reward_model(
+            rooms_of("reward_training.max_length=2"),
+            StageResult(name="prepare_policy", location=tiny_policy, fingerprint="0", metrics={}),
+        )
