@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--model", help="result directory of train_reward_model; default: a random one")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each contestant and round")
     parser.add_argument("--rounds", type=int, default=9, help="shares are taken within each: a machine's speed drifts")
-    parser.add_argument("--rows", type=int, default=32, help="responses per batch request")
+    parser.add_argument("--rows", type=int, default=128, help="responses per batch request")
     parser.add_argument("--per-prompt", type=int, default=4, help="responses per prompt")
     parser.add_argument("--prompt-words", type=int, default=100, help="on average; uniform between half and 3/2 of it")
     parser.add_argument("--response-words", type=int, default=150)
