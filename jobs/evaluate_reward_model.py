@@ -46,9 +46,11 @@ def evaluate_reward_model(asked: argparse.Namespace) -> str:
     """Scores, aggregates, writes; the table of results. All that can be wrong with the input is found before a model
     is loaded."""
     # torch is imported behind --help.
+    import numpy as np
     import torch
 
-    from pipeline.benchmark.scored_comparisons import aligned, read_scored, score_to_file
+    from pipeline.benchmark.scored_comparisons import read_scored, score_to_file
+    from pipeline.benchmark.scored_rows import key_column
     from pipeline.data.comparisons import prompt_key, read_comparisons
     from pipeline.data.files import content_fingerprint
     from pipeline.data.prompts import read_prompts
@@ -63,12 +65,13 @@ def evaluate_reward_model(asked: argparse.Namespace) -> str:
     seen = survey(read_comparisons(asked.pairs, subset_field=subset_field), asked.benchmark)
     notes = list(seen.notes)
     if asked.trained_on:
-        shared = seen.prompt_keys & {prompt_key(messages) for _, messages in read_prompts(asked.trained_on)}
+        trained_on = key_column(prompt_key(messages) for _, messages in read_prompts(asked.trained_on))
+        shared = np.intersect1d(seen.prompt_keys, trained_on)
         notes.append(f"{len(shared)} of {len(seen.prompt_keys)} prompts also stand in the training files")
     other = None
     if asked.compare:
         other_rows, other = read_scored(asked.compare)
-        other_rows = aligned(seen.content_keys, other_rows, place=str(asked.compare))
+        other_rows = other_rows.in_order_of(seen.content_key, place=str(asked.compare))
 
     scored_by = f"{content_fingerprint(asked.model)[:16]}/{device}"
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -80,7 +83,7 @@ def evaluate_reward_model(asked: argparse.Namespace) -> str:
         load_scorer=lambda: RewardModelScorer.load(
             asked.model, max_tokens_per_batch=asked.max_tokens_per_batch, device=device
         ),
-        report=progress(len(seen.content_keys)),
+        report=progress(len(seen.content_key)),
     )
     rows, _ = read_scored(rows_file)
     evaluation = evaluate(rows, asked.benchmark, seed=asked.seed)

@@ -60,7 +60,7 @@ def _generate(
     with storage.reading(policies[BASE].location) as directory:
         tokenizer = load_tokenizer(directory)
         require_context(directory, config.max_prompt_tokens + config.max_response_tokens, "benchmark")
-    named = read_prompts([resolve(file) for file in config.prompts]) if config.prompts else data.heldout_prompts
+    named = list(read_prompts([resolve(file) for file in config.prompts])) if config.prompts else data.heldout_prompts
     prompts = tokenise_prompts(named, tokenizer, max_prompt_tokens=config.max_prompt_tokens)[: config.num_prompts]
     probes = choose_probes(prompts, vocabulary_size=len(tokenizer), seed=recipe.seed)
     rollouts, scorer = rooms.rollouts(policies[BASE]), rooms.scorer(reward_model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -19,7 +19,12 @@ DRAWS = 1000
 
 
 def bootstrap_intervals(
-    statistic: Statistic, groups: Sequence[Hashable], *, seed: int, draws: int = DRAWS, level: float = 0.95
+    statistic: Statistic,
+    groups: Sequence[str] | Sequence[int] | np.ndarray,
+    *,
+    seed: int,
+    draws: int = DRAWS,
+    level: float = 0.95,
 ) -> Intervals:
     """Percentile intervals of every metric, drawing whole groups of rows with replacement.
 
@@ -35,10 +40,11 @@ def bootstrap_intervals(
     Raises:
         ShapeError: there are no rows.
     """
-    if not groups:
+    if not len(groups):
         raise ShapeError("a bootstrap of no rows")
-    numbers: dict[Hashable, int] = {}
-    codes = np.array([numbers.setdefault(group, len(numbers)) for group in groups])
+    _, first, code = np.unique(np.asarray(groups), return_index=True, return_inverse=True)
+    # Numbered as they first come up, so that the draws do not depend on what groups are called.
+    codes = first.argsort().argsort()[code]
     rows, sizes = codes.argsort(kind="stable"), np.bincount(codes)
     starts = sizes.cumsum() - sizes
     names = statistic(np.arange(len(codes)))

@@ -175,7 +175,7 @@ def length_correlation(margins: np.ndarray, length_gap: np.ndarray) -> float:
     With (margin, gap) stands (-margin, -gap), so the number does not depend on which response was called the chosen
     one: a model that pays for length alone has 1, one that ignores it 0.
     """
-    x, y = (_centred_ranks(np.concatenate([values, -values])) for values in (margins, length_gap))
+    x, y = _symmetric_ranks(margins), _symmetric_ranks(length_gap)
     norm = float(np.linalg.norm(x) * np.linalg.norm(y))
     return float(x @ y) / norm if norm else 0.0
 
@@ -190,11 +190,13 @@ def length_slope(margins: np.ndarray, length_gap: np.ndarray) -> float:
     return float(margins @ length_gap) / square if square else 0.0
 
 
-def _centred_ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks minus their mean; equal values share the mean of their ranks."""
-    _, group, size = np.unique(values, return_inverse=True, return_counts=True)
-    mean_rank = size.cumsum() - 0.5 * (size - 1)
-    return mean_rank[group] - 0.5 * (len(values) + 1)
+def _symmetric_ranks(values: np.ndarray) -> np.ndarray:
+    """Rank of every v_i among all v and all -v, minus the mean rank; equal values share the mean of their ranks.
+
+    sign(v_i) * ( #{j: |v_j| < |v_i|} + 1/2 #{j: |v_j| = |v_i|} ),  since as many lie above v_i as below -v_i
+    """
+    _, group, size = np.unique(np.abs(values), return_inverse=True, return_counts=True)
+    return np.sign(values) * (size.cumsum() - 0.5 * size)[group]
 
 
 def _correct(margins: np.ndarray) -> np.ndarray:

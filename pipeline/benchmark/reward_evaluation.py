@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,15 +23,13 @@ from pipeline.benchmark.rewardbench import (
     ties_statistic,
 )
 from pipeline.benchmark.rm_bench import DOMAINS, rm_bench_scores, style_wins
+from pipeline.benchmark.scored_rows import ScoredRows, key_number
 from pipeline.benchmark.win_rate import wilson_interval
 from pipeline.errors import DataError
 from pipeline.records import Metrics
 
 if TYPE_CHECKING:  # this module stands behind `--help`, and theirs behind transformers
-    from pipeline.benchmark.scored_comparisons import ScoredComparison
     from pipeline.data.comparisons import Comparison
-
-    Rows = Sequence[ScoredComparison]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +48,7 @@ class Benchmark:
     responses: str
     """In words, for an error message."""
     accepts: Callable[[Comparison], bool]
-    accuracies: Callable[[Rows], Statistic]
+    accuracies: Callable[[ScoredRows], Statistic]
     """Reads nothing but rewards, so that the same function rates the baseline "longer is better"."""
     official: frozenset[str] = frozenset()
     """Subsets of the published benchmark; empty where there is none."""
@@ -77,9 +76,9 @@ class Evaluation:
 # ----------------------------------------------------------------------------- benchmarks
 
 
-def _pairs(rows: Rows) -> Statistic:
-    margins = np.array([row.chosen[0].reward - row.rejected[0].reward for row in rows])
-    decided = np.array([not row.annotators_tie for row in rows])
+def _pairs(rows: ScoredRows) -> Statistic:
+    margins = rows.rewards[rows.first] - rows.rewards[rows.first_rejected]
+    decided = ~rows.annotators_tie
 
     def accuracies(indices: np.ndarray) -> Metrics:
         metrics = pair_accuracy(margins[indices])
@@ -91,17 +90,17 @@ def _pairs(rows: Rows) -> Statistic:
     return accuracies
 
 
-def _best_of_n(rows: Rows) -> Statistic:
-    credit = np.array([_credit(row) for row in rows])
+def _best_of_n(rows: ScoredRows) -> Statistic:
+    credit = best_of_n_credit(rows.rewards, rows.num_responses)
     return lambda indices: {
         "accuracy": float((credit[indices] == 1.0).mean()),
         "accuracy_tie_shared": float(credit[indices].mean()),
     }
 
 
-def _rewardbench(rows: Rows) -> Statistic:
-    accuracies = _subset_means([float(_credit(row) == 1.0) for row in rows], [row.subset for row in rows])
-    pairs = _pairs(rows)
+def _rewardbench(rows: ScoredRows) -> Statistic:
+    right = best_of_n_credit(rows.rewards, rows.num_responses) == 1.0
+    accuracies, pairs = _subset_means(right.astype(np.float64), rows), _pairs(rows)
 
     def scores(indices: np.ndarray) -> Metrics:
         subsets = accuracies(indices)
@@ -111,29 +110,30 @@ def _rewardbench(rows: Rows) -> Statistic:
     return scores
 
 
-def _rewardbench2(rows: Rows) -> Statistic:
-    is_ties = np.array([_is_ties(row) for row in rows])
-    plain, ties = [row for row in rows if not _is_ties(row)], [row for row in rows if _is_ties(row)]
-    plain_scores = _subset_means([_credit(row) for row in plain], [row.subset for row in plain])
+def _rewardbench2(rows: ScoredRows) -> Statistic:
+    plain_scores = _subset_means(best_of_n_credit(rows.rewards, rows.num_responses), rows)
+    ties_rows = np.array(list(rows.ties_ids), dtype=np.int64)
+    begin, middle = rows.first[ties_rows], rows.first_rejected[ties_rows]
     ties_scores = ties_statistic(
-        [row.id for row in ties],
-        [[response.reward for response in row.chosen] for row in ties],
-        [[response.reward for response in row.rejected] for row in ties],
+        list(rows.ties_ids.values()),
+        [rows.rewards[a:b].tolist() for a, b in zip(begin, middle, strict=True)],
+        [rows.rewards[a:b].tolist() for a, b in zip(middle, begin + rows.num_responses[ties_rows], strict=True)],
     )
-    place = np.where(is_ties, is_ties.cumsum(), (~is_ties).cumsum()) - 1
+    # Row -> its place among the Ties rows, or -1.
+    place = np.full(len(rows), -1)
+    place[ties_rows] = np.arange(len(ties_rows))
 
     def scores(indices: np.ndarray) -> Metrics:
-        of_ties = is_ties[indices]
-        subsets = plain_scores(place[indices[~of_ties]])
-        return rewardbench2_scores(subsets | ties_scores(place[indices[of_ties]]) if of_ties.any() else subsets)
+        ties = place[indices]
+        subsets = plain_scores(indices[ties < 0])
+        return rewardbench2_scores(subsets | ties_scores(ties[ties >= 0]) if (ties >= 0).any() else subsets)
 
     return scores
 
 
-def _rm_bench(rows: Rows) -> Statistic:
-    chosen = np.array([[response.reward for response in row.chosen] for row in rows])
-    rejected = np.array([[response.reward for response in row.rejected] for row in rows])
-    wins, domains = style_wins(chosen, rejected), np.array([row.subset for row in rows])
+def _rm_bench(rows: ScoredRows) -> Statistic:
+    chosen, rejected = np.split(rows.rewards.reshape(len(rows), -1), 2, axis=1)
+    wins, domains = style_wins(chosen, rejected), np.array(rows.subset_names)[rows.subset]
     return lambda indices: rm_bench_scores(wins[indices], domains[indices])
 
 
@@ -173,8 +173,10 @@ BENCHMARKS: Mapping[str, Benchmark] = {
 class Survey:
     """What is known of the rows before the first is scored."""
 
-    content_keys: Sequence[str]
-    prompt_keys: frozenset[str]
+    content_key: np.ndarray
+    """[N] uint64, of every row in order."""
+    prompt_keys: np.ndarray
+    """Each once, sorted, as uint64."""
     notes: Sequence[str]
     """What makes the scores incomparable with published ones."""
 
@@ -185,13 +187,13 @@ def survey(comparisons: Iterable[Comparison], benchmark: str) -> Survey:
     Raises:
         DataError: a row the benchmark cannot use, no row at all, or no subset of the benchmark.
     """
-    content_keys, prompt_keys, subsets = [], set(), set()
+    content_key, prompt_key, subsets = array("Q"), array("Q"), set()
     for row in comparisons:
         _require_fit(row, benchmark)
-        content_keys.append(row.content_key)
-        prompt_keys.add(row.prompt_key)
+        content_key.append(key_number(row.content_key))
+        prompt_key.append(key_number(row.prompt_key))
         subsets.add(row.subset)
-    if not content_keys:
+    if not content_key:
         raise DataError("no comparison to evaluate: the files of --pairs hold no rows")
     official = BENCHMARKS[benchmark].official
     if official and not official & subsets:
@@ -202,7 +204,7 @@ def survey(comparisons: Iterable[Comparison], benchmark: str) -> Survey:
     notes = [f"not there, so left out: {_listed(official - subsets)}"] if official - subsets else []
     if official and subsets - official:
         notes.append(f"not of the published {benchmark}: {_listed(subsets - official)}")
-    return Survey(content_keys=content_keys, prompt_keys=frozenset(prompt_keys), notes=notes)
+    return Survey(content_key=np.asarray(content_key), prompt_keys=np.unique(np.asarray(prompt_key)), notes=notes)
 
 
 def _require_fit(row: Comparison, benchmark: str) -> None:
@@ -222,7 +224,7 @@ def _listed(names: Iterable[str]) -> str:
 # ----------------------------------------------------------------------------- evaluation
 
 
-def evaluate(rows: Rows, benchmark: str, *, seed: int) -> Evaluation:
+def evaluate(rows: ScoredRows, benchmark: str, *, seed: int) -> Evaluation:
     """All numbers of one model; bootstrap intervals draw prompts, not rows.
 
     Args:
@@ -232,30 +234,27 @@ def evaluate(rows: Rows, benchmark: str, *, seed: int) -> Evaluation:
     accuracies = BENCHMARKS[benchmark].accuracies
     return Evaluation(
         rows=len(rows),
-        prompts=len({_group(row) for row in rows}),
-        responses=sum(len(row.chosen) + len(row.rejected) for row in rows),
-        cut=sum(row.cut for row in rows),
+        prompts=len(np.unique(_groups(rows))),
+        responses=len(rows.rewards),
+        cut=int(rows.cut.sum()),
         accuracies=_estimates(accuracies(rows), rows, seed),
-        longer_is_better=accuracies([_length_as_reward(row) for row in rows])(np.arange(len(rows))),
-        diagnostics=_estimates(_diagnostics(rows), rows, seed) if all(row.is_pair for row in rows) else {},
+        longer_is_better=accuracies(rows.scored_by_length())(np.arange(len(rows))),
+        diagnostics=_estimates(_diagnostics(rows), rows, seed) if rows.are_pairs else {},
         subsets=_subset_table(rows),
     )
 
 
-def compare(rows: Rows, others: Rows, benchmark: str, *, seed: int) -> dict[str, Estimate]:
+def compare(rows: ScoredRows, others: ScoredRows, benchmark: str, *, seed: int) -> dict[str, Estimate]:
     """Every metric of `rows` minus that of `others`, with the interval of the paired bootstrap.
 
     Args:
-        rows, others: the same comparisons in the same order (`aligned`), scored by two models. Names and subsets are
-            those of `rows`.
+        rows, others: the same comparisons in the same order (`ScoredRows.in_order_of`), scored by two models. Names and
+            subsets are those of `rows`.
     """
     accuracies = BENCHMARKS[benchmark].accuracies
-    others = [
-        replace(row, chosen=o.chosen, rejected=o.rejected, margin_std=o.margin_std)
-        for row, o in zip(rows, others, strict=True)
-    ]
+    others = rows.scored_as(others)
     differences = _estimates(difference(accuracies(rows), accuracies(others)), rows, seed)
-    if all(row.is_pair for row in rows):
+    if rows.are_pairs:
         differences |= _estimates(difference(_diagnostics(rows), _diagnostics(others)), rows, seed)
     return differences
 
@@ -302,8 +301,8 @@ def as_table(evaluation: Evaluation, comparison: Mapping[str, Estimate]) -> str:
 # ----------------------------------------------------------------------------- parts
 
 
-def _estimates(statistic: Statistic, rows: Rows, seed: int) -> dict[str, Estimate]:
-    intervals = bootstrap_intervals(statistic, [_group(row) for row in rows], seed=seed)
+def _estimates(statistic: Statistic, rows: ScoredRows, seed: int) -> dict[str, Estimate]:
+    intervals = bootstrap_intervals(statistic, _groups(rows), seed=seed)
     # Resampling adds noise to every bin and |.| keeps it: the interval would lie above the value.
     intervals |= {name: (math.nan, math.nan) for name in intervals if name.endswith("calibration_error")}
     values = statistic(np.arange(len(rows)))
@@ -312,64 +311,47 @@ def _estimates(statistic: Statistic, rows: Rows, seed: int) -> dict[str, Estimat
     }
 
 
-def _group(row: ScoredComparison) -> Hashable:
-    """What is drawn together: the rows of one prompt, and both rows of a number in RewardBench 2's Ties."""
-    number = ties_number(row.id) if _is_ties(row) else None
-    return row.prompt_key if number is None else (TIES, number[1])
+def _groups(rows: ScoredRows) -> np.ndarray:
+    """[N] what is drawn together: the rows of one prompt, and both rows of a number in RewardBench 2's Ties."""
+    groups = rows.prompt_key.copy()
+    for row, identity in rows.ties_ids.items():
+        groups[row] = int(identity.partition(":")[2])
+    return groups
 
 
-def _diagnostics(rows: Rows) -> Statistic:
-    chosen, rejected = (
-        np.array([(r.reward, r.characters) for r in responses], dtype=np.float64).T
-        for responses in ([row.chosen[0] for row in rows], [row.rejected[0] for row in rows])
-    )
+def _diagnostics(rows: ScoredRows) -> Statistic:
+    chosen, rejected = rows.first, rows.first_rejected
     pairs = ScoredPairs(
-        chosen=chosen[0],
-        rejected=rejected[0],
-        margin_std=np.array([row.margin_std for row in rows]),
-        length_gap=chosen[1] - rejected[1],
+        chosen=rows.rewards[chosen],
+        rejected=rows.rewards[rejected],
+        margin_std=rows.margin_std,
+        length_gap=(rows.characters[chosen] - rows.characters[rejected]).astype(np.float64),
     )
     return lambda indices: pair_diagnostics(pairs.take(indices))
 
 
-def _subset_means(values: Sequence[float], subsets: Sequence[str]) -> Callable[[np.ndarray], dict[str, float]]:
-    """Mean of the values of each subset that is among the rows."""
-    names, codes = np.unique(np.asarray(subsets, dtype=str), return_inverse=True)
-    column = np.asarray(values, dtype=np.float64)
+def _subset_means(values: np.ndarray, rows: ScoredRows) -> Callable[[np.ndarray], dict[str, float]]:
+    """Mean of the values [N] of each subset that is among the rows."""
 
     def means(indices: np.ndarray) -> dict[str, float]:
-        sums = np.bincount(codes[indices], column[indices], minlength=len(names))
-        counts = np.bincount(codes[indices], minlength=len(names))
-        return {str(names[s]): float(sums[s] / counts[s]) for s in np.flatnonzero(counts)}
+        subset = rows.subset[indices]
+        sums = np.bincount(subset, values[indices], minlength=len(rows.subset_names))
+        counts = np.bincount(subset, minlength=len(rows.subset_names))
+        return {rows.subset_names[s]: float(sums[s] / counts[s]) for s in np.flatnonzero(counts)}
 
     return means
 
 
-def _subset_table(rows: Rows) -> dict[str, dict[str, float]]:
+def _subset_table(rows: ScoredRows) -> dict[str, dict[str, float]]:
+    one_chosen = np.flatnonzero(rows.num_chosen == 1)
+    right = (best_of_n_credit(rows.rewards, rows.num_responses) == 1.0).astype(np.float64)
+    counts = np.bincount(rows.subset[one_chosen], minlength=len(rows.subset_names))
     table = {}
-    for subset in sorted({row.subset for row in rows}):
-        right = [_credit(row) == 1.0 for row in rows if row.subset == subset and len(row.chosen) == 1]
-        if right:
-            accuracy = sum(right) / len(right)
-            low, high = wilson_interval(accuracy, len(right))
-            table[subset] = {"rows": float(len(right)), "accuracy": accuracy, "low": low, "high": high}
+    for subset, accuracy in _subset_means(right, rows)(one_chosen).items():
+        count = int(counts[rows.subset_names.index(subset)])
+        low, high = wilson_interval(accuracy, count)
+        table[subset] = {"rows": float(count), "accuracy": accuracy, "low": low, "high": high}
     return table
-
-
-def _credit(row: ScoredComparison) -> float:
-    return best_of_n_credit(row.chosen[0].reward, [response.reward for response in row.rejected])
-
-
-def _is_ties(row: ScoredComparison) -> bool:
-    return row.subset == TIES and ties_number(row.id) is not None
-
-
-def _length_as_reward(row: ScoredComparison) -> ScoredComparison:
-    chosen, rejected = (
-        tuple(replace(response, reward=float(response.characters)) for response in side)
-        for side in (row.chosen, row.rejected)
-    )
-    return replace(row, chosen=chosen, rejected=rejected)
 
 
 def _estimate(estimate: Estimate) -> str:

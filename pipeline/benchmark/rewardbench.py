@@ -87,13 +87,22 @@ def section_scores(subset_accuracies: Mapping[str, float]) -> dict[str, float]:
     return scores | {"score": sum(scores.values()) / len(scores)}
 
 
-def best_of_n_credit(chosen: float, rejected: Sequence[float]) -> float:
-    """1 / (number of maximal scores) if the chosen response is among the maxima, else 0; for a pair a tie is 1/2.
+def best_of_n_credit(rewards: np.ndarray, num_responses: np.ndarray) -> np.ndarray:
+    """1 / (number of maximal rewards) if the chosen response is among the maxima, else 0; for a pair a tie is 1/2.
 
     Source: vrm_spec section 15; Malik et al. 2025, arXiv:2506.01937 (RewardBench 2).
+
+    Args:
+        rewards: [R] of the responses of N rows, each row's chosen one first.
+        num_responses: [N] how many of them are each row's.
+
+    Returns:
+        [N] float64.
     """
-    best = max(chosen, *rejected)
-    return 1.0 / (1 + sum(score == best for score in rejected)) if chosen == best else 0.0
+    first = num_responses.cumsum() - num_responses
+    best = np.maximum.reduceat(rewards, first)
+    maxima = np.add.reduceat((rewards == np.repeat(best, num_responses)).astype(np.int64), first)
+    return np.where(rewards[first] == best, 1.0 / maxima, 0.0)
 
 
 def rewardbench2_scores(subset_scores: Mapping[str, float]) -> dict[str, float]:

@@ -7,10 +7,11 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from pipeline.benchmark.scored_rows import ScoredComparison, ScoredResponse, ScoredRows, key_number
 from pipeline.data.chat import strip_thinking
 from pipeline.data.comparisons import Comparison
 from pipeline.data.files import read_rows
@@ -24,37 +25,7 @@ if TYPE_CHECKING:
 CHUNK = 128
 """Comparisons that are in memory at a time; enough to sort rows of like length into micro-batches."""
 
-FIELDS = ("id", "subset", "content_key", "prompt_key", "cut", "annotators_tie")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ScoredResponse:
-    """What an aggregation needs of one response."""
-
-    reward: float
-    characters: int
-    """Length of the scored text. Characters, not tokens: the same for every model, and in every language."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ScoredComparison:
-    """What an aggregation needs of one comparison: no texts, so under a kilobyte a pair."""
-
-    id: str
-    subset: str
-    content_key: str
-    prompt_key: str
-    cut: bool
-    """The model did not read all of a prompt or a response: they exceed its length."""
-    annotators_tie: bool
-    chosen: tuple[ScoredResponse, ...]
-    rejected: tuple[ScoredResponse, ...]
-    margin_std: float
-    """Posterior standard deviation of the first chosen minus the first rejected reward; they share the weights."""
-
-    @property
-    def is_pair(self) -> bool:
-        return len(self.chosen) == len(self.rejected) == 1
+FIELDS = ("id", "subset", "cut", "annotators_tie")
 
 
 def score_to_file(
@@ -92,24 +63,14 @@ def score_to_file(
             report(done, kept)
 
 
-def read_scored(path: Path) -> tuple[list[ScoredComparison], str]:
+def read_scored(path: Path) -> tuple[ScoredRows, str]:
     """The rows that `score_to_file` wrote, and who scored them.
 
     Raises:
         DataError: no such file, no rows, or rows of another kind or of several models.
     """
-    rows, scored_by = [], set()
-    for row in read_rows(str(path)):
-        try:
-            chosen, rejected = (tuple(_response(r) for r in row.values[side]) for side in ("chosen", "rejected"))
-            first, other = (_reward_score(row.values[side][0]) for side in ("chosen", "rejected"))
-            known = {name: row.values[name] for name in FIELDS} | {"margin_std": compare(first, other).margin_std}
-            scored_by.add(row.values["scored_by"])
-        except (KeyError, TypeError, IndexError) as error:
-            raise DataError(
-                f"{row.place}: no scored comparison ({error!r}). Give the rows.jsonl of an evaluation."
-            ) from error
-        rows.append(ScoredComparison(**known, chosen=chosen, rejected=rejected))
+    scored_by: set[str] = set()
+    rows = ScoredRows.of(_read(path, scored_by))
     if len(scored_by) != 1:
         raise DataError(
             f"{path} holds rows of {len(scored_by)} models, not of one. Evaluate into a directory of its own."
@@ -117,20 +78,26 @@ def read_scored(path: Path) -> tuple[list[ScoredComparison], str]:
     return rows, scored_by.pop()
 
 
-def aligned(content_keys: Sequence[str], others: Sequence[ScoredComparison], *, place: str) -> list[ScoredComparison]:
-    """For every key the one of `others` with these texts.
-
-    Raises:
-        DataError: `others`, read from `place`, are not the same comparisons.
-    """
-    by_content = {other.content_key: other for other in others}
-    missing = sum(key not in by_content for key in content_keys)
-    if missing or len(content_keys) != len(others):
-        raise DataError(
-            f"{place} has {len(others)} rows and this evaluation {len(content_keys)}, of which {missing} are not in "
-            "it. Two models are compared on the same rows: evaluate both on the same files."
-        )
-    return [by_content[key] for key in content_keys]
+def _read(path: Path, scored_by: set[str]) -> Iterator[ScoredComparison]:
+    """The rows, one by one; adds to `scored_by` who scored them."""
+    for row in read_rows(str(path)):
+        try:
+            chosen, rejected = (tuple(_response(r) for r in row.values[side]) for side in ("chosen", "rejected"))
+            first, other = (_reward_score(row.values[side][0]) for side in ("chosen", "rejected"))
+            comparison = ScoredComparison(
+                **{name: row.values[name] for name in FIELDS},
+                content_key=key_number(row.values["content_key"]),
+                prompt_key=key_number(row.values["prompt_key"]),
+                chosen=chosen,
+                rejected=rejected,
+                margin_std=compare(first, other).margin_std,
+            )
+            scored_by.add(row.values["scored_by"])
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise DataError(
+                f"{row.place}: no scored comparison ({error!r}). Give the rows.jsonl of an evaluation."
+            ) from error
+        yield comparison
 
 
 def _skip_scored(rows: Iterator[Comparison], path: Path, scored_by: str) -> int:
@@ -194,7 +161,7 @@ def _as_json(row: Comparison, response: str, score: RewardScore) -> dict[str, An
 
 
 def _response(values: dict[str, Any]) -> ScoredResponse:
-    return ScoredResponse(reward=values["mean"], characters=values["characters"])
+    return ScoredResponse(reward=float(values["mean"]), characters=int(values["characters"]))
 
 
 def _reward_score(values: dict[str, Any]) -> RewardScore:

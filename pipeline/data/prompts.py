@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -53,17 +53,15 @@ def _is_turn(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(value.get(field), str) for field in ("role", "content"))
 
 
-def read_prompts(files: Sequence[str]) -> list[tuple[str, tuple[Message, ...]]]:
-    """(id, messages) of every row of JSONL or Parquet files with a field `messages`, `prompt` or `instruction`."""
-    prompts = []
+def read_prompts(files: Sequence[str]) -> Iterator[tuple[str, tuple[Message, ...]]]:
+    """Streams (id, messages) of JSONL or Parquet files with a field `messages`, `prompt` or `instruction`."""
     for file in files:
         for row in read_rows(file):
             field = next((name for name in PROMPT_FIELDS if row.values.get(name) is not None), None)
             if field is None:
                 raise DataError(f"{row.place}: none of the fields {', '.join(PROMPT_FIELDS)} is there")
             identity = str(row.values.get("id", f"{file}#{row.number}"))
-            prompts.append((identity, as_messages(row.values[field], place=f"{row.place}, field {field!r}")))
-    return prompts
+            yield identity, as_messages(row.values[field], place=f"{row.place}, field {field!r}")
 
 
 def tokenise_prompts(

@@ -107,7 +107,7 @@ def _from_files(experiment: ExperimentConfig) -> RunData:
     train_pairs, heldout_pairs = split_by_prompt(take_pairs(pairs, data.max_pairs, seed), data.heldout_fraction, seed)
     # Without prompt files the policy is aligned on the prompts of the pairs; either way the same rule splits them.
     prompts = (
-        read_prompts([resolve(path) for path in data.prompts])
+        list(read_prompts([resolve(path) for path in data.prompts]))
         if data.prompts
         else [(pair.id, pair.prompt) for pair in pairs]
     )

@@ -1,5 +1,6 @@
 """From rewards to the table, on a handful of rows by hand and on published rows rated by their length."""
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -7,9 +8,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.benchmark.reward_evaluation import as_json, as_table, compare, evaluate, survey
+from pipeline.benchmark import reward_evaluation
+from pipeline.benchmark.reward_evaluation import as_json, as_table, survey
 from pipeline.benchmark.rewardbench import SUBSETS_2
-from pipeline.benchmark.scored_comparisons import ScoredComparison, ScoredResponse
+from pipeline.benchmark.scored_rows import ScoredComparison, ScoredResponse, ScoredRows, key_number
 from pipeline.data.comparisons import Comparison, read_comparisons
 from pipeline.errors import DataError
 
@@ -22,8 +24,8 @@ def scored(chosen, rejected, *, subset="all", name="r", prompt="p", std=0.0, len
     fields = {
         "id": name,
         "subset": subset,
-        "content_key": name,
-        "prompt_key": prompt,
+        "content_key": as_key(name),
+        "prompt_key": as_key(prompt),
         "cut": False,
         "annotators_tie": False,
         "chosen": tuple(ScoredResponse(reward=r, characters=lengths[0]) for r in chosen),
@@ -31,6 +33,18 @@ def scored(chosen, rejected, *, subset="all", name="r", prompt="p", std=0.0, len
         "margin_std": std,
     }
     return ScoredComparison(**{**fields, **changes})
+
+
+def as_key(text):
+    return key_number(hashlib.sha256(text.encode()).hexdigest()[:16])
+
+
+def evaluate(rows, benchmark, **options):
+    return reward_evaluation.evaluate(ScoredRows.of(rows), benchmark, **options)
+
+
+def compare(rows, others, benchmark, **options):
+    return reward_evaluation.compare(ScoredRows.of(rows), ScoredRows.of(others), benchmark, **options)
 
 
 def values(estimates):
@@ -184,7 +198,7 @@ def test_the_survey_says_what_makes_a_score_incomparable():
     rows = [comparison(1, 3, subset=subset) for subset in (SUBSETS_2 - {"Ties", "Math"}) | {"mine"}]
     seen = survey(rows, "rewardbench2")
     assert seen.notes == ["not there, so left out: Math, Ties", "not of the published rewardbench2: mine"]
-    assert len(seen.content_keys) == 5
+    assert len(seen.content_key) == 5
     assert len(seen.prompt_keys) == 1
     assert survey([comparison(1, 1, subset="anything")], "pairs").notes == []
 
@@ -196,8 +210,8 @@ def rated_by_length(row):
     return ScoredComparison(
         id=row.id,
         subset=row.subset,
-        content_key=row.content_key,
-        prompt_key=row.prompt_key,
+        content_key=key_number(row.content_key),
+        prompt_key=key_number(row.prompt_key),
         cut=False,
         annotators_tie=False,
         chosen=side(row.chosen),

@@ -61,12 +61,10 @@ def test_subsets_of_another_benchmark_are_refused():
         section_scores({"Ties": 1.0, "Factuality": 1.0})
 
 
-@pytest.mark.parametrize(
-    ("chosen", "rejected", "credit"),
-    [(2.0, [1.0, 0.0, -1.0], 1.0), (2.0, [2.0, 0.0, 2.0], 1 / 3), (2.0, [1.0, 2.5, 1.0], 0.0), (1.0, [1.0], 0.5)],
-)
-def test_best_of_n_shares_the_credit_of_a_tie(chosen, rejected, credit):
-    assert best_of_n_credit(chosen, rejected) == pytest.approx(credit)
+def test_best_of_n_shares_the_credit_of_a_tie():
+    rows = [(2.0, 1.0, 0.0, -1.0), (2.0, 2.0, 0.0, 2.0), (2.0, 1.0, 2.5, 1.0), (1.0, 1.0)]  # the chosen one first
+    credit = best_of_n_credit(np.concatenate(rows), np.array([4, 4, 4, 2]))
+    assert credit == pytest.approx([1.0, 1 / 3, 0.0, 0.5])
 
 
 def test_rewardbench_2_is_the_plain_mean_of_its_subsets():

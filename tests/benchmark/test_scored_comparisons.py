@@ -2,10 +2,12 @@
 
 import json
 import math
+import tracemalloc
 
 import pytest
 
-from pipeline.benchmark.scored_comparisons import CHUNK, aligned, read_scored, score_to_file
+from pipeline.benchmark.scored_comparisons import CHUNK, read_scored, score_to_file
+from pipeline.benchmark.scored_rows import key_column
 from pipeline.data.comparisons import Comparison
 from pipeline.errors import DataError, NumericsError
 from pipeline.records import RewardScore
@@ -56,14 +58,16 @@ def score(comparisons, path, scorer=None, scored_by="model/cpu"):
 def test_scores_are_read_back_as_they_were_given(tmp_path):
     path = tmp_path / "rows.jsonl"
     lists = comparison(1, chosen=("a", "bbbb"), rejected=("<think>long thoughts</think>\ncc",), annotators_tie=True)
-    score([lists, comparison(2, rejected=("y" * 41,))], path)
-    (first, second), scored_by = read_scored(path)
+    longer = comparison(2, rejected=("y" * 41,))
+    score([lists, longer], path)
+    rows, scored_by = read_scored(path)
     assert scored_by == "model/cpu"
-    assert [r.reward for r in first.chosen] == [1.0, 4.0]
-    assert [r.characters for r in (*first.chosen, *first.rejected)] == [1, 4, 2]  # thoughts are not scored
-    assert (first.id, first.annotators_tie, first.cut, second.cut) == ("1", True, False, True)
-    assert first.content_key == lists.content_key
-    assert second.margin_std == pytest.approx(math.sqrt(0.5))  # weights that are certain: 1/4 + 1/4
+    assert rows.rewards.tolist() == [1.0, 4.0, 31.0, 2.0, 41.0]
+    assert rows.characters.tolist() == [1, 4, 2, 2, 41]  # thoughts are not scored
+    assert (rows.num_chosen.tolist(), rows.num_responses.tolist()) == ([2, 1], [3, 2])
+    assert (rows.annotators_tie.tolist(), rows.cut.tolist()) == ([True, False], [False, True])
+    assert [f"{key:016x}" for key in rows.content_key] == [lists.content_key, longer.content_key]
+    assert rows.margin_std[1] == pytest.approx(math.sqrt(0.5))  # weights that are certain: 1/4 + 1/4
     line = json.loads(path.read_text().splitlines()[0])
     assert line["chosen"][1]["objective_scores"] == [4.0]  # the reasons of a reward stay in the file
 
@@ -78,9 +82,9 @@ def test_both_responses_to_a_prompt_are_scored_under_one_draw_of_its_weights(tmp
             return [chosen, rejected]
 
     score([comparison(1)], tmp_path / "rows.jsonl", scorer=Scorer())
-    [row], _ = read_scored(tmp_path / "rows.jsonl")
+    rows, _ = read_scored(tmp_path / "rows.jsonl")
     # Var[<w, D>] with D = (2, -1) is (2 + 1)^2 Var[w_1] = 9 / 16; the sum of the two would be 5 / 16.
-    assert row.margin_std == pytest.approx(0.75)
+    assert rows.margin_std == pytest.approx([0.75])
 
 
 def test_rows_are_scored_while_they_are_read(tmp_path):
@@ -158,25 +162,54 @@ def test_a_reward_that_is_no_number_is_named_with_its_row(tmp_path):
 
 
 def test_rows_are_aligned_by_their_texts(tmp_path):
-    rows = [comparison(n) for n in range(5)]
+    rows = [comparison(n, rejected=("y" * 3,) * (1 + n % 2)) for n in range(5)]
     score(reversed(rows), tmp_path / "other.jsonl")
-    others, _ = read_scored(tmp_path / "other.jsonl")
-    assert [row.id for row in aligned([row.content_key for row in rows], others, place="other.jsonl")] == list("01234")
+    score(rows, tmp_path / "rows.jsonl")
+    others, ours = read_scored(tmp_path / "other.jsonl")[0], read_scored(tmp_path / "rows.jsonl")[0]
+    others = others.in_order_of(ours.content_key, place="other.jsonl")
+    assert others.content_key.tolist() == ours.content_key.tolist()
+    assert others.rewards.tolist() == ours.rewards.tolist() == [0, 3, 1, 3, 3, 2, 3, 3, 3, 3, 4, 3]
+    assert others.num_responses.tolist() == [2, 3, 2, 3, 2]
 
 
 @pytest.mark.parametrize(("first", "count", "missing"), [(0, 4, 0), (1, 5, 1)])
 def test_other_rows_are_refused(tmp_path, first, count, missing):
     score([comparison(n) for n in range(5)], tmp_path / "other.jsonl")
     others, _ = read_scored(tmp_path / "other.jsonl")
-    keys = [comparison(n).content_key for n in range(first, first + count)]
+    keys = key_column(comparison(n).content_key for n in range(first, first + count))
     with pytest.raises(DataError, match=rf"5 rows and this evaluation {count}, of which {missing} are not in it"):
-        aligned(keys, others, place="other.jsonl")
+        others.in_order_of(keys, place="other.jsonl")
+
+
+def test_a_scored_pair_takes_less_than_a_hundred_bytes(tmp_path):
+    """Texts and reasons stay in the file: a million pairs are as much memory as a small model's embeddings."""
+    path = tmp_path / "rows.jsonl"
+    score((comparison(n) for n in range(3000)), path)
+    read_scored(path)  # what is imported and interned on the way
+    tracemalloc.start()
+    try:
+        rows, _ = read_scored(path)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(rows) == 3000
+    assert held / len(rows) < 100
 
 
 def test_a_file_without_scores_is_refused(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"prompt": "why ?", "chosen": "a", "rejected": "b"}\n')
     with pytest.raises(DataError, match=r"line 1: no scored comparison .* Give the rows\.jsonl of an evaluation"):
+        read_scored(path)
+
+
+@pytest.mark.parametrize("field", ["content_key", "prompt_key", "chosen"])
+def test_a_row_that_was_edited_is_named(tmp_path, field):
+    path = tmp_path / "rows.jsonl"
+    score([comparison(1), comparison(2)], path)
+    first, second = path.read_text().splitlines()
+    path.write_text(first + "\n" + json.dumps(json.loads(second) | {field: "mine"}) + "\n")
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 2: no scored comparison"):
         read_scored(path)
 
 

@@ -21,7 +21,7 @@ import os
 import tempfile
 import time
 from contextlib import suppress
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from statistics import NormalDist, mean
 
@@ -83,7 +83,7 @@ def main() -> None:
     options = parser.parse_args()
 
     tokenizer = load_tokenizer(options.tokenizer)
-    read = read_prompts([options.prompts])[: 4 * options.batch * (options.iterations + 1)]
+    read = list(islice(read_prompts([options.prompts]), 4 * options.batch * (options.iterations + 1)))
     prompts = tuple(tokenise_prompts(read, tokenizer, max_prompt_tokens=options.max_prompt_tokens))
     config = Qwen3Config(
         vocab_size=len(tokenizer),

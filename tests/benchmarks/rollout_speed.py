@@ -125,7 +125,8 @@ def random_prompts(options: argparse.Namespace) -> list[Prompt]:
 def read_from(file: str, options: argparse.Namespace) -> list[Prompt]:
     """The first of the file that are short enough."""
     tokenizer = load_tokenizer(options.checkpoint)
-    return tokenise_prompts(read_prompts([file]), tokenizer, max_prompt_tokens=options.prompt_tokens)[: options.prompts]
+    read = list(read_prompts([file]))
+    return tokenise_prompts(read, tokenizer, max_prompt_tokens=options.prompt_tokens)[: options.prompts]
 
 
 def measure_rollouts(

@@ -317,7 +317,7 @@ def test_taking_fewer_pairs_keeps_their_order(tmp_path):
 def test_prompts_are_read_from_parquet_and_too_long_ones_dropped(tmp_path, tokenizer):
     path = str(tmp_path / "prompts.parquet")
     pq.write_table(pa.table({"instruction": ["why ?", "why " * 50]}), path)
-    prompts = read_prompts([path])
+    prompts = list(read_prompts([path]))
     assert [messages[0]["content"] for _, messages in prompts] == ["why ?", "why " * 50]
     assert len(tokenise_prompts(prompts, tokenizer, max_prompt_tokens=20)) == 1
     with pytest.raises(DataError, match="none of 2 prompts fits in max_prompt_tokens = 3"):
