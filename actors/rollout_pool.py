@@ -136,11 +136,6 @@ class RolloutPool:
             requested_workers: asked between batches; the pool grows or shrinks to what it says, None changes nothing.
             autoscaler: asked where `requested_workers` says None.
         """
-        if config.gpus_per_worker > 1:
-            raise ConfigError(
-                f"cluster.rollout.gpus_per_worker is {config.gpus_per_worker:g}, but an engine runs on one GPU. "
-                "Set it to 1 and raise cluster.rollout.workers."
-            )
         self._worker_class = worker
         self._workspace = workspace
         self._start_arguments = (model_uri, config, plan, dtype, max_model_len, seed)
@@ -498,7 +493,10 @@ class RolloutPool:
                 self._counts["dropped"] += 1
             else:
                 self._response_tokens |= {r.prompt.id: float(len(r.response_ids)) for r in rollouts}
-        for reference in [r for r, call in self._calls.items() if call.deadline <= now]:
+        late = [reference for reference, call in self._calls.items() if call.deadline <= now]
+        # What nobody asked for since has come back in time: calls of a batch before, read when their turn comes.
+        answered, _ = ray.wait(late, num_returns=len(late), timeout=0) if late else ([], [])
+        for reference in set(late) - set(answered):
             call = self._calls.pop(reference)
             self._put_back(call)
             self._replace(call.worker, self._deadline_exceeded(call.worker, "sample()", self._deadlines.generate_s))
@@ -544,6 +542,8 @@ class RolloutPool:
             "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
             # The engine in the actor's own process: seconds to start instead of minutes.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            # Triton's attention, which vLLM takes for float32, would otherwise round to 10 bits: TF32.
+            "TRITON_F32_DEFAULT": "ieee",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_LOGGING_LEVEL": "WARNING",
             "HF_HUB_OFFLINE": "1",

@@ -67,7 +67,8 @@ def _generate(
     answers: dict[str, list[Answer]] = {}
     with storage.writing(stage.result_uri) as result:
         for version, (generator, policy) in enumerate(policies.items()):
-            location = os.path.join(rooms.publish_directory(), f"benchmark-{generator}")
+            stage.leave_if_preempted()
+            location = os.path.join(rooms.publish_directory, f"benchmark-{generator}")
             with storage.reading(policy.location) as checkpoint:
                 weights = publish_checkpoint(checkpoint, location, probes, dtype=recipe.policy.dtype, version=version)
             rollouts.load_weights(weights)

@@ -13,8 +13,9 @@ from jobs.command_line import run_job
 from pipeline.config.schema import Recipe
 from pipeline.data.batching import step_indices
 from pipeline.data.source import data_fingerprints
+from pipeline.errors import DataError
 from pipeline.loops.supervised_training import train
-from pipeline.records import Metrics, StageResult
+from pipeline.records import Metrics, PromptGroup, StageResult
 from pipeline.stages import storage
 from pipeline.stages.workspace import StageDirectory
 
@@ -23,18 +24,37 @@ if TYPE_CHECKING:
 
 VERSION = 2
 HELDOUT_TEXTS = 256
+"""At most; of few texts a tenth."""
 
 
 def prepare_policy(rooms: Rooms) -> StageResult:
     recipe = rooms.recipe
+    is_tuned = recipe.prepare_policy.num_steps > 0
+    # Which text of a row is imitated depends on the objectives: with raw ratings it is the one they rate best.
+    read = {"seed", "data", "policy", "prepare_policy"} | ({"objectives"} if is_tuned else set())
     return rooms.stages.run(
         "prepare_policy",
         VERSION,
-        lambda stage: _fine_tune(stage, rooms) if recipe.prepare_policy.num_steps else _adopt(stage, recipe),
-        config=recipe.model_dump(mode="json", include={"seed", "data", "policy", "prepare_policy"}),
-        data=data_fingerprints(recipe) if recipe.prepare_policy.num_steps else [],
+        lambda stage: _fine_tune(stage, rooms) if is_tuned else _adopt(stage, recipe),
+        config=recipe.model_dump(mode="json", include=read),
+        data=data_fingerprints(recipe) if is_tuned else [],
         max_restarts=recipe.cluster.policy_training.max_restarts,
     )
+
+
+def split_texts(texts: list[PromptGroup]) -> tuple[list[PromptGroup], list[PromptGroup]]:
+    """Held out, and to train on.
+
+    Raises:
+        DataError: not one for each.
+    """
+    heldout = min(HELDOUT_TEXTS, max(1, len(texts) // 10))
+    if len(texts) < 2:
+        raise DataError(
+            f"{len(texts)} text to fine-tune on, but one to train on and one to hold out are the least. Give more "
+            "data, or take the policy as it is (prepare_policy.num_steps=0)."
+        )
+    return texts[:heldout], texts[heldout:]
 
 
 def _adopt(stage: StageDirectory, recipe: Recipe) -> Metrics:
@@ -60,7 +80,7 @@ def _fine_tune(stage: StageDirectory, rooms: Rooms) -> Metrics:
         tokenizer = write_starting_policy(recipe.policy, start, seed=recipe.seed)
         require_lora_targets(start, config.lora, "prepare_policy")
         texts = tokenise_texts(data.sft_texts, tokenizer, max_length=config.max_length)
-        heldout, texts = texts[:HELDOUT_TEXTS], texts[HELDOUT_TEXTS:]
+        heldout, texts = split_texts(texts)
         spec = SupervisedTrainerSpec(
             config=config, ranks=ranks, policy_uri=start, dtype=recipe.policy.dtype, seed=recipe.seed
         )

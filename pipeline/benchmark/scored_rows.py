@@ -11,6 +11,8 @@ import numpy as np
 from pipeline.benchmark.rewardbench import TIES, ties_number
 from pipeline.errors import DataError
 
+KEY_DIGITS = 16
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredResponse:
@@ -169,7 +171,13 @@ class ScoredRows:
 
 
 def key_number(key: str) -> int:
-    """The 64 bits of a content or prompt key, a hash in hexadecimal."""
+    """The 64 bits of a content or prompt key, a hash in hexadecimal.
+
+    Raises:
+        ValueError: it is no such hash.
+    """
+    if len(key) != KEY_DIGITS:
+        raise ValueError(f"{key!r} has not {KEY_DIGITS} digits")
     return int(key, 16)
 
 

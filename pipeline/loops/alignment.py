@@ -102,10 +102,12 @@ def align(
                     step, learner.snapshot, state={"kl_coefficient": kl_coefficient, "metrics": metrics}
                 )
                 stage.leave_if_preempted(step)
-    best = stage.checkpoints.better_than(metrics)
-    if best is not None:
-        learner.restore(best.uri)
-        metrics = best.state["metrics"]
+        else:
+            # Not after the KL stop: no policy has a better reward than the one that went too far for it.
+            best = stage.checkpoints.better_than(metrics)
+            if best is not None:
+                learner.restore(best.uri)
+                metrics = best.state["metrics"]
     learner.export(stage.result_uri)
     return metrics
 

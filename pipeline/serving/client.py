@@ -83,6 +83,7 @@ def exchange(
     url: str,
     deadline_s: float,
     *,
+    ends: float | None = None,
     clock: Callable[[], float] = time.monotonic,
     uniform: Callable[[float, float], float] = random.uniform,
 ) -> Steps[httpx.Response]:
@@ -91,15 +92,19 @@ def exchange(
     Pauses double, and each is drawn uniformly between nothing and its length ("full jitter"), so that workers which
     failed together do not come back together; after 429 or 503, Retry-After is waited out first.
 
+    Args:
+        deadline_s: for this question, or for all that share an end.
+        ends: on the clock; None is `deadline_s` from now.
+
     Raises:
-        ConfigError: the token is wrong.
+        ConfigError: the token is wrong, or no request can be made with this token and URL.
         DataError: the service refuses the question.
         WorkerDied: it could not be reached for `PATIENCE_S`.
         WorkerError: it failed for as long.
         DeadlineExceeded: no answer after `deadline_s`.
     """
-    ends = clock() + deadline_s
-    pause_s, trouble = FIRST_PAUSE_S, "it was not asked yet"
+    ends = clock() + deadline_s if ends is None else ends
+    pause_s, trouble = FIRST_PAUSE_S, "no question: those before it took the time"
     failing_since: float | None = None
     while (left := ends - clock()) > 0:
         outcome = yield Send(left)
@@ -113,6 +118,10 @@ def exchange(
             if outcome.status_code not in BUSY | FAILED:
                 raise DataError(f"{url} refuses the request ({trouble})")
             at_least_s = _retry_after_s(outcome)
+        elif isinstance(outcome, httpx.UnsupportedProtocol | httpx.LocalProtocolError):
+            raise ConfigError(
+                f"{url} cannot be asked ({outcome}). A URL is http://host:port or https://..., a token one line."
+            )
         else:
             trouble = repr(outcome)
         if isinstance(outcome, httpx.Response) and outcome.status_code in BUSY:
@@ -175,9 +184,9 @@ class Question(Generic[AnswerType]):
     kind: type[AnswerType]
     body: Any = None
 
-    def steps(self, settings: Settings, deadline_s: float) -> Steps[AnswerType]:
+    def steps(self, settings: Settings, ends: float | None) -> Steps[AnswerType]:
         """An exchange that returns the answer itself."""
-        response = yield from exchange(settings.url, deadline_s)
+        response = yield from exchange(settings.url, settings.deadline_s, ends=ends)
         return _parse(response, self.kind, settings.url)
 
     def request(self, step: Send) -> dict[str, Any]:
@@ -262,7 +271,7 @@ class VRMScorer:
         self._client = httpx.Client(**settings.client_options())
 
     def _ask(self, question: Question[AnswerType], ends: float | None = None) -> AnswerType:
-        steps = question.steps(self._settings, self._settings.deadline_s if ends is None else ends - time.monotonic())
+        steps = question.steps(self._settings, ends)
         outcome: Outcome = None
         while True:
             try:
@@ -330,7 +339,7 @@ class AsyncVRMScorer:
         await self.close()
 
     async def _ask(self, question: Question[AnswerType], ends: float | None = None) -> AnswerType:
-        steps = question.steps(self._settings, self._settings.deadline_s if ends is None else ends - time.monotonic())
+        steps = question.steps(self._settings, ends)
         outcome: Outcome = None
         while True:
             try:

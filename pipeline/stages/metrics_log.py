@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from pipeline.records import Metrics
+from pipeline.stages import storage
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -52,9 +53,11 @@ class MetricsLog:
         self._started = time.monotonic()
 
     def write(self, step: int, metrics: Metrics) -> None:
+        """Raises WorkspaceError when no space is left."""
         row = {"stage": self.stage, "step": step, "time": time.time(), **metrics}
-        self._rows.write(json.dumps(row) + "\n")
-        self._rows.flush()
+        with storage.telling_when_full(self._rows.name):
+            self._rows.write(json.dumps(row) + "\n")
+            self._rows.flush()
         for name, value in metrics.items():
             self._curves.add_scalar(name, value, step)
         self._print(step, metrics)
@@ -72,7 +75,8 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._rows.close()
+        with storage.telling_when_full(self._rows.name):  # a row that found no space is tried once more
+            self._rows.close()
         self._curves.close()
 
 
@@ -91,12 +95,13 @@ def keep_rows_before(path: str, first_step: int) -> None:
 
 def read_metrics(path: str) -> list[dict[str, Any]]:
     """Rows of a metrics file; a last line that a killed writer left incomplete is ignored."""
-    rows = []
     with open(path, encoding="utf-8") as stream:
-        for line in stream:
-            if line.endswith("\n"):
-                rows.append(json.loads(line))
-    return rows
+        return parse_metrics(stream.read())
+
+
+def parse_metrics(text: str) -> list[dict[str, Any]]:
+    """As `read_metrics`, of the file's contents."""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def as_number(value: float) -> str:

@@ -49,7 +49,7 @@ def writing(uri: str) -> Iterator[str]:
     Raises:
         WorkspaceError: no space is left.
     """
-    try:
+    with telling_when_full(uri):
         if is_local(uri):
             os.makedirs(local_path(uri), exist_ok=True)
             yield local_path(uri)
@@ -57,6 +57,17 @@ def writing(uri: str) -> Iterator[str]:
         with tempfile.TemporaryDirectory() as directory:
             yield directory
             copy(directory, uri)
+
+
+@contextmanager
+def telling_when_full(uri: str) -> Iterator[None]:
+    """Says what to do when the block, which writes to `uri`, finds no space.
+
+    Raises:
+        WorkspaceError: no space is left.
+    """
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         if _errno(error) not in FULL:
             raise
@@ -98,16 +109,13 @@ def write_text(uri: str, text: str) -> None:
 
     Locally it also survives a power failure. A remote file system that can rename may show no file for a moment when
     there was one before; commits are written once, so they are never in that state.
+
+    Raises:
+        WorkspaceError: no space is left.
     """
     if is_local(uri):
-        path = local_path(uri)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(f"{path}.partial", "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(f"{path}.partial", path)
-        _sync(os.path.dirname(path))
+        with telling_when_full(uri):
+            _write_local(local_path(uri), text)
         return
     filesystem, path = _resolve(uri)
     filesystem.create_dir(os.path.dirname(path), recursive=True)
@@ -119,17 +127,31 @@ def write_text(uri: str, text: str) -> None:
         filesystem.move(uploaded, path)
 
 
+def _write_local(path: str, text: str) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(f"{path}.partial", "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(f"{path}.partial", path)
+    _sync(os.path.dirname(path))
+
+
 def make_durable(uri: str) -> None:
     """Waits until the files below `uri` are on disk, so that a commit written after them never outlives them.
 
     Remote file systems are durable once a file is closed.
+
+    Raises:
+        WorkspaceError: no space is left, which some file systems find out only now.
     """
     if not is_local(uri):
         return
-    for directory, _, files in os.walk(local_path(uri)):
-        for name in files:
-            _sync(os.path.join(directory, name))
-        _sync(directory)
+    with telling_when_full(uri):
+        for directory, _, files in os.walk(local_path(uri)):
+            for name in files:
+                _sync(os.path.join(directory, name))
+            _sync(directory)
 
 
 def require_writable(uri: str, *, needs_bytes: int) -> None:

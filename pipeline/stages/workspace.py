@@ -16,6 +16,7 @@ One idea serves both levels of resume: the manifest is the commit. Whatever has 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -30,7 +31,7 @@ from pipeline.errors import CorruptManifest, Preempted
 from pipeline.ports import Snapshot
 from pipeline.records import Metrics, StageResult
 from pipeline.stages import ownership, storage
-from pipeline.stages.metrics_log import METRICS_FILE, MetricsLog, read_metrics
+from pipeline.stages.metrics_log import METRICS_FILE, MetricsLog, parse_metrics, read_metrics
 from pipeline.stages.ownership import Owner
 
 MANIFEST_FILE = "manifest.json"
@@ -229,15 +230,16 @@ class StageDirectory:
         """Every so many steps, and when this process is about to be ended."""
         return (step + 1) % every == 0 or self._preempted()
 
-    def leave_if_preempted(self, step: int) -> None:
-        """To be called behind the save of `step`.
+    def leave_if_preempted(self, step: int | None = None) -> None:
+        """To be called behind the save of `step`, or by a stage that saves nothing on its way.
 
         Raises:
             Preempted: this process was asked to end, and the step is committed.
         """
         if self._preempted():
             self.checkpoints.settle()
-            raise Preempted(f"asked to end: {self.name} is committed behind step {step + 1}. The same command resumes.")
+            kept = "begins anew" if step is None else f"is committed behind step {step + 1}"
+            raise Preempted(f"asked to end: {self.name} {kept}. The same command resumes.")
 
     def delete_uncommitted(self) -> None:
         """Removes what a killed run left behind without a commit: a half-exported result, a half-saved checkpoint."""
@@ -275,9 +277,12 @@ class StageDirectory:
     def metrics_rows(self) -> list[dict[str, Any]]:
         """The rows written so far; empty for a stage that has written none."""
         path = os.path.join(self.metrics_directory, METRICS_FILE)
-        if not os.path.exists(path):
-            self._fetch_metrics()
-        return read_metrics(path) if os.path.exists(path) else []
+        here = read_metrics(path) if os.path.exists(path) else []
+        if storage.is_local(self.uri):
+            return here
+        # The copy of the last commit is behind the machine that writes, and ahead of one that wrote before.
+        copy = parse_metrics(storage.read_text(storage.join(self.uri, "metrics", METRICS_FILE)) or "")
+        return max(here, copy, key=len)
 
     def num_steps(self) -> int | None:
         """How many steps the stage takes, once it has begun to take them."""
@@ -291,7 +296,8 @@ class StageDirectory:
         """Local, for object stores cannot append; a remote workspace gets a copy at every commit."""
         if storage.is_local(self.uri):
             return storage.local_path(self.uri)
-        return os.path.join(os.path.expanduser("~/.cache/vrm-pipeline/metrics"), self.fingerprint)
+        place = hashlib.sha256(self.uri.encode()).hexdigest()[:16]
+        return os.path.join(os.path.expanduser("~/.cache/vrm-pipeline/metrics"), place)
 
     def _before_commit(self) -> None:
         self._require_ownership()

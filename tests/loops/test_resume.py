@@ -169,7 +169,19 @@ def test_every_step_samples_its_own_prompts_from_the_policy_of_that_step(tiny_po
     assert rollouts.prompts_seen == [p.id for step in range(6) for p in stream.batch(step, 4)]
 
 
-def run_until_the_kl_limit(tiny_policy, world, tokenizer, path, *, too_far_from, kill_before_export=False):
+class RisingScorer(FakeScorer):
+    """Likes every batch better than the one before, as a hacked reward model does."""
+
+    batches = 0
+
+    def score(self, prompts, responses):
+        self.batches += 1
+        return [replace(score, mean=float(self.batches)) for score in super().score(prompts, responses)]
+
+
+def run_until_the_kl_limit(
+    tiny_policy, world, tokenizer, path, *, too_far_from, kill_before_export=False, keep_best=None
+):
     """Policies of version `too_far_from` on find their reference 100 nats away on every token."""
     config = ALIGNMENT.model_copy(update={"kl": ALIGNMENT.kl.model_copy(update={"stop_above": 50.0})})
     learner = ppo_learner(tiny_policy, world, tokenizer, path / "published", config=config)
@@ -187,10 +199,10 @@ def run_until_the_kl_limit(tiny_policy, world, tokenizer, path, *, too_far_from,
     learner.evaluate = evaluate_far
     if kill_before_export:
         learner.export = die
-    stage = stage_at(path, "align_policy")
+    stage = stage_at(path, "align_policy", keep_best=keep_best)
     metrics = align(
         FakeRollouts(tokenizer),
-        FakeScorer(),
+        RisingScorer(),
         learner,
         PromptStream(prompts=tuple(prompts_of(world, tokenizer)), seed=0),
         stage,
@@ -203,11 +215,15 @@ def run_until_the_kl_limit(tiny_policy, world, tokenizer, path, *, too_far_from,
 
 # Commits follow steps 1 and 3. Version 5 is measured at step 5 and good is version 4; version 4 is measured at step 4,
 # and the newest commit holds it, so good is version 2.
+# That commit has the better reward, for which `keep_best` must not take it.
+@pytest.mark.parametrize("keep_best", [None, "reward/mean"])
 @pytest.mark.parametrize(("too_far_from", "good_step"), [(5, 3), (4, 1)])
 def test_past_the_kl_limit_alignment_ends_with_the_last_policy_measured_below_it(
-    too_far_from, good_step, tiny_policy, world, tokenizer, tmp_path
+    too_far_from, good_step, keep_best, tiny_policy, world, tokenizer, tmp_path
 ):
-    metrics, stage = run_until_the_kl_limit(tiny_policy, world, tokenizer, tmp_path, too_far_from=too_far_from)
+    metrics, stage = run_until_the_kl_limit(
+        tiny_policy, world, tokenizer, tmp_path, too_far_from=too_far_from, keep_best=keep_best
+    )
     assert [row["step"] for row in read_metrics(tmp_path / METRICS_FILE)] == list(range(too_far_from + 1))
     assert metrics["kl/stopped_at_step"] == too_far_from
     committed = load_file(f"{stage.checkpoints.uri(good_step)}/part-00000-of-00001.safetensors")

@@ -100,6 +100,21 @@ def test_what_asking_again_cannot_mend_is_told_at_once(status, kind):
         play([reply(status)])
 
 
+@pytest.mark.parametrize(
+    "outcome", [httpx.UnsupportedProtocol("no scheme"), httpx.LocalProtocolError("Illegal header value")]
+)
+def test_a_request_that_cannot_be_made_is_not_tried_again(outcome):
+    with pytest.raises(ConfigError, match=r"cannot be asked .*http://host:port"):
+        play([outcome])
+
+
+def test_questions_of_one_call_share_its_end_and_its_deadline_is_the_one_told():
+    steps = exchange(URL, 600.0, ends=3.0, clock=Clock())
+    assert next(steps) == Send(3.0)
+    with pytest.raises(DeadlineExceeded, match=r"within 600 s, at last with no question: those before it took"):
+        next(exchange(URL, 600.0, ends=-1.0, clock=Clock()))
+
+
 def scored(reward):
     return {
         "reward": reward,

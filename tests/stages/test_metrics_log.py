@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from pipeline.errors import WorkspaceError
 from pipeline.stages.metrics_log import MetricsLog, as_clock, as_number, keep_rows_before, read_metrics
 
 
@@ -40,6 +41,14 @@ def test_the_progress_line_shows_place_metrics_and_time_left(tmp_path):
         *("align_policy", "12/40", "reward", "1.23", "kl", "4.5", "tokens/s", "1,830"),
         *("0:00", "left"),
     ]
+
+
+def test_a_full_disk_becomes_a_letter(tmp_path):
+    log = MetricsLog(str(tmp_path), "align_policy", num_steps=2, first_step=0, console=io.StringIO())
+    log._rows.close()
+    log._rows = open("/dev/full", "a")  # noqa: SIM115 - closed by the log
+    with pytest.raises(WorkspaceError, match="no space is left while writing /dev/full"), log:
+        log.write(0, {"reward": 1.0})
 
 
 def test_a_resumed_log_drops_the_steps_it_will_repeat(tmp_path):

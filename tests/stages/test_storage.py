@@ -72,6 +72,18 @@ def test_a_full_disk_becomes_a_letter(root):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def test_a_disk_that_is_full_when_a_commit_is_written_or_synced_is_the_same_letter(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    storage.write_text(str(tmp_path / "result" / "weights"), "1")
+    monkeypatch.setattr(storage.os, "fsync", full)
+    with pytest.raises(WorkspaceError, match=r"no space is left while writing .*manifest\.json"):
+        storage.write_text(str(tmp_path / "manifest.json"), "{}")
+    with pytest.raises(WorkspaceError, match=r"no space is left while writing .*result"):
+        storage.make_durable(str(tmp_path / "result"))
+
+
 def test_other_failures_travel_unchanged(root):
     with pytest.raises(FileNotFoundError), storage.writing(storage.join(root, "result")):
         raise FileNotFoundError("weights.bin")

@@ -47,6 +47,35 @@ def test_a_finished_stage_is_found_again(uri, workspace, stage):
     assert workspace.stage("align_policy", "another fingerprint").result() is None
 
 
+def test_metrics_are_seen_from_other_machines_commit_by_commit(uri, tmp_path, monkeypatch):
+    writer, reader = (StageDirectory(f"{uri}/stages/align-0", "align", fingerprint) for fingerprint in ("0" * 64, "0"))
+
+    def steps_seen_by(stage, machine):
+        monkeypatch.setenv("HOME", str(tmp_path / machine))
+        return [row["step"] for row in stage.metrics_rows()]
+
+    monkeypatch.setenv("HOME", str(tmp_path / "writes"))
+    with writer.metrics_log(num_steps=9, first_step=0) as log:
+        for step in range(6):
+            log.write(step, {"reward": 1.0})
+            if step in (2, 4):
+                save(writer, step)
+                writer.checkpoints.commit(step, {})
+                assert steps_seen_by(reader, "reads") == steps_seen_by(writer, "writes") == list(range(step + 1))
+    assert steps_seen_by(reader, "reads") == list(range(5 if "://" in uri else 6))
+    assert steps_seen_by(writer, "writes") == list(range(6))
+
+
+def test_two_remote_workspaces_with_one_recipe_have_metrics_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    one, other = (
+        Workspace(f"fsspec+memory://{name}", owner=None).stage("align", "0" * 64) for name in ("one", "other")
+    )
+    with one.metrics_log(num_steps=1, first_step=0) as log:
+        log.write(0, {"reward": 1.0})
+    assert (len(one.metrics_rows()), len(other.metrics_rows())) == (1, 0)
+
+
 def test_only_committed_checkpoints_exist(stage):
     assert stage.checkpoints.latest() is None
     save(stage, 9)
