@@ -63,12 +63,16 @@ class DeepSpeedEngine:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.device = device
+        self.dtype = dtype
         self.module = module
         self.groups = tuple(groups)
         self.max_grad_norm = max_grad_norm
         # DeepSpeed averages gradients over ranks; our losses are sums over the global batch.
         self.loss_factor = float(self.world_size)
         self._zero_stage = ranks.zero_stage
+        # Ranks load at different speeds. They wait for each other here: the process groups that DeepSpeed makes next do
+        # not have our timeout, and NCCL's own is ten minutes.
+        self.sum_over_ranks(torch.zeros(()))
         optimiser = torch.optim.AdamW(
             [
                 {"params": list(group.parameters), "lr": group.learning_rate, "weight_decay": group.weight_decay}
@@ -192,5 +196,7 @@ def zero_config(ranks: RanksConfig, *, dtype: str, max_grad_norm: float) -> dict
         "steps_per_print": 10**9,
     }
     if dtype == "bfloat16":
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        # Of layers that DeepSpeed takes for safe it would round weights and gradients on their way between ranks: plain
+        # linear ones, which here are the heads'.
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return config

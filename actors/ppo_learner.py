@@ -67,7 +67,7 @@ def ppo_learner(
     with storage.reading(spec.policy_uri) as directory:
         policy, tokenizer = load_causal_lm(directory, dtype="float32")
         frozen = load_causal_lm(directory, dtype=spec.dtype)[0] if ppo.lora is None else None
-    critic = _critic_backbone(spec) if ppo.trains_a_critic and ppo.critic == "separate" else None
+    critic = _critic_backbone(spec) if ppo.critic_reads_policy_tokens else None
     for backbone in (policy, critic):
         if backbone is None:
             continue

@@ -64,16 +64,14 @@ class VLLMEngine:
         max_model_len: int,
         seed: int,
     ) -> None:
-        # A CPU generator cannot be set back, which vLLM does to seeded requests whose prompt it reads in parts.
-        on_cpu = (
-            {
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(PROMPT_TOKENS_AT_ONCE, max_model_len),
-                "kv_cache_memory_bytes": kv_cache_bytes(model_directory, config, dtype, max_model_len),
-            }
-            if config.gpus_per_worker == 0
-            else {}
-        )
+        differs: dict[str, Any] = {}
+        if config.gpus_per_worker < 1:
+            # An engine that finds out how much is free takes the others' share of a GPU, or of the node's memory.
+            differs["kv_cache_memory_bytes"] = kv_cache_bytes(model_directory, config, dtype, max_model_len)
+        if config.gpus_per_worker == 0:
+            # A CPU generator cannot be set back, which vLLM does to seeded requests whose prompt it reads in parts.
+            differs["enable_chunked_prefill"] = False
+            differs["max_num_batched_tokens"] = max(PROMPT_TOKENS_AT_ONCE, max_model_len)
         self._llm = LLM(
             model=model_directory,
             dtype=dtype,
@@ -89,7 +87,7 @@ class VLLMEngine:
             enable_sleep_mode=plan.placement == "colocated",
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
-            **on_cpu,
+            **differs,
         )
         self._is_updating = False
         self._is_asleep = False

@@ -139,6 +139,9 @@ class WeightSender:
         self._client = RolloutWorkersClient(workers, deadline_s)
         self._source = source = PolicySource(tensors, getattr(torch, dtype))
         self._client.begin()
+        if torch.cuda.is_available():
+            # Else vLLM would move this rank, and no other, to a stream of its own, of which DeepSpeed knows nothing.
+            torch.cuda.set_stream(torch.cuda.current_stream())
         try:
             self._trainer = WeightTransferTrainerFactory.trainer_init(
                 trainer_init_info(

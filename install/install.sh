@@ -12,6 +12,8 @@ python=${PYTHON:-python3}
 
 accelerator=${VRM_ACCELERATOR:-$(command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)}
 echo "install: $("$python" --version), $accelerator build, into .venv"
+# The two builds of torch have one version: an installer would take either for the other.
+[ "$(cat .venv/.accelerator 2>/dev/null || echo "$accelerator")" = "$accelerator" ] || rm -rf .venv
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check "uv==0.13.8"
 
@@ -39,4 +41,5 @@ install --no-deps "fschat==0.2.36" "openrlhf==0.11.2"
   echo "install: the packages are there but do not import; run .venv/bin/python -c 'import vllm, deepspeed' to see why" >&2
   exit 1
 }
+echo "$accelerator" > .venv/.accelerator
 touch .venv/.installed

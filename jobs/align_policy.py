@@ -47,7 +47,7 @@ def _align(stage: StageDirectory, rooms: Rooms, policy: StageResult, reward_mode
     from pipeline.learning.experience import RewardScale
     from pipeline.learning.gold_gap import GoldYardstick
     from pipeline.loops.alignment import align
-    from pipeline.models.backbone import load_tokenizer, require_context, require_lora_targets
+    from pipeline.models.backbone import load_tokenizer, require_context, require_lora_targets, require_same_tokens
     from pipeline.models.reward_model import read_card
 
     recipe, config = rooms.recipe, rooms.recipe.alignment
@@ -57,6 +57,8 @@ def _align(stage: StageDirectory, rooms: Rooms, policy: StageResult, reward_mode
         require_context(directory, config.max_prompt_tokens + config.max_response_tokens, "alignment")
     with storage.reading(reward_model.location) as directory:
         card = read_card(directory)
+        if config.ppo.critic_reads_policy_tokens:
+            require_same_tokens(tokenizer, directory)
     data = rooms.data
     prompts = tokenise_prompts(data.train_prompts, tokenizer, max_prompt_tokens=config.max_prompt_tokens)
     spec = PPOLearnerSpec(
@@ -66,7 +68,7 @@ def _align(stage: StageDirectory, rooms: Rooms, policy: StageResult, reward_mode
         reward_model_uri=reward_model.location,
         dtype=recipe.policy.dtype,
         probes=tuple(choose_probes(prompts, vocabulary_size=len(tokenizer), seed=recipe.seed)),
-        publish_directory=rooms.publish_directory(),
+        publish_directory=rooms.publish_directory,
         seed=recipe.seed,
     )
     deadlines = recipe.cluster.deadlines

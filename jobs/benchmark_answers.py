@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from jobs.command_line import BAD_INPUT
 from pipeline.benchmark.answer_log import AnsweredTurn, AnswerLog
 from pipeline.benchmark.questions import BENCHMARKS, AnsweredBenchmark, AnsweredQuestion, Question, read_questions
+from pipeline.config.engine_build import require_engine_for
 from pipeline.config.load import load_recipe
 from pipeline.config.schema import Recipe
 from pipeline.data.chat import require_chat_template
@@ -77,6 +78,7 @@ def open_pool(policy: Policy, questions: Sequence[Question], recipe: Recipe, own
     from jobs.rooms import shared_memory
 
     dtype = recipe.policy.dtype
+    require_engine_for(recipe.cluster.rollout.gpus_per_worker)
     named = [(str(question.id), conversation(question, [])) for question in questions]
     prompts = tokenise_prompts(named, policy.tokenizer, max_prompt_tokens=policy.max_model_len)
     probes = choose_probes(prompts, vocabulary_size=len(policy.tokenizer), seed=recipe.seed)

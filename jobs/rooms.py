@@ -21,6 +21,7 @@ from cluster.scaling import Autoscaler
 from cluster.session import node_resources, open_cluster, remove_from_nodes
 from cluster.submission import job_id
 from jobs.command_line import Options
+from pipeline.config.engine_build import require_engine_for
 from pipeline.config.schema import Recipe
 from pipeline.data.source import RunData, load_data
 from pipeline.records import StageResult
@@ -61,7 +62,6 @@ class Rooms:
             recipe = self.recipe
             alignment, benchmark = recipe.alignment, recipe.benchmark
             autoscale = recipe.cluster.rollout.autoscale
-            forget_requests(self.stages.workspace.uri)
             self._pool = self._exits.enter_context(
                 RolloutPool(
                     policy.location,
@@ -123,6 +123,7 @@ class Rooms:
 
             leave_service(self._service)
 
+    @cached_property
     def publish_directory(self) -> str:
         """Shared memory for published weights, removed with the job."""
         return self._exits.enter_context(shared_memory(self.stages.workspace.uri))
@@ -163,6 +164,8 @@ def open_rooms(options: Options) -> Iterator[Rooms]:
         workspace = exits.enter_context(
             Workspace.open(options.workspace, job=job_id(), take_over=options.take_over, preempted=notice.is_given)
         )
+        require_engine_for(recipe.cluster.rollout.gpus_per_worker)
+        forget_requests(workspace.uri)  # of the job before; this one hears them from now on
         exits.enter_context(open_cluster(recipe.cluster, ()))
         nodes = node_resources()
         rollout_plan = plan_rollouts(recipe, nodes)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.config.algorithms import Algorithm, with_standard_values
+from pipeline.config.engine_build import default_gpus_per_worker
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -330,6 +331,15 @@ class KLConfig(Frozen):
     """Stop the stage, with its last good checkpoint, when KL per response exceeds this many nats."""
 
     @model_validator(mode="after")
+    def _the_controller_has_something_to_scale(self) -> KLConfig:
+        if self.target is not None and self.coefficient == 0:
+            raise ValueError(
+                f"target = {self.target:g} adapts the coefficient by factors, and coefficient = 0 stays 0; give it a "
+                "value to start from, 0.05 for example"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _has_a_gradient(self) -> KLConfig:
         if self.place == "loss" and self.estimator == "k1" and self.coefficient > 0:
             raise ValueError(
@@ -413,6 +423,11 @@ class PPOConfig(Frozen):
         return self
 
     @property
+    def critic_reads_policy_tokens(self) -> bool:
+        """A critic of its own has the reward model's embeddings, and is given what the policy wrote, token by token."""
+        return self.trains_a_critic and self.critic == "separate"
+
+    @property
     def trains_a_critic(self) -> bool:
         return self.advantages == "gae"
 
@@ -426,7 +441,7 @@ class PPOConfig(Frozen):
 
     @model_validator(mode="after")
     def _what_is_asked_of_critic_and_token_rewards_exists(self) -> PPOConfig:
-        if self.critic_warmup_steps and not (self.trains_a_critic and self.critic == "separate"):
+        if self.critic_warmup_steps and not self.critic_reads_policy_tokens:
             raise ValueError(
                 f"critic_warmup_steps = {self.critic_warmup_steps} trains a critic of its own, but critic = "
                 f"{self.critic!r} and advantages = {self.advantages!r}; it needs critic 'separate' and advantages 'gae'"
@@ -488,7 +503,7 @@ class AlignmentConfig(Frozen):
     drawn before its update, so they judge the policy that the update began with."""
     gate_tolerance: Positive | None = None
     """Largest mean absolute logprob difference between engine and learner after a weight update;
-    None chooses 1e-4 for float32 and 0.05 for bfloat16."""
+    None chooses 1e-4 for float32 and 0.2 for bfloat16."""
 
     @model_validator(mode="before")
     @classmethod
@@ -511,6 +526,16 @@ class AlignmentConfig(Frozen):
             raise ValueError(
                 f"prefetch = {self.prefetch} trains on samples of the policy before, so ppo.importance_cap must weigh "
                 "them; 2 is usual"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_kl_controller_stays_positive(self) -> AlignmentConfig:
+        responses = self.prompts_per_step * self.samples_per_prompt
+        if self.kl.target is not None and responses >= 5 * self.kl.horizon:
+            raise ValueError(
+                f"kl.horizon = {self.kl.horizon:g} is so short that one step of {responses} responses could turn the "
+                f"KL coefficient negative; raise it above {responses / 5:g}, 10,000 is usual"
             )
         return self
 
@@ -538,6 +563,15 @@ class BenchmarkConfig(Frozen):
     max_response_tokens: Count = 1024
     temperature: NonNegative = 0.0
     best_of: Count = 1
+
+    @model_validator(mode="after")
+    def _the_best_is_one_of_many(self) -> BenchmarkConfig:
+        if self.best_of > 1 and self.temperature == 0:
+            raise ValueError(
+                f"best_of = {self.best_of} at temperature = 0 samples the same answer so many times; set "
+                "temperature=1, or best_of=1"
+            )
+        return self
 
 
 # --------------------------------------------------------------------------- the two halves
@@ -619,23 +653,30 @@ class AutoscaleConfig(Frozen):
         return self
 
 
+def _chunk_size(*, gpus_per_worker: float = 0.0, max_sequences: int = 256, **_: Any) -> int:
+    return 32 if gpus_per_worker == 0 else max_sequences
+
+
 class RolloutConfig(Frozen):
     """The pool of vLLM engines."""
 
     workers: Count = 1
     cpus_per_worker: NonNegative = 1.0
-    gpus_per_worker: NonNegative = 0.0
+    gpus_per_worker: NonNegative = Field(default_factory=lambda given: default_gpus_per_worker(given.get("workers", 1)))
+    """By default what the installed vLLM needs: nothing for its CPU build, else one GPU for all workers together."""
     threads_per_worker: Count | None = None
     """As `threads_per_rank`."""
     kv_cache_gib: Count = 1
-    """CPU engines only: the KV cache's size at most; no more is taken than `max_sequences` of full length need."""
+    """Of engines without a GPU of their own, the KV cache's size at most; no more is taken than `max_sequences` of full
+    length need."""
     gpu_memory_fraction: Fraction | None = None
-    """Of each GPU, for weights and KV cache. None takes 0.9 of an engine's own GPU, and 0.45 of one that it shares: the
-    learner's parameters and optimizer stay there while it samples."""
+    """Of each GPU, for weights and KV cache. None takes 0.9 of what `gpus_per_worker` gives an engine, and 0.45 of a
+    GPU that it shares with the learner, whose parameters and optimizer stay there while it samples."""
     max_sequences: Count = 256
     enforce_eager: bool = True
-    chunk_size: Count = 32
-    """Responses handed to a worker at a time."""
+    chunk_size: Count = Field(default_factory=lambda given: _chunk_size(**given))
+    """Responses handed to a worker at a time. By default 32 for a CPU engine, and `max_sequences` for a GPU, whose
+    steps take as long for few sequences as for many."""
     max_restarts: Annotated[int, Field(ge=0)] = 2
     """How many workers that died or hung are replaced, over the whole job."""
     placement: RolloutPlacement | None = None
@@ -648,11 +689,19 @@ class RolloutConfig(Frozen):
     """Let the number of workers follow the learner between these bounds; needs `alignment.prefetch`."""
 
     def memory_fraction(self, placement: RolloutPlacement) -> float:
-        return self.gpu_memory_fraction or {"disaggregated": 0.9, "colocated": 0.45}[placement]
+        default = 0.45 if placement == "colocated" else 0.9 * self.gpus_per_worker
+        return self.gpu_memory_fraction or default or 0.9
 
     @property
     def asks_for_shared_gpus(self) -> bool:
         return self.placement == "colocated" or self.weight_transfer == "ipc"
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _an_engine_runs_on_one_gpu(cls, gpus: float) -> float:
+        if gpus > 1:
+            raise ValueError(f"an engine runs on one GPU, not on {gpus:g}; set it to 1 and raise workers")
+        return gpus
 
     @model_validator(mode="after")
     def _weights_cross_what_lies_between(self) -> RolloutConfig:

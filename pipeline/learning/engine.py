@@ -33,6 +33,8 @@ class TrainEngine(Protocol):
     rank: int
     world_size: int
     device: torch.device
+    dtype: str
+    """What it computes in; parameters are float32."""
     module: nn.Module
     """The unwrapped model. Under ZeRO-3 its parameters are partitioned: call `forward`, not this."""
     max_grad_norm: float

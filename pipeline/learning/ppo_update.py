@@ -19,7 +19,7 @@ from pipeline.learning.publishing import evaluate_probes, write_policy_weights
 from pipeline.learning.schedule import learning_rate_factor
 from pipeline.learning.shards import MicroBatch, Rows, Sums, own_micro_batches
 from pipeline.learning.training_state import Snapshot
-from pipeline.models.backbone import save_causal_lm
+from pipeline.models.backbone import DTYPES, save_causal_lm
 from pipeline.models.critic import TokenStatistics
 from pipeline.models.lora import merged_tensors
 from pipeline.models.packing import PackedTokens, pack
@@ -220,10 +220,9 @@ class PPOLearner:
         self.engine.module.eval()
         # Every rank runs every probe: they are few, and ZeRO-3 needs the company.
         probes = evaluate_probes(lambda *a: self.engine.forward(*a)[0], self.probes, self.engine.device)
-        state = self.engine.full_state_dict()
         location = self._location(version)
+        policy = self._policy_on_first_rank(DTYPES[self.engine.dtype])
         if self.engine.rank == 0:
-            policy = dict(self._policy_part(state.items()))
             write_policy_weights(policy, location, over=self._location(version - 2))
             # By name, not by age: a killed run may have left later versions than the one it resumes from.
             kept = {location, self._location(version - 1)}
@@ -234,6 +233,11 @@ class PPOLearner:
     def policy_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What `publish_weights` writes, tensor by tensor on this rank's device. Collective, as `full_tensors`."""
         return self._policy_part(self.engine.full_tensors())
+
+    def _policy_on_first_rank(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """On its CPU, without the critic; empty elsewhere. Collective."""
+        tensors = self.policy_tensors()
+        return {name: tensor.to(dtype).cpu() for name, tensor in tensors if self.engine.rank == 0}
 
     def _policy_part(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in merged_tensors(tensors, self.engine.module):
@@ -247,9 +251,8 @@ class PPOLearner:
         return self.engine.snapshot()
 
     def export(self, directory: str) -> None:
-        state = self.engine.full_state_dict()
+        policy = self._policy_on_first_rank(torch.float32)
         if self.engine.rank == 0:
-            policy = dict(self._policy_part(state.items()))
             save_causal_lm(policy, self.model_config, self.tokenizer, directory)
 
 

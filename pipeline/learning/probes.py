@@ -18,8 +18,9 @@ PROMPT_TOKENS = 64
 """Of a prompt: enough to tell one set of weights from another. Probes are computed twice with every new version."""
 RANDOM_TOKENS = 8
 
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
-"""Default gate tolerance, nats: float32 engines agree to 2e-5, bfloat16 rounds to 3 digits."""
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.2}
+"""Default gate tolerance, nats: float32 engines agree to 2e-5. A bfloat16 engine rounds what passes from layer to
+layer, which a learner under autocast does not: 0.05 apart with equal weights (SmolLM2-135M)."""
 
 
 def choose_probes(prompts: Sequence[Prompt], *, vocabulary_size: int, seed: int, count: int = 8) -> list[PromptGroup]:

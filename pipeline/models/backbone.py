@@ -185,6 +185,25 @@ def require_context(checkpoint: str, num_tokens: int, section: str) -> None:
         )
 
 
+def require_same_tokens(policy: PreTrainedTokenizerBase, reward_model: str) -> None:
+    """Raises ConfigError where a token id of the policy is another token, or none, to the reward model's backbone.
+
+    Ids that the backbone has room for and its tokenizer no name pass: families add special tokens at the end.
+    """
+    words = {index: token for token, index in load_tokenizer(reward_model).get_vocab().items()}
+    rows = int(load_config(reward_model).vocab_size)
+    foreign = [
+        token for token, index in policy.get_vocab().items() if index >= rows or words.get(index, token) != token
+    ]
+    if foreign:
+        raise ConfigError(
+            f"alignment.ppo.critic = 'separate' gives the reward model's backbone the policy's token ids, but "
+            f"{len(foreign):,} of {len(policy):,} are other tokens to it or none ({foreign[0]!r}, ...). Set "
+            "alignment.ppo.critic=value_head, or train the reward model on a backbone of the policy's family "
+            "(reward_training.backbone)."
+        )
+
+
 def require_lora_targets(checkpoint: str, lora: LoRAConfig | None, section: str) -> None:
     """Raises ConfigError when a recipe's section puts adapters on layers that the model does not have.
 

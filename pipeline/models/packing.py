@@ -178,6 +178,8 @@ def shared_prompt_attention(
     """
     if softcap is not None:
         raise CheckpointError(f"attention scores capped at {softcap} (Gemma 2) are not supported; use Qwen3 or Llama")
+    # Norms and rotary angles leave float32 under autocast; the values have the dtype that is computed in.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     # A prompt with a single response is one plain causal sequence, whichever of the two a token belongs to.
@@ -220,12 +222,15 @@ def _attend(
         distance = _distance(num_queries, num_keys, query.device)
         mask = (distance >= 0) & (distance < window)
     elif num_queries < num_keys:
-        # On a GPU this names a flash kernel; elsewhere it would only become the mask it stands for.
-        on_gpu = query.is_cuda
-        mask = causal_lower_right(num_queries, num_keys) if on_gpu else _distance(num_queries, num_keys) >= 0
+        mask = _lower_right(num_queries, num_keys, on_gpu=query.is_cuda)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
     )
+
+
+def _lower_right(num_queries: int, num_keys: int, *, on_gpu: bool) -> Any:
+    """On a GPU this names a flash kernel; elsewhere it would only become the mask it stands for."""
+    return causal_lower_right(num_queries, num_keys) if on_gpu else _distance(num_queries, num_keys) >= 0
 
 
 def _distance(num_queries: int, num_keys: int, device: torch.device | None = None) -> torch.Tensor:

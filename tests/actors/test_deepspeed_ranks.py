@@ -1,17 +1,22 @@
 """DeepSpeed ranks under real Ray: they agree with one process, resume exactly, and die loudly."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import ray
 import torch
+from deepspeed.runtime.torch_autocast import has_comm_dtype, init_autocast_params
 from safetensors.torch import load_file
+from torch import nn
 
+from actors.deepspeed_engine import zero_config
 from actors.rank_group import RankGroup
 from actors.ranked_learner import RankedLearner
 from actors.reward_trainer import RewardTrainerSpec, build_reward_trainer
 from pipeline.config.schema import DeadlinesConfig, LoRAConfig, OptimiserConfig, RanksConfig, RewardTrainingConfig
 from pipeline.errors import WorkerDied
+from pipeline.models.linear import OneDNNLinear
 from pipeline.models.lora import merged
 from tests.learners import HEAD, collator, reward_trainer, statistics_of, tokenised
 
@@ -95,6 +100,20 @@ def test_two_ranks_agree_with_one_process_and_each_resumes_what_the_other_saved(
     # Adam divides by the gradient's own size: where a gradient is all rounding, so is the step. Those are few.
     assert differences.mean() < 1e-5
     assert differences.quantile(0.999) < 1e-4
+
+
+def test_under_bfloat16_no_parameter_is_rounded_on_its_way_between_ranks():
+    """DeepSpeed would do that to every plain linear layer, which are those of the heads."""
+    settings = zero_config(RanksConfig(ranks=2, zero_stage=3), dtype="bfloat16", max_grad_norm=1.0)["torch_autocast"]
+    model = nn.ModuleDict({"head": nn.Linear(4, 4), "backbone": OneDNNLinear(4, 4)})
+    engine = SimpleNamespace(module=model, zero_quantized_weights=lambda: False)
+    init_autocast_params(engine, torch.bfloat16, settings["lower_precision_safe_modules"])
+    assert not [name for name, parameter in model.named_parameters() if has_comm_dtype(parameter)]
+    init_autocast_params(engine, torch.bfloat16, None)
+    assert [name for name, parameter in model.named_parameters() if has_comm_dtype(parameter)] == [
+        "head.weight",
+        "head.bias",
+    ]
 
 
 def test_a_dead_rank_is_reported_in_seconds_not_as_a_hang(local_ray, tiny_policy, world, tokenizer):

@@ -218,6 +218,10 @@ def test_ppo_and_reinforce_need_no_group():
         ),
         (["alignment.ppo.drop_uniform_groups=true"], "samples_per_prompt = 1 must be at least 2"),
         (["alignment.prefetch=continue"], "the policy before, so ppo.importance_cap must weigh them; 2 is usual"),
+        (["cluster.rollout.gpus_per_worker=2"], "an engine runs on one GPU, not on 2; set it to 1 and raise workers"),
+        (["alignment.kl={coefficient: 0, target: 6}"], "and coefficient = 0 stays 0; give it a value to start from"),
+        (["alignment.kl={target: 6, horizon: 10}"], "kl.horizon = 10 is so short that one step of"),
+        (["benchmark.best_of=8", "benchmark.temperature=0"], "best_of = 8 at temperature = 0 samples the same answer"),
         (["cluster.rollout.autoscale.max_workers=4"], "autoscale compares who waits for whom"),
     ],
 )

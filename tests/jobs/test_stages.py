@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 import actors.rank_group
-from jobs.prepare_policy import prepare_policy
+from jobs.prepare_policy import prepare_policy, split_texts
 from jobs.rooms import Rooms
 from jobs.train_reward_model import train_reward_model
 from pipeline.config.load import load_recipe
@@ -52,6 +52,30 @@ def test_adapters_on_layers_that_the_policy_does_not_have(rooms_of):
 def test_texts_of_which_none_fits(rooms_of):
     with pytest.raises(DataError, match=r"none of 300 texts fits in prepare_policy\.max_length = 2 tokens"):
         prepare_policy(rooms_of("prepare_policy.max_length=2"))
+
+
+@pytest.mark.parametrize(("texts", "heldout"), [(2, 1), (19, 1), (200, 20), (2560, 256), (9000, 256)])
+def test_of_few_texts_a_tenth_is_held_out(texts, heldout):
+    held, trained_on = split_texts(list(range(texts)))
+    assert (held, trained_on) == (list(range(heldout)), list(range(heldout, texts)))
+
+
+def test_a_single_text_is_not_split(rooms_of):
+    with pytest.raises(DataError, match=r"1 text to fine-tune on, .*\(prepare_policy\.num_steps=0\)"):
+        prepare_policy(rooms_of("data.planted.num_sft_texts=1"))
+
+
+def test_other_objectives_are_another_fine_tuned_policy_and_the_same_adopted_one(rooms_of, monkeypatch):
+    """The best of several rated completions, which is imitated, depends on what rates it."""
+    begun = []
+    monkeypatch.setattr(
+        StageRunner, "run", lambda self, name, version, compute, *, config, **rest: begun.append(config)
+    )
+    for steps in (1, 0):
+        for objectives in ("[a, b]", "[c, d]"):
+            prepare_policy(rooms_of(f"objectives={objectives}", f"prepare_policy.num_steps={steps}"))
+    assert begun[0] != begun[1]
+    assert begun[2] == begun[3]
 
 
 def test_pairs_of_which_none_fits(rooms_of, tiny_policy):

@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -441,6 +442,20 @@ def test_published_weights_are_read_by_safetensors_as_they_were(tmp_path):
     assert all(
         torch.equal(published[name], state[name]) and published[name].dtype == state[name].dtype for name in state
     )
+
+
+def test_a_policy_is_published_in_the_dtype_it_computes_in_and_exported_as_it_is_trained(
+    tiny_policy, world, tokenizer, tmp_path
+):
+    learner = ppo_learner(
+        tiny_policy, world, tokenizer, tmp_path / "published", make_engine=partial(TorchEngine, dtype="bfloat16")
+    )
+    published = load_file(f"{learner.publish_weights(0).location}/model.safetensors")
+    learner.export(str(tmp_path / "result"))
+    exported = load_file(tmp_path / "result" / "model.safetensors")
+    assert {tensor.dtype for tensor in exported.values()} == {torch.float32}
+    assert exported.keys() <= published.keys()  # an engine wants lm_head.weight, too
+    assert all(torch.equal(published[name], exported[name].bfloat16()) for name in exported)
 
 
 def test_the_two_latest_policies_stay_published(tiny_policy, world, tokenizer, tmp_path):

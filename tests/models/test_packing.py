@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn.attention.bias import causal_lower_right
 from transformers import (
     Gemma2Config,
     Gemma2Model,
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 from pipeline.errors import CheckpointError
+from pipeline.models import packing
 from pipeline.models.packing import in_packed_order, pack, packed_states, use_packed_attention
 from pipeline.records import PromptGroup
 
@@ -55,6 +57,21 @@ DECODERS = {
 def decoder(name):
     torch.manual_seed(0)
     return DECODERS[name]().eval()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_the_mask_that_a_gpu_is_given_takes_what_autocast_leaves_in_float32(name, monkeypatch):
+    """Norms and rotary angles make float32 queries and keys, beside values in bfloat16; that mask wants one dtype."""
+    model = decoder(name)
+    use_packed_attention(model)
+    packed = pack(GROUPS)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        elsewhere = packed_states(model, packed)
+        monkeypatch.setattr(packing, "_lower_right", lambda q, k, on_gpu: causal_lower_right(q, k))
+        on_gpu = packed_states(model, packed)
+    assert torch.allclose(on_gpu, elsewhere, atol=0.05)
+    with torch.no_grad():
+        assert torch.allclose(on_gpu.float(), packed_states(model, packed), atol=0.1)
 
 
 def test_tokens_lie_end_to_end_and_responses_go_on_where_their_prompt_ended():
