@@ -1,17 +1,21 @@
 """What a stage can know to be wrong it says before any rank starts."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 
 import pytest
 
 import actors.rank_group
+import actors.rollout_pool
+import jobs.rooms
+from jobs.command_line import Options
 from jobs.prepare_policy import prepare_policy, split_texts
 from jobs.rooms import Rooms
 from jobs.train_reward_model import train_reward_model
 from pipeline.config.load import load_recipe
 from pipeline.errors import ConfigError, DataError
 from pipeline.records import StageResult
+from pipeline.stages.requests import request_rollout_workers, requested_rollout_workers
 from pipeline.stages.runner import StageRunner
 from pipeline.stages.workspace import Workspace
 
@@ -76,6 +80,33 @@ def test_other_objectives_are_another_fine_tuned_policy_and_the_same_adopted_one
             prepare_policy(rooms_of(f"objectives={objectives}", f"prepare_policy.num_steps={steps}"))
     assert begun[0] != begun[1]
     assert begun[2] == begun[3]
+
+
+def test_a_job_forgets_what_was_asked_of_the_last_one_and_hears_what_is_asked_from_its_beginning(tmp_path, monkeypatch):
+    """Also before its pool is there: models may train for hours until then."""
+    place = str(tmp_path)
+
+    @contextmanager
+    def cluster_that_comes_up(*_):
+        assert requested_rollout_workers(place) is None
+        request_rollout_workers(place, 3)
+        yield
+
+    with Workspace.open(place, job="the last one"):
+        request_rollout_workers(place, 7)
+    monkeypatch.setattr(jobs.rooms, "open_cluster", cluster_that_comes_up)
+    monkeypatch.setattr(jobs.rooms, "node_resources", lambda: [{"CPU": 64.0}])
+    monkeypatch.setattr(
+        actors.rollout_pool, "RolloutPool", lambda *_, requested_workers, **__: asked(requested_workers)
+    )
+    options = Options(recipe=load_recipe("tiny"), workspace=place, dry_run=False, take_over=False)
+
+    @contextmanager
+    def asked(requested_workers):
+        yield requested_workers()
+
+    with jobs.rooms.open_rooms(options) as rooms:
+        assert rooms.rollouts(StageResult(name="policy", location=place, fingerprint="0", metrics={})) == 3
 
 
 def test_pairs_of_which_none_fits(rooms_of, tiny_policy):

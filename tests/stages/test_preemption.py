@@ -28,3 +28,13 @@ def test_after_the_notice_no_stage_is_begun_and_a_finished_one_is_still_found(tm
         assert stages.run("done", 1, lambda stage: {"x": 2.0}, config={}) == done
         with pytest.raises(Preempted, match="next was not begun"):
             stages.run("next", 1, lambda stage: {}, config={})
+
+
+def test_a_stage_that_saves_nothing_on_its_way_leaves_where_it_asks_and_begins_anew(tmp_path):
+    given = []
+    with Workspace.open(str(tmp_path), job="mine", needs_bytes=0, preempted=lambda: bool(given)) as workspace:
+        stage = workspace.stage("generate_benchmark", "0" * 64)
+        stage.leave_if_preempted()
+        given.append("SIGTERM")
+        with pytest.raises(Preempted, match=r"generate_benchmark begins anew\. The same command resumes"):
+            stage.leave_if_preempted()
