@@ -60,9 +60,11 @@ class Place:
         import torch
 
         from pipeline.data.source import DATA_ROOT
+        from pipeline.learning.memory import keep_freed_memory
 
         os.environ[DATA_ROOT] = self.data_root
         torch.set_num_threads(max(1, int(self.cpus)))
+        keep_freed_memory(torch.device(self.device))
 
 
 def train_everywhere(

@@ -44,8 +44,10 @@ class Rank:
 
     def build(self, factory: Callable[..., Any], arguments: tuple, address: str) -> None:
         from actors.deepspeed_engine import join_process_group
+        from pipeline.learning.memory import keep_freed_memory
 
         self._device = join_process_group(self._rank, self._world_size, address)
+        keep_freed_memory(self._device)
         self._learner = factory(*arguments, self._device)
 
     def peak_memory(self) -> Metrics:

@@ -56,7 +56,13 @@ class RolloutWorker:
         with storage.reading(model_uri) as directory:
             self._tokenizer = load_tokenizer(directory)
             # Second: the tokenizer's module imports transformers the quick way.
+            import torch
+
             from actors.vllm_engine import VLLMEngine
+            from pipeline.learning.memory import keep_freed_memory
+
+            if config.gpus_per_worker == 0:
+                keep_freed_memory(torch.device("cpu"))
 
             self._engine = VLLMEngine(
                 directory,

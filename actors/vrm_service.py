@@ -39,6 +39,7 @@ from pipeline.errors import (
     ResourceError,
     WorkerError,
 )
+from pipeline.learning.memory import keep_freed_memory
 from pipeline.learning.reward_scorer import RewardModelScorer
 from pipeline.ports import RewardScorer
 from pipeline.records import RewardScore
@@ -93,6 +94,7 @@ class VRMService:
 
         torch.set_num_threads(config.threads_per_replica or max(1, int(config.cpus_per_replica)))
         device = "cuda" if config.gpus_per_replica > 0 else "cpu"
+        keep_freed_memory(torch.device(device))
         with storage.reading(model_uri) as directory:
             self._scorer = RewardModelScorer.load(
                 directory, max_tokens_per_batch=config.max_tokens_per_batch, device=device

@@ -54,12 +54,14 @@ def evaluate_reward_model(asked: argparse.Namespace) -> str:
     from pipeline.data.comparisons import prompt_key, read_comparisons
     from pipeline.data.files import content_fingerprint
     from pipeline.data.prompts import read_prompts
+    from pipeline.learning.memory import keep_freed_memory
     from pipeline.learning.reward_scorer import RewardModelScorer
     from pipeline.models.reward_model import read_card
 
     device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda, but torch sees no GPU. Leave it out to score on the CPU.")
+    keep_freed_memory(torch.device(device))
     read_card(asked.model)
     subset_field = asked.subset_field or ("domain" if asked.benchmark == "rm_bench" else None)
     seen = survey(read_comparisons(asked.pairs, subset_field=subset_field), asked.benchmark)
