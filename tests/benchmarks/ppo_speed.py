@@ -48,6 +48,7 @@ from pipeline.config.schema import (
 from pipeline.data.prompts import PromptStream, read_prompts, tokenise_prompts
 from pipeline.learning.engine import TorchEngine
 from pipeline.learning.experience import RewardScale
+from pipeline.learning.memory import keep_freed_memory
 from pipeline.learning.parameter_groups import parameter_groups
 from pipeline.learning.ppo_update import PPOLearner
 from pipeline.learning.probes import choose_probes
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
     options = parser.parse_args()
+    keep_freed_memory(torch.device("cpu"))  # as our ranks and replicas do; the peer gains as well
 
     tokenizer = load_tokenizer(options.tokenizer)
     read = list(islice(read_prompts([options.prompts]), 4 * options.batch * (options.iterations + 1)))

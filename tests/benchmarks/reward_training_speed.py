@@ -23,6 +23,7 @@ from pipeline.data.collate import PairCollator, TokenisedPair, tokenise_pairs
 from pipeline.data.preferences import read_pairs
 from pipeline.data.score_statistics import ScoreStatistics
 from pipeline.learning.engine import TorchEngine
+from pipeline.learning.memory import keep_freed_memory
 from pipeline.learning.parameter_groups import parameter_groups
 from pipeline.learning.reward_update import RewardModelTrainer
 from pipeline.models.backbone import load_tokenizer
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=384)
     parser.add_argument("--layers", type=int, default=8)
     options = parser.parse_args()
+    keep_freed_memory(torch.device("cpu"))  # as our ranks and replicas do; the peer gains as well
 
     tokenizer = load_tokenizer(options.tokenizer)
     read = read_pairs([options.pairs], "helpsteer2", OBJECTIVES, hub=False, seed=0)

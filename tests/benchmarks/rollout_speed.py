@@ -35,7 +35,7 @@ from pipeline.data.planted import build_tokenizer
 from pipeline.data.prompts import PromptStream, read_prompts, tokenise_prompts
 from pipeline.learning.engine import TorchEngine
 from pipeline.learning.experience import RewardScale
-from pipeline.learning.memory import copy_gb_per_s
+from pipeline.learning.memory import copy_gb_per_s, keep_freed_memory
 from pipeline.learning.parameter_groups import parameter_groups
 from pipeline.learning.ppo_update import PPOLearner
 from pipeline.learning.probes import choose_probes
@@ -71,6 +71,7 @@ def main() -> None:
     if options.prompts_file and not options.checkpoint:
         parser.error("--prompts-file needs --checkpoint, whose tokenizer reads it")
     torch.set_num_threads(1)
+    keep_freed_memory(torch.device("cpu"))  # as our engines do; the peer gains as well
     shared = "/dev/shm" if os.path.isdir("/dev/shm") else None
     with tempfile.TemporaryDirectory() as place, tempfile.TemporaryDirectory(dir=shared) as published:
         prompts = random_prompts(options)

@@ -36,6 +36,7 @@ from actors.vrm_service import leave_service, start_service
 from cluster.session import open_cluster
 from pipeline.config.schema import ClusterConfig, ScoringConfig, TinyModelConfig, VRMHeadConfig
 from pipeline.data.planted import OBJECTIVES, build_tokenizer
+from pipeline.learning.memory import keep_freed_memory
 from pipeline.learning.reward_scorer import RewardModelScorer
 from pipeline.models.backbone import create_tiny_causal_lm, load_config, load_tokenizer
 from pipeline.models.reward_model import RewardModel, RewardModelCard, make_head, save_reward_model
@@ -107,6 +108,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8123)
     parser.add_argument("--json", help="file for the measurements")
     options = parser.parse_args()
+    keep_freed_memory(torch.device("cpu"))  # as our ranks and replicas do; the peer gains as well
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as directory:
         model = options.model or random_model(directory)
