@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Creates .venv with a set of packages known to work together; called by make, safe to repeat.
-# VRM_ACCELERATOR=cpu|cuda overrides the automatic choice.
+# VRM_ACCELERATOR=cpu|cuda overrides the automatic choice, which is kept by later calls.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -10,7 +10,7 @@ python=${PYTHON:-python3}
   exit 1
 }
 
-accelerator=${VRM_ACCELERATOR:-$(command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)}
+accelerator=${VRM_ACCELERATOR:-$(cat .venv/.accelerator 2>/dev/null || { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu; })}
 echo "install: $("$python" --version), $accelerator build, into .venv"
 # The two builds of torch have one version: an installer would take either for the other.
 [ "$(cat .venv/.accelerator 2>/dev/null || echo "$accelerator")" = "$accelerator" ] || rm -rf .venv

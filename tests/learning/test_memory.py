@@ -2,7 +2,6 @@ import subprocess
 import sys
 
 import psutil
-import pytest
 import torch
 
 from pipeline.learning.memory import largest, peak_memory
@@ -37,7 +36,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
 def test_memory_that_is_kept_is_not_asked_for_again():
     """Ten tensors of 64 MiB, one after the other: 16,384 pages of 4 KiB each, or fewer large ones."""
     faults = {
