@@ -1,3 +1,4 @@
+# make install      the environment alone, which every other target makes when it is missing
 # make quickstart   install, then run the whole pipeline on the tiny recipe through `ray job submit`
 # make test         install, then run the tests
 # make smollm2      install, then the real run: SmolLM2-135M-Instruct on HelpSteer2
@@ -8,10 +9,12 @@ WORKSPACE ?= $(CURDIR)/runs/tiny
 DATA ?= $(CURDIR)/../shared/data
 BIN := .venv/bin
 
-.PHONY: quickstart test smollm2 serve lint clean
+.PHONY: install quickstart test smollm2 serve lint clean
 
 .venv/.installed: pyproject.toml install/install.sh install/constraints.txt
 	@bash install/install.sh
+
+install: .venv/.installed
 
 quickstart: .venv/.installed
 	@bash install/submit.sh --recipe tiny --workspace "$(WORKSPACE)" $(ARGS)

@@ -290,6 +290,7 @@ class RolloutPool:
             "rollout/answers_dropped": float(counts["dropped"]),
             "gate/mean": max(m["gate/mean"] for m in metrics),
             "gate/max": max(m["gate/max"] for m in metrics),
+            "weights/written_gb_per_s": weights.written_gb_per_s,
             "weights/seconds": max(m["weights/seconds"] for m in metrics),
             "weights/gb_per_s": min(m["weights/gb_per_s"] for m in metrics),
             "weights/copy_gb_per_s": min(m["weights/copy_gb_per_s"] for m in metrics),

@@ -5,40 +5,30 @@ Beside the two ends of weight transfer the only importer of vllm.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from vllm import LLM, SamplingParams, TokensPrompt
-from vllm.model_executor.layers.linear import LinearBase
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.sampling_params import RequestOutputKind
 
+from actors.engine_weights import differences, holds_by_name, replace_weights
 from actors.weight_transfer import register
 from cluster.rollout_plan import RolloutPlan
 from pipeline.config.schema import RolloutConfig
 from pipeline.errors import StaleEngineError
 from pipeline.learning.memory import copy_gb_per_s
+from pipeline.learning.policy_files import PolicyFiles
 from pipeline.models.backbone import kv_bytes_per_token, load_config
 from pipeline.records import FinishReason, ProbeSequence
 from pipeline.records import SamplingParams as Sampling
 
-WEIGHTS_FILE = "model.safetensors"
-FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
-"""vLLM's fused projections and the published parameters they are made of, in order."""
 PROMPT_TOKENS_AT_ONCE = 4096
 """Of a CPU engine, in one forward pass: vLLM's own number."""
 TOKENS_PER_BLOCK = 128
 """Of a CPU engine's KV cache."""
-ROUNDING = 32
-"""Units in the last place by which two ways to compute one matrix product may differ, relative to its largest entry."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +79,10 @@ class VLLMEngine:
             disable_log_stats=True,
             **differs,
         )
+        self._files = PolicyFiles()
+        self._on_cpu = config.gpus_per_worker == 0
+        self._replaceable: dict[str, tuple[torch.Size, torch.dtype]] | None = None
+        """Names, shapes and dtypes of a policy whose successors need not go through vLLM's loader."""
         self._is_updating = False
         self._is_asleep = False
 
@@ -101,11 +95,19 @@ class VLLMEngine:
 
     def load_weights(self, location: str) -> int:
         """Loads a published policy from its file. Returns the bytes read."""
-        path = os.path.join(location, WEIGHTS_FILE)
-        self.start_update()
-        self.receive({"path": path})
-        self.finish_update()
-        return os.path.getsize(path)
+        published = self._files.read(location)
+        layout = {name: (tensor.shape, tensor.dtype) for name, tensor in published.items()}
+        if layout == self._replaceable:
+            self._end_update()
+            self._llm.apply_model(lambda model: replace_weights(model, published))
+            self._forget_prefixes()
+        else:
+            self.start_update()
+            self.receive({"location": location})
+            self.finish_update()
+            if self._on_cpu and self._llm.apply_model(lambda model: holds_by_name(model, published)) == [True]:
+                self._replaceable = layout
+        return sum(tensor.nbytes for tensor in published.values())
 
     def meet_learner(self, init_info: dict[str, Any]) -> None:
         """Agrees with the learner's ranks on how they will send; `init_info` is theirs."""
@@ -116,8 +118,7 @@ class VLLMEngine:
         if self._is_asleep:
             # The cache last: until the update is over, the learner's side may need the room.
             self._llm.wake_up(tags=["weights"])
-        if self._is_updating:
-            self._llm.collective_rpc("finish_weight_update")
+        self._end_update()
         self._llm.collective_rpc("start_weight_update")
         self._is_updating = True
 
@@ -129,11 +130,18 @@ class VLLMEngine:
 
     def finish_update(self) -> None:
         """Ends an update, and forgets cached prefixes of the policy before."""
-        self._llm.collective_rpc("finish_weight_update")
-        self._is_updating = False
+        self._end_update()
         if self._is_asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._is_asleep = False
+        self._forget_prefixes()
+
+    def _end_update(self) -> None:
+        if self._is_updating:
+            self._llm.collective_rpc("finish_weight_update")
+            self._is_updating = False
+
+    def _forget_prefixes(self) -> None:
         if not self._llm.reset_prefix_cache():
             raise StaleEngineError(
                 "the engine would not forget the prefixes it cached before this update: a request is still running. "
@@ -186,14 +194,10 @@ class VLLMEngine:
         return finished
 
     def differing_groups(self, location: str) -> dict[str, float]:
-        """Parameter group -> largest relative difference from the published file, for groups that differ.
-
-        Relative to the group's largest published value. A CPU engine keeps its matrices packed and drops the originals,
-        so every matrix is also compared by what it does to a fixed vector; that sees stale copies, too. Knows vLLM's
-        fused projections; a parameter that vLLM renamed otherwise is left out.
-        """
-        [differences] = self._llm.apply_model(lambda model: _differences(model, os.path.join(location, WEIGHTS_FILE)))
-        return differences
+        """Parameter group -> largest relative difference from the published file, for groups that differ."""
+        published = self._files.read(location)
+        [found] = self._llm.apply_model(lambda model: differences(model, published))
+        return found
 
 
 def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
@@ -217,52 +221,8 @@ def _as_sample(completion) -> Sample:  # type: ignore[no-untyped-def]
     )
 
 
-def _differences(model: torch.nn.Module, path: str) -> dict[str, float]:
-    differences: dict[str, float] = {}
-    with safe_open(path, framework="pt") as published:
-        names = set(published.keys())
-        for module_name, module in model.named_modules():
-            for name, parameter in module.named_parameters(prefix=module_name, recurse=False):
-                parts = _published_names(name)
-                if not names.issuperset(parts):
-                    continue
-                expected = torch.cat([published.get_tensor(part) for part in parts]).to(parameter)
-                gap = 0.0
-                if parameter.shape[1:] == expected.shape[1:]:
-                    # vLLM pads the vocabulary to a multiple of 64 rows.
-                    gap = _relative_gap(parameter.detach()[: len(expected)], expected)
-                if isinstance(module, LinearBase | ParallelLMHead) and name.endswith(".weight"):
-                    gap = max(gap, _product_gap(module, expected))
-                if gap > 0:
-                    group = ".".join(name.split(".")[:4])
-                    differences[group] = max(gap, differences.get(group, 0.0))
-    return differences
-
-
 def kv_cache_bytes(model_directory: str, config: RolloutConfig, dtype: str, max_model_len: int) -> int:
     """What `max_sequences` of full length need, at most `kv_cache_gib`: a CPU engine touches all of it as it starts."""
     # One block more than they fill: vLLM never hands out the first.
     tokens = TOKENS_PER_BLOCK * (1 + config.max_sequences * -(-max_model_len // TOKENS_PER_BLOCK))
     return min(config.kv_cache_gib * 2**30, tokens * kv_bytes_per_token(load_config(model_directory), dtype))
-
-
-def _relative_gap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    largest = theirs.float().abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    return ((ours.float() - theirs.float()).abs().max() / largest).item()
-
-
-def _product_gap(layer: LinearBase | ParallelLMHead, weight: torch.Tensor) -> float:
-    """Relative difference between what the layer computes and what `weight` [out, in] would; 0 within rounding."""
-    generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(1, weight.shape[1], generator=generator).to(weight)
-    ours = layer.quant_method.apply(layer, vector)[:, : len(weight)]
-    gap = _relative_gap(ours, vector @ weight.T)
-    return gap if gap > ROUNDING * torch.finfo(weight.dtype).eps else 0.0
-
-
-def _published_names(name: str) -> tuple[str, ...]:
-    """The published parts of a fused parameter such as "...qkv_proj.weight"; any other name stands for itself."""
-    for fused, parts in FUSED.items():
-        if f".{fused}." in name:
-            return tuple(name.replace(fused, part) for part in parts)
-    return (name,)

@@ -41,17 +41,28 @@ def readable_here(weights: PolicyWeights) -> PolicyWeights:
     source = os.path.join(weights.location, WEIGHTS_FILE)
     on_source = NodeAffinitySchedulingStrategy(weights.node, soft=False)
     size, stamp = ray.get(_stat.options(scheduling_strategy=on_source).remote(source), timeout=BUCKET_S)
-    # The stamp tells a version from one of equal number that a killed run left; the node, from a copy of a node that
-    # shares this one's memory.
-    copies = Path(f"{weights.location}@{here[:12]}")
-    copy = copies / str(stamp)
-    with _locked(f"{copies.parent / here[:12]}.lock"):
+    published = Path(weights.location)
+    # Of its own for every node, some of which may share one machine's memory.
+    copies = published.parent / f"copies@{here[:12]}"
+    # The stamp tells a version from one of equal number that a killed run left.
+    copy = copies / f"{published.name}-{stamp}"
+    copies.mkdir(parents=True, exist_ok=True)
+    with _locked(f"{copies}.lock"):
         if not (copy / WEIGHTS_FILE).exists():
-            for outdated in copies.parent.glob(f"*@{here[:12]}"):
-                shutil.rmtree(outdated)
-            copy.mkdir(parents=True)
+            _make_place(copy)
             _fetch(source, size, copy / WEIGHTS_FILE, on_source)
     return replace(weights, location=str(copy), node=here)
+
+
+def _make_place(copy: Path) -> None:
+    """The directory of a new copy. It gets the pages of the copy before the last, which nobody reads any more."""
+    others = sorted((path for path in copy.parent.iterdir() if path != copy), key=lambda path: path.stat().st_mtime_ns)
+    outdated = others[:-1]
+    if outdated and not copy.exists():
+        outdated.pop().rename(copy)
+    copy.mkdir(exist_ok=True)
+    for path in outdated:
+        shutil.rmtree(path)
 
 
 def _fetch(source: str, size: int, target: Path, on_source: NodeAffinitySchedulingStrategy) -> None:
@@ -59,11 +70,15 @@ def _fetch(source: str, size: int, target: Path, on_source: NodeAffinityScheduli
     offsets = deque(range(0, size, BUCKET_BYTES))
     coming: deque[Any] = deque()
     partial = target.with_suffix(".partial")
-    with open(partial, "wb") as file:
+    if target.exists():
+        target.replace(partial)
+    partial.touch()
+    with open(partial, "r+b") as file:
         while offsets or coming:
             while offsets and len(coming) < BUCKETS_AHEAD:
                 coming.append(read.remote(source, offsets.popleft(), BUCKET_BYTES))
             file.write(ray.get(coming.popleft(), timeout=BUCKET_S))
+        file.truncate()
     os.replace(partial, target)
 
 

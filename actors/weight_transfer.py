@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from vllm.config import WeightTransferConfig, set_current_vllm_config
 from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
 from vllm.distributed.weight_transfer.base import (
@@ -32,6 +31,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from pipeline.config.schema import WeightTransfer
 from pipeline.errors import CheckpointError, TransferFailed
+from pipeline.learning.policy_files import PolicyFiles
 
 STOPPED = "weight transfer stopped"
 """Key in the store through which learner and engines met."""
@@ -47,11 +47,15 @@ class ShmInitInfo(WeightTransferInitInfo):
 class ShmUpdateInfo(WeightTransferUpdateInfo):
     """Where the published weights lie."""
 
-    path: str = ""
+    location: str = ""
 
 
 class ReadsPublishedFile(WeightTransferEngine):
     """What the engines of all three backends add to vLLM's."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._files = PolicyFiles()
 
     def init_transfer_engine(self, init_info: WeightTransferInitInfo) -> None:
         """Meets a learner, after leaving the one before: a stage that starts again has new ranks."""
@@ -59,10 +63,10 @@ class ReadsPublishedFile(WeightTransferEngine):
         super().init_transfer_engine(init_info)
 
     def update_weights(self, update_info: dict) -> None:
-        """Takes part of the weights as the backend does, or all of them from the file at `update_info["path"]`."""
+        """Takes part of the weights as the backend does, or all of them from the file in `update_info["location"]`."""
         try:
-            if "path" in update_info:
-                self._read(update_info["path"])
+            if "location" in update_info:
+                self._read(update_info["location"])
             else:
                 self.receive_weights(self.parse_update_info(update_info))
             # The base class synchronises an accelerator, which a CPU engine does not have.
@@ -73,29 +77,22 @@ class ReadsPublishedFile(WeightTransferEngine):
             self.finish_weight_update()
             raise
 
-    def _read(self, path: str) -> None:
+    def _read(self, location: str) -> None:
         """Streams the file into the model, one tensor at a time: a full GPU has no room for a second copy.
 
         Raises:
             CheckpointError: the file is not on this node, or leaves parameters of the model as they were.
         """
-        if not os.path.isfile(path):
-            raise CheckpointError(
-                f"no published weights at {path!r} on node {os.uname().nodename}. Rollout workers read "
-                "what the learner's first rank writes: put both on one node, or publish where both can read."
-            )
-        dtype = self.model_config.dtype
+        published = self._files.read(location)
         parameters = {name for name, _ in self.model.named_parameters()}
-        with (
-            set_current_vllm_config(self.vllm_config),
-            safe_open(path, framework="pt", device=str(self.device)) as published,
-        ):
-            names = list(published.keys())
-            loaded = self.model.load_weights((name, published.get_tensor(name).to(dtype)) for name in names)
+        with set_current_vllm_config(self.vllm_config):
+            loaded = self.model.load_weights(
+                (name, tensor.to(self.device, self.model_config.dtype)) for name, tensor in published.items()
+            )
         missing = sorted(parameters - set(loaded))
         if missing:
             raise CheckpointError(
-                f"{path!r} holds {len(names)} tensors, but none for {len(missing)} of the engine's "
+                f"the policy at {location!r} has {len(published)} tensors, but none for {len(missing)} of the engine's "
                 f"{len(parameters)} parameters ({', '.join(missing[:3])}, ...), which would stay as they were. Publish "
                 "every parameter, lm_head.weight included, from a policy of the engine's architecture."
             )
@@ -115,7 +112,7 @@ class ShmWeightTransferEngine(ReadsPublishedFile, WeightTransferEngine[ShmInitIn
             initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: ShmUpdateInfo) -> None:
-        self._read(update_info.path)
+        self._read(update_info.location)
 
     def finish_weight_update(self) -> None:
         with set_current_vllm_config(self.vllm_config):

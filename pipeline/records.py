@@ -207,6 +207,8 @@ class PolicyWeights:
     probes: tuple[ProbeSequence, ...]
     node: str | None = None
     """Id of the node whose memory `location` lies in; None stands for the driver's."""
+    written_gb_per_s: float = 0.0
+    """How fast the file was written."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,6 +74,10 @@ class GlooWorker(RolloutWorker):
         weight_transfer.ENGINES["nccl"] = GlooEngine
         super().start(*arguments)
 
+    def loader(self):
+        """What the next policy of this shape will come in by."""
+        return "vLLM's" if self._engine._replaceable is None else "ours"
+
     def fail_next(self):
         self._fails = True
 

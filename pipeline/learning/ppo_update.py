@@ -15,7 +15,8 @@ from pipeline.config.schema import AlignmentConfig
 from pipeline.learning.algorithm import policy_loss
 from pipeline.learning.engine import TrainEngine
 from pipeline.learning.parameter_groups import POLICY
-from pipeline.learning.publishing import evaluate_probes, write_policy_weights
+from pipeline.learning.policy_files import PolicyFiles
+from pipeline.learning.publishing import evaluate_probes
 from pipeline.learning.schedule import learning_rate_factor
 from pipeline.learning.shards import MicroBatch, Rows, Sums, own_micro_batches
 from pipeline.learning.training_state import Snapshot
@@ -60,6 +61,7 @@ class PPOLearner:
         self.tokenizer = tokenizer
         self.probes = probes
         self.publish_directory = publish_directory
+        self._files = PolicyFiles()
         self.seed = seed
 
     def restore(self, checkpoint: str) -> None:
@@ -222,13 +224,14 @@ class PPOLearner:
         probes = evaluate_probes(lambda *a: self.engine.forward(*a)[0], self.probes, self.engine.device)
         location = self._location(version)
         policy = self._policy_on_first_rank(DTYPES[self.engine.dtype])
+        written = 0.0
         if self.engine.rank == 0:
-            write_policy_weights(policy, location, over=self._location(version - 2))
+            written = self._files.write(policy, location, over=self._location(version - 2))
             # By name, not by age: a killed run may have left later versions than the one it resumes from.
             kept = {location, self._location(version - 1)}
             for other in set(location.parent.glob("policy-*")) - kept:
                 shutil.rmtree(other, ignore_errors=True)
-        return PolicyWeights(version=version, location=str(location), probes=probes)
+        return PolicyWeights(version=version, location=str(location), probes=probes, written_gb_per_s=written)
 
     def policy_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What `publish_weights` writes, tensor by tensor on this rank's device. Collective, as `full_tensors`."""

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from transformers import DynamicCache
 
 from pipeline.data.chat import decode_response
 from pipeline.data.sampling import RolloutRequest, require_room, rollout_requests
 from pipeline.errors import ConfigError, StaleEngineError
+from pipeline.learning.policy_files import PolicyFiles
 from pipeline.learning.probes import TOLERANCE, check_engine
-from pipeline.learning.publishing import WEIGHTS_FILE
 from pipeline.models.backbone import load_causal_lm
 from pipeline.records import Metrics, PolicyWeights, ProbeSequence, Prompt, Rollout, SamplingParams
 
@@ -34,13 +32,14 @@ class TorchRollouts:
         model, self._tokenizer = load_causal_lm(directory, dtype=dtype)
         self._model = model.eval().requires_grad_(False).to(device)
         self._tolerance = gate_tolerance or TOLERANCE[dtype]
+        self._files = PolicyFiles()
         self._version: int | None = None
         self._begun: list[Rollout] = []
 
     def load_weights(self, weights: PolicyWeights) -> Metrics:
         """Loads a published policy and passes the gate; until it has, nothing is sampled."""
         self._version = None
-        self._model.load_state_dict(load_file(os.path.join(weights.location, WEIGHTS_FILE)))
+        self._model.load_state_dict(self._files.read(weights.location))
         gate = check_engine(
             weights.probes,
             [self._logprobs_of(probe) for probe in weights.probes],

@@ -165,7 +165,7 @@ def open_pool(tmp_path):
 
 
 def weights(version):
-    return PolicyWeights(version=version, location="", probes=())
+    return PolicyWeights(version=version, location="", probes=(), written_gb_per_s=3.0)
 
 
 def test_any_number_of_workers_gives_the_same_rollouts_in_order(open_pool):
@@ -182,6 +182,7 @@ def test_any_number_of_workers_gives_the_same_rollouts_in_order(open_pool):
         "rollout/answers_dropped": 0.0,
         "gate/mean": 1e-6,
         "gate/max": 2e-6,
+        "weights/written_gb_per_s": 3.0,
         "weights/seconds": 0.5,
         "weights/gb_per_s": 2.0,
         "weights/copy_gb_per_s": 8.0,

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import ray
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from actors.ranked_learner import RankedSender
 from actors.rollout_pool import RolloutPool
@@ -16,10 +17,10 @@ from cluster.rollout_plan import RolloutPlan
 from pipeline.config.schema import DeadlinesConfig, RolloutConfig
 from pipeline.data.chat import encode_prompt
 from pipeline.errors import CheckpointError, StaleEngineError
+from pipeline.learning.policy_files import PolicyFiles
 from pipeline.learning.probes import TOLERANCE as GATE_TOLERANCE
 from pipeline.learning.probes import choose_probes
-from pipeline.learning.publishing import write_policy_weights
-from pipeline.models.backbone import load_causal_lm
+from pipeline.models.backbone import load_causal_lm, save_causal_lm
 from pipeline.records import PolicyWeights, ProbeSequence, Prompt, SamplingParams
 from tests.gloo import GlooWorker, GroupOfOne, PolicyRank
 
@@ -77,7 +78,7 @@ def publish(tokenizer, prompts, tmp_path_factory):
 
     def publish(model, *, state=None, version=0):
         location = root / str(next(count))
-        write_policy_weights(model.state_dict() if state is None else state, location)
+        PolicyFiles().write(model.state_dict() if state is None else state, location)
         return PolicyWeights(
             version=version,
             location=str(location),
@@ -120,6 +121,48 @@ def test_engines_agree_with_the_learner_after_every_update(pool, policy, publish
         # The probes tell the versions apart, by much more than the tolerance.
         assert before is None or (now - before).abs().mean() > 0.1
         before = now
+    # The first went through vLLM's loader, and showed that the others need not.
+    assert ray.get([worker.actor.loader.remote() for worker in pool._workers], timeout=60) == ["ours"] * 2
+
+
+FAMILIES = {
+    "biases lie between the matrices that vLLM fuses": {
+        "model_type": "qwen2",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": False,
+    },
+    "matrices are published transposed": {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2},
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("family", "loader"), [*zip(FAMILIES, ["ours", "vLLM's"], strict=True)])
+def test_a_policy_that_vllm_loads_by_other_rules_stays_with_its_loader(
+    local_ray, family, loader, tokenizer, publish, tmp_path
+):
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    config = AutoConfig.for_model(**FAMILIES[family], **ends, vocab_size=len(tokenizer))
+    torch.manual_seed(0)
+    policy = AutoModelForCausalLM.from_config(config).eval()
+    save_causal_lm(policy.state_dict(), config, tokenizer, str(tmp_path))
+    with RolloutPool(
+        str(tmp_path),
+        RolloutConfig(workers=1, cpus_per_worker=1, max_sequences=8),
+        DeadlinesConfig(),
+        dtype="float32",
+        max_model_len=128,
+        gate_tolerance=TOLERANCE,
+        seed=0,
+        plan=RolloutPlan(placement="disaggregated", weight_transfer="shm"),
+        worker=GlooWorker,
+    ) as pool:
+        for version in (1, 2):
+            assert pool.load_weights(publish(another(policy, version), version=version))["gate/max"] <= TOLERANCE
+            assert ray.get(pool._workers[0].actor.loader.remote(), timeout=60) == loader
 
 
 def on_gpus(backend, count):

@@ -9,10 +9,9 @@ from safetensors.torch import load_file
 from pipeline.config.load import load_recipe
 from pipeline.config.schema import PairLossConfig, VariationalLossConfig
 from pipeline.data.prompts import PromptStream
-from pipeline.errors import CheckpointError, NumericsError, ResourceError, ShapeError
+from pipeline.errors import CheckpointError, NumericsError, ShapeError
 from pipeline.learning.engine import TorchEngine
 from pipeline.learning.experience import RewardScale, build_experience
-from pipeline.learning.publishing import write_policy_weights
 from pipeline.learning.schedule import learning_rate_factor, warmup_factor
 from pipeline.objectives.variational import sample_dirichlet, weight_supervision
 from pipeline.records import Prompt, PromptGroup, RewardScore, Rollout, SamplingParams, TokenEvaluation
@@ -416,32 +415,6 @@ def test_a_batch_that_would_poison_the_update_is_refused_by_name(rollouts, score
             reward_scale=RewardScale(mean=0.0, std=1.0),
             max_response_tokens=2,
         )
-
-
-def test_publishing_into_too_small_a_shared_memory_says_how_to_enlarge_it(tmp_path):
-    # A view of one number: 4 EiB by its shape, 4 bytes in memory.
-    huge = torch.zeros(1).expand(2**60)
-    with pytest.raises(ResourceError, match=r"needs 4,398,046,511,104 MiB, .* MiB free. Enlarge .*--shm-size"):
-        write_policy_weights({"lm_head.weight": huge}, tmp_path / "policy-000000")
-
-
-def test_published_weights_are_read_by_safetensors_as_they_were(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    state = {
-        "a": torch.randn(3, 5, generator=generator),
-        "transposed": torch.randn(4, 2, generator=generator).T,
-        "bfloat16": torch.randn(7, generator=generator).bfloat16(),
-    }
-    state["tied"] = state["a"]
-    longer = {"a": torch.zeros(100, 100)}
-    write_policy_weights(longer, tmp_path / "policy-000000")
-    write_policy_weights(state, tmp_path / "policy-000002", over=tmp_path / "policy-000000")
-    assert [path.name for path in tmp_path.iterdir()] == ["policy-000002"]
-    published = load_file(tmp_path / "policy-000002" / "model.safetensors")
-    assert published.keys() == state.keys()
-    assert all(
-        torch.equal(published[name], state[name]) and published[name].dtype == state[name].dtype for name in state
-    )
 
 
 def test_a_policy_is_published_in_the_dtype_it_computes_in_and_exported_as_it_is_trained(

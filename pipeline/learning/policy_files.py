@@ -1,0 +1,139 @@
+"""Published policies as files: what a learner writes and engines of the same node read, at the speed of memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import struct
+import time
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from pipeline.errors import CheckpointError, ResourceError
+
+WEIGHTS_FILE = "model.safetensors"
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Names that safetensors gives them."""
+LENGTH = struct.Struct("<Q")
+VERSIONS = 2
+"""On a node at a time: the one that is read, and the one that is written meanwhile."""
+
+
+class PolicyFiles:
+    """Writes and reads safetensors files through mappings of them, which it keeps.
+
+    In a virtual machine a page of shared memory costs more to find than to fill, for a file as for a mapping of it. So
+    a new version is written over the pages of one that nobody reads any more, and every process goes on using the
+    mappings it has: there are `VERSIONS` files for ever, in turns.
+    """
+
+    def __init__(self) -> None:
+        self._mapped: dict[tuple[int, int, int], torch.Tensor] = {}
+
+    def write(self, state: dict[str, torch.Tensor], location: str | Path, *, over: str | Path | None = None) -> float:
+        """One safetensors file with the state's names, appearing whole or not at all.
+
+        Every tensor is copied once, from the device it is on to the file.
+
+        Args:
+            over: directory of an outdated version, which this one replaces.
+
+        Returns:
+            GB/s.
+
+        Raises:
+            ResourceError: the file system has too little room left, as /dev/shm in a container often has.
+        """
+        started, location = time.perf_counter(), Path(location)
+        if over is not None and Path(over).exists() and Path(over) != location:
+            shutil.rmtree(location, ignore_errors=True)
+            Path(over).rename(location)
+        location.mkdir(parents=True, exist_ok=True)
+        whole, partial = location / WEIGHTS_FILE, location / f"{WEIGHTS_FILE}.partial"
+        if whole.exists():
+            whole.replace(partial)
+        header = _header(state)
+        num_bytes = len(header) + sum(tensor.nbytes for tensor in state.values())
+        _make_room(partial, num_bytes)
+        with open(partial, "r+b", buffering=0) as file:
+            file.write(header)  # not through the mapping: the file's time of change tells versions apart
+        target, end = self._map(partial), len(header)
+        for tensor in state.values():
+            begin, end = end, end + tensor.nbytes
+            target[begin:end].copy_(tensor.detach().contiguous().view(-1).view(torch.uint8))
+        os.replace(partial, whole)
+        return num_bytes / 1e9 / (time.perf_counter() - started)
+
+    def read(self, location: str | Path) -> dict[str, torch.Tensor]:
+        """The tensors of a version as views of its file: they change when a later version is written over it.
+
+        Raises:
+            CheckpointError: the file is not on this node.
+        """
+        path = Path(location) / WEIGHTS_FILE
+        if not path.is_file():
+            raise CheckpointError(
+                f"no published weights at {str(path)!r} on node {os.uname().nodename}. Rollout workers read "
+                "what the learner's first rank writes: put both on one node, or publish where both can read."
+            )
+        data = self._map(path)
+        [length] = LENGTH.unpack(data[: LENGTH.size].numpy().tobytes())
+        begin = LENGTH.size + length
+        entries = json.loads(data[LENGTH.size : begin].numpy().tobytes())
+        return {name: _view(data[begin:], **entry) for name, entry in entries.items() if name != "__metadata__"}
+
+    def _map(self, path: Path) -> torch.Tensor:
+        """The file's bytes [size], shared with every process that maps it."""
+        status = os.stat(path)
+        # Versions change their names; while a file is mapped, no other gets its number.
+        key = (status.st_dev, status.st_ino, status.st_size)
+        mapped = self._mapped.pop(key, None)
+        if mapped is None:
+            mapped = torch.from_file(str(path), shared=True, size=status.st_size, dtype=torch.uint8)
+        self._mapped[key] = mapped
+        for outdated in [*islice(self._mapped, max(0, len(self._mapped) - VERSIONS))]:
+            del self._mapped[outdated]
+        return mapped
+
+
+def _make_room(file: Path, num_bytes: int) -> None:
+    """Gives the file its size, all of it backed by pages: where none are left, a write through a mapping would kill."""
+    status = file.stat() if file.exists() else None
+    lent = status.st_blocks * 512 if status else 0
+    if status and status.st_size == num_bytes <= lent:
+        return
+    free = shutil.disk_usage(file.parent).free
+    if num_bytes - lent > free:
+        raise ResourceError(
+            f"publishing the policy's weights needs {num_bytes / 2**20:,.0f} MiB, {file.parent.parent} has "
+            f"{free / 2**20:,.0f} MiB free. Enlarge it to hold two versions of the policy (docker run --shm-size, "
+            "or mount -o remount,size=... /dev/shm), or delete what else lies there."
+        )
+    with open(file, "ab", buffering=0) as opened:
+        opened.truncate(num_bytes)
+        os.posix_fallocate(opened.fileno(), 0, num_bytes)
+
+
+def _header(state: dict[str, torch.Tensor]) -> bytes:
+    """The length of a JSON text, and the text: where each tensor's bytes lie behind it.
+
+    Source: https://github.com/huggingface/safetensors#format; the text is padded so that tensors start aligned.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    entries, end = {}, 0
+    for name, tensor in state.items():
+        begin, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": names[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % LENGTH.size)
+    return LENGTH.pack(len(text)) + text
+
+
+def _view(data: torch.Tensor, *, dtype: str, shape: list[int], data_offsets: list[int]) -> torch.Tensor:
+    begin, end = data_offsets
+    assert end - begin == math.prod(shape) * DTYPES[dtype].itemsize, "not a file that PolicyFiles wrote"
+    return data[begin:end].view(DTYPES[dtype]).view(shape)
