@@ -63,6 +63,8 @@ class WeightSender(Protocol):
         """
 
 
+CHUNKS_A_WORKER = 2
+"""At least: one to answer and one to go on with."""
 ADVANCE_S = 0.5
 """How long an engine decodes before it reports what finished and takes new requests."""
 
@@ -76,6 +78,8 @@ class Batch:
     ledger: ChunkLedger
     sampling: SamplingParams
     resample_unfinished: bool
+    ahead: dict[str, Chunk] = field(default_factory=dict)
+    """By a worker's name, what it has begun beside the chunk that it was called for."""
     begun: float = field(default_factory=time.monotonic)
     finished: float = 0.0
     abandoned: bool = False
@@ -83,6 +87,11 @@ class Batch:
     @property
     def is_over(self) -> bool:
         return self.abandoned or self.ledger.is_complete
+
+    def give_up_ahead(self) -> None:
+        """Lets everything wait again that no worker was called for."""
+        while self.ahead:
+            self.ledger.release(self.ahead.popitem()[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +262,7 @@ class RolloutPool:
         """Gives every engine the published policy; the slowest engine and the widest gap make the metrics.
 
         Chunks of a batch in the making that are out come back first, or are sampled again as `begin` was told; those
-        that wait are sampled from the new policy.
+        that wait, or were only begun ahead of their turn, are sampled from the new policy.
 
         Returns:
             `gate/*`, `weights/*`, and `rollout/*`: workers; chunks issued again because they were late, and answers
@@ -297,8 +306,8 @@ class RolloutPool:
         }
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
-        """Samples in chunks, handed to whichever worker is free; a worker that dies or hangs is replaced and its chunk
-        issued again.
+        """Samples in chunks, handed to whichever worker is free, which begins with another before it is done; a worker
+        that dies or hangs is replaced and its chunks issued again.
 
         Raises:
             DataError: a prompt leaves no room for the longest response.
@@ -328,9 +337,11 @@ class RolloutPool:
         # A prompt not answered before counts as an average one.
         known = self._response_tokens
         average = sum(known.values()) / max(1, len(known))
+        requests = rollout_requests(prompts, sampling)
+        share = math.ceil(len(requests) / (CHUNKS_A_WORKER * len(self._workers)))
         ledger = ChunkLedger(
-            rollout_requests(prompts, sampling),
-            self._config.chunk_size,
+            requests,
+            min(self._config.chunk_size, share),
             lambda request: known.get(request.prompt.id, average),
         )
         batch = Batch(ledger=ledger, sampling=sampling, resample_unfinished=resample_unfinished)
@@ -456,20 +467,24 @@ class RolloutPool:
         now = time.monotonic()
         busy = {call.worker.name for call in self._calls.values()}
         idle = [worker for worker in self._workers if worker.name not in busy]
-        while idle:
-            chunk = None if self._held_back else batch.ledger.issue(now)
+        handed = {}
+        for worker in idle:
+            chunk = None if self._held_back else batch.ledger.issue(now, batch.ahead.pop(worker.name, None))
             if chunk is None:
                 chunk = batch.ledger.issue_again(now)
                 self._counts["issued again"] += chunk is not None
-            if chunk is None:
-                break
-            worker = idle.pop()
-            reference = worker.actor.sample.remote(chunk.requests, batch.sampling)
+            if chunk is not None:
+                handed[worker] = chunk
+        for worker, chunk in handed.items():
+            ahead = None if self._held_back else batch.ledger.reserve(now, len(self._workers))
+            if ahead is not None:
+                batch.ahead[worker.name] = ahead
+            reference = worker.actor.sample.remote(chunk.requests, batch.sampling, ahead.requests if ahead else ())
             self._calls[reference] = Call(
                 worker=worker, batch=batch, chunk=chunk, deadline=now + self._deadlines.generate_s
             )
         next_deadline = min(call.deadline for call in self._calls.values())
-        return min(next_deadline, batch.ledger.next_late_at()) if idle else next_deadline
+        return min(next_deadline, batch.ledger.next_late_at()) if len(handed) < len(idle) else next_deadline
 
     def _take_answers(self, batch: Batch, ready: Sequence[Any]) -> None:
         """Of the call that came back, and of those that never will: their workers hang."""
@@ -479,7 +494,7 @@ class RolloutPool:
             try:
                 rollouts = self._answer(call.worker, reference, "sample()", self._deadlines.generate_s)
             except DIED as error:
-                self._put_back(call)
+                self._lose(call)
                 self._replace(call.worker, _died(call.worker, "sample()", self._config), error)
                 continue
             except (PipelineError, RayTaskError):
@@ -499,8 +514,14 @@ class RolloutPool:
         answered, _ = ray.wait(late, num_returns=len(late), timeout=0) if late else ([], [])
         for reference in set(late) - set(answered):
             call = self._calls.pop(reference)
-            self._put_back(call)
+            self._lose(call)
             self._replace(call.worker, self._deadline_exceeded(call.worker, "sample()", self._deadlines.generate_s))
+
+    def _lose(self, call: Call) -> None:
+        """Puts back all that a worker had which is gone."""
+        self._put_back(call)
+        if call.worker.name in call.batch.ahead:
+            call.batch.ledger.release(call.batch.ahead.pop(call.worker.name))
 
     def _put_back(self, call: Call) -> None:
         if not any(other.chunk is call.chunk for other in self._calls.values()):
@@ -514,13 +535,15 @@ class RolloutPool:
 
     @contextmanager
     def _between_chunks(self) -> Iterator[None]:
-        """Inside, no chunk is out that the batch in the making still needs."""
+        """Inside, no chunk is out that the batch in the making still needs, and none is begun ahead."""
         with self._turn:
             self._held_back = True
             try:
                 self._turn.wait_for(
                     lambda: self._batch is None or self._batch[0].is_over or not self._batch[0].ledger.is_out
                 )
+                if self._batch is not None:
+                    self._batch[0].give_up_ahead()
                 yield
             finally:
                 self._held_back = False

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from cluster.rollout_plan import RolloutPlan
@@ -39,7 +40,14 @@ class RolloutWorker:
         self._name = name
         self._version: int | None = None
         self._copy_gb_per_s: float | None = None
-        self._submitted: dict[int, RolloutRequest] = {}
+        self._numbers = count()
+        self._open: dict[int, RolloutRequest] = {}
+        """In the engine, by its number."""
+        self._ahead: dict[tuple[Any, ...], int] = {}
+        """Number of a request that was submitted before its turn."""
+        self._finished: dict[int, Sample] = {}
+        self._told: dict[int, int] = {}
+        """The caller's number of a request, by the engine's."""
 
     def start(
         self,
@@ -75,14 +83,14 @@ class RolloutWorker:
 
     def sleep(self) -> None:
         """Leaves the GPU to the learner; the next weights wake it."""
-        self._version = None
+        self._forget()
         self._engine.sleep()
 
     def load_weights(self, weights: PolicyWeights, tolerance: float) -> Metrics:
         """Loads a published policy and passes the gate; until it has, this worker samples nothing."""
         from actors.weight_relay import readable_here
 
-        self._version = None
+        self._forget()
         started = time.perf_counter()
         weights = readable_here(weights)
         num_bytes = self._engine.load_weights(weights.location)
@@ -95,7 +103,7 @@ class RolloutWorker:
         self._engine.meet_learner(init_info)
 
     def start_update(self) -> None:
-        self._version = None
+        self._forget()
         self._began, self._num_bytes = time.perf_counter(), 0
         self._engine.start_update()
 
@@ -133,24 +141,53 @@ class RolloutWorker:
             differing_groups=lambda: self._engine.differing_groups(readable_here(weights).location),
         )
 
-    def sample(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Rollout]:
-        """One rollout per request, in order."""
+    def sample(
+        self, requests: Sequence[RolloutRequest], sampling: SamplingParams, ahead: Sequence[RolloutRequest] = ()
+    ) -> list[Rollout]:
+        """One rollout per request, in order.
+
+        Args:
+            ahead: what will probably be asked next. The engine takes it up as it has room, instead of decoding fewer
+                and fewer responses at a time until the last of `requests` has ended.
+        """
         version = self._checked_version()
-        samples = self._engine.sample([r.prompt.token_ids for r in requests], [r.seed for r in requests], sampling)
-        return [self._rollout(*answered, version) for answered in zip(requests, samples, strict=True)]
+        numbers = [self._ahead.pop(_key(request, sampling), None) for request in requests]
+        numbers = [
+            self._submit(request, sampling) if number is None else number
+            for number, request in zip(numbers, requests, strict=True)
+        ]
+        self._ahead |= {_key(request, sampling): self._submit(request, sampling) for request in ahead}
+        while not self._finished.keys() >= {*numbers}:
+            self._finished |= self._engine.step()
+        return [self._rollout(self._open.pop(number), self._finished.pop(number), version) for number in numbers]
 
     def advance(
         self, submitted: Mapping[int, tuple[RolloutRequest, SamplingParams]], seconds: float
     ) -> dict[int, Rollout]:
         """Adds requests to those in the engine, decodes for about so long, and returns what finished, by number."""
         version = self._checked_version()
-        for number, (request, sampling) in submitted.items():
-            self._engine.submit(number, request.prompt.token_ids, request.seed, sampling)
-            self._submitted[number] = request
-        finished = self._engine.advance(seconds)
+        self._told |= {self._submit(*asked): number for number, asked in submitted.items()}
+        end = time.monotonic() + seconds
+        while self._engine.is_busy and time.monotonic() < end:
+            self._finished |= self._engine.step()
         return {
-            number: self._rollout(self._submitted.pop(number), sample, version) for number, sample in finished.items()
+            self._told.pop(number): self._rollout(self._open.pop(number), self._finished.pop(number), version)
+            for number in self._finished.keys() & self._told.keys()
         }
+
+    def _submit(self, request: RolloutRequest, sampling: SamplingParams) -> int:
+        number = next(self._numbers)
+        self._engine.submit(number, request.prompt.token_ids, request.seed, sampling)
+        self._open[number] = request
+        return number
+
+    def _forget(self) -> None:
+        """The policy and all that was asked of it."""
+        self._version = None
+        if self._open:
+            self._engine.abort([*self._open])
+        for asked in (self._open, self._ahead, self._finished, self._told):
+            asked.clear()
 
     def _checked_version(self) -> int:
         if self._version is None:
@@ -169,6 +206,11 @@ class RolloutWorker:
             policy_version=version,
             finish_reason=sample.finish_reason,
         )
+
+
+def _key(request: RolloutRequest, sampling: SamplingParams) -> tuple[Any, ...]:
+    """What decides the response."""
+    return request.prompt.token_ids, request.seed, sampling
 
 
 def update_bytes(update_info: Mapping[str, Any]) -> int:

@@ -5,7 +5,6 @@ Beside the two ends of weight transfer the only importer of vllm.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -170,28 +169,26 @@ class VLLMEngine:
             for probe, output in zip(probes, outputs, strict=True)
         ]
 
-    def sample(self, prompts: Sequence[tuple[int, ...]], seeds: Sequence[int], sampling: Sampling) -> list[Sample]:
-        """One response per (prompt, seed), in order."""
-        outputs = self._llm.generate(
-            [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts],
-            [_sampling_params(sampling, seed) for seed in seeds],
-            use_tqdm=False,
-        )
-        return [_as_sample(output.outputs[0]) for output in outputs]
-
     def submit(self, number: int, prompt: tuple[int, ...], seed: int, sampling: Sampling) -> None:
-        """Queues one request, whose response `advance` will return under this number."""
+        """Queues one request, whose response `step` will return under this number."""
         self._llm.llm_engine.add_request(
             str(number), TokensPrompt(prompt_token_ids=list(prompt)), _sampling_params(sampling, seed)
         )
 
-    def advance(self, seconds: float) -> dict[int, Sample]:
-        """Decodes what was submitted for about so long, or until all is done. Returns what finished, by number."""
-        engine, finished = self._llm.llm_engine, {}
-        end = time.monotonic() + seconds
-        while engine.has_unfinished_requests() and time.monotonic() < end:
-            finished |= {int(o.request_id): _as_sample(o.outputs[0]) for o in engine.step() if o.finished}
-        return finished
+    def step(self) -> dict[int, Sample]:
+        """Decodes a token of as many requests as there is room for. Returns what finished, by number."""
+        return {int(o.request_id): _as_sample(o.outputs[0]) for o in self._llm.llm_engine.step() if o.finished}
+
+    @property
+    def is_busy(self) -> bool:
+        """Some request has no response yet."""
+        return self._llm.llm_engine.has_unfinished_requests()
+
+    def abort(self, numbers: Sequence[int]) -> None:
+        """Forgets these requests; one that has its response is not missed."""
+        self._llm.llm_engine.abort_request([str(number) for number in numbers])
+        # What the engine computes ahead of its answers ends with them, before anybody touches the weights.
+        self._llm.llm_engine.step()
 
     def differing_groups(self, location: str) -> dict[str, float]:
         """Parameter group -> largest relative difference from the published file, for groups that differ."""

@@ -675,8 +675,8 @@ class RolloutConfig(Frozen):
     max_sequences: Count = 256
     enforce_eager: bool = True
     chunk_size: Count = Field(default_factory=lambda given: _chunk_size(**given))
-    """Responses handed to a worker at a time. By default 32 for a CPU engine, and `max_sequences` for a GPU, whose
-    steps take as long for few sequences as for many."""
+    """Responses handed to a worker at a time, at most: a batch is cut into two chunks a worker or more. By default 32
+    for a CPU engine, and `max_sequences` for a GPU, whose steps take as long for few sequences as for many."""
     max_restarts: Annotated[int, Field(ge=0)] = 2
     """How many workers that died or hung are replaced, over the whole job."""
     placement: RolloutPlacement | None = None

@@ -43,6 +43,7 @@ class ChunkLedger:
         self._num_chunks = len(chunks)
         self._waiting = deque(sorted(chunks, key=lambda chunk: -longest[chunk]))
         self._out: dict[Chunk, float] = {}
+        self._reserved: dict[Chunk, float] = {}
         self._issued_again: set[Chunk] = set()
         self._answers: dict[int, list[Rollout]] = {}
         self._seconds: list[float] = []
@@ -60,26 +61,48 @@ class ChunkLedger:
     def num_issued_again(self) -> int:
         return len(self._issued_again)
 
-    def issue(self, now: float) -> Chunk | None:
-        """The next chunk to sample, from here on out."""
+    def issue(self, now: float, reserved: Chunk | None = None) -> Chunk | None:
+        """The next chunk to sample, from here on out: the one that the worker had reserved, else one that waits."""
+        if reserved in self._reserved:
+            self._out[reserved] = self._reserved.pop(reserved)
+        if reserved in self._out:  # or another was asked as well, and the first one answers
+            return reserved
         if not self._waiting:
             return None
         chunk = self._waiting.popleft()
         self._out[chunk] = now
         return chunk
 
+    def reserve(self, now: float, num_workers: int) -> Chunk | None:
+        """The chunk that a worker shall have next, and may begin with as soon as it has room.
+
+        None where fewer wait than there are workers: the last ones are for those who are done first.
+        """
+        if len(self._waiting) < num_workers:
+            return None
+        chunk = self._waiting.popleft()
+        self._reserved[chunk] = now
+        return chunk
+
+    def release(self, reserved: Chunk) -> None:
+        """Nobody has begun the chunk any more; if nobody else was asked for it, it is the next to be issued."""
+        if self._reserved.pop(reserved, None) is not None:
+            self._waiting.appendleft(reserved)
+
     def issue_again(self, now: float) -> Chunk | None:
         """A late chunk, for a worker that has nothing else to do; the same chunk is issued again once."""
-        late = [chunk for chunk in self._out if chunk not in self._issued_again and now >= self._late_at(chunk)]
+        late = [chunk for chunk in self._begun() if now >= self._late_at(chunk)]
         if not late:
             return None
-        chunk = min(late, key=self._out.__getitem__)
+        chunk = min(late, key=self._begun().__getitem__)
+        if chunk in self._reserved:
+            self._out[chunk] = self._reserved.pop(chunk)
         self._issued_again.add(chunk)
         return chunk
 
     def next_late_at(self) -> float:
         """When the next chunk will be late; infinite if none can be."""
-        return min((self._late_at(c) for c in self._out if c not in self._issued_again), default=float("inf"))
+        return min(map(self._late_at, self._begun()), default=float("inf"))
 
     def accept(self, chunk: Chunk, rollouts: list[Rollout], now: float) -> bool:
         """Keeps the first answer to a chunk that is out. False for any other: the caller drops it."""
@@ -98,5 +121,10 @@ class ChunkLedger:
         """All of them, in the order of the requests."""
         return [rollout for number in range(self._num_chunks) for rollout in self._answers[number]]
 
+    def _begun(self) -> dict[Chunk, float]:
+        """Since when, of chunks that were given to one worker and have no answer."""
+        begun = self._out | self._reserved
+        return {chunk: since for chunk, since in begun.items() if chunk not in self._issued_again}
+
     def _late_at(self, chunk: Chunk) -> float:
-        return self._out[chunk] + STRAGGLER * median(self._seconds) if self._seconds else float("inf")
+        return self._begun()[chunk] + STRAGGLER * median(self._seconds) if self._seconds else float("inf")

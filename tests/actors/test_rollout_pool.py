@@ -78,7 +78,7 @@ class ScriptedWorker:
     def is_asleep(self):
         return self._asleep
 
-    def sample(self, requests, sampling):
+    def sample(self, requests, sampling, ahead=()):
         if self._told("die while sampling"):
             os._exit(1)
         if self._told("hang"):
@@ -263,7 +263,8 @@ def test_a_late_chunk_is_sampled_again_and_stands_in_the_batch_once(open_pool, t
     started = time.monotonic()
     assert pool.generate(PROMPTS, SAMPLING) == untroubled
     assert time.monotonic() - started < SLOW_S  # nobody waited for the slow one
-    assert pool.load_weights(weights(1))["rollout/chunks_issued_again"] == 1
+    # The chunk that it was asked for, and the one that it would have been asked for next.
+    assert pool.load_weights(weights(1))["rollout/chunks_issued_again"] == 2
     assert [(r.prompt.id, r.response_ids) for r in pool.generate(PROMPTS, SAMPLING)] == [
         (r.prompt.id, r.response_ids) for r in untroubled
     ]

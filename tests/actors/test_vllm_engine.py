@@ -1,7 +1,8 @@
 """Real vLLM engines behind the pool, against the Hugging Face model they must agree with."""
 
 import copy
-from collections import deque
+import time
+from collections import Counter, deque
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -270,6 +271,29 @@ def test_rollouts_carry_the_logprobs_of_the_distribution_they_were_sampled_from(
         assert eos not in rollout.response_ids[:-1]
         assert (rollout.response_ids[-1] == eos) == (rollout.finish_reason == "stop")
         assert rollout.finish_reason == "stop" or len(rollout.response_ids) == 24
+
+
+def test_what_an_engine_began_ahead_of_its_turn_is_sampled_from_the_weights_that_came_meanwhile(
+    pool, policy, publish, prompts
+):
+    old, new = publish(another(policy, 6), version=6), publish(another(policy, 7), version=7)
+    long = replace(SAMPLING, max_response_tokens=64)
+    of_version = {}
+    for weights in (new, old):
+        pool.load_weights(weights)
+        of_version[weights.version] = pool.generate(prompts, long)
+
+    pool.begin(prompts, long)
+    while sum(call.batch is pool._batch[0] for call in list(pool._calls.values())) < 2:
+        time.sleep(0.001)
+    pool.load_weights(new)
+    rollouts = pool.collect()
+
+    # 24 responses in chunks of 6: each engine was asked for one and had begun with another.
+    assert Counter(r.policy_version for r in rollouts) == {6: 12, 7: 12}
+    assert [r.response_ids for r in rollouts] == [
+        of_version[r.policy_version][n].response_ids for n, r in enumerate(rollouts)
+    ]
 
 
 def test_temperature_zero_is_the_most_probable_token_every_time(pool, policy, publish, prompts):

@@ -228,7 +228,7 @@ def time_pool(pool: RolloutPool, prompts: list[Prompt], options: argparse.Namesp
 
 
 def open_pool(model: str, options: argparse.Namespace, *, workers: int, response_tokens: int) -> RolloutPool:
-    config = RolloutConfig(workers=workers, cpus_per_worker=1, chunk_size=max(1, options.prompts // 4))
+    config = RolloutConfig(workers=workers, cpus_per_worker=1)
     return RolloutPool(
         model,
         config,

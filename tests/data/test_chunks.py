@@ -77,3 +77,48 @@ def test_an_answer_to_a_chunk_that_was_put_back_is_not_kept():
     assert not ledger.accept(chunk, answer(chunk, "old policy"), 1.0)
     assert ledger.accept(ledger.issue(1.0), answer(chunk, "new policy"), 2.0)
     assert ledger.rollouts()[0] == "0 new policy"
+
+
+def test_a_worker_reserves_its_next_chunk_while_there_is_one_for_every_worker():
+    ledger = ChunkLedger(REQUESTS, 2)  # 01, 23, 45, 6
+    first, other = ledger.issue(0.0), ledger.issue(0.0)
+    ahead = ledger.reserve(0.0, 2)
+    assert ids(ahead) == "45"
+    assert ledger.reserve(0.0, 2) is None  # the last one is for who is done first
+    assert ledger.accept(first, answer(first), 1.0)
+    assert ledger.accept(other, answer(other), 1.0)
+    assert not ledger.is_out  # a reserved chunk may have been begun, but nobody is asked for it
+    assert ledger.issue(1.0, ahead) is ahead
+    assert ledger.is_out
+    assert ids(ledger.issue(1.0)) == "6"
+
+
+def test_a_reserved_chunk_is_released_for_others_unless_one_was_asked_for_it_already():
+    ledger = ChunkLedger(REQUESTS, 3)
+    first = ledger.issue(0.0)
+    ahead = ledger.reserve(0.0, 1)
+    ledger.release(ahead)
+    assert ledger.issue(1.0) is ahead
+    ledger.release(ahead)
+    assert ids(ledger.issue(1.0)) == "6"
+    assert [ledger.accept(chunk, answer(chunk), 2.0) for chunk in (first, ahead)] == [True, True]
+
+
+def test_a_chunk_reserved_by_a_worker_that_is_late_goes_to_another_and_stands_once():
+    ledger = ChunkLedger(REQUESTS, 2)
+    slow, quick = ledger.issue(0.0), ledger.issue(0.0)
+    ahead = ledger.reserve(0.0, 2)
+    assert ledger.accept(quick, answer(quick), 1.0)
+    last = ledger.issue(1.0)
+    assert ledger.accept(last, answer(last), 2.0)
+    assert ledger.next_late_at() == 2.0  # twice the median, 1
+    assert ledger.issue_again(2.0) is slow
+    assert ledger.issue_again(2.0) is ahead
+    assert ledger.accept(slow, answer(slow, "second"), 3.0)
+    # Who had reserved it is asked, too; the first answer counts.
+    assert ledger.issue(3.0, ahead) is ahead
+    assert ledger.accept(ahead, answer(ahead, "second"), 4.0)
+    assert not ledger.accept(ahead, answer(ahead), 5.0)
+    assert ledger.is_complete
+    assert ledger.issue(5.0, ahead) is None
+    assert ledger.rollouts()[4:] == ["4 second", "5 second", "6 first"]
