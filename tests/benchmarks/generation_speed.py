@@ -51,7 +51,7 @@ def main() -> None:
         threads_per_worker=options.threads,
         gpus_per_worker=options.gpus,
         max_sequences=options.max_sequences,
-        chunk_size=options.count,  # generate() then is one call of the engine
+        chunk_size=options.count,  # generate() then is two calls of the engine, one begun with the other
     )
     directory = unpacked(options.model)
     cluster = ClusterConfig(rollout=rollout, object_store_gib=0.5)
