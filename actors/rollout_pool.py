@@ -476,7 +476,7 @@ class RolloutPool:
             if chunk is not None:
                 handed[worker] = chunk
         for worker, chunk in handed.items():
-            ahead = None if self._held_back else batch.ledger.reserve(now, len(self._workers))
+            ahead = None if self._held_back else batch.ledger.reserve(now, chunk, len(self._workers))
             if ahead is not None:
                 batch.ahead[worker.name] = ahead
             reference = worker.actor.sample.remote(chunk.requests, batch.sampling, ahead.requests if ahead else ())

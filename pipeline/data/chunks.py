@@ -11,7 +11,7 @@ from pipeline.data.sampling import RolloutRequest
 from pipeline.records import Rollout
 
 STRAGGLER = 2.0
-"""A chunk is late when it has been out for so many times the median of those answered."""
+"""A chunk is late when its worker was asked for it so many times as long ago as the median chunk took."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,8 +42,12 @@ class ChunkLedger:
         longest = {chunk: max(map(expected_tokens, chunk.requests)) for chunk in chunks}
         self._num_chunks = len(chunks)
         self._waiting = deque(sorted(chunks, key=lambda chunk: -longest[chunk]))
+        self._begun: dict[Chunk, float] = {}
+        """When a chunk was given to a worker."""
         self._out: dict[Chunk, float] = {}
-        self._reserved: dict[Chunk, float] = {}
+        """When a worker was asked for it."""
+        self._reserved: dict[Chunk, Chunk] = {}
+        """Behind which other its worker has it."""
         self._issued_again: set[Chunk] = set()
         self._answers: dict[int, list[Rollout]] = {}
         self._seconds: list[float] = []
@@ -63,17 +67,17 @@ class ChunkLedger:
 
     def issue(self, now: float, reserved: Chunk | None = None) -> Chunk | None:
         """The next chunk to sample, from here on out: the one that the worker had reserved, else one that waits."""
-        if reserved in self._reserved:
-            self._out[reserved] = self._reserved.pop(reserved)
+        if reserved is not None and self._reserved.pop(reserved, None) is not None:
+            self._out[reserved] = now
         if reserved in self._out:  # or another was asked as well, and the first one answers
             return reserved
         if not self._waiting:
             return None
         chunk = self._waiting.popleft()
-        self._out[chunk] = now
+        self._begun[chunk] = self._out[chunk] = now
         return chunk
 
-    def reserve(self, now: float, num_workers: int) -> Chunk | None:
+    def reserve(self, now: float, behind: Chunk, num_workers: int) -> Chunk | None:
         """The chunk that a worker shall have next, and may begin with as soon as it has room.
 
         None where fewer wait than there are workers: the last ones are for those who are done first.
@@ -81,50 +85,49 @@ class ChunkLedger:
         if len(self._waiting) < num_workers:
             return None
         chunk = self._waiting.popleft()
-        self._reserved[chunk] = now
+        self._begun[chunk] = now
+        self._reserved[chunk] = behind
         return chunk
 
     def release(self, reserved: Chunk) -> None:
-        """Nobody has begun the chunk any more; if nobody else was asked for it, it is the next to be issued."""
+        """Its worker does not have the chunk any more; if nobody else was asked for it, it is the next to be issued."""
         if self._reserved.pop(reserved, None) is not None:
+            del self._begun[reserved]
             self._waiting.appendleft(reserved)
 
     def issue_again(self, now: float) -> Chunk | None:
-        """A late chunk, for a worker that has nothing else to do; the same chunk is issued again once."""
-        late = [chunk for chunk in self._begun() if now >= self._late_at(chunk)]
-        if not late:
+        """A late chunk, or one behind a late one, for a worker that has nothing else to do; each of them once."""
+        late = [chunk for chunk in self._out if chunk not in self._issued_again and now >= self._late_at(chunk)]
+        behind = [chunk for chunk, other in self._reserved.items() if other in self._issued_again]
+        if not late and not behind:
             return None
-        chunk = min(late, key=self._begun().__getitem__)
-        if chunk in self._reserved:
-            self._out[chunk] = self._reserved.pop(chunk)
+        chunk = min(late or behind, key=self._begun.__getitem__)
+        if self._reserved.pop(chunk, None) is not None:
+            self._out[chunk] = now
         self._issued_again.add(chunk)
         return chunk
 
     def next_late_at(self) -> float:
         """When the next chunk will be late; infinite if none can be."""
-        return min(map(self._late_at, self._begun()), default=float("inf"))
+        return min((self._late_at(c) for c in self._out if c not in self._issued_again), default=float("inf"))
 
     def accept(self, chunk: Chunk, rollouts: list[Rollout], now: float) -> bool:
         """Keeps the first answer to a chunk that is out. False for any other: the caller drops it."""
-        if chunk not in self._out:
+        if self._out.pop(chunk, None) is None:
             return False
-        self._seconds.append(now - self._out.pop(chunk))
+        self._seconds.append(now - self._begun.pop(chunk))
         self._answers[chunk.number] = rollouts
         return True
 
     def put_back(self, chunk: Chunk) -> None:
         """The chunk is no longer with any worker; if it has no answer, it is the next to be issued."""
         if self._out.pop(chunk, None) is not None:
+            del self._begun[chunk]
             self._waiting.appendleft(chunk)
 
     def rollouts(self) -> list[Rollout]:
         """All of them, in the order of the requests."""
         return [rollout for number in range(self._num_chunks) for rollout in self._answers[number]]
 
-    def _begun(self) -> dict[Chunk, float]:
-        """Since when, of chunks that were given to one worker and have no answer."""
-        begun = self._out | self._reserved
-        return {chunk: since for chunk, since in begun.items() if chunk not in self._issued_again}
-
     def _late_at(self, chunk: Chunk) -> float:
-        return self._begun()[chunk] + STRAGGLER * median(self._seconds) if self._seconds else float("inf")
+        return self._out[chunk] + STRAGGLER * median(self._seconds) if self._seconds else float("inf")

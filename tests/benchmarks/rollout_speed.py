@@ -6,11 +6,11 @@
 
 Everything in one run on one machine, float32, one thread a process. A policy of SmolLM2-135M's shape with random
 weights, whose responses all have the full length, or that of `--checkpoint`, whose responses end when they end:
-(a) tokens per second of one worker against HF generate on the whole batch, (b) of two workers against one, (d) seconds
-and GB/s of the weights' way to an engine, in both its parts, beside a memory copy of as many bytes. Tokens are those of
-responses; padding counts nothing. A smaller policy, whose steps take seconds: (c) the share of the smaller of rollout
-and update time that prefetch hides, in `align` itself with a one-process learner. Each part is printed when it is
-measured. Needs two idle cores, and some four minutes of them.
+(a) tokens per second of one worker against HF generate on the whole batch, (b) on four times as many prompts, of two
+workers against one, (d) seconds and GB/s of the weights' way to an engine, in both its parts, beside a memory copy of
+as many bytes. Tokens are those of responses; padding counts nothing. A smaller policy, whose steps take seconds: (c)
+the share of the smaller of rollout and update time that prefetch hides, in `align` itself with a one-process learner.
+Each part is printed when it is measured. Needs two idle cores, and some five minutes of them.
 """
 
 from __future__ import annotations
@@ -52,6 +52,9 @@ from pipeline.stages.workspace import StageDirectory
 from tests.fakes import FakeScorer, reference_of
 
 GATE_TOLERANCE = 1e-4
+TIMES = 4
+"""As many prompts for comparing workers as for comparing one with HF generate: two share what is a full batch for each.
+Half a batch decodes at the same pace as a whole one, for the weights are read once a step."""
 
 
 def main() -> None:
@@ -85,7 +88,7 @@ def main() -> None:
             else:
                 model = unpacked(options.checkpoint)
             measured = measure_rollouts(model, rolled_out, published, options)
-            measured |= measure_prefetch(place, prompts, published, options)
+            measured |= measure_prefetch(place, prompts[: options.prompts], published, options)
         finally:
             ray.shutdown()
     if options.json:
@@ -117,7 +120,7 @@ def create_policy(place: str, *, hidden_size: int, layers: int) -> str:
 
 def random_prompts(options: argparse.Namespace) -> list[Prompt]:
     tokens = torch.randint(
-        1000, 49152, (options.prompts, options.prompt_tokens), generator=torch.Generator().manual_seed(0)
+        1000, 49152, (TIMES * options.prompts, options.prompt_tokens), generator=torch.Generator().manual_seed(0)
     )
     return [
         Prompt(id=str(n), messages=({"role": "user", "content": "-"},), token_ids=tuple(row))
@@ -129,23 +132,24 @@ def read_from(file: str, options: argparse.Namespace) -> list[Prompt]:
     """The first of the file that are short enough."""
     tokenizer = load_tokenizer(options.checkpoint)
     read = list(read_prompts([file]))
-    return tokenise_prompts(read, tokenizer, max_prompt_tokens=options.prompt_tokens)[: options.prompts]
+    return tokenise_prompts(read, tokenizer, max_prompt_tokens=options.prompt_tokens)[: TIMES * options.prompts]
 
 
 def measure_rollouts(
     model: str, prompts: list[Prompt], published: str, options: argparse.Namespace
 ) -> dict[str, float]:
     """(a), (b) and (d)."""
+    few = prompts[: options.prompts]
     lengths = [len(prompt.token_ids) for prompt in prompts]
     shape = load_config(model)
     print(
-        f"{shape.num_hidden_layers} layers of width {shape.hidden_size}, float32, {len(prompts)} prompts of "
+        f"{shape.num_hidden_layers} layers of width {shape.hidden_size}, float32, {len(few)} prompts of "
         f"{min(lengths)} to {max(lengths)} tokens, up to {options.response_tokens} response tokens, "
         "one thread a process\n\n"
         f"{'':<34}{'tokens/s':>10}{'ratio':>8}",
         flush=True,
     )
-    measured = {"rollout/tokens_per_s_hf_generate": time_hf(model, prompts, options)}
+    measured = {"rollout/tokens_per_s_hf_generate": time_hf(model, few, options)}
     hf = measured["rollout/tokens_per_s_hf_generate"]
     print(f"{'HF generate':<34}{hf:>10.0f}{1.0:>8.2f}", flush=True)
 
@@ -156,9 +160,11 @@ def measure_rollouts(
         pool.load_weights(weights)
         two = measured["rollout/tokens_per_s_2_workers"] = time_pool(pool, prompts, options)
         pool.resize(1)
+        alone = measured["rollout/tokens_per_s_pool"] = time_pool(pool, few, options)
+        print(f"{'pool, 1 worker':<34}{alone:>10.0f}{alone / hf:>8.2f}  of HF generate", flush=True)
         one = measured["rollout/tokens_per_s_1_worker"] = time_pool(pool, prompts, options)
-        print(f"{'pool, 1 worker':<34}{one:>10.0f}{one / hf:>8.2f}  of HF generate")
-        print(f"{'pool, 2 workers':<34}{two:>10.0f}{two / one:>8.2f}  of 1 worker\n", flush=True)
+        print(f"{f'{len(prompts)} prompts, 1 worker':<34}{one:>10.0f}")
+        print(f"{f'{len(prompts)} prompts, 2 workers':<34}{two:>10.0f}{two / one:>8.2f}  of 1 worker\n", flush=True)
         measured |= time_transfer(pool, weights, published, options.rounds)
     copied = copy_gb_per_s(num_bytes, torch.device("cpu"), rounds=options.rounds)
     measured |= {"weights/gb": num_bytes / 1e9, "weights/copy_gb_per_s": copied}

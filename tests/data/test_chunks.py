@@ -82,9 +82,9 @@ def test_an_answer_to_a_chunk_that_was_put_back_is_not_kept():
 def test_a_worker_reserves_its_next_chunk_while_there_is_one_for_every_worker():
     ledger = ChunkLedger(REQUESTS, 2)  # 01, 23, 45, 6
     first, other = ledger.issue(0.0), ledger.issue(0.0)
-    ahead = ledger.reserve(0.0, 2)
+    ahead = ledger.reserve(0.0, first, 2)
     assert ids(ahead) == "45"
-    assert ledger.reserve(0.0, 2) is None  # the last one is for who is done first
+    assert ledger.reserve(0.0, other, 2) is None  # the last one is for who is done first
     assert ledger.accept(first, answer(first), 1.0)
     assert ledger.accept(other, answer(other), 1.0)
     assert not ledger.is_out  # a reserved chunk may have been begun, but nobody is asked for it
@@ -96,7 +96,7 @@ def test_a_worker_reserves_its_next_chunk_while_there_is_one_for_every_worker():
 def test_a_reserved_chunk_is_released_for_others_unless_one_was_asked_for_it_already():
     ledger = ChunkLedger(REQUESTS, 3)
     first = ledger.issue(0.0)
-    ahead = ledger.reserve(0.0, 1)
+    ahead = ledger.reserve(0.0, first, 1)
     ledger.release(ahead)
     assert ledger.issue(1.0) is ahead
     ledger.release(ahead)
@@ -104,16 +104,18 @@ def test_a_reserved_chunk_is_released_for_others_unless_one_was_asked_for_it_alr
     assert [ledger.accept(chunk, answer(chunk), 2.0) for chunk in (first, ahead)] == [True, True]
 
 
-def test_a_chunk_reserved_by_a_worker_that_is_late_goes_to_another_and_stands_once():
+def test_a_chunk_behind_a_late_one_goes_to_another_worker_too_and_stands_once():
     ledger = ChunkLedger(REQUESTS, 2)
     slow, quick = ledger.issue(0.0), ledger.issue(0.0)
-    ahead = ledger.reserve(0.0, 2)
+    ahead = ledger.reserve(0.0, slow, 2)
     assert ledger.accept(quick, answer(quick), 1.0)
     last = ledger.issue(1.0)
     assert ledger.accept(last, answer(last), 2.0)
     assert ledger.next_late_at() == 2.0  # twice the median, 1
+    assert ledger.issue_again(1.9) is None
     assert ledger.issue_again(2.0) is slow
     assert ledger.issue_again(2.0) is ahead
+    assert ledger.issue_again(2.0) is None
     assert ledger.accept(slow, answer(slow, "second"), 3.0)
     # Who had reserved it is asked, too; the first answer counts.
     assert ledger.issue(3.0, ahead) is ahead
@@ -122,3 +124,16 @@ def test_a_chunk_reserved_by_a_worker_that_is_late_goes_to_another_and_stands_on
     assert ledger.is_complete
     assert ledger.issue(5.0, ahead) is None
     assert ledger.rollouts()[4:] == ["4 second", "5 second", "6 first"]
+
+
+def test_a_chunk_that_had_to_wait_behind_another_is_not_late_for_it():
+    ledger = ChunkLedger(REQUESTS, 2)
+    first, other = ledger.issue(0.0), ledger.issue(0.0)
+    ahead = ledger.reserve(0.0, first, 2)
+    assert ledger.accept(first, answer(first), 10.0)
+    assert ledger.accept(other, answer(other), 10.0)
+    assert ledger.issue(10.0, ahead) is ahead
+    last = ledger.issue(10.0)
+    assert ledger.accept(last, answer(last), 20.0)
+    assert ledger.issue_again(29.9) is None  # with its worker for 30, asked for since 20; the median took 10
+    assert ledger.issue_again(30.0) is ahead
