@@ -6,7 +6,7 @@
 
 Everything in one run on one machine, float32, one thread a process. A policy of SmolLM2-135M's shape with random
 weights, whose responses all have the full length, or that of `--checkpoint`, whose responses end when they end:
-(a) tokens per second of one worker against HF generate on the whole batch, (b) on four times as many prompts, of two
+(a) tokens per second of one worker against HF generate on the whole batch, (b) on eight times as many prompts, of two
 workers against one, (d) seconds and GB/s of the weights' way to an engine, in both its parts, beside a memory copy of
 as many bytes. Tokens are those of responses; padding counts nothing. A smaller policy, whose steps take seconds: (c)
 the share of the smaller of rollout and update time that prefetch hides, in `align` itself with a one-process learner.
@@ -52,9 +52,9 @@ from pipeline.stages.workspace import StageDirectory
 from tests.fakes import FakeScorer, reference_of
 
 GATE_TOLERANCE = 1e-4
-TIMES = 4
-"""As many prompts for comparing workers as for comparing one with HF generate: two share what is a full batch for each.
-Half a batch decodes at the same pace as a whole one, for the weights are read once a step."""
+TIMES = 8
+"""As many prompts for comparing workers as for comparing one with HF generate, so that two have full batches as well:
+half a batch takes nearly as long a step as a whole one, for the weights are read once."""
 
 
 def main() -> None:
@@ -165,7 +165,7 @@ def measure_rollouts(
         one = measured["rollout/tokens_per_s_1_worker"] = time_pool(pool, prompts, options)
         print(f"{f'{len(prompts)} prompts, 1 worker':<34}{one:>10.0f}")
         print(f"{f'{len(prompts)} prompts, 2 workers':<34}{two:>10.0f}{two / one:>8.2f}  of 1 worker\n", flush=True)
-        measured |= time_transfer(pool, weights, published, options.rounds)
+        measured |= time_transfer(pool, weights, published)
     copied = copy_gb_per_s(num_bytes, torch.device("cpu"), rounds=options.rounds)
     measured |= {"weights/gb": num_bytes / 1e9, "weights/copy_gb_per_s": copied}
     print(f"{'':<34}{'seconds':>10}{'GB/s':>8}{'of a copy':>11}")
@@ -179,11 +179,11 @@ def measure_rollouts(
     return measured
 
 
-def time_transfer(pool: RolloutPool, weights: PolicyWeights, published: str, rounds: int) -> dict[str, float]:
+def time_transfer(pool: RolloutPool, weights: PolicyWeights, published: str) -> dict[str, float]:
     """The same policy again and again, as a learner publishes its versions: over the pages of the last but one."""
     learner, best = PolicyFiles(), {"weights/written_gb_per_s": 0.0, "weights/gb_per_s": 0.0}
     policy = {name: tensor.clone() for name, tensor in learner.read(weights.location).items()}
-    for version in range(1, 3 + rounds):
+    for version in range(1, 7):  # the first two into new pages
         location = os.path.join(published, f"version-{version % 2}")
         written = learner.write(policy, location)
         now = pool.load_weights(replace(weights, version=version, location=location, written_gb_per_s=written))
