@@ -61,18 +61,24 @@ def replace_weights(model: torch.nn.Module, published: Published) -> None:
     Args:
         published: names, shapes and dtypes of a policy that vLLM loaded and of which `holds_by_name` was true.
     """
+    lent: list[tuple[torch.nn.Module, str]] = []
     with torch.no_grad():
         for module, name, parameter, parts in [*_parameters(model, published)]:
             values = _joined([published[part] for part in parts])
             if parameter.numel() > 0:
                 parameter[: len(values)].copy_(values)
             else:
-                setattr(module, name.rsplit(".", 1)[1], _parameter(values.to(parameter.dtype)))
+                lent.append((module, name.rsplit(".", 1)[1]))
+                setattr(*lent[-1], _parameter(values.to(parameter.dtype)))
     # vLLM packs the table of embeddings as well, for models that multiply by it for want of an lm_head.
     heads = any(isinstance(module, ParallelLMHead) for module in model.modules())
     for module in model.modules():
         if hasattr(module, "cpu_linear") and not (heads and type(module) is VocabParallelEmbedding):
             module.quant_method.process_weights_after_loading(module)
+    for module, name in lent:
+        if (kept := getattr(module, name)).numel() > 0:
+            # Packing failed, and vLLM goes on with the matrix as it is: in a file that will be written over.
+            setattr(module, name, _parameter(kept.detach().clone()))
 
 
 def _parameters(

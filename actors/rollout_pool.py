@@ -379,6 +379,7 @@ class RolloutPool:
         """
         if self._weights is None:
             raise StaleEngineError("the rollout pool holds no policy yet: call load_weights before stream.")
+        self._abandon()
         numbers = count()
         held: dict[str, dict[int, Asked]] = {worker.name: {} for worker in self._workers}
         running: dict[Any, tuple[Worker, float]] = {}
@@ -464,6 +465,8 @@ class RolloutPool:
 
     def _hand_out(self, batch: Batch) -> float:
         """A chunk for every worker without one, while there are chunks. Returns when to look again at the latest."""
+        if self._held_back:
+            batch.give_up_ahead()  # for the new weights; else the load would wait for it, where it is behind a late one
         now = time.monotonic()
         busy = {call.worker.name for call in self._calls.values()}
         idle = [worker for worker in self._workers if worker.name not in busy]

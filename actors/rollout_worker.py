@@ -152,6 +152,8 @@ class RolloutWorker:
         """
         version = self._checked_version()
         numbers = [self._ahead.pop(_key(request, sampling), None) for request in requests]
+        self._drop([*self._ahead.values()])  # what another worker was asked for instead
+        self._ahead.clear()
         numbers = [
             self._submit(request, sampling) if number is None else number
             for number, request in zip(numbers, requests, strict=True)
@@ -181,13 +183,20 @@ class RolloutWorker:
         self._open[number] = request
         return number
 
+    def _drop(self, numbers: Sequence[int]) -> None:
+        """Requests that nobody wants any more."""
+        if numbers:
+            self._finished |= self._engine.abort(numbers)
+        for number in numbers:
+            del self._open[number]
+            self._finished.pop(number, None)
+
     def _forget(self) -> None:
         """The policy and all that was asked of it."""
         self._version = None
-        if self._open:
-            self._engine.abort([*self._open])
-        for asked in (self._open, self._ahead, self._finished, self._told):
-            asked.clear()
+        self._drop([*self._open])
+        self._ahead.clear()
+        self._told.clear()
 
     def _checked_version(self) -> int:
         if self._version is None:

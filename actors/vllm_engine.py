@@ -80,8 +80,10 @@ class VLLMEngine:
         )
         self._files = PolicyFiles()
         self._on_cpu = config.gpus_per_worker == 0
-        self._replaceable: dict[str, tuple[torch.Size, torch.dtype]] | None = None
-        """Names, shapes and dtypes of a policy whose successors need not go through vLLM's loader."""
+        self._layout: dict[str, tuple[torch.Size, torch.dtype]] | None = None
+        """Names, shapes and dtypes of a policy that vLLM loaded on a CPU,"""
+        self._replaceable = False
+        """and whether its successors need not go through vLLM's loader."""
         self._is_updating = False
         self._is_asleep = False
 
@@ -96,7 +98,7 @@ class VLLMEngine:
         """Loads a published policy from its file. Returns the bytes read."""
         published = self._files.read(location)
         layout = {name: (tensor.shape, tensor.dtype) for name, tensor in published.items()}
-        if layout == self._replaceable:
+        if self._replaceable and layout == self._layout:
             self._end_update()
             self._llm.apply_model(lambda model: replace_weights(model, published))
             self._forget_prefixes()
@@ -104,8 +106,9 @@ class VLLMEngine:
             self.start_update()
             self.receive({"location": location})
             self.finish_update()
-            if self._on_cpu and self._llm.apply_model(lambda model: holds_by_name(model, published)) == [True]:
-                self._replaceable = layout
+            if self._on_cpu and layout != self._layout:
+                [self._replaceable] = self._llm.apply_model(lambda model: holds_by_name(model, published))
+                self._layout = layout
         return sum(tensor.nbytes for tensor in published.values())
 
     def meet_learner(self, init_info: dict[str, Any]) -> None:
@@ -184,11 +187,11 @@ class VLLMEngine:
         """Some request has no response yet."""
         return self._llm.llm_engine.has_unfinished_requests()
 
-    def abort(self, numbers: Sequence[int]) -> None:
-        """Forgets these requests; one that has its response is not missed."""
+    def abort(self, numbers: Sequence[int]) -> dict[int, Sample]:
+        """Forgets these requests; one that has its response is not missed. Returns what else finished meanwhile."""
         self._llm.llm_engine.abort_request([str(number) for number in numbers])
         # What the engine computes ahead of its answers ends with them, before anybody touches the weights.
-        self._llm.llm_engine.step()
+        return self.step()
 
     def differing_groups(self, location: str) -> dict[str, float]:
         """Parameter group -> largest relative difference from the published file, for groups that differ."""

@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.records import PolicyWeights
 
 WEIGHTS_FILE = "model.safetensors"
+PARTIAL_FILE = f"{WEIGHTS_FILE}.partial"
 BUCKET_BYTES = 32 * 2**20
 BUCKETS_AHEAD = 4
 """Buckets on their way at once: enough to keep a network busy, and a small part of any object store."""
@@ -59,7 +60,11 @@ def _make_place(copy: Path) -> None:
     others = sorted((path for path in copy.parent.iterdir() if path != copy), key=lambda path: path.stat().st_mtime_ns)
     outdated = others[:-1]
     if outdated and not copy.exists():
-        outdated.pop().rename(copy)
+        lent = outdated.pop()
+        # First: under its new name the old file would be taken for the new version.
+        if (lent / WEIGHTS_FILE).exists():
+            (lent / WEIGHTS_FILE).replace(lent / PARTIAL_FILE)
+        lent.rename(copy)
     copy.mkdir(exist_ok=True)
     for path in outdated:
         shutil.rmtree(path)
@@ -69,9 +74,7 @@ def _fetch(source: str, size: int, target: Path, on_source: NodeAffinityScheduli
     read = _read.options(scheduling_strategy=on_source)
     offsets = deque(range(0, size, BUCKET_BYTES))
     coming: deque[Any] = deque()
-    partial = target.with_suffix(".partial")
-    if target.exists():
-        target.replace(partial)
+    partial = target.with_name(PARTIAL_FILE)
     partial.touch()
     with open(partial, "r+b") as file:
         while offsets or coming:

@@ -76,7 +76,7 @@ class GlooWorker(RolloutWorker):
 
     def loader(self):
         """What the next policy of this shape will come in by."""
-        return "vLLM's" if self._engine._replaceable is None else "ours"
+        return "ours" if self._engine._replaceable else "vLLM's"
 
     def fail_next(self):
         self._fails = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -107,15 +108,22 @@ def _make_room(file: Path, num_bytes: int) -> None:
     if status and status.st_size == num_bytes <= lent:
         return
     free = shutil.disk_usage(file.parent).free
+    full = ResourceError(
+        f"publishing the policy's weights needs {num_bytes / 2**20:,.0f} MiB, {file.parent.parent} has "
+        f"{free / 2**20:,.0f} MiB free. Enlarge it to hold two versions of the policy (docker run --shm-size, "
+        "or mount -o remount,size=... /dev/shm), or delete what else lies there."
+    )
     if num_bytes - lent > free:
-        raise ResourceError(
-            f"publishing the policy's weights needs {num_bytes / 2**20:,.0f} MiB, {file.parent.parent} has "
-            f"{free / 2**20:,.0f} MiB free. Enlarge it to hold two versions of the policy (docker run --shm-size, "
-            "or mount -o remount,size=... /dev/shm), or delete what else lies there."
-        )
-    with open(file, "ab", buffering=0) as opened:
+        raise full
+    file.touch()
+    with open(file, "r+b", buffering=0) as opened:
         opened.truncate(num_bytes)
-        os.posix_fallocate(opened.fileno(), 0, num_bytes)
+        try:
+            os.posix_fallocate(opened.fileno(), 0, num_bytes)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise full from error
 
 
 def _header(state: dict[str, torch.Tensor]) -> bytes:

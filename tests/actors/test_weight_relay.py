@@ -7,7 +7,7 @@ import pytest
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.weight_relay import readable_here
+from actors.weight_relay import _make_place, readable_here
 from pipeline.records import PolicyWeights
 from tests.nodes import Node
 
@@ -63,3 +63,15 @@ def test_each_node_reads_the_weights_and_fetches_them_once(two_nodes, tmp_path):
         files.add(Path(location, "model.safetensors").stat().st_ino)
         assert len([*Path(location).parent.iterdir()]) == 2
     assert len(files) == 2
+
+
+def test_pages_lent_to_a_new_copy_are_not_taken_for_it(tmp_path):
+    """A worker may be killed before the new weights have come; its neighbour looks for the file."""
+    for version in (1, 2):
+        (tmp_path / f"policy-{version}").mkdir()
+        (tmp_path / f"policy-{version}" / "model.safetensors").write_text(f"version {version}")
+    _make_place(tmp_path / "policy-3")
+    assert {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("model*")} == {
+        "policy-2/model.safetensors": "version 2",
+        "policy-3/model.safetensors.partial": "version 1",
+    }
