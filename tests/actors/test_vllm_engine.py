@@ -40,19 +40,22 @@ def learner(local_ray):
 @pytest.fixture(scope="module")
 def pool(learner, tiny_policy):
     """Engines that read published files, as all do, and that also take weights from `learner`."""
-    config = RolloutConfig(workers=2, cpus_per_worker=1, chunk_size=8, max_sequences=64, max_restarts=1)
-    with RolloutPool(
-        tiny_policy,
-        config,
+    with cpu_engines(tiny_policy, "nccl", workers=2) as pool:
+        yield pool
+
+
+def cpu_engines(directory, backend, *, workers):
+    return RolloutPool(
+        directory,
+        RolloutConfig(workers=workers, cpus_per_worker=1, chunk_size=8, max_sequences=64, max_restarts=1),
         DeadlinesConfig(),
         dtype="float32",
         max_model_len=128,
         gate_tolerance=TOLERANCE,
         seed=0,
-        plan=RolloutPlan(placement="disaggregated", weight_transfer="nccl"),
+        plan=RolloutPlan(placement="disaggregated", weight_transfer=backend),
         worker=GlooWorker,
-    ) as pool:
-        yield pool
+    )
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +143,6 @@ FAMILIES = {
 }
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("family", "loader"), [*zip(FAMILIES, ["ours", "vLLM's"], strict=True)])
 def test_a_policy_that_vllm_loads_by_other_rules_stays_with_its_loader(
     local_ray, family, loader, tokenizer, publish, tmp_path
@@ -150,17 +152,7 @@ def test_a_policy_that_vllm_loads_by_other_rules_stays_with_its_loader(
     torch.manual_seed(0)
     policy = AutoModelForCausalLM.from_config(config).eval()
     save_causal_lm(policy.state_dict(), config, tokenizer, str(tmp_path))
-    with RolloutPool(
-        str(tmp_path),
-        RolloutConfig(workers=1, cpus_per_worker=1, max_sequences=8),
-        DeadlinesConfig(),
-        dtype="float32",
-        max_model_len=128,
-        gate_tolerance=TOLERANCE,
-        seed=0,
-        plan=RolloutPlan(placement="disaggregated", weight_transfer="shm"),
-        worker=GlooWorker,
-    ) as pool:
+    with cpu_engines(str(tmp_path), "shm", workers=1) as pool:
         for version in (1, 2):
             assert pool.load_weights(publish(another(policy, version), version=version))["gate/max"] <= TOLERANCE
             assert ray.get(pool._workers[0].actor.loader.remote(), timeout=60) == loader
