@@ -478,8 +478,10 @@ class RolloutPool:
                 self._counts["issued again"] += chunk is not None
             if chunk is not None:
                 handed[worker] = chunk
+        # For all of them at once: of two workers, one that decodes more responses at a time ends later.
+        reserved = {} if self._held_back else batch.ledger.reserve(now, [*handed.values()], len(self._workers))
         for worker, chunk in handed.items():
-            ahead = None if self._held_back else batch.ledger.reserve(now, chunk, len(self._workers))
+            ahead = reserved.get(chunk)
             if ahead is not None:
                 batch.ahead[worker.name] = ahead
             reference = worker.actor.sample.remote(chunk.requests, batch.sampling, ahead.requests if ahead else ())

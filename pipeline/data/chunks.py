@@ -77,17 +77,18 @@ class ChunkLedger:
         self._begun[chunk] = self._out[chunk] = now
         return chunk
 
-    def reserve(self, now: float, behind: Chunk, num_workers: int) -> Chunk | None:
-        """The chunk that a worker shall have next, and may begin with as soon as it has room.
+    def reserve(self, now: float, behind: Sequence[Chunk], num_workers: int) -> dict[Chunk, Chunk]:
+        """What the worker of each of these shall have next, and may begin with as soon as it has room.
 
-        None where fewer wait than there are workers: the last ones are for those who are done first.
+        The shortest goes behind the longest. Nothing where fewer wait than there are workers: the last ones are for
+        those who are done first.
         """
         if len(self._waiting) < num_workers:
-            return None
-        chunk = self._waiting.popleft()
-        self._begun[chunk] = now
-        self._reserved[chunk] = behind
-        return chunk
+            return {}
+        reserved = [self._waiting.popleft() for _ in behind][::-1]
+        self._begun |= dict.fromkeys(reserved, now)
+        self._reserved |= zip(reserved, behind, strict=True)
+        return dict(zip(behind, reserved, strict=True))
 
     def release(self, reserved: Chunk) -> None:
         """Its worker does not have the chunk any more; if nobody else was asked for it, it is the next to be issued."""

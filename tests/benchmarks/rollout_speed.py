@@ -7,10 +7,11 @@
 Everything in one run on one machine, float32, one thread a process. A policy of SmolLM2-135M's shape with random
 weights, whose responses all have the full length, or that of `--checkpoint`, whose responses end when they end:
 (a) tokens per second of one worker against HF generate on the whole batch, (b) on eight times as many prompts, of two
-workers against one, (d) seconds and GB/s of the weights' way to an engine, in both its parts, beside a memory copy of
-as many bytes. Tokens are those of responses; padding counts nothing. A smaller policy, whose steps take seconds: (c)
-the share of the smaller of rollout and update time that prefetch hides, in `align` itself with a one-process learner.
-Each part is printed when it is measured. Needs two idle cores, and some five minutes of them.
+workers against one, in turns, (d) seconds and GB/s of the weights' way to an engine, in both its parts, beside a memory
+copy of as many bytes. Tokens are those of responses; padding counts nothing. A smaller policy, whose steps take
+seconds: (c) the share of the smaller of rollout and update time that prefetch hides, in `align` itself with a
+one-process learner. Medians; of the speeds of memory the best ones.
+Each part is printed when it is measured. Needs two idle cores, and some six minutes of them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -66,8 +68,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--response-tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=4, help="of alignment; the first is left out")
+    parser.add_argument("--rounds", type=int, default=3, help="the median counts")
+    parser.add_argument("--steps", type=int, default=8, help="of alignment; the first is left out")
     parser.add_argument("--step-hidden-size", type=int, default=256)
     parser.add_argument("--step-layers", type=int, default=6)
     parser.add_argument("--step-response-tokens", type=int, default=64)
@@ -156,16 +158,32 @@ def measure_rollouts(
     probes = choose_probes(prompts, vocabulary_size=shape.vocab_size, seed=0, count=4)
     weights = publish_checkpoint(model, os.path.join(published, "policy"), probes, dtype="float32", version=0)
     num_bytes = os.path.getsize(os.path.join(weights.location, WEIGHTS_FILE))
-    with open_pool(model, options, workers=2, response_tokens=options.response_tokens) as pool:
-        pool.load_weights(weights)
-        two = measured["rollout/tokens_per_s_2_workers"] = time_pool(pool, prompts, options)
-        pool.resize(1)
-        alone = measured["rollout/tokens_per_s_pool"] = time_pool(pool, few, options)
+    with (
+        open_pool(model, options, workers=1, response_tokens=options.response_tokens) as one,
+        open_pool(model, options, workers=2, response_tokens=options.response_tokens) as two,
+    ):
+        one.load_weights(weights)
+        two.load_weights(weights)
+        for pool in (one, two):  # the first batch warms up
+            tokens_per_s(pool, few, 0, options)
+        alone = median(tokens_per_s(one, few, seed, options) for seed in range(options.rounds))
         print(f"{'pool, 1 worker':<34}{alone:>10.0f}{alone / hf:>8.2f}  of HF generate", flush=True)
-        one = measured["rollout/tokens_per_s_1_worker"] = time_pool(pool, prompts, options)
-        print(f"{f'{len(prompts)} prompts, 1 worker':<34}{one:>10.0f}")
-        print(f"{f'{len(prompts)} prompts, 2 workers':<34}{two:>10.0f}{two / one:>8.2f}  of 1 worker\n", flush=True)
-        measured |= time_transfer(pool, weights, published)
+        # In turns, for the speed of a shared machine drifts more between two minutes than what is measured here.
+        pairs = [
+            (tokens_per_s(one, prompts, seed, options), tokens_per_s(two, prompts, seed, options))
+            for seed in range(options.rounds)
+        ]
+        ones, twos = zip(*pairs, strict=True)
+        print(f"{f'{len(prompts)} prompts, 1 worker':<34}{median(ones):>10.0f}")
+        gain = median(two / one for one, two in pairs)
+        print(f"{f'{len(prompts)} prompts, 2 workers':<34}{median(twos):>10.0f}{gain:>8.2f}  of 1 worker\n", flush=True)
+        measured |= {
+            "rollout/tokens_per_s_pool": alone,
+            "rollout/tokens_per_s_1_worker": median(ones),
+            "rollout/tokens_per_s_2_workers": median(twos),
+            "rollout/speedup_of_2_workers": gain,
+        }
+        measured |= time_transfer(one, weights, published)
     copied = copy_gb_per_s(num_bytes, torch.device("cpu"), rounds=options.rounds)
     measured |= {"weights/gb": num_bytes / 1e9, "weights/copy_gb_per_s": copied}
     print(f"{'':<34}{'seconds':>10}{'GB/s':>8}{'of a copy':>11}")
@@ -220,17 +238,14 @@ def measure_prefetch(
     return measured
 
 
-def time_pool(pool: RolloutPool, prompts: list[Prompt], options: argparse.Namespace) -> float:
-    """Tokens per second of a batch, best round."""
-    rates = []
-    for n in range(options.rounds + 1):  # the first one warms up
-        sampling = SamplingParams(
-            temperature=1.0, top_p=1.0, max_response_tokens=options.response_tokens, samples_per_prompt=1, seed=n
-        )
-        started = time.perf_counter()
-        rollouts = pool.generate(prompts, sampling)
-        rates.append(sum(len(r.response_ids) for r in rollouts) / (time.perf_counter() - started))
-    return max(rates[1:])
+def tokens_per_s(pool: RolloutPool, prompts: list[Prompt], seed: int, options: argparse.Namespace) -> float:
+    """Of one batch."""
+    sampling = SamplingParams(
+        temperature=1.0, top_p=1.0, max_response_tokens=options.response_tokens, samples_per_prompt=1, seed=seed
+    )
+    started = time.perf_counter()
+    rollouts = pool.generate(prompts, sampling)
+    return sum(len(r.response_ids) for r in rollouts) / (time.perf_counter() - started)
 
 
 def open_pool(model: str, options: argparse.Namespace, *, workers: int, response_tokens: int) -> RolloutPool:
@@ -247,7 +262,7 @@ def open_pool(model: str, options: argparse.Namespace, *, workers: int, response
 
 
 def time_hf(model: str, prompts: list[Prompt], options: argparse.Namespace) -> float:
-    """Tokens per second of HF generate on the whole batch at once, one thread, best round."""
+    """Tokens per second of HF generate on the whole batch at once, one thread."""
     module, tokenizer = load_causal_lm(model, dtype="float32")
     module.eval()
     longest = max(len(prompt.token_ids) for prompt in prompts)
@@ -275,7 +290,7 @@ def time_hf(model: str, prompts: list[Prompt], options: argparse.Namespace) -> f
         ended_before = (sequences[:, longest:] == tokenizer.eos_token_id).cumsum(1).roll(1, 1)
         ended_before[:, 0] = 0
         rates.append((ended_before == 0).sum().item() / seconds)
-    return max(rates)
+    return median(rates)
 
 
 def run_alignment(
@@ -287,7 +302,7 @@ def run_alignment(
     options: argparse.Namespace,
     prefetch: str | None,
 ) -> dict[str, float]:
-    """Mean seconds of each phase of a step, the first left out: nothing is prefetched for it."""
+    """Seconds of each phase of a step, the first left out: nothing is prefetched for it."""
     config = AlignmentConfig(
         num_steps=options.steps,
         prompts_per_step=options.prompts,
@@ -329,7 +344,7 @@ def run_alignment(
     )
     rows = read_metrics(os.path.join(directory, METRICS_FILE))[1:]
     return {
-        phase: sum(row[f"seconds/{phase}"] for row in rows) / len(rows)
+        phase: median(row[f"seconds/{phase}"] for row in rows)
         for phase in ("rollout", "score", "evaluate", "update", "weights")
     }
 

@@ -79,12 +79,22 @@ def test_an_answer_to_a_chunk_that_was_put_back_is_not_kept():
     assert ledger.rollouts()[0] == "0 new policy"
 
 
+def test_workers_reserve_a_chunk_each_and_the_shortest_goes_behind_the_longest():
+    tokens = {"0": 9, "1": 8, "2": 7, "3": 6, "4": 5, "5": 4, "6": 3}
+    ledger = ChunkLedger(REQUESTS, 1, lambda request: tokens[request.prompt.id])
+    longest, next_longest = ledger.issue(0.0), ledger.issue(0.0)
+    ahead = ledger.reserve(0.0, [longest, next_longest], 2)
+    assert {ids(chunk): ids(reserved) for chunk, reserved in ahead.items()} == {"0": "3", "1": "2"}
+    assert ids(ledger.issue(1.0, ahead[longest])) == "3"
+    assert [ids(ledger.issue(1.0)) for _ in range(3)] == ["4", "5", "6"]
+
+
 def test_a_worker_reserves_its_next_chunk_while_there_is_one_for_every_worker():
     ledger = ChunkLedger(REQUESTS, 2)  # 01, 23, 45, 6
     first, other = ledger.issue(0.0), ledger.issue(0.0)
-    ahead = ledger.reserve(0.0, first, 2)
+    ahead = ledger.reserve(0.0, [first], 2)[first]
     assert ids(ahead) == "45"
-    assert ledger.reserve(0.0, other, 2) is None  # the last one is for who is done first
+    assert ledger.reserve(0.0, [other], 2) == {}  # the last one is for who is done first
     assert ledger.accept(first, answer(first), 1.0)
     assert ledger.accept(other, answer(other), 1.0)
     assert not ledger.is_out  # a reserved chunk may have been begun, but nobody is asked for it
@@ -96,7 +106,7 @@ def test_a_worker_reserves_its_next_chunk_while_there_is_one_for_every_worker():
 def test_a_reserved_chunk_is_released_for_others_unless_one_was_asked_for_it_already():
     ledger = ChunkLedger(REQUESTS, 3)
     first = ledger.issue(0.0)
-    ahead = ledger.reserve(0.0, first, 1)
+    ahead = ledger.reserve(0.0, [first], 1)[first]
     ledger.release(ahead)
     assert ledger.issue(1.0) is ahead
     ledger.release(ahead)
@@ -107,7 +117,7 @@ def test_a_reserved_chunk_is_released_for_others_unless_one_was_asked_for_it_alr
 def test_a_chunk_behind_a_late_one_goes_to_another_worker_too_and_stands_once():
     ledger = ChunkLedger(REQUESTS, 2)
     slow, quick = ledger.issue(0.0), ledger.issue(0.0)
-    ahead = ledger.reserve(0.0, slow, 2)
+    ahead = ledger.reserve(0.0, [slow], 2)[slow]
     assert ledger.accept(quick, answer(quick), 1.0)
     last = ledger.issue(1.0)
     assert ledger.accept(last, answer(last), 2.0)
@@ -129,7 +139,7 @@ def test_a_chunk_behind_a_late_one_goes_to_another_worker_too_and_stands_once():
 def test_a_chunk_that_had_to_wait_behind_another_is_not_late_for_it():
     ledger = ChunkLedger(REQUESTS, 2)
     first, other = ledger.issue(0.0), ledger.issue(0.0)
-    ahead = ledger.reserve(0.0, first, 2)
+    ahead = ledger.reserve(0.0, [first], 2)[first]
     assert ledger.accept(first, answer(first), 10.0)
     assert ledger.accept(other, answer(other), 10.0)
     assert ledger.issue(10.0, ahead) is ahead
