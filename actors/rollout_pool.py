@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import ray
 from ray.exceptions import GetTimeoutError, RayTaskError
@@ -65,10 +65,11 @@ class WeightSender(Protocol):
 
 CHUNKS_A_WORKER = 2
 """At least: one to answer and one to go on with."""
-ADVANCE_S = 0.5
-"""How long an engine decodes before it reports what finished and takes new requests."""
+SLICE_S = 0.5
+"""How long an engine decodes before it can be told something else: new requests, new weights, or to go on."""
 
 Asked = tuple[Prompt, SamplingParams]
+Between = Literal["chunks", "tokens"]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -112,7 +113,7 @@ class RolloutPool:
     choose by batch size; then a token drawn within a rounding error of a boundary can come out differently.
 
     Two threads use the workers, in turns: one samples the batch that was begun, the caller's loads weights. A load
-    holds back the chunks that wait and begins when none is out; what it held back is sampled with the new weights.
+    interrupts the engines between two tokens. Responses that were begun go on with the new weights, or begin anew.
     """
 
     def __init__(
@@ -166,7 +167,10 @@ class RolloutPool:
         self._given_up: int | None = None
         self._turn = threading.Condition()
         self._calls: dict[Any, Call] = {}
-        self._held_back = False
+        self._held_back: Between | None = None
+        """Where the sampling thread stops."""
+        self._paused: list[Call] = []
+        """Of workers that were not told to go on, for new weights come first."""
         self._sampler = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollouts")
         self._batch: tuple[Batch, Future[None]] | None = None
         self._response_tokens: dict[str, float] = {}
@@ -190,7 +194,7 @@ class RolloutPool:
                 f"{num_workers} rollout workers do not fit the learner's {self._most_workers} GPUs, which hold one "
                 f"each. Ask for {self._most_workers}, or set cluster.rollout.placement=disaggregated."
             )
-        with self._between_chunks():
+        with self._between("chunks"):
             while len(self._workers) > num_workers:
                 _end(self._workers.pop())
             joining = self._start_workers(num_workers - len(self._workers))
@@ -198,14 +202,17 @@ class RolloutPool:
                 joining, _ = self._load(joining, self._weights)
             self._workers += joining
 
-    def _follow_request(self) -> None:
-        """Shrinks at once; grows without waiting: a worker that starts while others sample joins at the next update."""
+    def _wanted_workers(self) -> float | None:
+        """As an operator or the autoscaler asks for, and as there is room."""
         wanted = self._requested_workers()
         if wanted is None and self._autoscaler is not None:
             wanted = self._autoscaler.wanted(len(self._workers), self._waits)
+        return None if wanted is None else min(wanted, self._most_workers)
+
+    def _follow(self, wanted: float | None) -> None:
+        """Shrinks at once; grows without waiting: a worker that starts while others sample joins at the next update."""
         if wanted is None:
             return
-        wanted = min(wanted, self._most_workers)
         while self._joining and len(self._workers) + len(self._joining) > wanted:
             _end(self._joining.pop())
         while len(self._workers) > wanted:
@@ -247,7 +254,7 @@ class RolloutPool:
         """
         if self._plan.placement == "disaggregated":
             return
-        with self._between_chunks():
+        with self._between("chunks"):
             self._workers = [self._up(worker) for worker in self._workers]
             calls = [(worker, worker.actor.sleep.remote()) for worker in (*self._workers, *self._joining)]
             for worker, asleep in calls:
@@ -261,8 +268,8 @@ class RolloutPool:
     def load_weights(self, weights: PolicyWeights) -> Metrics:
         """Gives every engine the published policy; the slowest engine and the widest gap make the metrics.
 
-        Chunks of a batch in the making that are out come back first, or are sampled again as `begin` was told; those
-        that wait, or were only begun ahead of their turn, are sampled from the new policy.
+        Responses in the making are interrupted. As `begin` was told, the new policy goes on with them or they begin
+        anew; only where the pool is to shrink, the chunks that are out are finished first.
 
         Returns:
             `gate/*`, `weights/*`, and `rollout/*`: workers; chunks issued again because they were late, and answers
@@ -275,8 +282,10 @@ class RolloutPool:
         """
         if weights.node is None:
             weights = replace(weights, node=ray.get_runtime_context().get_node_id())
-        with self._between_chunks():
-            self._follow_request()
+        wanted = self._wanted_workers()
+        shrinks = wanted is not None and wanted < len(self._workers)
+        with self._between("chunks" if shrinks else "tokens"):
+            self._follow(wanted)
             self._weights = weights
             sent = self._sender is not None and self._send(self._sender)
             self._workers, metrics = self._load(self._workers, weights, received=sent)
@@ -324,8 +333,8 @@ class RolloutPool:
         """Starts to sample a batch and returns at once; a batch begun before and not collected is abandoned.
 
         Args:
-            resample_unfinished: a chunk that is out when weights are loaded is dropped when it comes back, and sampled
-                from the new policy; otherwise its rollouts stay those of the old one.
+            resample_unfinished: chunks that are out when weights are loaded are dropped, and sampled from the new
+                policy alone; otherwise it goes on where the old one was interrupted.
 
         Raises:
             DataError, StaleEngineError: as `generate`.
@@ -398,7 +407,7 @@ class RolloutPool:
                 number = next(numbers)
                 submitted[number], mine[number] = (request, sampling), asked
             if mine:
-                running[worker.actor.advance.remote(submitted, ADVANCE_S)] = (worker, time.monotonic())
+                running[worker.actor.advance.remote(submitted, SLICE_S)] = (worker, time.monotonic())
 
         while True:
             busy = {worker.name for worker, _ in running.values()}
@@ -449,7 +458,7 @@ class RolloutPool:
         try:
             while not batch.is_over:
                 with self._turn:
-                    self._turn.wait_for(lambda: not self._held_back or batch.ledger.is_out)
+                    self._turn.wait_for(self._may_hand_out)
                     wake_at = self._hand_out(batch)
                 ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=max(0.0, wake_at - time.monotonic()))
                 with self._turn:
@@ -463,11 +472,18 @@ class RolloutPool:
                 self._turn.notify_all()
             raise
 
+    def _may_hand_out(self) -> bool:
+        return self._held_back is None or bool(self._calls) or (self._held_back == "chunks" and bool(self._paused))
+
     def _hand_out(self, batch: Batch) -> float:
         """A chunk for every worker without one, while there are chunks. Returns when to look again at the latest."""
-        if self._held_back:
-            batch.give_up_ahead()  # for the new weights; else the load would wait for it, where it is behind a late one
         now = time.monotonic()
+        if self._held_back == "tokens":
+            return min(call.deadline for call in self._calls.values())
+        for call in self._take_paused():
+            self._go_on(batch, replace(call, deadline=now + self._deadlines.generate_s))
+        for name in batch.ahead.keys() - {worker.name for worker in self._workers}:
+            batch.ledger.release(batch.ahead.pop(name))
         busy = {call.worker.name for call in self._calls.values()}
         idle = [worker for worker in self._workers if worker.name not in busy]
         handed = {}
@@ -484,12 +500,30 @@ class RolloutPool:
             ahead = reserved.get(chunk)
             if ahead is not None:
                 batch.ahead[worker.name] = ahead
-            reference = worker.actor.sample.remote(chunk.requests, batch.sampling, ahead.requests if ahead else ())
+            reference = worker.actor.sample.remote(
+                chunk.requests, batch.sampling, ahead.requests if ahead else (), seconds=SLICE_S
+            )
             self._calls[reference] = Call(
                 worker=worker, batch=batch, chunk=chunk, deadline=now + self._deadlines.generate_s
             )
         next_deadline = min(call.deadline for call in self._calls.values())
         return min(next_deadline, batch.ledger.next_late_at()) if len(handed) < len(idle) else next_deadline
+
+    def _take_paused(self) -> list[Call]:
+        paused, self._paused = self._paused, []
+        return paused
+
+    def _go_on(self, batch: Batch, call: Call) -> None:
+        """Lets a worker decode on, if it is still there and somebody waits for its chunk."""
+        if call.worker not in self._workers or not self._wants(batch, call):
+            self._put_back(call)
+        else:
+            self._calls[call.worker.actor.go_on.remote(seconds=SLICE_S)] = call
+
+    def _wants(self, batch: Batch, call: Call) -> bool:
+        """Whether the call's chunk has no answer yet, and none that new weights would outdate."""
+        outdated = self._held_back is not None and batch.resample_unfinished
+        return call.batch is batch and batch.ledger.wants(call.chunk) and not outdated
 
     def _take_answers(self, batch: Batch, ready: Sequence[Any]) -> None:
         """Of the call that came back, and of those that never will: their workers hang."""
@@ -499,7 +533,7 @@ class RolloutPool:
             try:
                 rollouts = self._answer(call.worker, reference, "sample()", self._deadlines.generate_s)
             except DIED as error:
-                self._lose(call)
+                self._put_back(call)
                 self._replace(call.worker, _died(call.worker, "sample()", self._config), error)
                 continue
             except (PipelineError, RayTaskError):
@@ -508,28 +542,26 @@ class RolloutPool:
                 # Nobody waits for that batch any more, and so for its errors.
                 self._counts["dropped"] += 1
                 continue
-            unwanted = call.batch is not batch or (self._held_back and batch.resample_unfinished)
-            if unwanted or not batch.ledger.accept(call.chunk, rollouts, now):
+            if not self._wants(batch, call):
                 self._put_back(call)
                 self._counts["dropped"] += 1
-            else:
+            elif rollouts is not None:
+                batch.ledger.accept(call.chunk, rollouts, now)
                 self._response_tokens |= {r.prompt.id: float(len(r.response_ids)) for r in rollouts}
+            elif self._held_back == "tokens":
+                self._paused.append(call)
+            else:
+                self._go_on(batch, call)
         late = [reference for reference, call in self._calls.items() if call.deadline <= now]
         # What nobody asked for since has come back in time: calls of a batch before, read when their turn comes.
         answered, _ = ray.wait(late, num_returns=len(late), timeout=0) if late else ([], [])
         for reference in set(late) - set(answered):
             call = self._calls.pop(reference)
-            self._lose(call)
+            self._put_back(call)
             self._replace(call.worker, self._deadline_exceeded(call.worker, "sample()", self._deadlines.generate_s))
 
-    def _lose(self, call: Call) -> None:
-        """Puts back all that a worker had which is gone."""
-        self._put_back(call)
-        if call.worker.name in call.batch.ahead:
-            call.batch.ledger.release(call.batch.ahead.pop(call.worker.name))
-
     def _put_back(self, call: Call) -> None:
-        if not any(other.chunk is call.chunk for other in self._calls.values()):
+        if not any(other.chunk is call.chunk for other in (*self._calls.values(), *self._paused)):
             call.batch.ledger.put_back(call.chunk)
 
     def _abandon(self) -> None:
@@ -539,19 +571,22 @@ class RolloutPool:
             self._batch = None
 
     @contextmanager
-    def _between_chunks(self) -> Iterator[None]:
-        """Inside, no chunk is out that the batch in the making still needs, and none is begun ahead."""
+    def _between(self, what: Between) -> Iterator[None]:
+        """Inside, nothing is handed out and no engine decodes for the batch in the making: none has begun a chunk that
+        it did not finish, or all stand between two tokens. Unless the batch wants to be sampled again, they go on."""
         with self._turn:
-            self._held_back = True
+            self._held_back = what
             try:
-                self._turn.wait_for(
-                    lambda: self._batch is None or self._batch[0].is_over or not self._batch[0].ledger.is_out
-                )
                 if self._batch is not None:
-                    self._batch[0].give_up_ahead()
+                    batch, _ = self._batch
+                    if what == "chunks" or batch.resample_unfinished:
+                        batch.give_up_ahead()
+                    self._turn.wait_for(
+                        lambda: batch.is_over or not (batch.ledger.is_out if what == "chunks" else self._calls)
+                    )
                 yield
             finally:
-                self._held_back = False
+                self._held_back = None
                 self._turn.notify_all()
 
     # ------------------------------------------------------------------ workers

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from cluster.rollout_plan import RolloutPlan
 from pipeline.config.schema import RolloutConfig
+from pipeline.data.batching import stable_seed
 from pipeline.data.sampling import RolloutRequest
 from pipeline.errors import StaleEngineError
 from pipeline.learning.probes import check_engine
@@ -33,6 +34,18 @@ class Transfer:
     num_bytes: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """A request, and what it has from policies before the one that samples it now."""
+
+    request: RolloutRequest
+    sampling: SamplingParams
+    version: int
+    """Of the policy of its first token."""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+
+
 class RolloutWorker:
     """Holds an engine and the tokenizer that turns its samples into text."""
 
@@ -41,11 +54,15 @@ class RolloutWorker:
         self._version: int | None = None
         self._copy_gb_per_s: float | None = None
         self._numbers = count()
-        self._open: dict[int, RolloutRequest] = {}
-        """In the engine, by its number."""
+        self._begun: dict[int, Begun] = {}
+        """By its number in the engine."""
+        self._is_interrupted = False
+        """New weights came, and nobody has said yet whether what was begun shall go on."""
+        self._finished: dict[int, Sample] = {}
+        self._asked: list[int] = []
+        """Of the call that is to be answered."""
         self._ahead: dict[tuple[Any, ...], int] = {}
         """Number of a request that was submitted before its turn."""
-        self._finished: dict[int, Sample] = {}
         self._told: dict[int, int] = {}
         """The caller's number of a request, by the engine's."""
 
@@ -83,14 +100,14 @@ class RolloutWorker:
 
     def sleep(self) -> None:
         """Leaves the GPU to the learner; the next weights wake it."""
-        self._forget()
+        self._interrupt()
         self._engine.sleep()
 
     def load_weights(self, weights: PolicyWeights, tolerance: float) -> Metrics:
         """Loads a published policy and passes the gate; until it has, this worker samples nothing."""
         from actors.weight_relay import readable_here
 
-        self._forget()
+        self._interrupt()
         started = time.perf_counter()
         weights = readable_here(weights)
         num_bytes = self._engine.load_weights(weights.location)
@@ -103,7 +120,7 @@ class RolloutWorker:
         self._engine.meet_learner(init_info)
 
     def start_update(self) -> None:
-        self._forget()
+        self._interrupt()
         self._began, self._num_bytes = time.perf_counter(), 0
         self._engine.start_update()
 
@@ -142,77 +159,117 @@ class RolloutWorker:
         )
 
     def sample(
-        self, requests: Sequence[RolloutRequest], sampling: SamplingParams, ahead: Sequence[RolloutRequest] = ()
-    ) -> list[Rollout]:
-        """One rollout per request, in order.
+        self,
+        requests: Sequence[RolloutRequest],
+        sampling: SamplingParams,
+        ahead: Sequence[RolloutRequest] = (),
+        *,
+        seconds: float = math.inf,
+    ) -> list[Rollout] | None:
+        """One rollout per request, in order; None where it takes longer than about so long: then ask `go_on`.
 
         Args:
             ahead: what will probably be asked next. The engine takes it up as it has room, instead of decoding fewer
                 and fewer responses at a time until the last of `requests` has ended.
         """
-        version = self._checked_version()
-        numbers = [self._ahead.pop(_key(request, sampling), None) for request in requests]
-        self._drop([*self._ahead.values()])  # what another worker was asked for instead
-        self._ahead.clear()
-        numbers = [
+        self._checked_version()
+        begun, self._is_interrupted = {} if self._is_interrupted else self._ahead, False
+        numbers = [begun.pop(_key(request, sampling), None) for request in requests]
+        # What another worker was asked for instead, or nobody waits for any more.
+        self._drop(sorted(self._begun.keys() - {*numbers}))
+        self._asked = [
             self._submit(request, sampling) if number is None else number
             for number, request in zip(numbers, requests, strict=True)
         ]
-        self._ahead |= {_key(request, sampling): self._submit(request, sampling) for request in ahead}
-        while not self._finished.keys() >= {*numbers}:
+        self._ahead = {_key(request, sampling): self._submit(request, sampling) for request in ahead}
+        return self._answer(seconds)
+
+    def go_on(self, *, seconds: float = math.inf) -> list[Rollout] | None:
+        """What `sample` did not finish. If weights came between, the policy of now goes on where that before ended."""
+        self._checked_version()
+        if self._is_interrupted:
+            for number in sorted(self._begun.keys() - self._finished.keys()):
+                self._resume(number)
+            self._is_interrupted = False
+        return self._answer(seconds)
+
+    def _answer(self, seconds: float) -> list[Rollout] | None:
+        end = time.monotonic() + seconds
+        while not self._finished.keys() >= {*self._asked}:
+            if time.monotonic() >= end:
+                return None
             self._finished |= self._engine.step()
-        return [self._rollout(self._open.pop(number), self._finished.pop(number), version) for number in numbers]
+        return [self._rollout(number) for number in self._asked]
 
     def advance(
         self, submitted: Mapping[int, tuple[RolloutRequest, SamplingParams]], seconds: float
     ) -> dict[int, Rollout]:
         """Adds requests to those in the engine, decodes for about so long, and returns what finished, by number."""
-        version = self._checked_version()
+        self._checked_version()
         self._told |= {self._submit(*asked): number for number, asked in submitted.items()}
         end = time.monotonic() + seconds
         while self._engine.is_busy and time.monotonic() < end:
             self._finished |= self._engine.step()
-        return {
-            self._told.pop(number): self._rollout(self._open.pop(number), self._finished.pop(number), version)
-            for number in self._finished.keys() & self._told.keys()
-        }
+        return {self._told.pop(number): self._rollout(number) for number in self._finished.keys() & self._told.keys()}
 
     def _submit(self, request: RolloutRequest, sampling: SamplingParams) -> int:
         number = next(self._numbers)
         self._engine.submit(number, request.prompt.token_ids, request.seed, sampling)
-        self._open[number] = request
+        self._begun[number] = Begun(request=request, sampling=sampling, version=self._checked_version())
         return number
+
+    def _resume(self, number: int) -> None:
+        """Submits the rest of an interrupted response; its first tokens are now a part of the prompt."""
+        begun = self._begun[number]
+        if not begun.token_ids:
+            begun = self._begun[number] = replace(begun, version=self._checked_version())
+        request, so_far = begun.request, len(begun.token_ids)
+        self._engine.submit(
+            number,
+            (*request.prompt.token_ids, *begun.token_ids),
+            # A new generator of the same seed would draw the numbers of the first tokens again.
+            request.seed if so_far == 0 else stable_seed("resumed", request.seed, so_far),
+            replace(begun.sampling, max_response_tokens=begun.sampling.max_response_tokens - so_far),
+        )
 
     def _drop(self, numbers: Sequence[int]) -> None:
         """Requests that nobody wants any more."""
         if numbers:
             self._finished |= self._engine.abort(numbers)
         for number in numbers:
-            del self._open[number]
+            del self._begun[number]
             self._finished.pop(number, None)
 
-    def _forget(self) -> None:
-        """The policy and all that was asked of it."""
+    def _interrupt(self) -> None:
+        """Takes the policy away, and out of the engine all that was sampled from it."""
         self._version = None
-        self._drop([*self._open])
-        self._ahead.clear()
+        self._drop([*self._told])
         self._told.clear()
+        for number, (token_ids, logprobs) in self._engine.interrupt().items():
+            begun = self._begun[number]
+            self._begun[number] = replace(
+                begun, token_ids=begun.token_ids + token_ids, logprobs=begun.logprobs + logprobs
+            )
+        self._is_interrupted = True
 
     def _checked_version(self) -> int:
         if self._version is None:
             raise StaleEngineError(f"{self._name} was asked to sample before it passed the numerics gate.")
         return self._version
 
-    def _rollout(self, request: RolloutRequest, sample: Sample, version: int) -> Rollout:
+    def _rollout(self, number: int) -> Rollout:
+        """Of a finished request, which is forgotten."""
         from pipeline.data.chat import decode_response
 
+        begun, sample = self._begun.pop(number), self._finished.pop(number)
+        token_ids = begun.token_ids + sample.token_ids
         return Rollout(
-            prompt=request.prompt,
-            sample_index=request.sample_index,
-            response_ids=sample.token_ids,
-            response_text=decode_response(self._tokenizer, sample.token_ids),
-            logprobs=sample.logprobs,
-            policy_version=version,
+            prompt=begun.request.prompt,
+            sample_index=begun.request.sample_index,
+            response_ids=token_ids,
+            response_text=decode_response(self._tokenizer, token_ids),
+            logprobs=begun.logprobs + sample.logprobs,
+            policy_version=begun.version,
             finish_reason=sample.finish_reason,
         )
 

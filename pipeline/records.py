@@ -113,6 +113,7 @@ class Rollout:
     """Natural log-probabilities of `response_ids` under the engine, in the distribution it sampled from (temperature
     applied)."""
     policy_version: int
+    """Of the first token's policy. A later one may have gone on with the response; `logprobs` are of each its own."""
     finish_reason: FinishReason
 
     @property

@@ -496,8 +496,9 @@ class AlignmentConfig(Frozen):
     keep_checkpoints: Count = 2
     prefetch: Literal["continue", "discard"] | None = None
     """Sample the next step while the learner works on this one: responses come from the policy before its last update.
-    Chunks that wait when an update ends are sampled from the new policy; those begun "continue" with the old one, or
-    are "discard"ed and sampled again. None samples each step when its policy is there."""
+    When an update ends, what waits is sampled from the new policy; of what was begun, the new policy "continue"s with
+    the responses that are not finished, or all is "discard"ed and sampled again. None samples each step when its
+    policy is there."""
     keep_best: Literal["reward/mean", "reward/shaped"] | None = None
     """End with the checkpoint that is best by this metric of its step; None ends with the last. Rollouts of a step are
     drawn before its update, so they judge the policy that the update began with."""

@@ -120,6 +120,10 @@ class ChunkLedger:
         self._answers[chunk.number] = rollouts
         return True
 
+    def wants(self, chunk: Chunk) -> bool:
+        """The chunk is out, and has no answer yet."""
+        return chunk in self._out
+
     def put_back(self, chunk: Chunk) -> None:
         """The chunk is no longer with any worker; if it has no answer, it is the next to be issued."""
         if self._out.pop(chunk, None) is not None:

@@ -78,13 +78,28 @@ class ScriptedWorker:
     def is_asleep(self):
         return self._asleep
 
-    def sample(self, requests, sampling, ahead=()):
+    def sample(self, requests, sampling, ahead=(), *, seconds=None):
         if self._told("die while sampling"):
             os._exit(1)
         if self._told("hang"):
             time.sleep(60)
         if self._told("be slow"):
             time.sleep(SLOW_S)
+        self._unfinished, self._begun_with = requests, self._version
+        self._is_stuck = self._told("get stuck")
+        return None if self._is_busy() else self._answer(requests)
+
+    def go_on(self, *, seconds):
+        if self._told("die while sampling"):
+            os._exit(1)
+        time.sleep(0.05)
+        return None if self._is_busy() else self._answer(self._unfinished)
+
+    def _is_busy(self):
+        """While the marker is there: between slices it can be told something else."""
+        return self._is_stuck or (self._directory / "be busy").exists()
+
+    def _answer(self, requests):
         with open(self._directory / "sampled", "a") as log:
             log.writelines(f"{r.prompt.id}, sample {r.sample_index}\n" for r in requests)
         return [
@@ -92,7 +107,7 @@ class ScriptedWorker:
                 prompt=request.prompt,
                 sample_index=request.sample_index,
                 response_ids=(request.seed,),
-                response_text="",
+                response_text=f"begun with {self._begun_with}",
                 logprobs=(0.0,),
                 policy_version=self._version,
                 finish_reason="stop",
@@ -299,6 +314,52 @@ def test_chunks_begun_before_an_update_go_on_or_are_sampled_again_and_those_that
     learner_s = metrics["rollout/seconds"] + metrics["rollout/queue_wait_s"] - metrics["rollout/learner_wait_s"]
     assert learner_s >= SLOW_S - 1  # the load waited for the chunk that was out
     assert "rollout/seconds" not in pool.load_weights(weights(3))  # nothing was sampled since
+
+
+# The only worker is in the middle of its first chunk of five when new weights come, and long after.
+@pytest.mark.parametrize(("resample", "resumed", "dropped"), [(False, 3, 0), (True, 0, 1)])
+def test_weights_do_not_wait_for_a_chunk_and_what_was_begun_goes_on_or_begins_anew(
+    open_pool, tmp_path, resample, resumed, dropped
+):
+    pool = open_pool(workers=1)
+    pool.load_weights(weights(0))
+    untroubled = pool.generate(PROMPTS, SAMPLING)
+
+    (tmp_path / "be busy").touch()
+    pool.begin(PROMPTS, SAMPLING, resample_unfinished=resample)
+    assert until(lambda: pool._calls)
+    assert pool.load_weights(weights(1))["rollout/answers_dropped"] == dropped  # it came back though nothing finished
+    (tmp_path / "be busy").unlink()
+    rollouts = pool.collect()
+
+    assert [r.response_ids for r in rollouts] == [r.response_ids for r in untroubled]
+    assert [r.policy_version for r in rollouts] == [1] * 14
+    assert [r.response_text for r in rollouts] == ["begun with 0"] * resumed + ["begun with 1"] * (14 - resumed)
+
+
+def test_what_a_worker_had_begun_is_sampled_by_another_when_it_dies_between_two_tokens(open_pool, tmp_path):
+    pool = open_pool(workers=1, max_restarts=1)
+    pool.load_weights(weights(0))
+    untroubled = pool.generate(PROMPTS, SAMPLING)
+    (tmp_path / "be busy").touch()
+    pool.begin(PROMPTS, SAMPLING)
+    assert until(lambda: pool._calls)
+    (tmp_path / "die while loading").touch()
+    pool.load_weights(weights(1))
+    (tmp_path / "be busy").unlink()
+    assert [r.response_ids for r in pool.collect()] == [r.response_ids for r in untroubled]
+    assert [worker.name for worker in pool._workers] == ["rollout worker 1"]
+
+
+def test_a_worker_leaves_a_chunk_that_another_has_answered(open_pool, tmp_path):
+    pool = open_pool()
+    pool.load_weights(weights(0))
+    untroubled = pool.generate(PROMPTS, SAMPLING)
+    (tmp_path / "get stuck").touch()  # one of the two, decoding on and on
+    assert pool.generate(PROMPTS, SAMPLING) == untroubled
+    assert pool.generate(PROMPTS, SAMPLING) == untroubled
+    times = Counter((tmp_path / "sampled").read_text().splitlines())
+    assert set(times.values()) == {3}
 
 
 def test_a_batch_nobody_collects_leaves_nothing_behind(open_pool):

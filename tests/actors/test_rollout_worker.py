@@ -1,4 +1,6 @@
-"""What a rollout worker asks of its engine; the engine here finishes the request that came first, one a step."""
+"""What a rollout worker asks of its engine, and what it makes of the answers."""
+
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,55 +13,125 @@ REQUESTS = rollout_requests([Prompt(id=str(n), messages=(), token_ids=(n,)) for 
 
 
 class Engine:
+    """Finishes the request that came first, with one token a step; new weights find one token of every other."""
+
     def __init__(self):
         self.waiting, self.submitted, self.aborted = {}, [], []
 
     def submit(self, number, prompt, seed, sampling):
         self.waiting[number] = prompt
-        self.submitted.append(prompt[0])
+        self.submitted.append((prompt, seed, sampling.max_response_tokens))
 
     def step(self):
         if not self.waiting:
             return {}
         number = min(self.waiting)
-        return {number: self.waiting.pop(number)}
+        self.waiting.pop(number)
+        return {number: SimpleNamespace(token_ids=(100 + number,), logprobs=(-0.5,), finish_reason="stop")}
 
     def abort(self, numbers):
-        self.aborted += [self.waiting.pop(number)[0] for number in numbers if number in self.waiting]
+        self.aborted += [number for number in numbers if self.waiting.pop(number, None)]
         return self.step()
+
+    def interrupt(self):
+        so_far = {number: ((90 + number,), (-0.25,)) for number in self.waiting}
+        self.waiting.clear()
+        return so_far
 
 
 @pytest.fixture
 def worker(monkeypatch):
     worker = RolloutWorker("rollout worker 0")
     worker._engine, worker._version = Engine(), 3
-    monkeypatch.setattr(worker, "_rollout", lambda request, sample, version: (request.prompt.id, sample, version))
+    worker._tokenizer = None
+    monkeypatch.setattr("pipeline.data.chat.decode_response", lambda tokenizer, token_ids: "")
     return worker
 
 
-def answers(*ids):
-    return [(str(n), (n,), 3) for n in ids]
+def load(worker, version):
+    worker._interrupt()
+    worker._version = version
+
+
+def prompts(worker):
+    return [prompt for prompt, _, _ in worker._engine.submitted]
+
+
+def answers(rollouts):
+    return [(r.prompt.id, r.response_ids, r.logprobs, r.policy_version) for r in rollouts]
 
 
 def test_what_was_begun_ahead_is_not_submitted_again_when_it_is_asked_for(worker):
-    assert worker.sample(REQUESTS[:2], SAMPLING, ahead=REQUESTS[2:4]) == answers(0, 1)
-    assert worker.sample(REQUESTS[2:4], SAMPLING, ahead=REQUESTS[4:]) == answers(2, 3)
-    assert worker.sample(REQUESTS[4:], SAMPLING) == answers(4, 5)
-    assert worker._engine.submitted == [0, 1, 2, 3, 4, 5]
+    first = worker.sample(REQUESTS[:2], SAMPLING, ahead=REQUESTS[2:4])
+    second = worker.sample(REQUESTS[2:4], SAMPLING, ahead=REQUESTS[4:])
+    third = worker.sample(REQUESTS[4:], SAMPLING)
+    assert answers(first + second + third) == [(str(n), (100 + n,), (-0.5,), 3) for n in range(6)]
+    assert prompts(worker) == [(n,) for n in range(6)]
     assert worker._engine.aborted == []
 
 
 def test_what_another_worker_was_asked_for_instead_is_aborted(worker):
-    assert worker.sample(REQUESTS[:1], SAMPLING, ahead=REQUESTS[1:3]) == answers(0)
-    assert worker.sample(REQUESTS[3:5], SAMPLING) == answers(3, 4)
+    worker.sample(REQUESTS[:1], SAMPLING, ahead=REQUESTS[1:3])
+    assert [r.prompt.id for r in worker.sample(REQUESTS[3:5], SAMPLING)] == ["3", "4"]
     assert worker._engine.aborted == [1, 2]
-    assert (worker._open, worker._finished, worker._ahead) == ({}, {}, {})
+    assert (worker._begun, worker._finished, worker._ahead) == ({}, {}, {})
 
 
-def test_a_new_policy_ends_all_that_was_asked_of_the_old_one(worker):
-    assert worker.sample(REQUESTS[:1], SAMPLING, ahead=REQUESTS[1:3]) == answers(0)
-    worker._forget()
-    assert worker._engine.aborted == [1, 2]
-    worker._version = 3
-    assert worker.sample(REQUESTS[1:3], SAMPLING) == answers(1, 2)
-    assert worker._engine.submitted == [0, 1, 2, 1, 2]
+def test_a_call_comes_back_when_its_time_is_over_and_goes_on_where_it_was(worker):
+    assert worker.sample(REQUESTS[:2], SAMPLING, seconds=0) is None
+    assert worker.go_on(seconds=0) is None
+    assert answers(worker.go_on()) == [("0", (100,), (-0.5,), 3), ("1", (101,), (-0.5,), 3)]
+    assert prompts(worker) == [(0,), (1,)]
+
+
+def test_a_chunk_that_was_left_unfinished_is_aborted_by_the_next(worker):
+    assert worker.sample(REQUESTS[:2], SAMPLING, seconds=0) is None
+    assert [r.prompt.id for r in worker.sample(REQUESTS[2:4], SAMPLING)] == ["2", "3"]
+    assert worker._engine.aborted == [0, 1]
+    assert worker._begun == {}
+
+
+def test_after_an_update_responses_go_on_with_the_new_policy_where_the_old_one_stopped(worker):
+    assert worker.sample(REQUESTS[:2], SAMPLING, ahead=REQUESTS[2:3], seconds=0) is None
+    load(worker, 4)
+    rollouts = worker.go_on()
+
+    # The first token and its log-probability are the old policy's, and so is the version.
+    assert answers(rollouts) == [("0", (90, 100), (-0.25, -0.5), 3), ("1", (91, 101), (-0.25, -0.5), 3)]
+    resumed = worker._engine.submitted[3:]
+    assert [(prompt, left) for prompt, _, left in resumed] == [((0, 90), 7), ((1, 91), 7), ((2, 92), 7)]
+    # Not the seed of the first tokens, whose numbers would be drawn twice.
+    assert {seed for _, seed, _ in resumed}.isdisjoint({request.seed for request in REQUESTS})
+    assert answers(worker.sample(REQUESTS[2:3], SAMPLING)) == [("2", (92, 102), (-0.25, -0.5), 3)]
+
+
+def test_a_response_of_two_updates_keeps_the_tokens_of_all_its_policies(worker):
+    assert worker.sample(REQUESTS[:1], SAMPLING, seconds=0) is None
+    load(worker, 4)
+    assert worker.go_on(seconds=0) is None
+    load(worker, 5)
+    assert answers(worker.go_on()) == [("0", (90, 90, 100), (-0.25, -0.25, -0.5), 3)]
+    assert [(prompt, left) for prompt, _, left in worker._engine.submitted] == [
+        ((0,), 8),
+        ((0, 90), 7),
+        ((0, 90, 90), 6),
+    ]
+
+
+def test_a_request_without_a_token_is_the_new_policys_with_the_seed_it_had(worker, monkeypatch):
+    assert worker.sample(REQUESTS[:1], SAMPLING, seconds=0) is None
+    monkeypatch.setattr(worker._engine, "interrupt", lambda: {worker._engine.waiting.popitem()[0]: ((), ())})
+    load(worker, 4)
+    assert answers(worker.go_on()) == [("0", (100,), (-0.5,), 4)]
+    assert worker._engine.submitted == [((0,), REQUESTS[0].seed, 8)] * 2
+
+
+# What was begun ahead is there twice: one response that had ended before the weights came, and one that had not.
+def test_after_an_update_a_new_call_takes_nothing_of_the_old_policy(worker):
+    worker.sample(REQUESTS[:1], SAMPLING, ahead=REQUESTS[1:3])
+    worker._finished |= worker._engine.step()
+    assert worker._finished.keys() == {1}
+    load(worker, 4)
+    rollouts = worker.sample(REQUESTS[1:3], SAMPLING)
+    assert answers(rollouts) == [("1", (103,), (-0.5,), 4), ("2", (104,), (-0.5,), 4)]
+    assert prompts(worker) == [(0,), (1,), (2,), (1,), (2,)]

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections import Counter, deque
+from collections import deque
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -265,27 +265,54 @@ def test_rollouts_carry_the_logprobs_of_the_distribution_they_were_sampled_from(
         assert rollout.finish_reason == "stop" or len(rollout.response_ids) == 24
 
 
-def test_what_an_engine_began_ahead_of_its_turn_is_sampled_from_the_weights_that_came_meanwhile(
-    pool, policy, publish, prompts
-):
-    old, new = publish(another(policy, 6), version=6), publish(another(policy, 7), version=7)
+@pytest.fixture
+def interrupt(pool, policy, publish, prompts, monkeypatch):
+    """Loads policy 7 in the middle of responses of policy 6; gives both models and the rollouts."""
+    monkeypatch.setattr("actors.rollout_pool.SLICE_S", 0.02)
+    models = {version: another(policy, version) for version in (6, 7)}
+    old, new = (publish(model, version=version) for version, model in models.items())
+
+    def interrupt(sampling, *, resample_unfinished):
+        pool.load_weights(old)
+        pool.begin(prompts, sampling, resample_unfinished=resample_unfinished)
+        while sum(call.batch is pool._batch[0] for call in list(pool._calls.values())) < 2:
+            time.sleep(0.001)
+        time.sleep(0.1)
+        pool.load_weights(new)
+        return models, pool.collect()
+
+    return interrupt
+
+
+def test_the_new_policy_goes_on_with_responses_where_the_old_one_was_interrupted(interrupt, prompts):
+    models, rollouts = interrupt(replace(SAMPLING, max_response_tokens=64), resample_unfinished=False)
+
+    assert [(r.prompt.id, r.sample_index) for r in rollouts] == [(p.id, i) for p in prompts for i in range(2)]
+    assert len({r.response_ids for r in rollouts}) == len(rollouts)
+    begun_by_old = []
+    for rollout in rollouts:
+        by = {
+            version: torch.tensor(logprobs_of(model, rollout.prompt.token_ids, rollout.response_ids, temperature=0.7))
+            for version, model in models.items()
+        }
+        theirs = torch.tensor(rollout.logprobs)
+        is_old, is_new = (((theirs - by[version]).abs() <= TOLERANCE).tolist() for version in (6, 7))
+        length = len(is_old)
+        # Each token has the log-probability of the policy that sampled it: the old one, and from some token on the new.
+        seam = next((t for t in range(length) if not is_old[t]), length)
+        assert is_old[:seam] + is_new[seam:] == [True] * length
+        assert rollout.policy_version == (6 if seam > 0 else 7)
+        assert length == 64 or rollout.finish_reason == "stop"
+        begun_by_old.append(0 < seam < length)
+    assert sum(begun_by_old) >= 6  # at least the chunk of one engine
+
+
+def test_interrupted_responses_begin_anew_where_they_are_to_be_discarded(interrupt, pool, prompts):
     long = replace(SAMPLING, max_response_tokens=64)
-    of_version = {}
-    for weights in (new, old):
-        pool.load_weights(weights)
-        of_version[weights.version] = pool.generate(prompts, long)
+    _, rollouts = interrupt(long, resample_unfinished=True)
 
-    pool.begin(prompts, long)
-    while sum(call.batch is pool._batch[0] for call in list(pool._calls.values())) < 2:
-        time.sleep(0.001)
-    pool.load_weights(new)
-    rollouts = pool.collect()
-
-    # 24 responses in chunks of 6: each engine was asked for one and had begun with another.
-    assert Counter(r.policy_version for r in rollouts) == {6: 12, 7: 12}
-    assert [r.response_ids for r in rollouts] == [
-        of_version[r.policy_version][n].response_ids for n, r in enumerate(rollouts)
-    ]
+    assert {r.policy_version for r in rollouts} == {7}
+    assert [r.response_ids for r in rollouts] == [r.response_ids for r in pool.generate(prompts, long)]
 
 
 def test_temperature_zero_is_the_most_probable_token_every_time(pool, policy, publish, prompts):
