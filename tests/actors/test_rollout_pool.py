@@ -1,5 +1,6 @@
 """The pool's own work, with real Ray actors that hold no engine: order, replacement, deadlines, resizing, overlap."""
 
+import math
 import os
 import subprocess
 import sys
@@ -106,7 +107,7 @@ class ScriptedWorker:
             Rollout(
                 prompt=request.prompt,
                 sample_index=request.sample_index,
-                response_ids=(request.seed,),
+                response_ids=(request.seed,) * (1 + request.prompt.token_ids[0]),
                 response_text=f"begun with {self._begun_with}",
                 logprobs=(0.0,),
                 policy_version=self._version,
@@ -206,6 +207,31 @@ def test_any_number_of_workers_gives_the_same_rollouts_in_order(open_pool):
     assert {r.policy_version for r in alone} == {3}
     assert together == alone == pool.generate(PROMPTS, SAMPLING)
     assert pool.num_workers == 2
+
+
+def test_a_pool_that_grows_and_shrinks_in_the_middle_of_batches_samples_nothing_twice(open_pool, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.data.chunks.STRAGGLER", math.inf)  # whose chunks are sampled twice by intent
+    pool = open_pool(workers=1)
+    pool.load_weights(weights(0))
+    for step, num_workers in enumerate((3, 1, 2)):
+        pool.begin(PROMPTS, replace(SAMPLING, seed=step))
+        assert until(lambda: pool._calls)
+        pool.resize(num_workers)
+        pool.collect()
+    sampled = Counter((tmp_path / "sampled").read_text().splitlines())
+    assert sampled == {f"{p.id}, sample {i}": 3 for p in PROMPTS for i in range(2)}
+
+
+def test_the_chunks_that_took_the_longest_responses_before_are_handed_out_first(open_pool, tmp_path):
+    """A prompt's number is the length of its responses, less one."""
+    pool = open_pool(workers=1)
+    pool.load_weights(weights(0))
+    orders = []
+    for _ in range(2):
+        pool.generate(PROMPTS, SAMPLING)
+        orders.append("".join(line[len("prompt ")] for line in (tmp_path / "sampled").read_text().splitlines()))
+        (tmp_path / "sampled").unlink()
+    assert orders == ["00112233445566", "66" + "455" + "334" + "122" + "001"]
 
 
 @pytest.mark.parametrize("misfortune", ["die while sampling", "die while loading"])
