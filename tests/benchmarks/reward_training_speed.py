@@ -1,6 +1,7 @@
 """Pairs per second of reward-model training: ours (packed, prompts shared) against TRL's RewardTrainer (padded rows).
 
-    python -m tests.benchmarks.reward_training_speed --pairs ../shared/data/helpsteer2/helpsteer2.parquet
+    python -m tests.benchmarks.reward_training_speed --pairs ../shared/data/helpsteer2/helpsteer2.parquet \\
+        --steps 4 --rounds 1                                             # README's row; without them more pairs
 
 One process, one run, the same random model, pairs, order, dtype, optimiser and batches; they take turns.
 Needs `trl`. Prints a table and the floor: tokens that had to be computed, and the FLOPs of their matrix products.

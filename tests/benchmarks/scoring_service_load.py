@@ -1,6 +1,7 @@
 """Load on the scoring service over loopback, against a direct batched forward of the same model in the same run.
 
     python -m tests.benchmarks.scoring_service_load --model runs/tiny/stages/train_reward_model-.../result
+    python -m tests.benchmarks.scoring_service_load --model runs/tiny/stages/train_reward_model-.../result --rows 32
 
 Batch requests, in a closed loop: a few callers who wait for their answers give responses per second over HTTP and over
 the handle; the direct forward, in a process of its own with as many threads, takes turns with them. Small requests
