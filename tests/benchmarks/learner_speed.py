@@ -82,7 +82,7 @@ SHAPES = {
     },
 }
 RECOMPUTED = ("4b",)
-"""Whose activations of a micro-batch would take some 60 GiB beside 60 of parameters and optimiser."""
+"""Whose activations of a micro-batch would take, by estimate, 60 GiB beside 60 of parameters and optimiser."""
 
 PEAK_TFLOPS = {
     "A100": 312.0,
