@@ -11,7 +11,7 @@ and later for one again, and between the two requests a worker's process is kill
 Checked, and an error where it fails: the pool had one, three and one workers; a worker was replaced; every step
 consumed the same (prompt, sample, seed), in order. Printed: planted reward of the answers to the held-out prompts with
 its standard error, reward, KL, win rate over the start, and the difference of the two runs, prompt by prompt and over
-the seeds. A seed takes some ten minutes of two cores; what is finished in --out is not computed again.
+the seeds. A seed takes some fifteen minutes of two idle cores; what is finished in --out is not computed again.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class Job:
     def rows(self) -> list[dict[str, Any]]:
         """Of the steps of alignment so far."""
         found = list((self.workspace / "stages").glob(f"align_policy-*/{METRICS_FILE}"))
-        return read_metrics(found[0]) if found else []
+        return read_metrics(str(found[0])) if found else []
 
     def wait_until(self, condition: Callable[[], Any], what: str) -> Any:
         """What the condition says once it is true."""
@@ -244,7 +244,7 @@ def scale(workspace: Path, workers: int) -> None:
 def read_finished(workspace: Path) -> Finished:
     [aligned] = (workspace / "stages").glob("align_policy-*")
     [benchmark] = (workspace / "stages").glob("generate_benchmark-*")
-    rows = read_metrics(aligned / METRICS_FILE)
+    rows = read_metrics(str(aligned / METRICS_FILE))
     gold = GoldAnnotator()
     answers = read_answers(benchmark / "result" / "aligned" / "model_outputs.json")
     golds = np.array([gold.reward([{"role": "user", "content": a.instruction}], a.output) for a in answers])
