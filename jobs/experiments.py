@@ -6,10 +6,10 @@ and figures.
 
 E3 supervision losses, E4 vrm against its baselines, E5 supervision weight, E7 the collapse over KL weights, noise wrong
 labels. A run is one process with the same trainer, budget, data order and seeds for every variant; the backbone is the
-recipe's checkpoint, or a tiny model from scratch. E8 aligns policies against bt, vrm and vrm's lower confidence bound,
-with and without KL, and holds the reward against the planted truth; a run is one process again, and the runs of a seed
-start from one fine-tuned policy. The same command computes only the runs that are missing, and experiments that share a
-run share its result.
+recipe's checkpoint, or a tiny model from scratch. E8 aligns policies against bt, gate, vrm and vrm's lower confidence
+bound, with and without KL, and holds the reward against the planted truth; a run is one process again, and the runs of
+a seed start from one fine-tuned policy. The same command computes only the runs that are missing, and experiments that
+share a run share its result.
 
 A backbone that does not train (trainable_layers: 0) is run once over the pairs, for all runs and later experiments.
 

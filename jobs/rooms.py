@@ -8,11 +8,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from cluster.placement import Placement, pack_bundles
 from cluster.resources import check_plan, plan_resources
@@ -20,7 +21,7 @@ from cluster.rollout_plan import RolloutPlan, plan_rollouts
 from cluster.scaling import Autoscaler
 from cluster.session import node_resources, open_cluster, remove_from_nodes
 from cluster.submission import job_id
-from jobs.command_line import Options
+from jobs.command_line import PREEMPTED, Options
 from pipeline.config.engine_build import require_engine_for
 from pipeline.config.schema import Recipe
 from pipeline.data.source import RunData, load_data
@@ -160,9 +161,9 @@ def open_rooms(options: Options) -> Iterator[Rooms]:
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with ExitStack() as exits:
-        notice = PreemptionNotice()
+        notice = PreemptionNotice(recipe.cluster.deadlines.grace_s, lambda: leave_at_once(workspace, recipe))
         workspace = exits.enter_context(
-            Workspace.open(options.workspace, job=job_id(), take_over=options.take_over, preempted=notice.is_given)
+            Workspace.open(options.workspace, job=job_id(), take_over=options.take_over, notice=notice)
         )
         require_engine_for(recipe.cluster.rollout.gpus_per_worker)
         forget_requests(workspace.uri)  # of the job before; this one hears them from now on
@@ -171,6 +172,21 @@ def open_rooms(options: Options) -> Iterator[Rooms]:
         rollout_plan = plan_rollouts(recipe, nodes)
         check_plan(plan_resources(recipe.cluster, rollout_plan.placement), nodes)
         rooms = Rooms(recipe, StageRunner(workspace), rollout_plan, exits)
-        exits.callback(rooms.leave_service)
         exits.enter_context(notice.watching())  # behind ray.init, which handles SIGTERM by leaving at once
+        exits.callback(rooms.leave_service)
         yield rooms
+
+
+def leave_at_once(workspace: Workspace, recipe: Recipe) -> NoReturn:
+    """The end of a grace time that was too short, whatever the main thread is in; Ray ends with its driver."""
+    try:
+        print(
+            "asked to end, and not ready to within cluster.deadlines.grace_s = "
+            f"{recipe.cluster.deadlines.grace_s:g} s: what came after the last commit is lost. The same command "
+            "resumes.",
+            file=sys.stderr,
+            flush=True,
+        )
+        workspace.close()
+    finally:
+        os._exit(PREEMPTED)

@@ -762,13 +762,16 @@ class ScoringConfig(Frozen):
 
 
 class DeadlinesConfig(Frozen):
-    """How long a remote call may take before it counts as hung."""
+    """How long a remote call may take before it counts as hung; and how long this job has to leave."""
 
     start_s: Positive = 300.0
     update_s: Positive = 1800.0
     generate_s: Positive = 1800.0
     score_s: Positive = 600.0
     weights_s: Positive = 600.0
+    grace_s: Positive = 30.0
+    """From SIGTERM to SIGKILL, as the platform has it. 30 s are what Kubernetes, Slurm and most clouds' spot machines
+    leave; on a platform that leaves more, say so: what takes longer than that to save is lost."""
 
 
 class ClusterConfig(Frozen):

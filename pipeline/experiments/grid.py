@@ -107,7 +107,7 @@ def _arm(name: str, head: str, reward: str, kl_coefficient: str) -> Variant:
 
 
 NO_KL = ", KL 0"
-ARMS = (("bt", "bt", "zscore"), ("vrm", "vrm", "zscore"), ("vrm lcb", "vrm", "lcb"))
+ARMS = (("bt", "bt", "zscore"), ("gate", "gate", "zscore"), ("vrm", "vrm", "zscore"), ("vrm lcb", "vrm", "lcb"))
 
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -167,7 +167,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         contrasts=(
             *((f"{name}{NO_KL}", name) for name, *_ in ARMS),
             *((f"vrm lcb{suffix}", f"vrm{suffix}") for suffix in ("", NO_KL)),
-            *((f"vrm{suffix}", f"bt{suffix}") for suffix in ("", NO_KL)),
+            *((f"vrm{suffix}", f"{baseline}{suffix}") for suffix in ("", NO_KL) for baseline in ("bt", "gate")),
         ),
     ),
     "noise": Experiment(

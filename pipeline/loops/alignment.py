@@ -41,7 +41,8 @@ def align(
 
     Raises:
         NumericsError: the KL stop rule applies, and there is no earlier commit to end with.
-        Preempted: the process is about to be ended; the step it was in is committed.
+        Preempted: the process is about to be ended; the step it was in is committed, or the one before where it had
+            not come to its update.
     """
     batches = rollouts_by_step(rollouts, StepPlan(prompts=prompts, config=config, seed=seed))
     checkpoint = stage.checkpoints.latest()
@@ -50,20 +51,26 @@ def align(
     first_step = 0 if checkpoint is None else checkpoint.step + 1
     kl_coefficient = config.kl.coefficient if checkpoint is None else checkpoint.state["kl_coefficient"]
     metrics: Metrics = {} if checkpoint is None else checkpoint.state["metrics"]
+
+    def save(step: int) -> None:
+        stage.checkpoints.save(step, learner.snapshot, state={"kl_coefficient": kl_coefficient, "metrics": metrics})
+
     # Publish before the first batch: rollouts must start from the restored policy.
     gate = rollouts.load_weights(learner.publish_weights(first_step))
     with stage.metrics_log(config.num_steps, first_step) as log:
         for step in range(first_step, config.num_steps):
             stage.checkpoints.require_sound()
             clock = Stopwatch()
-            samples, ages = batches.collect(step)
-            clock.lap("rollout")
-            rollouts.sleep()
-            asked, said = [s.prompt.messages for s in samples], [s.response_text for s in samples]
-            scores = scorer.score(asked, said)
-            clock.lap("score")
-            evaluations = learner.evaluate(samples)
-            clock.lap("evaluate")
+            with stage.given_up_if_preempted(step, save):
+                with stage.cut_short_if_preempted():
+                    samples, ages = batches.collect(step)
+                clock.lap("rollout")
+                rollouts.sleep()
+                asked, said = [s.prompt.messages for s in samples], [s.response_text for s in samples]
+                scores = scorer.score(asked, said)
+                clock.lap("score")
+                evaluations = learner.evaluate(samples)
+                clock.lap("evaluate")
             experience, measured = build_experience(
                 samples,
                 scores,
@@ -98,9 +105,7 @@ def align(
             log.write(step, metrics)
             last = step + 1 == config.num_steps
             if not last and stage.is_commit_due(step, every=config.checkpoint_every):
-                stage.checkpoints.save(
-                    step, learner.snapshot, state={"kl_coefficient": kl_coefficient, "metrics": metrics}
-                )
+                save(step)
                 stage.leave_if_preempted(step)
         else:
             # Not after the KL stop: no policy has a better reward than the one that went too far for it.

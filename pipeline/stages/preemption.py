@@ -2,29 +2,88 @@
 
 from __future__ import annotations
 
+import math
 import signal
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+KEPT_FOR_LEAVING = 0.2
+"""Share of the grace time."""
+POLL_S = 0.1
+
+
+class WaitCutShort(Exception):
+    """The notice came while a step waited for something that it can do without."""
+
 
 class PreemptionNotice:
-    """Remembers the signal. A loop asks after every step, commits it and leaves; nothing is cut in half."""
+    """Remembers the signal, so that a run leaves with a commit and an exit code of its own.
 
-    def __init__(self) -> None:
-        self._given = False
+    Where the notice finds a step decides what is lost, which is never more than that step:
+
+    - Before its update nothing has touched the learner. The step is given up, at once where it waits for rollouts, and
+      the state behind the step before is committed, if it is not yet. A resumed run does the step again: its prompts
+      and seeds are functions of its number, so it ends with the same weights, bit for bit.
+    - From its update on, the step ends and is committed.
+    - What is not done with a fifth of `grace_s` left, an update or a save that takes longer, cannot be saved. The
+      process then leaves as SIGKILL would have it leave, with the last commit.
+    """
+
+    def __init__(self, grace_s: float = math.inf, too_late: Callable[[], None] = lambda: None) -> None:
+        """Args:
+        grace_s: from SIGTERM to SIGKILL.
+        too_late: called from another thread, shortly before SIGKILL; should end the process.
+        """
+        self._grace_s = grace_s
+        self._too_late = too_late
+        self._given_at: float | None = None
+        self._may_cut = False
 
     def is_given(self) -> bool:
-        return self._given
+        return self._given_at is not None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Takes SIGTERM from whoever handled it before, for the length of the block; main thread only."""
+        left = threading.Event()
+        # Started now: a signal handler must take no lock, and so start no thread.
+        clock = threading.Thread(target=self._watch_the_grace, args=(left,), name="preemption", daemon=True)
+        clock.start()
         before = signal.signal(signal.SIGTERM, self._remember)
         try:
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
+            left.set()
+            clock.join()
+
+    @contextmanager
+    def cutting_short(self) -> Iterator[None]:
+        """Within it the notice ends what the main thread does, by `WaitCutShort`.
+
+        For waits in Python alone: Ray's calls wait on, and then fail, when a signal handler raises.
+        """
+        try:
+            self._may_cut = True
+            if self.is_given():
+                raise WaitCutShort
+            yield
+        finally:
+            self._may_cut = False
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self._given = True
+        if self._given_at is None:
+            self._given_at = time.monotonic()
+        if self._may_cut:
+            self._may_cut = False
+            raise WaitCutShort
+
+    def _watch_the_grace(self, left: threading.Event) -> None:
+        while not left.wait(POLL_S):
+            given_at = self._given_at
+            if given_at is not None and time.monotonic() - given_at > (1 - KEPT_FOR_LEAVING) * self._grace_s:
+                self._too_late()
+                return

@@ -72,7 +72,7 @@ class StageRunner:
             stage.checkpoints.delete()
             print(f"{name:<19} finished before, skipped", flush=True)
             return finished
-        if self.workspace.preempted():
+        if self.workspace.notice.is_given():
             raise Preempted(f"asked to end: {name} was not begun. The same command resumes.")
         checkpoint = stage.checkpoints.latest()
         begin = "starts" if checkpoint is None else f"resumes behind step {checkpoint.step + 1}"

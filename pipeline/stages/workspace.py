@@ -22,7 +22,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -33,6 +33,7 @@ from pipeline.records import Metrics, StageResult
 from pipeline.stages import ownership, storage
 from pipeline.stages.metrics_log import METRICS_FILE, MetricsLog, parse_metrics, read_metrics
 from pipeline.stages.ownership import Owner
+from pipeline.stages.preemption import PreemptionNotice, WaitCutShort
 
 MANIFEST_FILE = "manifest.json"
 PROGRESS_FILE = "progress.json"
@@ -54,9 +55,8 @@ def _always() -> None:
     """A commit that asks nobody."""
 
 
-def _never() -> bool:
-    """A notice that is not given."""
-    return False
+NO_NOTICE = PreemptionNotice()
+"""One that is never given: nobody watches."""
 
 
 class CheckpointStore:
@@ -197,14 +197,14 @@ class StageDirectory:
         keep_checkpoints: int = 2,
         keep_best: str | None = None,
         require_ownership: Callable[[], None] = _always,
-        preempted: Callable[[], bool] = _never,
+        notice: PreemptionNotice = NO_NOTICE,
     ) -> None:
         self.uri = uri
         self.name = name
         self.fingerprint = fingerprint
         self.result_uri = storage.join(uri, "result")
         self._require_ownership = require_ownership
-        self._preempted = preempted
+        self._notice = notice
         self.checkpoints = CheckpointStore(
             storage.join(uri, "checkpoints"),
             keep=keep_checkpoints,
@@ -228,7 +228,7 @@ class StageDirectory:
 
     def is_commit_due(self, step: int, *, every: int) -> bool:
         """Every so many steps, and when this process is about to be ended."""
-        return (step + 1) % every == 0 or self._preempted()
+        return (step + 1) % every == 0 or self._notice.is_given()
 
     def leave_if_preempted(self, step: int | None = None) -> None:
         """To be called behind the save of `step`, or by a stage that saves nothing on its way.
@@ -236,10 +236,32 @@ class StageDirectory:
         Raises:
             Preempted: this process was asked to end, and the step is committed.
         """
-        if self._preempted():
+        if self._notice.is_given():
             self.checkpoints.settle()
             kept = "begins anew" if step is None else f"is committed behind step {step + 1}"
             raise Preempted(f"asked to end: {self.name} {kept}. The same command resumes.")
+
+    @contextlib.contextmanager
+    def given_up_if_preempted(self, step: int, save: Callable[[int], None]) -> Iterator[None]:
+        """Around the part of `step` that only reads the learner: a notice within it is the end of the step.
+
+        Args:
+            save: saves the state behind a step; asked for that of the step before, where it is not committed.
+
+        Raises:
+            Preempted: this process was asked to end, and the step before is committed.
+        """
+        with contextlib.suppress(WaitCutShort):
+            yield
+        if self._notice.is_given():
+            committed = self.checkpoints.latest()
+            if step > 0 and (committed is None or committed.step < step - 1):
+                save(step - 1)
+            self.leave_if_preempted(step - 1 if step > 0 else None)
+
+    def cut_short_if_preempted(self) -> contextlib.AbstractContextManager[None]:
+        """Around the wait for rollouts, within `given_up_if_preempted`: it ends with the notice."""
+        return self._notice.cutting_short()
 
     def delete_uncommitted(self) -> None:
         """Removes what a killed run left behind without a commit: a half-exported result, a half-saved checkpoint."""
@@ -313,9 +335,9 @@ class StageDirectory:
 class Workspace:
     """A directory held by one job at a time."""
 
-    def __init__(self, uri: str, owner: Owner, *, preempted: Callable[[], bool] = _never) -> None:
+    def __init__(self, uri: str, owner: Owner, *, notice: PreemptionNotice = NO_NOTICE) -> None:
         self.uri = uri
-        self.preempted = preempted
+        self.notice = notice
         self._owner = owner
 
     @classmethod
@@ -326,7 +348,7 @@ class Workspace:
         job: str,
         take_over: bool = False,
         needs_bytes: int = LEAST_FREE_BYTES,
-        preempted: Callable[[], bool] = _never,
+        notice: PreemptionNotice = NO_NOTICE,
     ) -> Workspace:
         """Takes the workspace for this process, or says who has it.
 
@@ -335,14 +357,14 @@ class Workspace:
             job: what to call this job in front of others.
             take_over: take it from a living owner too.
             needs_bytes: estimate of what the run will write.
-            preempted: asked after every step whether this process is about to be ended.
+            notice: that this process is about to be ended.
 
         Raises:
             WorkspaceLocked: another living job holds it.
             WorkspaceError: it cannot be written, or has too little space.
         """
         storage.require_writable(uri, needs_bytes=needs_bytes)
-        return cls(uri, ownership.take(uri, job, take_over=take_over), preempted=preempted)
+        return cls(uri, ownership.take(uri, job, take_over=take_over), notice=notice)
 
     def stage(
         self, name: str, fingerprint: str, *, keep_checkpoints: int = 2, keep_best: str | None = None
@@ -355,7 +377,7 @@ class Workspace:
             keep_checkpoints=keep_checkpoints,
             keep_best=keep_best,
             require_ownership=lambda: ownership.require_ownership(self.uri, self._owner),
-            preempted=self.preempted,
+            notice=self.notice,
         )
 
     def close(self) -> None:

@@ -2,8 +2,10 @@
 
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter, deque
 from dataclasses import replace
@@ -29,6 +31,7 @@ from pipeline.errors import (
 )
 from pipeline.loops.step_rollouts import OnPolicyRollouts, PrefetchingRollouts, StepPlan
 from pipeline.records import PolicyWeights, Prompt, Rollout, SamplingParams
+from pipeline.stages.preemption import PreemptionNotice, WaitCutShort
 from pipeline.stages.requests import request_rollout_workers, requested_rollout_workers
 from pipeline.stages.workspace import Workspace
 
@@ -396,6 +399,21 @@ def test_a_batch_nobody_collects_leaves_nothing_behind(open_pool):
     assert [(r.prompt.id, r.sample_index) for r in rollouts] == [(p.id, i) for p in PROMPTS for i in range(2)]
     with pytest.raises(StaleEngineError, match="call begin before collect"):
         pool.collect()
+
+
+def test_a_notice_ends_the_wait_for_a_worker_that_hangs_and_the_pool_closes(open_pool, tmp_path):
+    pool = open_pool(generate_s=100, workers=1)
+    pool.load_weights(weights(0))
+    (tmp_path / "hang").touch()
+    notice = PreemptionNotice()
+    with notice.watching():
+        asked = time.monotonic()
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(WaitCutShort), notice.cutting_short():
+            pool.generate(PROMPTS, SAMPLING)
+        pool.close()
+    assert not (tmp_path / "hang").exists()
+    assert time.monotonic() - asked < 50  # the worker hangs for 60
 
 
 def test_a_worker_that_cannot_start_says_why_and_is_not_tried_again(open_pool, tmp_path):

@@ -8,7 +8,7 @@ from pipeline.experiments.grid import EXPERIMENTS, plan_runs, varied_settings
 FEW = ("reward_training.num_steps=3",)
 
 
-@pytest.mark.parametrize(("name", "variants"), [("E3", 10), ("E4", 5), ("E5", 5), ("E7", 6), ("E8", 6), ("noise", 10)])
+@pytest.mark.parametrize(("name", "variants"), [("E3", 10), ("E4", 5), ("E5", 5), ("E7", 6), ("E8", 8), ("noise", 10)])
 def test_every_variant_runs_with_every_seed_and_no_two_runs_are_the_same(name, variants):
     runs = plan_runs(EXPERIMENTS[name], "experiments_tiny", FEW, [0, 7])
     assert len(runs) == 2 * variants
@@ -51,9 +51,9 @@ def test_an_alignment_is_another_run_than_the_training_of_its_reward_model_and_r
 def test_the_arms_of_over_optimisation_differ_in_head_reward_and_kl_alone():
     told = varied_settings(plan_runs(EXPERIMENTS["E8"], "experiments_alignment_tiny", (), [0]))
     assert told == {
-        "reward_training.head": ["bt", "vrm", "vrm"] * 2,
-        "alignment.ppo.reward_transform": ["zscore", "zscore", "lcb"] * 2,
-        "alignment.kl.coefficient": ["0.05"] * 3 + ["0"] * 3,
+        "reward_training.head": ["bt", "gate", "vrm", "vrm"] * 2,
+        "alignment.ppo.reward_transform": ["zscore", "zscore", "zscore", "lcb"] * 2,
+        "alignment.kl.coefficient": ["0.05"] * 4 + ["0"] * 4,
     }
 
 

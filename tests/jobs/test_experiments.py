@@ -131,9 +131,9 @@ def test_alignments_are_reported_by_their_gold_reward(tmp_path, capsys):
             failed = run.variant.name == "vrm, KL 0"
             yield index, NumericsError("a gradient is not finite") if failed else aligned()
 
-    with pytest.raises(WorkerError, match="2 of 12 runs failed"):
+    with pytest.raises(WorkerError, match="2 of 16 runs failed"):
         run_experiment(asked("E8", tmp_path), one_arm_fails)
-    assert "12/12  vrm lcb, KL 0, seed 1  gold win rate 0.500" in capsys.readouterr().out
+    assert "16/16  vrm lcb, KL 0, seed 1  gold win rate 0.500" in capsys.readouterr().out
     assert "vrm lcb, KL 0" in (tmp_path / "E8.txt").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {
         *("E8.csv", "E8_curves.csv", "E8.txt", "E8.png", "E8_curves.png", "runs"),

@@ -1,5 +1,7 @@
 """What a stage can know to be wrong it says before any rank starts."""
 
+import subprocess
+import sys
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 
@@ -8,13 +10,14 @@ import pytest
 import actors.rank_group
 import actors.rollout_pool
 import jobs.rooms
-from jobs.command_line import Options
+from jobs.command_line import PREEMPTED, Options
 from jobs.prepare_policy import prepare_policy, split_texts
 from jobs.rooms import Rooms
 from jobs.train_reward_model import train_reward_model
 from pipeline.config.load import load_recipe
 from pipeline.errors import ConfigError, DataError
 from pipeline.records import StageResult
+from pipeline.stages.ownership import read_owner
 from pipeline.stages.requests import request_rollout_workers, requested_rollout_workers
 from pipeline.stages.runner import StageRunner
 from pipeline.stages.workspace import Workspace
@@ -107,6 +110,28 @@ def test_a_job_forgets_what_was_asked_of_the_last_one_and_hears_what_is_asked_fr
 
     with jobs.rooms.open_rooms(options) as rooms:
         assert rooms.rollouts(StageResult(name="policy", location=place, fingerprint="0", metrics={})) == 3
+
+
+CANNOT_BE_INTERRUPTED = """
+import contextlib, os, signal, sys, time
+import jobs.rooms
+from jobs.command_line import parse
+
+jobs.rooms.open_cluster = lambda *_: contextlib.nullcontext()
+jobs.rooms.node_resources = lambda: [{"CPU": 64.0}]
+with jobs.rooms.open_rooms(parse("", ["--workspace", sys.argv[1], "cluster.deadlines.grace_s=1"])):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(100)  # goes on behind a signal, as Ray's waits do
+"""
+
+
+def test_a_job_that_is_not_done_within_the_grace_leaves_with_its_code_and_lets_its_workspace_go(tmp_path):
+    job = subprocess.run(
+        [sys.executable, "-c", CANNOT_BE_INTERRUPTED, str(tmp_path)], capture_output=True, text=True, timeout=90
+    )
+    assert job.returncode == PREEMPTED, job.stderr[-2000:]
+    assert "not ready to within cluster.deadlines.grace_s = 1 s" in job.stderr
+    assert read_owner(str(tmp_path)) is None
 
 
 def test_pairs_of_which_none_fits(rooms_of, tiny_policy):

@@ -1,5 +1,8 @@
 """A run killed anywhere and started again ends with the same weights, bit for bit."""
 
+import os
+import signal
+import threading
 from dataclasses import replace
 
 import pytest
@@ -14,7 +17,8 @@ from pipeline.learning.experience import RewardScale
 from pipeline.loops.alignment import align
 from pipeline.loops.supervised_training import train
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
-from pipeline.stages.workspace import StageDirectory
+from pipeline.stages.preemption import PreemptionNotice
+from pipeline.stages.workspace import NO_NOTICE, StageDirectory
 from tests.fakes import FakeRollouts, FakeScorer
 from tests.learners import ALIGNMENT, collator, ppo_learner, prompts_of, reward_trainer, tokenised
 
@@ -39,26 +43,27 @@ def assert_bit_equal(left, right):
 def run_reward_training(tiny_policy, world, tokenizer, path, *, kill_before_update=None, preempt_in_update=None):
     learner = reward_trainer(tiny_policy, world, tokenizer, num_steps=6)
     update = learner.update
-    notice = []
+    notice = PreemptionNotice()
 
     def mortal_update(batch, step):
         if step == kill_before_update:
             raise Killed
         if step == preempt_in_update:
-            notice.append("SIGTERM")
+            signal.raise_signal(signal.SIGTERM)
         return update(batch, step)
 
     learner.update = mortal_update
     pairs, collate = tokenised(world, tokenizer), collator(world, tokenizer)
-    return train(
-        learner,
-        stage_at(path, "train_reward_model", preempted=lambda: bool(notice)),
-        batch_of=lambda step: collate([pairs[i] for i in step_indices(len(pairs), 8, step, 0)], step),
-        heldout=collate(tokenised(world, tokenizer, "heldout"), 0),
-        num_steps=6,
-        eval_every=3,
-        checkpoint_every=2,
-    )
+    with notice.watching():
+        return train(
+            learner,
+            stage_at(path, "train_reward_model", notice=notice),
+            batch_of=lambda step: collate([pairs[i] for i in step_indices(len(pairs), 8, step, 0)], step),
+            heldout=collate(tokenised(world, tokenizer, "heldout"), 0),
+            num_steps=6,
+            eval_every=3,
+            checkpoint_every=2,
+        )
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 5])
@@ -86,9 +91,20 @@ def test_a_preempted_run_commits_the_step_it_is_in_and_its_successor_ends_with_t
     assert_bit_equal(weights(tmp_path / "preempted"), weights(tmp_path / "whole"))
 
 
-def run_alignment(tiny_policy, world, tokenizer, path, *, kill=None, config=ALIGNMENT):
+def run_alignment(
+    tiny_policy,
+    world,
+    tokenizer,
+    path,
+    *,
+    kill=None,
+    config=ALIGNMENT,
+    change=lambda learner, rollouts: None,
+    notice=NO_NOTICE,
+):
     learner = ppo_learner(tiny_policy, world, tokenizer, path / "published", config=config)
     rollouts = FakeRollouts(tokenizer)
+    change(learner, rollouts)
     if kill is not None:
         method, call = kill
         original, calls = getattr(learner, method), []
@@ -105,7 +121,7 @@ def run_alignment(tiny_policy, world, tokenizer, path, *, kill=None, config=ALIG
         FakeScorer(),
         learner,
         PromptStream(prompts=tuple(prompts_of(world, tokenizer)), seed=0),
-        stage_at(path, "align_policy"),
+        stage_at(path, "align_policy", notice=notice),
         config,
         reward_scale=RewardScale(mean=0.0, std=1.0),
         seed=0,
@@ -167,6 +183,78 @@ def test_every_step_samples_its_own_prompts_from_the_policy_of_that_step(tiny_po
     assert rollouts.loaded == [0, 1, 2, 3, 4, 5, 6]
     stream = PromptStream(prompts=tuple(prompts_of(world, tokenizer)), seed=0)
     assert rollouts.prompts_seen == [p.id for step in range(6) for p in stream.batch(step, 4)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_policy, world, tokenizer, tmp_path_factory):
+    """Metrics and weights of a run that nobody ended."""
+    path = tmp_path_factory.mktemp("undisturbed")
+    metrics, _ = run_alignment(tiny_policy, world, tokenizer, path)
+    return timeless(metrics), weights(path)
+
+
+def sigterm_soon():
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+
+# Commits are due behind steps 1 and 3. Call n of `generate` is that of step n - 1.
+@pytest.mark.parametrize(("call", "committed"), [(1, None), (3, 1), (4, 2), (6, 4)])
+def test_a_notice_during_rollouts_that_would_outlast_the_grace_commits_the_step_before_and_leaves_at_once(
+    call, committed, tiny_policy, world, tokenizer, undisturbed, tmp_path
+):
+    hung = threading.Event()
+
+    def make_slow(learner, rollouts):
+        generate, calls = rollouts.generate, []
+
+        def slow(*arguments):
+            calls.append(arguments)
+            if len(calls) == call:
+                sigterm_soon()
+                assert hung.wait(100), "the rollouts went on without end"
+            return generate(*arguments)
+
+        rollouts.generate = slow
+
+    metrics, policy = undisturbed
+    notice = PreemptionNotice()
+    told = "begins anew" if committed is None else rf"is committed behind step {committed + 1}\."
+    with notice.watching(), pytest.raises(Preempted, match=f"align_policy {told}"):
+        run_alignment(tiny_policy, world, tokenizer, tmp_path / "cut", change=make_slow, notice=notice)
+    found = stage_at(tmp_path / "cut", "align_policy").checkpoints.latest()
+    assert (found and found.step) == committed
+    resumed, rollouts = run_alignment(tiny_policy, world, tokenizer, tmp_path / "cut")
+    assert rollouts.loaded[0] == call - 1
+    assert timeless(resumed) == metrics
+    assert_bit_equal(weights(tmp_path / "cut"), policy)
+    assert [row["step"] for row in read_metrics(tmp_path / "cut" / METRICS_FILE)] == [0, 1, 2, 3, 4, 5]
+
+
+# Of step 2, behind which no commit is due.
+@pytest.mark.parametrize(("method", "committed"), [("evaluate", 1), ("update", 2), ("publish_weights", 2)])
+def test_a_notice_before_the_update_gives_the_step_up_and_one_from_there_on_has_it_committed(
+    method, committed, tiny_policy, world, tokenizer, undisturbed, tmp_path
+):
+    def notify(learner, rollouts):
+        original, calls = getattr(learner, method), []
+
+        def notified(*arguments):
+            calls.append(arguments)
+            # The first weights are published before the first step.
+            if len(calls) == (4 if method == "publish_weights" else 3):
+                signal.raise_signal(signal.SIGTERM)
+            return original(*arguments)
+
+        setattr(learner, method, notified)
+
+    metrics, policy = undisturbed
+    notice = PreemptionNotice()
+    with notice.watching(), pytest.raises(Preempted, match=rf"is committed behind step {committed + 1}\."):
+        run_alignment(tiny_policy, world, tokenizer, tmp_path / "preempted", change=notify, notice=notice)
+    assert stage_at(tmp_path / "preempted", "align_policy").checkpoints.latest().step == committed
+    resumed, _ = run_alignment(tiny_policy, world, tokenizer, tmp_path / "preempted")
+    assert timeless(resumed) == metrics
+    assert_bit_equal(weights(tmp_path / "preempted"), policy)
 
 
 class RisingScorer(FakeScorer):

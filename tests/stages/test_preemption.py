@@ -1,10 +1,12 @@
 import os
 import signal
+import threading
+import time
 
 import pytest
 
 from pipeline.errors import Preempted
-from pipeline.stages.preemption import PreemptionNotice
+from pipeline.stages.preemption import PreemptionNotice, WaitCutShort
 from pipeline.stages.runner import StageRunner
 from pipeline.stages.workspace import Workspace
 
@@ -19,22 +21,55 @@ def test_sigterm_is_remembered_within_the_block_and_handled_as_before_after_it()
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_wait_declared_as_such_ends_with_the_notice_and_nothing_else_does():
+    notice = PreemptionNotice()
+    with notice.watching():
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(WaitCutShort), notice.cutting_short():
+            assert threading.Event().wait(60), "the wait went on"
+        signal.raise_signal(signal.SIGTERM)  # outside of a wait
+        with pytest.raises(WaitCutShort), notice.cutting_short():
+            raise AssertionError("a wait is not begun after the notice")
+
+
+def test_a_process_that_is_not_done_shortly_before_the_grace_ends_is_told_so_and_one_that_is_hears_nothing():
+    told = threading.Event()
+    notice = PreemptionNotice(1.0, told.set)
+    with notice.watching():
+        assert not told.wait(1.5)  # the time runs from the signal
+        signal.raise_signal(signal.SIGTERM)
+        asked = time.monotonic()
+        assert told.wait(30)
+        assert time.monotonic() - asked >= 0.8
+    told.clear()
+    notice = PreemptionNotice(1.0, told.set)
+    with notice.watching():
+        signal.raise_signal(signal.SIGTERM)
+    assert not told.wait(1.5)
+
+
 def test_after_the_notice_no_stage_is_begun_and_a_finished_one_is_still_found(tmp_path):
-    given = []
-    with Workspace.open(str(tmp_path), job="mine", needs_bytes=0, preempted=lambda: bool(given)) as workspace:
+    notice = PreemptionNotice()
+    with (
+        notice.watching(),
+        Workspace.open(str(tmp_path), job="mine", needs_bytes=0, notice=notice) as workspace,
+    ):
         stages = StageRunner(workspace)
         done = stages.run("done", 1, lambda stage: {"x": 1.0}, config={})
-        given.append("SIGTERM")
+        signal.raise_signal(signal.SIGTERM)
         assert stages.run("done", 1, lambda stage: {"x": 2.0}, config={}) == done
         with pytest.raises(Preempted, match="next was not begun"):
             stages.run("next", 1, lambda stage: {}, config={})
 
 
 def test_a_stage_that_saves_nothing_on_its_way_leaves_where_it_asks_and_begins_anew(tmp_path):
-    given = []
-    with Workspace.open(str(tmp_path), job="mine", needs_bytes=0, preempted=lambda: bool(given)) as workspace:
+    notice = PreemptionNotice()
+    with (
+        notice.watching(),
+        Workspace.open(str(tmp_path), job="mine", needs_bytes=0, notice=notice) as workspace,
+    ):
         stage = workspace.stage("generate_benchmark", "0" * 64)
         stage.leave_if_preempted()
-        given.append("SIGTERM")
+        signal.raise_signal(signal.SIGTERM)
         with pytest.raises(Preempted, match=r"generate_benchmark begins anew\. The same command resumes"):
             stage.leave_if_preempted()
