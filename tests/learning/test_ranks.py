@@ -161,8 +161,8 @@ def test_shards_and_micro_batches_leave_the_parameters_as_they_are(critic, tiny_
         assert (tensor - start[name]).abs().max() > 1e-3, f"{name} has not moved"
     # Adam divides a gradient by its own size, so one that is nothing but rounding would move its parameter by the whole
     # learning rate, on other shards perhaps the other way. There is none of those here, so no parameter is left out:
-    # gradients that vanish are 0 to the bit on all shards (embeddings of tokens that nobody wrote; the critic's backbone
-    # while its value head is 0), and the others agree to 0.1% in the first step, the one whose size Adam takes out.
+    # gradients that vanish are 0 to the bit on all shards (embeddings of tokens that nobody wrote; the backbone of the
+    # critic while its value head is 0), and the others agree to 0.1% in the first step, when Adam keeps only the sign.
     for world_size, max_tokens in itertools.product((1, 2, 4), (16, 40, 64, 10_000)):
         parted = updated(world_size, max_tokens)
         difference = max((parted[name] - whole[name]).abs().max().item() for name in whole)
