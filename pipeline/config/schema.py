@@ -319,7 +319,11 @@ class KLConfig(Frozen):
     """The KL penalty to the reference policy."""
 
     coefficient: NonNegative = 0.01
+    """beta, reward per nat: what a nat away from the reference costs; with `target`, what it costs in the first step
+    (Ziegler et al. 2019, arXiv:1909.08593). 0 is no penalty."""
     estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Of a token's KL, in nats, with k = log pi - log pi_ref: k, k^2 / 2, or exp(-k) - 1 + k (Schulman 2020). The KL
+    that is logged, aimed at by `target` and stopped by `stop_above` is k1 whatever this is."""
     place: Literal["reward", "loss"] = "reward"
     """"reward": subtracted from the reward of the token that caused it, before advantages are estimated.
     "loss": added to the policy loss, averaged like it, with a gradient of its own."""
@@ -356,6 +360,7 @@ class PPOConfig(Frozen):
     """
 
     epochs: Count = 1
+    """Passes over the rollouts of a step (Schulman et al. 2017, arXiv:1707.06347, Algorithm 1: K)."""
     mini_batch_size: Count = 128
     """Responses per optimiser step, over all shards."""
     advantages: Literal["gae", "rewards_to_go", "group_zscore", "group_centred", "leave_one_out"] = "gae"
@@ -369,7 +374,7 @@ class PPOConfig(Frozen):
     """Average over all tokens; over tokens of a response, then over responses; or the sum of tokens divided by
     responses * max_response_tokens."""
     clip_range: Positive = 0.2
-    """The ratio is clipped to [1 - clip_range, 1 + clip_range_high]."""
+    """The ratio is clipped to [1 - clip_range, 1 + clip_range_high] (Schulman et al. 2017, Eq. 7: epsilon)."""
     clip_range_high: Positive | None = None
     """None is clip_range."""
     dual_clip_ratio: Annotated[float, Field(gt=1)] | None = None
@@ -381,15 +386,24 @@ class PPOConfig(Frozen):
     """End the update of a step, not the stage, after a mini-batch whose mean KL per token from the sampling policy
     exceeds this many nats; 0.01 to 0.05 is usual."""
     value_clip_range: Positive | None = 0.2
+    """A value more than this, in units of the reward, from what it was before the update teaches only when that makes
+    its error larger (PPO2; vrm_spec section 11); None is the plain squared error."""
     value_coefficient: NonNegative = 0.1
+    """c_v, weight of the critic's loss beside the policy's (Schulman et al. 2017, Eq. 9: c_1). Adam learns as
+    fast at any scale of its gradient, so for a separate critic this only moves the common gradient clipping."""
     discount: Fraction = 1.0
+    """gamma, per token (Schulman et al. 2016, arXiv:1506.02438); of "gae" and "rewards_to_go"."""
     gae_lambda: Fraction = 0.95
+    """lambda of "gae": 0 trusts the critic for all but the next token, 1 does not bootstrap (Schulman et al. 2016,
+    Eq. 16)."""
     whiten_advantages: bool = True
+    """Mean 0 and standard deviation 1 over all response tokens of the step."""
     reward_transform: Literal["none", "zscore", "lcb", "log_sigmoid"] = "zscore"
     """Of the reward model's mean and standard deviation, in units of its held-out rewards (vrm_spec section 8)."""
     lcb_coefficient: NonNegative = 1.0
     """lcb subtracts this many posterior standard deviations before the z-score."""
     reward_clip: Positive | None = 5.0
+    """The transformed reward is clipped to +- this, before penalties (vrm_spec section 10); None is no bound."""
     whiten_rewards: bool = False
     """Divide the token rewards, KL included, by their standard deviation over the batch; their mean stays."""
     no_stop_penalty: NonNegative = 1.0
@@ -399,7 +413,9 @@ class PPOConfig(Frozen):
     drop_uniform_groups: bool = False
     """Leave out prompts whose responses all have the same reward."""
     policy: OptimiserConfig = OptimiserConfig(learning_rate=5e-7)
+    """Of the policy; but for its learning rate, of the critic too (vrm_spec section 10)."""
     critic_learning_rate: Positive = 9e-6
+    """Peak rate of the critic and its value head; warm-up and decay are the policy's (vrm_spec section 10)."""
     critic: Literal["separate", "value_head"] = "separate"
     """"separate": a critic with its own backbone, initialised from the reward model's.
     "value_head": a scalar head on the policy's trunk. Read only where `advantages` is "gae"."""
@@ -487,7 +503,10 @@ class AlignmentConfig(Frozen):
     max_prompt_tokens: Count = 1024
     max_response_tokens: Count = 1024
     temperature: Positive = 1.0
+    """Divides the logits, where responses are sampled and where the learner evaluates them."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus of the sampling. The learner's probabilities are of the whole vocabulary, so keep it at 1
+    (vrm_spec section 10)."""
     kl: KLConfig = KLConfig()
     ppo: PPOConfig = PPOConfig()
     max_tokens_per_micro_batch: Count = 8192

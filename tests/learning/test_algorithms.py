@@ -1,6 +1,8 @@
 """The algorithms of the PPO family: one update, the same on any number of shards, a critic only where one is due."""
 
+import math
 from dataclasses import replace
+from functools import partial
 from typing import get_args
 
 import pytest
@@ -13,10 +15,10 @@ from pipeline.learning.algorithm import ADVANTAGES, AVERAGES, RATIOS, SURROGATES
 from pipeline.learning.experience import RewardScale, build_experience
 from pipeline.objectives.aggregation import MiniBatchSize
 from pipeline.objectives.policy import clipped_policy_loss
-from pipeline.records import Prompt, RewardScore, Rollout, TokenEvaluation
+from pipeline.records import CriticTargets, Prompt, RewardScore, Rollout, TokenEvaluation
 from tests.fakes import FakeScorer
 from tests.learners import ppo_learner
-from tests.learning.test_updates import assert_same, samples_of, sharded_gradients
+from tests.learning.test_updates import ShardOfMany, assert_same, samples_of, sharded_gradients
 from tests.lockstep import run_ranks
 
 ALGORITHMS = get_args(Algorithm)
@@ -92,6 +94,23 @@ def test_the_reward_of_a_group_holds_the_kl_where_the_recipe_puts_it_there():
     assert experience.critic is None
     assert metrics["group/uniform"] == 0.5
     assert "value/mean" not in metrics
+
+
+@pytest.mark.parametrize(
+    ("estimator", "kl"),
+    [
+        ("k1", (1.0, -0.5)),
+        ("k2", (0.5, 0.125)),
+        ("k3", (math.exp(-1.0), math.exp(0.5) - 1.5)),  # e^-1 - 1 + 1 and e^.5 - 1 - .5
+    ],
+)
+def test_the_token_rewards_hold_the_estimate_of_the_kl_that_was_asked_for(estimator, kl):
+    config = config_of("ppo", discount=0.0, whiten_advantages=False)  # without a future a return is a token's reward
+    config = config.model_copy(update={"kl": KLConfig(coefficient=0.1, estimator=estimator)})
+    evaluations = [evaluation((-1.0, -1.0), (-2.0, -0.5))]  # log pi - log pi_ref = 1, -.5
+    experience, metrics = build([rollout("p", 0, (7, 8))], [score(3.0)], evaluations, config)
+    torch.testing.assert_close(experience.critic.returns, torch.tensor([[-0.1 * kl[0], 3.0 - 0.1 * kl[1]]]))
+    assert metrics["kl/per_response"] == 0.5  # of the controller and the stop rule: k1 whatever the penalty
 
 
 def test_a_kl_in_the_loss_leaves_the_reward_alone():
@@ -242,6 +261,23 @@ def test_importance_weights_scale_the_surrogate_and_leave_the_kl():
     torch.testing.assert_close(weighed.kl, plain.kl)
 
 
+@pytest.mark.parametrize(
+    ("estimator", "kl", "gradient"),
+    [
+        ("k2", 0.625 / 2, (1.0 / 2, -0.5 / 2)),  # k^2 / 2, k
+        ("k3", (math.exp(-1) + math.exp(0.5) - 1.5) / 2, ((1 - math.exp(-1)) / 2, (1 - math.exp(0.5)) / 2)),
+    ],
+)
+def test_the_kl_of_the_loss_is_the_estimate_that_was_asked_for_and_so_is_its_gradient(estimator, kl, gradient):
+    config = config_of("ppo").model_copy(update={"kl": KLConfig(estimator=estimator, place="loss")})
+    logprobs, reference = torch.tensor([[-1.0, -1.0]], requires_grad=True), torch.tensor([[-2.0, -0.5]])
+    size = MiniBatchSize(num_tokens=2, num_responses=1, max_response_tokens=2)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    terms = loss_of(config, logprobs, logprobs.detach(), reference, torch.ones(1, 2), mask, size)
+    torch.testing.assert_close(terms.kl, torch.tensor(kl))
+    torch.testing.assert_close(torch.autograd.grad(terms.kl, logprobs)[0], torch.tensor([gradient]))
+
+
 # ------------------------------------------------------------------ the learner
 
 
@@ -314,6 +350,59 @@ def test_the_kl_loss_pulls_toward_the_reference(tiny_policy, world, tokenizer, t
     losses = [learner.update(experience, step)["ppo/kl_loss"] for step in range(1, 5)]
     assert losses[0] > 0.01
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize(("estimator", "kl"), [("k2", 0.125), ("k3", math.exp(-0.5) - 0.5)])
+def test_the_learner_adds_the_estimate_of_the_kl_that_was_asked_for(
+    estimator, kl, tiny_policy, world, tokenizer, tmp_path
+):
+    config = config_of("ppo").model_copy(update={"kl": KLConfig(estimator=estimator, place="loss")})
+    learner = ppo_learner(tiny_policy, world, tokenizer, tmp_path, config=config)
+    experience = experience_of(config, learner, world, tokenizer)
+    half_a_nat_away = torch.where(experience.mask, experience.logprobs - 0.5, 0.0)
+    metrics = learner.update(replace(experience, reference_logprobs=half_a_nat_away), 0)
+    assert metrics["ppo/kl_loss"] == pytest.approx(kl, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("old_value", "clip_range", "coefficient", "loss", "gradient"),
+    [
+        # A new critic says 0 and is told 1: half the squared error, pulled up by 1.
+        (0.0, 0.2, 0.1, 0.5, -0.1),
+        (0.0, 0.2, 0.5, 0.5, -0.5),
+        # It said -1 before: the clipped value -.8 (-.5) is further off, and its gradient is none.
+        (-1.0, 0.2, 0.1, 1.62, 0.0),
+        (-1.0, 0.5, 0.1, 1.125, 0.0),
+        (-1.0, None, 0.1, 0.5, -0.1),
+    ],
+)
+def test_the_critic_is_clipped_and_weighed_as_the_recipe_says(
+    old_value, clip_range, coefficient, loss, gradient, tiny_policy, world, tokenizer, tmp_path
+):
+    config = config_of("ppo", value_clip_range=clip_range, value_coefficient=coefficient)
+    make_engine = partial(ShardOfMany, rank=0, world_size=1)  # keeps its gradient
+    learner = ppo_learner(tiny_policy, world, tokenizer, tmp_path, config=config, make_engine=make_engine)
+    experience = experience_of(config, learner, world, tokenizer)
+    ones = experience.mask.float()
+    metrics = learner.update(replace(experience, critic=CriticTargets(values=old_value * ones, returns=ones)), 0)
+    assert metrics["ppo/value_loss"] == pytest.approx(loss, rel=1e-5)
+    assert learner.engine.module.value_head.bias.grad.item() == pytest.approx(gradient, rel=1e-5)
+
+
+def test_the_learner_counts_the_tokens_that_were_clipped(tiny_policy, world, tokenizer, tmp_path):
+    config = config_of("ppo")
+    learner = ppo_learner(tiny_policy, world, tokenizer, tmp_path, config=config)
+    samples = [rollout("p", i, (7, 8)) for i in range(4)]
+    experience, _ = build(samples, [score(1.0)] * 4, learner.evaluate(samples), config)
+    ratio = torch.tensor([[1.5, 1.5], [0.5, 0.5], [1.1, 0.9], [1.5, 0.9]])
+    up_then_down = torch.tensor([1.0, -1.0]).expand(4, 2)
+    metrics = learner.update(
+        replace(experience, logprobs=experience.logprobs - ratio.log(), advantages=up_then_down), 0
+    )
+    # Beyond 1 +- .2, in the direction of its advantage: the first of row 0, the second of row 1, the first of row 3.
+    assert metrics["ppo/clip_fraction"] == 3 / 8
+    assert metrics["ppo/ratio_mean"] == pytest.approx(8.4 / 8, rel=1e-4)
+    assert metrics["ppo/approximate_kl"] == pytest.approx((8.4 - 8 - ratio.log().sum().item()) / 8, rel=1e-3)
 
 
 def test_the_critic_learns_alone_until_its_warm_up_ends(tiny_policy, world, tokenizer, tmp_path):

@@ -13,6 +13,8 @@ from pipeline.errors import CheckpointError, NumericsError, ShapeError
 from pipeline.learning.engine import TorchEngine
 from pipeline.learning.experience import RewardScale, build_experience
 from pipeline.learning.schedule import learning_rate_factor, warmup_factor
+from pipeline.learning.torch_rollouts import TorchRollouts
+from pipeline.loops.step_rollouts import StepPlan
 from pipeline.objectives.variational import sample_dirichlet, weight_supervision
 from pipeline.records import Prompt, PromptGroup, RewardScore, Rollout, SamplingParams, TokenEvaluation
 from tests.fakes import FakeRollouts, FakeScorer
@@ -165,7 +167,10 @@ def samples_of(learner, world, tokenizer):
 
 
 def experience_of(learner, world, tokenizer):
-    samples = samples_of(learner, world, tokenizer)
+    return experience_from(learner, samples_of(learner, world, tokenizer))
+
+
+def experience_from(learner, samples):
     scores = FakeScorer().score([s.prompt.messages for s in samples], [s.response_text for s in samples])
     experience, _ = build_experience(
         samples,
@@ -221,6 +226,26 @@ def test_evaluation_equals_the_policy_and_its_own_reference_at_the_start(tiny_po
         assert len(evaluation.logprobs) == len(sample.response_ids)
         assert evaluation.logprobs == pytest.approx(evaluation.reference_logprobs, abs=1e-5)
         assert set(evaluation.values) == {0.0}
+
+
+def test_the_learner_divides_logits_by_the_temperature_that_the_engine_sampled_at(
+    tiny_policy, world, tokenizer, tmp_path
+):
+    ppo = ALIGNMENT.ppo.model_copy(update={"mini_batch_size": 8, "epochs": 1})
+    config = ALIGNMENT.model_copy(update={"ppo": ppo, "temperature": 0.7})
+    learner = ppo_learner(tiny_policy, world, tokenizer, tmp_path, config=config)
+    rollouts = TorchRollouts(tiny_policy, dtype="float32")
+    rollouts.load_weights(learner.publish_weights(0))
+    stream = PromptStream(prompts=tuple(prompts_of(world, tokenizer)), seed=0)
+    prompts, sampling = StepPlan(prompts=stream, config=config, seed=0).batch(0)
+    assert sampling.temperature == 0.7
+    samples = rollouts.generate(prompts, sampling)
+    for sample, evaluation in zip(samples, learner.evaluate(samples), strict=True):
+        assert evaluation.logprobs == pytest.approx(sample.logprobs, abs=1e-4)
+        assert evaluation.reference_logprobs == pytest.approx(sample.logprobs, abs=1e-4)
+    metrics = learner.update(experience_from(learner, samples), 0)
+    assert metrics["ppo/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+    assert metrics["ppo/approximate_kl"] == pytest.approx(0.0, abs=1e-6)
 
 
 def rollout(tokens, text="", finish="stop", logprobs=None):

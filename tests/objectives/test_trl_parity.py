@@ -9,8 +9,13 @@ import torch
 
 from pipeline.config.schema import AlignmentConfig
 from pipeline.learning.algorithm import policy_loss
+from pipeline.learning.experience import RewardScale, build_experience
+from pipeline.models.critic import Policy
+from pipeline.models.packing import pack
 from pipeline.objectives.advantages import group_centred, group_zscores, leave_one_out, overlong_penalty
 from pipeline.objectives.aggregation import MiniBatchSize
+from pipeline.objectives.policy import truncated_importance_weights
+from pipeline.records import Prompt, RewardScore, Rollout, TokenEvaluation
 
 TESTED = "1.16.0"
 
@@ -39,7 +44,9 @@ def tokens():
     return new.requires_grad_(), old, reference, advantages, mask
 
 
-def trl_loss(trainer, new, old, reference, advantages, mask, config, *, loss_type, level="token", cispo_bound=None):
+def trl_loss(
+    trainer, new, old, reference, advantages, mask, config, *, loss_type, level="token", cispo_bound=None, weights=None
+):
     """`_compute_loss` of one process that accumulates nothing, fed with our logprobs in place of a model's."""
     ppo = config.ppo
 
@@ -63,8 +70,8 @@ def trl_loss(trainer, new, old, reference, advantages, mask, config, *, loss_typ
         epsilon_low=ppo.clip_range,
         epsilon_high=ppo.upper_clip_range if cispo_bound is None else cispo_bound,
         args=SimpleNamespace(delta=ppo.dual_clip_ratio, use_bias_correction_kl=False, steps_per_generation=1),
-        use_vllm=False,
-        vllm_importance_sampling_correction=False,
+        use_vllm=weights is not None,
+        vllm_importance_sampling_correction=weights is not None,
         model=SimpleNamespace(training=True),
         current_gradient_accumulation_steps=1,
         max_completion_length=config.max_response_tokens,
@@ -82,18 +89,19 @@ def trl_loss(trainer, new, old, reference, advantages, mask, config, *, loss_typ
         "old_logps": (old * mask).sum(-1),
         "ref_per_token_logps": reference,
         "num_items_in_batch": mask.sum(),
+        "importance_sampling_ratio": weights,
     }
     return trainer._compute_loss(own, None, inputs)
 
 
-def our_loss(new, old, reference, advantages, mask, config):
+def our_loss(new, old, reference, advantages, mask, config, *, weights=None):
     size = MiniBatchSize(num_tokens=int(mask.sum()), num_responses=8, max_response_tokens=config.max_response_tokens)
     terms = policy_loss(
         new,
         old,
         reference,
         advantages.unsqueeze(-1).expand_as(new),
-        torch.ones_like(old),
+        torch.ones_like(old) if weights is None else weights,
         mask,
         ppo=config.ppo,
         kl=config.kl,
@@ -123,7 +131,7 @@ def assert_same_loss_and_gradient(theirs, ours, new):
     assert expected.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(
+LOSSES = pytest.mark.parametrize(
     ("config", "arguments"),
     [
         (config_of("grpo"), {"loss_type": "grpo"}),
@@ -135,10 +143,21 @@ def assert_same_loss_and_gradient(theirs, ours, new):
     ],
     ids=["grpo", "grpo-dual-clip", "dr_grpo", "dapo", "gspo", "cispo"],
 )
+
+
+@LOSSES
 def test_the_loss_is_the_grpo_trainers(trl, config, arguments):
     new, *rest = tokens()
     theirs = trl_loss(trl.grpo, new, *rest, config, **arguments)
     assert_same_loss_and_gradient(theirs, our_loss(new, *rest, config), new)
+
+
+@LOSSES
+def test_the_loss_weighed_by_importance_is_the_grpo_trainers(trl, config, arguments):
+    new, *rest = tokens()
+    weights = 2.0 * torch.rand(8, 6, generator=torch.Generator().manual_seed(1))
+    theirs = trl_loss(trl.grpo, new, *rest, config, weights=weights, **arguments)
+    assert_same_loss_and_gradient(theirs, our_loss(new, *rest, config, weights=weights), new)
 
 
 def test_the_loss_is_the_rloo_trainers(trl):
@@ -158,16 +177,16 @@ def test_the_overlong_penalty_is_trls(trl):
 
 
 REWARDS = [[1.0, 2.0, 3.0, 6.0], [0.5, -0.25, 0.5, 0.125]]
+ROWS = [{"prompt": "why ?"}] * 4 + [{"prompt": "how ?"}] * 4
 
 
-def trl_advantages(trainer_class, config_class, tiny_policy, tokenizer, directory, **arguments):
-    """Advantages of a real trainer that has just sampled two prompts four times and was told our rewards."""
+def trl_trainer(trainer_class, config_class, tiny_policy, tokenizer, directory, *, beta=0.0, **arguments):
+    """A real trainer of two prompts, each sampled four times, that is told our rewards."""
     from datasets import Dataset
 
-    rows = [{"prompt": "why ?"}] * 4 + [{"prompt": "how ?"}] * 4
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = trainer_class(
+        return trainer_class(
             model=tiny_policy,
             reward_funcs=lambda completions, **_: [reward for group in REWARDS for reward in group],
             args=config_class(
@@ -175,24 +194,103 @@ def trl_advantages(trainer_class, config_class, tiny_policy, tokenizer, director
                 num_generations=4,
                 per_device_train_batch_size=8,
                 max_completion_length=4,
-                beta=0.0,
+                beta=beta,
                 use_cpu=True,
                 bf16=False,
                 report_to=[],
                 **arguments,
             ),
-            train_dataset=Dataset.from_list(rows),
+            train_dataset=Dataset.from_list(ROWS),
             processing_class=tokenizer,
         )
-        return trainer._generate_and_score_completions(rows)["advantages"].view(2, 4)
+
+
+def sampled(trainer):
+    """What it has just sampled, and made of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return trainer._generate_and_score_completions(ROWS)
 
 
 @pytest.mark.parametrize(("scale", "estimate"), [("group", group_zscores), ("none", group_centred)])
 def test_group_advantages_are_the_grpo_trainers(scale, estimate, trl, tiny_policy, tokenizer, tmp_path):
-    theirs = trl_advantages(trl.grpo, trl.trl.GRPOConfig, tiny_policy, tokenizer, tmp_path, scale_rewards=scale)
-    torch.testing.assert_close(estimate(torch.tensor(REWARDS)), theirs)
+    trainer = trl_trainer(trl.grpo, trl.trl.GRPOConfig, tiny_policy, tokenizer, tmp_path, scale_rewards=scale)
+    torch.testing.assert_close(estimate(torch.tensor(REWARDS)), sampled(trainer)["advantages"].view(2, 4))
 
 
 def test_leave_one_out_advantages_are_the_rloo_trainers(trl, tiny_policy, tokenizer, tmp_path):
-    theirs = trl_advantages(trl.rloo, trl.trl.RLOOConfig, tiny_policy, tokenizer, tmp_path)
-    torch.testing.assert_close(leave_one_out(torch.tensor(REWARDS)), theirs)
+    trainer = trl_trainer(trl.rloo, trl.trl.RLOOConfig, tiny_policy, tokenizer, tmp_path)
+    torch.testing.assert_close(leave_one_out(torch.tensor(REWARDS)), sampled(trainer)["advantages"].view(2, 4))
+
+
+def test_the_advantages_of_rewards_with_a_kl_are_the_rloo_trainers(trl, tiny_policy, tokenizer, tmp_path):
+    config = config_of("rloo", coefficient=0.5)
+    trainer = trl_trainer(trl.rloo, trl.trl.RLOOConfig, tiny_policy, tokenizer, tmp_path, beta=0.5)
+    with torch.no_grad():  # a policy some tenths of a nat from its reference
+        trainer.model.lm_head.weight.mul_(1.3)
+    theirs = sampled(trainer)
+    lengths = theirs["completion_mask"].sum(-1).tolist()
+    samples = [
+        Rollout(
+            prompt=Prompt(id=f"p{i // 4}", messages=(), token_ids=tuple(prompt[prompt_mask.bool()].tolist())),
+            sample_index=i % 4,
+            response_ids=tuple(completion[:length].tolist()),
+            response_text="",
+            logprobs=(0.0,) * length,
+            policy_version=0,
+            finish_reason="stop",
+        )
+        for i, (prompt, prompt_mask, completion, length) in enumerate(
+            zip(theirs["prompt_ids"], theirs["prompt_mask"], theirs["completion_ids"], lengths, strict=True)
+        )
+    ]
+    packed = pack([sample.tokens for sample in samples])
+    with torch.no_grad():
+        logprobs, reference = (
+            Policy(model)(packed, max(lengths), 1.0).tolist() for model in (trainer.model, trainer.ref_model)
+        )
+    experience, metrics = build_experience(
+        samples,
+        [RewardScore(mean=r, std=0.0, objective_weights=(), objective_scores=()) for row in REWARDS for r in row],
+        [
+            TokenEvaluation(logprobs=tuple(p[:n]), reference_logprobs=tuple(q[:n]), values=(0.0,) * n)
+            for p, q, n in zip(logprobs, reference, lengths, strict=True)
+        ],
+        ppo=config.ppo.model_copy(update={"reward_transform": "none", "reward_clip": None}),
+        kl=config.kl,
+        kl_coefficient=config.kl.coefficient,
+        reward_scale=RewardScale(mean=0.0, std=1.0),
+        max_response_tokens=4,
+    )
+    torch.testing.assert_close(experience.advantages[:, 0], theirs["advantages"], atol=1e-4, rtol=1e-4)
+    assert abs(metrics["kl/per_response"]) > 0.1
+    assert (experience.advantages[:, 0] - leave_one_out(torch.tensor(REWARDS)).flatten()).abs().max() > 0.1
+
+
+def test_the_weights_of_what_an_engine_sampled_are_the_grpo_trainers(trl, tiny_policy, tokenizer, tmp_path):
+    trainer = trl_trainer(
+        trl.grpo,
+        trl.trl.GRPOConfig,
+        tiny_policy,
+        tokenizer,
+        tmp_path,
+        vllm_importance_sampling_mode="token_truncate",
+        vllm_importance_sampling_clip_max=2.0,
+    )
+    generate, engine = trainer._generate, []
+
+    def as_an_engine(prompts):
+        """Samples with the model, as if an engine had, to which every token has a probability of e^-4.6."""
+        trainer.use_vllm = False
+        prompt_ids, completion_ids, tool_mask, completions, _, *others = generate(prompts)
+        trainer.use_vllm = True
+        engine.extend([-4.6] * len(ids) for ids in completion_ids)
+        return prompt_ids, completion_ids, tool_mask, completions, engine, *others
+
+    trainer._generate = as_an_engine
+    theirs = sampled(trainer)
+    mask = theirs["completion_mask"].bool()
+    weights = truncated_importance_weights(theirs["old_per_token_logps"], torch.full(mask.shape, -4.6), mask, cap=2.0)
+    torch.testing.assert_close(theirs["importance_sampling_ratio"], weights)
+    assert (weights == 2.0).any()
+    assert (weights < 1.0).any()

@@ -1,0 +1,46 @@
+"""What a rank builds its learner from: the policy of one checkpoint, the critic of another."""
+
+from functools import partial
+
+import torch
+from safetensors.torch import load_file
+
+from actors.ppo_learner import PPOLearnerSpec, ppo_learner
+from pipeline.config.schema import RanksConfig
+from pipeline.learning.engine import TorchEngine
+from pipeline.learning.ppo_update import frozen_reference
+from tests.learners import ALIGNMENT
+
+
+def built(policy, reward_model, critic):
+    ppo = ALIGNMENT.ppo.model_copy(update={"critic": critic})
+    spec = PPOLearnerSpec(
+        config=ALIGNMENT.model_copy(update={"ppo": ppo}),
+        ranks=RanksConfig(),
+        policy_uri=policy,
+        reward_model_uri=reward_model,
+        dtype="float32",
+        probes=(),
+        publish_directory="",
+        seed=0,
+    )
+    return ppo_learner(spec, TorchEngine, partial(frozen_reference, dtype="float32", device=torch.device("cpu")))
+
+
+def test_a_separate_critic_starts_from_the_reward_models_backbone(tiny_policy, trained_reward_model):
+    model = built(tiny_policy, trained_reward_model, "separate").engine.module
+    policy = load_file(f"{tiny_policy}/model.safetensors")
+    reward_model = load_file(f"{trained_reward_model}/model.safetensors")
+    critic = model.critic.state_dict()
+    assert {f"backbone.{name}" for name in critic} == {name for name in reward_model if name.startswith("backbone.")}
+    for name, tensor in critic.items():
+        assert torch.equal(tensor, reward_model[f"backbone.{name}"]), name
+    # The reward model was trained on top of this very policy, and has left it.
+    assert not torch.equal(critic["embed_tokens.weight"], policy["model.embed_tokens.weight"])
+    for name, tensor in policy.items():
+        assert torch.equal(model.policy.state_dict()[name], tensor), name
+    assert model.value_head.weight.abs().max() == 0.0
+
+
+def test_a_value_head_reads_the_policy_and_no_reward_model(tiny_policy):
+    assert built(tiny_policy, "/nowhere", "value_head").engine.module.critic is None
