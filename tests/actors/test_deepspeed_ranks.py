@@ -1,6 +1,9 @@
 """DeepSpeed ranks under real Ray: they agree with one process, resume exactly, and die loudly."""
 
+import os
+import signal
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,14 +14,26 @@ from safetensors.torch import load_file
 from torch import nn
 
 from actors.deepspeed_engine import zero_config
+from actors.ppo_learner import PPOLearnerSpec, build_ppo_learner, ppo_learner
 from actors.rank_group import RankGroup
-from actors.ranked_learner import RankedLearner
+from actors.ranked_learner import RankedLearner, RankedPolicyLearner
 from actors.reward_trainer import RewardTrainerSpec, build_reward_trainer
-from pipeline.config.schema import DeadlinesConfig, LoRAConfig, OptimiserConfig, RanksConfig, RewardTrainingConfig
-from pipeline.errors import WorkerDied
+from pipeline.config.schema import (
+    DeadlinesConfig,
+    LoRAConfig,
+    OptimiserConfig,
+    PPOConfig,
+    RanksConfig,
+    RewardTrainingConfig,
+)
+from pipeline.errors import DeadlineExceeded, WorkerDied
+from pipeline.learning.engine import TorchEngine
+from pipeline.learning.ppo_update import frozen_reference
+from pipeline.learning.probes import choose_probes
 from pipeline.models.linear import OneDNNLinear
 from pipeline.models.lora import merged
-from tests.learners import HEAD, collator, reward_trainer, statistics_of, tokenised
+from tests.learners import ALIGNMENT, HEAD, collator, prompts_of, reward_trainer, statistics_of, tokenised
+from tests.learning.test_updates import experience_of, samples_of
 
 LORA = LoRAConfig(rank=4)
 
@@ -32,18 +47,25 @@ CONFIG = RewardTrainingConfig(
 )
 
 
-def start(tiny_policy, world, zero_stage, ranks=2, lora=None):
+def start(tiny_policy, world, zero_stage, lora=None, offload=False):
     spec = RewardTrainerSpec(
         config=CONFIG.model_copy(update={"lora": lora}),
-        ranks=RanksConfig(ranks=ranks, cpus_per_rank=1, zero_stage=zero_stage),
+        ranks=RanksConfig(ranks=2, cpus_per_rank=1, zero_stage=zero_stage, offload_optimiser=offload),
         backbone_uri=tiny_policy,
         statistics=statistics_of(world),
         num_steps=8,
         seed=0,
     )
     group = RankGroup("test ranks", spec.ranks, start_s=240)
-    group.build(build_reward_trainer, spec)
+    group.build(build_trainer, spec)
     return group
+
+
+def build_trainer(spec, device):
+    """Runs on every rank. Where there is no GPU, only DeepSpeed itself can tell whether it offloads."""
+    trainer = build_reward_trainer(spec, device)
+    assert trainer.engine._engine.zero_cpu_offload() == spec.ranks.offload_optimiser
+    return trainer
 
 
 def batches(world, tokenizer):
@@ -58,24 +80,34 @@ def names_that_agree(metrics):
     }
 
 
+def assert_nearly_equal(left, right):
+    assert left.keys() == right.keys()
+    differences = torch.cat([(left[name].double() - right[name].double()).abs().flatten() for name in left])
+    # Adam divides by the gradient's own size: where a gradient is all rounding, so is the step. Those are few.
+    assert differences.mean() < 1e-5
+    assert differences.quantile(0.999) < 1e-4
+
+
 @pytest.mark.parametrize(
-    ("zero_stage", "lora"),
+    ("zero_stage", "lora", "offload"),
     [
-        (1, None),
-        (2, LORA),
-        (3, None),
-        pytest.param(3, LORA, marks=pytest.mark.long),
+        (1, None, False),
+        (2, LORA, False),
+        (2, None, True),
+        (3, None, False),
+        (3, LORA, True),
+        pytest.param(3, LORA, False, marks=pytest.mark.long),
     ],
 )
 def test_two_ranks_agree_with_one_process_and_each_resumes_what_the_other_saved(
-    zero_stage, lora, local_ray, tiny_policy, world, tokenizer, tmp_path
+    zero_stage, lora, offload, local_ray, tiny_policy, world, tokenizer, tmp_path
 ):
     data = batches(world, tokenizer)
     alone = reward_trainer(tiny_policy, world, tokenizer, num_steps=8, lora=lora)
     expected = [alone.update(data[step], step) for step in range(3)]
     alone.snapshot().write(str(tmp_path / "one process"))
     expected.append(alone.update(data[3], 3))
-    with start(tiny_policy, world, zero_stage, lora=lora) as group:
+    with start(tiny_policy, world, zero_stage, lora, offload) as group:
         learner = RankedLearner(group, DeadlinesConfig())
         # As in a run that resumes on other machines than it began on: this group has not stepped yet.
         learner.restore(str(tmp_path / "one process"))
@@ -95,11 +127,68 @@ def test_two_ranks_agree_with_one_process_and_each_resumes_what_the_other_saved(
     assert names_that_agree(resumed.update(data[3], 3)) == pytest.approx(names_that_agree(expected[3]), rel=1e-5)
     exported = load_file(tmp_path / "result" / "model.safetensors")
     one_process = merged(alone.engine.full_state_dict(), alone.engine.module)
-    assert exported.keys() == one_process.keys()
-    differences = torch.cat([(exported[n].double() - one_process[n].double()).abs().flatten() for n in exported])
-    # Adam divides by the gradient's own size: where a gradient is all rounding, so is the step. Those are few.
-    assert differences.mean() < 1e-5
-    assert differences.quantile(0.999) < 1e-4
+    assert_nearly_equal(exported, one_process)
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "critic", "lora"), [(2, "separate", None), (3, "separate", None), (3, "value_head", LORA)]
+)
+def test_ppo_on_two_ranks_agrees_with_one_process_and_each_resumes_what_the_other_saved(
+    zero_stage, critic, lora, local_ray, tiny_policy, trained_reward_model, world, tokenizer, tmp_path
+):
+    ppo = PPOConfig(
+        epochs=2,
+        mini_batch_size=4,
+        policy=OptimiserConfig(learning_rate=1e-4),
+        critic=critic,
+        critic_learning_rate=1e-4,
+        lora=lora,
+    )
+    spec = PPOLearnerSpec(
+        config=ALIGNMENT.model_copy(update={"ppo": ppo}),
+        ranks=RanksConfig(ranks=2, cpus_per_rank=1, zero_stage=zero_stage),
+        policy_uri=tiny_policy,
+        reward_model_uri=trained_reward_model,
+        dtype="float32",
+        probes=tuple(choose_probes(prompts_of(world, tokenizer), vocabulary_size=len(tokenizer), seed=0, count=3)),
+        publish_directory=str(tmp_path / "published"),
+        seed=0,
+    )
+    alone = in_one_process(spec)
+    samples, experience = samples_of(alone, world, tokenizer), experience_of(alone, world, tokenizer)
+    alone.update(experience, 0)
+    alone.snapshot().write(str(tmp_path / "one process"))
+    evaluations = alone.evaluate(samples)
+    assert evaluations[0].logprobs != pytest.approx(evaluations[0].reference_logprobs, abs=1e-4)
+    metrics = alone.update(experience, 1)
+    published = alone.publish_weights(2)
+    policy = load_file(f"{published.location}/model.safetensors")
+    with RankGroup("test ranks", spec.ranks, start_s=240) as group:
+        # Elsewhere than one process did: a policy that was read from a file may change when it is written over.
+        group.build(build_ppo_learner, replace(spec, publish_directory=str(tmp_path / "published by ranks")))
+        learner = RankedPolicyLearner(group, DeadlinesConfig())
+        learner.restore(str(tmp_path / "one process"))
+        for ours, theirs in zip(learner.evaluate(samples), evaluations, strict=True):
+            for field in ("logprobs", "reference_logprobs", "values"):
+                assert getattr(ours, field) == pytest.approx(getattr(theirs, field), abs=1e-5)
+        assert learner.update(experience, 1) == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+        learner.snapshot().write(str(tmp_path / "two ranks"))
+        weights = learner.publish_weights(2)
+        assert_nearly_equal(load_file(f"{weights.location}/model.safetensors"), policy)
+        for ours, theirs in zip(weights.probes, published.probes, strict=True):
+            assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+        once = learner.update(experience, 2)
+        learner.restore(str(tmp_path / "two ranks"))
+        assert learner.update(experience, 2) == once
+    resumed = in_one_process(spec)
+    resumed.restore(str(tmp_path / "two ranks"))
+    assert_nearly_equal(resumed.engine.full_state_dict(), alone.engine.full_state_dict())
+    assert resumed.update(experience, 2) == pytest.approx(alone.update(experience, 2), rel=1e-4, abs=1e-6)
+
+
+def in_one_process(spec):
+    cpu = torch.device("cpu")
+    return ppo_learner(spec, TorchEngine, lambda frozen: frozen_reference(frozen.eval(), dtype=spec.dtype, device=cpu))
 
 
 def test_under_bfloat16_no_parameter_is_rounded_on_its_way_between_ranks():
@@ -116,13 +205,24 @@ def test_under_bfloat16_no_parameter_is_rounded_on_its_way_between_ranks():
     ]
 
 
-def test_a_dead_rank_is_reported_in_seconds_not_as_a_hang(local_ray, tiny_policy, world, tokenizer):
+def test_a_rank_that_hangs_is_reported_at_the_recipes_deadline_and_a_dead_one_in_seconds(
+    local_ray, tiny_policy, world, tokenizer
+):
     [batch, *_] = batches(world, tokenizer)
     with start(tiny_policy, world, 2) as group:
         learner = RankedLearner(group, DeadlinesConfig(update_s=120))
         learner.update(batch, 0)
-        ray.kill(group._ranks[1])
+        pid = ray.get(group._ranks[1].__ray_call__.remote(lambda rank: os.getpid()), timeout=60)
+        os.kill(pid, signal.SIGSTOP)
         started = time.monotonic()
-        with pytest.raises(WorkerDied, match=r"test ranks: number 1 of 2 died while updating at step 1"):
-            learner.update(batch, 1)
+        # The other waits for it, in a collective: from outside both hang.
+        with pytest.raises(
+            DeadlineExceeded, match=r"test ranks: updating at step 1 did not end within 3 s on \[0, 1\] of 2"
+        ):
+            RankedLearner(group, DeadlinesConfig(update_s=3)).update(batch, 1)
+        assert time.monotonic() - started < 30
+        os.kill(pid, signal.SIGKILL)
+        started = time.monotonic()
+        with pytest.raises(WorkerDied, match=r"test ranks: number 1 of 2 died while updating at step 2"):
+            learner.update(batch, 2)
         assert time.monotonic() - started < 60

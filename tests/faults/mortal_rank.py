@@ -1,7 +1,10 @@
 """A learner's rank that dies in its backward pass when its fate says so."""
 
+import time
 from functools import partial
+from pathlib import Path
 
+from actors.ppo_learner import build_ppo_learner
 from pipeline.data.planted import build_tokenizer
 from pipeline.learning.engine import TorchEngine
 from tests.conftest import small_world
@@ -26,3 +29,23 @@ def build_learner(policy, publish_directory, fate, device=None):
     """Runs on the rank."""
     engine = partial(MortalEngine, fate=fate)
     return ppo_learner(policy, small_world(), build_tokenizer(), publish_directory, config=CONFIG, make_engine=engine)
+
+
+def build_ranks(spec, fate, device):
+    """Runs on every rank of DeepSpeed; the last is mortal."""
+    learner = build_ppo_learner(spec, device)
+    engine = learner.engine
+    backward = engine.backward
+
+    def die_of_the_gradient(gradient):
+        time.sleep(1.0)  # until the others wait in a collective
+        (Path(fate) / "time of death").touch()
+        die()
+
+    def mortal_backward(loss, *, last):
+        if engine.rank == engine.world_size - 1 and befalls(fate, "death in backward"):
+            loss.register_hook(die_of_the_gradient)
+        backward(loss, last=last)
+
+    engine.backward = mortal_backward
+    return learner

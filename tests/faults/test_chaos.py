@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -22,22 +23,25 @@ import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 from safetensors.torch import load_file
 
+from actors.ppo_learner import PPOLearnerSpec
 from actors.rank_group import RankGroup, gather
 from actors.ranked_learner import RankedPolicyLearner
 from actors.rollout_pool import RolloutPool
 from actors.vrm_service import start_service, stop_service
 from pipeline.config.schema import DeadlinesConfig, RanksConfig, RolloutConfig, ScoringConfig
 from pipeline.data.prompts import PromptStream
-from pipeline.errors import DeadlineExceeded
+from pipeline.errors import DeadlineExceeded, WorkerDied
 from pipeline.learning.experience import RewardScale
+from pipeline.learning.probes import choose_probes
 from pipeline.loops.alignment import align
 from pipeline.models.backbone import load_backbone
 from pipeline.models.reward_model import RewardModel, make_head, save_reward_model
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from pipeline.stages.runner import StageRunner
 from pipeline.stages.workspace import StageDirectory, Workspace
+from tests.fakes import FakeRollouts, FakeScorer
 from tests.faults.driver import MISFORTUNES, SECOND_SAVE, run
-from tests.faults.mortal_rank import CONFIG, build_learner
+from tests.faults.mortal_rank import CONFIG, build_learner, build_ranks
 from tests.faults.mortal_worker import MortalWorker
 from tests.learners import HEAD, prompts_of, reward_card, statistics_of
 from tests.nodes import Node
@@ -46,6 +50,7 @@ pytestmark = pytest.mark.components
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINES = DeadlinesConfig(start_s=240, update_s=120, generate_s=120, score_s=120, weights_s=120)
+SCALE = RewardScale(mean=0.0, std=1.0)
 
 
 def weights(directory):
@@ -138,6 +143,53 @@ class Eventful:
         self._events.pop((phase, self._step), lambda: None)()
 
 
+def test_a_rank_killed_in_its_backward_pass_is_named_in_seconds_and_its_run_ends_as_if_nothing_had_happened(
+    local_ray, tiny_policy, world, tokenizer, tmp_path, capsys
+):
+    config = CONFIG.model_copy(update={"num_steps": 4})
+    spec = PPOLearnerSpec(
+        config=config,
+        ranks=RanksConfig(ranks=2, cpus_per_rank=1, zero_stage=3),
+        policy_uri=tiny_policy,
+        reward_model_uri="no critic of its own",
+        dtype="float32",
+        probes=tuple(choose_probes(prompts_of(world, tokenizer), vocabulary_size=len(tokenizer), seed=0, count=1)),
+        publish_directory=str(tmp_path / "published"),
+        seed=0,
+    )
+    prompts = PromptStream(prompts=tuple(prompts_of(world, tokenizer)), seed=0)
+    fate = tmp_path / "fate"
+    fate.mkdir()
+    rollouts = Eventful(FakeRollouts(tokenizer), FakeScorer(), {("generation", 2): (fate / "death in backward").touch})
+    learners, notices = [], []
+
+    def run_ranks(stage):
+        groups.close()  # of the attempt before
+        group = groups.enter_context(RankGroup("PPO learner", spec.ranks, start_s=240))
+        group.build(build_ranks, spec, str(fate))
+        learners.append(RankedPolicyLearner(group, DEADLINES))
+        if len(learners) == 1:
+            learners[0].snapshot().write(str(tmp_path / "start"))
+        try:
+            return align(rollouts, rollouts, learners[-1], prompts, stage, config, reward_scale=SCALE, seed=0)
+        except WorkerDied as error:
+            notices.append((str(error), time.time() - (fate / "time of death").stat().st_mtime))
+            raise
+
+    with ExitStack() as groups, Workspace.open(str(tmp_path / "ws"), job="disturbed", needs_bytes=0) as workspace:
+        result = StageRunner(workspace).run("align_policy", 1, run_ranks, config={}, max_restarts=1)
+        rows = workspace.stage("align_policy", result.fingerprint).metrics_rows()
+        learners[-1].restore(str(tmp_path / "start"))
+        quiet = StageDirectory(str(tmp_path / "quiet"), "align_policy", "0" * 64)
+        align(rollouts, rollouts, learners[-1], prompts, quiet, config, reward_scale=SCALE, seed=0)
+    [(letter, seconds)] = notices
+    assert "PPO learner: number 1 of 2 died while updating at step 2, after" in letter
+    assert seconds < 30
+    assert "starts again from its last commit" in capsys.readouterr().out
+    assert [row["step"] for row in rows] == list(range(4))
+    assert_bit_equal(weights(result.location), weights(tmp_path / "quiet" / "result"))
+
+
 def kill_the_replica():
     [replica] = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::ServeRepli")]
     replica.kill()
@@ -164,7 +216,6 @@ def test_a_run_that_loses_a_node_two_workers_a_rank_and_a_replica_ends_as_if_not
 ):
     fate = shutil.copytree(tiny_policy, tmp_path / "fate")
     prompts = PromptStream(prompts=tuple(prompts_of(world, tokenizer)), seed=0)
-    scale = RewardScale(mean=0.0, std=1.0)
     # Calls wait 0.4 s for company in the replica: long enough to kill it with some in its hands.
     scorer = start_service(
         reward_model,
@@ -206,7 +257,7 @@ def test_a_run_that_loses_a_node_two_workers_a_rank_and_a_replica_ends_as_if_not
             group.build(build_learner, tiny_policy, str(tmp_path / "published"), str(fate))
             learner = RankedPolicyLearner(group, DEADLINES)
             eventful = Eventful(pool, scorer, events)
-            return align(eventful, eventful, learner, prompts, stage, CONFIG, reward_scale=scale, seed=0)
+            return align(eventful, eventful, learner, prompts, stage, CONFIG, reward_scale=SCALE, seed=0)
 
     try:
         with Workspace.open(str(tmp_path / "ws"), job="disturbed", needs_bytes=0) as workspace:
@@ -214,7 +265,7 @@ def test_a_run_that_loses_a_node_two_workers_a_rank_and_a_replica_ends_as_if_not
             rows = workspace.stage("align_policy", result.fingerprint).metrics_rows()
         alone = build_learner(tiny_policy, tmp_path / "published alone", str(tmp_path / "no fate"))
         quiet = StageDirectory(str(tmp_path / "quiet"), "align_policy", "0" * 64)
-        align(pool, scorer, alone, prompts, quiet, CONFIG, reward_scale=scale, seed=0)
+        align(pool, scorer, alone, prompts, quiet, CONFIG, reward_scale=SCALE, seed=0)
     finally:
         pool.close()
         stop_service("chaos")

@@ -48,6 +48,8 @@ FEWER_PROCESSES = (
 )
 """Where things run is no part of what is computed: half the processes start in half the time."""
 
+MORE_PROCESSES = ("cluster.alignment.ranks=2", "cluster.rollout.workers=2")
+
 pytestmark = pytest.mark.e2e
 
 
@@ -64,11 +66,11 @@ def committed(workspace, name):
     return directory is not None and any((directory / "checkpoints").glob("step-*.json"))
 
 
-def start(workspace):
+def start(workspace, *processes):
     """A stage's own job without a submission, on a local cluster of its own; its Ray processes die with it."""
     with open(workspace.parent / f"{workspace.name}.log", "a") as log:
         return subprocess.Popen(
-            [sys.executable, "jobs/align_policy.py", "--workspace", str(workspace), *REDUCED, *FEWER_PROCESSES],
+            [sys.executable, "jobs/align_policy.py", "--workspace", str(workspace), *REDUCED, *processes],
             cwd=ROOT,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -78,7 +80,7 @@ def start(workspace):
 
 def end_by(signal_number, workspace, stage, *, grace_s, timeout_s=300):
     """Sends the driver a signal as soon as the stage has a commit; how it ended, within the grace time."""
-    driver = start(workspace)
+    driver = start(workspace, *FEWER_PROCESSES)
     deadline = time.monotonic() + timeout_s
     while not committed(workspace, stage):
         assert driver.poll() is None, (workspace.parent / f"{workspace.name}.log").read_text()[-4000:]
@@ -198,7 +200,9 @@ def test_base_and_aligned_are_judged_scored_and_compared_and_every_number_agrees
         assert f">{100 * cell['win_rate']:.1f} <" in page.read_text()
 
 
-def test_a_driver_killed_once_and_preempted_once_resumes_to_the_same_result_on_fewer_processes(finished, tmp_path):
+def test_a_driver_killed_once_and_preempted_once_resumes_to_the_same_result_on_other_numbers_of_processes(
+    finished, tmp_path
+):
     whole, _ = finished
     workspace = tmp_path / "killed"
     policy = stage_directory(whole, "prepare_policy")
@@ -207,7 +211,8 @@ def test_a_driver_killed_once_and_preempted_once_resumes_to_the_same_result_on_f
     assert end_by(signal.SIGTERM, workspace, "align_policy", grace_s=GRACE_S) == PREEMPTED
     preempted_behind = last_commit(workspace, "align_policy")
     assert f"align_policy is committed behind step {preempted_behind + 1}" in (tmp_path / "killed.log").read_text()
-    driver = start(workspace)
+    # A checkpoint of one rank, sampled for by one worker, goes on in two of each.
+    driver = start(workspace, *MORE_PROCESSES)
     assert driver.wait(timeout=600) == 0, (tmp_path / "killed.log").read_text()[-4000:]
     log = (tmp_path / "killed.log").read_text()
     assert "prepare_policy      finished before, skipped" in log

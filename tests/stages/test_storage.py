@@ -4,11 +4,15 @@ import errno
 import os
 import uuid
 from collections import namedtuple
+from contextlib import suppress
 
 import pytest
+import torch
 
 from pipeline.errors import WorkspaceError
+from pipeline.learning.training_state import Snapshot
 from pipeline.stages import storage
+from tests.disks import on_a_small_disk
 
 
 @pytest.fixture(params=["local", "file", "memory"])
@@ -82,6 +86,32 @@ def test_a_disk_that_is_full_when_a_commit_is_written_or_synced_is_the_same_lett
         storage.write_text(str(tmp_path / "manifest.json"), "{}")
     with pytest.raises(WorkspaceError, match=r"no space is left while writing .*result"):
         storage.make_durable(str(tmp_path / "result"))
+
+
+def test_a_checkpoint_that_fills_a_real_disk_is_the_same_letter_and_the_commit_before_stays(tmp_path):
+    weights = {"weight/0/linear": torch.ones(100_000)}  # 400 kB
+    snapshot = Snapshot(part=0, num_parts=1, shapes={"linear": (100_000,)}, tensors=weights)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def save_twice():
+        commit = str(disk / "commit.json")
+        storage.write_text(commit, "step 1")
+        with pytest.raises(WorkspaceError, match=r"no space is left while writing .*step-000001"):
+            snapshot.write(str(disk / "step-000001"))
+        (disk / "filler").touch()
+        with open(disk / "filler", "r+b", buffering=0) as filler, suppress(OSError):
+            while filler.write(bytes(4096)):
+                pass
+        with pytest.raises(WorkspaceError, match=r"no space is left while writing .*commit\.json"):
+            storage.write_text(commit, "step 2")
+        return storage.read_text(commit)
+
+    try:
+        assert on_a_small_disk(disk, 2**17, save_twice) == "step 1"
+    except PermissionError:
+        pytest.skip("this process may not mount a disk of its own to fill")
+    assert list(disk.iterdir()) == []  # nothing went to the large disk instead
 
 
 def test_other_failures_travel_unchanged(root):
