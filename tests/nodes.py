@@ -1,40 +1,19 @@
 """A second machine for the tests that need one."""
 
-import os
-import subprocess
-import sys
-import time
-
-import psutil
 import ray
+from ray.cluster_utils import Cluster
 
 
 class Node:
     """A second machine, as far as Ray can tell: a raylet and its workers, which lose power together."""
 
     def __init__(self, num_cpus):
-        address = ray.get_runtime_context().gcs_address
-        ray_command = os.path.join(os.path.dirname(sys.executable), "ray")
-        before = {node["NodeID"] for node in ray.nodes()}
-        self._process = subprocess.Popen(
-            [
-                *(ray_command, "start", f"--address={address}", f"--num-cpus={num_cpus}", "--block"),
-                *(f"--object-store-memory={200 * 2**20}", "--disable-usage-stats"),
-            ],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        until(lambda: {node["NodeID"] for node in ray.nodes() if node["Alive"]} - before)
-        [self.id] = {node["NodeID"] for node in ray.nodes()} - before
+        self._cluster = Cluster()
+        # The cluster of `local_ray`: one of its own would write itself into the address that "auto" finds.
+        self._cluster.head_node = ray._private.worker.global_worker.node
+        self._cluster.redis_address = self._cluster.head_node.redis_address
+        self._node = self._cluster.add_node(num_cpus=num_cpus, object_store_memory=200 * 2**20)
+        self.id = self._node.node_id
 
     def lose_power(self):
-        for process in [*psutil.Process(self._process.pid).children(recursive=True), self._process]:
-            process.kill()
-        self._process.wait()
-
-
-def until(condition):
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+        self._cluster.remove_node(self._node, allow_graceful=False)
