@@ -18,7 +18,8 @@ from actors.rollout_pool import RolloutPool
 from cluster.placement import pack_bundles
 from cluster.rollout_plan import THROUGH_FILES, RolloutPlan
 from cluster.running_jobs import jobs_with_rollout_workers, workspace_of
-from pipeline.config.schema import AlignmentConfig, DeadlinesConfig, PPOConfig, RolloutConfig
+from cluster.scaling import Autoscaler
+from pipeline.config.schema import AlignmentConfig, AutoscaleConfig, DeadlinesConfig, PPOConfig, RolloutConfig
 from pipeline.data.prompts import PromptStream
 from pipeline.errors import (
     ConfigError,
@@ -104,6 +105,8 @@ class ScriptedWorker:
         return self._is_stuck or (self._directory / "be busy").exists()
 
     def _answer(self, requests):
+        pace = self._directory / "seconds a response"
+        time.sleep(len(requests) * float(pace.read_text()) if pace.exists() else 0.0)
         at_length = (self._directory / "answer at length").exists()
         with open(self._directory / "sampled", "a") as log:
             log.writelines(f"{r.prompt.id}, sample {r.sample_index}\n" for r in requests)
@@ -546,6 +549,25 @@ def test_the_autoscaler_is_followed_until_an_operator_speaks(open_pool):
     operator.append(1)
     pool.load_weights(weights(1))
     assert pool._joining == []
+
+
+def test_a_pool_grows_while_the_learner_waits_and_shrinks_while_rollouts_wait_for_it(open_pool, tmp_path):
+    (tmp_path / "seconds a response").write_text("0.1")  # 1.4 s a batch for one worker
+    pool = open_pool(workers=1, autoscaler=Autoscaler(AutoscaleConfig(max_workers=2, cooldown_s=0)))
+    pool.load_weights(weights(0))
+
+    def update_for(seconds):
+        pool.begin(PROMPTS, SAMPLING)
+        time.sleep(seconds)
+        pool.collect()
+        pool.load_weights(weights(0))
+        for worker in pool._joining:  # they join at the next load after they are up
+            ray.get(worker.started)
+        pool.load_weights(weights(0))
+        return pool.num_workers
+
+    # 0.8 s would be balanced by ceil(1.4 / (1.1 x 0.8)) = 2 workers, 4 s by one.
+    assert [update_for(seconds) for seconds in (0.8, 0.8, 4.0)] == [2, 2, 1]
 
 
 def test_a_request_that_cannot_be_met_does_not_end_the_run(open_pool, tmp_path):
