@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import socket
+import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -20,10 +24,15 @@ from pipeline.records import Metrics, PolicyWeights
 from pipeline.stages import storage
 
 DISK = "disk"
-"""The concurrency group of a rank that writes; all other calls come one after the other."""
+WATCH = "watch"
+CONCURRENCY_GROUPS = {DISK: 1, WATCH: 1}
+"""A rank writes, and says where it is, beside its other calls, which come one after the other."""
 
 DEATH_NOTICE_S = 5.0
 """How long a failed call waits for news that a peer's death caused it; measured, it came 0.1 s late at most."""
+
+WHEREABOUTS_S = 5.0
+"""How long ranks may take to say where they are; one that is stopped or never lets go of the interpreter is silent."""
 
 
 class Rank:
@@ -108,6 +117,20 @@ class Rank:
         with storage.writing(uri) as directory:
             self._learner.export(directory)
 
+    @ray.method(concurrency_group=WATCH)
+    def whereabouts(self) -> str:
+        """The innermost function of every call that is in progress, and the project's line that led there."""
+        project = Path(__file__).parents[1]
+        rooms = (f"{project}/actors/", f"{project}/pipeline/")
+        found = []
+        for thread, innermost in sys._current_frames().items():
+            frames = [(frame.f_code, line) for frame, line in traceback.walk_stack(innermost)]
+            if thread != threading.get_ident() and any(code.co_filename == __file__ for code, _ in frames):
+                code, line = next((c, n) for c, n in frames if c.co_filename.startswith(rooms))
+                place = Path(code.co_filename).relative_to(project)
+                found.append(f"is in {frames[0][0].co_name}(), from {code.co_name}() at {place}:{line}")
+        return " and ".join(found) or "waits for a call"
+
 
 class RankGroup:
     """Starts ranks, builds the same learner on each, and calls them together."""
@@ -141,7 +164,7 @@ class RankGroup:
             else None
         )
         bundles = placement or self._own_placement
-        actor = ray.remote(concurrency_groups={DISK: 1})(Rank)
+        actor = ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(Rank)
         self._ranks = [
             actor.options(
                 num_cpus=config.cpus_per_rank,
@@ -177,7 +200,23 @@ class RankGroup:
 
         After an error the group can only be closed: the other ranks may wait on a collective that cannot complete.
         """
-        return gather([call(rank) for rank in self._ranks], who=self.name, doing=doing, deadline_s=deadline_s)
+        try:
+            return gather([call(rank) for rank in self._ranks], who=self.name, doing=doing, deadline_s=deadline_s)
+        except DeadlineExceeded as error:
+            raise DeadlineExceeded(f"{error}\n{self._whereabouts()}") from error
+
+    def _whereabouts(self) -> str:
+        """A line per rank: those that wait for one that hangs are as late as it is, and it is not where they are."""
+        told = [rank.whereabouts.remote() for rank in self._ranks]
+        ready, _ = ray.wait(told, num_returns=len(told), timeout=WHEREABOUTS_S)
+        lines = []
+        for rank, reference in enumerate(told):
+            try:
+                line = ray.get(reference, timeout=0) if reference in ready else "does not answer"
+            except DIED:
+                line = "died"
+            lines.append(f"rank {rank} {line}")
+        return "\n".join(lines)
 
     def close(self) -> None:
         for rank in self._ranks:
@@ -203,7 +242,7 @@ def gather(references: Sequence[Any], *, who: str, doing: str, deadline_s: float
         left = deadline_s - (time.monotonic() - started)
         ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, left))
         if not ready:
-            missing = [i for i, reference in enumerate(references) if reference in pending]
+            missing = ", ".join(f"rank {i}" for i, reference in enumerate(references) if reference in pending)
             raise DeadlineExceeded(
                 f"{who}: {doing} did not end within {deadline_s:.0f} s on {missing} of {len(references)}. "
                 "It hangs or is slow: see the worker's log, or raise cluster.deadlines."
@@ -214,7 +253,7 @@ def gather(references: Sequence[Any], *, who: str, doing: str, deadline_s: float
             dead = _first_dead([*ready, *pending])
             if dead is not None:
                 raise WorkerDied(
-                    f"{who}: number {references.index(dead)} of {len(references)} died while {doing}, after "
+                    f"{who}: rank {references.index(dead)} of {len(references)} died while {doing}, after "
                     f"{time.monotonic() - started:.0f} s. Often it ran out of memory: lower "
                     "max_tokens_per_micro_batch, or give it a larger machine. The workspace is intact; the same "
                     "command resumes."

@@ -16,7 +16,7 @@ import ray
 import torch
 import torch.distributed as dist
 
-from actors.rank_group import DISK, Rank, gather
+from actors.rank_group import CONCURRENCY_GROUPS, Rank, gather
 from actors.rollout_worker import RolloutWorker
 
 TIMEOUT = timedelta(seconds=60)
@@ -131,7 +131,7 @@ class GroupOfOne:
         environment = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
         if rank is GlooRank:
             environment |= {"CUDA_VISIBLE_DEVICES": ""}
-        actor = ray.remote(concurrency_groups={DISK: 1})(rank)
+        actor = ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(rank)
         self.rank = actor.options(num_cpus=0, runtime_env={"env_vars": environment}, **options).remote(0, 1)
 
     def hold(self, state):

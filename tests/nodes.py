@@ -1,5 +1,8 @@
 """A second machine for the tests that need one."""
 
+import time
+
+import psutil
 import ray
 from ray.cluster_utils import Cluster
 
@@ -12,8 +15,17 @@ class Node:
         # The cluster of `local_ray`: one of its own would write itself into the address that "auto" finds.
         self._cluster.head_node = ray._private.worker.global_worker.node
         self._cluster.redis_address = self._cluster.head_node.redis_address
-        self._node = self._cluster.add_node(num_cpus=num_cpus, object_store_memory=200 * 2**20)
+        # Ray itself would wait for 30 s at most.
+        self._node = self._cluster.add_node(wait=False, num_cpus=num_cpus, object_store_memory=200 * 2**20)
         self.id = self._node.node_id
+        deadline = time.monotonic() + 120
+        while not any(node["NodeID"] == self.id and node["Alive"] for node in ray.nodes()):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
 
     def lose_power(self):
+        # Ray kills the raylet alone, and its workers leave when they notice.
+        [(raylet, *_)] = [infos for kind, infos in self._node.all_processes.items() if kind == "raylet"]
+        for process in psutil.Process(raylet.process.pid).children(recursive=True):
+            process.kill()
         self._cluster.remove_node(self._node, allow_graceful=False)
