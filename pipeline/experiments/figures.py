@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ def _panels(experiment: Experiment, finished: Sequence[FinishedRun]) -> Figure:
     figure, axes = _grid(len(known))
     for axis, (column, spreads) in zip(axes, known.items(), strict=True):
         if experiment.axis is None:
-            _by_name(axis, [variant.name for variant in experiment.variants], spreads)
+            names = [variant.name for variant in experiment.variants]
+            _by_name(axis, dict(zip(names, itertools.cycle(COLOURS), strict=False)), spreads)
         else:
             _by_number(axis, experiment, spreads)
         if column == "nll":
@@ -83,17 +85,17 @@ def _panels(experiment: Experiment, finished: Sequence[FinishedRun]) -> Figure:
     return _finished(figure, experiment, finished)
 
 
-def _by_name(axis: Axes, names: Sequence[str], spreads: dict[str, Spread]) -> None:
-    """A place and a colour for every name, the same in each panel."""
-    for place, name in enumerate(names):
+def _by_name(axis: Axes, colours: Mapping[str, str], spreads: Mapping[str, Spread]) -> None:
+    """A place for every name that has a colour, the same in each panel."""
+    for place, (name, colour) in enumerate(colours.items()):
         if name not in spreads:
             continue
         found = spreads[name]
-        colour = COLOURS[place % len(COLOURS)]
         axis.scatter([place] * len(found.values), found.values, s=16, color=colour, alpha=0.6, linewidths=0)
         axis.errorbar(place + 0.2, found.mean, yerr=_half(found), fmt="_", markersize=12, color=colour, capsize=3)
+    crowded = len(colours) > 5
     axis.set_xticks(
-        range(len(names)), names, rotation=35 if len(names) > 5 else 0, ha="right" if len(names) > 5 else "center"
+        range(len(colours)), list(colours), rotation=35 if crowded else 0, ha="right" if crowded else "center"
     )
 
 
@@ -160,7 +162,8 @@ def _over_optimisation(experiment: Experiment, finished: Sequence[FinishedRun]) 
     _share_y(against_kl)
     against_kl[0].legend(frameon=False, fontsize=7)
     for axis, (column, found) in zip(ends, spreads.items(), strict=True):
-        _by_name(axis, [v.name for v in experiment.variants if v.name in found], found)
+        colours = {v.name: _arm_style(experiment, v)["color"] for v in experiment.variants if v.name in found}
+        _by_name(axis, colours, found)
         axis.axhline(0.5 if column == "gold_win_rate" else 0.0, color="#9aa1ab", linewidth=0.8, linestyle=":")
         _style(axis, TITLES[column])
     return _finished(figure, experiment, finished)
