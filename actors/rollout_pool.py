@@ -102,7 +102,13 @@ class Call:
     worker: Worker
     batch: Batch
     chunk: Chunk
-    deadline: float
+    asked: float
+    """When."""
+    allowed_s: float
+
+    @property
+    def deadline(self) -> float:
+        return self.asked + self.allowed_s
 
 
 class RolloutPool:
@@ -269,7 +275,7 @@ class RolloutPool:
         """Gives every engine the published policy; the slowest engine and the widest gap make the metrics.
 
         Responses in the making are interrupted. As `begin` was told, the new policy goes on with them or they begin
-        anew; only where the pool is to shrink, the chunks that are out are finished first.
+        anew; only where the pool is to shrink, the chunks that are out and shall not begin anew are finished first.
 
         Returns:
             `gate/*`, `weights/*`, and `rollout/*`: workers; chunks issued again because they were late, and answers
@@ -460,7 +466,11 @@ class RolloutPool:
                 with self._turn:
                     self._turn.wait_for(self._may_hand_out)
                     wake_at = self._hand_out(batch)
-                ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=max(0.0, wake_at - time.monotonic()))
+                    if not self._calls:
+                        continue
+                # New weights bring deadlines forward: no wait is longer than a slice.
+                left = min(wake_at - time.monotonic(), SLICE_S)
+                ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=max(0.0, left))
                 with self._turn:
                     if not batch.abandoned:
                         self._take_answers(batch, ready)
@@ -480,8 +490,8 @@ class RolloutPool:
         now = time.monotonic()
         if self._held_back == "tokens":
             return min(call.deadline for call in self._calls.values())
-        for call in self._take_paused():
-            self._go_on(batch, replace(call, deadline=now + self._deadlines.generate_s))
+        while self._paused:
+            self._go_on(batch, replace(self._paused.pop(0), asked=now, allowed_s=self._deadlines.generate_s))
         for name in batch.ahead.keys() - {worker.name for worker in self._workers}:
             batch.ledger.release(batch.ahead.pop(name))
         busy = {call.worker.name for call in self._calls.values()}
@@ -501,17 +511,17 @@ class RolloutPool:
             if ahead is not None:
                 batch.ahead[worker.name] = ahead
             reference = worker.actor.sample.remote(
-                chunk.requests, batch.sampling, ahead.requests if ahead else (), seconds=SLICE_S
+                chunk.requests,
+                batch.sampling,
+                ahead.requests if ahead else (),
+                seconds=SLICE_S,
+                resample_unfinished=batch.resample_unfinished,
             )
             self._calls[reference] = Call(
-                worker=worker, batch=batch, chunk=chunk, deadline=now + self._deadlines.generate_s
+                worker=worker, batch=batch, chunk=chunk, asked=now, allowed_s=self._deadlines.generate_s
             )
-        next_deadline = min(call.deadline for call in self._calls.values())
+        next_deadline = min((call.deadline for call in self._calls.values()), default=math.inf)
         return min(next_deadline, batch.ledger.next_late_at()) if len(handed) < len(idle) else next_deadline
-
-    def _take_paused(self) -> list[Call]:
-        paused, self._paused = self._paused, []
-        return paused
 
     def _go_on(self, batch: Batch, call: Call) -> None:
         """Lets a worker decode on, if it is still there and somebody waits for its chunk."""
@@ -523,7 +533,10 @@ class RolloutPool:
     def _wants(self, batch: Batch, call: Call) -> bool:
         """Whether the call's chunk has no answer yet, and none that new weights would outdate."""
         outdated = self._held_back is not None and batch.resample_unfinished
-        return call.batch is batch and batch.ledger.wants(call.chunk) and not outdated
+        return self._is_awaited(batch, call) and not outdated
+
+    def _is_awaited(self, batch: Batch, call: Call) -> bool:
+        return call.batch is batch and batch.ledger.wants(call.chunk)
 
     def _take_answers(self, batch: Batch, ready: Sequence[Any]) -> None:
         """Of the call that came back, and of those that never will: their workers hang."""
@@ -549,7 +562,11 @@ class RolloutPool:
                 batch.ledger.accept(call.chunk, rollouts, now)
                 self._response_tokens |= {r.prompt.id: float(len(r.response_ids)) for r in rollouts}
             elif self._held_back == "tokens":
-                self._paused.append(call)
+                # Two copies would go on as different samples, of which the first is the one with shorter responses.
+                if any(other.chunk is call.chunk for other in self._paused):
+                    self._counts["dropped"] += 1
+                else:
+                    self._paused.append(call)
             else:
                 self._go_on(batch, call)
         late = [reference for reference, call in self._calls.items() if call.deadline <= now]
@@ -558,7 +575,7 @@ class RolloutPool:
         for reference in set(late) - set(answered):
             call = self._calls.pop(reference)
             self._put_back(call)
-            self._replace(call.worker, self._deadline_exceeded(call.worker, "sample()", self._deadlines.generate_s))
+            self._replace(call.worker, self._deadline_exceeded(call.worker, "sample()", round(call.allowed_s, 1)))
 
     def _put_back(self, call: Call) -> None:
         if not any(other.chunk is call.chunk for other in (*self._calls.values(), *self._paused)):
@@ -581,13 +598,26 @@ class RolloutPool:
                     batch, _ = self._batch
                     if what == "chunks" or batch.resample_unfinished:
                         batch.give_up_ahead()
-                    self._turn.wait_for(
-                        lambda: batch.is_over or not (batch.ledger.is_out if what == "chunks" else self._calls)
-                    )
+                    if what == "tokens":
+                        self._expect_slices()
+                    self._turn.wait_for(lambda: batch.is_over or not self._is_decoding(batch, what))
+                    batch.ledger.interrupt()
                 yield
             finally:
                 self._held_back = None
                 self._turn.notify_all()
+
+    def _expect_slices(self) -> None:
+        """A chunk may take long, but the learner waits now, and a worker that does not pause soon hangs."""
+        now = time.monotonic()
+        for reference, call in self._calls.items():
+            allowed_s = min(call.allowed_s, now + self._deadlines.weights_s - call.asked)
+            self._calls[reference] = replace(call, allowed_s=allowed_s)
+
+    def _is_decoding(self, batch: Batch, what: Between) -> bool:
+        if what == "chunks":
+            return batch.ledger.is_out
+        return any(self._is_awaited(batch, call) for call in self._calls.values())
 
     # ------------------------------------------------------------------ workers
 

@@ -165,18 +165,21 @@ class RolloutWorker:
         ahead: Sequence[RolloutRequest] = (),
         *,
         seconds: float = math.inf,
+        resample_unfinished: bool = False,
     ) -> list[Rollout] | None:
         """One rollout per request, in order; None where it takes longer than about so long: then ask `go_on`.
 
         Args:
             ahead: what will probably be asked next. The engine takes it up as it has room, instead of decoding fewer
                 and fewer responses at a time until the last of `requests` has ended.
+            resample_unfinished: what was begun ahead before new weights came begins anew with them.
         """
         self._checked_version()
-        begun, self._is_interrupted = {} if self._is_interrupted else self._ahead, False
+        begun = {} if self._is_interrupted and resample_unfinished else self._ahead
         numbers = [begun.pop(_key(request, sampling), None) for request in requests]
         # What another worker was asked for instead, or nobody waits for any more.
         self._drop(sorted(self._begun.keys() - {*numbers}))
+        self._resume_interrupted()
         self._asked = [
             self._submit(request, sampling) if number is None else number
             for number, request in zip(numbers, requests, strict=True)
@@ -187,10 +190,7 @@ class RolloutWorker:
     def go_on(self, *, seconds: float = math.inf) -> list[Rollout] | None:
         """What `sample` did not finish. If weights came between, the policy of now goes on where that before ended."""
         self._checked_version()
-        if self._is_interrupted:
-            for number in sorted(self._begun.keys() - self._finished.keys()):
-                self._resume(number)
-            self._is_interrupted = False
+        self._resume_interrupted()
         return self._answer(seconds)
 
     def _answer(self, seconds: float) -> list[Rollout] | None:
@@ -218,6 +218,12 @@ class RolloutWorker:
         self._begun[number] = Begun(request=request, sampling=sampling, version=self._checked_version())
         return number
 
+    def _resume_interrupted(self) -> None:
+        if self._is_interrupted:
+            for number in sorted(self._begun.keys() - self._finished.keys()):
+                self._resume(number)
+            self._is_interrupted = False
+
     def _resume(self, number: int) -> None:
         """Submits the rest of an interrupted response; its first tokens are now a part of the prompt."""
         begun = self._begun[number]
@@ -239,16 +245,16 @@ class RolloutWorker:
         for number in numbers:
             del self._begun[number]
             self._finished.pop(number, None)
+            self._told.pop(number, None)
 
     def _interrupt(self) -> None:
         """Takes the policy away, and out of the engine all that was sampled from it."""
         self._version = None
         self._drop([*self._told])
-        self._told.clear()
-        for number, (token_ids, logprobs) in self._engine.interrupt().items():
+        for number, sample in self._engine.interrupt().items():
             begun = self._begun[number]
             self._begun[number] = replace(
-                begun, token_ids=begun.token_ids + token_ids, logprobs=begun.logprobs + logprobs
+                begun, token_ids=begun.token_ids + sample.token_ids, logprobs=begun.logprobs + sample.logprobs
             )
         self._is_interrupted = True
 

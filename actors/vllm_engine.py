@@ -194,15 +194,14 @@ class VLLMEngine:
         # What the engine computes ahead of its answers ends with them, before anybody touches the weights.
         return self.step()
 
-    def interrupt(self) -> dict[int, tuple[tuple[int, ...], tuple[float, ...]]]:
-        """Forgets all requests. Returns the tokens that they have so far and their log-probabilities, by number."""
+    def interrupt(self) -> dict[int, Sample]:
+        """Forgets all requests. Returns what they have so far, by number."""
         # What vLLM makes of an aborted request where somebody listens to it.
         states = [*self._llm.llm_engine.output_processor.request_states.values()]
         outputs = [state.make_request_output([], None, EngineFinishReason.ABORT, None) for state in states]
         if outputs:
             self.abort([int(output.request_id) for output in outputs])
-        samples = {int(output.request_id): _as_sample(output.outputs[0]) for output in outputs}
-        return {number: (sample.token_ids, sample.logprobs) for number, sample in samples.items()}
+        return {int(output.request_id): _as_sample(output.outputs[0]) for output in outputs}
 
     def differing_groups(self, location: str) -> dict[str, float]:
         """Parameter group -> largest relative difference from the published file, for groups that differ."""

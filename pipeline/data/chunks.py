@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ class Chunk:
 
 class ChunkLedger:
     """Hands out chunks and accepts one answer for each; whose answer it was changes nothing, for seeds are requests'.
+
+    That ends where new weights interrupt a worker: its responses go on from where they are, and a second worker's would
+    be others. The first of two such answers would be that with the shorter responses, so no chunk has two from then on.
 
     Longest first: with the long chunks begun early, the workers end together (Graham 1969, LPT scheduling).
     """
@@ -49,6 +53,7 @@ class ChunkLedger:
         self._reserved: dict[Chunk, Chunk] = {}
         """Behind which other its worker has it."""
         self._issued_again: set[Chunk] = set()
+        self._interrupted: set[Chunk] = set()
         self._answers: dict[int, list[Rollout]] = {}
         self._seconds: list[float] = []
 
@@ -61,16 +66,13 @@ class ChunkLedger:
         """Some chunk is with a worker and has no answer yet."""
         return bool(self._out)
 
-    @property
-    def num_issued_again(self) -> int:
-        return len(self._issued_again)
-
     def issue(self, now: float, reserved: Chunk | None = None) -> Chunk | None:
         """The next chunk to sample, from here on out: the one that the worker had reserved, else one that waits."""
         if reserved is not None and self._reserved.pop(reserved, None) is not None:
             self._out[reserved] = now
-        if reserved in self._out:  # or another was asked as well, and the first one answers
             return reserved
+        if reserved in self._out and reserved not in self._interrupted:
+            return reserved  # another was asked as well, and the first one answers
         if not self._waiting:
             return None
         chunk = self._waiting.popleft()
@@ -93,13 +95,14 @@ class ChunkLedger:
     def release(self, reserved: Chunk) -> None:
         """Its worker does not have the chunk any more; if nobody else was asked for it, it is the next to be issued."""
         if self._reserved.pop(reserved, None) is not None:
-            del self._begun[reserved]
-            self._waiting.appendleft(reserved)
+            self._wait_again(reserved)
 
     def issue_again(self, now: float) -> Chunk | None:
         """A late chunk, or one behind a late one, for a worker that has nothing else to do; each of them once."""
-        late = [chunk for chunk in self._out if chunk not in self._issued_again and now >= self._late_at(chunk)]
-        behind = [chunk for chunk, other in self._reserved.items() if other in self._issued_again]
+        late = [chunk for chunk in self._out if now >= self._late_at(chunk)]
+        behind = [
+            c for c, other in self._reserved.items() if other in self._issued_again and c not in self._interrupted
+        ]
         if not late and not behind:
             return None
         chunk = min(late or behind, key=self._begun.__getitem__)
@@ -110,15 +113,17 @@ class ChunkLedger:
 
     def next_late_at(self) -> float:
         """When the next chunk will be late; infinite if none can be."""
-        return min((self._late_at(c) for c in self._out if c not in self._issued_again), default=float("inf"))
+        return min(map(self._late_at, self._out), default=math.inf)
 
-    def accept(self, chunk: Chunk, rollouts: list[Rollout], now: float) -> bool:
-        """Keeps the first answer to a chunk that is out. False for any other: the caller drops it."""
-        if self._out.pop(chunk, None) is None:
-            return False
+    def interrupt(self) -> None:
+        """New weights come between the tokens of all that workers have."""
+        self._interrupted |= self._out.keys() | self._reserved.keys()
+
+    def accept(self, chunk: Chunk, rollouts: list[Rollout], now: float) -> None:
+        """The answer to a chunk that is out."""
+        del self._out[chunk]
         self._seconds.append(now - self._begun.pop(chunk))
         self._answers[chunk.number] = rollouts
-        return True
 
     def wants(self, chunk: Chunk) -> bool:
         """The chunk is out, and has no answer yet."""
@@ -127,12 +132,22 @@ class ChunkLedger:
     def put_back(self, chunk: Chunk) -> None:
         """The chunk is no longer with any worker; if it has no answer, it is the next to be issued."""
         if self._out.pop(chunk, None) is not None:
-            del self._begun[chunk]
-            self._waiting.appendleft(chunk)
+            self._wait_again(chunk)
 
     def rollouts(self) -> list[Rollout]:
         """All of them, in the order of the requests."""
         return [rollout for number in range(self._num_chunks) for rollout in self._answers[number]]
 
+    def _wait_again(self, chunk: Chunk) -> None:
+        del self._begun[chunk]
+        self._interrupted.discard(chunk)
+        self._waiting.appendleft(chunk)
+
     def _late_at(self, chunk: Chunk) -> float:
-        return self._out[chunk] + STRAGGLER * median(self._seconds) if self._seconds else float("inf")
+        """Infinite where nothing is known yet, or the chunk may not be issued again."""
+        if not self._seconds or not self._may_be_copied(chunk):
+            return math.inf
+        return self._out[chunk] + STRAGGLER * median(self._seconds)
+
+    def _may_be_copied(self, chunk: Chunk) -> bool:
+        return chunk not in self._issued_again and chunk not in self._interrupted

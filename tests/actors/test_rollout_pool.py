@@ -83,7 +83,7 @@ class ScriptedWorker:
     def is_asleep(self):
         return self._asleep
 
-    def sample(self, requests, sampling, ahead=(), *, seconds=None):
+    def sample(self, requests, sampling, ahead=(), *, seconds=None, resample_unfinished=False):
         if self._told("die while sampling"):
             os._exit(1)
         if self._told("hang"):
@@ -101,8 +101,10 @@ class ScriptedWorker:
         return None if self._is_busy() else self._answer(self._unfinished)
 
     def _is_busy(self):
-        """While the marker is there: between slices it can be told something else."""
-        return self._is_stuck or (self._directory / "be busy").exists()
+        """While the marker is there, with all prompts or this one: between slices it can be told something else."""
+        marker = self._directory / "be busy"
+        with_prompts = marker.read_text() if marker.exists() else "none"
+        return self._is_stuck or any(with_prompts in r.prompt.id for r in self._unfinished)
 
     def _answer(self, requests):
         pace = self._directory / "seconds a response"
@@ -301,6 +303,7 @@ def test_workers_that_answered_a_batch_nobody_wanted_are_not_taken_for_hanging(o
 
 
 def test_a_late_chunk_is_sampled_again_and_stands_in_the_batch_once(open_pool, tmp_path):
+    (tmp_path / "seconds a response").write_text("0.05")  # a worker that is merely scheduled late is not a late one
     pool = open_pool()
     pool.load_weights(weights(0))
     untroubled = pool.generate(PROMPTS, SAMPLING)
@@ -367,6 +370,37 @@ def test_weights_do_not_wait_for_a_chunk_and_what_was_begun_goes_on_or_begins_an
     assert [r.response_ids for r in rollouts] == [r.response_ids for r in untroubled]
     assert [r.policy_version for r in rollouts] == [1] * 14
     assert [r.response_text for r in rollouts] == ["begun with 0"] * resumed + ["begun with 1"] * (14 - resumed)
+
+
+def test_of_a_chunk_that_two_workers_are_at_one_goes_on_after_an_update(open_pool, tmp_path):
+    pool = open_pool()
+    pool.load_weights(weights(0))
+    (tmp_path / "be busy").write_text("prompt 0")
+    pool.begin(PROMPTS, SAMPLING)
+    assert until(lambda: [call.chunk.number for call in [*pool._calls.values()]] == [0, 0])
+    metrics = pool.load_weights(weights(1))
+    time.sleep(1)  # each of the other chunks took a moment, and this one would be late again
+    with pool._turn:
+        assert len(pool._calls) == 1
+    (tmp_path / "be busy").unlink()
+    rollouts = pool.collect()
+
+    assert metrics["rollout/answers_dropped"] == 1
+    assert [r.response_text for r in rollouts[:3]] == ["begun with 0"] * 3
+    assert set(Counter((tmp_path / "sampled").read_text().splitlines()).values()) == {1}
+
+
+def test_weights_wait_for_a_worker_that_hangs_as_long_as_for_weights_and_not_as_for_a_chunk(open_pool, tmp_path):
+    pool = open_pool(generate_s=100, weights_s=3)
+    pool.load_weights(weights(0))
+    untroubled = pool.generate(PROMPTS, SAMPLING)
+    (tmp_path / "hang").touch()
+    pool.begin(PROMPTS, SAMPLING)
+    assert until(lambda: not (tmp_path / "hang").exists())
+    started = time.monotonic()
+    assert pool.load_weights(weights(1))["rollout/workers"] == 2
+    assert time.monotonic() - started < 50  # the worker hangs for 60
+    assert [r.response_ids for r in pool.collect()] == [r.response_ids for r in untroubled]
 
 
 def test_what_a_worker_had_begun_is_sampled_by_another_when_it_dies_between_two_tokens(open_pool, tmp_path):

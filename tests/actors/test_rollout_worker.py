@@ -33,8 +33,12 @@ class Engine:
         self.aborted += [number for number in numbers if self.waiting.pop(number, None)]
         return self.step()
 
+    @property
+    def is_busy(self):
+        return bool(self.waiting)
+
     def interrupt(self):
-        so_far = {number: ((90 + number,), (-0.25,)) for number in self.waiting}
+        so_far = {n: SimpleNamespace(token_ids=(90 + n,), logprobs=(-0.25,)) for n in self.waiting}
         self.waiting.clear()
         return so_far
 
@@ -120,18 +124,33 @@ def test_a_response_of_two_updates_keeps_the_tokens_of_all_its_policies(worker):
 
 def test_a_request_without_a_token_is_the_new_policys_with_the_seed_it_had(worker, monkeypatch):
     assert worker.sample(REQUESTS[:1], SAMPLING, seconds=0) is None
-    monkeypatch.setattr(worker._engine, "interrupt", lambda: {worker._engine.waiting.popitem()[0]: ((), ())})
+    nothing = SimpleNamespace(token_ids=(), logprobs=())
+    monkeypatch.setattr(worker._engine, "interrupt", lambda: {worker._engine.waiting.popitem()[0]: nothing})
     load(worker, 4)
     assert answers(worker.go_on()) == [("0", (100,), (-0.5,), 4)]
     assert worker._engine.submitted == [((0,), REQUESTS[0].seed, 8)] * 2
 
 
 # What was begun ahead is there twice: one response that had ended before the weights came, and one that had not.
-def test_after_an_update_a_new_call_takes_nothing_of_the_old_policy(worker):
+@pytest.mark.parametrize(
+    ("resample", "expected", "submitted"),
+    [
+        (False, [("1", (101,), (-0.5,), 3), ("2", (92, 102), (-0.25, -0.5), 3)], [(2, 92)]),
+        (True, [("1", (103,), (-0.5,), 4), ("2", (104,), (-0.5,), 4)], [(1,), (2,)]),
+    ],
+)
+def test_after_an_update_what_was_begun_ahead_goes_on_or_begins_anew(worker, resample, expected, submitted):
     worker.sample(REQUESTS[:1], SAMPLING, ahead=REQUESTS[1:3])
     worker._finished |= worker._engine.step()
     assert worker._finished.keys() == {1}
     load(worker, 4)
-    rollouts = worker.sample(REQUESTS[1:3], SAMPLING)
-    assert answers(rollouts) == [("1", (103,), (-0.5,), 4), ("2", (104,), (-0.5,), 4)]
-    assert prompts(worker) == [(0,), (1,), (2,), (1,), (2,)]
+    rollouts = worker.sample(REQUESTS[1:3], SAMPLING, resample_unfinished=resample)
+    assert answers(rollouts) == expected
+    assert prompts(worker) == [(0,), (1,), (2,), *submitted]
+
+
+def test_a_stream_that_nobody_reads_any_more_is_forgotten(worker):
+    assert worker.advance({7: (REQUESTS[0], SAMPLING), 8: (REQUESTS[1], SAMPLING)}, seconds=0) == {}
+    assert [r.prompt.id for r in worker.sample(REQUESTS[2:3], SAMPLING)] == ["2"]
+    load(worker, 4)
+    assert (worker._begun, worker._told) == ({}, {})

@@ -35,7 +35,7 @@ def test_answers_come_back_in_any_order_and_leave_in_that_of_the_requests():
     chunks = [ledger.issue(0.0) for _ in range(3)]
     for chunk in reversed(chunks):
         assert not ledger.is_complete
-        assert ledger.accept(chunk, answer(chunk), 1.0)
+        ledger.accept(chunk, answer(chunk), 1.0)
     assert ledger.is_complete
     assert not ledger.is_out
     assert ledger.rollouts() == [f"{n} first" for n in range(7)]
@@ -45,17 +45,16 @@ def test_a_late_chunk_is_issued_again_once_and_its_first_answer_wins():
     ledger = ChunkLedger(REQUESTS, 3)
     quick, slow, last = (ledger.issue(0.0) for _ in range(3))
     assert ledger.next_late_at() == inf  # nothing to compare with yet
-    assert ledger.accept(quick, answer(quick), 10.0)
+    ledger.accept(quick, answer(quick), 10.0)
     assert ledger.next_late_at() == 20.0  # twice the median, 10
     assert ledger.issue_again(19.9) is None
     assert ledger.issue_again(20.0) is slow  # out since 0, as is the last; the first of the two
     assert ledger.issue_again(20.0) is last
     assert ledger.issue_again(99.0) is None
-    assert ledger.num_issued_again == 2
 
-    assert ledger.accept(slow, answer(slow, "second worker"), 21.0)
-    assert not ledger.accept(slow, answer(slow, "first worker"), 22.0)
-    assert ledger.accept(last, answer(last), 23.0)
+    ledger.accept(slow, answer(slow, "second worker"), 21.0)
+    assert not ledger.wants(slow)
+    ledger.accept(last, answer(last), 23.0)
     assert ledger.rollouts()[3:] == ["3 second worker", "4 second worker", "5 second worker", "6 first"]
 
 
@@ -64,18 +63,18 @@ def test_a_lost_chunk_is_the_next_to_be_issued_unless_it_has_an_answer():
     first, second = ledger.issue(0.0), ledger.issue(0.0)
     ledger.put_back(first)
     assert ledger.issue(1.0) is first
-    assert ledger.accept(second, answer(second), 2.0)
+    ledger.accept(second, answer(second), 2.0)
     ledger.put_back(second)
     assert ids(ledger.issue(2.0)) == "6"
     assert ledger.issue(2.0) is None
 
 
-def test_an_answer_to_a_chunk_that_was_put_back_is_not_kept():
+def test_an_answer_to_a_chunk_that_was_put_back_is_not_wanted():
     ledger = ChunkLedger(REQUESTS, 7)
     chunk = ledger.issue(0.0)
     ledger.put_back(chunk)
-    assert not ledger.accept(chunk, answer(chunk, "old policy"), 1.0)
-    assert ledger.accept(ledger.issue(1.0), answer(chunk, "new policy"), 2.0)
+    assert not ledger.wants(chunk)
+    ledger.accept(ledger.issue(1.0), answer(chunk, "new policy"), 2.0)
     assert ledger.rollouts()[0] == "0 new policy"
 
 
@@ -95,8 +94,8 @@ def test_a_worker_reserves_its_next_chunk_while_there_is_one_for_every_worker():
     ahead = ledger.reserve(0.0, [first], 2)[first]
     assert ids(ahead) == "45"
     assert ledger.reserve(0.0, [other], 2) == {}  # the last one is for who is done first
-    assert ledger.accept(first, answer(first), 1.0)
-    assert ledger.accept(other, answer(other), 1.0)
+    ledger.accept(first, answer(first), 1.0)
+    ledger.accept(other, answer(other), 1.0)
     assert not ledger.is_out  # a reserved chunk may have been begun, but nobody is asked for it
     assert ledger.issue(1.0, ahead) is ahead
     assert ledger.is_out
@@ -111,26 +110,27 @@ def test_a_reserved_chunk_is_released_for_others_unless_one_was_asked_for_it_alr
     assert ledger.issue(1.0) is ahead
     ledger.release(ahead)
     assert ids(ledger.issue(1.0)) == "6"
-    assert [ledger.accept(chunk, answer(chunk), 2.0) for chunk in (first, ahead)] == [True, True]
+    assert ledger.wants(first)
+    assert ledger.wants(ahead)
 
 
 def test_a_chunk_behind_a_late_one_goes_to_another_worker_too_and_stands_once():
     ledger = ChunkLedger(REQUESTS, 2)
     slow, quick = ledger.issue(0.0), ledger.issue(0.0)
     ahead = ledger.reserve(0.0, [slow], 2)[slow]
-    assert ledger.accept(quick, answer(quick), 1.0)
+    ledger.accept(quick, answer(quick), 1.0)
     last = ledger.issue(1.0)
-    assert ledger.accept(last, answer(last), 2.0)
+    ledger.accept(last, answer(last), 2.0)
     assert ledger.next_late_at() == 2.0  # twice the median, 1
     assert ledger.issue_again(1.9) is None
     assert ledger.issue_again(2.0) is slow
     assert ledger.issue_again(2.0) is ahead
     assert ledger.issue_again(2.0) is None
-    assert ledger.accept(slow, answer(slow, "second"), 3.0)
+    ledger.accept(slow, answer(slow, "second"), 3.0)
     # Who had reserved it is asked, too; the first answer counts.
     assert ledger.issue(3.0, ahead) is ahead
-    assert ledger.accept(ahead, answer(ahead, "second"), 4.0)
-    assert not ledger.accept(ahead, answer(ahead), 5.0)
+    ledger.accept(ahead, answer(ahead, "second"), 4.0)
+    assert not ledger.wants(ahead)
     assert ledger.is_complete
     assert ledger.issue(5.0, ahead) is None
     assert ledger.rollouts()[4:] == ["4 second", "5 second", "6 first"]
@@ -140,10 +140,42 @@ def test_a_chunk_that_had_to_wait_behind_another_is_not_late_for_it():
     ledger = ChunkLedger(REQUESTS, 2)
     first, other = ledger.issue(0.0), ledger.issue(0.0)
     ahead = ledger.reserve(0.0, [first], 2)[first]
-    assert ledger.accept(first, answer(first), 10.0)
-    assert ledger.accept(other, answer(other), 10.0)
+    ledger.accept(first, answer(first), 10.0)
+    ledger.accept(other, answer(other), 10.0)
     assert ledger.issue(10.0, ahead) is ahead
     last = ledger.issue(10.0)
-    assert ledger.accept(last, answer(last), 20.0)
+    ledger.accept(last, answer(last), 20.0)
     assert ledger.issue_again(29.9) is None  # with its worker for 30, asked for since 20; the median took 10
     assert ledger.issue_again(30.0) is ahead
+
+
+def test_a_chunk_whose_responses_two_policies_share_is_never_sampled_twice():
+    ledger = ChunkLedger(REQUESTS, 2)  # 01, 23, 45, 6
+    slow, quick = ledger.issue(0.0), ledger.issue(0.0)
+    ahead = ledger.reserve(0.0, [slow], 2)[slow]
+    ledger.accept(quick, answer(quick), 1.0)
+    ledger.interrupt()
+    assert ledger.next_late_at() == inf
+    assert ledger.issue_again(99.0) is None
+    last = ledger.issue(99.0)
+    assert ids(last) == "6"
+    assert ledger.next_late_at() == 101.0  # begun with the new weights, twice the median of 1 s
+    ledger.accept(slow, answer(slow), 100.0)
+    assert ledger.issue(100.0, ahead) is ahead
+    assert ledger.issue_again(200.0) is last
+
+    ledger.put_back(ahead)  # its worker died, and who begins anew may be late
+    assert ledger.issue(200.0) is ahead
+    assert ledger.issue_again(400.0) is ahead
+
+
+def test_a_chunk_begun_by_two_workers_stays_with_the_one_that_was_asked_for_it_when_weights_come_between():
+    ledger = ChunkLedger(REQUESTS, 3)  # 012, 345, 6
+    slow = ledger.issue(0.0)
+    ahead = ledger.reserve(0.0, [slow], 1)[slow]
+    last = ledger.issue(0.0)
+    ledger.accept(last, answer(last), 1.0)
+    assert [ledger.issue_again(5.0), ledger.issue_again(5.0)] == [slow, ahead]
+    ledger.interrupt()
+    ledger.accept(slow, answer(slow), 6.0)
+    assert ledger.issue(6.0, ahead) is None  # the other has it

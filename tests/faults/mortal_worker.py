@@ -44,7 +44,7 @@ class MortalWorker:
         gate = {"gate/mean": 0.0, "gate/max": 0.0}
         return gate | {"weights/seconds": 0.1, "weights/gb_per_s": 1.0, "weights/copy_gb_per_s": 8.0}
 
-    def sample(self, requests, sampling, ahead=(), *, seconds):
+    def sample(self, requests, sampling, ahead=(), *, seconds, resample_unfinished):
         if befalls(self._fate, "death in generation"):
             die()
         return [self._draw(request, sampling) for request in requests]
