@@ -207,7 +207,7 @@ def align_one(recipe: Recipe, policy: StageResult, reward_model: StageResult, pl
             directory=storage.join(directory, "alignment"),
             alignment=config,
             benchmark=recipe.benchmark,
-            reward_scale=RewardScale(mean=scorer.card.reward_mean, std=scorer.card.reward_std),
+            reward_scale=RewardScale.of(scorer.card),
             seed=recipe.seed,
         )
     about_the_model = {f"reward_model/{name}": reward_model.metrics[f"eval/{name}"] for name in ("accuracy", "nll")}

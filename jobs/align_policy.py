@@ -89,7 +89,7 @@ def _align(stage: StageDirectory, rooms: Rooms, policy: StageResult, reward_mode
                 PromptStream(prompts=tuple(prompts), seed=recipe.seed),
                 stage,
                 config,
-                reward_scale=RewardScale(mean=card.reward_mean, std=card.reward_std),
+                reward_scale=RewardScale.of(card),
                 seed=recipe.seed,
                 gold=None if data.gold is None else GoldYardstick.of(data.gold, data.heldout_pairs),
             )

@@ -15,7 +15,7 @@ from pipeline.config.schema import ExperimentConfig, Recipe
 from pipeline.errors import ConfigError
 from pipeline.stages.fingerprint import fingerprint
 
-VERSION = 1
+VERSION = 2
 """Of what a run computes; part of its identity."""
 
 LOSS = "reward_training.loss"

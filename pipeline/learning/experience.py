@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +19,9 @@ from pipeline.objectives.masked import masked_mean, whiten
 from pipeline.objectives.policy import truncated_importance_weights
 from pipeline.records import CriticTargets, Experience, Metrics, RewardScore, Rollout, TokenEvaluation
 
+if TYPE_CHECKING:
+    from pipeline.models.reward_model import RewardModelCard
+
 
 @dataclass(frozen=True, kw_only=True)
 class RewardScale:
@@ -25,6 +29,13 @@ class RewardScale:
 
     mean: float
     std: float
+    posterior_std: float = 0.0
+    """Mean of what the model is uncertain by; 0 for one without uncertainty."""
+
+    @classmethod
+    def of(cls, card: RewardModelCard) -> RewardScale:
+        posterior_std = card.metrics.get("eval/posterior_std", 0.0)
+        return cls(mean=card.reward_mean, std=card.reward_std, posterior_std=posterior_std)
 
 
 def build_experience(
@@ -158,6 +169,7 @@ def _shaped_rewards(
         ppo.reward_transform,
         reward_mean=reward_scale.mean,
         reward_std=reward_scale.std,
+        posterior_std=reward_scale.posterior_std,
         lcb_coefficient=ppo.lcb_coefficient,
         clip=ppo.reward_clip,
     )

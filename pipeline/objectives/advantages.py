@@ -22,6 +22,7 @@ def transform_reward(
     *,
     reward_mean: float,
     reward_std: float,
+    posterior_std: float,
     lcb_coefficient: float,
     clip: float | None,
 ) -> torch.Tensor:
@@ -29,9 +30,10 @@ def transform_reward(
 
     none:   r
     zscore: (r - m) / s
-    lcb:    (r - c * std - m) / s        lower confidence bound: an uncertain reward counts less
+    lcb:    (r - m - c (std - u)) / s    lower confidence bound, but for a constant: an uncertain reward counts less
     log_sigmoid: log sigmoid(r - m)      being better than average counts, being better still hardly
-    then clipped to [-clip, clip].  m, s are the reward model's statistics on held-out responses.
+    then clipped to [-clip, clip].  m and s are the mean and the standard deviation of r over held-out responses, u the
+    mean of std: without u a large c would push all rewards below the clip, where they are equal.
 
     Source: vrm_spec sections 8 and 10; log_sigmoid from Wang et al. 2024, arXiv:2402.00742, who take a reference reward
     per prompt where we take the one m.
@@ -39,6 +41,7 @@ def transform_reward(
     Args:
         mean, std: [B] posterior mean and standard deviation of the reward.
         reward_mean, reward_std: m and s > 0; "none" ignores both, "log_sigmoid" s.
+        posterior_std: u, of "lcb".
         lcb_coefficient: c >= 0.
         clip: bound after scaling, or None.
 
@@ -51,7 +54,7 @@ def transform_reward(
         case "zscore":
             reward = (mean - reward_mean) / reward_std
         case "lcb":
-            reward = (mean - lcb_coefficient * std - reward_mean) / reward_std
+            reward = (mean - reward_mean - lcb_coefficient * (std - posterior_std)) / reward_std
         case "log_sigmoid":
             reward = F.logsigmoid(mean - reward_mean)
     return reward if clip is None else reward.clamp(-clip, clip)

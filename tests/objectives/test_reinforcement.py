@@ -112,10 +112,10 @@ def test_the_kl_controller_moves_toward_its_target(kl, expected):
 
 def test_reward_transforms_by_hand():
     mean, std = torch.tensor([3.0, 100.0]), torch.tensor([0.5, 1.0])
-    scale = {"reward_mean": 1.0, "reward_std": 2.0, "lcb_coefficient": 2.0, "clip": 5.0}
+    scale = {"reward_mean": 1.0, "reward_std": 2.0, "posterior_std": 0.25, "lcb_coefficient": 2.0, "clip": 5.0}
     assert transform_reward(mean, std, "none", **scale).tolist() == [3.0, 5.0]
     assert transform_reward(mean, std, "zscore", **scale).tolist() == [1.0, 5.0]
-    assert transform_reward(mean, std, "lcb", **scale).tolist() == [0.5, 5.0]
+    assert transform_reward(mean, std, "lcb", **scale).tolist() == [0.75, 5.0]  # (3 - 1 - 2 (0.5 - 0.25)) / 2
     # ln 3 above the mean: sigmoid 3/4. Far above it is nothing to gain, far below the clip ends the loss.
     mean = torch.tensor([1.0 + math.log(3.0), 1.0, 100.0, -100.0])
     transformed = transform_reward(mean, std, "log_sigmoid", **scale).tolist()
