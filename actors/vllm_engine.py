@@ -148,7 +148,7 @@ class VLLMEngine:
         if not self._llm.reset_prefix_cache():
             raise StaleEngineError(
                 "the engine would not forget the prefixes it cached before this update: a request is still running. "
-                "Load weights between batches only."
+                "Interrupt it first."
             )
 
     def copy_gb_per_s(self, num_bytes: int) -> float:

@@ -178,12 +178,16 @@ def open_rooms(options: Options) -> Iterator[Rooms]:
 
 
 def leave_at_once(workspace: Workspace, recipe: Recipe) -> NoReturn:
-    """The end of a grace time that was too short, whatever the main thread is in; Ray ends with its driver."""
+    """The end of a grace time that was too short, whatever the main thread is in.
+
+    A Ray of our own ends with its driver. On a cluster that others run the scoring service may stay until the job that
+    resumes takes its place.
+    """
     try:
         print(
             "asked to end, and not ready to within cluster.deadlines.grace_s = "
-            f"{recipe.cluster.deadlines.grace_s:g} s: what came after the last commit is lost. The same command "
-            "resumes.",
+            f"{recipe.cluster.deadlines.grace_s:g} s: what came after the last commit, if anything, is lost. The same "
+            "command resumes.",
             file=sys.stderr,
             flush=True,
         )

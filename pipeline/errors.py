@@ -88,4 +88,4 @@ class TransferFailed(WorkerError):
 
 
 class Preempted(PipelineError):
-    """The process was asked to end; what it had done is committed, and the same command resumes."""
+    """The process was asked to end and has committed what it had done; the same command resumes."""

@@ -93,7 +93,8 @@ class BackgroundRolloutSource(RolloutSource, Protocol):
         """Starts what `generate` does and returns at once; a batch begun before and not collected is abandoned.
 
         When weights are loaded meanwhile, what is not yet begun is sampled from the new policy, and with
-        `resample_unfinished` also what is begun and has not ended. Every rollout says which policy it is from.
+        `resample_unfinished` also what is begun and has not ended; without it the new policy ends what the old one
+        began. Every rollout says which policy its first token is from.
         """
 
     def collect(self) -> list[Rollout]:

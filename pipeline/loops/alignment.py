@@ -69,6 +69,7 @@ def align(
                 asked, said = [s.prompt.messages for s in samples], [s.response_text for s in samples]
                 scores = scorer.score(asked, said)
                 clock.lap("score")
+                stage.give_up_if_preempted()
                 evaluations = learner.evaluate(samples)
                 clock.lap("evaluate")
             experience, measured = build_experience(

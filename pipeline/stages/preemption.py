@@ -10,26 +10,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-KEPT_FOR_LEAVING = 0.2
-"""Share of the grace time."""
+LEAVING_S = 5.0
+LEAVING_SHARE = 0.2
+"""What is kept of the grace time to leave in, at most: seconds, and a share of it."""
 POLL_S = 0.1
 
 
 class WaitCutShort(Exception):
-    """The notice came while a step waited for something that it can do without."""
+    """The notice came before the update of a step, which ends it."""
 
 
 class PreemptionNotice:
     """Remembers the signal, so that a run leaves with a commit and an exit code of its own.
 
-    Where the notice finds a step decides what is lost, which is never more than that step:
+    Where the notice finds a step decides what is lost:
 
-    - Before its update nothing has touched the learner. The step is given up, at once where it waits for rollouts, and
-      the state behind the step before is committed, if it is not yet. A resumed run does the step again: its prompts
-      and seeds are functions of its number, so it ends with the same weights, bit for bit.
+    - Before its update nothing has touched the learner. The step is given up, at once where it waits for rollouts and
+      else behind the call that it is in, and the state behind the step before is committed, if it is not yet. A resumed
+      run does the step again, with the same prompts and seeds.
     - From its update on, the step ends and is committed.
-    - What is not done with a fifth of `grace_s` left, an update or a save that takes longer, cannot be saved. The
-      process then leaves as SIGKILL would have it leave, with the last commit.
+    - What is not done when it is time to leave, an update or a save that takes longer, cannot be saved. The process
+      then leaves as SIGKILL would have it leave, with the last commit.
     """
 
     def __init__(self, grace_s: float = math.inf, too_late: Callable[[], None] = lambda: None) -> None:
@@ -68,11 +69,15 @@ class PreemptionNotice:
         """
         try:
             self._may_cut = True
-            if self.is_given():
-                raise WaitCutShort
+            self.end_if_given()
             yield
         finally:
             self._may_cut = False
+
+    def end_if_given(self) -> None:
+        """Raises WaitCutShort where the notice was given: what comes next would be in vain."""
+        if self.is_given():
+            raise WaitCutShort
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self._given_at is None:
@@ -82,8 +87,9 @@ class PreemptionNotice:
             raise WaitCutShort
 
     def _watch_the_grace(self, left: threading.Event) -> None:
+        usable_s = self._grace_s - min(LEAVING_S, LEAVING_SHARE * self._grace_s)
         while not left.wait(POLL_S):
             given_at = self._given_at
-            if given_at is not None and time.monotonic() - given_at > (1 - KEPT_FOR_LEAVING) * self._grace_s:
+            if given_at is not None and time.monotonic() - given_at > usable_s:
                 self._too_late()
                 return

@@ -263,6 +263,10 @@ class StageDirectory:
         """Around the wait for rollouts, within `given_up_if_preempted`: it ends with the notice."""
         return self._notice.cutting_short()
 
+    def give_up_if_preempted(self) -> None:
+        """Between two calls within `given_up_if_preempted`: the second is not begun after the notice."""
+        self._notice.end_if_given()
+
     def delete_uncommitted(self) -> None:
         """Removes what a killed run left behind without a commit: a half-exported result, a half-saved checkpoint."""
         storage.delete_directory(self.result_uri)

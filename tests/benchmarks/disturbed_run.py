@@ -163,7 +163,8 @@ class Job:
         found = []
         for process in psutil.Process(self.process.pid).children(recursive=True):
             try:
-                if process.name().startswith("ray::Roll") and "sample" in " ".join(process.cmdline()):
+                call = " ".join(process.cmdline())
+                if process.name().startswith("ray::Roll") and ("sample" in call or "go_on" in call):
                     found.append(process)
             except psutil.NoSuchProcess:
                 continue

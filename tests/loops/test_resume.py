@@ -257,6 +257,28 @@ def test_a_notice_before_the_update_gives_the_step_up_and_one_from_there_on_has_
     assert_bit_equal(weights(tmp_path / "preempted"), policy)
 
 
+def test_behind_a_notice_in_scoring_the_step_is_not_evaluated_any_more(
+    tiny_policy, world, tokenizer, tmp_path, monkeypatch
+):
+    score, evaluated, scored = FakeScorer.score, [], []
+
+    def notified(self, *arguments):
+        scored.append(arguments)
+        if len(scored) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return score(self, *arguments)
+
+    def count(learner, rollouts):
+        evaluate = learner.evaluate
+        learner.evaluate = lambda samples: evaluated.append(samples) or evaluate(samples)
+
+    monkeypatch.setattr(FakeScorer, "score", notified)
+    notice = PreemptionNotice()
+    with notice.watching(), pytest.raises(Preempted, match=r"is committed behind step 1\."):
+        run_alignment(tiny_policy, world, tokenizer, tmp_path, change=count, notice=notice)
+    assert (len(scored), len(evaluated)) == (2, 1)
+
+
 class RisingScorer(FakeScorer):
     """Likes every batch better than the one before, as a hacked reward model does."""
 
