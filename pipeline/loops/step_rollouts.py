@@ -54,7 +54,8 @@ class PrefetchingRollouts:
     prompts are those of its number all the same.
 
     Source: Noukhovitch et al. 2024, arXiv:2410.18252 (one step off-policy); the importance weights of
-    `truncated_importance_weights` correct for it.
+    `truncated_importance_weights` correct for it. Responses that the next policy continues are Fu et al.'s
+    interruptible generation (2025, arXiv:2505.24298), Piché et al.'s in-flight updates (2025, arXiv:2509.19128).
     """
 
     def __init__(self, source: BackgroundRolloutSource, plan: StepPlan) -> None:
