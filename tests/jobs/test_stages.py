@@ -10,6 +10,7 @@ import pytest
 import actors.rank_group
 import actors.rollout_pool
 import jobs.rooms
+from jobs.align_policy import align_policy
 from jobs.command_line import PREEMPTED, Options
 from jobs.prepare_policy import prepare_policy, split_texts
 from jobs.rooms import Rooms
@@ -83,6 +84,28 @@ def test_other_objectives_are_another_fine_tuned_policy_and_the_same_adopted_one
             prepare_policy(rooms_of(f"objectives={objectives}", f"prepare_policy.num_steps={steps}"))
     assert begun[0] != begun[1]
     assert begun[2] == begun[3]
+
+
+@pytest.mark.parametrize(
+    ("keep_best", "setting"),
+    [
+        ("reward/mean", "alignment"),
+        ("eval/accuracy", "reward_training"),
+        (None, "alignment"),
+        (None, "reward_training"),
+    ],
+)
+def test_the_commit_that_is_kept_as_the_best_is_the_one_the_recipe_calls_best(
+    keep_best, setting, rooms_of, tmp_path, monkeypatch
+):
+    def stage_of(runner, name, version, compute, *, keep_best=None, **rest):
+        return keep_best
+
+    monkeypatch.setattr(StageRunner, "run", stage_of)
+    before = StageResult(name="before", location=str(tmp_path), fingerprint="0", metrics={})
+    rooms = rooms_of(f"{setting}.keep_best={'null' if keep_best is None else keep_best}")
+    stage = align_policy(rooms, before, before) if setting == "alignment" else train_reward_model(rooms, before)
+    assert stage == keep_best
 
 
 def test_a_job_forgets_what_was_asked_of_the_last_one_and_hears_what_is_asked_from_its_beginning(tmp_path, monkeypatch):
