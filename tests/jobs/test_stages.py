@@ -1,15 +1,19 @@
 """What a stage can know to be wrong it says before any rank starts."""
 
+import os
 import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import actors.rank_group
 import actors.rollout_pool
+import jobs.align_policy
 import jobs.rooms
+import jobs.train_reward_model
 from jobs.align_policy import align_policy
 from jobs.command_line import PREEMPTED, Options
 from jobs.prepare_policy import prepare_policy, split_texts
@@ -86,26 +90,36 @@ def test_other_objectives_are_another_fine_tuned_policy_and_the_same_adopted_one
     assert begun[2] == begun[3]
 
 
+# Four commits, of which the first is the best. Two of the newest are kept by default.
 @pytest.mark.parametrize(
-    ("keep_best", "setting"),
+    ("settings", "aligning", "training"),
     [
-        ("reward/mean", "alignment"),
-        ("eval/accuracy", "reward_training"),
-        (None, "alignment"),
-        (None, "reward_training"),
+        ([], [2, 3], [2, 3]),
+        (["alignment.keep_best=reward/mean"], [0, 2, 3], [2, 3]),
+        (["alignment.keep_best=reward/mean", "alignment.keep_checkpoints=1"], [0, 3], [2, 3]),
+        (["reward_training.keep_best=eval/accuracy"], [2, 3], [0, 2, 3]),
     ],
 )
-def test_the_commit_that_is_kept_as_the_best_is_the_one_the_recipe_calls_best(
-    keep_best, setting, rooms_of, tmp_path, monkeypatch
+def test_a_stage_keeps_the_commits_that_the_recipe_asks_for(
+    settings, aligning, training, rooms_of, tmp_path, monkeypatch
 ):
-    def stage_of(runner, name, version, compute, *, keep_best=None, **rest):
-        return keep_best
+    found = {}
 
-    monkeypatch.setattr(StageRunner, "run", stage_of)
+    def commit_four_times(stage, *_):
+        for step, merit in enumerate((0.9, 0.1, 0.2, 0.3)):
+            os.makedirs(stage.checkpoints.uri(step))
+            stage.checkpoints.commit(step, {"metrics": {"reward/mean": merit, "eval/accuracy": merit}})
+        checkpoints = Path(stage.checkpoints.uri(0)).parent
+        found[stage.name] = [int(path.stem.removeprefix("step-")) for path in sorted(checkpoints.glob("*.json"))]
+        return {}
+
+    monkeypatch.setattr(jobs.align_policy, "_align", commit_four_times)
+    monkeypatch.setattr(jobs.train_reward_model, "_train", commit_four_times)
     before = StageResult(name="before", location=str(tmp_path), fingerprint="0", metrics={})
-    rooms = rooms_of(f"{setting}.keep_best={'null' if keep_best is None else keep_best}")
-    stage = align_policy(rooms, before, before) if setting == "alignment" else train_reward_model(rooms, before)
-    assert stage == keep_best
+    rooms = rooms_of(*settings)
+    align_policy(rooms, before, before)
+    train_reward_model(rooms, before)
+    assert found == {"align_policy": aligning, "train_reward_model": training}
 
 
 def test_a_job_forgets_what_was_asked_of_the_last_one_and_hears_what_is_asked_from_its_beginning(tmp_path, monkeypatch):
