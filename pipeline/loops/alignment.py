@@ -58,9 +58,9 @@ def align(
     # Publish before the first batch: rollouts must start from the restored policy.
     gate = rollouts.load_weights(learner.publish_weights(first_step))
     with stage.metrics_log(config.num_steps, first_step) as log:
+        clock = Stopwatch()
         for step in range(first_step, config.num_steps):
             stage.checkpoints.require_sound()
-            clock = Stopwatch()
             with stage.given_up_if_preempted(step, save):
                 with stage.cut_short_if_preempted():
                     samples, ages = batches.collect(step)
@@ -104,10 +104,13 @@ def align(
             clock.lap("weights")
             metrics = ages | measured | updated | gate | clock.metrics(sum(len(s.response_ids) for s in samples))
             log.write(step, metrics)
+            # Begins before the save, which the next row tells of: no commit may come before the row of its own step.
+            clock = Stopwatch()
             last = step + 1 == config.num_steps
             if not last and stage.is_commit_due(step, every=config.checkpoint_every):
                 save(step)
                 stage.leave_if_preempted(step)
+                clock.lap("save")
         else:
             # Not after the KL stop: no policy has a better reward than the one that went too far for it.
             best = stage.checkpoints.better_than(metrics)
@@ -137,7 +140,7 @@ def return_to_last_good(
 
 
 class Stopwatch:
-    """Seconds per phase of a step."""
+    """Seconds per phase of a step; the first is the save behind the step before, where there was one."""
 
     def __init__(self) -> None:
         self._started = self._last = time.perf_counter()

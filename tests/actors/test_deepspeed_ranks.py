@@ -63,10 +63,18 @@ def start(tiny_policy, world, zero_stage, lora=None, offload=False):
 
 
 def build_trainer(spec, device):
-    """Runs on every rank. Where there is no GPU, only DeepSpeed itself can tell whether it offloads."""
-    trainer = build_reward_trainer(spec, device)
-    assert trainer.engine._engine.zero_cpu_offload() == spec.ranks.offload_optimiser
-    return trainer
+    """Runs on every rank, as `build_learner` does."""
+    return offloading_as_asked(build_reward_trainer(spec, device), spec)
+
+
+def build_learner(spec, device):
+    return offloading_as_asked(build_ppo_learner(spec, device), spec)
+
+
+def offloading_as_asked(learner, spec):
+    """Where there is no GPU, only DeepSpeed itself can tell whether it offloads."""
+    assert learner.engine._engine.zero_cpu_offload() == spec.ranks.offload_optimiser
+    return learner
 
 
 def batches(world, tokenizer):
@@ -132,10 +140,11 @@ def test_two_ranks_agree_with_one_process_and_each_resumes_what_the_other_saved(
 
 
 @pytest.mark.parametrize(
-    ("zero_stage", "critic", "lora"), [(2, "separate", None), (3, "separate", None), (3, "value_head", LORA)]
+    ("zero_stage", "critic", "lora", "offload"),
+    [(2, "separate", None, False), (3, "separate", None, True), (3, "value_head", LORA, False)],
 )
 def test_ppo_on_two_ranks_agrees_with_one_process_and_each_resumes_what_the_other_saved(
-    zero_stage, critic, lora, local_ray, tiny_policy, trained_reward_model, world, tokenizer, tmp_path
+    zero_stage, critic, lora, offload, local_ray, tiny_policy, trained_reward_model, world, tokenizer, tmp_path
 ):
     ppo = PPOConfig(
         epochs=2,
@@ -147,7 +156,7 @@ def test_ppo_on_two_ranks_agrees_with_one_process_and_each_resumes_what_the_othe
     )
     spec = PPOLearnerSpec(
         config=ALIGNMENT.model_copy(update={"ppo": ppo}),
-        ranks=RanksConfig(ranks=2, cpus_per_rank=1, zero_stage=zero_stage),
+        ranks=RanksConfig(ranks=2, cpus_per_rank=1, zero_stage=zero_stage, offload_optimiser=offload),
         policy_uri=tiny_policy,
         reward_model_uri=trained_reward_model,
         dtype="float32",
@@ -166,7 +175,7 @@ def test_ppo_on_two_ranks_agrees_with_one_process_and_each_resumes_what_the_othe
     policy = load_file(f"{published.location}/model.safetensors")
     with RankGroup("test ranks", spec.ranks, start_s=240) as group:
         # Elsewhere than one process did: a policy that was read from a file may change when it is written over.
-        group.build(build_ppo_learner, replace(spec, publish_directory=str(tmp_path / "published by ranks")))
+        group.build(build_learner, replace(spec, publish_directory=str(tmp_path / "published by ranks")))
         learner = RankedPolicyLearner(group, DeadlinesConfig())
         learner.restore(str(tmp_path / "one process"))
         for ours, theirs in zip(learner.evaluate(samples), evaluations, strict=True):

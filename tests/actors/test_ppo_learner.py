@@ -2,20 +2,22 @@
 
 from functools import partial
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from actors.ppo_learner import PPOLearnerSpec, ppo_learner
-from pipeline.config.schema import RanksConfig
+from actors.reward_trainer import RewardTrainerSpec, reward_trainer
+from pipeline.config.schema import RanksConfig, RewardTrainingConfig
 from pipeline.learning.engine import TorchEngine
 from pipeline.learning.ppo_update import frozen_reference
-from tests.learners import ALIGNMENT
+from tests.learners import ALIGNMENT, HEAD, statistics_of
 
 
-def built(policy, reward_model, critic):
+def built(policy, reward_model, critic, *, recomputed=False):
     ppo = ALIGNMENT.ppo.model_copy(update={"critic": critic})
     spec = PPOLearnerSpec(
-        config=ALIGNMENT.model_copy(update={"ppo": ppo}),
+        config=ALIGNMENT.model_copy(update={"ppo": ppo, "gradient_checkpointing": recomputed}),
         ranks=RanksConfig(),
         policy_uri=policy,
         reward_model_uri=reward_model,
@@ -44,3 +46,21 @@ def test_a_separate_critic_starts_from_the_reward_models_backbone(tiny_policy, t
 
 def test_a_value_head_reads_the_policy_and_no_reward_model(tiny_policy):
     assert built(tiny_policy, "/nowhere", "value_head").engine.module.critic is None
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_activations_are_recomputed_in_every_trained_backbone_where_the_recipe_says_so(
+    recomputed, tiny_policy, trained_reward_model, world
+):
+    aligned = built(tiny_policy, trained_reward_model, "separate", recomputed=recomputed).engine.module
+    assert aligned.policy.is_gradient_checkpointing == recomputed
+    assert aligned.critic.is_gradient_checkpointing == recomputed
+    spec = RewardTrainerSpec(
+        config=RewardTrainingConfig(vrm=HEAD, gradient_checkpointing=recomputed),
+        ranks=RanksConfig(),
+        backbone_uri=tiny_policy,
+        statistics=statistics_of(world),
+        num_steps=1,
+        seed=0,
+    )
+    assert reward_trainer(spec, TorchEngine).engine.module.backbone.is_gradient_checkpointing == recomputed

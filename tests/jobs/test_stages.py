@@ -1,15 +1,20 @@
 """What a stage can know to be wrong it says before any rank starts."""
 
+import os
 import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import actors.rank_group
 import actors.rollout_pool
+import jobs.align_policy
 import jobs.rooms
+import jobs.train_reward_model
+from jobs.align_policy import align_policy
 from jobs.command_line import PREEMPTED, Options
 from jobs.prepare_policy import prepare_policy, split_texts
 from jobs.rooms import Rooms
@@ -83,6 +88,38 @@ def test_other_objectives_are_another_fine_tuned_policy_and_the_same_adopted_one
             prepare_policy(rooms_of(f"objectives={objectives}", f"prepare_policy.num_steps={steps}"))
     assert begun[0] != begun[1]
     assert begun[2] == begun[3]
+
+
+# Four commits, of which the first is the best. Two of the newest are kept by default.
+@pytest.mark.parametrize(
+    ("settings", "aligning", "training"),
+    [
+        ([], [2, 3], [2, 3]),
+        (["alignment.keep_best=reward/mean"], [0, 2, 3], [2, 3]),
+        (["alignment.keep_best=reward/mean", "alignment.keep_checkpoints=1"], [0, 3], [2, 3]),
+        (["reward_training.keep_best=eval/accuracy"], [2, 3], [0, 2, 3]),
+    ],
+)
+def test_a_stage_keeps_the_commits_that_the_recipe_asks_for(
+    settings, aligning, training, rooms_of, tmp_path, monkeypatch
+):
+    found = {}
+
+    def commit_four_times(stage, *_):
+        for step, merit in enumerate((0.9, 0.1, 0.2, 0.3)):
+            os.makedirs(stage.checkpoints.uri(step))
+            stage.checkpoints.commit(step, {"metrics": {"reward/mean": merit, "eval/accuracy": merit}})
+        checkpoints = Path(stage.checkpoints.uri(0)).parent
+        found[stage.name] = [int(path.stem.removeprefix("step-")) for path in sorted(checkpoints.glob("*.json"))]
+        return {}
+
+    monkeypatch.setattr(jobs.align_policy, "_align", commit_four_times)
+    monkeypatch.setattr(jobs.train_reward_model, "_train", commit_four_times)
+    before = StageResult(name="before", location=str(tmp_path), fingerprint="0", metrics={})
+    rooms = rooms_of(*settings)
+    align_policy(rooms, before, before)
+    train_reward_model(rooms, before)
+    assert found == {"align_policy": aligning, "train_reward_model": training}
 
 
 def test_a_job_forgets_what_was_asked_of_the_last_one_and_hears_what_is_asked_from_its_beginning(tmp_path, monkeypatch):

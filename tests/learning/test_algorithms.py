@@ -18,7 +18,7 @@ from pipeline.objectives.policy import clipped_policy_loss
 from pipeline.records import CriticTargets, Prompt, RewardScore, Rollout, TokenEvaluation
 from tests.fakes import FakeScorer
 from tests.learners import ppo_learner
-from tests.learning.test_updates import ShardOfMany, assert_same, samples_of, sharded_gradients
+from tests.learning.test_updates import ShardOfMany, assert_same, gradients, samples_of, sharded_gradients
 from tests.lockstep import run_ranks
 
 ALGORITHMS = get_args(Algorithm)
@@ -317,6 +317,24 @@ def test_gradients_of_1_2_and_4_shards_agree(algorithm, tiny_policy, world, toke
     assert any(name.startswith("value_head") for name in whole) == (algorithm == "ppo")
     for world_size, max_tokens in ((1, 60), (2, 60), (4, 10_000)):
         assert_same(sharded_gradients(learner(max_tokens), experience, world_size, run), whole)
+
+
+def test_tokens_of_half_the_importance_pull_half_as_hard(tiny_policy, world, tokenizer, tmp_path):
+    config = config_of("rloo").model_copy(update={"kl": KLConfig(coefficient=0.0)})
+    make_engine = partial(ShardOfMany, rank=0, world_size=1)  # keeps its gradient
+    learner = ppo_learner(tiny_policy, world, tokenizer, tmp_path, config=config, make_engine=make_engine)
+    experience = experience_of(config, learner, world, tokenizer)
+    ones = experience.mask.float()
+    losses, pulls = {}, {}
+    for weight in (1.0, 0.5):
+        weighed = replace(experience, advantages=ones, importance_weights=weight * ones)
+        losses[weight] = learner.update(weighed, 0)["ppo/policy_loss"]
+        pulls[weight] = gradients(learner.engine)
+        learner.engine.module.zero_grad()
+    # The ratio is 1: of every token A = 1 times its weight.
+    assert losses == pytest.approx({1.0: -1.0, 0.5: -0.5}, rel=1e-5)
+    assert_same(pulls[0.5], {name: 0.5 * gradient for name, gradient in pulls[1.0].items()})
+    assert any(gradient.abs().max() > 1e-4 for gradient in pulls[1.0].values())
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo"])

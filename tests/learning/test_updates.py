@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from pipeline.config.load import load_recipe
 from pipeline.config.schema import PairLossConfig, VariationalLossConfig
@@ -248,6 +249,32 @@ def test_the_learner_divides_logits_by_the_temperature_that_the_engine_sampled_a
     assert metrics["ppo/approximate_kl"] == pytest.approx(0.0, abs=1e-6)
 
 
+def test_the_entropy_of_an_update_is_that_of_the_logits_at_the_sampling_temperature(
+    tiny_policy, world, tokenizer, tmp_path
+):
+    def sharpened(policy):
+        """Logits of a random model are all alike; ten times as large they are not."""
+        with torch.no_grad():
+            policy.model.norm.weight.mul_(10.0)
+        return policy
+
+    ppo = ALIGNMENT.ppo.model_copy(update={"mini_batch_size": 9, "epochs": 1})
+    config = ALIGNMENT.model_copy(update={"ppo": ppo, "temperature": 0.7})
+    learner = ppo_learner(tiny_policy, world, tokenizer, tmp_path, config=config)
+    sharpened(learner.engine.module.policy)
+    samples = samples_of(learner, world, tokenizer)
+    policy = sharpened(AutoModelForCausalLM.from_pretrained(tiny_policy)).eval()
+    entropies = []
+    for sample in samples:
+        with torch.no_grad():
+            logits = policy(torch.tensor([[*sample.prompt.token_ids, *sample.response_ids]])).logits[0]
+        before_each_token = logits[len(sample.prompt.token_ids) - 1 : -1]
+        entropies.extend(torch.distributions.Categorical(logits=before_each_token / 0.7).entropy().tolist())
+    entropy = learner.update(experience_from(learner, samples), 0)["ppo/entropy"]
+    assert entropy == pytest.approx(sum(entropies) / len(entropies), rel=1e-4)
+    assert entropy < 0.9 * math.log(len(tokenizer))
+
+
 def rollout(tokens, text="", finish="stop", logprobs=None):
     prompt = Prompt(id="p", messages=({"role": "user", "content": "why ?"},), token_ids=(1, 2))
     return Rollout(
@@ -261,10 +288,17 @@ def rollout(tokens, text="", finish="stop", logprobs=None):
     )
 
 
-def test_experience_by_hand():
-    ppo = ALIGNMENT.ppo.model_copy(
-        update={"gae_lambda": 1.0, "whiten_advantages": False, "reward_clip": 2.0, "no_stop_penalty": 1.0}
-    )
+@pytest.mark.parametrize(
+    ("gae_lambda", "discount", "first_advantage"),
+    [
+        (1.0, 1.0, 0.35),  # -.35 + .7
+        (0.5, 1.0, 0.0),  # -.35 + .5 * .7
+        (0.5, 0.5, -0.3),  # -.1 + .5 * .25 - .5 = -.475, and .25 * .7
+    ],
+)
+def test_experience_by_hand(gae_lambda, discount, first_advantage):
+    estimator = {"gae_lambda": gae_lambda, "discount": discount, "whiten_advantages": False}
+    ppo = ALIGNMENT.ppo.model_copy(update=estimator | {"reward_clip": 2.0, "no_stop_penalty": 1.0})
     evaluations = [
         TokenEvaluation(logprobs=(-1.0, -1.0), reference_logprobs=(-2.0, -1.5), values=(0.5, 0.25)),
         TokenEvaluation(logprobs=(-3.0,), reference_logprobs=(-3.0,), values=(0.0,)),
@@ -281,9 +315,9 @@ def test_experience_by_hand():
         max_response_tokens=2,
     )
     # z-scores 1 and 50 -> 2 (clipped); the second was cut: 2 - 1 = 1.
-    # row 0: R = (-.1 * 1, -.1 * .5 + 1) = (-.1, .95); lambda = gamma = 1: returns (.85, .95)
-    torch.testing.assert_close(experience.critic.returns, torch.tensor([[0.85, 0.95], [1.0, 0.0]]))
-    torch.testing.assert_close(experience.advantages, torch.tensor([[0.35, 0.7], [1.0, 0.0]]))
+    # row 0: R = (-.1 * 1, -.1 * .5 + 1) = (-.1, .95); gamma = 1: delta = (-.1 + .25 - .5, .95 - .25) = (-.35, .7)
+    torch.testing.assert_close(experience.critic.returns, torch.tensor([[first_advantage + 0.5, 0.95], [1.0, 0.0]]))
+    torch.testing.assert_close(experience.advantages, torch.tensor([[first_advantage, 0.7], [1.0, 0.0]]))
     assert experience.num_response_tokens == 3
     assert experience.sequences == (
         PromptGroup(prompt_ids=(1, 2), response_ids=((7, 8),)),
@@ -292,6 +326,24 @@ def test_experience_by_hand():
     assert metrics["kl/per_response"] == pytest.approx((1.0 + 0.5 + 0.0) / 2)
     assert metrics["engine_gap/max"] == pytest.approx(0.1)
     assert metrics["response/stopped"] == 0.5
+
+
+def test_of_two_equal_rewards_the_uncertain_one_pays_less_where_the_recipe_asks_for_the_lower_bound():
+    experience, metrics = build_experience(
+        [rollout((7,)), rollout((8,))],
+        [scored(mean=3.0, std=0.5), scored(mean=3.0)],
+        [evaluated(), evaluated()],
+        ppo=ALIGNMENT.ppo.model_copy(update={"reward_transform": "lcb", "lcb_coefficient": 2.0}),
+        kl=ALIGNMENT.kl,
+        kl_coefficient=0.1,
+        reward_scale=RewardScale(mean=1.0, std=2.0),
+        max_response_tokens=2,
+    )
+    # (3 - 2 * .5 - 1) / 2 and (3 - 1) / 2
+    assert experience.critic.returns.flatten().tolist() == [0.5, 1.0]
+    assert metrics["reward/shaped"] == 0.75
+    assert metrics["reward/mean"] == 3.0
+    assert metrics["reward/posterior_std"] == 0.25
 
 
 def test_an_evaluation_measures_the_mean_and_compares_it_with_a_sample(tiny_policy, world, tokenizer):

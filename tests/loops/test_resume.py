@@ -18,7 +18,7 @@ from pipeline.loops.alignment import align
 from pipeline.loops.supervised_training import train
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from pipeline.stages.preemption import PreemptionNotice
-from pipeline.stages.workspace import NO_NOTICE, StageDirectory
+from pipeline.stages.workspace import StageDirectory
 from tests.fakes import FakeRollouts, FakeScorer
 from tests.learners import ALIGNMENT, collator, ppo_learner, prompts_of, reward_trainer, tokenised
 
@@ -100,7 +100,8 @@ def run_alignment(
     kill=None,
     config=ALIGNMENT,
     change=lambda learner, rollouts: None,
-    notice=NO_NOTICE,
+    scorer=None,
+    **options,
 ):
     learner = ppo_learner(tiny_policy, world, tokenizer, path / "published", config=config)
     rollouts = FakeRollouts(tokenizer)
@@ -118,10 +119,10 @@ def run_alignment(
         setattr(learner, method, mortal)
     metrics = align(
         rollouts,
-        FakeScorer(),
+        scorer or FakeScorer(),
         learner,
         PromptStream(prompts=tuple(prompts_of(world, tokenizer)), seed=0),
-        stage_at(path, "align_policy", notice=notice),
+        stage_at(path, "align_policy", **options),
         config,
         reward_scale=RewardScale(mean=0.0, std=1.0),
         seed=0,
@@ -287,6 +288,53 @@ class RisingScorer(FakeScorer):
     def score(self, prompts, responses):
         self.batches += 1
         return [replace(score, mean=float(self.batches)) for score in super().score(prompts, responses)]
+
+
+class FallingScorer(FakeScorer):
+    """Likes every batch less than the one before."""
+
+    batches = 0
+
+    def score(self, prompts, responses):
+        self.batches += 1
+        return [replace(score, mean=-float(self.batches)) for score in super().score(prompts, responses)]
+
+
+# Commits follow steps 1 and 3; step 4 is the last.
+@pytest.mark.parametrize(("keep_best", "reward", "version"), [("reward/mean", -2.0, 2), (None, -5.0, 5)])
+def test_alignment_ends_with_the_policy_of_the_best_commit_where_the_recipe_prefers_it_to_the_last(
+    keep_best, reward, version, tiny_policy, world, tokenizer, tmp_path
+):
+    policies = {}
+
+    def keep_published(learner, rollouts):
+        publish = learner.publish_weights
+
+        def kept(number):
+            published = publish(number)
+            policies[number] = {name: tensor.clone() for name, tensor in learner.policy_tensors()}
+            return published
+
+        learner.publish_weights = kept
+
+    metrics, _ = run_alignment(
+        tiny_policy,
+        world,
+        tokenizer,
+        tmp_path,
+        config=ALIGNMENT.model_copy(update={"num_steps": 5}),
+        change=keep_published,
+        scorer=FallingScorer(),
+        keep_best=keep_best,
+        keep_checkpoints=1,
+    )
+    rows = read_metrics(tmp_path / METRICS_FILE)
+    assert [row["reward/mean"] for row in rows] == [-1.0, -2.0, -3.0, -4.0, -5.0]
+    assert metrics["reward/mean"] == reward
+    assert metrics.items() <= rows[version - 1].items()
+    for name, tensor in weights(tmp_path).items():
+        assert torch.equal(tensor, policies[version][name]), name
+    assert not torch.equal(policies[2]["model.embed_tokens.weight"], policies[5]["model.embed_tokens.weight"])
 
 
 def run_until_the_kl_limit(
