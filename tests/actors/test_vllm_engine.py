@@ -471,7 +471,8 @@ def test_an_engine_killed_in_the_middle_of_responses_leaves_every_sample_as_it_w
 ):
     monkeypatch.setattr("actors.rollout_pool.SLICE_S", 0.02)
     long = replace(SAMPLING, max_response_tokens=64)
-    pool.load_weights(publish(another(policy, 5)))
+    weights = publish(another(policy, 5))
+    pool.load_weights(weights)
     undisturbed = pool.generate(prompts, long)
     killed = pool._workers[0]
     pid = ray.get(killed.actor.pid.remote(), timeout=60)
@@ -484,6 +485,7 @@ def test_an_engine_killed_in_the_middle_of_responses_leaves_every_sample_as_it_w
 
     assert killed not in pool._workers
     assert_same_samples(after_death, undisturbed)
+    assert len(ray.get([w.actor.check.remote(weights, TOLERANCE) for w in pool._workers], timeout=300)) == 2
 
 
 def test_an_engine_that_would_join_with_old_weights_is_refused_and_two_engines_sample_what_one_does(
