@@ -170,7 +170,7 @@ class RolloutPool:
         self._autoscaler = autoscaler
         self._waits: RolloutWaits | None = None
         self._joining: list[Worker] = []
-        self._given_up: int | None = None
+        self._given_up: float | None = None
         self._turn = threading.Condition()
         self._calls: dict[Any, Call] = {}
         self._held_back: Between | None = None
@@ -215,31 +215,39 @@ class RolloutPool:
             wanted = self._autoscaler.wanted(len(self._workers), self._waits)
         return None if wanted is None else min(wanted, self._most_workers)
 
-    def _follow(self, wanted: float | None) -> None:
-        """Shrinks at once; grows without waiting: a worker that starts while others sample joins at the next update."""
+    def _follow(self, wanted: float | None) -> list[Worker]:
+        """Shrinks at once; grows without waiting: a worker that starts while others sample joins at the next update.
+
+        Returns those that join at this one.
+        """
         if wanted is None:
-            return
+            return []
         while self._joining and len(self._workers) + len(self._joining) > wanted:
             _end(self._joining.pop())
         while len(self._workers) > wanted:
             _end(self._workers.pop())
         if wanted != self._given_up:
             self._joining += self._start_workers(wanted - len(self._workers) - len(self._joining))
-        for worker in list(self._joining):
-            ready, _ = ray.wait([worker.started], timeout=0)
-            if ready:
-                self._joining.remove(worker)
-                self._join(worker, wanted)
+        return [worker for worker in self._joining if ray.wait([worker.started], timeout=0)[0]]
 
-    def _join(self, worker: Worker, wanted: int) -> None:
-        try:
-            ray.get(worker.started, timeout=self._deadlines.start_s)
-        except (*DIED, RayTaskError) as error:
-            # The run goes on with the workers it has: a request from outside must not end it.
-            self._given_up = wanted
-            logger.warning("%s, asked for from outside, did not start: %s", worker.name, error)
-        else:
-            self._workers.append(worker)
+    def _join(self, started: Sequence[Worker], weights: PolicyWeights, wanted: float | None) -> list[Metrics]:
+        """Takes in those that load the published policy and pass the gate."""
+        call = _loading(weights)
+        calls = [(worker, worker.actor.load_weights.remote(weights, self._tolerance)) for worker in started]
+        metrics = []
+        for worker, reference in calls:
+            try:
+                self._answer(worker, worker.started, "start()", self._deadlines.start_s)
+                metrics.append(self._answer(worker, reference, call, self._deadlines.weights_s))
+            except (*DIED, RayTaskError, PipelineError) as error:
+                # The run goes on with the workers it has: a request from outside must not end it.
+                self._given_up = wanted
+                logger.warning("%s, asked for from outside, did not join: %s", worker.name, error)
+                _end(worker)
+            else:
+                self._workers.append(worker)
+            self._joining.remove(worker)
+        return metrics
 
     @contextmanager
     def fed_by(self, sender: WeightSender) -> Iterator[None]:
@@ -291,10 +299,11 @@ class RolloutPool:
         wanted = self._wanted_workers()
         shrinks = wanted is not None and wanted < len(self._workers)
         with self._between("chunks" if shrinks else "tokens"):
-            self._follow(wanted)
+            started = self._follow(wanted)
             self._weights = weights
             sent = self._sender is not None and self._send(self._sender)
             self._workers, metrics = self._load(self._workers, weights, received=sent)
+            metrics += self._join(started, weights, wanted)
             counts, self._counts = self._counts, Counter()
             waits, self._waits = self._waits, None
         overlap = (
@@ -680,7 +689,7 @@ class RolloutPool:
 
         Returns them, with the dead and hanging replaced, and their metrics, in order.
         """
-        call = f"load_weights() of policy version {weights.version}"
+        call = _loading(weights)
         calls = []
         for worker in workers:
             load = worker.actor.accept_weights if received else worker.actor.load_weights
@@ -756,6 +765,10 @@ class RolloutPool:
             f"{free.get('CPU', 0):g} and {free.get('GPU', 0):g} are free). See its log; lower "
             "cluster.rollout.chunk_size or workers, or raise cluster.deadlines."
         )
+
+
+def _loading(weights: PolicyWeights) -> str:
+    return f"load_weights() of policy version {weights.version}"
 
 
 def _died(worker: Worker, call: str, config: RolloutConfig) -> WorkerDied:

@@ -1,11 +1,11 @@
-"""The engine's end of a transfer over gloo; apart from `tests/gloo.py` because it imports vllm."""
+"""The engine's end of a transfer over gloo or shared memory; apart from `tests/gloo.py` because it imports vllm."""
 
 from __future__ import annotations
 
 from unittest import mock
 
-from actors.weight_transfer import NcclWeightTransferEngine
-from tests.gloo import GlooCommunicator, without_streams
+from actors.weight_transfer import IpcWeightTransferEngine, NcclWeightTransferEngine
+from tests.gloo import GlooCommunicator, rebuild_from_memory, the_only_gpu, without_streams
 
 
 class GlooEngine(NcclWeightTransferEngine):
@@ -22,4 +22,12 @@ class GlooEngine(NcclWeightTransferEngine):
 
     def receive_weights(self, update_info):
         with without_streams():
+            super().receive_weights(update_info)
+
+
+class SharedMemoryEngine(IpcWeightTransferEngine):
+    """vLLM's, where the learner's memory is a file."""
+
+    def receive_weights(self, update_info):
+        with the_only_gpu(), mock.patch("torch.multiprocessing.reductions.rebuild_cuda_tensor", rebuild_from_memory):
             super().receive_weights(update_info)

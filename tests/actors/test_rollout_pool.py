@@ -8,11 +8,13 @@ import sys
 import threading
 import time
 from collections import Counter, deque
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import ray
+from ray.exceptions import RayActorError
 
 from actors.rollout_pool import RolloutPool
 from cluster.placement import pack_bundles
@@ -44,7 +46,10 @@ PROMPTS = [Prompt(id=f"prompt {n}", messages=(), token_ids=(n,)) for n in range(
 
 
 class ScriptedWorker:
-    """Answers each request with its seed; misbehaves once for every marker file it finds in its model directory."""
+    """Answers each request with its seed; misbehaves once for every marker file it finds in its model directory.
+
+    A marker tells whoever finds it first, or one worker by its name: "be stale, rollout worker 1".
+    """
 
     def __init__(self, name):
         self._name = name
@@ -110,6 +115,7 @@ class ScriptedWorker:
         pace = self._directory / "seconds a response"
         time.sleep(len(requests) * float(pace.read_text()) if pace.exists() else 0.0)
         at_length = (self._directory / "answer at length").exists()
+        (self._directory / f"{self._name} sampled").touch()
         with open(self._directory / "sampled", "a") as log:
             log.writelines(f"{r.prompt.id}, sample {r.sample_index}\n" for r in requests)
         return [
@@ -140,11 +146,11 @@ class ScriptedWorker:
         }
 
     def _told(self, what):
-        try:
-            (self._directory / what).unlink()
-        except FileNotFoundError:
-            return False
-        return True
+        for marker in (what, f"{what}, {self._name}"):
+            with suppress(FileNotFoundError):
+                (self._directory / marker).unlink()
+                return True
+        return False
 
 
 @pytest.fixture
@@ -615,6 +621,35 @@ def test_a_request_that_cannot_be_met_does_not_end_the_run(open_pool, tmp_path):
 
     assert not pool._joining
     assert pool.load_weights(weights(1))["rollout/workers"] == 1
+
+
+def test_a_worker_that_fails_as_it_joins_a_run_is_given_up_and_one_that_serves_ends_it(open_pool, tmp_path, caplog):
+    wish = [None]
+    pool = open_pool(workers=1, max_restarts=0, requested_workers=lambda: wish[-1])
+    pool.load_weights(weights(0))
+    untroubled = pool.generate(PROMPTS, SAMPLING)
+    wish.append(4)
+    pool.load_weights(weights(0))
+    stale, dying, _ = joining = list(pool._joining)
+    ray.get([worker.started for worker in joining], timeout=120)
+
+    (tmp_path / "be stale, rollout worker 1").touch()
+    (tmp_path / "die while loading, rollout worker 2").touch()
+    sizes = [pool.load_weights(weights(0))["rollout/workers"] for _ in range(2)]
+
+    assert sizes == [2, 2]
+    assert pool._joining == []  # nor are others tried
+    assert f"{stale.name}, asked for from outside, did not join: {stale.name} is stale" in caplog.text
+    assert f"{dying.name}, asked for from outside, did not join: The actor died" in caplog.text
+    with pytest.raises(RayActorError):  # it leaves its place to others
+        ray.get(stale.actor.is_asleep.remote(), timeout=60)
+    assert pool.generate(PROMPTS, SAMPLING) == untroubled
+    samplers = {path.name for path in tmp_path.glob("* sampled")}
+    assert samplers <= {"rollout worker 0 sampled", "rollout worker 3 sampled"}
+
+    (tmp_path / "be stale, rollout worker 0").touch()
+    with pytest.raises(StaleEngineError, match="rollout worker 0 is stale"):
+        pool.load_weights(weights(1))
 
 
 def test_requests_that_cannot_be_met_are_refused_before_any_work(open_pool):

@@ -1,10 +1,15 @@
 """Real vLLM engines behind the pool, against the Hugging Face model they must agree with."""
 
 import copy
+import os
+import shutil
+import signal
 import time
 from collections import deque
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
 
 import pytest
 import ray
@@ -23,7 +28,7 @@ from pipeline.learning.probes import TOLERANCE as GATE_TOLERANCE
 from pipeline.learning.probes import choose_probes
 from pipeline.models.backbone import load_causal_lm, save_causal_lm
 from pipeline.records import PolicyWeights, ProbeSequence, Prompt, SamplingParams
-from tests.gloo import GlooWorker, GroupOfOne, PolicyRank
+from tests.gloo import CpuWorker, GroupOfOne, PolicyRank
 
 pytestmark = pytest.mark.components
 
@@ -54,7 +59,7 @@ def cpu_engines(directory, backend, *, workers):
         gate_tolerance=TOLERANCE,
         seed=0,
         plan=RolloutPlan(placement="disaggregated", weight_transfer=backend),
-        worker=GlooWorker,
+        worker=CpuWorker,
     )
 
 
@@ -143,19 +148,28 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize(("family", "loader"), [*zip(FAMILIES, ["ours", "vLLM's"], strict=True)])
-def test_a_policy_that_vllm_loads_by_other_rules_stays_with_its_loader(
-    local_ray, family, loader, tokenizer, publish, tmp_path
-):
+@pytest.fixture(scope="module")
+def families(local_ray, tokenizer, tmp_path_factory):
+    """Name -> a policy and a pool of one engine; both pools start at once."""
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
-    config = AutoConfig.for_model(**FAMILIES[family], **ends, vocab_size=len(tokenizer))
-    torch.manual_seed(0)
-    policy = AutoModelForCausalLM.from_config(config).eval()
-    save_causal_lm(policy.state_dict(), config, tokenizer, str(tmp_path))
-    with cpu_engines(str(tmp_path), "shm", workers=1) as pool:
-        for version in (1, 2):
-            assert pool.load_weights(publish(another(policy, version), version=version))["gate/max"] <= TOLERANCE
-            assert ray.get(pool._workers[0].actor.loader.remote(), timeout=60) == loader
+    opened = {}
+    with ExitStack() as stack:
+        for (name, shape), backend in zip(FAMILIES.items(), ["shm", "ipc"], strict=True):
+            config = AutoConfig.for_model(**shape, **ends, vocab_size=len(tokenizer))
+            torch.manual_seed(0)
+            policy = AutoModelForCausalLM.from_config(config).eval()
+            directory = str(tmp_path_factory.mktemp(config.model_type))
+            save_causal_lm(policy.state_dict(), config, tokenizer, directory)
+            opened[name] = policy, stack.enter_context(cpu_engines(directory, backend, workers=1))
+        yield opened
+
+
+@pytest.mark.parametrize(("family", "loader"), [*zip(FAMILIES, ["ours", "vLLM's"], strict=True)])
+def test_a_policy_that_vllm_loads_by_other_rules_stays_with_its_loader(families, family, loader, publish):
+    policy, pool = families[family]
+    for version in (1, 2):
+        assert pool.load_weights(publish(another(policy, version), version=version))["gate/max"] <= TOLERANCE
+        assert ray.get(pool._workers[0].actor.loader.remote(), timeout=60) == loader
 
 
 def on_gpus(backend, count):
@@ -163,14 +177,27 @@ def on_gpus(backend, count):
     return pytest.param(backend, marks=pytest.mark.skipif(torch.cuda.device_count() < count, reason=reason))
 
 
-@pytest.fixture(params=["shm", "nccl over gloo", on_gpus("nccl", 2), on_gpus("ipc", 1)])
-def fed_pool(request, pool, learner, tiny_policy):
-    """A pool, the learner that feeds it, and its sender: the port, whatever is behind it."""
+@pytest.fixture
+def on_one_gpu(families, learner):
+    """A policy that vLLM's loader loads, a pool that takes it by CUDA IPC, and the learner: their GPU is a CPU."""
+    return *families["matrices are published transposed"], learner
+
+
+@pytest.fixture(
+    params=["shm", "nccl over gloo", "ipc over shared memory", on_gpus("nccl", 2), on_gpus("ipc", 1)],
+)
+def fed_pool(request, pool, learner, policy, tiny_policy):
+    """A policy, a pool, the learner that feeds it, and its sender: the port, whatever is behind it."""
     backend = request.param
     if backend in ("shm", "nccl over gloo"):
         sender = RankedSender(learner, "nccl", dtype="float32", deadline_s=60.0)
         with pool.fed_by(sender) if backend != "shm" else nullcontext():
-            yield pool, learner
+            yield policy, pool, learner
+        return
+    if backend == "ipc over shared memory":
+        policy, pool, group = request.getfixturevalue("on_one_gpu")
+        with pool.fed_by(RankedSender(group, "ipc", dtype="float32", deadline_s=60.0)):
+            yield policy, pool, group
         return
     shared = pack_bundles(1, cpus=1, gpus=1, timeout_s=60, name="learner", tenants=2) if backend == "ipc" else None
     own = {"num_gpus": 1} if shared is None else {"num_gpus": 0.5, "scheduling_strategy": shared.strategy(0)}
@@ -187,14 +214,14 @@ def fed_pool(request, pool, learner, tiny_policy):
         placement=shared,
     )
     with gpu_pool, gpu_pool.fed_by(RankedSender(group, backend, dtype="float32", deadline_s=60.0)):
-        yield gpu_pool, group
+        yield policy, gpu_pool, group
     ray.kill(group.rank)
     if shared is not None:
         shared.remove()
 
 
-def test_every_version_reaches_every_engine_asleep_or_awake(fed_pool, policy, publish):
-    pool, learner = fed_pool
+def test_every_version_reaches_every_engine_asleep_or_awake(fed_pool, publish):
+    policy, pool, learner = fed_pool
     for version in (1, 2):
         model = another(policy, version)
         learner.hold(model.state_dict())
@@ -206,7 +233,49 @@ def test_every_version_reaches_every_engine_asleep_or_awake(fed_pool, policy, pu
         assert metrics["weights/copy_gb_per_s"] > 0
 
 
-@pytest.mark.long
+def test_weights_by_ipc_go_in_buckets_of_which_each_holds_at_least_the_largest_tensor(on_one_gpu, publish):
+    policy, pool, learner = on_one_gpu
+    model = another(policy, 3)
+    learner.hold(model.state_dict())
+    with pool.fed_by(RankedSender(learner, "ipc", dtype="float32", deadline_s=60.0)):
+        assert pool.load_weights(publish(model, state={}))["weights/sent_between_gpus"] == 1
+    sizes = [tensor.nbytes for tensor in model.state_dict().values()]
+    buckets = ray.get(learner.rank.sizes.remote(), timeout=60)
+    assert sum(buckets) == sum(sizes)
+    assert len(buckets) > 2
+    assert max(buckets) == max(sizes)
+
+
+@pytest.mark.parametrize("road", ["from the file", "by ipc"])
+def test_an_engine_gives_up_all_of_its_gpu_and_takes_its_cache_back_when_the_weights_have_come(
+    on_one_gpu, publish, road
+):
+    """vLLM ignores sleep on a CPU, except that an engine which nobody wakes answers nothing."""
+    policy, pool, learner = on_one_gpu
+    model = another(policy, 4)
+    learner.hold(model.state_dict())
+    [worker] = pool._workers
+    ray.get(worker.actor.calls.remote(), timeout=60)
+    for _ in range(2):
+        ray.get(worker.actor.sleep.remote(), timeout=60)
+    sends = pool.fed_by(RankedSender(learner, "ipc", dtype="float32", deadline_s=60.0))
+    with sends if road == "by ipc" else nullcontext():
+        metrics = pool.load_weights(publish(model))
+    assert metrics.get("weights/sent_between_gpus") == (1 if road == "by ipc" else None)
+    assert metrics["gate/max"] <= TOLERANCE
+    calls = [call for call, _ in groupby(ray.get(worker.actor.calls.remote(), timeout=60))]
+    assert calls == [
+        "sleep(2)",
+        *(["init_weight_transfer_engine"] if road == "by ipc" else []),
+        "wake_up(weights)",
+        "start_weight_update",
+        "update_weights",
+        "finish_weight_update",
+        "wake_up(kv_cache)",
+        "reset_prefix_cache",
+    ]
+
+
 def test_the_learner_sends_its_policy_and_the_file_stands_in_where_that_fails(pool, learner, policy, publish, caplog):
     sender = RankedSender(learner, "nccl", dtype="float32", deadline_s=60.0)
 
@@ -265,6 +334,12 @@ def test_rollouts_carry_the_logprobs_of_the_distribution_they_were_sampled_from(
         assert rollout.finish_reason == "stop" or len(rollout.response_ids) == 24
 
 
+def wait_until_both_sample(pool):
+    while sum(call.batch is pool._batch[0] for call in list(pool._calls.values())) < 2:
+        time.sleep(0.001)
+    time.sleep(0.1)
+
+
 @pytest.fixture
 def interrupt(pool, policy, publish, prompts, monkeypatch):
     """Loads policy 7 in the middle of responses of policy 6; gives both models and the rollouts."""
@@ -275,9 +350,7 @@ def interrupt(pool, policy, publish, prompts, monkeypatch):
     def interrupt(sampling, *, resample_unfinished):
         pool.load_weights(old)
         pool.begin(prompts, sampling, resample_unfinished=resample_unfinished)
-        while sum(call.batch is pool._batch[0] for call in list(pool._calls.values())) < 2:
-            time.sleep(0.001)
-        time.sleep(0.1)
+        wait_until_both_sample(pool)
         pool.load_weights(new)
         return models, pool.collect()
 
@@ -388,15 +461,49 @@ def test_seeded_prompts_longer_together_than_one_forward_pass_are_answered(pool,
     assert {rollout.prompt.id for rollout in pool.stream(waiting)} == {str(n) for n in range(100)}
 
 
-def test_a_killed_engine_and_a_resized_pool_leave_every_sample_as_it_was(pool, policy, publish, prompts):
-    pool.load_weights(publish(another(policy, 5)))
-    by_two = pool.generate(prompts, SAMPLING)
+def assert_same_samples(rollouts, others):
+    assert [r.response_ids for r in rollouts] == [r.response_ids for r in others]
+    assert [r.logprobs for r in rollouts] == [pytest.approx(r.logprobs, abs=TOLERANCE) for r in others]
 
-    ray.kill(pool._workers[0].actor, no_restart=True)
-    after_death = pool.generate(prompts, SAMPLING)
+
+def test_an_engine_killed_in_the_middle_of_responses_leaves_every_sample_as_it_was(
+    pool, policy, publish, prompts, monkeypatch
+):
+    monkeypatch.setattr("actors.rollout_pool.SLICE_S", 0.02)
+    long = replace(SAMPLING, max_response_tokens=64)
+    weights = publish(another(policy, 5))
+    pool.load_weights(weights)
+    undisturbed = pool.generate(prompts, long)
+    killed = pool._workers[0]
+    pid = ray.get(killed.actor.pid.remote(), timeout=60)
+
+    pool.begin(prompts, long)
+    wait_until_both_sample(pool)
+    os.kill(pid, signal.SIGKILL)
+    assert killed in [call.worker for call in list(pool._calls.values())]
+    after_death = pool.collect()
+
+    assert killed not in pool._workers
+    assert_same_samples(after_death, undisturbed)
+    assert len(ray.get([w.actor.check.remote(weights, TOLERANCE) for w in pool._workers], timeout=300)) == 2
+
+
+def test_an_engine_that_would_join_with_old_weights_is_refused_and_two_engines_sample_what_one_does(
+    pool, policy, publish, prompts
+):
     pool.resize(1)
+    weights = publish(another(policy, 6))
+    pool.load_weights(weights)
     by_one = pool.generate(prompts, SAMPLING)
+    file = Path(weights.location, "model.safetensors")
+    right = file.rename(file.with_suffix(".right"))
+    shutil.copy(Path(publish(another(policy, 5)).location, file.name), file)
 
-    for again in (after_death, by_one):
-        assert [r.response_ids for r in again] == [r.response_ids for r in by_two]
-        assert [r.logprobs for r in again] == [pytest.approx(r.logprobs, abs=TOLERANCE) for r in by_two]
+    with pytest.raises(StaleEngineError, match=r"rollout worker \d+ .* tolerance 0.0001"):
+        pool.resize(2)
+    assert pool.num_workers == 1
+    right.rename(file)
+    pool.resize(2)
+
+    assert pool.num_workers == 2
+    assert_same_samples(pool.generate(prompts, SAMPLING), by_one)
