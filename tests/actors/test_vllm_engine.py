@@ -204,6 +204,7 @@ def test_every_version_reaches_every_engine_asleep_or_awake(fed_pool, policy, pu
         assert metrics.get("weights/sent_between_gpus", 1) == 1
         assert metrics["weights/gb_per_s"] > 0
         assert metrics["weights/copy_gb_per_s"] > 0
+        assert metrics["memory/rollout_worker_peak_gib"] > 0.1
 
 
 @pytest.mark.long

@@ -97,3 +97,4 @@ def test_a_rank_and_an_engine_share_each_gpu_and_weights_pass_within_it(
     assert seen["calls"] == [[plan, "sleep", "accept"]] * 2
     assert result.metrics["weights/sent_between_gpus"] == 1.0
     assert result.metrics["memory/rank_peak_gib"] == 1.5
+    assert result.metrics["memory/rollout_worker_peak_gib"] == 2.5
