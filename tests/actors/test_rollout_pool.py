@@ -61,7 +61,7 @@ class ScriptedWorker:
         if self._told("hang while loading"):
             time.sleep(60)
         if self._told("fetch in vain"):
-            raise DeadlineExceeded("fetching policy version 7 from node f00d did not end")
+            raise DeadlineExceeded("fetching policy version 7 from node f00d did not end.")
         if self._told("be stale"):
             raise StaleEngineError(f"{self._name} is stale")
         return self.accept_weights(weights, tolerance)
@@ -296,10 +296,10 @@ def test_a_worker_that_cannot_fetch_the_weights_is_replaced_within_the_budget_an
     pool = open_pool(workers=1, max_restarts=1)
     (tmp_path / "fetch in vain").touch()
     pool.load_weights(weights(7))
-    assert caplog.messages == ["fetching policy version 7 from node f00d did not end Replacing it, 0 restarts left."]
+    assert caplog.messages == ["fetching policy version 7 from node f00d did not end. Replacing it, 0 restarts left."]
 
     (tmp_path / "fetch in vain").touch()
-    with pytest.raises(DeadlineExceeded, match=r"^fetching policy version 7 from node f00d did not end$"):
+    with pytest.raises(DeadlineExceeded, match=r"^fetching policy version 7 from node f00d did not end\.$"):
         pool.load_weights(weights(7))
 
 
