@@ -257,7 +257,7 @@ def test_a_replica_that_hangs_is_reported_at_the_deadline_with_what_it_was_asked
             match=r"^http://scoring-service/v1/score did not answer within 3 s, at last with .*no answer in time",
         ):
             hurried.score([pair.prompt], [pair.chosen])
-        assert 3 <= time.monotonic() - started < 10
+        assert 3 <= time.monotonic() - started < 20
     finally:
         replica.send_signal(signal.SIGCONT)
     assert service[0].score([pair.prompt], [pair.chosen]) == expected
