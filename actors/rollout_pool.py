@@ -286,9 +286,9 @@ class RolloutPool:
         anew; only where the pool is to shrink, the chunks that are out and shall not begin anew are finished first.
 
         Returns:
-            `gate/*`, `weights/*`, and `rollout/*`: workers; chunks issued again because they were late, and answers
-            dropped, since the last load; and of a batch that was sampled while the learner worked, its seconds and who
-            waited for whom.
+            `gate/*`, `weights/*`, `memory/*` of the worker that needed most, and `rollout/*`: workers; chunks issued
+            again because they were late, and answers dropped, since the last load; and of a batch that was sampled
+            while the learner worked, its seconds and who waited for whom.
 
         Raises:
             StaleEngineError: an engine does not reproduce the learner's probe log-probabilities.
@@ -327,6 +327,7 @@ class RolloutPool:
             "weights/seconds": max(m["weights/seconds"] for m in metrics),
             "weights/gb_per_s": min(m["weights/gb_per_s"] for m in metrics),
             "weights/copy_gb_per_s": min(m["weights/copy_gb_per_s"] for m in metrics),
+            "memory/rollout_worker_peak_gib": max(m["memory/rollout_worker_peak_gib"] for m in metrics),
         }
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:

@@ -134,6 +134,8 @@ class RolloutWorker:
 
     def accept_weights(self, weights: PolicyWeights, tolerance: float) -> Metrics:
         """The gate for weights that are in the engine, however they came; then this worker samples from them."""
+        from pipeline.learning.memory import resident_peak_gib
+
         gate = self.check(weights, tolerance)
         self._version = weights.version
         seconds, num_bytes = self._transfer.seconds, self._transfer.num_bytes
@@ -143,6 +145,7 @@ class RolloutWorker:
             "weights/seconds": seconds,
             "weights/gb_per_s": num_bytes / 1e9 / seconds,
             "weights/copy_gb_per_s": self._copy_gb_per_s,
+            "memory/rollout_worker_peak_gib": resident_peak_gib(),
         }
 
     def check(self, weights: PolicyWeights, tolerance: float) -> Metrics:

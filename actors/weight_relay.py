@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.errors import DeadlineExceeded
 from pipeline.records import PolicyWeights
 
 WEIGHTS_FILE = "model.safetensors"
@@ -34,11 +36,24 @@ def readable_here(weights: PolicyWeights) -> PolicyWeights:
     """`weights` with a location on this node: their own where they were published, a copy elsewhere.
 
     Raises:
-        ray.exceptions.RayError: the node that published them is gone, or a bucket did not arrive in `BUCKET_S`.
+        DeadlineExceeded: a bucket did not arrive in `BUCKET_S`.
+        ray.exceptions.RayError: the node that published them is gone.
     """
     here = ray.get_runtime_context().get_node_id()
     if weights.node in (None, here):
         return weights
+    try:
+        return replace(weights, location=_copied_to(here, weights), node=here)
+    except GetTimeoutError as error:
+        raise DeadlineExceeded(
+            f"fetching policy version {weights.version} from node {weights.node[:12]} to node {here[:12]} did not end: "
+            f"nothing arrived for {BUCKET_S:g} s. That node, or the network between them, hangs or is slow; `ray "
+            "status` tells whether it is alive."
+        ) from error
+
+
+def _copied_to(here: str, weights: PolicyWeights) -> str:
+    """Where the copy lies."""
     source = os.path.join(weights.location, WEIGHTS_FILE)
     on_source = NodeAffinitySchedulingStrategy(weights.node, soft=False)
     size, stamp = ray.get(_stat.options(scheduling_strategy=on_source).remote(source), timeout=BUCKET_S)
@@ -52,7 +67,7 @@ def readable_here(weights: PolicyWeights) -> PolicyWeights:
         if not (copy / WEIGHTS_FILE).exists():
             _make_place(copy)
             _fetch(source, size, copy / WEIGHTS_FILE, on_source)
-    return replace(weights, location=str(copy), node=here)
+    return str(copy)
 
 
 def _make_place(copy: Path) -> None:

@@ -10,13 +10,15 @@ from ray.cluster_utils import Cluster
 class Node:
     """A second machine, as far as Ray can tell: a raylet and its workers, which lose power together."""
 
-    def __init__(self, num_cpus):
+    def __init__(self, num_cpus, num_gpus=0):
         self._cluster = Cluster()
         # The cluster of `local_ray`: one of its own would write itself into the address that "auto" finds.
         self._cluster.head_node = ray._private.worker.global_worker.node
         self._cluster.redis_address = self._cluster.head_node.redis_address
         # Ray itself would wait for 30 s at most.
-        self._node = self._cluster.add_node(wait=False, num_cpus=num_cpus, object_store_memory=200 * 2**20)
+        self._node = self._cluster.add_node(
+            wait=False, num_cpus=num_cpus, num_gpus=num_gpus, object_store_memory=200 * 2**20
+        )
         self.id = self._node.node_id
         deadline = time.monotonic() + 120
         while not any(node["NodeID"] == self.id and node["Alive"] for node in ray.nodes()):

@@ -37,11 +37,11 @@ class StageSummary:
     """Most memory in use on the driver's node while the stage ran, all processes together."""
     versions: Mapping[str, str]
     metrics: Metrics
-    """What the stage left; a training stage says in `memory/*` what one of its ranks needed."""
+    """What the stage left; a training stage says in `memory/*` what one of its ranks or rollout workers needed."""
 
     @property
     def cells(self) -> tuple[str, ...]:
-        memory = [self.metrics.get(f"memory/{place}_peak_gib") for place in ("rank", "device")]
+        memory = [self.metrics.get(f"memory/{place}_peak_gib") for place in ("rank", "device", "rollout_worker")]
         peaks = [self.node_peak_gib, *memory]
         return (self.name, as_clock(self.seconds), *("" if peak is None else f"{peak:.1f}" for peak in peaks))
 

@@ -35,10 +35,15 @@ def keep_freed_memory(device: torch.device) -> None:
 def peak_memory(device: torch.device) -> Metrics:
     """`memory/rank_peak_gib`, the largest resident size of this process so far; on a GPU also
     `memory/device_peak_gib`, the most that tensors took of it."""
-    peak = {"memory/rank_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    peak = {"memory/rank_peak_gib": resident_peak_gib()}
     if device.type == "cuda":
         peak["memory/device_peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
     return peak
+
+
+def resident_peak_gib() -> float:
+    """The largest resident size of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def largest(peaks: Sequence[Metrics]) -> Metrics:

@@ -186,7 +186,7 @@ class Question(Generic[AnswerType]):
 
     def steps(self, settings: Settings, ends: float | None) -> Steps[AnswerType]:
         """An exchange that returns the answer itself."""
-        response = yield from exchange(settings.url, settings.deadline_s, ends=ends)
+        response = yield from exchange(f"{settings.url}{self.path}", settings.deadline_s, ends=ends)
         return _parse(response, self.kind, settings.url)
 
     def request(self, step: Send) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 import os
 import re
 import signal
+import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -213,6 +215,43 @@ def test_under_bfloat16_no_parameter_is_rounded_on_its_way_between_ranks():
         "head.weight",
         "head.bias",
     ]
+
+
+class SlowDisk:
+    """A learner whose snapshot is on disk when somebody says so."""
+
+    def __init__(self, device):
+        pass
+
+    def update(self, batch, step):
+        return {"train/loss": 0.5}
+
+    def snapshot(self):
+        return self
+
+    def write(self, uri):
+        directory = Path(uri)
+        (directory / "begun").touch()
+        gives_up = time.monotonic() + 100
+        while not (directory / "may end").exists() and time.monotonic() < gives_up:
+            time.sleep(0.05)
+        (directory / "ended").touch()
+
+
+def test_a_rank_updates_while_it_writes_its_snapshot(local_ray, tmp_path):
+    with RankGroup("test ranks", RanksConfig(ranks=1, cpus_per_rank=1), start_s=240) as group:
+        group.build(SlowDisk)
+        learner = RankedLearner(group, DeadlinesConfig(update_s=120))
+        writer = threading.Thread(target=learner.snapshot().write, args=(str(tmp_path),))
+        writer.start()
+        while not (tmp_path / "begun").exists():
+            assert writer.is_alive()
+            time.sleep(0.05)
+        assert RankedLearner(group, DeadlinesConfig(update_s=30)).update(None, 0) == {"train/loss": 0.5}
+        assert not (tmp_path / "ended").exists()
+        (tmp_path / "may end").touch()
+        writer.join(timeout=60)
+        assert (tmp_path / "ended").exists()
 
 
 def test_a_rank_that_hangs_is_reported_at_the_recipes_deadline_and_a_dead_one_in_seconds(

@@ -65,6 +65,8 @@ class ScriptedWorker:
             os._exit(1)
         if self._told("hang while loading"):
             time.sleep(60)
+        if self._told("fetch in vain"):
+            raise DeadlineExceeded("fetching policy version 7 from node f00d did not end.")
         if self._told("be stale"):
             raise StaleEngineError(f"{self._name} is stale")
         return self.accept_weights(weights, tolerance)
@@ -78,6 +80,7 @@ class ScriptedWorker:
             "weights/seconds": 0.5,
             "weights/gb_per_s": 2.0,
             "weights/copy_gb_per_s": 8.0,
+            "memory/rollout_worker_peak_gib": 0.5 + int(self._name.split()[-1]),
         }
 
     def sleep(self):
@@ -217,11 +220,13 @@ def test_any_number_of_workers_gives_the_same_rollouts_in_order(open_pool):
         "weights/seconds": 0.5,
         "weights/gb_per_s": 2.0,
         "weights/copy_gb_per_s": 8.0,
+        "memory/rollout_worker_peak_gib": 0.5,
     }
     assert [(r.prompt.id, r.sample_index) for r in alone] == [(p.id, i) for p in PROMPTS for i in range(2)]
     assert {r.policy_version for r in alone} == {3}
     assert together == alone == pool.generate(PROMPTS, SAMPLING)
     assert pool.num_workers == 2
+    assert pool.load_weights(weights(3))["memory/rollout_worker_peak_gib"] == 1.5  # of the second worker
 
 
 def test_a_pool_that_grows_and_shrinks_in_the_middle_of_batches_samples_nothing_twice(open_pool, tmp_path, monkeypatch):
@@ -291,6 +296,19 @@ def test_a_hanging_worker_is_replaced_within_the_budget(open_pool, tmp_path):
     assert pool.load_weights(weights(0))["rollout/workers"] == 1
     assert pool.generate(PROMPTS, SAMPLING) == untroubled
     assert [worker.name for worker in pool._workers] == ["rollout worker 2"]
+
+
+def test_a_worker_that_cannot_fetch_the_weights_is_replaced_within_the_budget_and_its_own_words_are_told(
+    open_pool, tmp_path, caplog
+):
+    pool = open_pool(workers=1, max_restarts=1)
+    (tmp_path / "fetch in vain").touch()
+    pool.load_weights(weights(7))
+    assert caplog.messages == ["fetching policy version 7 from node f00d did not end. Replacing it, 0 restarts left."]
+
+    (tmp_path / "fetch in vain").touch()
+    with pytest.raises(DeadlineExceeded, match=r"^fetching policy version 7 from node f00d did not end\.$"):
+        pool.load_weights(weights(7))
 
 
 def test_workers_that_answered_a_batch_nobody_wanted_are_not_taken_for_hanging(open_pool):

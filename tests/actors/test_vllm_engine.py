@@ -231,6 +231,7 @@ def test_every_version_reaches_every_engine_asleep_or_awake(fed_pool, publish):
         assert metrics.get("weights/sent_between_gpus", 1) == 1
         assert metrics["weights/gb_per_s"] > 0
         assert metrics["weights/copy_gb_per_s"] > 0
+        assert metrics["memory/rollout_worker_peak_gib"] > 0.1
 
 
 def test_weights_by_ipc_go_in_buckets_of_which_each_holds_at_least_the_largest_tensor(on_one_gpu, publish):

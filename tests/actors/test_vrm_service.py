@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 import socket
 import threading
 import time
@@ -241,6 +242,26 @@ def test_no_answer_in_time_ends_in_a_deadline(service):
     prompt = ({"role": "user", "content": "hi"},)
     with pytest.raises(DeadlineExceeded, match=r"did not answer within 0.0001 s"):
         hurried.score([prompt] * 64, ["x"] * 64)
+
+
+def test_a_replica_that_hangs_is_reported_at_the_deadline_with_what_it_was_asked_and_for_how_long(service, world):
+    pair = world.heldout_pairs()[0]
+    expected = service[0].score([pair.prompt], [pair.chosen])
+    hurried = ServedScorer(serve.get_app_handle("under-test"), ScoringConfig(), deadline_s=3, token=TOKEN)
+    [replica] = replicas()
+    replica.send_signal(signal.SIGSTOP)
+    try:
+        started = time.monotonic()
+        with pytest.raises(
+            DeadlineExceeded,
+            match=r"^http://scoring-service/v1/score did not answer within 3 s, at last with .*no answer in time",
+        ):
+            hurried.score([pair.prompt], [pair.chosen])
+        assert 3 <= time.monotonic() - started < 20
+    finally:
+        replica.send_signal(signal.SIGCONT)
+    assert service[0].score([pair.prompt], [pair.chosen]) == expected
+    assert replicas() == [replica]
 
 
 def processes(name):

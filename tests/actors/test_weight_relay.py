@@ -1,13 +1,17 @@
 """Weights published on one node are read on another; two raylets of one machine stand for the nodes."""
 
 import os
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+import actors.weight_relay
 from actors.weight_relay import _make_place, readable_here
+from pipeline.errors import DeadlineExceeded
 from pipeline.records import PolicyWeights
 from tests.nodes import Node
 
@@ -15,7 +19,7 @@ pytestmark = pytest.mark.components
 SIZE = 70 * 2**20 + 3  # two whole buckets and a part
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def two_nodes(local_ray):
     other = Node(num_cpus=1)
     yield ray.get_runtime_context().get_node_id(), other.id
@@ -33,15 +37,16 @@ def read_on(node, weights, times=1):
     return ray.get([placed.remote() for _ in range(times)], timeout=120)
 
 
+def publish_on(node, directory, version, data):
+    location = directory / "weights" / f"policy-{version:06d}"
+    location.mkdir(parents=True, exist_ok=True)
+    (location / "model.safetensors").write_bytes(data)
+    return PolicyWeights(version=version, location=str(location), probes=(), node=node)
+
+
 def test_each_node_reads_the_weights_and_fetches_them_once(two_nodes, tmp_path):
     publisher, other = two_nodes
-
-    def publish(version, data):
-        location = tmp_path / "weights" / f"policy-{version:06d}"
-        location.mkdir(parents=True, exist_ok=True)
-        (location / "model.safetensors").write_bytes(data)
-        return PolicyWeights(version=version, location=str(location), probes=(), node=publisher)
-
+    publish = partial(publish_on, publisher, tmp_path)
     first = publish(0, os.urandom(SIZE))
     whole = Path(first.location, "model.safetensors").read_bytes()
     [(location, node, data)] = read_on(publisher, first)
@@ -63,6 +68,25 @@ def test_each_node_reads_the_weights_and_fetches_them_once(two_nodes, tmp_path):
         files.add(Path(location, "model.safetensors").stat().st_ino)
         assert len([*Path(location).parent.iterdir()]) == 2
     assert len(files) == 2
+
+
+@pytest.mark.parametrize("hanging", ["_read", "_stat"])
+def test_a_node_that_does_not_hand_out_its_weights_is_named_with_how_long_it_was_asked(
+    hanging, two_nodes, tmp_path, monkeypatch
+):
+    here, other = two_nodes
+    readable_here(publish_on(other, tmp_path, 6, b"while all is well"))
+    weights = publish_on(other, tmp_path, 7, b"weights")
+    monkeypatch.setattr(actors.weight_relay, "BUCKET_S", 3.0)
+    monkeypatch.setattr(actors.weight_relay, hanging, ray.remote(num_cpus=0)(lambda *_: time.sleep(60)))
+    started = time.monotonic()
+    with pytest.raises(
+        DeadlineExceeded,
+        match=rf"fetching policy version 7 from node {other[:12]} to node {here[:12]} did not end: "
+        r"nothing arrived for 3 s",
+    ):
+        readable_here(weights)
+    assert time.monotonic() - started < 30
 
 
 def test_pages_lent_to_a_new_copy_are_not_taken_for_it(tmp_path):

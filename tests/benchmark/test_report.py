@@ -88,7 +88,8 @@ def test_a_bradley_terry_run_has_no_weights_to_show():
 
 
 def test_the_cost_of_a_stage_holds_the_peak_memory_of_its_ranks_where_it_has_any():
-    assert stage().cells == ("align_policy", "1:05", "7.2", "", "")
-    on_gpu = stage(**{"memory/rank_peak_gib": 3.0, "memory/device_peak_gib": 61.55})
-    assert on_gpu.cells == ("align_policy", "1:05", "7.2", "3.0", "61.5")
+    assert stage().cells == ("align_policy", "1:05", "7.2", "", "", "")
+    needed = {"memory/rank_peak_gib": 3.0, "memory/device_peak_gib": 61.55, "memory/rollout_worker_peak_gib": 5.5}
+    on_gpu = stage(**needed)
+    assert on_gpu.cells == ("align_policy", "1:05", "7.2", "3.0", "61.5", "5.5")
     assert "<td>61.5</td>" in render(report(stages=[on_gpu]))

@@ -42,7 +42,8 @@ class MortalWorker:
         self._checksum = int.from_bytes(np.float64(sum(t.sum(dtype=np.float64) for t in state.values())).tobytes())
         self._version = weights.version
         gate = {"gate/mean": 0.0, "gate/max": 0.0}
-        return gate | {"weights/seconds": 0.1, "weights/gb_per_s": 1.0, "weights/copy_gb_per_s": 8.0}
+        transfer = {"weights/seconds": 0.1, "weights/gb_per_s": 1.0, "weights/copy_gb_per_s": 8.0}
+        return gate | transfer | {"memory/rollout_worker_peak_gib": 1.0}
 
     def sample(self, requests, sampling, ahead=(), *, seconds, resample_unfinished):
         if befalls(self._fate, "death in generation"):

@@ -16,6 +16,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 import ray
@@ -126,7 +127,7 @@ class Eventful:
         self._pool, self._scorer, self._events = pool, scorer, events
 
     def load_weights(self, weights):
-        self._step = weights.version
+        self.step = weights.version
         self._happens("weights")
         return self._pool.load_weights(weights)
 
@@ -142,7 +143,7 @@ class Eventful:
         return self._scorer.score(prompts, responses)
 
     def _happens(self, phase):
-        self._events.pop((phase, self._step), lambda: None)()
+        self._events.pop((phase, self.step), lambda: None)()
 
 
 def test_a_rank_killed_in_its_backward_pass_is_named_in_seconds_and_its_run_ends_as_if_nothing_had_happened(
@@ -192,6 +193,21 @@ def test_a_rank_killed_in_its_backward_pass_is_named_in_seconds_and_its_run_ends
     assert_bit_equal(weights(result.location), weights(tmp_path / "quiet" / "result"))
 
 
+class Wire(httpx.BaseTransport):
+    """The scorer's way to the service; notes the steps in which a replica died with a request in its hands."""
+
+    def __init__(self, transport):
+        self._transport = transport
+        self.died_in = set()
+
+    def handle_request(self, request):
+        try:
+            return self._transport.handle_request(request)
+        except httpx.RemoteProtocolError:
+            self.died_in.add(self.step())
+            raise
+
+
 def kill_the_replica():
     [replica] = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::ServeRepli")]
     replica.kill()
@@ -226,6 +242,7 @@ def test_a_run_that_loses_a_node_two_workers_a_rank_and_a_replica_ends_as_if_not
         deadline_s=120,
         name="chaos",
     )
+    wire = scorer._transport = Wire(scorer._transport)
     # While it stands, nothing but the service fits the first node.
     filler = placement_group([{"CPU": 3.4}])
     ray.get(filler.ready(), timeout=60)
@@ -259,6 +276,7 @@ def test_a_run_that_loses_a_node_two_workers_a_rank_and_a_replica_ends_as_if_not
             group.build(build_learner, tiny_policy, str(tmp_path / "published"), str(fate))
             learner = RankedPolicyLearner(group, DEADLINES)
             eventful = Eventful(pool, scorer, events)
+            wire.step = lambda: eventful.step
             return align(eventful, eventful, learner, prompts, stage, CONFIG, reward_scale=SCALE, seed=0)
 
     try:
@@ -272,6 +290,7 @@ def test_a_run_that_loses_a_node_two_workers_a_rank_and_a_replica_ends_as_if_not
         pool.close()
         stop_service("chaos")
     assert events == {}
+    assert wire.died_in == {4}
     assert [path.name for path in fate.glob("death*")] == []
     assert [row["step"] for row in rows] == list(range(6))
     assert_bit_equal(weights(result.location), weights(tmp_path / "quiet" / "result"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.submission import JOB_CONFIG
-from jobs.command_line import parse, place
+from jobs.command_line import dry_run, parse, place
 from pipeline.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,6 +83,25 @@ def test_a_dry_run_refuses_a_plan_this_machine_cannot_hold():
     assert done.returncode == 2
     assert "stage align_policy needs 40001 CPU" in done.stderr
     assert "would fit; or add a node" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence", "role"),
+    [
+        ([], "Rollout engines have resources of their own (disaggregated);", "rollout worker"),
+        (
+            ["cluster.rollout.placement=colocated"],
+            "Rollout engines share the learner's GPUs and sleep while it works (colocated);",
+            "rank and engine",
+        ),
+    ],
+)
+def test_a_dry_run_says_where_the_rollout_engines_stand(overrides, sentence, role, monkeypatch, capsys):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    dry_run(parse("", ["--recipe", "paper_qwen2.5_7b", *overrides]))
+    printed = capsys.readouterr().out
+    assert sentence in printed
+    assert f"align_policy        {role}" in printed
 
 
 def test_a_dry_run_leaves_the_plan_to_the_cluster_it_is_meant_for():

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +13,8 @@ import actors.rollout_pool
 import jobs.align_policy
 import jobs.rooms
 import jobs.train_reward_model
+from cluster.rollout_plan import THROUGH_FILES
+from cluster.scaling import RolloutWaits
 from jobs.align_policy import align_policy
 from jobs.command_line import PREEMPTED, Options
 from jobs.prepare_policy import prepare_policy, split_texts
@@ -45,7 +46,7 @@ def rooms_of(tmp_path, monkeypatch):
     with ExitStack() as exits:
         workspace = exits.enter_context(Workspace.open(str(tmp_path / "run"), job="test"))
         yield lambda *settings: Rooms(
-            load_recipe("tiny", (*SMALL, *settings)), StageRunner(workspace), SimpleNamespace(), exits
+            load_recipe("tiny", (*SMALL, *settings)), StageRunner(workspace), THROUGH_FILES, exits
         )
 
 
@@ -149,9 +150,39 @@ def test_a_job_forgets_what_was_asked_of_the_last_one_and_hears_what_is_asked_fr
         assert rooms.rollouts(StageResult(name="policy", location=place, fingerprint="0", metrics={})) == 3
 
 
+@pytest.fixture
+def autoscaler_of(rooms_of, monkeypatch):
+    """What the pool is given, by the settings."""
+    given = []
+
+    @contextmanager
+    def pool(*_, autoscaler, **__):
+        given.append(autoscaler)
+        yield
+
+    monkeypatch.setattr(actors.rollout_pool, "RolloutPool", pool)
+
+    def autoscaler_of(*settings):
+        rooms_of(*settings).rollouts(StageResult(name="policy", location="", fingerprint="0", metrics={}))
+        return given.pop()
+
+    return autoscaler_of
+
+
+def test_a_recipe_with_autoscaling_gives_the_pool_an_autoscaler_of_its_bounds(autoscaler_of):
+    prefetch = ("alignment.prefetch=continue", "alignment.ppo.importance_cap=2")
+    waits = RolloutWaits(rollout_s=1.0, learner_wait_s=0.0, queue_wait_s=0.0)
+    bounds = "cluster.rollout.autoscale={min_workers: 2, max_workers: 5}"
+    assert autoscaler_of(*prefetch, bounds).wanted(1, waits) == 2
+    assert autoscaler_of(*prefetch, bounds).wanted(9, waits) == 5
+    assert autoscaler_of(*prefetch) is None
+
+
 CANNOT_BE_INTERRUPTED = """
 import contextlib, os, signal, sys, time
 import jobs.rooms
+from cluster.rollout_plan import THROUGH_FILES
+from cluster.scaling import RolloutWaits
 from jobs.command_line import parse
 
 jobs.rooms.open_cluster = lambda *_: contextlib.nullcontext()
