@@ -401,8 +401,8 @@ class PPOConfig(Frozen):
     reward_transform: Literal["none", "zscore", "lcb", "log_sigmoid"] = "zscore"
     """Of the reward model's mean and standard deviation, in units of its held-out rewards (vrm_spec section 8)."""
     lcb_coefficient: NonNegative = 1.0
-    """lcb subtracts this many posterior standard deviations before the z-score. They differ little between responses: in
-    the planted world 1 changed nothing, and 6 was needed for less hacking (E8 in docs/LOG.md)."""
+    """lcb subtracts this many posterior standard deviations before the z-score. They differ little between responses: 1
+    hardly changes what a policy learns (E8 in docs/LOG.md)."""
     reward_clip: Positive | None = 5.0
     """The transformed reward is clipped to +- this, before penalties (vrm_spec section 10); None is no bound."""
     whiten_rewards: bool = False
