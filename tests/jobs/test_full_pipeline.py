@@ -235,4 +235,5 @@ def test_a_driver_killed_in_two_stages_and_preempted_once_resumes_to_the_same_re
     one, other = (manifest(w, "align_policy")["metrics"] for w in (whole, workspace))
     assert other["reward/mean"] == pytest.approx(one["reward/mean"], abs=0.3)
     assert other["kl/per_response"] == pytest.approx(one["kl/per_response"], abs=0.3)
-    assert [r["step"] for r in read_metrics(stage_directory(workspace, "align_policy") / METRICS_FILE)] == [0, 1, 2, 3, 4]
+    rows = read_metrics(stage_directory(workspace, "align_policy") / METRICS_FILE)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
