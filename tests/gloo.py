@@ -135,7 +135,7 @@ class GroupOfOne:
         self.rank = actor.options(num_cpus=0, runtime_env={"env_vars": environment}, **options).remote(0, 1)
 
     def hold(self, state):
-        ray.get(self.rank.hold.remote(state), timeout=60)
+        ray.get(self.rank.hold.remote(state), timeout=240)
 
     def free_address(self, doing, *, deadline_s):
         return self.all(lambda rank: rank.free_address.remote(), doing=doing, deadline_s=deadline_s)[0]
