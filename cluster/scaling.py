@@ -92,7 +92,7 @@ class Autoscaler:
         if waits is not None:
             now = self._clock()
             decision = decide_workers(waits, workers=workers, config=self._config, since_change_s=now - self._changed)
-            if decision.workers != workers:
+            if decision.workers not in (workers, self._target):  # the target's may still be starting
                 self._changed, self._target = now, decision.workers
                 logger.warning("rollout workers %d -> %d: %s", workers, decision.workers, decision.reason)
         return self._target

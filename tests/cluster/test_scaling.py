@@ -65,6 +65,17 @@ def test_nothing_changes_during_the_cool_down_or_without_an_overlap():
     assert decide(30.0, 0.0, 2).workers == 2
 
 
+def test_a_worker_that_takes_longer_to_start_than_the_cool_down_is_asked_for_once(caplog):
+    now = [1000.0]
+    autoscaler = Autoscaler(BOUNDS, clock=lambda: now[0])
+    with caplog.at_level(logging.WARNING, logger="cluster.scaling"):
+        for _ in range(3):
+            assert autoscaler.wanted(2, waits(30.0, 20.0)) == 3
+            now[0] += 61
+        assert autoscaler.wanted(3, waits(10.0, 20.0)) == 2
+    assert [record.getMessage()[:22] for record in caplog.records] == ["rollout workers 2 -> 3", "rollout workers 3 -> 2"]
+
+
 def test_a_change_starts_the_cool_down_and_is_logged_with_its_reason(caplog):
     now = [1000.0]
     autoscaler = Autoscaler(BOUNDS, clock=lambda: now[0])
