@@ -396,8 +396,8 @@ class RolloutPool:
 
         Consumes `waiting`, which may grow while the rollouts are read: a rollout can be answered with the next turn of
         its conversation. Every engine has more in its queue than it can decode at once, and decodes on while the driver
-        reads; a dead worker is replaced and what it held is asked again. New weights end what is not read
-        to its end.
+        reads; a dead worker is replaced and what it held is asked again. New weights end what is not
+        read to its end.
 
         Raises:
             As `generate`; the deadline is that of a call, which decodes for half a second.

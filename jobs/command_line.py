@@ -99,8 +99,8 @@ def dry_run(options: Options) -> None:
 def run_job(description: str, body: Callable[[Rooms], object]) -> None:
     """Parses, opens workspace and cluster, runs `body`; a pipeline error ends the process with its message alone.
 
-    Exit codes: 0 done, 2 bad input or a failure the message explains, 75 asked to end, with
-    everything committed, or what the grace time allowed.
+    Exit codes: 0 done, 2 bad input or a failure the message explains, 75 asked to end, with what
+    the grace time allowed committed.
     """
     try:
         options = parse(description)

@@ -100,9 +100,7 @@ class ChunkLedger:
     def issue_again(self, now: float) -> Chunk | None:
         """A late chunk, or one behind a late one, for a worker that has nothing else to do; each of them once."""
         late = [chunk for chunk in self._out if now >= self._late_at(chunk)]
-        behind = [
-            c for c, other in self._reserved.items() if other in self._issued_again and c not in self._interrupted
-        ]
+        behind = [c for c, other in self._reserved.items() if other in self._issued_again and self._may_be_copied(c)]
         if not late and not behind:
             return None
         chunk = min(late or behind, key=self._begun.__getitem__)
