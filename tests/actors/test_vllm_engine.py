@@ -65,7 +65,7 @@ def cpu_engines(directory, backend, *, workers):
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer):
-    words = [word for word in tokenizer.get_vocab() if word.isalpha()]
+    words = sorted(word for word in tokenizer.get_vocab() if word.isalpha())
     return [
         Prompt(id=f"prompt {n}", messages=messages, token_ids=encode_prompt(tokenizer, messages))
         for n in range(12)
