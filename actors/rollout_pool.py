@@ -51,6 +51,8 @@ class Worker:
     """Reference that resolves when the engine is up, or raises why it is not."""
     bundle: int | None = None
     """Of the placement that the worker shares with a rank of the learner."""
+    asked: float = field(default_factory=time.monotonic)
+    """When."""
 
 
 class WeightSender(Protocol):
@@ -218,7 +220,7 @@ class RolloutPool:
     def _follow(self, wanted: float | None) -> list[Worker]:
         """Shrinks at once; grows without waiting: a worker that starts while others sample joins at the next update.
 
-        Returns those that join at this one.
+        Returns those that join at this one, and those that have had no place to start for too long.
         """
         if wanted is None:
             return []
@@ -228,15 +230,18 @@ class RolloutPool:
             _end(self._workers.pop())
         if wanted != self._given_up:
             self._joining += self._start_workers(wanted - len(self._workers) - len(self._joining))
-        return [worker for worker in self._joining if ray.wait([worker.started], timeout=0)[0]]
+        overdue = time.monotonic() - self._deadlines.start_s
+        return [worker for worker in self._joining if worker.asked < overdue or _has_started(worker)]
 
-    def _join(self, started: Sequence[Worker], weights: PolicyWeights, wanted: float | None) -> list[Metrics]:
+    def _join(self, joining: Sequence[Worker], weights: PolicyWeights, wanted: float | None) -> list[Metrics]:
         """Takes in those that load the published policy and pass the gate."""
         call = _loading(weights)
-        calls = [(worker, worker.actor.load_weights.remote(weights, self._tolerance)) for worker in started]
+        calls = [(worker, worker.actor.load_weights.remote(weights, self._tolerance)) for worker in joining]
         metrics = []
         for worker, reference in calls:
             try:
+                if not _has_started(worker):
+                    raise self._deadline_exceeded(worker, "start()", self._deadlines.start_s)
                 self._answer(worker, worker.started, "start()", self._deadlines.start_s)
                 metrics.append(self._answer(worker, reference, call, self._deadlines.weights_s))
             except (*DIED, RayTaskError, PipelineError) as error:
@@ -299,11 +304,11 @@ class RolloutPool:
         wanted = self._wanted_workers()
         shrinks = wanted is not None and wanted < len(self._workers)
         with self._between("chunks" if shrinks else "tokens"):
-            started = self._follow(wanted)
+            joining = self._follow(wanted)
             self._weights = weights
             sent = self._sender is not None and self._send(self._sender)
             self._workers, metrics = self._load(self._workers, weights, received=sent)
-            metrics += self._join(started, weights, wanted)
+            metrics += self._join(joining, weights, wanted)
             counts, self._counts = self._counts, Counter()
             waits, self._waits = self._waits, None
         overlap = (
@@ -778,6 +783,12 @@ def _died(worker: Worker, call: str, config: RolloutConfig) -> WorkerDied:
         "(cluster.rollout.max_restarts). Often it ran out of memory: lower kv_cache_gib or max_sequences. The "
         "workspace is intact; the same command resumes."
     )
+
+
+def _has_started(worker: Worker) -> bool:
+    """Or failed to."""
+    ready, _ = ray.wait([worker.started], timeout=0)
+    return bool(ready)
 
 
 def _end(worker: Worker) -> None:

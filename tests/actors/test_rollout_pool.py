@@ -670,6 +670,24 @@ def test_a_worker_that_fails_as_it_joins_a_run_is_given_up_and_one_that_serves_e
         pool.load_weights(weights(1))
 
 
+def test_a_worker_that_finds_no_room_is_given_up_at_its_deadline(open_pool, caplog):
+    wish = [None]
+    pool = open_pool(workers=1, cpus_per_worker=3, requested_workers=lambda: wish[-1])  # of 4
+    pool.load_weights(weights(0))
+    wish.append(2)
+    pool.load_weights(weights(0))
+    assert len(pool._joining) == 1
+
+    pool._deadlines = pool._deadlines.model_copy(update={"start_s": 1e-3})
+    time.sleep(0.01)
+    sizes = [pool.load_weights(weights(0))["rollout/workers"] for _ in range(2)]
+
+    assert sizes == [1, 1]
+    assert pool._joining == []
+    assert "rollout worker 1, asked for from outside, did not join: rollout worker 1: start() did not" in caplog.text
+    assert "it needs 3 CPU and 0 GPU; 1 and 0 are free" in caplog.text
+
+
 def test_requests_that_cannot_be_met_are_refused_before_any_work(open_pool):
     pool = open_pool(workers=1)
 
