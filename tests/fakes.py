@@ -6,8 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.batching import stable_seed
 from pipeline.data.chat import decode_response
@@ -77,16 +76,3 @@ class FakeScorer:
             RewardScore(mean=text.count("e") / 10, std=0.1, objective_weights=(), objective_scores=())
             for text in responses
         ]
-
-
-def reference_of(directory: str):
-    """A frozen copy of the policy, as PPOLearner wants it."""
-    from pipeline.models.critic import Policy
-
-    module = Policy(AutoModelForCausalLM.from_pretrained(directory)).eval().requires_grad_(False)
-
-    def reference(*arguments):
-        with torch.no_grad():
-            return module(*arguments)
-
-    return reference

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import AutoModelForCausalLM
+import torch
 
 from pipeline.config.schema import (
     AlignmentConfig,
@@ -19,14 +19,13 @@ from pipeline.data.prompts import tokenise_prompts
 from pipeline.data.score_statistics import ScoreStatistics
 from pipeline.learning.engine import TorchEngine
 from pipeline.learning.parameter_groups import parameter_groups, policy_parameter_groups
-from pipeline.learning.ppo_update import PPOLearner, reference_without_adapters
+from pipeline.learning.ppo_update import PPOLearner, frozen_reference, reference_without_adapters
 from pipeline.learning.probes import choose_probes
 from pipeline.learning.reward_update import RewardModelTrainer
-from pipeline.models.backbone import load_backbone
-from pipeline.models.critic import PolicyWithCritic
+from pipeline.models.backbone import load_backbone, load_causal_lm
+from pipeline.models.critic import Policy, PolicyWithCritic
 from pipeline.models.lora import add_lora
 from pipeline.models.reward_model import RewardModel, RewardModelCard, make_head
-from tests.fakes import reference_of
 
 HEAD = VRMHeadConfig(semantic_dims=8, hidden_size=64)
 ALIGNMENT = AlignmentConfig(
@@ -90,8 +89,6 @@ def reward_trainer(
     lr=1e-3,
     lora=None,
 ):
-    import torch
-
     backbone = load_backbone(tiny_policy, dtype="float32")
     add_lora(backbone, lora, seed=0)
     torch.manual_seed(0)
@@ -122,10 +119,15 @@ def prompts_of(world, tokenizer):
     return tokenise_prompts([(p.id, p.messages) for p in world.train_prompts], tokenizer, max_prompt_tokens=32)
 
 
-def ppo_learner(tiny_policy, world, tokenizer, publish_directory, *, config=ALIGNMENT, make_engine=TorchEngine):
-    import torch
+def reference_of(directory):
+    """The policy of a directory, frozen, as PPOLearner wants it."""
+    policy, _ = load_causal_lm(directory, dtype="float32")
+    frozen = Policy(policy).eval().requires_grad_(False)
+    return frozen_reference(frozen, dtype="float32", device=torch.device("cpu"))
 
-    policy = AutoModelForCausalLM.from_pretrained(tiny_policy)
+
+def ppo_learner(tiny_policy, world, tokenizer, publish_directory, *, config=ALIGNMENT, make_engine=TorchEngine):
+    policy, _ = load_causal_lm(tiny_policy, dtype="float32")
     torch.manual_seed(0)
     separate = config.ppo.trains_a_critic and config.ppo.critic == "separate"
     critic = load_backbone(tiny_policy, dtype="float32") if separate else None

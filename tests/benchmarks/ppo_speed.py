@@ -59,7 +59,7 @@ from pipeline.models.critic import PolicyWithCritic
 from pipeline.models.reward_model import RewardModel, RewardModelCard, make_head
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from pipeline.stages.workspace import StageDirectory
-from tests.fakes import reference_of
+from tests.learners import reference_of
 
 LEARNING_RATE = 1e-6
 KL_COEFFICIENT = 0.05

@@ -51,7 +51,8 @@ from pipeline.models.packaged import unpacked
 from pipeline.records import PolicyWeights, Prompt, SamplingParams
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from pipeline.stages.workspace import StageDirectory
-from tests.fakes import FakeScorer, reference_of
+from tests.fakes import FakeScorer
+from tests.learners import reference_of
 
 GATE_TOLERANCE = 1e-4
 TIMES = 8

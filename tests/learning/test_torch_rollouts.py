@@ -13,7 +13,7 @@ from pipeline.learning.torch_rollouts import TorchRollouts
 from pipeline.models.backbone import load_causal_lm
 from pipeline.models.packing import pack
 from pipeline.records import SamplingParams
-from tests.fakes import reference_of
+from tests.learners import reference_of
 
 SAMPLING = SamplingParams(temperature=0.7, top_p=1.0, max_response_tokens=9, samples_per_prompt=2, seed=3)
 
