@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipeline.config.schema import RanksConfig
+from pipeline.config.cluster import RanksConfig
 from pipeline.learning.engine import ParameterGroup, require_finite_norm, set_learning_rates
-from pipeline.learning.ppo_update import frozen_reference
+from pipeline.learning.ppo_learner import frozen_reference
 from pipeline.learning.training_state import Fragment, SavedState, Snapshot, adam_state, trained_parameters
 
 COLLECTIVE_TIMEOUT = timedelta(days=1)

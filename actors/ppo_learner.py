@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pipeline.config.schema import AlignmentConfig, RanksConfig
+from pipeline.config.alignment import AlignmentConfig
+from pipeline.config.cluster import RanksConfig
 from pipeline.records import PromptGroup
 from pipeline.stages import storage
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from pipeline.learning.engine import TrainEngine
-    from pipeline.learning.ppo_update import PPOLearner
+    from pipeline.learning.ppo_learner import PPOLearner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ def ppo_learner(
         make_reference: the frozen policy as a function.
     """
     from pipeline.learning.parameter_groups import policy_parameter_groups
-    from pipeline.learning.ppo_update import PPOLearner, reference_without_adapters
+    from pipeline.learning.ppo_learner import PPOLearner, reference_without_adapters
     from pipeline.models.backbone import load_causal_lm, train_only_last_layers
     from pipeline.models.critic import Policy, PolicyWithCritic
     from pipeline.models.lora import add_lora

@@ -16,9 +16,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
-from actors.deaths import DIED
+from actors.ray_errors import DIED
 from cluster.placement import Placement, pack_bundles
-from pipeline.config.schema import RanksConfig, WeightTransfer
+from pipeline.config.cluster import RanksConfig, WeightTransfer
 from pipeline.errors import DeadlineExceeded, PipelineError, WorkerDied
 from pipeline.records import Metrics, PolicyWeights
 from pipeline.stages import storage

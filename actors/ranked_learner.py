@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from actors.rank_group import RankGroup
-from pipeline.config.schema import DeadlinesConfig, WeightTransfer
+from pipeline.config.cluster import DeadlinesConfig, WeightTransfer
 from pipeline.learning.memory import largest
 from pipeline.records import Experience, Metrics, PolicyWeights, Rollout, TokenEvaluation
 

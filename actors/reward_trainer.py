@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pipeline.config.schema import RanksConfig, RewardTrainingConfig
+from pipeline.config.cluster import RanksConfig
+from pipeline.config.reward import RewardConfig
 from pipeline.data.score_statistics import ScoreStatistics
 from pipeline.stages import storage
 
@@ -15,14 +16,14 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.learning.engine import TrainEngine
-    from pipeline.learning.reward_update import RewardModelTrainer
+    from pipeline.learning.reward_trainer import RewardTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardTrainerSpec:
     """All a rank needs to build its trainer."""
 
-    config: RewardTrainingConfig
+    config: RewardConfig
     ranks: RanksConfig
     backbone_uri: str
     """A directory, or a hub name."""
@@ -31,19 +32,19 @@ class RewardTrainerSpec:
     seed: int
 
 
-def build_reward_trainer(spec: RewardTrainerSpec, device: torch.device) -> RewardModelTrainer:
+def build_reward_trainer(spec: RewardTrainerSpec, device: torch.device) -> RewardTrainer:
     """Runs on every rank."""
     from actors.deepspeed_engine import DeepSpeedEngine
 
     return reward_trainer(spec, partial(DeepSpeedEngine, ranks=spec.ranks, device=device))
 
 
-def reward_trainer(spec: RewardTrainerSpec, make_engine: Callable[..., TrainEngine]) -> RewardModelTrainer:
+def reward_trainer(spec: RewardTrainerSpec, make_engine: Callable[..., TrainEngine]) -> RewardTrainer:
     """The trainer of a spec; `make_engine` gets module, parameter groups, betas, max_grad_norm and dtype."""
     import torch
 
     from pipeline.learning.parameter_groups import parameter_groups
-    from pipeline.learning.reward_update import RewardModelTrainer
+    from pipeline.learning.reward_trainer import RewardTrainer
     from pipeline.models.backbone import load_backbone, load_tokenizer, train_only_last_layers
     from pipeline.models.lora import add_lora
     from pipeline.models.reward_model import RewardModel, RewardModelCard, make_head
@@ -86,7 +87,7 @@ def reward_trainer(spec: RewardTrainerSpec, make_engine: Callable[..., TrainEngi
         reward_weights=config.reward_weights,
         ensemble=config.ensemble,
     )
-    return RewardModelTrainer(
+    return RewardTrainer(
         engine,
         card=card,
         statistics=spec.statistics,

@@ -18,15 +18,13 @@ from typing import Any, Literal, Protocol
 import ray
 from ray.exceptions import GetTimeoutError, RayTaskError
 
-from actors.deaths import DIED
+from actors.ray_errors import DIED
 from actors.rollout_worker import RolloutWorker
+from cluster.autoscaler import Autoscaler, RolloutWaits
 from cluster.placement import Placement
 from cluster.rollout_plan import THROUGH_FILES, RolloutPlan
 from cluster.running_jobs import actor_name
-from cluster.scaling import Autoscaler, RolloutWaits
-from pipeline.config.schema import DeadlinesConfig, RolloutConfig
-from pipeline.data.chunks import Chunk, ChunkLedger
-from pipeline.data.sampling import require_room, rollout_requests
+from pipeline.config.cluster import DeadlinesConfig, RolloutConfig
 from pipeline.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -37,6 +35,8 @@ from pipeline.errors import (
     WorkerError,
 )
 from pipeline.records import Metrics, PolicyWeights, Prompt, Rollout, SamplingParams
+from pipeline.rollouts.chunks import Chunk, ChunkLedger
+from pipeline.rollouts.requests import require_room, rollout_requests
 
 logger = logging.getLogger(__name__)
 

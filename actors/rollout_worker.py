@@ -10,12 +10,12 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from cluster.rollout_plan import RolloutPlan
-from pipeline.config.schema import RolloutConfig
+from pipeline.config.cluster import RolloutConfig
 from pipeline.data.batching import stable_seed
-from pipeline.data.sampling import RolloutRequest
 from pipeline.errors import StaleEngineError
-from pipeline.learning.probes import check_engine
 from pipeline.records import Metrics, PolicyWeights, Rollout, SamplingParams
+from pipeline.rollouts.numerics_gate import check_engine
+from pipeline.rollouts.requests import RolloutRequest
 from pipeline.stages import storage
 
 if TYPE_CHECKING:

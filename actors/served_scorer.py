@@ -12,8 +12,8 @@ from ray.exceptions import RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from actors.deaths import DIED
-from pipeline.config.schema import ScoringConfig
+from actors.ray_errors import DIED
+from pipeline.config.cluster import ScoringConfig
 from pipeline.records import Message, RewardScore
 from pipeline.serving.client import VRMScorer
 from pipeline.serving.protocol import ScoredResponse

@@ -17,13 +17,13 @@ from vllm.v1.engine import FinishReason as EngineFinishReason
 from actors.engine_weights import differences, holds_by_name, replace_weights
 from actors.weight_transfer import register
 from cluster.rollout_plan import RolloutPlan
-from pipeline.config.schema import RolloutConfig
+from pipeline.config.cluster import RolloutConfig
 from pipeline.errors import StaleEngineError
 from pipeline.learning.memory import copy_gb_per_s
-from pipeline.learning.policy_files import PolicyFiles
 from pipeline.models.backbone import kv_bytes_per_token, load_config
 from pipeline.records import FinishReason, ProbeSequence
 from pipeline.records import SamplingParams as Sampling
+from pipeline.rollouts.policy_files import PolicyFiles
 
 PROMPT_TOKENS_AT_ONCE = 4096
 """Of a CPU engine, in one forward pass: vLLM's own number."""

@@ -19,7 +19,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
 from actors.weight_transfer import stop_sending
-from pipeline.config.schema import WeightTransfer
+from pipeline.config.cluster import WeightTransfer
 from pipeline.errors import TransferFailed
 
 BUCKET_BYTES = 256 * 2**20
@@ -155,7 +155,7 @@ class WeightSender:
                 source=source,
             )
         except RuntimeError as error:
-            raise TransferFailed(_letter(self._client.failure or error)) from error
+            raise TransferFailed(_error_message(self._client.failure or error)) from error
         self._require_no_failure()
         if isinstance(self._trainer, NCCLTrainerWeightTransferEngine) and self._trainer.model_update_group is not None:
             self._client.abort = partial(stop_sending, self._trainer.model_update_group)
@@ -172,7 +172,7 @@ class WeightSender:
             self._trainer.send_weights()
         except RuntimeError as error:  # of the connection: what ended it may be a worker that ended
             self._source.read_to_the_end()
-            raise TransferFailed(_letter(self._client.failure or error)) from error
+            raise TransferFailed(_error_message(self._client.failure or error)) from error
         self._require_no_failure()
 
     def close(self) -> None:
@@ -180,7 +180,7 @@ class WeightSender:
 
     def _require_no_failure(self) -> None:
         if self._client.failure is not None:
-            raise TransferFailed(_letter(self._client.failure)) from self._client.failure
+            raise TransferFailed(_error_message(self._client.failure)) from self._client.failure
 
 
 def trainer_init_info(
@@ -198,7 +198,7 @@ def trainer_init_info(
     )
 
 
-def _letter(error: BaseException) -> str:
+def _error_message(error: BaseException) -> str:
     return (
         f"weights did not go from the learner's GPUs to the engines': {type(error).__name__}: {error}. The engines "
         "read the published file instead. If it stays so, set cluster.rollout.weight_transfer=shm."

@@ -29,9 +29,9 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from pipeline.config.schema import WeightTransfer
+from pipeline.config.cluster import WeightTransfer
 from pipeline.errors import CheckpointError, TransferFailed
-from pipeline.learning.policy_files import PolicyFiles
+from pipeline.rollouts.policy_files import PolicyFiles
 
 STOPPED = "weight transfer stopped"
 """Key in the store through which learner and engines met."""

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.config.schema import ClusterConfig, RanksConfig, RolloutPlacement
+from pipeline.config.cluster import ClusterConfig, RanksConfig, RolloutPlacement
 from pipeline.errors import ResourceError
 
 TOLERANCE = 1e-6
@@ -66,8 +66,8 @@ def plan_resources(cluster: ClusterConfig, placement: RolloutPlacement = "disagg
         rollout = _rollout(cluster)
         aligning, sampling = [_ranks("alignment", cluster.alignment), rollout], [rollout]
     return (
-        StageDemand(stage="prepare_policy", demands=(_ranks("policy_training", cluster.policy_training),)),
-        StageDemand(stage="train_reward_model", demands=(_ranks("reward_training", cluster.reward_training),)),
+        StageDemand(stage="sft", demands=(_ranks("sft", cluster.sft),)),
+        StageDemand(stage="train_reward_model", demands=(_ranks("reward", cluster.reward),)),
         StageDemand(stage="align_policy", demands=(*aligning, scoring)),
         StageDemand(stage="generate_benchmark", demands=(*sampling, scoring)),
     )

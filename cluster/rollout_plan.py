@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.resources import fits, plan_resources
-from pipeline.config.schema import Recipe, RolloutPlacement, WeightTransfer
+from pipeline.config.cluster import RolloutPlacement, WeightTransfer
+from pipeline.config.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.resources import StageDemand, check_plan
 from cluster.submission import job_id
-from pipeline.config.schema import ClusterConfig
+from pipeline.config.cluster import ClusterConfig
 from pipeline.errors import ResourceError
 
 CONNECT_S = 10.0

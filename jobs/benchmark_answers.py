@@ -32,18 +32,18 @@ from pipeline.benchmark.answer_log import AnsweredTurn, AnswerLog
 from pipeline.benchmark.questions import BENCHMARKS, AnsweredBenchmark, AnsweredQuestion, Question, read_questions
 from pipeline.config.engine_build import require_engine_for
 from pipeline.config.load import load_recipe
-from pipeline.config.schema import Recipe
+from pipeline.config.recipe import Recipe
 from pipeline.data.chat import require_chat_template
 from pipeline.data.files import content_fingerprint
 from pipeline.data.prompts import tokenise_prompts
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.learning.probes import TOLERANCE, choose_probes
-from pipeline.learning.publishing import publish_checkpoint
-from pipeline.loops.benchmark_generation import answer_questions, conversation, require_room_for_all
+from pipeline.loops.generation import answer_questions, conversation, require_room_for_all
 from pipeline.models.backbone import load_config, load_tokenizer
-from pipeline.models.packaged import SCHEME, unpacked
+from pipeline.models.wheel_checkpoints import SCHEME, unpacked
 from pipeline.ports import RolloutStream
 from pipeline.records import SamplingParams
+from pipeline.rollouts.numerics_gate import TOLERANCE, choose_probes
+from pipeline.rollouts.publishing import publish_checkpoint
 from pipeline.stages import storage
 from pipeline.stages.metrics_log import as_clock, as_number
 
@@ -75,7 +75,7 @@ def open_pool(policy: Policy, questions: Sequence[Question], recipe: Recipe, own
     from actors.rollout_pool import RolloutPool
     from cluster.resources import plan_generation
     from cluster.session import open_cluster
-    from jobs.rooms import shared_memory
+    from jobs.job_context import shared_memory
 
     dtype = recipe.policy.dtype
     require_engine_for(recipe.cluster.rollout.gpus_per_worker)

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from cluster.resources import as_table, check_plan, plan_resources, this_machine
 from cluster.rollout_plan import plan_rollouts
 from cluster.submission import is_submitted_job
 from pipeline.config.load import load_recipe
-from pipeline.config.schema import Recipe
-from pipeline.errors import ConfigError, PipelineError, Preempted
-
-if TYPE_CHECKING:
-    from jobs.rooms import Rooms
+from pipeline.config.recipe import Recipe
+from pipeline.errors import ConfigError
 
 BAD_INPUT = 2
 PREEMPTED = 75
@@ -94,27 +89,3 @@ def dry_run(options: Options) -> None:
     else:
         check_plan(plan, [here])
         print(f"This machine has it: {here['CPU']:g} CPU, {here['GPU']:g} GPU.")
-
-
-def run_job(description: str, body: Callable[[Rooms], object]) -> None:
-    """Parses, opens workspace and cluster, runs `body`; a pipeline error ends the process with its message alone.
-
-    Exit codes: 0 done, 2 bad input or a failure the message explains, 75 asked to end, with what
-    the grace time allowed committed.
-    """
-    try:
-        options = parse(description)
-        if options.dry_run:
-            dry_run(options)
-            return
-        # Ray and torch are imported behind the dry run.
-        from jobs.rooms import open_rooms
-
-        with open_rooms(options) as rooms:
-            body(rooms)
-    except Preempted as notice:
-        print(notice, file=sys.stderr, flush=True)
-        sys.exit(PREEMPTED)
-    except PipelineError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        sys.exit(BAD_INPUT)

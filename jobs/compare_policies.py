@@ -25,8 +25,10 @@ from pipeline.errors import PipelineError
 
 def compare_policies(options: argparse.Namespace) -> None:
     """Writes the page."""
-    from pipeline.benchmark import comparison, comparison_files, comparison_page
-    from pipeline.benchmark.leaderboard import leaderboard, read_scores
+    from pipeline.benchmark.policy_comparison import contest as comparison
+    from pipeline.benchmark.policy_comparison import contest_files as comparison_files
+    from pipeline.benchmark.policy_comparison import contest_page as comparison_page
+    from pipeline.benchmark.policy_comparison.leaderboard import leaderboard, read_scores
 
     questions = comparison_files.read_questions(options.questions)
     files = [file for place in options.answers for file in comparison_files.answer_files(place)]

@@ -19,9 +19,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pipeline.benchmark.reward_evaluation import BENCHMARKS, as_json, as_table, compare, evaluate, survey
-from pipeline.config.schema import ScoringConfig
+from pipeline.config.cluster import ScoringConfig
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.evaluation.reward_evaluation import BENCHMARKS, as_json, as_table, compare, evaluate, survey
 from pipeline.stages.metrics_log import as_clock
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -49,13 +49,13 @@ def evaluate_reward_model(asked: argparse.Namespace) -> str:
     import numpy as np
     import torch
 
-    from pipeline.benchmark.scored_comparisons import read_scored, score_to_file
-    from pipeline.benchmark.scored_rows import key_column
-    from pipeline.data.comparisons import prompt_key, read_comparisons
+    from pipeline.data.evaluation_examples import prompt_key, read_comparisons
     from pipeline.data.files import content_fingerprint
     from pipeline.data.prompts import read_prompts
+    from pipeline.evaluation.reward_scorer import RewardModelScorer
+    from pipeline.evaluation.score_examples import read_scored, score_to_file
+    from pipeline.evaluation.scored_rows import key_column
     from pipeline.learning.memory import keep_freed_memory
-    from pipeline.learning.reward_scorer import RewardModelScorer
     from pipeline.models.reward_model import read_card
 
     device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")

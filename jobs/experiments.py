@@ -1,20 +1,20 @@
 """Experiments on the reward model and on alignment: every variant with every seed, over the whole cluster, in one table
 and figures.
 
-    python jobs/experiments.py E4 --recipe experiments_tiny --out runs/E4 --seeds 0 1 2
-    python jobs/experiments.py E8 --out runs/E8 --seeds 0 1 2
+    python jobs/experiments.py heads --recipe experiments_tiny --out runs/heads --seeds 0 1 2
+    python jobs/experiments.py overoptimization --out runs/overoptimization --seeds 0 1 2
 
-E3 supervision losses, E4 vrm against its baselines, E5 supervision weight, E7 the collapse over KL weights, noise wrong
-labels. A run is one process with the same trainer, budget, data order and seeds for every variant; the backbone is the
-recipe's checkpoint, or a tiny model from scratch. E8 aligns policies against bt, gate, vrm and vrm's lower confidence
-bound, with and without KL, and holds the reward against the planted truth; a run is one process again, and the runs of
-a seed start from one fine-tuned policy. The same command computes only the runs that are missing, and experiments that
-share a run share its result.
+`supervision` compares supervision losses, `heads` vrm with its baselines, `supervision_weight` its weight, `collapse`
+draws the collapse over KL weights, `label_noise` flips labels. A run is one process with the same trainer, budget, data
+order and seeds for every variant. The backbone is the recipe's checkpoint, or a tiny model from scratch.
+`overoptimization` aligns policies against bt, gate, vrm and vrm's lower confidence bound, with and without KL, and
+holds the reward against the planted truth. Its runs of one seed start from one fine-tuned policy. The same command
+computes only the runs that are missing, and experiments that share a run share its result.
 
 A backbone that does not train (trainable_layers: 0) is run once over the pairs, for all runs and later experiments.
 
 Writes runs/<config hash>.json, <experiment>*.csv, <experiment>.txt and <experiment>*.png; under states/ what frozen
-backbones said, under shared/ the policies and reward models that runs of E8 have in common.
+backbones said, under shared/ the policies and reward models that runs of overoptimization share.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.resources import Demand, StageDemand, as_table
 from jobs.command_line import BAD_INPUT, place
 from pipeline.config.load import load_recipe
-from pipeline.config.schema import Recipe
+from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError, CorruptManifest, PipelineError, WorkerError
 from pipeline.experiments.grid import EXPERIMENTS, Run, plan_runs
 from pipeline.stages import storage
@@ -70,10 +70,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def demand_of(recipe: Recipe) -> Demand:
     """What one run holds: a single process that takes the place of all ranks of reward training."""
-    ranks = recipe.cluster.reward_training
+    ranks = recipe.cluster.reward
     return Demand(
         role="training run",
-        setting="cluster.reward_training.ranks",
+        setting="cluster.reward.ranks",
         count=1,
         cpus=ranks.ranks * ranks.cpus_per_rank,
         gpus=min(1.0, ranks.ranks * ranks.gpus_per_rank),
@@ -82,13 +82,13 @@ def demand_of(recipe: Recipe) -> Demand:
 
 def compute_on_the_cluster(runs: Sequence[Run], out: str) -> Iterable[tuple[int, dict[str, Any] | PipelineError]]:
     """On the cluster this job was submitted to, or one of its own; states of a frozen backbone once for all runs."""
-    from actors.alignment_runs import align_everywhere
-    from actors.experiment_runs import keep_states, train_everywhere
+    from actors.alignment_tasks import align_everywhere
+    from actors.experiment_tasks import keep_states, train_everywhere
     from cluster.session import open_cluster
 
     cluster = runs[0].recipe.cluster
     demand = demand_of(runs[0].recipe)
-    recipes, restarts = [run.recipe for run in runs], cluster.reward_training.max_restarts
+    recipes, restarts = [run.recipe for run in runs], cluster.reward.max_restarts
     with open_cluster(cluster, [StageDemand(stage="experiment", demands=(demand,))]):
         if runs[0].trains == "policy":
             yield from align_everywhere(recipes, demand, storage.join(out, "shared"), max_restarts=restarts)
@@ -188,7 +188,7 @@ def run_experiment(asked: argparse.Namespace, compute: Compute) -> str:
         ConfigError: the recipe, an override or the data settings do not make sense.
         WorkerError: some runs failed; the others are committed and reported.
     """
-    from pipeline.data.source import data_fingerprints
+    from pipeline.data.run_data import data_fingerprints
 
     recipe = load_recipe(asked.recipe, asked.overrides)
     out = place(asked.out, option="--out")

@@ -10,25 +10,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from jobs.command_line import run_job
+from jobs.run_job import run_job
 
 if TYPE_CHECKING:
-    from jobs.rooms import Rooms
+    from jobs.job_context import JobContext
 
 
-def run_pipeline(rooms: Rooms) -> None:
+def run_pipeline(job: JobContext) -> None:
     # Imported here: the stages bring torch and ray, which a dry run does without.
     from jobs.align_policy import align_policy
     from jobs.generate_benchmark import generate_benchmark
-    from jobs.prepare_policy import prepare_policy
+    from jobs.sft import sft
     from jobs.train_reward_model import train_reward_model
     from jobs.write_report import write_report
 
-    policy = prepare_policy(rooms)
-    reward_model = train_reward_model(rooms, policy)
-    aligned = align_policy(rooms, policy, reward_model)
-    benchmark = generate_benchmark(rooms, policy, aligned, reward_model)
-    write_report(rooms, policy, reward_model, aligned, benchmark)
+    policy = sft(job)
+    reward_model = train_reward_model(job, policy)
+    aligned = align_policy(job, policy, reward_model)
+    benchmark = generate_benchmark(job, policy, aligned, reward_model)
+    write_report(job, policy, reward_model, aligned, benchmark)
 
 
 if __name__ == "__main__":

@@ -15,33 +15,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.align_policy import align_policy
-from jobs.command_line import run_job
-from jobs.prepare_policy import prepare_policy
+from jobs.run_job import run_job
+from jobs.sft import sft
 from jobs.train_reward_model import train_reward_model
 from pipeline.benchmark.answers import write_answers
-from pipeline.benchmark.win_rate import compare_answers
 from pipeline.data.prompts import read_prompts, tokenise_prompts
-from pipeline.data.source import data_fingerprints, resolve
-from pipeline.learning.probes import choose_probes
+from pipeline.data.run_data import data_fingerprints, resolve
+from pipeline.evaluation.win_rate import compare_answers
 from pipeline.records import Answer, Metrics, StageResult
+from pipeline.rollouts.numerics_gate import choose_probes
 from pipeline.stages import storage
 from pipeline.stages.workspace import StageDirectory
 
 if TYPE_CHECKING:
-    from jobs.rooms import Rooms
+    from jobs.job_context import JobContext
 
 VERSION = 2
 BASE, ALIGNED = "base", "aligned"
 
 
 def generate_benchmark(
-    rooms: Rooms, policy: StageResult, aligned: StageResult, reward_model: StageResult
+    job: JobContext, policy: StageResult, aligned: StageResult, reward_model: StageResult
 ) -> StageResult:
-    recipe = rooms.recipe
-    return rooms.stages.run(
+    recipe = job.recipe
+    return job.stages.run(
         "generate_benchmark",
         VERSION,
-        lambda stage: _generate(stage, rooms, {BASE: policy, ALIGNED: aligned}, reward_model),
+        lambda stage: _generate(stage, job, {BASE: policy, ALIGNED: aligned}, reward_model),
         config=recipe.model_dump(mode="json", include={"seed", "data", "benchmark"}),
         inputs=[policy, aligned, reward_model],
         data=data_fingerprints(recipe),
@@ -49,26 +49,26 @@ def generate_benchmark(
 
 
 def _generate(
-    stage: StageDirectory, rooms: Rooms, policies: dict[str, StageResult], reward_model: StageResult
+    stage: StageDirectory, job: JobContext, policies: dict[str, StageResult], reward_model: StageResult
 ) -> Metrics:
-    from pipeline.learning.publishing import publish_checkpoint
-    from pipeline.loops.benchmark_generation import answer_prompts
+    from pipeline.loops.generation import answer_prompts
     from pipeline.models.backbone import load_tokenizer, require_context
+    from pipeline.rollouts.publishing import publish_checkpoint
 
-    recipe, config = rooms.recipe, rooms.recipe.benchmark
-    data = rooms.data
+    recipe, config = job.recipe, job.recipe.benchmark
+    data = job.data
     with storage.reading(policies[BASE].location) as directory:
         tokenizer = load_tokenizer(directory)
         require_context(directory, config.max_prompt_tokens + config.max_response_tokens, "benchmark")
     named = list(read_prompts([resolve(file) for file in config.prompts])) if config.prompts else data.heldout_prompts
     prompts = tokenise_prompts(named, tokenizer, max_prompt_tokens=config.max_prompt_tokens)[: config.num_prompts]
     probes = choose_probes(prompts, vocabulary_size=len(tokenizer), seed=recipe.seed)
-    rollouts, scorer = rooms.rollouts(policies[BASE]), rooms.scorer(reward_model)
+    rollouts, scorer = job.rollouts(policies[BASE]), job.scorer(reward_model)
     answers: dict[str, list[Answer]] = {}
     with storage.writing(stage.result_uri) as result:
         for version, (generator, policy) in enumerate(policies.items()):
             stage.leave_if_preempted()
-            location = os.path.join(rooms.publish_directory, f"benchmark-{generator}")
+            location = os.path.join(job.publish_directory, f"benchmark-{generator}")
             with storage.reading(policy.location) as checkpoint:
                 weights = publish_checkpoint(checkpoint, location, probes, dtype=recipe.policy.dtype, version=version)
             rollouts.load_weights(weights)
@@ -85,10 +85,10 @@ def _generate(
     return metrics
 
 
-def main(rooms: Rooms) -> None:
-    policy = prepare_policy(rooms)
-    reward_model = train_reward_model(rooms, policy)
-    generate_benchmark(rooms, policy, align_policy(rooms, policy, reward_model), reward_model)
+def main(job: JobContext) -> None:
+    policy = sft(job)
+    reward_model = train_reward_model(job, policy)
+    generate_benchmark(job, policy, align_policy(job, policy, reward_model), reward_model)
 
 
 def command() -> None:

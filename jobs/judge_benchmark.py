@@ -32,13 +32,17 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.benchmark import alpaca_eval_judging, arena_hard_files, arena_hard_judging, mt_bench, mt_bench_judging
-from pipeline.benchmark.arena_hard import parse_verdict
+from pipeline.benchmark.alpaca_eval import judging as alpaca_eval_judging
+from pipeline.benchmark.arena_hard import files as arena_hard_files
+from pipeline.benchmark.arena_hard import judging as arena_hard_judging
+from pipeline.benchmark.arena_hard.win_rates import parse_verdict
 from pipeline.benchmark.judges.chat import ChatJudge, ChatLimits
+from pipeline.benchmark.judges.judging import Judge, JudgedBenchmark, collect
+from pipeline.benchmark.judges.judging_account import JudgingAccount, account, read_price
+from pipeline.benchmark.judges.judgment_cache import JudgmentCache
 from pipeline.benchmark.judges.replay import ReplayJudge
-from pipeline.benchmark.judging import Judge, JudgedBenchmark, collect
-from pipeline.benchmark.judging_account import JudgingAccount, account, read_price
-from pipeline.benchmark.judgment_cache import JudgmentCache
+from pipeline.benchmark.mt_bench import grades as mt_bench
+from pipeline.benchmark.mt_bench import judging as mt_bench_judging
 from pipeline.data.files import content_fingerprint
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.stages import storage
@@ -132,7 +136,7 @@ def open_reward_model(directory: str) -> Judge:
     import torch
 
     from pipeline.benchmark.judges.reward_model import RewardModelJudge
-    from pipeline.learning.reward_scorer import RewardModelScorer
+    from pipeline.evaluation.reward_scorer import RewardModelScorer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     scorer = RewardModelScorer.load(directory, max_tokens_per_batch=SCORING_TOKENS, device=device)

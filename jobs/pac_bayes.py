@@ -17,7 +17,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from pipeline.config.load import load_recipe
-from pipeline.config.schema import Recipe
+from pipeline.config.recipe import Recipe
 from pipeline.errors import CheckpointError, ConfigError, PipelineError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def load_pairs(
 ) -> tuple[Sequence[PreferencePair], Sequence[PreferencePair]]:
     """(training, held-out) pairs."""
     from pipeline.data.preferences import read_pairs
-    from pipeline.data.source import load_data
+    from pipeline.data.run_data import load_data
 
     if recipe is None:
         train, heldout = (
@@ -85,12 +85,12 @@ def measure(options: argparse.Namespace, recipe: Recipe | None) -> str:
     """Writes the report, returns it in words."""
     import torch
 
-    from pipeline.benchmark.pac_bayes_report import in_words, pac_bayes_report
     from pipeline.data.collate import tokenise_pairs
     from pipeline.data.files import content_fingerprint
     from pipeline.data.preferences import first_of_each_prompt, shared_prompts
     from pipeline.data.score_statistics import ScoreStatistics
-    from pipeline.learning.posterior_risk import posterior_risk
+    from pipeline.evaluation.pac_bayes_report import in_words, pac_bayes_report
+    from pipeline.evaluation.posterior_risk import posterior_risk
     from pipeline.models.reward_model import load_reward_model, read_card
     from pipeline.stages import storage
     from pipeline.stages.runner import installed_versions
@@ -100,7 +100,7 @@ def measure(options: argparse.Namespace, recipe: Recipe | None) -> str:
         if card.head != "vrm":
             raise CheckpointError(
                 f"{options.model} has a {card.head!r} head, and no posterior to bound. "
-                "Give the result of a run with reward_training.head=vrm."
+                "Give the result of a run with reward.head=vrm."
             )
         pairs, heldout_pairs = load_pairs(options, recipe, card)
         ScoreStatistics.of(pairs, card.objectives).require_scale_of(

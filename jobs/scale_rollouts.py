@@ -14,7 +14,7 @@ import argparse
 import sys
 
 from pipeline.errors import PipelineError
-from pipeline.stages.requests import request_rollout_workers
+from pipeline.stages.scaling_requests import request_rollout_workers
 
 
 def main() -> None:

@@ -21,7 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.benchmark import arena_hard, arena_hard_files, mt_bench
+from pipeline.benchmark.arena_hard import files as arena_hard_files
+from pipeline.benchmark.arena_hard import win_rates as arena_hard
+from pipeline.benchmark.mt_bench import grades as mt_bench
 from pipeline.data.files import content_fingerprint
 from pipeline.errors import DataError, PipelineError
 
@@ -96,7 +98,9 @@ def score_mt_bench(options: argparse.Namespace) -> Scored:
 
 def score_alpaca_eval(options: argparse.Namespace) -> Scored:
     """Raw and length-controlled win rates over the baseline, a model per file."""
-    from pipeline.benchmark import alpaca_eval  # brings scikit-learn, which --help does without
+    from pipeline.benchmark.alpaca_eval import (
+        win_rates as alpaca_eval,  # brings scikit-learn, which --help does without
+    )
 
     gamed, difficulty = alpaca_eval.read_gamed_rows(options.gamed) if options.gamed else (None, None)
     models: dict[str, dict[str, Any]] = {}

@@ -20,8 +20,9 @@ from typing import Any
 
 from ray.serve.deployment import Application
 
-from actors.vrm_service import scoring_application
-from pipeline.config.schema import Frozen, Positive, ScoringConfig
+from actors.reward_service import scoring_application
+from pipeline.config.base import Frozen, Positive
+from pipeline.config.cluster import ScoringConfig
 from pipeline.errors import ConfigError
 from pipeline.models.reward_model import read_card
 from pipeline.serving.protocol import TOKEN_VARIABLE

@@ -29,7 +29,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.config.schema import ClusterConfig, DeadlinesConfig, ScoringConfig
+from pipeline.config.cluster import ClusterConfig, DeadlinesConfig, ScoringConfig
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.models.reward_model import read_card
 from pipeline.stages.fingerprint import directory_fingerprint
@@ -58,7 +58,7 @@ def serve_until_interrupted(options: argparse.Namespace) -> None:
     # A replica that is replaced later must load the same checkpoint, wherever the link points by then.
     model = os.path.realpath(options.model)
     read_card(model)
-    from actors.vrm_service import (
+    from actors.reward_service import (
         leave_service,
         require_free_port,
         require_token_if_exposed,

@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from cluster.resources import plan_resources
-from pipeline.config.schema import ClusterConfig
+from pipeline.config.cluster import ClusterConfig
 from pipeline.errors import PipelineError, WorkspaceError
 from pipeline.stages import storage
 from pipeline.stages.metrics_log import as_clock

@@ -9,50 +9,50 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from jobs.command_line import run_job
-from jobs.prepare_policy import prepare_policy
-from pipeline.data.source import data_fingerprints
-from pipeline.learning.reward_alarms import alarm_letters
-from pipeline.loops.supervised_training import train
+from jobs.run_job import run_job
+from jobs.sft import sft
+from pipeline.data.run_data import data_fingerprints
+from pipeline.evaluation.reward_alarms import alarm_messages
+from pipeline.loops.training import train
 from pipeline.records import Metrics, StageResult
 from pipeline.stages import storage
 from pipeline.stages.workspace import StageDirectory
 
 if TYPE_CHECKING:
-    from jobs.rooms import Rooms
+    from jobs.job_context import JobContext
 
 VERSION = 2
 
 
-def train_reward_model(rooms: Rooms, policy: StageResult) -> StageResult:
-    recipe = rooms.recipe
-    return rooms.stages.run(
+def train_reward_model(job: JobContext, policy: StageResult) -> StageResult:
+    recipe = job.recipe
+    return job.stages.run(
         "train_reward_model",
         VERSION,
-        lambda stage: _train(stage, rooms, recipe.reward_training.backbone or policy.location),
-        config=recipe.model_dump(mode="json", include={"seed", "objectives", "data", "reward_training"}),
+        lambda stage: _train(stage, job, recipe.reward.backbone or policy.location),
+        config=recipe.model_dump(mode="json", include={"seed", "objectives", "data", "reward"}),
         inputs=[policy],
         data=data_fingerprints(recipe),
-        keep_best=recipe.reward_training.keep_best,
-        max_restarts=recipe.cluster.reward_training.max_restarts,
+        keep_best=recipe.reward.keep_best,
+        max_restarts=recipe.cluster.reward.max_restarts,
     )
 
 
-def _train(stage: StageDirectory, rooms: Rooms, backbone_uri: str) -> Metrics:
+def _train(stage: StageDirectory, job: JobContext, backbone_uri: str) -> Metrics:
     from actors.rank_group import RankGroup
     from actors.ranked_learner import RankedLearner
     from actors.reward_trainer import RewardTrainerSpec, build_reward_trainer
-    from pipeline.learning.reward_data import RewardTrainingData
+    from pipeline.learning.reward_data import RewardData
     from pipeline.models.backbone import load_tokenizer, require_lora_targets
 
-    recipe, config = rooms.recipe, rooms.recipe.reward_training
-    ranks, deadlines = recipe.cluster.reward_training, recipe.cluster.deadlines
-    data = rooms.data
+    recipe, config = job.recipe, job.recipe.reward
+    ranks, deadlines = recipe.cluster.reward, recipe.cluster.deadlines
+    data = job.data
     with storage.reading(backbone_uri) as directory:
-        require_lora_targets(directory, config.lora, "reward_training")
+        require_lora_targets(directory, config.lora, "reward")
         tokenizer = load_tokenizer(directory)
     contamination = data.contamination.metrics() if data.contamination else {}
-    training = RewardTrainingData.of(recipe, data, tokenizer)
+    training = RewardData.of(recipe, data, tokenizer)
     about_the_data = training.metrics()
     print(
         f"train_reward_model  {len(training.pairs)} of {len(data.train_pairs)} training pairs fit in "
@@ -83,10 +83,10 @@ def _train(stage: StageDirectory, rooms: Rooms, backbone_uri: str) -> Metrics:
             checkpoint_every=config.checkpoint_every,
         )
         metrics |= learner.peak_memory()
-    for letter in alarm_letters(metrics):
+    for letter in alarm_messages(metrics):
         print(f"train_reward_model  {letter}", flush=True)
     return metrics | contamination | about_the_data
 
 
 if __name__ == "__main__":
-    run_job(__doc__, lambda rooms: train_reward_model(rooms, prepare_policy(rooms)))
+    run_job(__doc__, lambda job: train_reward_model(job, sft(job)))

@@ -12,25 +12,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.align_policy import align_policy
-from jobs.command_line import run_job
 from jobs.generate_benchmark import ALIGNED, BASE, generate_benchmark
-from jobs.prepare_policy import prepare_policy
+from jobs.run_job import run_job
+from jobs.sft import sft
 from jobs.train_reward_model import train_reward_model
 from pipeline.benchmark.answers import read_answers
 from pipeline.records import StageResult
 from pipeline.stages import storage
 
 if TYPE_CHECKING:
-    from jobs.rooms import Rooms
+    from jobs.job_context import JobContext
 
 
 def write_report(
-    rooms: Rooms, policy: StageResult, reward_model: StageResult, aligned: StageResult, benchmark: StageResult
+    job: JobContext, policy: StageResult, reward_model: StageResult, aligned: StageResult, benchmark: StageResult
 ) -> str:
     """Writes <workspace>/report.html from the finished stages, prints the results. Cheap: always made anew."""
-    from pipeline.benchmark.report import ReportData, StageSummary, render, results_table
+    from pipeline.reporting.report import ReportData, StageSummary, render, results_table
 
-    recipe, workspace = rooms.recipe, rooms.stages.workspace
+    recipe, workspace = job.recipe, job.stages.workspace
     results = (policy, reward_model, aligned, benchmark)
     stages = [workspace.stage(result.name, result.fingerprint) for result in results]
     with storage.reading(benchmark.location) as directory:
@@ -70,11 +70,11 @@ def write_report(
     return location
 
 
-def main(rooms: Rooms) -> None:
-    policy = prepare_policy(rooms)
-    reward_model = train_reward_model(rooms, policy)
-    aligned = align_policy(rooms, policy, reward_model)
-    write_report(rooms, policy, reward_model, aligned, generate_benchmark(rooms, policy, aligned, reward_model))
+def main(job: JobContext) -> None:
+    policy = sft(job)
+    reward_model = train_reward_model(job, policy)
+    aligned = align_policy(job, policy, reward_model)
+    write_report(job, policy, reward_model, aligned, generate_benchmark(job, policy, aligned, reward_model))
 
 
 if __name__ == "__main__":

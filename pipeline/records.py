@@ -23,7 +23,7 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class PreferencePair:
-    """One comparison in the one schema of the project (VRM spec section 7.3)."""
+    """One comparison in the one schema of the project (docs/method.md section 8)."""
 
     id: str
     prompt: tuple[Message, ...]
@@ -123,7 +123,7 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardScore:
-    """The reward of one response, with its reason and its error bar (VRM spec section 8).
+    """The reward of one response, with its reason and its error bar (docs/method.md section 7).
 
     `mean = sum_k objective_weights[k] * objective_scores[k]` exactly, where there are scores: the "mlp" and "film"
     decoders have none. A Bradley-Terry head has no reasons at all: both tuples are empty and `std` is 0.

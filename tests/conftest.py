@@ -17,7 +17,8 @@ os.environ.setdefault("RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1
 
 import pytest
 
-from pipeline.config.schema import PlantedConfig, TinyModelConfig
+from pipeline.config.data import PlantedConfig
+from pipeline.config.models import TinyModelConfig
 from pipeline.data.planted import OBJECTIVES, PlantedWorld, build_tokenizer
 from pipeline.models.backbone import create_tiny_causal_lm, save_causal_lm
 

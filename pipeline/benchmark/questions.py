@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.benchmark import alpaca_eval_judging, arena_hard_files, mt_bench
-from pipeline.benchmark.alpaca_eval_judging import ModelOutput
-from pipeline.benchmark.arena_hard import Rules
-from pipeline.benchmark.arena_hard_judging import arena_question
-from pipeline.benchmark.mt_bench_judging import mt_bench_question
+from pipeline.benchmark.alpaca_eval import judging as alpaca_eval_judging
+from pipeline.benchmark.alpaca_eval.judging import ModelOutput
+from pipeline.benchmark.arena_hard import files as arena_hard_files
+from pipeline.benchmark.arena_hard.judging import arena_question
+from pipeline.benchmark.arena_hard.win_rates import Rules
+from pipeline.benchmark.mt_bench import grades as mt_bench
+from pipeline.benchmark.mt_bench.judging import mt_bench_question
 from pipeline.data.files import Row, read_hub_rows, read_rows
 from pipeline.errors import DataError
 
@@ -211,4 +213,4 @@ BENCHMARKS = {
         write=_write_mt_bench,
     ),
 }
-"""vrm_spec sections 16.1, 17.2 and 18.2."""
+"""docs/method.md section 12."""

@@ -1,8 +1,8 @@
 """What the name of an alignment algorithm stands for: its standard values of `alignment.kl` and `alignment.ppo`.
 
-All of them are one update (`pipeline/learning/ppo_update.py`) that differs in how advantages come from scored rollouts,
-in the loss of a token and in how tokens are averaged. A name fills in those choices before the recipe is read; what a
-recipe writes wins, and the printed configuration shows what runs.
+All of them are one update (`pipeline/learning/ppo_learner.py`). They differ in how advantages come from scored
+rollouts, in the loss of a token and in how tokens are averaged. A name fills in those choices before the recipe is
+read. What a recipe writes wins, and the printed configuration shows what runs.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ STANDARD_VALUES: Mapping[str, Mapping[str, Any]] = {
             "clip_range": 0.2,
             "clip_range_high": 0.28,
             "overlong_buffer": 0.2,
-            "no_stop_penalty": 0.0,
+            "missing_eos_penalty": 0.0,
             "drop_uniform_groups": True,
             "whiten_advantages": False,
             "policy": _CRITIC_FREE_POLICY,

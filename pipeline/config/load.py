@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
-from pipeline.config.schema import Recipe
+from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError
 
 RECIPES = Path(__file__).resolve().parents[2] / "jobs" / "recipes"
@@ -40,9 +40,9 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(plain)
     except ValidationError as error:
-        letters = [_letter(detail) for detail in error.errors()]
+        messages = [_error_message(detail) for detail in error.errors()]
         where = f"recipe {path.name}" + (" with overrides" if overrides else "")
-        raise ConfigError(f"{where}:\n  " + "\n  ".join(letters)) from error
+        raise ConfigError(f"{where}:\n  " + "\n  ".join(messages)) from error
 
 
 def _read(path: Path, *, below: tuple[Path, ...]) -> DictConfig:
@@ -80,7 +80,7 @@ def recipe_path(name: str) -> Path:
     return path
 
 
-def _letter(detail: Any) -> str:
+def _error_message(detail: Any) -> str:
     """One pydantic error as a sentence: place, value, what is wrong, what to write instead."""
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"]).removeprefix(".")
     message = detail["msg"].removeprefix("Value error, ")

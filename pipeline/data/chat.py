@@ -1,4 +1,4 @@
-"""Messages to tokens, in one place (vrm_spec section 4.3).
+"""Messages to tokens, in one place (docs/method.md section 8).
 
 The prompt is rendered by the chat template, the response is encoded on its own, and the ids are concatenated: the
 prompt is an exact prefix of the whole, and the last scored token is always the one that ends the turn. Only the chat

@@ -49,7 +49,7 @@ def tokenise_pairs(
     if not tokenised:
         raise DataError(
             f"none of {len(pairs)} pairs fits in max_length = {max_length} tokens. "
-            "Raise reward_training.max_length, or give shorter data."
+            "Raise reward.max_length, or give shorter data."
         )
     return tokenised
 
@@ -101,7 +101,5 @@ def tokenise_texts(
         if text.num_tokens <= max_length:
             tokenised.append(text)
     if not tokenised:
-        raise DataError(
-            f"none of {len(texts)} texts fits in prepare_policy.max_length = {max_length} tokens. Raise it."
-        )
+        raise DataError(f"none of {len(texts)} texts fits in sft.max_length = {max_length} tokens. Raise it.")
     return tokenised

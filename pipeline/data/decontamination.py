@@ -86,7 +86,7 @@ class Contamination:
 class EvaluationPrompts:
     """The prompts of evaluation files, found by their text and by their 13-grams.
 
-    Evaluation files are small and stay in memory; training prompts stream past them. A word is a run of letters and
+    Evaluation files are small and stay in memory; training prompts stream past them. A word is a run of messages and
     digits, so a script without spaces has few 13-grams: there only the exact match speaks.
     """
 
@@ -132,7 +132,7 @@ class EvaluationPrompts:
 def find_contamination(
     training: Iterable[tuple[str, Sequence[Message]]], evaluation: EvaluationPrompts
 ) -> Contamination:
-    """Streams (id, messages) of every training prompt past the evaluation prompts (vrm_spec section 7.2)."""
+    """Streams (id, messages) of every training prompt past the evaluation prompts (docs/method.md section 8)."""
     exact: dict[int, SharedPrompt] = {}
     overlapping: dict[int, SharedPrompt] = {}
     training_prompts = training_exact = training_overlapping = 0

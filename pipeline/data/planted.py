@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.config.schema import PlantedConfig
+from pipeline.config.data import PlantedConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.records import Message, PreferencePair
 

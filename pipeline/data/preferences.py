@@ -1,4 +1,4 @@
-"""Preference data of several publishers, mapped to the one schema (vrm_spec section 7)."""
+"""Preference data of several publishers, mapped to the one schema (docs/method.md section 8)."""
 
 from __future__ import annotations
 
@@ -79,11 +79,11 @@ def require_annotations(pairs: Sequence[PreferencePair], *, scores: bool, margin
     if scores and not any(p.scores_chosen or p.scores_rejected for p in pairs):
         raise DataError(
             f"none of {len(pairs)} training pairs has objective scores, and this reward model learns from nothing else "
-            "(reward_training.head = 'regression'). Give annotated pairs, or another head."
+            "(reward.head = 'regression'). Give annotated pairs, or another head."
         )
     if margins and all(p.margin is None for p in pairs):
         raise DataError(
-            f"none of {len(pairs)} training pairs has a margin, which reward_training.pair_loss.form asks for. "
+            f"none of {len(pairs)} training pairs has a margin, which reward.pair_loss.form asks for. "
             "Give pairs with a field 'margin', or use the form 'bt'."
         )
     for pair in pairs if margins else ():
@@ -199,7 +199,7 @@ def _helpsteer2_rated(
 def _from_ultrafeedback(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> Iterator[PreferencePair]:
     """UltraFeedback, raw (four rated completions a prompt) or binarized (chosen and rejected); one pair a prompt.
 
-    Prompts taken from TruthfulQA are left out: they are somebody's evaluation (vrm_spec section 7.2).
+    Prompts taken from TruthfulQA are left out: they are somebody's evaluation (docs/method.md section 8).
     """
     for row in rows:
         if str(row.values.get("source", "")).startswith("truthful_qa"):
@@ -211,7 +211,7 @@ def _from_ultrafeedback(rows: Iterable[Row], objectives: tuple[str, ...], seed: 
 
 
 def _pair_of_completions(row: Row, objectives: tuple[str, ...], seed: int) -> PreferencePair | None:
-    """Each completion has `annotations.<objective>.Rating`, "1".."5" or "N/A" (vrm_spec sections 7.1 and 7.2).
+    """Each completion has `annotations.<objective>.Rating`, "1".."5" or "N/A" (docs/method.md section 8).
 
     Chosen is the best mean rating (ties: most fives, then by seed), rejected is drawn by seed among the strictly lower.
     The overall score is not used: some of its upstream values are wrong.

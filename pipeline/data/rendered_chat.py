@@ -2,7 +2,7 @@
 
 Trainers send a reward server what their policy saw: one string, in the markup of the policy's chat template. The reward
 model may use another template, so the string is taken apart here and rendered again by the reward model's own
-(vrm_spec section 4.3).
+(docs/method.md section 8).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Per-objective statistics of annotated scores (vrm_spec section 6.2)."""
+"""Per-objective statistics of annotated scores (docs/method.md section 5)."""
 
 from __future__ import annotations
 

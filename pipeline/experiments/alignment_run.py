@@ -7,17 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.benchmark.win_rate import compare_answers
-from pipeline.config.schema import AlignmentConfig, BenchmarkConfig
+from pipeline.config.alignment import AlignmentConfig
+from pipeline.config.benchmark import BenchmarkConfig
 from pipeline.data.preferences import normalised_prompt
 from pipeline.data.prompts import PromptStream, tokenise_prompts
-from pipeline.data.source import NamedPrompt
+from pipeline.data.run_data import NamedPrompt
+from pipeline.evaluation.overoptimization import GoldReward, gold_proxy_gap
+from pipeline.evaluation.reward_scale import RewardScale
+from pipeline.evaluation.win_rate import compare_answers
 from pipeline.experiments.policy_findings import CURVES, fall_from_peak
 from pipeline.experiments.reward_run import RunResult
-from pipeline.learning.experience import RewardScale
-from pipeline.learning.gold_gap import GoldYardstick, gold_proxy_gap
 from pipeline.loops.alignment import align
-from pipeline.loops.benchmark_generation import answer_prompts
+from pipeline.loops.generation import answer_prompts
 from pipeline.ports import BackgroundRolloutSource, PolicyLearner, RewardScorer
 from pipeline.records import Metrics, PolicyWeights
 from pipeline.stages.workspace import StageDirectory
@@ -27,7 +28,7 @@ def align_and_measure(
     rollouts: BackgroundRolloutSource,
     scorer: RewardScorer,
     learner: PolicyLearner,
-    gold: GoldYardstick,
+    gold: GoldReward,
     *,
     train_prompts: Sequence[NamedPrompt],
     heldout_prompts: Sequence[NamedPrompt],

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from pipeline.benchmark.bootstrap import Statistic, bootstrap_intervals, difference
-from pipeline.benchmark.pairwise import calibration, pair_accuracy
 from pipeline.errors import ShapeError
+from pipeline.evaluation.bootstrap import Statistic, bootstrap_intervals, difference
+from pipeline.evaluation.pair_metrics import calibration, pair_accuracy
 from pipeline.experiments.grid import Experiment, Run, varied_settings
 
 COLUMNS: dict[str, str] = {
@@ -70,7 +70,7 @@ class FinishedRun:
         """A cell of the table."""
         if column == "seconds":
             return float(self.result["seconds"])
-        if column in OF_A_POSTERIOR and self.run.recipe.reward_training.head != "vrm":
+        if column in OF_A_POSTERIOR and self.run.recipe.reward.head != "vrm":
             return None  # the trainer counts a divergence of 0 where there is no posterior
         return self.result["metrics"].get((COLUMNS | POLICY_COLUMNS)[column])
 

@@ -1,4 +1,4 @@
-"""The experiments of vrm_spec section 13 as plain data: which settings vary, and what is looked at.
+"""The experiments of docs/method.md section 15 as plain data: which settings vary, and what is looked at.
 
 A variant is a list of overrides of the recipe, in the words of the command line. Two experiments that train the same
 model share its run.
@@ -11,24 +11,24 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.config.load import load_recipe
-from pipeline.config.schema import ExperimentConfig, Recipe
+from pipeline.config.recipe import ExperimentConfig, Recipe
 from pipeline.errors import ConfigError
 from pipeline.stages.fingerprint import fingerprint
 
 VERSION = 2
 """Of what a run computes; part of its identity."""
 
-LOSS = "reward_training.loss"
+LOSS = "reward.loss"
 
 Trained = Literal["reward_model", "policy"]
 READS: Mapping[Trained, set[str]] = {
-    "reward_model": {"seed", "objectives", "data", "policy", "reward_training"},
-    "policy": {"seed", "objectives", "data", "policy", "prepare_policy", "reward_training", "alignment", "benchmark"},
+    "reward_model": {"seed", "objectives", "data", "policy", "reward"},
+    "policy": {"seed", "objectives", "data", "policy", "sft", "reward", "alignment", "benchmark"},
 }
 """What an experiment trains -> the parts of a recipe that its runs read."""
 
 EQUAL_KL = "0.05"
-"""KL coefficient that the arms of E8 share; rewards are standardised, so it weighs the same for every head."""
+"""KL coefficient of the over-optimisation arms. Rewards are standardised, so it weighs the same for every head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,14 +91,14 @@ def _supervision(form: str, on: str = "mean", target: str = "chosen") -> Variant
 
 
 def _head(name: str) -> Variant:
-    return Variant(name=name, overrides=(f"reward_training.head={name}",), series=name)
+    return Variant(name=name, overrides=(f"reward.head={name}",), series=name)
 
 
 def _arm(name: str, head: str, reward: str, kl_coefficient: str) -> Variant:
     return Variant(
         name=name,
         overrides=(
-            f"reward_training.head={head}",
+            f"reward.head={head}",
             f"alignment.ppo.reward_transform={reward}",
             f"alignment.kl.coefficient={kl_coefficient}",
         ),
@@ -111,7 +111,7 @@ ARMS = (("bt", "bt", "zscore"), ("gate", "gate", "zscore"), ("vrm", "vrm", "zsco
 
 
 EXPERIMENTS: dict[str, Experiment] = {
-    "E3": Experiment(
+    "supervision": Experiment(
         title="Supervision of the objective weights",
         question="Does it matter how the weights are compared with their target?",
         variants=(
@@ -125,14 +125,14 @@ EXPERIMENTS: dict[str, Experiment] = {
         ),
         panels=("accuracy", "nll", "weight_correlation", "supervision"),
     ),
-    "E4": Experiment(
+    "heads": Experiment(
         title="VRM against its baselines",
         question="Does the variational part help?",
         variants=tuple(map(_head, ("vrm", "bt", "gate", "regression", "ensemble"))),
         panels=("accuracy", "nll", "ece", "weight_correlation"),
         compare_with="vrm",
     ),
-    "E5": Experiment(
+    "supervision_weight": Experiment(
         title="Weight of the supervision",
         question="How much supervision do the objective weights need?",
         variants=tuple(
@@ -142,7 +142,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         panels=("accuracy", "nll", "weight_correlation", "supervision"),
         axis="supervision weight lambda",
     ),
-    "E7": Experiment(
+    "collapse": Experiment(
         title="Collapse",
         question="At which KL weight does the reward stop saying anything?",
         variants=tuple(
@@ -153,7 +153,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         axis="KL weight, of w and of z",
         log_axis=True,
     ),
-    "E8": Experiment(
+    "overoptimization": Experiment(
         title="Over-optimisation",
         question="Does the policy win what the truth values, and whom does it fool when no KL holds it back?",
         trains="policy",
@@ -170,13 +170,13 @@ EXPERIMENTS: dict[str, Experiment] = {
             *((f"vrm{suffix}", f"{baseline}{suffix}") for suffix in ("", NO_KL) for baseline in ("bt", "gate")),
         ),
     ),
-    "noise": Experiment(
+    "label_noise": Experiment(
         title="Label noise",
         question="Which head bears wrong labels better?",
         variants=tuple(
             Variant(
                 name=f"{head}, {100 * share:.0f}% flipped",
-                overrides=(f"reward_training.head={head}", f"data.label_flips={share}"),
+                overrides=(f"reward.head={head}", f"data.label_flips={share}"),
                 x=share,
                 series=head,
             )

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.benchmark.bootstrap import bootstrap_intervals
-from pipeline.benchmark.pairwise import pair_accuracy
+from pipeline.evaluation.bootstrap import bootstrap_intervals
+from pipeline.evaluation.pair_metrics import pair_accuracy
 from pipeline.experiments.findings import CELL, FinishedRun, Spread, by_variant, cell, spread
 from pipeline.experiments.grid import Experiment
 from pipeline.records import Metrics

@@ -11,9 +11,9 @@ import torch
 
 from pipeline.data.planted import GoldAnnotator
 from pipeline.data.preferences import normalised_prompt
-from pipeline.learning.reward_data import RewardTrainingData
-from pipeline.learning.reward_update import RewardModelTrainer
-from pipeline.loops.supervised_training import train
+from pipeline.learning.reward_data import RewardData
+from pipeline.learning.reward_trainer import RewardTrainer
+from pipeline.loops.training import train
 from pipeline.models.reward_heads import EnsembleHead, RewardOutput
 from pipeline.records import Metrics
 from pipeline.stages.workspace import StageDirectory
@@ -42,8 +42,8 @@ class RunResult:
 
 
 def train_and_measure(
-    trainer: RewardModelTrainer,
-    data: RewardTrainingData,
+    trainer: RewardTrainer,
+    data: RewardData,
     gold: GoldAnnotator | None,
     directory: str,
     *,
@@ -101,7 +101,7 @@ def weight_correlation(inferred: np.ndarray, planted: np.ndarray) -> float:
     return float(x @ y) / norm if norm > 1e-12 else 0.0
 
 
-def _read_as_minimum(trainer: RewardModelTrainer, head: EnsembleHead, data: RewardTrainingData) -> RewardOutput:
+def _read_as_minimum(trainer: RewardTrainer, head: EnsembleHead, data: RewardData) -> RewardOutput:
     reward, head.reward = head.reward, "min"
     try:
         return trainer.score(data.heldout)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from pipeline.config.schema import KLConfig, PPOConfig
+from pipeline.config.alignment import KLConfig, PPOConfig
 from pipeline.objectives.advantages import (
     generalized_advantages,
     group_centred,

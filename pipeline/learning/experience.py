@@ -5,37 +5,18 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-from pipeline.config.schema import KLConfig, PPOConfig
+from pipeline.config.alignment import KLConfig, PPOConfig
 from pipeline.errors import NumericsError, ShapeError
+from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.learning.algorithm import ADVANTAGES, ScoredTokens
 from pipeline.objectives.advantages import overlong_penalty, token_rewards, transform_reward, uniform_groups
 from pipeline.objectives.divergence import kl_estimate
 from pipeline.objectives.masked import masked_mean, whiten
 from pipeline.objectives.policy import truncated_importance_weights
 from pipeline.records import CriticTargets, Experience, Metrics, RewardScore, Rollout, TokenEvaluation
-
-if TYPE_CHECKING:
-    from pipeline.models.reward_model import RewardModelCard
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardScale:
-    """Mean and standard deviation of the reward model on held-out responses: the units of a z-scored reward."""
-
-    mean: float
-    std: float
-    posterior_std: float = 0.0
-    """Mean of what the model is uncertain by; 0 for one without uncertainty."""
-
-    @classmethod
-    def of(cls, card: RewardModelCard) -> RewardScale:
-        posterior_std = card.metrics.get("eval/posterior_std", 0.0)
-        return cls(mean=card.reward_mean, std=card.reward_std, posterior_std=posterior_std)
 
 
 def build_experience(
@@ -55,7 +36,7 @@ def build_experience(
     close to it; no KL here where it is part of the loss. A by the recipe's estimator, for PPO GAE, then whitened over
     all response tokens. Nothing here depends on how the batch is sharded later.
 
-    Source: vrm_spec sections 11 and 20.
+    Source: docs/method.md section 11.
 
     Args:
         rollouts, scores, evaluations: B of each, in the same order: by prompt, then by sample.
@@ -95,8 +76,8 @@ def build_experience(
     advantages = ADVANTAGES[ppo.advantages](tokens, ppo)
     returns = _masked(advantages + values, mask)
     weights = torch.ones_like(logprobs)
-    if ppo.importance_cap is not None:
-        weights = truncated_importance_weights(logprobs, engine_logprobs, mask, cap=ppo.importance_cap)
+    if ppo.tis_cap is not None:
+        weights = truncated_importance_weights(logprobs, engine_logprobs, mask, cap=ppo.tis_cap)
 
     metrics = {
         "reward/mean": float(mean.mean()),
@@ -108,7 +89,7 @@ def build_experience(
         "response/tokens": float(response_lengths.float().mean()),
         "response/stopped": float(1.0 - cut.mean()),
     }
-    metrics |= _engine_metrics(logprobs, engine_logprobs, weights, mask, importance_cap=ppo.importance_cap)
+    metrics |= _engine_metrics(logprobs, engine_logprobs, weights, mask, tis_cap=ppo.tis_cap)
     if ppo.trains_a_critic:
         metrics["value/mean"] = float(masked_mean(values, mask))
         metrics["return/mean"] = float(masked_mean(returns, mask))
@@ -142,14 +123,14 @@ def _engine_metrics(
     weights: torch.Tensor,
     mask: torch.Tensor,
     *,
-    importance_cap: float | None,
+    tis_cap: float | None,
 ) -> Metrics:
     """How far the engine's log-probabilities are from the learner's, and what the importance weights make of it."""
     gap = _masked((engine_logprobs - logprobs).abs(), mask)
     metrics = {"engine_gap/mean": float(masked_mean(gap, mask)), "engine_gap/max": float(gap.max())}
-    if importance_cap is not None:
+    if tis_cap is not None:
         metrics["importance/mean"] = float(masked_mean(weights, mask))
-        metrics["importance/capped"] = float(masked_mean((weights >= importance_cap).float(), mask))
+        metrics["importance/capped"] = float(masked_mean((weights >= tis_cap).float(), mask))
     return metrics
 
 
@@ -173,7 +154,7 @@ def _shaped_rewards(
         lcb_coefficient=ppo.lcb_coefficient,
         clip=ppo.reward_clip,
     )
-    reward = reward - ppo.no_stop_penalty * cut
+    reward = reward - ppo.missing_eos_penalty * cut
     if ppo.overlong_buffer == 0:
         return reward
     return reward + overlong_penalty(

@@ -1,10 +1,11 @@
-"""Which parameters learn at which rate (vrm_spec section 10)."""
+"""Which parameters learn at which rate (docs/method.md section 14)."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from pipeline.config.schema import OptimiserConfig, PPOConfig
+from pipeline.config.alignment import PPOConfig
+from pipeline.config.models import OptimiserConfig
 from pipeline.learning.engine import ParameterGroup
 from pipeline.models.critic import PolicyWithCritic
 

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.benchmark.pairwise import longer_is_better
-from pipeline.config.schema import ExperimentConfig
+from pipeline.config.recipe import ExperimentConfig
 from pipeline.data.batching import step_indices
 from pipeline.data.chat import require_chat_template
 from pipeline.data.collate import PairCollator, TokenisedPair, tokenise_pairs
 from pipeline.data.preferences import require_annotations, shared_prompts
+from pipeline.data.run_data import RunData
 from pipeline.data.score_statistics import ScoreStatistics
-from pipeline.data.source import RunData
+from pipeline.evaluation.pair_metrics import longer_is_better
 from pipeline.records import Metrics, PreferenceBatch
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardTrainingData:
+class RewardData:
     """The batch of a step is a pure function of the step, so a resumed run sees the same data."""
 
     pairs: Sequence[TokenisedPair]
@@ -31,13 +31,13 @@ class RewardTrainingData:
     seed: int
 
     @classmethod
-    def of(cls, experiment: ExperimentConfig, data: RunData, tokenizer: PreTrainedTokenizerBase) -> RewardTrainingData:
+    def of(cls, experiment: ExperimentConfig, data: RunData, tokenizer: PreTrainedTokenizerBase) -> RewardData:
         """Training pairs that are too long are dropped, held-out ones lose the start of their prompt.
 
         Raises:
             DataError: no pair fits, or the pairs lack annotations that the head or the pair loss needs.
         """
-        config = experiment.reward_training
+        config = experiment.reward
         require_chat_template(tokenizer)
         pairs = tokenise_pairs(data.train_pairs, tokenizer, max_length=config.max_length, drop_too_long=True)
         heldout = tokenise_pairs(

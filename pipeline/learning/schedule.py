@@ -29,6 +29,6 @@ def learning_rate_factor(step: int, *, num_steps: int, warmup_fraction: float) -
 
 
 def warmup_factor(step: int, *, num_steps: int, warmup_fraction: float) -> float:
-    """Linear ramp from 0 at the first step to 1 at `warmup_fraction` of the run, then 1 (vrm_spec section 3)."""
+    """Linear ramp from 0 at the first step to 1 at `warmup_fraction` of the run, then 1 (docs/method.md section 3)."""
     warmup_steps = warmup_fraction * num_steps
     return 1.0 if step >= warmup_steps else step / warmup_steps

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 
-from pipeline.config.schema import AlignmentConfig
+from pipeline.config.alignment import AlignmentConfig
 from pipeline.data.prompts import PromptStream
 from pipeline.errors import NumericsError
-from pipeline.learning.experience import RewardScale, build_experience
-from pipeline.learning.gold_gap import GoldYardstick
-from pipeline.loops.step_rollouts import StepPlan, rollouts_by_step
+from pipeline.evaluation.overoptimization import GoldReward
+from pipeline.evaluation.reward_scale import RewardScale
+from pipeline.learning.experience import build_experience
 from pipeline.objectives.divergence import adapt_kl_coefficient
 from pipeline.ports import BackgroundRolloutSource, PolicyLearner, RewardScorer
 from pipeline.records import Metrics
+from pipeline.rollouts.prefetch import StepPlan, rollouts_by_step
 from pipeline.stages.workspace import StageDirectory
 
 
@@ -26,7 +27,7 @@ def align(
     *,
     reward_scale: RewardScale,
     seed: int,
-    gold: GoldYardstick | None = None,
+    gold: GoldReward | None = None,
 ) -> Metrics:
     """Restores the last commit, then: sample, score, evaluate, update, publish, until `num_steps`.
 

@@ -9,12 +9,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.config.schema import LoRAConfig, TinyModelConfig
+from pipeline.config.models import LoRAConfig, TinyModelConfig
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.models.auto import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-from pipeline.models.linear import with_onednn
-from pipeline.models.packaged import unpacked
-from pipeline.models.suitability import linear_layers, require_causal, require_plain_head
+from pipeline.models.backbone_requirements import linear_layers, require_causal, require_plain_head
+from pipeline.models.onednn_linear import with_onednn
+from pipeline.models.transformers_auto import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from pipeline.models.wheel_checkpoints import unpacked
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -127,7 +127,7 @@ def _from_pretrained(auto_class: Any, checkpoint: str, dtype: str, trust_remote_
 
 def create_tiny_causal_lm(config: TinyModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
     """A Qwen3-shaped decoder with random weights, float32, untied embeddings."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM  # behind `pipeline.models.auto`
+    from transformers import Qwen3Config, Qwen3ForCausalLM  # behind `pipeline.models.transformers_auto`
 
     qwen = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -200,7 +200,7 @@ def require_same_tokens(policy: PreTrainedTokenizerBase, reward_model: str) -> N
             f"alignment.ppo.critic = 'separate' gives the reward model's backbone the policy's token ids, but "
             f"{len(foreign):,} of {len(policy):,} are other tokens to it or none ({foreign[0]!r}, ...). Set "
             "alignment.ppo.critic=value_head, or train the reward model on a backbone of the policy's family "
-            "(reward_training.backbone)."
+            "(reward.backbone)."
         )
 
 

@@ -10,18 +10,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import CheckpointError
-from pipeline.models.packing import PackedTokens, in_packed_order, pack
-from pipeline.records import PromptGroup
-
-if TYPE_CHECKING:
-    from pipeline.models.reward_model import RewardModel
+from pipeline.models.packing import PackedTokens, in_packed_order
 
 
 class FrozenStates:
@@ -66,23 +61,6 @@ def response_keys(packed: PackedTokens) -> list[str]:
         prompt = [next(tokens) for _ in range(prompt_length)]
         groups.append([_key(prompt, [next(tokens) for _ in range(length)]) for length in lengths])
     return in_packed_order(groups)
-
-
-def compute_states(model: RewardModel, groups: Iterable[PromptGroup], *, dtype: str) -> dict[str, torch.Tensor]:
-    """The states of every response, by key; one group at a time, so that they do not depend on one another.
-
-    Args:
-        dtype: "bfloat16" computes under autocast, as training does.
-    """
-    device = next(model.parameters()).device
-    states: dict[str, torch.Tensor] = {}
-    model.eval()
-    for group in groups:
-        packed = pack([group]).to(device)
-        with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-            prompts, responses = model.encode(packed)
-        states |= zip(response_keys(packed), torch.stack([prompts, responses], dim=1).float().cpu(), strict=True)
-    return states
 
 
 def write_states(states: Mapping[str, torch.Tensor], directory: str) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline.config.schema import LoRAConfig
-from pipeline.models.suitability import linear_layers
+from pipeline.config.models import LoRAConfig
+from pipeline.models.backbone_requirements import linear_layers
 
 ADAPTER = "default"
 BASE, LORA_A, LORA_B = "base_layer.weight", f"lora_A.{ADAPTER}.weight", f"lora_B.{ADAPTER}.weight"

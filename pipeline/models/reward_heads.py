@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from pipeline.config.schema import EnsembleConfig, VRMHeadConfig
+from pipeline.config.reward import EnsembleConfig, VRMHeadConfig
 from pipeline.errors import ShapeError
-from pipeline.models.decoders import FiLMDecoder, MLPDecoder
+from pipeline.models.reward_decoders import FiLMDecoder, MLPDecoder
 from pipeline.objectives.variational import (
     gaussian_noise,
     reward_mean_and_variance,
@@ -50,7 +50,7 @@ class RewardOutput(NamedTuple):
 
 
 def bounded_softplus(u: torch.Tensor, *, low: float, high: float) -> torch.Tensor:
-    """alpha = high * tanh((low + softplus(u)) / high): above about `low`, near linear, below `high` (vrm_spec 4.4)."""
+    """high * tanh((low + softplus(u)) / high): above ~`low`, near linear, below `high` (docs/method.md section 2)."""
     return high * torch.tanh((low + nn.functional.softplus(u)) / high)
 
 
@@ -76,7 +76,7 @@ def mean_and_concentration(u: torch.Tensor, *, low: float, high: float) -> torch
     """alpha = f + c * softmax(u_1..u_K),  c / K = bounded_softplus(u_{K+1}) from low - f to high,  f = low / 50.
 
     The mean of the weights and their total concentration are outputs of their own, so supervising the one leaves the
-    other alone (vrm_spec 4.4). The floor f is ours: where the softmax reaches 0, lgamma(alpha) would be infinite.
+    other alone (docs/method.md section 2). The floor f is ours: at softmax 0, lgamma(alpha) would be infinite.
 
     Args:
         u: [N, K + 1].
@@ -106,11 +106,11 @@ class TwoLayerHead(nn.Module):
 
 
 class VRMHead(nn.Module):
-    """Weight head, feature head and decoder (VRM, arXiv 2603.04974, Eqs. 3-5 and 12; vrm_spec sections 4-5).
+    """Weight head, feature head and decoder (VRM, arXiv 2603.04974, Eqs. 3-5 and 12; docs/method.md section 2).
 
     alpha(x) = weight head at the last prompt token
     (mu, logvar)(x, y) = feature head at the last response token
-    r = g(w, z):  bilinear <w, S z>,  hadamard <w, z>,  or a network (`pipeline/models/decoders.py`)
+    r = g(w, z):  bilinear <w, S z>,  hadamard <w, z>,  or a network (`pipeline/models/reward_decoders.py`)
 
     At the start alpha(x) equals the prior, so KL_w = 0.
     """
@@ -211,7 +211,7 @@ class VRMHead(nn.Module):
 class GateHead(nn.Module):
     """The VRM head without its posterior: r = <softmax(u(x)), S mu(x, y)>, as deterministic as ArmoRM's gate.
 
-    What VRM must beat to claim that the variational part matters (vrm_spec section 5).
+    What VRM must beat to claim that the variational part matters (docs/method.md section 2).
     Source: Wang et al. 2024, arXiv:2406.12845, section 3.2, with learned instead of regressed objective scores.
     """
 

@@ -35,7 +35,7 @@ def transform_reward(
     then clipped to [-clip, clip].  m and s are the mean and the standard deviation of r over held-out responses, u the
     mean of std: without u a large c would push all rewards below the clip, where they are equal.
 
-    Source: vrm_spec sections 8 and 10; log_sigmoid from Wang et al. 2024, arXiv:2402.00742, who take a reference reward
+    Source: docs/method.md section 11; log_sigmoid from Wang et al. 2024, arXiv:2402.00742, who take a reference reward
     per prompt where we take the one m.
 
     Args:
@@ -81,7 +81,7 @@ def overlong_penalty(lengths: torch.Tensor, *, max_tokens: int, buffer_tokens: f
 def token_rewards(scores: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor, *, kl_coefficient: float) -> torch.Tensor:
     """R_t = -beta * k_t + 1[t = last] * score.
 
-    Source: vrm_spec section 11; Stiennon et al. 2020, arXiv:2009.01325, section 3.4.
+    Source: docs/method.md section 11; Stiennon et al. 2020, arXiv:2009.01325, section 3.4.
 
     Args:
         scores: [B] one reward per response.

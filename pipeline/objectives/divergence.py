@@ -17,7 +17,7 @@ def kl_estimate(
     With k = log pi - log pi_ref:  k1 = k;  k2 = k^2 / 2;  k3 = exp(-k) - 1 + k.
     k1 and k3 are unbiased, k2 is biased with low variance; k2 and k3 are never negative.
 
-    Source: Schulman 2020, "Approximating KL divergence"; vrm_spec section 11.
+    Source: Schulman 2020, "Approximating KL divergence"; docs/method.md section 11.
 
     Args:
         logprobs: [B, T] under the policy, nats.

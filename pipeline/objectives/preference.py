@@ -103,6 +103,6 @@ def pair_accuracy(margins: torch.Tensor) -> torch.Tensor:
 def probit_preference(mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
     """P(y_w > y_l) under a Gaussian posterior of the margin: sigmoid(E / sqrt(1 + pi/8 * Var)).
 
-    Source: MacKay 1992's approximation, as in vrm_spec section 8. Any shape; variance >= 0.
+    Source: MacKay 1992's approximation, as in docs/method.md section 7. Any shape; variance >= 0.
     """
     return torch.sigmoid(mean / torch.sqrt(1.0 + math.pi / 8.0 * variance))

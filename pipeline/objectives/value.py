@@ -20,7 +20,7 @@ def clipped_value_loss(
 
     L = 1/(2N) * sum_t max((V_t - R_t)^2, (clip(V_t, Vold_t - eps, Vold_t + eps) - R_t)^2)
 
-    Source: vrm_spec section 11, after Schulman et al.'s PPO2 implementation; N as in `clipped_policy_loss`.
+    Source: docs/method.md section 11, after Schulman et al.'s PPO2 implementation; N as in `clipped_policy_loss`.
 
     Args:
         values: [B, T] current values; carries gradient.

@@ -79,7 +79,7 @@ def kl_penalty(
     """beta_w max(KL_w, f) + beta_z max(KL_zw + KL_zl, 2 f): below f a divergence is free.
 
     Source: the weighted KL terms of VRM Eq. 14; free bits as in Kingma et al. 2016, arXiv:1606.04934, Eq. 15, but per
-    sample and not of a mini-batch mean, so that sharding changes nothing (vrm_spec section 3).
+    sample and not of a mini-batch mean, so that sharding changes nothing (docs/method.md section 3).
 
     Args:
         kl_w: [B] divergence of the objective weights.
@@ -146,7 +146,7 @@ def supervision_scores(
     *,
     target_from: Literal["chosen", "diff", "both"],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scores whose softmax is the supervision target (vrm_spec section 6.6).
+    """The scores whose softmax is the supervision target (docs/method.md section 5).
 
     chosen: s_w                          Eq. 13; the paper's
     diff:   s_w - s_l                    what separates the pair, where both are annotated
@@ -182,7 +182,7 @@ def supervision_target(
 
     Returns:
         target [B, K], 0 where masked, and the mask [B, K] with rows of fewer than two objectives switched off:
-        one score alone says nothing about relative weights (vrm_spec section 6.5).
+        one score alone says nothing about relative weights (docs/method.md section 5).
     """
     require_same_shape(standardised=standardised, mask=mask)
     mask = mask & (mask.sum(-1, keepdim=True) >= 2)
@@ -232,7 +232,7 @@ def weight_supervision(
 
     All over the annotated objectives.
 
-    Source: VRM, arXiv 2603.04974, Eq. 13 and section 6.5; vrm_spec section 6.4.
+    Source: VRM, arXiv 2603.04974, Eq. 13 and section 6.5; docs/method.md section 5.
 
     Args:
         target: [B, K] from `supervision_target`.
@@ -267,7 +267,7 @@ def reward_mean_and_variance(
     E[r]   = <w_bar, s_bar>
     Var[r] = w_bar^T Sz w_bar + tr( C (s_bar s_bar^T + Sz) )
 
-    Source: vrm_spec section 8 (w and z are independent under q).
+    Source: docs/method.md section 7 (w and z are independent under q).
 
     Args:
         alpha: [N, K]; mu, logvar: [N, d]; score_matrix: S, [K, d]; all float32.
@@ -308,7 +308,7 @@ def sampled_reward_moments(
     Cov[r_a, r_b] = 1/2 ( cov(u_a, v_b) + cov(v_a, u_b) ),
     Var[r_a - r_b] = 1/2 ( var(u_a - v_b) + var(v_a - u_b) ) >= 0, without bias.
 
-    Source: vrm_spec section 8; the crossed noise is ours.
+    Source: docs/method.md section 7; the crossed noise is ours.
 
     Args:
         decode: g, [*, K] and [*, d] -> [*].

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from jobs.benchmark_answers import answer_benchmark, open_pool, parse
-from pipeline.benchmark.alpaca_eval_judging import read_model_outputs
-from pipeline.benchmark.mt_bench import read_answers
+from pipeline.benchmark.alpaca_eval.judging import read_model_outputs
+from pipeline.benchmark.mt_bench.grades import read_answers
 from pipeline.data.chat import encode_prompt
 from pipeline.models.backbone import load_causal_lm
 

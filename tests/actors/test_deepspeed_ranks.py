@@ -21,28 +21,24 @@ from actors.ppo_learner import PPOLearnerSpec, build_ppo_learner, ppo_learner
 from actors.rank_group import RankGroup
 from actors.ranked_learner import RankedLearner, RankedPolicyLearner
 from actors.reward_trainer import RewardTrainerSpec, build_reward_trainer
-from pipeline.config.schema import (
-    DeadlinesConfig,
-    LoRAConfig,
-    OptimiserConfig,
-    PPOConfig,
-    RanksConfig,
-    RewardTrainingConfig,
-)
+from pipeline.config.alignment import PPOConfig
+from pipeline.config.cluster import DeadlinesConfig, RanksConfig
+from pipeline.config.models import LoRAConfig, OptimiserConfig
+from pipeline.config.reward import RewardConfig
 from pipeline.errors import DeadlineExceeded, WorkerDied
 from pipeline.learning.engine import TorchEngine
-from pipeline.learning.ppo_update import frozen_reference
-from pipeline.learning.probes import choose_probes
-from pipeline.models.linear import OneDNNLinear
+from pipeline.learning.ppo_learner import frozen_reference
 from pipeline.models.lora import merged
-from tests.learners import ALIGNMENT, HEAD, collator, prompts_of, reward_trainer, statistics_of, tokenised
+from pipeline.models.onednn_linear import OneDNNLinear
+from pipeline.rollouts.numerics_gate import choose_probes
 from tests.learning.test_updates import experience_of, samples_of
+from tests.support.learners import ALIGNMENT, HEAD, collator, prompts_of, reward_trainer, statistics_of, tokenised
 
 LORA = LoRAConfig(rank=4)
 
 pytestmark = pytest.mark.components
 
-CONFIG = RewardTrainingConfig(
+CONFIG = RewardConfig(
     vrm=HEAD,
     optimiser=OptimiserConfig(learning_rate=1e-3, warmup_fraction=0.1),
     head_learning_rate=2e-3,

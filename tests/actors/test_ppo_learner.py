@@ -8,10 +8,11 @@ from safetensors.torch import load_file
 
 from actors.ppo_learner import PPOLearnerSpec, ppo_learner
 from actors.reward_trainer import RewardTrainerSpec, reward_trainer
-from pipeline.config.schema import RanksConfig, RewardTrainingConfig
+from pipeline.config.cluster import RanksConfig
+from pipeline.config.reward import RewardConfig
 from pipeline.learning.engine import TorchEngine
-from pipeline.learning.ppo_update import frozen_reference
-from tests.learners import ALIGNMENT, HEAD, statistics_of
+from pipeline.learning.ppo_learner import frozen_reference
+from tests.support.learners import ALIGNMENT, HEAD, statistics_of
 
 
 def built(policy, reward_model, critic, *, recomputed=False):
@@ -56,7 +57,7 @@ def test_activations_are_recomputed_in_every_trained_backbone_where_the_recipe_s
     assert aligned.policy.is_gradient_checkpointing == recomputed
     assert aligned.critic.is_gradient_checkpointing == recomputed
     spec = RewardTrainerSpec(
-        config=RewardTrainingConfig(vrm=HEAD, gradient_checkpointing=recomputed),
+        config=RewardConfig(vrm=HEAD, gradient_checkpointing=recomputed),
         ranks=RanksConfig(),
         backbone_uri=tiny_policy,
         statistics=statistics_of(world),

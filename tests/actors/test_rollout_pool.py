@@ -17,11 +17,12 @@ import ray
 from ray.exceptions import RayActorError
 
 from actors.rollout_pool import RolloutPool
+from cluster.autoscaler import Autoscaler
 from cluster.placement import pack_bundles
 from cluster.rollout_plan import THROUGH_FILES, RolloutPlan
 from cluster.running_jobs import jobs_with_rollout_workers, workspace_of
-from cluster.scaling import Autoscaler
-from pipeline.config.schema import AlignmentConfig, AutoscaleConfig, DeadlinesConfig, PPOConfig, RolloutConfig
+from pipeline.config.alignment import AlignmentConfig, PPOConfig
+from pipeline.config.cluster import AutoscaleConfig, DeadlinesConfig, RolloutConfig
 from pipeline.data.prompts import PromptStream
 from pipeline.errors import (
     ConfigError,
@@ -32,10 +33,10 @@ from pipeline.errors import (
     WorkerDied,
     WorkspaceError,
 )
-from pipeline.loops.step_rollouts import OnPolicyRollouts, PrefetchingRollouts, StepPlan
 from pipeline.records import PolicyWeights, Prompt, Rollout, SamplingParams
+from pipeline.rollouts.prefetch import OnPolicyRollouts, PrefetchingRollouts, StepPlan
 from pipeline.stages.preemption import PreemptionNotice, WaitCutShort
-from pipeline.stages.requests import request_rollout_workers, requested_rollout_workers
+from pipeline.stages.scaling_requests import request_rollout_workers, requested_rollout_workers
 from pipeline.stages.workspace import Workspace
 
 pytestmark = [pytest.mark.components, pytest.mark.usefixtures("local_ray")]
@@ -230,7 +231,7 @@ def test_any_number_of_workers_gives_the_same_rollouts_in_order(open_pool):
 
 
 def test_a_pool_that_grows_and_shrinks_in_the_middle_of_batches_samples_nothing_twice(open_pool, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.data.chunks.STRAGGLER", math.inf)  # whose chunks are sampled twice by intent
+    monkeypatch.setattr("pipeline.rollouts.chunks.STRAGGLER", math.inf)  # whose chunks are sampled twice by intent
     pool = open_pool(workers=1)
     pool.load_weights(weights(0))
     for step, num_workers in enumerate((3, 1, 2)):
@@ -529,7 +530,7 @@ def test_a_prefetched_run_that_is_resized_and_loses_a_worker_has_every_sample_of
         samples_per_prompt=2,
         max_response_tokens=8,
         prefetch="continue",
-        ppo=PPOConfig(mini_batch_size=14, importance_cap=2.0),
+        ppo=PPOConfig(mini_batch_size=14, tis_cap=2.0),
     )
     plan = StepPlan(prompts=PromptStream(prompts=tuple(PROMPTS), seed=0), config=config, seed=0)
 

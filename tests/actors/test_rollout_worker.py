@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from actors.rollout_worker import RolloutWorker
-from pipeline.data.sampling import rollout_requests
 from pipeline.records import Prompt, SamplingParams
+from pipeline.rollouts.requests import rollout_requests
 
 SAMPLING = SamplingParams(temperature=1.0, top_p=1.0, max_response_tokens=8, samples_per_prompt=1, seed=0)
 REQUESTS = rollout_requests([Prompt(id=str(n), messages=(), token_ids=(n,)) for n in range(6)], SAMPLING)

@@ -1,6 +1,6 @@
 """Calls that share a batch in the scoring service."""
 
-from actors.vrm_service import score_together
+from actors.reward_service import score_together
 from pipeline.errors import DataError
 from pipeline.records import RewardScore
 

@@ -20,15 +20,15 @@ from actors.ranked_learner import RankedSender
 from actors.rollout_pool import RolloutPool
 from cluster.placement import pack_bundles
 from cluster.rollout_plan import RolloutPlan
-from pipeline.config.schema import DeadlinesConfig, RolloutConfig
+from pipeline.config.cluster import DeadlinesConfig, RolloutConfig
 from pipeline.data.chat import encode_prompt
 from pipeline.errors import CheckpointError, StaleEngineError
-from pipeline.learning.policy_files import PolicyFiles
-from pipeline.learning.probes import TOLERANCE as GATE_TOLERANCE
-from pipeline.learning.probes import choose_probes
 from pipeline.models.backbone import load_causal_lm, save_causal_lm
 from pipeline.records import PolicyWeights, ProbeSequence, Prompt, SamplingParams
-from tests.gloo import CpuWorker, GroupOfOne, PolicyRank
+from pipeline.rollouts.numerics_gate import TOLERANCE as GATE_TOLERANCE
+from pipeline.rollouts.numerics_gate import choose_probes
+from pipeline.rollouts.policy_files import PolicyFiles
+from tests.support.gloo import CpuWorker, GroupOfOne, PolicyRank
 
 pytestmark = pytest.mark.components
 

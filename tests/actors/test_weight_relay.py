@@ -13,7 +13,7 @@ import actors.weight_relay
 from actors.weight_relay import _make_place, readable_here
 from pipeline.errors import DeadlineExceeded
 from pipeline.records import PolicyWeights
-from tests.nodes import Node
+from tests.support.nodes import Node
 
 pytestmark = pytest.mark.components
 SIZE = 70 * 2**20 + 3  # two whole buckets and a part

@@ -3,13 +3,13 @@
 import pytest
 
 from cluster.resources import Demand, StageDemand, as_table, check_plan, plan_resources, this_machine
+from pipeline.config.cluster import ClusterConfig, RanksConfig, RolloutConfig, ScoringConfig
 from pipeline.config.load import load_recipe
-from pipeline.config.schema import ClusterConfig, RanksConfig, RolloutConfig, ScoringConfig
 from pipeline.errors import ResourceError
 
 CLUSTER = ClusterConfig(
-    policy_training=RanksConfig(ranks=2, cpus_per_rank=1),
-    reward_training=RanksConfig(ranks=4, cpus_per_rank=1),
+    sft=RanksConfig(ranks=2, cpus_per_rank=1),
+    reward=RanksConfig(ranks=4, cpus_per_rank=1),
     alignment=RanksConfig(ranks=2, cpus_per_rank=1, gpus_per_rank=1),
     rollout=RolloutConfig(workers=3, cpus_per_worker=2, gpus_per_worker=1),
     scoring=ScoringConfig(replicas=1, cpus_per_replica=0.5),
@@ -29,7 +29,7 @@ def refusal(nodes, cluster=CLUSTER):
 def test_alignment_holds_ranks_engines_and_scorers_together():
     totals = {stage.stage: (stage.total("CPU"), stage.total("GPU")) for stage in plan_resources(CLUSTER)}
     assert totals == {
-        "prepare_policy": (2, 0),
+        "sft": (2, 0),
         "train_reward_model": (4, 0),
         "align_policy": (2 * 1 + 3 * 2 + 0.5, 5),
         "generate_benchmark": (3 * 2 + 0.5, 3),

@@ -60,7 +60,7 @@ def test_what_the_recipe_says_is_what_is_done(overrides, expected):
     [
         ["cluster.rollout.placement=disaggregated"],
         ["cluster.rollout.weight_transfer=nccl"],
-        ["alignment.prefetch=continue", "alignment.ppo.importance_cap=2"],  # engines must not sleep
+        ["alignment.prefetch=continue", "alignment.ppo.tis_cap=2"],  # engines must not sleep
         [f"{WORKERS}=5"],  # one too many for four GPUs
     ],
 )
@@ -99,7 +99,7 @@ def test_shared_gpus_are_counted_once():
             r"workers = 5 exceeds cluster.alignment.ranks = 4, .* set cluster.rollout.workers=4",
         ),
         (
-            ["cluster.rollout.weight_transfer=ipc", "alignment.prefetch=continue", "alignment.ppo.importance_cap=2"],
+            ["cluster.rollout.weight_transfer=ipc", "alignment.prefetch=continue", "alignment.ppo.tis_cap=2"],
             r"sleep while it works, but alignment.prefetch = continue samples while the learner works; set it to null",
         ),
     ],

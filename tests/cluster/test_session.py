@@ -8,14 +8,14 @@ import pytest
 import ray
 
 from cluster.session import open_cluster
-from pipeline.config.schema import ClusterConfig
+from pipeline.config.cluster import ClusterConfig
 from pipeline.errors import ResourceError
 
 OPEN = """
 import ray
 from cluster.resources import plan_resources
 from cluster.session import open_cluster
-from pipeline.config.schema import ClusterConfig, RanksConfig, RolloutConfig
+from pipeline.config.cluster import ClusterConfig, RanksConfig, RolloutConfig
 from pipeline.errors import ResourceError
 
 small = ClusterConfig(

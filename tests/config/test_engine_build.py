@@ -3,9 +3,9 @@
 import pytest
 
 from pipeline.config import engine_build
+from pipeline.config.cluster import RolloutConfig
 from pipeline.config.engine_build import installed_build, require_engine_for
 from pipeline.config.load import load_recipe
-from pipeline.config.schema import RolloutConfig
 from pipeline.errors import ConfigError
 
 

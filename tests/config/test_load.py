@@ -6,8 +6,9 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.config.algorithms import STANDARD_VALUES, Algorithm
+from pipeline.config.alignment import AlignmentConfig, PPOConfig
 from pipeline.config.load import RECIPES, load_recipe
-from pipeline.config.schema import AlignmentConfig, OptimiserConfig, PPOConfig
+from pipeline.config.models import OptimiserConfig
 from pipeline.errors import ConfigError
 
 MINIMAL = "name: mine\nobjectives: [helpfulness, safety]\n"
@@ -30,8 +31,8 @@ def test_overrides_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
 
 
 def test_numbers_in_scientific_notation_are_numbers():
-    assert load_recipe("tiny", ["reward_training.optimiser.learning_rate=1e-4"]).reward_training.optimiser == (
-        load_recipe("tiny", ["reward_training.optimiser.learning_rate=0.0001"]).reward_training.optimiser
+    assert load_recipe("tiny", ["reward.optimiser.learning_rate=1e-4"]).reward.optimiser == (
+        load_recipe("tiny", ["reward.optimiser.learning_rate=0.0001"]).reward.optimiser
     )
 
 
@@ -54,9 +55,9 @@ def test_a_recipe_may_extend_another(tmp_path):
 
 
 def test_a_prior_is_one_concentration_for_all_objectives_or_one_for_each():
-    key = "reward_training.vrm.prior_alpha"
-    assert load_recipe("tiny", [f"{key}=[4,1,1,2]"]).reward_training.vrm.prior_concentrations(4) == (4, 1, 1, 2)
-    assert load_recipe("tiny", [f"{key}=2"]).reward_training.vrm.prior_concentrations(4) == (2, 2, 2, 2)
+    key = "reward.vrm.prior_alpha"
+    assert load_recipe("tiny", [f"{key}=[4,1,1,2]"]).reward.vrm.prior_concentrations(4) == (4, 1, 1, 2)
+    assert load_recipe("tiny", [f"{key}=2"]).reward.vrm.prior_concentrations(4) == (2, 2, 2, 2)
     with pytest.raises(ConfigError, match=r"prior_alpha has 2 numbers for 4 objectives.*brevity"):
         load_recipe("tiny", [f"{key}=[4,1]"])
     with pytest.raises(ConfigError, match=r"must lie between alpha_min = 0.05"):
@@ -83,20 +84,20 @@ def test_recipes_that_extend_each_other_are_refused(tmp_path):
         ("alignment.num_steps=0", "alignment.num_steps = 0: input should be greater than or equal to 1"),
         ("alignment.num_steps=", "alignment.num_steps = None: input should be a valid integer"),
         ("policy.dtype=fp16", "policy.dtype = 'fp16': input should be 'float32' or 'bfloat16'"),
-        ("prepare_policy.optimiser.learning_rate=inf", "learning_rate = 'inf': input should be a finite number"),
+        ("sft.optimiser.learning_rate=inf", "learning_rate = 'inf': input should be a finite number"),
         ("alignment=5", "alignment = 5: this is a section; set one of its keys: num_steps, "),
         ("data.preferences=pairs.jsonl", "data.preferences = 'pairs.jsonl': this is a list; write [pairs.jsonl]"),
         ("objectives=[safety]", "objectives = ['safety']: give at least 2"),
         ("data.preferences=[a,7]", "data.preferences[1] = 7: input should be a valid string"),
         ("alignment.ppo.mini_batch_size=100", "is not a multiple of ppo.mini_batch_size = 100; change one"),
-        ("reward_training.vrm.decoder=hadamard", "semantic_dims = 16; set reward_training.vrm.semantic_dims=4"),
-        ("reward_training.loss={supervision: mse, supervision_on: expected_log}", "use supervision 'kl' or 'rank'"),
-        ("reward_training={head: gate, loss: {supervision_on: expected_log}}", "'gate' has no posterior"),
-        ("reward_training={head: gate, vrm: {decoder: mlp}}", "vrm.decoder = 'mlp' needs head = 'vrm'"),
-        ("reward_training={loss: {score_weight: 0.1}, vrm: {decoder: film}}", "'film' has no objective scores"),
-        ("reward_training.reward_weights=[1, 2]", "reward_weights belong to head = 'regression', not to 'vrm'"),
-        ("reward_training={head: regression, reward_weights: [1, 2]}", "has 2 numbers for 4 objectives"),
-        ("reward_training.pair_loss={form: ties, label_smoothing: 0.1}", "belongs to form 'bt', not to 'ties'"),
+        ("reward.vrm.decoder=hadamard", "semantic_dims = 16; set reward.vrm.semantic_dims=4"),
+        ("reward.loss={supervision: mse, supervision_on: expected_log}", "use supervision 'kl' or 'rank'"),
+        ("reward={head: gate, loss: {supervision_on: expected_log}}", "'gate' has no posterior"),
+        ("reward={head: gate, vrm: {decoder: mlp}}", "vrm.decoder = 'mlp' needs head = 'vrm'"),
+        ("reward={loss: {score_weight: 0.1}, vrm: {decoder: film}}", "'film' has no objective scores"),
+        ("reward.reward_weights=[1, 2]", "reward_weights belong to head = 'regression', not to 'vrm'"),
+        ("reward={head: regression, reward_weights: [1, 2]}", "has 2 numbers for 4 objectives"),
+        ("reward.pair_loss={form: ties, label_smoothing: 0.1}", "belongs to form 'bt', not to 'ties'"),
         ("alignment.num_steps", "'alignment.num_steps' is no override; write key.path=value"),
         ("=5", "'=5' is no override"),
         ("seed=${nope}", "overrides ['seed=${nope}']: Interpolation key 'nope' not found"),
@@ -217,7 +218,7 @@ def test_ppo_and_reinforce_need_no_group():
             "alignment.ppo: clip_range_high = 0.0004 is below clip_range = 0.2: one of them comes from",
         ),
         (["alignment.ppo.drop_uniform_groups=true"], "samples_per_prompt = 1 must be at least 2"),
-        (["alignment.prefetch=continue"], "the policy before, so ppo.importance_cap must weigh them; 2 is usual"),
+        (["alignment.prefetch=continue"], "the policy before, so ppo.tis_cap must weigh them; 2 is usual"),
         (["cluster.rollout.gpus_per_worker=2"], "an engine runs on one GPU, not on 2; set it to 1 and raise workers"),
         (["alignment.kl={coefficient: 0, target: 6}"], "and coefficient = 0 stays 0; give it a value to start from"),
         (["alignment.kl={target: 6, horizon: 10}"], "kl.horizon = 10 is so short that one step of"),

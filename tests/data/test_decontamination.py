@@ -1,13 +1,11 @@
 import json
-from pathlib import Path
 
 import pytest
 
 from pipeline.data.decontamination import EvaluationPrompts, SharedPrompt, find_contamination
 from pipeline.data.prompts import read_prompts
 from pipeline.errors import DataError
-
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+from tests.support.paths import SHARED_DATA
 
 THIRTEEN = "one two three four five six seven eight nine ten eleven twelve thirteen"
 
@@ -111,20 +109,20 @@ def test_each_file_has_its_counts_and_few_examples(tmp_path):
     assert metrics["contamination/training_prompts"] == metrics["contamination/training_exact"] == 7.0
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs the public data folder beside the checkout")
+@pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs the public data folder beside the checkout")
 def test_alpaca_eval_stands_in_the_instruction_mixture_and_not_in_alpaca():
     # The mixture holds the test sets of Self-Instruct and Koala, which AlpacaEval is made of.
-    evaluation = EvaluationPrompts([str(SHARED / "alpaca_eval" / "instructions.jsonl")])
+    evaluation = EvaluationPrompts([str(SHARED_DATA / "alpaca_eval" / "instructions.jsonl")])
     assert len(evaluation.prompts) == 805
-    mixture = find_contamination(read_prompts([str(SHARED / "instructions" / "instructions.parquet")]), evaluation)
+    mixture = find_contamination(read_prompts([str(SHARED_DATA / "instructions" / "instructions.parquet")]), evaluation)
     assert (mixture.files[0].exact, mixture.files[0].overlapping) == (129, 107)
-    alpaca = find_contamination(read_prompts([str(SHARED / "instructions" / "alpaca_5000.parquet")]), evaluation)
+    alpaca = find_contamination(read_prompts([str(SHARED_DATA / "instructions" / "alpaca_5000.parquet")]), evaluation)
     assert (alpaca.files[0].exact, alpaca.files[0].overlapping) == (0, 0)
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs the public data folder beside the checkout")
+@pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs the public data folder beside the checkout")
 def test_mt_bench_and_arena_hard_questions_are_read():
-    files = [str(SHARED / name / "question.jsonl") for name in ("mt_bench", "arena_hard")]
+    files = [str(SHARED_DATA / name / "question.jsonl") for name in ("mt_bench", "arena_hard")]
     evaluation = EvaluationPrompts(files)
     found = find_contamination([], evaluation)
     assert [file.prompts for file in found.files] == [80, 500]

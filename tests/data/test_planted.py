@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipeline.config.schema import PlantedConfig
+from pipeline.config.data import PlantedConfig
 from pipeline.data.chat import decode_response, encode_prompt, encode_response
 from pipeline.data.planted import OBJECTIVES, WEIGHTS, PlantedWorld
 from pipeline.errors import ConfigError, DataError

@@ -1,11 +1,11 @@
 import json
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config.schema import DataConfig, ExperimentConfig
+from pipeline.config.data import DataConfig
+from pipeline.config.recipe import ExperimentConfig
 from pipeline.data.preferences import (
     read_pairs,
     require_annotations,
@@ -14,11 +14,11 @@ from pipeline.data.preferences import (
     take_pairs,
 )
 from pipeline.data.prompts import read_prompts, tokenise_prompts
+from pipeline.data.run_data import load_data
 from pipeline.data.score_statistics import ScoreStatistics
-from pipeline.data.source import load_data
 from pipeline.errors import ConfigError, DataError
+from tests.support.paths import SHARED_DATA
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 OBJECTIVES = ("helpfulness", "honesty")
 
 
@@ -155,10 +155,10 @@ def test_binarized_ultrafeedback_as_conversations(tmp_path):
     assert (pair.prompt, pair.chosen, pair.rejected) == ((asked,), "because", "no")
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs the public data folder beside the checkout")
+@pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs the public data folder beside the checkout")
 def test_binarized_ultrafeedback_real_rows():
     # 812 rows: 83 have equal scores, and 2 more have the same text twice.
-    pairs = read(str(SHARED / "ultrafeedback_binarized" / "ultrafeedback_binarized.parquet"), "ultrafeedback")
+    pairs = read(str(SHARED_DATA / "ultrafeedback_binarized" / "ultrafeedback_binarized.parquet"), "ultrafeedback")
     assert len(pairs) == 812 - 83 - 2
     assert all(pair.margin > 0 for pair in pairs)
 
@@ -212,7 +212,7 @@ def test_pku_chooses_the_safer_response_and_scores_it_by_its_severity(tmp_path):
         read(pairs_file(tmp_path, {**published, "safer_response_id": 2}), "pku_saferlhf")
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs the public data folder beside the checkout")
+@pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs the public data folder beside the checkout")
 @pytest.mark.parametrize(
     ("data_format", "file", "count"),
     [
@@ -222,7 +222,7 @@ def test_pku_chooses_the_safer_response_and_scores_it_by_its_severity(tmp_path):
     ],
 )
 def test_real_rows_of_other_publishers(data_format, file, count):
-    pairs = read(str(SHARED / file), data_format)
+    pairs = read(str(SHARED_DATA / file), data_format)
     assert len(pairs) == count
     assert all(pair.prompt[-1]["role"] == "user" and pair.chosen != pair.rejected for pair in pairs)
     assert not any("\n\nHuman:" in turn["content"] for pair in pairs for turn in pair.prompt)
@@ -279,9 +279,9 @@ def test_a_hub_that_cannot_be_reached_is_a_letter(monkeypatch):
         read_pairs(["some/set"], "pairs", OBJECTIVES, hub=True, seed=0)
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs the public data folder beside the checkout")
+@pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs the public data folder beside the checkout")
 def test_helpsteer2_real_rows():
-    path = str(SHARED / "helpsteer2" / "helpsteer2.parquet")
+    path = str(SHARED_DATA / "helpsteer2" / "helpsteer2.parquet")
     objectives = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
     pairs = read(path, "helpsteer2", objectives)
     assert len(pairs) == 496

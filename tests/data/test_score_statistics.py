@@ -7,10 +7,10 @@ import pytest
 
 from pipeline.config.load import load_recipe
 from pipeline.data.planted import OBJECTIVES
+from pipeline.data.run_data import load_data, with_flipped_labels
 from pipeline.data.score_statistics import ScoreStatistics
-from pipeline.data.source import load_data, with_flipped_labels
 from pipeline.errors import DataError
-from pipeline.learning.reward_data import RewardTrainingData
+from pipeline.learning.reward_data import RewardData
 
 
 def test_statistics_are_those_of_every_annotated_response_and_a_missing_score_counts_nowhere(world):
@@ -27,9 +27,7 @@ def test_training_reads_its_statistics_from_the_training_split_alone(tokenizer):
     recipe = load_recipe("experiments_tiny", ["data.planted.num_train_pairs=50", "data.planted.num_heldout_pairs=40"])
     data = load_data(recipe)
     elsewhere = [replace(p, scores_chosen=dict.fromkeys(OBJECTIVES, 5.0)) for p in data.heldout_pairs]
-    trained, other = (
-        RewardTrainingData.of(recipe, one, tokenizer) for one in (data, replace(data, heldout_pairs=elsewhere))
-    )
+    trained, other = (RewardData.of(recipe, one, tokenizer) for one in (data, replace(data, heldout_pairs=elsewhere)))
     assert trained.statistics == other.statistics == ScoreStatistics.of(data.train_pairs, OBJECTIVES)
 
 

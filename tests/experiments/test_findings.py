@@ -13,7 +13,7 @@ from pipeline.experiments.findings import FinishedRun, by_variant, compare, in_w
 from pipeline.experiments.grid import EXPERIMENTS, plan_runs
 from pipeline.experiments.reward_run import weight_correlation
 
-E4 = EXPERIMENTS["E4"]
+HEADS = EXPERIMENTS["heads"]
 
 
 def result(margins, prompts=None, **metrics):
@@ -36,7 +36,7 @@ def result(margins, prompts=None, **metrics):
     }
 
 
-def finished(results, seeds=(0, 1), experiment=E4):
+def finished(results, seeds=(0, 1), experiment=HEADS):
     """`results`: variant -> result of every seed; variants without one are left out."""
     runs = plan_runs(experiment, "experiments_tiny", (), seeds)
     return [
@@ -87,7 +87,7 @@ def test_runs_on_other_rows_are_not_compared():
 def test_the_table_has_a_row_per_run_and_an_empty_cell_where_a_head_knows_nothing():
     runs = finished({"vrm": [result([1.0, -1.0], **{"eval/active_units": 5.0})] * 2, "bt": [result([1.0, 1.0])] * 2})
     rows = list(csv.DictReader(io.StringIO(results_csv(runs))))
-    assert [(row["variant"], row["seed"], row["reward_training.head"]) for row in rows] == [
+    assert [(row["variant"], row["seed"], row["reward.head"]) for row in rows] == [
         ("vrm", "0", "vrm"),
         ("bt", "0", "bt"),
         ("vrm", "1", "vrm"),
@@ -97,13 +97,13 @@ def test_the_table_has_a_row_per_run_and_an_empty_cell_where_a_head_knows_nothin
     assert [row["kl_z"] for row in rows] == ["0", "", "0", ""]
     assert [row["accuracy"] for row in rows] == ["0.5", "1", "0.5", "1"]
     assert {row["config_hash"] for row in rows} == {run.run.config_hash for run in runs}
-    words = in_words(E4, runs, compare(runs, "vrm"))
+    words = in_words(HEADS, runs, compare(runs, "vrm"))
     assert "longer is better" in words
     assert "+0.500 [" in words
     assert list(by_variant(runs, "active_units")) == ["vrm"]
 
 
-@pytest.mark.parametrize("name", ["E4", "E7", "noise"])
+@pytest.mark.parametrize("name", ["heads", "collapse", "label_noise"])
 def test_figures_are_drawn_even_while_runs_are_missing(name, tmp_path):
     experiment = EXPERIMENTS[name]
     some = {variant.name: [result([1.0, -1.0, 2.0])] for variant in experiment.variants[:3]}

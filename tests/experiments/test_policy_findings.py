@@ -18,7 +18,7 @@ from pipeline.experiments.policy_findings import (
     policies_in_words,
 )
 
-E8 = EXPERIMENTS["E8"]
+OVEROPTIMIZATION = EXPERIMENTS["overoptimization"]
 
 
 def aligned(*, gold=(2.0, 3.0), fall=0.0, gap=0.5, steps=7):
@@ -40,7 +40,7 @@ def aligned(*, gold=(2.0, 3.0), fall=0.0, gap=0.5, steps=7):
 
 def finished(results, seeds):
     """`results`: arm -> what every seed left behind."""
-    runs = plan_runs(E8, E8.recipe, (), seeds)
+    runs = plan_runs(OVEROPTIMIZATION, OVEROPTIMIZATION.recipe, (), seeds)
     return [
         FinishedRun(run=run, result=results[run.variant.name][seeds.index(run.seed)])
         for run in runs
@@ -63,7 +63,7 @@ def test_a_fall_is_from_the_highest_average_to_the_last():
 def test_a_contrast_is_the_difference_on_each_seed():
     held = [aligned(gap=0.1), aligned(gap=0.3), aligned(gap=0.2)]
     free = [aligned(gap=1.1, gold=(2.0, 2.5)), aligned(gap=1.5), aligned(gap=1.3)]
-    (one,) = contrasts(E8, finished({"bt": held, "bt, KL 0": free}, [0, 1, 2]))
+    (one,) = contrasts(OVEROPTIMIZATION, finished({"bt": held, "bt, KL 0": free}, [0, 1, 2]))
     assert (one.variant, one.reference) == ("bt, KL 0", "bt")
     gap = one.by_column["gap_growth"]
     assert gap.values == pytest.approx((1.0, 1.2, 1.1))
@@ -78,7 +78,7 @@ def test_the_words_say_what_rose_what_stayed_up_and_what_the_seeds_do_not_tell()
         "vrm": [aligned(gap=0.1), aligned(gap=0.2)],
         "vrm lcb": [aligned(gap=0.3), aligned(gap=0.1)],
     }
-    words = policies_in_words(E8, finished(arms, [0, 1]))
+    words = policies_in_words(OVEROPTIMIZATION, finished(arms, [0, 1]))
     assert (
         "bt: the gold reward goes from 2.00 to 3.00; it rose in 2 and stayed up in 2 of 2 seeds. 75% [50%, 100%]"
         in words
@@ -90,7 +90,9 @@ def test_the_words_say_what_rose_what_stayed_up_and_what_the_seeds_do_not_tell()
     assert "+1.050 [+0.415, +1.685]*" in words  # 1.05 +- 12.706 * 0.0707 / sqrt 2
     assert "minus vrm, KL 0" not in words  # not run
     alone = finished({name: runs[:1] for name, runs in arms.items()}, [0])
-    assert "bt, KL 0: the gap grows by 1.00 sd more than with bt, in one seed." in policies_in_words(E8, alone)
+    assert "bt, KL 0: the gap grows by 1.00 sd more than with bt, in one seed." in policies_in_words(
+        OVEROPTIMIZATION, alone
+    )
 
 
 def test_the_win_rate_counts_a_tie_half_and_its_interval_draws_prompts():
@@ -113,6 +115,6 @@ def test_the_tables_have_a_row_per_run_and_a_row_per_step():
 
 def test_figures_are_drawn_even_while_arms_and_seeds_are_missing(tmp_path):
     runs = finished({"bt": [aligned(), aligned()], "vrm, KL 0": [aligned(), aligned()]}, [0, 1])[:3]
-    written = write_figures("E8", E8, runs, tmp_path)
-    assert [path.name for path in written] == ["E8.png", "E8_curves.png"]
+    written = write_figures("overoptimization", OVEROPTIMIZATION, runs, tmp_path)
+    assert [path.name for path in written] == ["overoptimization.png", "overoptimization_curves.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)

@@ -15,12 +15,12 @@ from pathlib import Path
 from pipeline.data.planted import build_tokenizer
 from pipeline.data.prompts import PromptStream
 from pipeline.errors import PipelineError
-from pipeline.learning.experience import RewardScale
+from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.loops.alignment import align
 from pipeline.stages.workspace import StageDirectory
 from tests.conftest import small_world
-from tests.fakes import FakeRollouts, FakeScorer
-from tests.learners import ALIGNMENT, ppo_learner, prompts_of
+from tests.support.fakes import FakeRollouts, FakeScorer
+from tests.support.learners import ALIGNMENT, ppo_learner, prompts_of
 
 MISFORTUNES = ("dies before the commit", "dies while writing", "finds the disk full")
 SECOND_SAVE = 3
@@ -97,7 +97,7 @@ def run(root, policy, misfortune=None):
 
 def in_a_child(root, policy, misfortune):
     """Exit code, or minus the signal that ended it; and the letter it left."""
-    letters, letter = os.pipe()
+    messages, letter = os.pipe()
     child = os.fork()
     if child == 0:
         try:
@@ -108,7 +108,7 @@ def in_a_child(root, policy, misfortune):
         os._exit(0)
     os.close(letter)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    with open(letters) as stream:
+    with open(messages) as stream:
         return code, stream.read()
 
 

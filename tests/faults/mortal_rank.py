@@ -9,7 +9,7 @@ from pipeline.data.planted import build_tokenizer
 from pipeline.learning.engine import TorchEngine
 from tests.conftest import small_world
 from tests.faults.mortal_worker import befalls, die
-from tests.learners import ALIGNMENT, ppo_learner
+from tests.support.learners import ALIGNMENT, ppo_learner
 
 CONFIG = ALIGNMENT.model_copy(update={"checkpoint_every": 1})
 

@@ -2,7 +2,7 @@
 
 Every run here ends with the weights of a run that nothing happened to, bit for bit: no committed step was lost, and no
 sample trained on twice. Also killed for real: the job's driver in tests/jobs/test_full_pipeline.py, vLLM engines in
-tests/actors/test_vllm_engine.py, a replica under load of users in tests/actors/test_vrm_service.py.
+tests/actors/test_vllm_engine.py, a replica under load of users in tests/actors/test_reward_service.py.
 """
 
 import json
@@ -27,29 +27,29 @@ from safetensors.torch import load_file
 from actors.ppo_learner import PPOLearnerSpec
 from actors.rank_group import RankGroup, gather
 from actors.ranked_learner import RankedPolicyLearner
+from actors.reward_service import start_service, stop_service
 from actors.rollout_pool import RolloutPool
-from actors.vrm_service import start_service, stop_service
-from pipeline.config.schema import DeadlinesConfig, RanksConfig, RolloutConfig, ScoringConfig
+from pipeline.config.cluster import DeadlinesConfig, RanksConfig, RolloutConfig, ScoringConfig
 from pipeline.data.prompts import PromptStream
 from pipeline.errors import DeadlineExceeded, WorkerDied
-from pipeline.learning.experience import RewardScale
-from pipeline.learning.probes import choose_probes
+from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.loops.alignment import align
 from pipeline.models.backbone import load_backbone
 from pipeline.models.reward_model import RewardModel, make_head, save_reward_model
+from pipeline.rollouts.numerics_gate import choose_probes
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from pipeline.stages.runner import StageRunner
 from pipeline.stages.workspace import StageDirectory, Workspace
-from tests.fakes import FakeRollouts, FakeScorer
 from tests.faults.driver import MISFORTUNES, SECOND_SAVE, run
 from tests.faults.mortal_rank import CONFIG, build_learner, build_ranks
 from tests.faults.mortal_worker import MortalWorker
-from tests.learners import HEAD, prompts_of, reward_card, statistics_of
-from tests.nodes import Node
+from tests.support.fakes import FakeRollouts, FakeScorer
+from tests.support.learners import HEAD, prompts_of, reward_card, statistics_of
+from tests.support.nodes import Node
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.components
 
-ROOT = Path(__file__).resolve().parents[2]
 DEADLINES = DeadlinesConfig(start_s=240, update_s=120, generate_s=120, score_s=120, weights_s=120)
 SCALE = RewardScale(mean=0.0, std=1.0)
 
@@ -295,8 +295,8 @@ def test_a_run_that_loses_a_node_two_workers_a_rank_and_a_replica_ends_as_if_not
     assert [row["step"] for row in rows] == list(range(6))
     assert_bit_equal(weights(result.location), weights(tmp_path / "quiet" / "result"))
     assert capsys.readouterr().out.count("starts again from its last commit") == 2
-    letters = [record.getMessage() for record in caplog.records if "Replacing it" in record.getMessage()]
-    assert len(letters) == 4
-    assert sum("died during sample()" in letter for letter in letters) >= 1
+    messages = [record.getMessage() for record in caplog.records if "Replacing it" in record.getMessage()]
+    assert len(messages) == 4
+    assert sum("died during sample()" in letter for letter in messages) >= 1
     # A worker that dies in generation may be missed only then: another has sampled its late chunk meanwhile.
-    assert sum("died during load_weights() of policy version 3" in letter for letter in letters) >= 1
+    assert sum("died during load_weights() of policy version 3" in letter for letter in messages) >= 1

@@ -6,24 +6,23 @@ import sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
 
 from jobs.benchmark_answers import answer_benchmark, parse
 from jobs.generate_benchmark import command
-from pipeline.benchmark.alpaca_eval_judging import read_model_outputs
-from pipeline.benchmark.arena_hard_files import read_answers as read_arena_answers
-from pipeline.benchmark.mt_bench import TEMPERATURES
-from pipeline.benchmark.mt_bench import read_answers as read_mt_bench_answers
+from pipeline.benchmark.alpaca_eval.judging import read_model_outputs
+from pipeline.benchmark.arena_hard.files import read_answers as read_arena_answers
+from pipeline.benchmark.mt_bench.grades import TEMPERATURES
+from pipeline.benchmark.mt_bench.grades import read_answers as read_mt_bench_answers
 from pipeline.errors import ConfigError, DataError, WorkspaceLocked
 from pipeline.models.backbone import create_tiny_causal_lm, save_causal_lm
 from tests.conftest import SMALLEST
-from tests.fakes import FakeRollouts
+from tests.support.fakes import FakeRollouts
+from tests.support.paths import SHARED_DATA
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
-needs_public_data = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data beside the repository")
+needs_public_data = pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs ../shared/data beside the repository")
 
 INSTRUCTIONS = [{"instruction": f"why the boat {n} ?", "dataset": "koala"} for n in range(5)]
 QUESTIONS = [
@@ -100,12 +99,12 @@ def summary_of(out):
 
 @needs_public_data
 def test_mt_bench_is_sampled_as_fastchat_samples_it(answer, tmp_path):
-    asked = answer("mt_bench", str(SHARED / "mt_bench"))
+    asked = answer("mt_bench", str(SHARED_DATA / "mt_bench"))
     temperatures = Counter(sampling.temperature for _, sampling in asked)
     # Writing and roleplay; stem and humanities; the four others: two turns of ten questions each.
     assert temperatures == {0.7: 40, 0.1: 40, 0.0: 80}
     assert {sampling.max_response_tokens for _, sampling in asked} == {1024}
-    lines = (SHARED / "mt_bench/question.jsonl").read_text().splitlines()
+    lines = (SHARED_DATA / "mt_bench/question.jsonl").read_text().splitlines()
     questions = {row["question_id"]: row for row in map(json.loads, lines)}
     rows = [json.loads(line) for line in (tmp_path / "out/model_answer/tiny.jsonl").read_text().splitlines()]
     assert [row["question_id"] for row in rows] == list(range(81, 161))
@@ -124,7 +123,7 @@ def test_mt_bench_is_sampled_as_fastchat_samples_it(answer, tmp_path):
 )
 def test_single_turn_benchmarks_are_asked_whole(answer, benchmark, count, temperature, max_tokens):
     # Two tokens an answer: the length of 805 answers is not what is tested.
-    asked = answer(benchmark, str(SHARED / benchmark), "--max-response-tokens", "3")
+    asked = answer(benchmark, str(SHARED_DATA / benchmark), "--max-response-tokens", "3")
     assert len(asked) == count
     assert {(len(prompt.messages), sampling.temperature) for prompt, sampling in asked} == {(1, temperature)}
     assert f"Answers had 3 tokens at most, the benchmark gives {max_tokens}" in answer.said

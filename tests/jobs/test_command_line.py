@@ -3,18 +3,17 @@ import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from cluster.submission import JOB_CONFIG
 from jobs.command_line import dry_run, parse, place
 from pipeline.errors import ConfigError
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 JOBS = (
     "full_pipeline",
-    "prepare_policy",
+    "sft",
     "train_reward_model",
     "align_policy",
     "generate_benchmark",

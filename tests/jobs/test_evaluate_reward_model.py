@@ -3,21 +3,20 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from jobs.evaluate_reward_model import evaluate_reward_model, main, options
-from pipeline.config.schema import VRMHeadConfig
+from pipeline.config.reward import VRMHeadConfig
 from pipeline.data.planted import OBJECTIVES
 from pipeline.errors import CheckpointError, ConfigError, DataError
-from pipeline.learning.reward_scorer import RewardModelScorer
+from pipeline.evaluation.reward_scorer import RewardModelScorer
 from pipeline.models.backbone import load_backbone
 from pipeline.models.reward_model import RewardModel, RewardModelCard, make_head, save_reward_model
-from tests.learners import collator, reward_trainer, tokenised
+from tests.support.learners import collator, reward_trainer, tokenised
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 HEAD = VRMHeadConfig(semantic_dims=6, hidden_size=32)
 
 

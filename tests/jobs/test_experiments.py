@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from actors.experiment_runs import Place, backbone_key, compute_missing_states, keep_states, train_one
+from actors.experiment_tasks import Place, backbone_key, compute_missing_states, keep_states, train_one
 from jobs.experiments import compute_on_the_cluster, demand_of, main, parse, run_experiment
 from pipeline.config.load import load_recipe
 from pipeline.errors import CheckpointError, ConfigError, CorruptManifest, NumericsError, WorkerError
@@ -16,22 +16,22 @@ from tests.experiments.test_policy_findings import aligned
 SMALL = (
     "data.planted.num_train_pairs=64",
     "data.planted.num_heldout_pairs=16",
-    "reward_training.num_steps=4",
-    "reward_training.batch_pairs=8",
-    "reward_training.eval_every=2",
+    "reward.num_steps=4",
+    "reward.batch_pairs=8",
+    "reward.eval_every=2",
     "policy.tiny.hidden_size=16",
     "policy.tiny.intermediate_size=16",
-    "cluster.reward_training.cpus_per_rank=2",
+    "cluster.reward.cpus_per_rank=2",
 )
 
 ONE_CORE = Place(cpus=1.0, gpus=0.0, data_root="")
-BFLOAT16 = "reward_training.backbone_dtype=bfloat16"
+BFLOAT16 = "reward.backbone_dtype=bfloat16"
 
 
 SMALL_ALIGNMENT = (
     *SMALL,
     *("data.planted.num_sft_texts=64", "data.planted.num_train_prompts=32", "data.planted.num_heldout_prompts=8"),
-    *("prepare_policy.num_steps=2", "prepare_policy.batch_size=8"),
+    *("sft.num_steps=2", "sft.batch_size=8"),
     *("alignment.num_steps=3", "alignment.prompts_per_step=8", "alignment.ppo.mini_batch_size=4"),
     *("alignment.max_response_tokens=12", "benchmark.max_response_tokens=12"),
 )
@@ -60,19 +60,25 @@ class Fake:
 def test_a_second_call_computes_only_what_is_missing(tmp_path):
     first, second, third = Fake(failing=[("gate", 1)]), Fake(), Fake()
     with pytest.raises(WorkerError, match=r"(?s)1 of 10 runs failed.*gate, seed 1: NumericsError: a gradient"):
-        run_experiment(asked("E4", tmp_path), first)
+        run_experiment(asked("heads", tmp_path), first)
     assert len(first.computed) == 10
-    assert len((tmp_path / "E4.csv").read_text().splitlines()) == 1 + 9
-    told = run_experiment(asked("E4", tmp_path), second)
+    assert len((tmp_path / "heads.csv").read_text().splitlines()) == 1 + 9
+    told = run_experiment(asked("heads", tmp_path), second)
     assert second.computed == [("gate", 1)]
     assert "10 runs, seeds 0, 1" in told
-    run_experiment(asked("noise", tmp_path), third)
-    assert len(third.computed) == 20 - 4  # vrm and bt without noise stand in E4
-    assert {path.name for path in tmp_path.iterdir()} >= {"E4.csv", "E4.txt", "E4.png", "E4_curves.png", "noise.csv"}
+    run_experiment(asked("label_noise", tmp_path), third)
+    assert len(third.computed) == 20 - 4  # vrm and bt without noise stand in heads
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "heads.csv",
+        "heads.txt",
+        "heads.png",
+        "heads_curves.png",
+        "label_noise.csv",
+    }
 
 
 def test_a_committed_run_says_what_it_was(tmp_path):
-    run_experiment(asked("E7", tmp_path), Fake())
+    run_experiment(asked("collapse", tmp_path), Fake())
     for path in (tmp_path / "runs").iterdir():
         record = json.loads(path.read_text())
         assert path.stem == record["config_hash"]
@@ -82,15 +88,15 @@ def test_a_committed_run_says_what_it_was(tmp_path):
 
 
 def test_a_result_that_cannot_be_read_is_named(tmp_path):
-    run_experiment(asked("E7", tmp_path), Fake())
+    run_experiment(asked("collapse", tmp_path), Fake())
     broken = next((tmp_path / "runs").iterdir())
     broken.write_text("{}")
     with pytest.raises(CorruptManifest, match=f"{broken.name} is no result of a run .*Delete it"):
-        run_experiment(asked("E7", tmp_path), Fake())
+        run_experiment(asked("collapse", tmp_path), Fake())
 
 
 def test_a_dry_run_lists_the_runs_and_what_each_holds(tmp_path):
-    told = run_experiment(asked("E4", tmp_path, "--dry-run", "reward_training.num_steps=3"), Fake())
+    told = run_experiment(asked("heads", tmp_path, "--dry-run", "reward.num_steps=3"), Fake())
     assert told.count("seed 1  ensemble") == 1
     assert "training run" in told
     assert list(tmp_path.iterdir()) == []
@@ -98,11 +104,11 @@ def test_a_dry_run_lists_the_runs_and_what_each_holds(tmp_path):
 
 def test_bad_input_ends_before_anything_is_computed(tmp_path, capsys):
     with pytest.raises(ConfigError, match="varies it itself"):
-        run_experiment(asked("E4", tmp_path, "reward_training.head=bt"), Fake())
+        run_experiment(asked("heads", tmp_path, "reward.head=bt"), Fake())
     with pytest.raises(ConfigError, match="seeds are whole numbers"):
-        asked("E4", tmp_path, "two")
+        asked("heads", tmp_path, "two")
     with pytest.raises(SystemExit, match="2"):
-        main(["E4", "--recipe", "tinny", "--out", str(tmp_path)])
+        main(["heads", "--recipe", "tinny", "--out", str(tmp_path)])
     assert "Did you mean 'tiny'?" in capsys.readouterr().err
 
 
@@ -116,7 +122,7 @@ def test_files_are_an_experiment_too_with_a_frozen_backbone_in_bfloat16(world, t
     pairs.write_text("".join(json.dumps(asdict(pair)) + "\n" for pair in world.train_pairs()))
     overrides = [
         *("data.source=files", f"data.preferences=[{pairs}]", "data.heldout_fraction=0.3"),
-        *("reward_training.trainable_layers=0", "reward_training.backbone_dtype=bfloat16"),
+        *("reward.trainable_layers=0", "reward.backbone_dtype=bfloat16"),
     ]
     outcome = train_one(load_recipe("experiments_tiny", [*SMALL, *overrides]), ONE_CORE)
     assert len(outcome["prompts"]) == len(outcome["margins"]["mean"]) > 5
@@ -132,23 +138,30 @@ def test_alignments_are_reported_by_their_gold_reward(tmp_path, capsys):
             yield index, NumericsError("a gradient is not finite") if failed else aligned()
 
     with pytest.raises(WorkerError, match="2 of 16 runs failed"):
-        run_experiment(asked("E8", tmp_path), one_arm_fails)
+        run_experiment(asked("overoptimization", tmp_path), one_arm_fails)
     assert "16/16  vrm lcb, KL 0, seed 1  gold win rate 0.500" in capsys.readouterr().out
-    assert "vrm lcb, KL 0" in (tmp_path / "E8.txt").read_text()
+    assert "vrm lcb, KL 0" in (tmp_path / "overoptimization.txt").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("E8.csv", "E8_curves.csv", "E8.txt", "E8.png", "E8_curves.png", "runs"),
+        *(
+            "overoptimization.csv",
+            "overoptimization_curves.csv",
+            "overoptimization.txt",
+            "overoptimization.png",
+            "overoptimization_curves.png",
+            "runs",
+        ),
     }
 
 
 def test_alignments_without_a_known_truth_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="holds the reward against the planted truth"):
-        run_experiment(asked("E8", tmp_path, "data.source=files"), Fake())
+        run_experiment(asked("overoptimization", tmp_path, "data.source=files"), Fake())
 
 
 def test_states_of_a_frozen_backbone_are_computed_once_for_all_seeds_and_labels(tiny_policy, tmp_path, monkeypatch):
-    overrides = [*SMALL, f"policy.checkpoint={tiny_policy}", "reward_training.trainable_layers=0"]
+    overrides = [*SMALL, f"policy.checkpoint={tiny_policy}", "reward.trainable_layers=0"]
     recipe = load_recipe("experiments_tiny", overrides)
-    flipped = load_recipe("experiments_tiny", [*overrides, "data.label_flips=0.4", "reward_training.head=bt"])
+    flipped = load_recipe("experiments_tiny", [*overrides, "data.label_flips=0.4", "reward.head=bt"])
     states = str(tmp_path / "states")
     counts = [list(compute_missing_states([recipe], ONE_CORE, states, shard, 2)) for shard in (0, 1)]
     (zero, first), (also_zero, second) = (of_shard[0] for of_shard in counts)
@@ -171,7 +184,7 @@ def test_states_of_a_frozen_backbone_are_computed_once_for_all_seeds_and_labels(
 
 
 def test_a_backbone_that_trains_or_starts_from_noise_has_no_states(tiny_policy):
-    frozen, given = "reward_training.trainable_layers=0", f"policy.checkpoint={tiny_policy}"
+    frozen, given = "reward.trainable_layers=0", f"policy.checkpoint={tiny_policy}"
     keys = [backbone_key(load_recipe("experiments_tiny", overrides)) for overrides in ([frozen], [given], [])]
     assert keys == [None, None, None]
     assert backbone_key(load_recipe("experiments_tiny", [frozen, given])) is not None
@@ -179,10 +192,10 @@ def test_a_backbone_that_trains_or_starts_from_noise_has_no_states(tiny_policy):
 
 @pytest.mark.components
 def test_a_small_grid_trains_for_real_over_the_cluster(tmp_path, local_ray, monkeypatch):
-    whole = EXPERIMENTS["E4"]
+    whole = EXPERIMENTS["heads"]
     two = replace(whole, variants=tuple(v for v in whole.variants if v.name in ("vrm", "ensemble")))
-    monkeypatch.setitem(EXPERIMENTS, "E4", two)
-    told = run_experiment(parse(["E4", "--out", str(tmp_path), "--seeds", "0", *SMALL]), compute_on_the_cluster)
+    monkeypatch.setitem(EXPERIMENTS, "heads", two)
+    told = run_experiment(parse(["heads", "--out", str(tmp_path), "--seeds", "0", *SMALL]), compute_on_the_cluster)
     assert "ensemble min" in told
     records = {r["variant"]: r for r in (json.loads(p.read_text()) for p in (tmp_path / "runs").iterdir())}
     assert set(records) == {"vrm", "ensemble"}
@@ -197,12 +210,12 @@ def test_a_small_grid_trains_for_real_over_the_cluster(tmp_path, local_ray, monk
     def nothing_to_do(runs, out):
         raise AssertionError("everything is finished")
 
-    run_experiment(parse(["E4", "--out", str(tmp_path), "--seeds", "0", *SMALL]), nothing_to_do)
+    run_experiment(parse(["heads", "--out", str(tmp_path), "--seeds", "0", *SMALL]), nothing_to_do)
 
 
 @pytest.mark.components
 def test_a_pass_over_frozen_states_tells_how_far_it_is(tiny_policy, tmp_path, local_ray):
-    overrides = [*SMALL, f"policy.checkpoint={tiny_policy}", "reward_training.trainable_layers=0"]
+    overrides = [*SMALL, f"policy.checkpoint={tiny_policy}", "reward.trainable_layers=0"]
     recipe = load_recipe("experiments_tiny", overrides)
     told = []
     keep_states([recipe], demand_of(recipe), str(tmp_path), max_restarts=0, report=told.append)
@@ -215,14 +228,14 @@ def test_a_pass_over_frozen_states_tells_how_far_it_is(tiny_policy, tmp_path, lo
 @pytest.mark.components
 @pytest.mark.long
 def test_arms_of_a_seed_align_for_real_from_one_policy_and_against_one_reward_model(tmp_path, local_ray, monkeypatch):
-    whole = EXPERIMENTS["E8"]
+    whole = EXPERIMENTS["overoptimization"]
     two = replace(whole, variants=tuple(v for v in whole.variants if v.name in ("vrm", "vrm lcb")))
-    monkeypatch.setitem(EXPERIMENTS, "E8", two)
+    monkeypatch.setitem(EXPERIMENTS, "overoptimization", two)
     # Behind the test above: its processes are warm.
-    command = parse(["E8", "--out", str(tmp_path), "--seeds", "0", *SMALL_ALIGNMENT])
+    command = parse(["overoptimization", "--out", str(tmp_path), "--seeds", "0", *SMALL_ALIGNMENT])
     assert "vrm lcb minus vrm" in run_experiment(command, compute_on_the_cluster)
     shared = {path: path.stat().st_mtime_ns for path in (tmp_path / "shared").glob("*/manifest.json")}
-    assert sorted(path.parent.name.split("-")[0] for path in shared) == ["prepare_policy", "train_reward_model"]
+    assert sorted(path.parent.name.split("-")[0] for path in shared) == ["sft", "train_reward_model"]
     places = {json.loads(path.read_text())["variant"]: path for path in (tmp_path / "runs").iterdir()}
     mean, lcb = (json.loads(places[name].read_text()) for name in ("vrm", "vrm lcb"))
     assert mean["prompts"] == lcb["prompts"]

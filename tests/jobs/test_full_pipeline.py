@@ -7,30 +7,28 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from jobs import compare_policies, judge_benchmark, score_benchmark
 from jobs.command_line import PREEMPTED
-from pipeline.benchmark import comparison
-from pipeline.benchmark.alpaca_eval import read_annotations
+from pipeline.benchmark.alpaca_eval.win_rates import read_annotations
 from pipeline.benchmark.answers import read_answers
-from pipeline.benchmark.comparison_files import read_policy, read_questions
+from pipeline.benchmark.policy_comparison import contest as comparison
+from pipeline.benchmark.policy_comparison.contest_files import read_policy, read_questions
 from pipeline.data.planted import GoldAnnotator
-from pipeline.objectives.comparison import compare
+from pipeline.objectives.reward_comparison import compare
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import ROOT
 
 REDUCED = (
     "data.planted.num_train_pairs=640",
     "data.planted.num_sft_texts=1600",
     "data.planted.num_heldout_prompts=32",
-    "prepare_policy.num_steps=20",
-    "reward_training.num_steps=30",
-    "reward_training.checkpoint_every=10",
-    "reward_training.eval_every=10",
+    "sft.num_steps=20",
+    "reward.num_steps=30",
+    "reward.checkpoint_every=10",
+    "reward.eval_every=10",
     "alignment.num_steps=5",
     "alignment.prompts_per_step=32",
     "alignment.ppo.mini_batch_size=16",
@@ -116,10 +114,10 @@ def finished(tmp_path_factory):
 
 def test_the_submitted_job_shows_progress_and_ends_with_its_results(finished):
     workspace, output = finished
-    for stage in ("prepare_policy", "train_reward_model", "align_policy", "generate_benchmark"):
+    for stage in ("sft", "train_reward_model", "align_policy", "generate_benchmark"):
         assert manifest(workspace, stage)["seconds"] > 0
         assert f"{stage:<19} finished" in output
-    for stage in ("prepare_policy", "train_reward_model", "align_policy"):
+    for stage in ("sft", "train_reward_model", "align_policy"):
         assert manifest(workspace, stage)["metrics"]["memory/rank_peak_gib"] > 0
     assert manifest(workspace, "align_policy")["metrics"]["memory/rollout_worker_peak_gib"] > 0
     assert "5/5  reward" in output
@@ -209,7 +207,7 @@ def test_a_driver_killed_in_two_stages_and_preempted_once_resumes_to_the_same_re
 ):
     whole, _ = finished
     workspace = tmp_path / "killed"
-    policy = stage_directory(whole, "prepare_policy")
+    policy = stage_directory(whole, "sft")
     shutil.copytree(policy, workspace / "stages" / policy.name)
     assert end_by(signal.SIGKILL, workspace, "train_reward_model", grace_s=10) == -signal.SIGKILL
     assert end_by(signal.SIGKILL, workspace, "align_policy", grace_s=10) == -signal.SIGKILL
@@ -221,7 +219,7 @@ def test_a_driver_killed_in_two_stages_and_preempted_once_resumes_to_the_same_re
     driver = start(workspace, *MORE_PROCESSES)
     assert driver.wait(timeout=600) == 0, (tmp_path / "killed.log").read_text()[-4000:]
     log = (tmp_path / "killed.log").read_text()
-    assert "prepare_policy      finished before, skipped" in log
+    assert "sft      finished before, skipped" in log
     assert "train_reward_model  resumes behind step" in log
     assert 0 <= killed_behind < preempted_behind
     for behind in (killed_behind, preempted_behind):

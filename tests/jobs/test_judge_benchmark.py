@@ -18,10 +18,10 @@ from pipeline.data.planted import GoldAnnotator
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.models.backbone import load_backbone
 from pipeline.models.reward_model import RewardModel, make_head, save_reward_model
-from tests.benchmark.judge_server import completion, judge_server, refusal
-from tests.learners import HEAD, reward_card, statistics_of
+from tests.support.judge_server import completion, judge_server, refusal
+from tests.support.learners import HEAD, reward_card, statistics_of
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 KEY = "VRM_JUDGE_API_KEY"
 
 # Words of the planted world, or its reward model could not tell them apart.

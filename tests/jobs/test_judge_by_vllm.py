@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from jobs.judge_benchmark import judge_benchmark, parse
-from pipeline.benchmark.alpaca_eval_judging import is_switched
+from pipeline.benchmark.alpaca_eval.judging import is_switched
 from pipeline.data.planted import CHAT_TEMPLATE
 from pipeline.models.backbone import create_tiny_causal_lm, load_causal_lm, save_causal_lm
 from tests.conftest import SMALLEST

@@ -2,7 +2,6 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +13,8 @@ from pipeline.data.preferences import normalised_prompt
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.models.backbone import load_backbone
 from pipeline.models.reward_model import RewardModel, make_head, save_reward_model
-from tests.learners import HEAD, reward_card, statistics_of
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.learners import HEAD, reward_card, statistics_of
+from tests.support.paths import ROOT
 
 SMALL = [
     "data.planted.num_train_pairs=40",

@@ -3,14 +3,12 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from jobs.score_benchmark import SCORERS, parse, score
 from pipeline.errors import DataError
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import ROOT
 
 
 def jsonl(path, rows):

@@ -8,10 +8,10 @@ import yaml
 from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
-from actors.vrm_service import scoring_application
+from actors.reward_service import scoring_application
 from jobs import scoring_application as entry
 from jobs.scoring_application import ServiceArguments, build
-from pipeline.config.schema import ScoringConfig
+from pipeline.config.cluster import ScoringConfig
 from pipeline.errors import CheckpointError, ConfigError
 
 FILE = Path(entry.__file__).with_name("services") / "scoring.yaml"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.stages.fingerprint import directory_fingerprint
-from tests.learners import reward_card, statistics_of
+from tests.support.learners import reward_card, statistics_of
 
 SERVE = """
 import os, sys

@@ -11,7 +11,7 @@ import actors.rollout_pool
 import pipeline.loops.alignment
 from cluster.rollout_plan import RolloutPlan, plan_rollouts
 from jobs.align_policy import align_policy
-from jobs.rooms import Rooms
+from jobs.job_context import JobContext
 from pipeline.config.load import load_recipe
 from pipeline.data.planted import OBJECTIVES
 from pipeline.models.reward_model import CARD_FILE, RewardModelCard
@@ -19,8 +19,8 @@ from pipeline.records import PolicyWeights, StageResult
 from pipeline.stages.runner import StageRunner
 from pipeline.stages.workspace import Workspace
 from tests.jobs.idle_actors import IdleRank, IdleWorker, gpu
-from tests.learners import HEAD
-from tests.nodes import Node
+from tests.support.learners import HEAD
+from tests.support.nodes import Node
 
 pytestmark = pytest.mark.components
 
@@ -56,7 +56,7 @@ def test_a_rank_and_an_engine_share_each_gpu_and_weights_pass_within_it(
     monkeypatch.setattr(actors.rank_group, "Rank", IdleRank)
     pool_of = partial(actors.rollout_pool.RolloutPool, worker=IdleWorker)
     monkeypatch.setattr(actors.rollout_pool, "RolloutPool", pool_of)
-    monkeypatch.setattr(Rooms, "scorer", lambda *_: None)
+    monkeypatch.setattr(JobContext, "scorer", lambda *_: None)
     seen = {}
 
     def align(rollouts, scorer, learner, prompts, stage, config, **_):
@@ -78,13 +78,13 @@ def test_a_rank_and_an_engine_share_each_gpu_and_weights_pass_within_it(
     (tmp_path / CARD_FILE).write_text(card.model_dump_json())
     policy, reward_model = (
         StageResult(name=name, location=str(place), fingerprint="0", metrics={})
-        for name, place in (("prepare_policy", tiny_policy), ("train_reward_model", tmp_path))
+        for name, place in (("sft", tiny_policy), ("train_reward_model", tmp_path))
     )
     with (
         Workspace.open(str(tmp_path / "run"), job="test", needs_bytes=0) as workspace,
         ExitStack() as exits,
     ):
-        rooms = Rooms(recipe, StageRunner(workspace), plan, exits)
+        rooms = JobContext(recipe, StageRunner(workspace), plan, exits)
         rooms.publish_directory = str(tmp_path / "published")
         result = align_policy(rooms, policy, reward_model)
         placement = rooms.shared_gpus()

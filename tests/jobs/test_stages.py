@@ -11,21 +11,21 @@ import pytest
 import actors.rank_group
 import actors.rollout_pool
 import jobs.align_policy
-import jobs.rooms
+import jobs.job_context
 import jobs.train_reward_model
+from cluster.autoscaler import RolloutWaits
 from cluster.rollout_plan import THROUGH_FILES
-from cluster.scaling import RolloutWaits
 from jobs.align_policy import align_policy
 from jobs.command_line import PREEMPTED, Options
-from jobs.prepare_policy import prepare_policy, split_texts
-from jobs.rooms import Rooms
+from jobs.job_context import JobContext
+from jobs.sft import sft, split_texts
 from jobs.train_reward_model import train_reward_model
 from pipeline.config.load import load_recipe
 from pipeline.errors import ConfigError, DataError
 from pipeline.records import StageResult
 from pipeline.stages.ownership import read_owner
-from pipeline.stages.requests import request_rollout_workers, requested_rollout_workers
 from pipeline.stages.runner import StageRunner
+from pipeline.stages.scaling_requests import request_rollout_workers, requested_rollout_workers
 from pipeline.stages.workspace import Workspace
 
 SMALL = (
@@ -45,26 +45,24 @@ def rooms_of(tmp_path, monkeypatch):
     monkeypatch.setattr(actors.rank_group, "RankGroup", no_rank)
     with ExitStack() as exits:
         workspace = exits.enter_context(Workspace.open(str(tmp_path / "run"), job="test"))
-        yield lambda *settings: Rooms(
+        yield lambda *settings: JobContext(
             load_recipe("tiny", (*SMALL, *settings)), StageRunner(workspace), THROUGH_FILES, exits
         )
 
 
 def test_input_that_is_right_comes_as_far_as_the_ranks(rooms_of):
     with pytest.raises(AssertionError, match="a rank was about to start"):
-        prepare_policy(rooms_of())
+        sft(rooms_of())
 
 
 def test_adapters_on_layers_that_the_policy_does_not_have(rooms_of):
-    with pytest.raises(
-        ConfigError, match=r"prepare_policy\.lora\.targets: a qwen3 model has no linear layer named c_attn"
-    ):
-        prepare_policy(rooms_of("prepare_policy.lora={targets: [c_attn]}"))
+    with pytest.raises(ConfigError, match=r"sft\.lora\.targets: a qwen3 model has no linear layer named c_attn"):
+        sft(rooms_of("sft.lora={targets: [c_attn]}"))
 
 
 def test_texts_of_which_none_fits(rooms_of):
-    with pytest.raises(DataError, match=r"none of 300 texts fits in prepare_policy\.max_length = 2 tokens"):
-        prepare_policy(rooms_of("prepare_policy.max_length=2"))
+    with pytest.raises(DataError, match=r"none of 300 texts fits in sft\.max_length = 2 tokens"):
+        sft(rooms_of("sft.max_length=2"))
 
 
 @pytest.mark.parametrize(("texts", "heldout"), [(2, 1), (19, 1), (200, 20), (2560, 256), (9000, 256)])
@@ -74,8 +72,8 @@ def test_of_few_texts_a_tenth_is_held_out(texts, heldout):
 
 
 def test_a_single_text_is_not_split(rooms_of):
-    with pytest.raises(DataError, match=r"1 text to fine-tune on, .*\(prepare_policy\.num_steps=0\)"):
-        prepare_policy(rooms_of("data.planted.num_sft_texts=1"))
+    with pytest.raises(DataError, match=r"1 text to fine-tune on, .*\(sft\.num_steps=0\)"):
+        sft(rooms_of("data.planted.num_sft_texts=1"))
 
 
 def test_other_objectives_are_another_fine_tuned_policy_and_the_same_adopted_one(rooms_of, monkeypatch):
@@ -86,7 +84,7 @@ def test_other_objectives_are_another_fine_tuned_policy_and_the_same_adopted_one
     )
     for steps in (1, 0):
         for objectives in ("[a, b]", "[c, d]"):
-            prepare_policy(rooms_of(f"objectives={objectives}", f"prepare_policy.num_steps={steps}"))
+            sft(rooms_of(f"objectives={objectives}", f"sft.num_steps={steps}"))
     assert begun[0] != begun[1]
     assert begun[2] == begun[3]
 
@@ -98,7 +96,7 @@ def test_other_objectives_are_another_fine_tuned_policy_and_the_same_adopted_one
         ([], [2, 3], [2, 3]),
         (["alignment.keep_best=reward/mean"], [0, 2, 3], [2, 3]),
         (["alignment.keep_best=reward/mean", "alignment.keep_checkpoints=1"], [0, 3], [2, 3]),
-        (["reward_training.keep_best=eval/accuracy"], [2, 3], [0, 2, 3]),
+        (["reward.keep_best=eval/accuracy"], [2, 3], [0, 2, 3]),
     ],
 )
 def test_a_stage_keeps_the_commits_that_the_recipe_asks_for(
@@ -135,8 +133,8 @@ def test_a_job_forgets_what_was_asked_of_the_last_one_and_hears_what_is_asked_fr
 
     with Workspace.open(place, job="the last one"):
         request_rollout_workers(place, 7)
-    monkeypatch.setattr(jobs.rooms, "open_cluster", cluster_that_comes_up)
-    monkeypatch.setattr(jobs.rooms, "node_resources", lambda: [{"CPU": 64.0}])
+    monkeypatch.setattr(jobs.job_context, "open_cluster", cluster_that_comes_up)
+    monkeypatch.setattr(jobs.job_context, "node_resources", lambda: [{"CPU": 64.0}])
     monkeypatch.setattr(
         actors.rollout_pool, "RolloutPool", lambda *_, requested_workers, **__: asked(requested_workers)
     )
@@ -146,7 +144,7 @@ def test_a_job_forgets_what_was_asked_of_the_last_one_and_hears_what_is_asked_fr
     def asked(requested_workers):
         yield requested_workers()
 
-    with jobs.rooms.open_rooms(options) as rooms:
+    with jobs.job_context.open_job(options) as rooms:
         assert rooms.rollouts(StageResult(name="policy", location=place, fingerprint="0", metrics={})) == 3
 
 
@@ -170,7 +168,7 @@ def autoscaler_of(rooms_of, monkeypatch):
 
 
 def test_a_recipe_with_autoscaling_gives_the_pool_an_autoscaler_of_its_bounds(autoscaler_of):
-    prefetch = ("alignment.prefetch=continue", "alignment.ppo.importance_cap=2")
+    prefetch = ("alignment.prefetch=continue", "alignment.ppo.tis_cap=2")
     waits = RolloutWaits(rollout_s=1.0, learner_wait_s=0.0, queue_wait_s=0.0)
     bounds = "cluster.rollout.autoscale={min_workers: 2, max_workers: 5}"
     assert autoscaler_of(*prefetch, bounds).wanted(1, waits) == 2
@@ -180,14 +178,14 @@ def test_a_recipe_with_autoscaling_gives_the_pool_an_autoscaler_of_its_bounds(au
 
 CANNOT_BE_INTERRUPTED = """
 import contextlib, os, signal, sys, time
-import jobs.rooms
+import jobs.job_context
 from cluster.rollout_plan import THROUGH_FILES
-from cluster.scaling import RolloutWaits
+from cluster.autoscaler import RolloutWaits
 from jobs.command_line import parse
 
-jobs.rooms.open_cluster = lambda *_: contextlib.nullcontext()
-jobs.rooms.node_resources = lambda: [{"CPU": 64.0}]
-with jobs.rooms.open_rooms(parse("", ["--workspace", sys.argv[1], "cluster.deadlines.grace_s=1"])):
+jobs.job_context.open_cluster = lambda *_: contextlib.nullcontext()
+jobs.job_context.node_resources = lambda: [{"CPU": 64.0}]
+with jobs.job_context.open_job(parse("", ["--workspace", sys.argv[1], "cluster.deadlines.grace_s=1"])):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(100)  # goes on behind a signal, as Ray's waits do
 """
@@ -205,6 +203,6 @@ def test_a_job_that_is_not_done_within_the_grace_leaves_with_its_code_and_lets_i
 def test_pairs_of_which_none_fits(rooms_of, tiny_policy):
     with pytest.raises(DataError, match=r"none of 16 pairs fits in max_length = 2 tokens"):
         train_reward_model(
-            rooms_of("reward_training.max_length=2"),
-            StageResult(name="prepare_policy", location=tiny_policy, fingerprint="0", metrics={}),
+            rooms_of("reward.max_length=2"),
+            StageResult(name="sft", location=tiny_policy, fingerprint="0", metrics={}),
         )

@@ -32,7 +32,7 @@ def finish_one_and_interrupt_the_next(path):
 
     with Workspace.open(str(path), job="job-1", needs_bytes=0) as workspace:
         stages = StageRunner(workspace)
-        stages.run("prepare_policy", 1, prepare, config={})
+        stages.run("sft", 1, prepare, config={})
         with pytest.raises(KeyboardInterrupt):
             stages.run("train_reward_model", 1, train, config={})
 
@@ -41,7 +41,7 @@ def test_every_stage_has_its_line_in_order(tmp_path):
     finish_one_and_interrupt_the_next(tmp_path)
     header, prepared, trained, aligned, benchmark, held = describe(str(tmp_path)).splitlines()
     assert header.split() == ["stage", "fingerprint", "state", "steps", "time", "size", "MiB"]
-    assert re.fullmatch(r"prepare_policy +[0-9a-f]{12} +finished +2/2 +0:00 +1\.0", prepared)
+    assert re.fullmatch(r"sft +[0-9a-f]{12} +finished +2/2 +0:00 +1\.0", prepared)
     assert re.fullmatch(r"train_reward_model +[0-9a-f]{12} +unfinished +12/40 +0:00 +0\.0  committed step 10", trained)
     assert aligned.split() == ["align_policy", "not", "started"]
     assert benchmark.split() == ["generate_benchmark", "not", "started"]

@@ -9,17 +9,19 @@ import pytest
 import torch
 
 from pipeline.config.algorithms import Algorithm
-from pipeline.config.schema import AlignmentConfig, KLConfig, OptimiserConfig, PPOConfig
+from pipeline.config.alignment import AlignmentConfig, KLConfig, PPOConfig
+from pipeline.config.models import OptimiserConfig
 from pipeline.errors import NumericsError, ShapeError
+from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.learning.algorithm import ADVANTAGES, AVERAGES, RATIOS, SURROGATES, policy_loss
-from pipeline.learning.experience import RewardScale, build_experience
+from pipeline.learning.experience import build_experience
 from pipeline.objectives.aggregation import MiniBatchSize
 from pipeline.objectives.policy import clipped_policy_loss
 from pipeline.records import CriticTargets, Prompt, RewardScore, Rollout, TokenEvaluation
-from tests.fakes import FakeScorer
-from tests.learners import ppo_learner
 from tests.learning.test_updates import ShardOfMany, assert_same, gradients, samples_of, sharded_gradients
-from tests.lockstep import run_ranks
+from tests.support.fakes import FakeScorer
+from tests.support.learners import ppo_learner
+from tests.support.lockstep import run_ranks
 
 ALGORITHMS = get_args(Algorithm)
 
@@ -165,7 +167,7 @@ def test_reinforce_plus_plus_whitens_the_rewards_to_go_of_the_batch():
 
 
 def test_the_engines_distribution_is_corrected_for_up_to_the_cap():
-    config = config_of("grpo", importance_cap=2.0)
+    config = config_of("grpo", tis_cap=2.0)
     rollouts = [rollout("p", 0, (7, 8), logprobs=(-3.0, -1.0)), rollout("p", 1, (9,), logprobs=(-0.5,))]
     experience, metrics = build(
         rollouts, [score(1.0), score(2.0)], [evaluation((-1.0, -1.0)), evaluation((-1.0,))], config
@@ -467,7 +469,7 @@ def test_a_choice_that_would_do_nothing_is_refused(algorithm, ppo, letter):
         config_of(algorithm, **ppo)
 
 
-STOPPED = {"epochs": 5, "mini_batch_size": 3, "stop_update_above_kl": 1e-3}
+STOPPED = {"epochs": 5, "mini_batch_size": 3, "target_kl": 1e-3}
 
 
 def test_an_update_ends_when_the_policy_has_moved_too_far_on_all_ranks_alike(tiny_policy, world, tokenizer, tmp_path):
@@ -489,7 +491,7 @@ def test_an_update_ends_when_the_policy_has_moved_too_far_on_all_ranks_alike(tin
 
 
 def test_without_a_limit_an_update_takes_all_its_steps(tiny_policy, world, tokenizer, tmp_path):
-    config = config_of("ppo", **{**STOPPED, "stop_update_above_kl": None})
+    config = config_of("ppo", **{**STOPPED, "target_kl": None})
     learner = ppo_learner(tiny_policy, world, tokenizer, tmp_path, config=config)
     assert learner.update(experience_of(config, learner, world, tokenizer), 0)["ppo/optimiser_steps"] == 15
 

@@ -8,17 +8,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.config.schema import OptimiserConfig
+from pipeline.config.models import OptimiserConfig
 from pipeline.data.collate import tokenise_texts
+from pipeline.learning.micro_batches import own_micro_batches
 from pipeline.learning.parameter_groups import parameter_groups
-from pipeline.learning.shards import own_micro_batches
-from pipeline.learning.supervised_update import SupervisedFineTuner
+from pipeline.learning.sft_trainer import SFTTrainer
 from pipeline.models.critic import Policy
 from pipeline.models.packing import pack
 from pipeline.records import PromptGroup
-from tests.learners import ALIGNMENT, collator, ppo_learner, reward_trainer, tokenised
 from tests.learning.test_updates import experience_from, experience_of, samples_of
-from tests.lockstep import run_ranks
+from tests.support.learners import ALIGNMENT, collator, ppo_learner, reward_trainer, tokenised
+from tests.support.lockstep import run_ranks
 
 
 def assert_close(left, right, tolerance):
@@ -81,7 +81,7 @@ def test_supervised_fine_tuning_in_step(tiny_policy, world, tokenizer):
             betas=optimiser.betas,
             max_grad_norm=1.0,
         )
-        return SupervisedFineTuner(
+        return SFTTrainer(
             engine,
             model_config=policy.config,
             tokenizer=tokenizer,

@@ -8,18 +8,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.config.load import load_recipe
-from pipeline.config.schema import PairLossConfig, VariationalLossConfig
+from pipeline.config.reward import PairLossConfig, VariationalLossConfig
 from pipeline.data.prompts import PromptStream
 from pipeline.errors import CheckpointError, NumericsError, ShapeError
+from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.learning.engine import TorchEngine
-from pipeline.learning.experience import RewardScale, build_experience
+from pipeline.learning.experience import build_experience
 from pipeline.learning.schedule import learning_rate_factor, warmup_factor
-from pipeline.learning.torch_rollouts import TorchRollouts
-from pipeline.loops.step_rollouts import StepPlan
 from pipeline.objectives.variational import sample_dirichlet, weight_supervision
 from pipeline.records import Prompt, PromptGroup, RewardScore, Rollout, SamplingParams, TokenEvaluation
-from tests.fakes import FakeRollouts, FakeScorer
-from tests.learners import ALIGNMENT, HEAD, collator, ppo_learner, prompts_of, reward_trainer, tokenised
+from pipeline.rollouts.prefetch import StepPlan
+from pipeline.rollouts.torch_rollouts import TorchRollouts
+from tests.support.fakes import FakeRollouts, FakeScorer
+from tests.support.learners import ALIGNMENT, HEAD, collator, ppo_learner, prompts_of, reward_trainer, tokenised
 
 
 class ShardOfMany(TorchEngine):
@@ -298,7 +299,7 @@ def rollout(tokens, text="", finish="stop", logprobs=None):
 )
 def test_experience_by_hand(gae_lambda, discount, first_advantage):
     estimator = {"gae_lambda": gae_lambda, "discount": discount, "whiten_advantages": False}
-    ppo = ALIGNMENT.ppo.model_copy(update=estimator | {"reward_clip": 2.0, "no_stop_penalty": 1.0})
+    ppo = ALIGNMENT.ppo.model_copy(update=estimator | {"reward_clip": 2.0, "missing_eos_penalty": 1.0})
     evaluations = [
         TokenEvaluation(logprobs=(-1.0, -1.0), reference_logprobs=(-2.0, -1.5), values=(0.5, 0.25)),
         TokenEvaluation(logprobs=(-3.0,), reference_logprobs=(-3.0,), values=(0.0,)),
@@ -391,8 +392,8 @@ def test_training_lowers_the_loss_and_exposes_no_collapse_at_the_default_weight(
 
 
 def test_the_literal_objective_collapses_and_the_default_weight_does_not(tiny_policy, world, tokenizer):
-    """vrm_spec section 3: at KL weight 1 the optimum is a constant reward. Accuracy alone would not tell."""
-    literal = load_recipe("paper_literal").reward_training.loss
+    """docs/method.md section 3: at KL weight 1 the optimum is a constant reward. Accuracy alone would not tell."""
+    literal = load_recipe("paper_literal").reward.loss
     assert (literal.kl_weight_w, literal.kl_weight_z, literal.kl_warmup_fraction) == (1.0, 1.0, 0.0)
     batch = collator(world, tokenizer)(tokenised(world, tokenizer)[:32], step=0)
 

@@ -6,12 +6,12 @@ import pytest
 
 import pipeline.loops.alignment
 from pipeline.data.prompts import PromptStream
-from pipeline.learning.experience import RewardScale
+from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.loops.alignment import align
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from pipeline.stages.workspace import StageDirectory
-from tests.fakes import FakeRollouts, FakeScorer
-from tests.learners import ALIGNMENT, ppo_learner, prompts_of
+from tests.support.fakes import FakeRollouts, FakeScorer
+from tests.support.learners import ALIGNMENT, ppo_learner, prompts_of
 
 
 def recording(events, target, *names):

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.config.schema import KLConfig
+from pipeline.config.alignment import KLConfig
 from pipeline.data.prompts import PromptStream
-from pipeline.learning.experience import RewardScale
+from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.loops.alignment import align
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from pipeline.stages.workspace import StageDirectory
-from tests.fakes import FakeRollouts, FakeScorer
-from tests.learners import ALIGNMENT, ppo_learner, prompts_of
+from tests.support.fakes import FakeRollouts, FakeScorer
+from tests.support.learners import ALIGNMENT, ppo_learner, prompts_of
 
 KL_OF_STEPS = (10.0, 2.2, 1.0, 1.9)
 """Nats per response that the policies of the run are away from their reference."""

@@ -9,18 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.config.schema import AlignmentConfig, LoRAConfig
+from pipeline.config.alignment import AlignmentConfig
+from pipeline.config.models import LoRAConfig
 from pipeline.data.batching import step_indices
 from pipeline.data.prompts import PromptStream
 from pipeline.errors import NumericsError, Preempted
-from pipeline.learning.experience import RewardScale
+from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.loops.alignment import align
-from pipeline.loops.supervised_training import train
+from pipeline.loops.training import train
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from pipeline.stages.preemption import PreemptionNotice
 from pipeline.stages.workspace import StageDirectory
-from tests.fakes import FakeRollouts, FakeScorer
-from tests.learners import ALIGNMENT, collator, ppo_learner, prompts_of, reward_trainer, tokenised
+from tests.support.fakes import FakeRollouts, FakeScorer
+from tests.support.learners import ALIGNMENT, collator, ppo_learner, prompts_of, reward_trainer, tokenised
 
 
 class Killed(BaseException):

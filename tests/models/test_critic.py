@@ -2,9 +2,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from pipeline.models.backbone_requirements import require_causal, require_plain_head
 from pipeline.models.critic import PolicyWithCritic, TokenStatistics
 from pipeline.models.packing import pack
-from pipeline.models.suitability import require_causal, require_plain_head
 from pipeline.records import PromptGroup
 from tests.models.test_packing import DECODERS, decoder
 

@@ -7,16 +7,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.config.load import load_recipe
-from pipeline.config.schema import LoRAConfig
+from pipeline.config.models import LoRAConfig
 from pipeline.errors import ConfigError
-from pipeline.learning.publishing import publish_checkpoint
-from pipeline.learning.reward_scorer import RewardModelScorer
+from pipeline.evaluation.reward_scorer import RewardModelScorer
 from pipeline.models.backbone import load_causal_lm, require_lora_targets
 from pipeline.models.lora import adapters_off, add_lora, merged
 from pipeline.models.packing import pack, packed_states, use_packed_attention
-from tests.learners import ALIGNMENT, collator, ppo_learner, reward_trainer, tokenised
+from pipeline.rollouts.publishing import publish_checkpoint
 from tests.learning.test_updates import experience_of, samples_of
 from tests.models.test_packing import DECODERS, GROUPS, decoder
+from tests.support.learners import ALIGNMENT, collator, ppo_learner, reward_trainer, tokenised
 
 LORA = LoRAConfig(rank=4, alpha=8)
 PACKED = pack(GROUPS)
@@ -102,18 +102,18 @@ def test_peft_computes_the_same_from_the_same_adapters(tiny_policy):
 
 
 def test_a_target_that_is_no_layer_is_refused_with_those_that_are(tiny_policy):
-    require_lora_targets(tiny_policy, LoRAConfig(targets=("q_proj", "down_proj")), "reward_training")
+    require_lora_targets(tiny_policy, LoRAConfig(targets=("q_proj", "down_proj")), "reward")
     with pytest.raises(
         ConfigError,
-        match=r"reward_training\.lora\.targets: a qwen3 model has no linear layer named c_attn\. It has down_proj, "
+        match=r"reward\.lora\.targets: a qwen3 model has no linear layer named c_attn\. It has down_proj, "
         r"gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj; \[\]",
     ):
-        require_lora_targets(tiny_policy, LoRAConfig(targets=("q_proj", "c_attn")), "reward_training")
+        require_lora_targets(tiny_policy, LoRAConfig(targets=("q_proj", "c_attn")), "reward")
 
 
 def test_adapters_and_last_layers_or_dropout_in_ppo_are_refused():
     with pytest.raises(ConfigError, match="trainable_layers = 2 and lora exclude each other"):
-        load_recipe("tiny", ["reward_training.lora.rank=8", "reward_training.trainable_layers=2"])
+        load_recipe("tiny", ["reward.lora.rank=8", "reward.trainable_layers=2"])
     with pytest.raises(ConfigError, match=r"lora\.dropout = 0\.1: with dropout the probability ratio"):
         load_recipe("tiny", ["alignment.ppo.lora.dropout=0.1"])
     assert load_recipe("tiny", ["alignment.ppo.lora.rank=8"]).alignment.ppo.lora == LoRAConfig(rank=8)

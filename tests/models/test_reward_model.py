@@ -5,9 +5,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel
 
-from pipeline.config.schema import EnsembleConfig, VRMHeadConfig
+from pipeline.config.reward import EnsembleConfig, VRMHeadConfig
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.learning.reward_scorer import RewardModelScorer
+from pipeline.evaluation.reward_scorer import RewardModelScorer
 from pipeline.models.backbone import load_backbone, load_config, require_context, train_only_last_layers
 from pipeline.models.packing import pack
 from pipeline.models.reward_heads import (

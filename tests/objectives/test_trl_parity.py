@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline.config.schema import AlignmentConfig
+from pipeline.config.alignment import AlignmentConfig
+from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.learning.algorithm import policy_loss
-from pipeline.learning.experience import RewardScale, build_experience
+from pipeline.learning.experience import build_experience
 from pipeline.models.critic import Policy
 from pipeline.models.packing import pack
 from pipeline.objectives.advantages import group_centred, group_zscores, leave_one_out, overlong_penalty

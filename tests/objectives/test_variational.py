@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributions import Dirichlet, kl_divergence
 
-from pipeline.config.schema import VRMHeadConfig
+from pipeline.config.reward import VRMHeadConfig
 from pipeline.models.reward_heads import VRMHead
 from pipeline.objectives.preference import bradley_terry_loss
 from pipeline.objectives.variational import (
@@ -116,7 +116,7 @@ def test_sampled_moments_of_a_row_depend_on_that_row_alone():
 
 @pytest.mark.parametrize("decoder", ["bilinear", "mlp", "film"])
 def test_the_elbo_at_kl_weight_one_never_exceeds_ln_half(decoder):
-    """vrm_spec section 3: with fixed priors, every encoder and decoder is bounded by ln 1/2."""
+    """docs/method.md section 3: with fixed priors, every encoder and decoder is bounded by ln 1/2."""
     generator = torch.Generator().manual_seed(1)
     torch.manual_seed(1)
     n = 50_000

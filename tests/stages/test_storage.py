@@ -12,7 +12,7 @@ import torch
 from pipeline.errors import WorkspaceError
 from pipeline.learning.training_state import Snapshot
 from pipeline.stages import storage
-from tests.disks import on_a_small_disk
+from tests.support.disks import on_a_small_disk
 
 
 @pytest.fixture(params=["local", "file", "memory"])

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from pipeline.benchmark.judging import JudgeRequest, Judgment, Outcome, Record, Unanswered
+from pipeline.benchmark.judges.judging import JudgeRequest, Judgment, Outcome, Record, Unanswered
 from pipeline.errors import ConfigError, PipelineError, WorkerError
 
 CONNECT_S = 10.0

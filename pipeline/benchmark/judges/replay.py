@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.benchmark.judging import JudgeRequest, Judgment, Record, Unanswered
-from pipeline.benchmark.judgment_cache import read_judgment_rows
+from pipeline.benchmark.judges.judging import JudgeRequest, Judgment, Record, Unanswered
+from pipeline.benchmark.judges.judgment_cache import read_judgment_rows
 from pipeline.errors import DataError
 
 

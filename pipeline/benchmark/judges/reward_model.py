@@ -7,9 +7,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-from pipeline.benchmark.judging import Comparison, JudgeRequest, Judgment, Record
+from pipeline.benchmark.judges.judging import Comparison, JudgeRequest, Judgment, Record
 from pipeline.errors import ConfigError
-from pipeline.objectives.comparison import compare
+from pipeline.objectives.reward_comparison import compare
 from pipeline.ports import RewardScorer
 
 PAIRS_AT_ONCE = 64

@@ -1,0 +1,84 @@
+"""Judgments on disk: one JSON object a line, appended as they come and never rewritten."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline.benchmark.judges.judging import Judge, JudgeRequest, Judgment
+from pipeline.data.files import AppendedLines
+from pipeline.errors import DataError
+
+
+class JudgmentCache:
+    """Implements `Store` in a file: {key, judge, model, messages, sampling, judgment} a line.
+
+    Each judgment is in the file before the next one is waited for, so a killed run has kept all it was told. A line
+    that a kill cut short is dropped at the next start.
+    """
+
+    def __init__(self, lines: AppendedLines, judgments: dict[str, Judgment]) -> None:
+        self._lines = lines
+        self._judgments = judgments
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: Path) -> Iterator[JudgmentCache]:
+        """The judgments a file holds, and the file itself for more; made where it does not exist.
+
+        Raises:
+            WorkspaceLocked: another run appends to it.
+            DataError: a line is no judgment.
+        """
+        with AppendedLines.open(path, elsewhere="--cache") as lines:
+            rows = read_judgment_rows(lines.content, place=str(path))
+            yield cls(lines, {row["key"]: judgment for row, judgment in rows if "key" in row})
+
+    def get(self, key: str) -> Judgment | None:
+        return self._judgments.get(key)
+
+    def append(self, key: str, judge: Judge, request: JudgeRequest, judgment: Judgment) -> None:
+        row = {
+            "key": key,
+            "judge": judge.name,
+            "model": judge.model,
+            "messages": [dict(message) for message in request.messages],
+            "sampling": asdict(request.sampling),
+            "judgment": asdict(judgment),
+        }
+        self._lines.append(row)
+        self._judgments[key] = judgment
+
+
+def read_judgment_rows(content: bytes, *, place: str) -> list[tuple[dict[str, Any], Judgment]]:
+    """The rows of a cache, each with its judgment. Of a judgment, only its text must be there.
+
+    Raises:
+        DataError: a line is no such row; names file and line.
+    """
+    rows = []
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            values = row["judgment"]
+            judgment = Judgment(
+                text=values["text"],
+                first_token_logprobs=values.get("first_token_logprobs", {}),
+                finish_reason=values.get("finish_reason", "stop"),
+                prompt_tokens=values.get("prompt_tokens"),
+                completion_tokens=values.get("completion_tokens"),
+                time=values.get("time", 0.0),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{place}, line {number}: no judgment ({error!r}): {line[:60].decode(errors='replace')}. "
+                'A row is {"judge": ..., "model": ..., "messages": [...], "judgment": {"text": ...}}.'
+            ) from error
+        rows.append((row, judgment))
+    return rows

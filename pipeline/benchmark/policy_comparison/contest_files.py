@@ -1,0 +1,225 @@
+"""What policies are compared by: their answers, the questions and the judgments, in the layouts of each benchmark."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.benchmark.alpaca_eval.judging import read_model_outputs
+from pipeline.benchmark.alpaca_eval.win_rates import Annotations, read_annotations
+from pipeline.benchmark.answers import read_answers
+from pipeline.benchmark.arena_hard import files as arena_hard_files
+from pipeline.benchmark.arena_hard.files import Games
+from pipeline.benchmark.arena_hard.judging import arena_question
+from pipeline.benchmark.judges.judging import answers_of_one_model
+from pipeline.benchmark.mt_bench import grades as mt_bench
+from pipeline.benchmark.mt_bench.judging import mt_bench_question
+from pipeline.data.files import Row, read_rows
+from pipeline.errors import DataError
+from pipeline.records import RewardScore
+
+ALPACA_EVAL, ARENA_HARD, MT_BENCH = "alpaca_eval", "arena_hard", "mt_bench"
+TITLES = {ALPACA_EVAL: "AlpacaEval", ARENA_HARD: "Arena-Hard", MT_BENCH: "MT-Bench"}
+
+ANSWER_FILES = ("model_outputs.json", "v2/model_answer/*.jsonl", "model_answer/*.jsonl")
+"""Below a directory of generate_benchmark; Arena-Hard's v0.1 layout holds the same answers as its v2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """What question files add to answers."""
+
+    turns: Mapping[int | str, tuple[str, ...]]
+    """Question id -> what the user says: MT-Bench's (int) and Arena-Hard's (str) files of answers do not hold it."""
+    categories: Mapping[str, str]
+    """Question id, prompt id or instruction -> category."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyAnswers:
+    """All answers of one policy to one benchmark, by prompt: a question's id, in AlpacaEval the instruction itself."""
+
+    benchmark: str
+    policy: str
+    turns: Mapping[str, tuple[str, ...]]
+    """What the user says."""
+    outputs: Mapping[str, tuple[str, ...]]
+    """The answer to each turn."""
+    rewards: Mapping[str, RewardScore]
+    """Of every answer, or of none: where no reward model scored them."""
+    categories: Mapping[str, str]
+    """Of the prompts that have one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgments:
+    """Files of judgments, by benchmark."""
+
+    annotations: Sequence[Annotations]
+    games: Sequence[Games]
+    grades: Sequence[mt_bench.Judgment]
+
+
+def read_questions(files: Sequence[Path]) -> Questions:
+    """Question files of the benchmarks, and generate_benchmark's `planted.json`.
+
+    Raises:
+        DataError: neither of them; names file and line.
+    """
+    turns: dict[int | str, tuple[str, ...]] = {}
+    categories: dict[str, str] = {}
+    for file in files:
+        if file.name == "planted.json":
+            categories |= _planted_kinds(file)
+            continue
+        for row in read_rows(str(file)):
+            if "instruction" in row.values:
+                categories[row.require("instruction", str)] = row.require("dataset", str)
+            elif isinstance(row.values.get("question_id"), int):
+                graded = mt_bench_question(row)
+                turns[graded.question_id], categories[str(graded.question_id)] = graded.turns, graded.category
+            elif "uid" in row.values or "question_id" in row.values:
+                asked = arena_question(row)
+                turns[asked.uid], categories[asked.uid] = (asked.prompt,), asked.category
+            else:
+                raise DataError(f"{row.place}: no question: it has neither uid, question_id nor instruction")
+    return Questions(turns=turns, categories=categories)
+
+
+def _planted_kinds(file: Path) -> dict[str, str]:
+    try:
+        kinds = json.loads(file.read_text())["kinds"]
+        return {str(prompt_id): str(kind) for prompt_id, kind in kinds.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{file} holds no kinds of prompts ({error!r}); give that of generate_benchmark") from error
+
+
+# ----------------------------------------------------------------------------- answers
+
+
+def answer_files(place: Path) -> list[Path]:
+    """The file itself; of a directory that generate_benchmark wrote, one for each benchmark that it holds.
+
+    Raises:
+        DataError: a directory without answers.
+    """
+    if not place.is_dir():
+        return [place]
+    found = [file for pattern in ANSWER_FILES for file in sorted(place.glob(pattern))]
+    if not found:
+        raise DataError(f"{place} holds no answers: none of {', '.join(ANSWER_FILES)}. Give the file itself.")
+    return found
+
+
+def read_policy(file: Path, questions: Questions) -> PolicyAnswers:
+    """One policy's answers, whatever the benchmark.
+
+    Args:
+        questions: must hold the questions of Arena-Hard and MT-Bench. The category of an AlpacaEval instruction that is
+            not there is the `dataset` of its row.
+
+    Raises:
+        DataError: answers of several models or of none, to an unknown question, or to one twice; rewards of some
+            answers only. Names file and line.
+    """
+    first = next(read_rows(str(file)), None)
+    match None if first is None else first.values.get("question_id", first.values.get("uid")):
+        case int():
+            return _mt_bench_answers(file, questions)
+        case str():
+            return _arena_hard_answers(file, questions)
+    return _alpaca_eval_answers(file, questions)
+
+
+def _alpaca_eval_answers(file: Path, questions: Questions) -> PolicyAnswers:
+    """`model_outputs.json`, with the rewards that generate_benchmark's own prompts have or without."""
+    rows = read_model_outputs(file)
+    scored = read_answers(file) if '"reward_mean"' in file.read_text() else []
+    categories = {row.instruction: row.dataset for row in rows if row.dataset is not None}
+    categories |= {
+        row.instruction: questions.categories[row.instruction]
+        for row in rows
+        if row.instruction in questions.categories
+    }
+    categories |= {
+        a.instruction: questions.categories[a.prompt_id] for a in scored if a.prompt_id in questions.categories
+    }
+    return PolicyAnswers(
+        benchmark=ALPACA_EVAL,
+        policy=rows[0].generator,
+        turns={row.instruction: (row.instruction,) for row in rows},
+        outputs={row.instruction: (row.output,) for row in rows},
+        rewards={answer.instruction: answer.score for answer in scored},
+        categories=categories,
+    )
+
+
+def _arena_hard_answers(file: Path, questions: Questions) -> PolicyAnswers:
+    answers = arena_hard_files.read_answers([str(file)])
+    policy, by_question = answers_of_one_model(answers, [], known=_known(str, questions, file), what="answers")
+    return PolicyAnswers(
+        benchmark=ARENA_HARD,
+        policy=policy,
+        turns={uid: questions.turns[uid] for uid in by_question},
+        outputs={uid: (answer.output,) for uid, answer in by_question.items()},
+        rewards={},
+        categories={uid: questions.categories[uid] for uid in by_question},
+    )
+
+
+def _mt_bench_answers(file: Path, questions: Questions) -> PolicyAnswers:
+    answers = mt_bench.read_answers([str(file)])
+    policy, by_question = answers_of_one_model(answers, [], known=_known(int, questions, file), what="answers")
+    for number, answer in by_question.items():
+        if len(answer.turns) != len(questions.turns[number]):
+            raise DataError(
+                f"{answer.place}: {policy} answers {len(answer.turns)} of the {len(questions.turns[number])} turns "
+                f"of question {number}. Answer them all, or leave the question out."
+            )
+    return PolicyAnswers(
+        benchmark=MT_BENCH,
+        policy=policy,
+        turns={str(number): questions.turns[number] for number in by_question},
+        outputs={str(number): answer.turns for number, answer in by_question.items()},
+        rewards={},
+        categories={str(number): questions.categories[str(number)] for number in by_question},
+    )
+
+
+def _known(kind: type, questions: Questions, file: Path) -> list[int | str]:
+    known = [question_id for question_id in questions.turns if isinstance(question_id, kind)]
+    if not known:
+        raise DataError(f"{file} does not hold what was asked. Give the benchmark's question.jsonl as --questions.")
+    return known
+
+
+# ----------------------------------------------------------------------------- judgments
+
+
+def read_judgments(files: Sequence[Path]) -> Judgments:
+    """Files that judge_benchmark wrote, or the evaluators themselves; each file is of one benchmark.
+
+    Raises:
+        DataError: as the readers of the benchmarks; or a file of none of them. Names file and line.
+    """
+    annotations: list[Annotations] = []
+    games: list[Games] = []
+    grades: list[mt_bench.Judgment] = []
+    for file in files:
+        match next(read_rows(str(file)), None):
+            case None:
+                raise DataError(f"{file} holds no judgments")
+            case Row(values={"instruction": _}):
+                annotations.append(read_annotations(file))
+            case Row(values={"games": _} | {"winner": _} as values):
+                baseline = values.get("baseline", arena_hard_files.OFFICIAL_BASELINE)
+                games.append(arena_hard_files.read_games([str(file)], baseline=baseline))
+            case Row(values={"turn": _}):
+                grades += mt_bench.read_judgments([str(file)])
+            case row:
+                raise DataError(
+                    f"{row.place}: no judgment of AlpacaEval (instruction), Arena-Hard (games) or MT-Bench (turn)"
+                )
+    return Judgments(annotations=annotations, games=games, grades=grades)

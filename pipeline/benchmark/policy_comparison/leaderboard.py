@@ -1,0 +1,159 @@
+"""The paper's Table 1: a row for each policy, from the files that score_benchmark wrote (docs/method.md section 15)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leaderboard:
+    """Policies by benchmarks; each cell is a number with what is known of its error, empty where there is none."""
+
+    columns: tuple[tuple[str, str], ...]
+    """(benchmark, what of it)"""
+    rows: tuple[tuple[str, tuple[str, ...]], ...]
+    """(policy, its cells)"""
+    notes: tuple[str, ...]
+    """What the numbers depend on, as sentences."""
+
+
+def read_scores(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Benchmark -> the content of its <benchmark>.json.
+
+    Raises:
+        DataError: a file that score_benchmark did not write, or two of one benchmark.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for file in files:
+        try:
+            scores = json.loads(file.read_text())
+            benchmark, models = scores["benchmark"], scores["models"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{file} holds no scores ({error!r}); give a file that score_benchmark wrote") from error
+        if benchmark not in COLUMNS or not isinstance(models, dict):
+            raise DataError(f"{file} holds scores of {benchmark!r}, which has no column in the table")
+        if benchmark in found:
+            raise DataError(f"{file} is a second file of {benchmark}; score all models together, into one")
+        found[benchmark] = scores
+    return found
+
+
+def leaderboard(
+    policies: Sequence[str],
+    scores: Mapping[str, Mapping[str, Any]],
+    words: Mapping[str, Mapping[str, float]],
+) -> Leaderboard | None:
+    """One row for each policy, in their order, over the benchmarks that have scores; None without any.
+
+    Args:
+        scores: as `read_scores`.
+        words: benchmark -> policy -> mean words of its answers, to stand beside its win rate.
+
+    Raises:
+        DataError: a benchmark whose scores are those of none of the policies.
+    """
+    if not scores:
+        return None
+    for benchmark, content in scores.items():
+        if not set(policies) & {*content["models"], *_baselines(content)}:
+            raise DataError(
+                f"the scores of {benchmark} are those of {', '.join(content['models'])}, none of which is compared "
+                f"here ({', '.join(policies)}). Are the models named as in the files of answers?"
+            )
+    columns: list[tuple[str, str]] = []
+    cells: dict[str, list[str]] = {policy: [] for policy in policies}
+    for benchmark, (title, names, cells_of) in COLUMNS.items():
+        if benchmark not in scores:
+            continue
+        columns += [(title, name) for name in names]
+        for policy in policies:
+            cells[policy] += cells_of(scores[benchmark], policy)
+        if benchmark in words:
+            columns.append((title, "words"))
+            for policy in policies:
+                mean = words[benchmark].get(policy)
+                cells[policy].append("" if mean is None else f"{mean:.0f}")
+    return Leaderboard(
+        columns=tuple(columns),
+        rows=tuple((policy, tuple(row)) for policy, row in cells.items()),
+        notes=tuple(notes(scores)),
+    )
+
+
+def notes(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What the numbers of each benchmark depend on, as sentences."""
+    found = []
+    if "alpaca_eval" in scores:
+        models = scores["alpaca_eval"]["models"].values()
+        against = ", ".join(sorted({m["baseline"] for m in models}))
+        found.append(f"AlpacaEval 2 against {against}, ± standard error; LC is the win rate at equal length.")
+        found += sorted({note for m in models for note in m["notes"]})
+    if "arena_hard" in scores:
+        arena = scores["arena_hard"]
+        pool = ", ".join(sorted(arena["models"]))
+        found.append(
+            f"Arena-Hard against {arena['baseline']}, judged by {', '.join(arena['judges']) or 'an unnamed judge'}, "
+            "95% intervals over questions."
+        )
+        if arena["style_control"]:
+            found.append(
+                f"SC holds length and markdown equal, fitted over {pool} together, as upstream; in brackets the "
+                "uncentred one, which also takes out by how much the average answer is longer than the baseline's."
+            )
+    if "mt_bench" in scores:
+        found.append(f"MT-Bench graded by {', '.join(scores['mt_bench']['judges'])}, 95% intervals over questions.")
+    return found
+
+
+def _alpaca_eval(scores: Mapping[str, Any], policy: str) -> tuple[str, ...]:
+    m = scores["models"].get(policy)
+    if m is None:
+        return (_baseline(scores, policy), "")
+    # Without difficulties every instruction is predicted alike, and the standard error says nothing.
+    error = f" ± {m['lc_standard_error']:.2f}" if m["lc_standard_error"] >= 0.005 else ""
+    return (
+        f"{m['win_rate']:.2f} ± {m['standard_error']:.2f}",
+        f"{m['length_controlled_winrate']:.2f}{error}",
+    )
+
+
+def _arena_hard(scores: Mapping[str, Any], policy: str) -> tuple[str, ...]:
+    m, control = scores["models"].get(policy), scores["style_control"]
+    if m is None:
+        return (_baseline(scores, policy), "")
+    controlled = [control[name]["models"][policy]["win_rate"] for name in ("sc_upstream", "sc_uncentred") if control]
+    return (
+        f"{m['win_rate']:.1f} [{m['low']:.1f}, {m['high']:.1f}]",
+        "{:.1f} ({:.1f})".format(*controlled) if controlled else "",
+    )
+
+
+def _mt_bench(scores: Mapping[str, Any], policy: str) -> tuple[str, ...]:
+    m = scores["models"].get(policy)
+    if m is None:
+        return ("", "", "")
+    turns = (f"{m[turn]:.2f}" if turn in m else "" for turn in ("turn_1", "turn_2"))
+    return (f"{m['average']:.2f} [{m['low']:.2f}, {m['high']:.2f}]", *turns)
+
+
+def _baseline(scores: Mapping[str, Any], policy: str) -> str:
+    return "baseline" if policy in _baselines(scores) else ""
+
+
+COLUMNS = {
+    "alpaca_eval": ("AlpacaEval 2", ("WR", "LC"), _alpaca_eval),
+    "arena_hard": ("Arena-Hard", ("WR", "SC"), _arena_hard),
+    "mt_bench": ("MT-Bench", ("average", "turn 1", "turn 2"), _mt_bench),
+}
+"""Benchmark -> its title, its columns, and what a policy has in them."""
+
+
+def _baselines(content: Mapping[str, Any]) -> set[str]:
+    named = {content.get("baseline"), *(model.get("baseline") for model in content["models"].values())}
+    return {name for name in named if name is not None}

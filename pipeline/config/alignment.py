@@ -1,0 +1,267 @@
+"""Alignment of the policy: the KL penalty, the update, the loop."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config.algorithms import Algorithm, with_standard_values
+from pipeline.config.base import Count, Fraction, Frozen, NonNegative, Positive
+from pipeline.config.models import LoRAConfig, OptimiserConfig, _require_one_way_to_train_less
+
+
+class KLConfig(Frozen):
+    """The KL penalty to the reference policy."""
+
+    coefficient: NonNegative = 0.01
+    """beta, reward per nat: what a nat away from the reference costs; with `target`, what it costs in the first step
+    (Ziegler et al. 2019, arXiv:1909.08593). 0 is no penalty."""
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Of a token's KL, in nats, with k = log pi - log pi_ref: k, k^2 / 2, or exp(-k) - 1 + k (Schulman 2020). The KL
+    that is logged, aimed at by `target` and stopped by `stop_above` is k1 whatever this is."""
+    place: Literal["reward", "loss"] = "reward"
+    """"reward": subtracted from the reward of the token that caused it, before advantages are estimated.
+    "loss": added to the policy loss, averaged like it, with a gradient of its own."""
+    target: Positive | None = None
+    """Nats per response to aim at with the adaptive controller (Ziegler et al. 2019); None keeps the coefficient."""
+    horizon: Positive = 10_000
+    """Responses over which the adaptive controller reacts."""
+    stop_above: Positive | None = None
+    """Stop the stage, with its last good checkpoint, when KL per response exceeds this many nats."""
+
+    @model_validator(mode="after")
+    def _the_controller_has_something_to_scale(self) -> KLConfig:
+        if self.target is not None and self.coefficient == 0:
+            raise ValueError(
+                f"target = {self.target:g} adapts the coefficient by factors, and coefficient = 0 stays 0; give it a "
+                "value to start from, 0.05 for example"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_gradient(self) -> KLConfig:
+        if self.place == "loss" and self.estimator == "k1" and self.coefficient > 0:
+            raise ValueError(
+                "estimator = k1 in the loss has a gradient whose mean is zero, so it would only add noise; "
+                "use estimator = k2 or k3, or place = reward"
+            )
+        return self
+
+
+class PPOConfig(Frozen):
+    """The update of the policy: PPO and its family (docs/method.md section 11).
+
+    `alignment.algorithm` chooses `advantages`, `ratio`, `surrogate`, `aggregation` and the values that go with them.
+    """
+
+    epochs: Count = 1
+    """Passes over the rollouts of a step (Schulman et al. 2017, arXiv:1707.06347, Algorithm 1: K)."""
+    mini_batch_size: Count = 128
+    """Responses per optimiser step, over all shards."""
+    advantages: Literal["gae", "rewards_to_go", "group_zscore", "group_centred", "leave_one_out"] = "gae"
+    """Where advantages come from: "gae" a critic; "rewards_to_go" the token rewards alone; the other three the rewards
+    of the other responses to the same prompt. Only "gae" trains a critic."""
+    ratio: Literal["token", "geometric_mean", "product"] = "token"
+    """Of pi to pi_old: of each token, or of the whole response, per token or in full."""
+    surrogate: Literal["clip", "cispo"] = "clip"
+    """"clip" bounds what a token can gain; "cispo" bounds its weight and keeps its gradient."""
+    aggregation: Literal["token_mean", "sequence_mean", "fixed_length"] = "token_mean"
+    """Average over all tokens; over tokens of a response, then over responses; or the sum of tokens divided by
+    responses * max_response_tokens."""
+    clip_range: Positive = 0.2
+    """The ratio is clipped to [1 - clip_range, 1 + clip_range_high] (Schulman et al. 2017, Eq. 7: epsilon)."""
+    clip_range_high: Positive | None = None
+    """None is clip_range."""
+    dual_clip_ratio: Annotated[float, Field(gt=1)] | None = None
+    """Bounds the surrogate of a token with a negative advantage A at dual_clip_ratio * A; 3 is usual, None no bound."""
+    tis_cap: Annotated[float, Field(ge=1)] | None = None
+    """Weigh each token by min(pi_learner / pi_engine, tis_cap), where the engine samples from a slightly other
+    distribution than the learner computes; 2 is usual, None weighs all alike."""
+    target_kl: Positive | None = None
+    """End the update of a step, not the stage, after a mini-batch whose mean KL per token from the sampling policy
+    exceeds this many nats; 0.01 to 0.05 is usual."""
+    value_clip_range: Positive | None = 0.2
+    """A value more than this, in units of the reward, from what it was before the update teaches only when that makes
+    its error larger (PPO2; docs/method.md section 11); None is the plain squared error."""
+    value_coefficient: NonNegative = 0.1
+    """c_v, weight of the critic's loss beside the policy's (Schulman et al. 2017, Eq. 9: c_1). Adam learns as
+    fast at any scale of its gradient, so for a separate critic this only moves the common gradient clipping."""
+    discount: Fraction = 1.0
+    """gamma, per token (Schulman et al. 2016, arXiv:1506.02438); of "gae" and "rewards_to_go"."""
+    gae_lambda: Fraction = 0.95
+    """lambda of "gae": 0 trusts the critic for all but the next token, 1 does not bootstrap (Schulman et al. 2016,
+    Eq. 16)."""
+    whiten_advantages: bool = True
+    """Mean 0 and standard deviation 1 over all response tokens of the step."""
+    reward_transform: Literal["none", "zscore", "lcb", "log_sigmoid"] = "zscore"
+    """Of the reward model's mean and standard deviation, in units of held-out rewards (docs/method.md section 11)."""
+    lcb_coefficient: NonNegative = 1.0
+    """lcb subtracts this many posterior standard deviations before the z-score. They differ little between responses: 1
+    hardly changes what a policy learns (overoptimization in docs/LOG.md)."""
+    reward_clip: Positive | None = 5.0
+    """The transformed reward is clipped to +- this, before penalties (docs/method.md section 14); None is no bound."""
+    whiten_rewards: bool = False
+    """Divide the token rewards, KL included, by their standard deviation over the batch; their mean stays."""
+    missing_eos_penalty: NonNegative = 1.0
+    """Subtracted, after scaling, from responses cut at the length limit."""
+    overlong_buffer: Fraction = 0.0
+    """Share of max_response_tokens, at its end, over which the reward falls by 1, after scaling; 0 is no penalty."""
+    drop_uniform_groups: bool = False
+    """Leave out prompts whose responses all have the same reward."""
+    policy: OptimiserConfig = OptimiserConfig(learning_rate=5e-7)
+    """Of the policy; but for its learning rate, of the critic too (docs/method.md section 14)."""
+    critic_learning_rate: Positive = 9e-6
+    """Peak rate of the critic and its value head; warm-up and decay are the policy's (docs/method.md section 14)."""
+    critic: Literal["separate", "value_head"] = "separate"
+    """"separate": a critic with its own backbone, initialised from the reward model's.
+    "value_head": a scalar head on the policy's trunk. Read only where `advantages` is "gae"."""
+    critic_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps at the beginning that train a separate critic alone, so that the policy's first advantages mean something;
+    they are part of `num_steps`."""
+    trainable_layers: Annotated[int, Field(ge=0)] | None = None
+    """As in reward; of the policy and of a separate critic."""
+    lora: LoRAConfig | None = None
+    """Train adapters of the policy and of a separate critic. The reference is then the policy with its adapters off,
+    no second model; results and rollout engines hold the adapters merged."""
+
+    @model_validator(mode="after")
+    def _one_way_to_train_less(self) -> PPOConfig:
+        _require_one_way_to_train_less(self.trainable_layers, self.lora)
+        if self.lora is not None and self.lora.dropout:
+            raise ValueError(
+                f"lora.dropout = {self.lora.dropout:g}: with dropout the probability ratio of an unchanged policy is "
+                "not 1, and the clipping would act on noise; set it to 0"
+            )
+        return self
+
+    @property
+    def critic_reads_policy_tokens(self) -> bool:
+        """A critic of its own has the reward model's embeddings, and is given what the policy wrote, token by token."""
+        return self.trains_a_critic and self.critic == "separate"
+
+    @property
+    def trains_a_critic(self) -> bool:
+        return self.advantages == "gae"
+
+    @property
+    def compares_a_group(self) -> bool:
+        return self.drop_uniform_groups or self.advantages in ("group_zscore", "group_centred", "leave_one_out")
+
+    @property
+    def upper_clip_range(self) -> float:
+        return self.clip_range if self.clip_range_high is None else self.clip_range_high
+
+    @model_validator(mode="after")
+    def _what_is_asked_of_critic_and_token_rewards_exists(self) -> PPOConfig:
+        if self.critic_warmup_steps and not self.critic_reads_policy_tokens:
+            raise ValueError(
+                f"critic_warmup_steps = {self.critic_warmup_steps} trains a critic of its own, but critic = "
+                f"{self.critic!r} and advantages = {self.advantages!r}; it needs critic 'separate' and advantages 'gae'"
+            )
+        if self.whiten_rewards and self.advantages not in ("gae", "rewards_to_go"):
+            raise ValueError(
+                f"whiten_rewards scales the rewards of tokens, but advantages = {self.advantages!r} compares whole "
+                "responses; set it to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _clip_range_was_set_as_a_pair(self) -> PPOConfig:
+        if self.upper_clip_range < self.clip_range:
+            raise ValueError(
+                f"clip_range_high = {self.upper_clip_range:g} is below clip_range = {self.clip_range:g}: one of them "
+                "comes from the algorithm's standard values, so set both"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _dual_clip_lies_beyond_the_clip(self) -> PPOConfig:
+        if self.dual_clip_ratio is None:
+            return self
+        if self.surrogate != "clip":
+            raise ValueError(f"dual_clip_ratio = {self.dual_clip_ratio} is for surrogate = clip, not {self.surrogate}")
+        if self.dual_clip_ratio <= 1.0 + self.upper_clip_range:
+            raise ValueError(
+                f"dual_clip_ratio = {self.dual_clip_ratio} must exceed 1 + the upper clip range, "
+                f"{1.0 + self.upper_clip_range:g}"
+            )
+        return self
+
+
+class AlignmentConfig(Frozen):
+    """Alignment of the policy against the reward model, by PPO or an algorithm of its family."""
+
+    num_steps: Count = 100
+    algorithm: Algorithm = "ppo"
+    """A name for values of `kl` and `ppo` (pipeline/config/algorithms.py); what stands beside it wins over them."""
+    prompts_per_step: Count = 256
+    samples_per_prompt: Count = 1
+    max_prompt_tokens: Count = 1024
+    max_response_tokens: Count = 1024
+    temperature: Positive = 1.0
+    """Divides the logits, where responses are sampled and where the learner evaluates them."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus of the sampling. The learner's probabilities are of the whole vocabulary, so keep it at 1
+    (docs/method.md section 14)."""
+    kl: KLConfig = KLConfig()
+    ppo: PPOConfig = PPOConfig()
+    max_tokens_per_micro_batch: Count = 8192
+    gradient_checkpointing: bool = False
+    checkpoint_every: Count = 10
+    keep_checkpoints: Count = 2
+    prefetch: Literal["continue", "discard"] | None = None
+    """Sample the next step while the learner works on this one: responses come from the policy before its last update.
+    When an update ends, what waits is sampled from the new policy; of what was begun, the new policy "continue"s with
+    the responses that are not finished, or all is "discard"ed and sampled again. None samples each step when its
+    policy is there."""
+    keep_best: Literal["reward/mean", "reward/shaped"] | None = None
+    """End with the checkpoint that is best by this metric of its step; None ends with the last. Rollouts of a step are
+    drawn before its update, so they judge the policy that the update began with."""
+    gate_tolerance: Positive | None = None
+    """Largest mean absolute logprob difference between engine and learner after a weight update;
+    None chooses 1e-4 for float32 and 0.2 for bfloat16."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_the_algorithm(cls, written: Any) -> Any:
+        return with_standard_values(written)
+
+    @model_validator(mode="after")
+    def _groups_have_members(self) -> AlignmentConfig:
+        if self.ppo.compares_a_group and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"algorithm = {self.algorithm} (ppo.advantages = {self.ppo.advantages}) compares the responses to one "
+                f"prompt, so samples_per_prompt = {self.samples_per_prompt} must be at least 2; 8 is usual, with "
+                "prompts_per_step divided by as much"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stale_samples_are_corrected(self) -> AlignmentConfig:
+        if self.prefetch is not None and self.ppo.tis_cap is None:
+            raise ValueError(
+                f"prefetch = {self.prefetch} trains on samples of the policy before, so ppo.tis_cap must weigh "
+                "them; 2 is usual"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_kl_controller_stays_positive(self) -> AlignmentConfig:
+        responses = self.prompts_per_step * self.samples_per_prompt
+        if self.kl.target is not None and responses >= 5 * self.kl.horizon:
+            raise ValueError(
+                f"kl.horizon = {self.kl.horizon:g} is so short that one step of {responses} responses could turn the "
+                f"KL coefficient negative; raise it above {responses / 5:g}, 10,000 is usual"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batch_holds_whole_mini_batches(self) -> AlignmentConfig:
+        responses = self.prompts_per_step * self.samples_per_prompt
+        if responses % self.ppo.mini_batch_size:
+            raise ValueError(
+                f"prompts_per_step * samples_per_prompt = {responses} is not a multiple of "
+                f"ppo.mini_batch_size = {self.ppo.mini_batch_size}; change one of the three"
+            )
+        return self

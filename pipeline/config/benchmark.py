@@ -1,0 +1,28 @@
+"""Answers of the base and the aligned policy, and their win rate."""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from pipeline.config.base import Count, Frozen, NonNegative
+
+
+class BenchmarkConfig(Frozen):
+    """Answers of the base and the aligned policy on held-out prompts, and their win rate."""
+
+    prompts: tuple[str, ...] = ()
+    """Prompt files; empty uses the held-out prompts of the data source."""
+    num_prompts: Count = 128
+    max_prompt_tokens: Count = 1024
+    max_response_tokens: Count = 1024
+    temperature: NonNegative = 0.0
+    best_of: Count = 1
+
+    @model_validator(mode="after")
+    def _the_best_is_one_of_many(self) -> BenchmarkConfig:
+        if self.best_of > 1 and self.temperature == 0:
+            raise ValueError(
+                f"best_of = {self.best_of} at temperature = 0 samples the same answer so many times; set "
+                "temperature=1, or best_of=1"
+            )
+        return self

@@ -1,0 +1,197 @@
+"""Where a run runs; never hashed into a stage's identity."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config.base import Count, Fraction, Frozen, NonNegative, Positive
+from pipeline.config.engine_build import default_gpus_per_worker
+
+WeightTransfer = Literal["shm", "nccl", "ipc"]
+RolloutPlacement = Literal["disaggregated", "colocated"]
+
+
+class RanksConfig(Frozen):
+    """A group of training ranks: one Ray actor each, DeepSpeed between them."""
+
+    ranks: Count = 1
+    cpus_per_rank: NonNegative = 1.0
+    gpus_per_rank: NonNegative = 0.0
+    threads_per_rank: Count | None = None
+    """Threads of one rank's matrix products; None takes its whole CPUs, at least one. Phases that take turns may each
+    use cores that others have reserved."""
+    zero_stage: Literal[1, 2, 3] = 2
+    offload_optimiser: bool = False
+    max_restarts: Annotated[int, Field(ge=0)] = 1
+    """How often the whole group is restarted from the last commit after a rank died."""
+
+
+class AutoscaleConfig(Frozen):
+    """Bounds of a pool that follows the learner (`cluster/autoscaler.py`); an operator's request goes first."""
+
+    min_workers: Count = 1
+    max_workers: Count
+    cooldown_s: NonNegative = 60.0
+    """A pool that has changed stays as it is for so long: a new engine takes a while to start."""
+
+    @model_validator(mode="after")
+    def _bounds_do_not_cross(self) -> AutoscaleConfig:
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"min_workers = {self.min_workers} exceeds max_workers = {self.max_workers}")
+        return self
+
+
+def _chunk_size(*, gpus_per_worker: float = 0.0, max_sequences: int = 256, **_: Any) -> int:
+    return 32 if gpus_per_worker == 0 else max_sequences
+
+
+class RolloutConfig(Frozen):
+    """The pool of vLLM engines."""
+
+    workers: Count = 1
+    cpus_per_worker: NonNegative = 1.0
+    gpus_per_worker: NonNegative = Field(default_factory=lambda given: default_gpus_per_worker(given.get("workers", 1)))
+    """By default what the installed vLLM needs: nothing for its CPU build, else one GPU for all workers together."""
+    threads_per_worker: Count | None = None
+    """As `threads_per_rank`."""
+    kv_cache_gib: Count = 1
+    """Of engines without a GPU of their own, the KV cache's size at most; no more is taken than `max_sequences` of full
+    length need."""
+    gpu_memory_fraction: Fraction | None = None
+    """Of each GPU, for weights and KV cache. None takes 0.9 of what `gpus_per_worker` gives an engine, and 0.45 of a
+    GPU that it shares with the learner, whose parameters and optimizer stay there while it samples."""
+    max_sequences: Count = 256
+    enforce_eager: bool = True
+    chunk_size: Count = Field(default_factory=lambda given: _chunk_size(**given))
+    """Responses handed to a worker at a time, at most: a batch is cut into two chunks a worker or more. By default 32
+    for a CPU engine, and `max_sequences` for a GPU, whose steps take as long for few sequences as for many."""
+    max_restarts: Annotated[int, Field(ge=0)] = 2
+    """How many workers that died or hung are replaced, over the whole job."""
+    placement: RolloutPlacement | None = None
+    """"disaggregated" engines have GPUs of their own; "colocated" ones share the learner's, one each, and sleep while
+    it works. None lets the plan choose: their own where there are enough."""
+    weight_transfer: WeightTransfer | None = None
+    """How a policy reaches the engines: "shm" by a file on each node, "nccl" from GPU to GPU, "ipc" within a shared
+    GPU. None takes "shm" without whole GPUs, else what the placement asks for."""
+    autoscale: AutoscaleConfig | None = None
+    """Let the number of workers follow the learner between these bounds; needs `alignment.prefetch`."""
+
+    def memory_fraction(self, placement: RolloutPlacement) -> float:
+        default = 0.45 if placement == "colocated" else 0.9 * self.gpus_per_worker
+        return self.gpu_memory_fraction or default or 0.9
+
+    @property
+    def asks_for_shared_gpus(self) -> bool:
+        return self.placement == "colocated" or self.weight_transfer == "ipc"
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _an_engine_runs_on_one_gpu(cls, gpus: float) -> float:
+        if gpus > 1:
+            raise ValueError(f"an engine runs on one GPU, not on {gpus:g}; set it to 1 and raise workers")
+        return gpus
+
+    @model_validator(mode="after")
+    def _weights_cross_what_lies_between(self) -> RolloutConfig:
+        if (self.placement, self.weight_transfer) == ("colocated", "nccl"):
+            raise ValueError(
+                "placement = colocated puts learner and engine on one GPU, and NCCL knows one process a GPU; "
+                "set weight_transfer=ipc"
+            )
+        if (self.placement, self.weight_transfer) == ("disaggregated", "ipc"):
+            raise ValueError(
+                "weight_transfer = ipc works within one GPU, and placement = disaggregated gives the engines others; "
+                "set weight_transfer=nccl"
+            )
+        return self
+
+
+class ScoringConfig(Frozen):
+    """The VRM scoring service on Ray Serve."""
+
+    replicas: Annotated[int, Field(ge=0)] = 1
+    """With `max_replicas`, the fewest; 0 lets the service sleep, and its next request waits for a replica to start."""
+    max_replicas: Count | None = None
+    """Replicas follow the queue up to this many; None keeps their number fixed."""
+    requests_per_replica: Positive = 4.0
+    """With `max_replicas`: requests waiting or in work for which another replica starts."""
+    upscale_delay_s: NonNegative = 5.0
+    """How long the queue must ask for more replicas before they start; the first one starts at once."""
+    downscale_delay_s: NonNegative = 300.0
+    """How long the queue must do with fewer replicas before they end."""
+    cpus_per_replica: NonNegative = 1.0
+    gpus_per_replica: NonNegative = 0.0
+    threads_per_replica: Count | None = None
+    """As `threads_per_rank`."""
+    max_tokens_per_batch: Count = 16384
+    batch_wait_s: NonNegative = 0.0
+    """How long an idle replica waits for company. What arrives while it scores shares its next batch anyhow."""
+    max_batch_size: Count = 64
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """HTTP port; 0 serves the Ray handle only."""
+    host: str = "127.0.0.1"
+    """Address HTTP listens on. Any other than this machine's own needs a token, and TLS in front of it."""
+    max_request_bytes: Count = 8 * 2**20
+    max_rows_per_request: Count = 1024
+    """Each row costs at most the model's `max_length` tokens, so this bounds the tokens of a request too."""
+    max_pending_rows: Count = 8192
+    """Per replica; beyond it, requests are refused with 429 and Retry-After."""
+    cache_entries: Annotated[int, Field(ge=0)] = 65536
+    """Scores that a replica remembers, about 1 KB each; 0, as in the service of a training run, remembers none."""
+
+    @model_validator(mode="after")
+    def _replicas_fit(self) -> ScoringConfig:
+        if self.max_replicas is None and self.replicas == 0:
+            raise ValueError("replicas=0 serves nobody; set max_replicas too, and a request starts a replica")
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas={self.max_replicas} is less than replicas={self.replicas}")
+        return self
+
+
+class DeadlinesConfig(Frozen):
+    """How long a remote call may take before it counts as hung; and how long this job has to leave."""
+
+    start_s: Positive = 300.0
+    update_s: Positive = 1800.0
+    generate_s: Positive = 1800.0
+    score_s: Positive = 600.0
+    weights_s: Positive = 600.0
+    grace_s: Positive = 30.0
+    """From SIGTERM to SIGKILL, as the platform has it. 30 s are what Kubernetes, Slurm and most clouds' spot machines
+    leave; on a platform that leaves more, say so: what takes longer than that to save is lost."""
+
+
+class ClusterConfig(Frozen):
+    """Where it runs. Never part of a stage's identity."""
+
+    sft: RanksConfig = RanksConfig()
+    reward: RanksConfig = RanksConfig()
+    alignment: RanksConfig = RanksConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    scoring: ScoringConfig = ScoringConfig()
+    deadlines: DeadlinesConfig = DeadlinesConfig()
+    object_store_gib: Positive | None = None
+    """Only used when the job starts its own local cluster."""
+
+    @property
+    def takes_whole_gpus(self) -> bool:
+        """One for every rank of the PPO learner, and one for every engine."""
+        return self.alignment.gpus_per_rank == self.rollout.gpus_per_worker == 1
+
+    @model_validator(mode="after")
+    def _transfers_between_gpus_have_gpus(self) -> ClusterConfig:
+        rollout = self.rollout
+        if (rollout.asks_for_shared_gpus or rollout.weight_transfer == "nccl") and not self.takes_whole_gpus:
+            asked = (
+                "placement = colocated"
+                if rollout.placement == "colocated"
+                else f"weight_transfer = {rollout.weight_transfer}"
+            )
+            raise ValueError(
+                f"rollout.{asked} needs a whole GPU for every engine and every rank of the learner, but "
+                f"rollout.gpus_per_worker = {rollout.gpus_per_worker:g} and alignment.gpus_per_rank = "
+                f"{self.alignment.gpus_per_rank:g}; set both to 1, or leave rollout.{asked.partition(' ')[0]} out"
+            )
+        return self

@@ -1,0 +1,104 @@
+"""What a run is (`ExperimentConfig`, hashed into stage identities) and where it runs (`ClusterConfig`, never hashed).
+
+A `Recipe` is an experiment plus the cluster it runs on. Rescaling the cluster can therefore never invalidate a
+finished stage.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from pipeline.config.alignment import AlignmentConfig
+from pipeline.config.base import Frozen
+from pipeline.config.benchmark import BenchmarkConfig
+from pipeline.config.cluster import ClusterConfig
+from pipeline.config.data import DataConfig
+from pipeline.config.models import PolicyConfig
+from pipeline.config.reward import RewardConfig
+from pipeline.config.sft import SFTConfig
+
+
+class ExperimentConfig(Frozen):
+    """What is computed. Two equal experiments have equal results, wherever they run."""
+
+    name: str
+    seed: int = 0
+    objectives: Annotated[tuple[str, ...], Field(min_length=2)]
+    """The K objectives, in their fixed order."""
+    data: DataConfig = DataConfig()
+    policy: PolicyConfig = PolicyConfig()
+    sft: SFTConfig = SFTConfig()
+    reward: RewardConfig = RewardConfig()
+    alignment: AlignmentConfig = AlignmentConfig()
+    benchmark: BenchmarkConfig = BenchmarkConfig()
+
+    @model_validator(mode="after")
+    def _one_reward_weight_an_objective(self) -> ExperimentConfig:
+        given = self.reward.reward_weights
+        if given and len(given) != len(self.objectives):
+            raise ValueError(
+                f"reward.reward_weights has {len(given)} numbers for {len(self.objectives)} objectives; "
+                f"give one for each of {', '.join(self.objectives)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_prior_concentration_an_objective(self) -> ExperimentConfig:
+        given = self.reward.vrm.prior_concentrations(len(self.objectives))
+        if len(given) != len(self.objectives):
+            raise ValueError(
+                f"reward.vrm.prior_alpha has {len(given)} numbers for {len(self.objectives)} objectives; "
+                f"give one for each of {', '.join(self.objectives)}, or a single one for all"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _hadamard_pairs_weights_with_features(self) -> ExperimentConfig:
+        vrm = self.reward.vrm
+        if vrm.decoder == "hadamard" and vrm.semantic_dims != len(self.objectives):
+            raise ValueError(
+                f"reward.vrm.decoder = 'hadamard' multiplies weights and features one by one, but there are "
+                f"{len(self.objectives)} objectives and semantic_dims = {vrm.semantic_dims}; "
+                f"set reward.vrm.semantic_dims={len(self.objectives)}"
+            )
+        return self
+
+
+class Recipe(ExperimentConfig):
+    """An experiment and the cluster it runs on: one YAML file in `jobs/recipes/`."""
+
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def could_share_gpus(self) -> bool:
+        return self.cluster.takes_whole_gpus and not self._against_shared_gpus()
+
+    def _against_shared_gpus(self) -> str:
+        """Why engines cannot stand on the learner's GPUs and sleep while it works; empty where they can."""
+        rollout, ranks = self.cluster.rollout, self.cluster.alignment.ranks
+        if self.alignment.prefetch is not None:
+            return f"alignment.prefetch = {self.alignment.prefetch} samples while the learner works; set it to null"
+        if rollout.workers > ranks:
+            return (
+                f"cluster.rollout.workers = {rollout.workers} exceeds cluster.alignment.ranks = {ranks}, and a GPU "
+                f"holds one of each; set cluster.rollout.workers={ranks}"
+            )
+        return ""
+
+    @model_validator(mode="after")
+    def _engines_that_share_gpus_sleep(self) -> Recipe:
+        against = self._against_shared_gpus()
+        if self.cluster.rollout.asks_for_shared_gpus and against:
+            raise ValueError(f"engines that share the learner's GPUs sleep while it works, but {against}")
+        return self
+
+    @model_validator(mode="after")
+    def _autoscaling_has_waits_to_compare(self) -> Recipe:
+        if self.cluster.rollout.autoscale is not None and self.alignment.prefetch is None:
+            raise ValueError(
+                "cluster.rollout.autoscale compares who waits for whom, but without alignment.prefetch the learner "
+                "waits for every rollout; set alignment.prefetch=continue, or cluster.rollout.workers alone"
+            )
+        return self

@@ -1,0 +1,182 @@
+"""The reward model: its head, its losses, its training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config.base import Count, Fraction, Frozen, NonNegative, Positive
+from pipeline.config.models import LoRAConfig, OptimiserConfig, _require_one_way_to_train_less
+
+
+class VRMHeadConfig(Frozen):
+    """The variational head (docs/method.md sections 2 and 14)."""
+
+    decoder: Literal["bilinear", "hadamard", "mlp", "film"] = "bilinear"
+    """r = g(w, z). "bilinear" <w, S z> and "hadamard" <w, z> explain a reward by its objectives, exactly.
+    "mlp" and "film" are networks: they do not, and their posterior mean takes samples."""
+    decoder_hidden_size: Count = 256
+    """Width of the "mlp" and "film" decoders."""
+    inference_draws: Annotated[int, Field(ge=2)] = 16
+    """Posterior samples behind a score of the "mlp" and "film" decoders."""
+    semantic_dims: Count = 16
+    """d; as many as there are objectives for "hadamard"."""
+    hidden_size: Count = 512
+    weight_param: Literal["softplus", "mean_conc"] = "softplus"
+    """Concentrations one by one, or as mean times total concentration; their bounds then hold for the average one."""
+    alpha_min: Positive = 0.05
+    alpha_max: Positive = 1000.0
+    prior_alpha: Positive | tuple[Positive, ...] = 1.0
+    """Concentrations of the Dirichlet prior: one for all objectives, or a list with one for each."""
+    logvar_min: float = -8.0
+    logvar_max: float = 4.0
+    initial_logvar: float = -2.0
+
+    @model_validator(mode="after")
+    def _starts_inside_its_bounds(self) -> VRMHeadConfig:
+        if not all(self.alpha_min < alpha < self.alpha_max for alpha in self.prior_concentrations(1)):
+            raise ValueError(
+                f"prior_alpha = {self.prior_alpha} must lie between alpha_min = {self.alpha_min} and "
+                f"alpha_max = {self.alpha_max}, because the head starts at its prior"
+            )
+        if not self.logvar_min < self.initial_logvar < self.logvar_max:
+            raise ValueError(
+                f"initial_logvar = {self.initial_logvar} must lie between logvar_min = {self.logvar_min} and "
+                f"logvar_max = {self.logvar_max}"
+            )
+        return self
+
+    def prior_concentrations(self, num_objectives: int) -> tuple[float, ...]:
+        """alpha_0, [K]."""
+        return self.prior_alpha if isinstance(self.prior_alpha, tuple) else (self.prior_alpha,) * num_objectives
+
+
+class EnsembleConfig(Frozen):
+    """Several rewards of one response, and how they become one."""
+
+    members: Annotated[int, Field(ge=2)] = 5
+    reward: Literal["mean", "min"] = "mean"
+    """Of the members. Their standard deviation is reported beside either, so whatever takes a lower confidence bound
+    (`alignment.ppo.reward_transform: lcb`, `lcb` of the scoring service) has mean - c * sd."""
+
+
+class VariationalLossConfig(Frozen):
+    """L = BT + kl_weight_w KL_w + kl_weight_z (KL_zw + KL_zl) + supervision_weight L_sup (docs/method.md section 3).
+
+    The gate has the supervision and no KL.
+    """
+
+    kl_weight_w: NonNegative = 1e-4
+    kl_weight_z: NonNegative = 1e-4
+    kl_warmup_fraction: Fraction = 0.3
+    kl_reduction: Literal["sum", "mean"] = "sum"
+    """Over the dimensions of w and of z; the paper's KL is the sum."""
+    free_bits: NonNegative = 0.0
+    """KL_w below this, and the pair's KL_z below twice this, is free; in nats after `kl_reduction`."""
+    score_weight: NonNegative = 0.0
+    """Of the squared error of the objective scores against their annotations; needs a decoder with scores."""
+    supervision_weight: NonNegative = 0.1
+    supervision_temperature: Positive = 1.0
+    supervision: Literal["kl", "mse", "mae", "rank"] = "kl"
+    """Distance of the objective weights from their target (docs/method.md section 5)."""
+    supervision_on: Literal["mean", "sample", "expected_log"] = "mean"
+    """What is compared with the target: the weights' posterior mean, the sample that made the reward, or E_q[ln w]."""
+    target_from: Literal["chosen", "diff", "both"] = "chosen"
+    """Whose scores make the target: the chosen response's (the paper), the difference of the pair, the pair's mean."""
+
+    @model_validator(mode="after")
+    def _distance_fits_what_it_compares(self) -> VariationalLossConfig:
+        if self.supervision_on == "expected_log" and self.supervision not in ("kl", "rank"):
+            raise ValueError(
+                f"supervision = {self.supervision!r} compares weights, but supervision_on = 'expected_log' gives "
+                "logarithms that belong to no weights; use supervision 'kl' or 'rank', or supervision_on 'mean'"
+            )
+        return self
+
+
+class PairLossConfig(Frozen):
+    """The likelihood of a comparison: of Eq. 12, or a variant that uses how clear the preference was."""
+
+    form: Literal["bt", "margin", "scaled", "ties"] = "bt"
+    """"margin" and "scaled" use the annotated margin of a pair, "ties" reads a margin of 0 as a tie.
+    The metrics do not follow: nll is always the Bradley-Terry one, and a tie counts as any other pair."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of labels taken to be wrong; for "bt"."""
+    margin_scale: Positive = 1.0
+    """Multiplies the annotated margin in "margin" and "scaled"."""
+    tie_threshold: Positive = 0.5
+    """Rewards about this close tie in "ties"."""
+
+    @model_validator(mode="after")
+    def _smooths_plain_labels(self) -> PairLossConfig:
+        if self.label_smoothing and self.form != "bt":
+            raise ValueError(
+                f"label_smoothing = {self.label_smoothing} belongs to form 'bt', not to {self.form!r}; "
+                "set one of the two"
+            )
+        return self
+
+
+class RewardConfig(Frozen):
+    """Reward-model training (docs/method.md section 14)."""
+
+    head: Literal["vrm", "gate", "regression", "bt", "ensemble"] = "vrm"
+    """The baselines are "gate": VRM without its posterior, a deterministic gate over objective scores as in ArmoRM;
+    "regression": a score per objective, fitted to the annotations as in HelpSteer2; "bt": one linear reward;
+    "ensemble": several linear rewards."""
+    reward_weights: tuple[float, ...] = ()
+    """What each objective's score counts in the reward of "regression"; empty is the mean."""
+    backbone: str | None = None
+    """A checkpoint for the backbone; None starts from the prepared policy."""
+    backbone_dtype: Literal["float32", "bfloat16"] = "float32"
+    trainable_layers: Annotated[int, Field(ge=0)] | None = None
+    """Train only the last n transformer layers (and the final norm); None trains all, 0 freezes the backbone."""
+    lora: LoRAConfig | None = None
+    """Train adapters of the backbone; the checkpoint holds them merged."""
+    vrm: VRMHeadConfig = VRMHeadConfig()
+    ensemble: EnsembleConfig = EnsembleConfig()
+    loss: VariationalLossConfig = VariationalLossConfig()
+    pair_loss: PairLossConfig = PairLossConfig()
+    batch_pairs: Count = 128
+    num_steps: Count | None = None
+    """None is one pass over the training pairs."""
+    max_length: Count = 2048
+    max_tokens_per_micro_batch: Count = 8192
+    gradient_checkpointing: bool = False
+    optimiser: OptimiserConfig = OptimiserConfig(learning_rate=9e-6)
+    head_learning_rate: Positive = 9e-5
+    eval_every: Count = 50
+    max_eval_pairs: Count = 2048
+    checkpoint_every: Count = 50
+    keep_best: Literal["eval/accuracy", "-eval/nll"] | None = None
+    """End with the checkpoint that is best by this held-out metric (minus: lowest is best); None ends with the last."""
+
+    @model_validator(mode="after")
+    def _checkpoints_to_choose_from_are_evaluated(self) -> RewardConfig:
+        if self.keep_best and self.checkpoint_every % self.eval_every:
+            raise ValueError(
+                f"keep_best = {self.keep_best!r} needs an evaluation at every checkpoint, but checkpoint_every = "
+                f"{self.checkpoint_every} is no multiple of eval_every = {self.eval_every}; change one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_train_less(self) -> RewardConfig:
+        _require_one_way_to_train_less(self.trainable_layers, self.lora)
+        return self
+
+    @model_validator(mode="after")
+    def _head_has_what_is_asked_of_it(self) -> RewardConfig:
+        if self.head == "gate" and self.loss.supervision_on == "expected_log":
+            raise ValueError("head = 'gate' has no posterior, so loss.supervision_on = 'expected_log' means nothing")
+        if self.head == "gate" and self.vrm.decoder != "bilinear":
+            raise ValueError(f"head = 'gate' is bilinear; vrm.decoder = {self.vrm.decoder!r} needs head = 'vrm'")
+        if self.head == "vrm" and self.loss.score_weight and self.vrm.decoder in ("mlp", "film"):
+            raise ValueError(
+                f"loss.score_weight = {self.loss.score_weight}, but vrm.decoder = {self.vrm.decoder!r} has no "
+                "objective scores; use 'bilinear' or 'hadamard'"
+            )
+        if self.reward_weights and self.head != "regression":
+            raise ValueError(f"reward_weights belong to head = 'regression', not to {self.head!r}")
+        return self

@@ -1,0 +1,79 @@
+"""How far the reward model has run ahead of the truth, where the truth is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.data.planted import GoldAnnotator
+from pipeline.errors import ShapeError
+from pipeline.evaluation.reward_scale import RewardScale
+from pipeline.records import Message, Metrics, PreferencePair
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldReward:
+    """The gold annotator, and the units of its reward."""
+
+    annotator: GoldAnnotator
+    scale: RewardScale
+
+    @classmethod
+    def of(cls, annotator: GoldAnnotator, heldout: Sequence[PreferencePair]) -> GoldReward:
+        """In units of the gold rewards of all held-out responses, as the reward model's own scale is of its rewards."""
+        rewards = [annotator.reward(p.prompt, response) for p in heldout for response in (p.chosen, p.rejected)]
+        return cls(annotator=annotator, scale=RewardScale(mean=float(np.mean(rewards)), std=float(np.std(rewards))))
+
+    def rewards(self, prompts: Sequence[Sequence[Message]], responses: Sequence[str]) -> list[float]:
+        """The gold reward of each response.
+
+        Raises:
+            DataError: a prompt is not of the planted world.
+        """
+        return [self.annotator.reward(prompt, text) for prompt, text in zip(prompts, responses, strict=True)]
+
+    def measure(
+        self,
+        prompts: Sequence[Sequence[Message]],
+        responses: Sequence[str],
+        proxy: Sequence[float],
+        proxy_scale: RewardScale,
+    ) -> Metrics:
+        """`gold/mean` and the terms of `gold_proxy_gap` over N responses.
+
+        Args:
+            proxy: [N] the reward model's mean, whatever transform of it the policy is trained on.
+            proxy_scale: mean and standard deviation of the reward model on held-out responses.
+        """
+        gold = self.rewards(prompts, responses)
+        return {"gold/mean": float(np.mean(gold))} | gold_proxy_gap(proxy, gold, proxy_scale, self.scale)
+
+
+def gold_proxy_gap(
+    proxy: Sequence[float], gold: Sequence[float], proxy_scale: RewardScale, gold_scale: RewardScale
+) -> Metrics:
+    """gap = (mean r - m_r) / s_r - (mean g - m_g) / s_g,  in standard deviations of held-out responses.
+
+    Near 0 where the model is right on average; it grows where the policy finds what the model likes and the truth does
+    not. Two rewards of different scale can be compared by it.
+
+    Source: the divergence of proxy and gold reward under optimisation, Gao et al. 2022, arXiv:2210.10760, Fig. 1; the
+    units are ours.
+
+    Args:
+        proxy, gold: [N] rewards of the same responses.
+        proxy_scale, gold_scale: (m, s) of each over held-out responses.
+
+    Returns:
+        `reward/zscore`, `gold/zscore`, and `gold/gap`, the first minus the second.
+
+    Raises:
+        ShapeError: the two differ in length, or are empty.
+    """
+    if len(proxy) != len(gold) or not proxy:
+        raise ShapeError(f"gap between {len(proxy)} rewards and {len(gold)} gold rewards: give as many, at least one")
+    reward = (float(np.mean(proxy)) - proxy_scale.mean) / max(proxy_scale.std, 1e-8)
+    truth = (float(np.mean(gold)) - gold_scale.mean) / max(gold_scale.std, 1e-8)
+    return {"reward/zscore": reward, "gold/zscore": truth, "gold/gap": reward - truth}

@@ -1,0 +1,128 @@
+"""How often rewards drawn from the posterior order a pair wrongly, and how far that posterior is from its prior."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.config.reward import VRMHeadConfig
+from pipeline.data.batching import plan_micro_batches, stable_seed
+from pipeline.data.collate import TokenisedPair
+from pipeline.data.preferences import normalised_prompt
+from pipeline.errors import ConfigError
+from pipeline.models.packing import pack
+from pipeline.models.reward_heads import RewardOutput
+from pipeline.models.reward_model import RewardModel
+from pipeline.objectives.preference import pair_accuracy
+from pipeline.objectives.variational import dirichlet_kl, gaussian_kl
+
+
+@dataclass(frozen=True, kw_only=True)
+class PosteriorRisk:
+    """Errors and divergences of q(w|x) q(z_w|x,y_w) q(z_l|x,y_l) over n pairs; a tie is an error (VRM Eqs. 15-20)."""
+
+    num_pairs: int
+    num_prompts: int
+    """Distinct prompts among them; pairs of one prompt are not independent."""
+    fingerprint: str
+    """SHA-256 of the tokens of the pairs, in order."""
+    samples: int
+    gibbs_risk: float
+    """R_hat(Q), Eq. 18: share of (pair, posterior draw) ordered wrongly."""
+    gibbs_risk_standard_error: float
+    """Of the draws alone; the pairs are held fixed."""
+    first_draw_errors: int
+    """Pairs ordered wrongly by their first draw: independent trials of the Gibbs risk, one a pair."""
+    mean_reward_errors: int
+    """Pairs ordered wrongly by the posterior-mean reward, which is what serves."""
+    kl_w: float
+    """sum_i KL( q(w|x_i) || p(w) ), nats, a total over the pairs (Eq. 20)."""
+    kl_z_chosen: float
+    """sum_i KL( q(z|x_i, y_w,i) || p(z) )."""
+    kl_z_rejected: float
+    """sum_i KL( q(z|x_i, y_l,i) || p(z) )."""
+
+    @property
+    def kl(self) -> float:
+        """D(Q||P), Eq. 20."""
+        return self.kl_w + self.kl_z_chosen + self.kl_z_rejected
+
+
+@torch.inference_mode()
+def posterior_risk(
+    model: RewardModel,
+    pairs: Sequence[TokenisedPair],
+    *,
+    prior: VRMHeadConfig,
+    samples: int,
+    seed: int,
+    max_tokens_per_batch: int,
+    device: str,
+) -> PosteriorRisk:
+    """R_hat(Q) by seeded posterior draws, and D(Q||P), of a VRM on n pairs; streams over micro-batches.
+
+    R_hat = 1/n sum_i 1/S sum_s 1[ r(w_is, z_w,is) <= r(w_is, z_l,is) ],  one w for both responses of a pair
+    standard error^2 = 1/n^2 sum_i p_i (1 - p_i) / (S - 1),  p_i the share of pair i's draws that err
+
+    The answer does not depend on the micro-batches: a draw's seed is a function of (seed, pair, draw).
+
+    Args:
+        model: with a variational head.
+        prior: what p(w) was in training; p(z) = N(0, I).
+        samples: S >= 2 draws a pair.
+        seed: of the draws.
+        max_tokens_per_batch: tokens of one forward pass, both responses of a pair included.
+
+    Raises:
+        ConfigError: fewer than two draws a pair.
+    """
+    if samples < 2:
+        raise ConfigError(f"samples = {samples}: the standard error of the Gibbs risk needs at least 2 draws a pair")
+    model.to(device).eval()
+    wrong_draws = torch.zeros(len(pairs), samples, dtype=torch.bool)
+    wrong_means = torch.zeros(len(pairs), dtype=torch.bool)
+    kl_w, kl_z = torch.zeros(len(pairs), dtype=torch.float64), torch.zeros(2, len(pairs), dtype=torch.float64)
+    lengths = [pair.tokens.num_tokens for pair in pairs]
+    for rows in plan_micro_batches(lengths, world_size=1, max_tokens=max_tokens_per_batch)[0]:
+        prompts, responses = model.encode(pack([pairs[i].tokens for i in rows]).to(device))
+        posterior: RewardOutput = model.head(prompts, responses, None)
+        wrong_means[rows] = _wrong(posterior.mean)
+        for s in range(samples):
+            seeds = torch.tensor([stable_seed("posterior risk", seed, i, s) for i in rows])
+            wrong_draws[rows, s] = _wrong(model.head(prompts, responses, seeds).sampled)
+        # Float64 and not below 0: at the prior, float32 rounding would otherwise add up over the training set.
+        alpha, mu, logvar = (t.double().cpu() for t in (posterior.alpha, posterior.mu, posterior.logvar))
+        alpha_0 = alpha.new_tensor(prior.prior_concentrations(alpha.shape[1]))
+        kl_w[rows] = dirichlet_kl(alpha[: len(rows)], alpha_0).clamp(min=0.0)
+        zero = mu.new_zeros(1)
+        kl_z[:, rows] = gaussian_kl(mu, logvar, zero, zero).clamp(min=0.0).view(2, len(rows))
+    share = wrong_draws.double().mean(1)
+    return PosteriorRisk(
+        num_pairs=len(pairs),
+        num_prompts=len({normalised_prompt(pair.pair.prompt) for pair in pairs}),
+        fingerprint=_fingerprint(pairs),
+        samples=samples,
+        gibbs_risk=float(share.mean()),
+        gibbs_risk_standard_error=float((share * (1.0 - share) / (samples - 1)).sum().sqrt()) / len(pairs),
+        first_draw_errors=int(wrong_draws[:, 0].sum()),
+        mean_reward_errors=int(wrong_means.sum()),
+        kl_w=float(kl_w.sum()),
+        kl_z_chosen=float(kl_z[0].sum()),
+        kl_z_rejected=float(kl_z[1].sum()),
+    )
+
+
+def _wrong(rewards: torch.Tensor) -> torch.Tensor:
+    """[2n] rewards, chosen first -> [n] bool."""
+    chosen, rejected = rewards.cpu().chunk(2)
+    return pair_accuracy(chosen - rejected) == 0
+
+
+def _fingerprint(pairs: Sequence[TokenisedPair]) -> str:
+    digest = hashlib.sha256()
+    for pair in pairs:
+        digest.update(repr((pair.tokens.prompt_ids, *pair.tokens.response_ids)).encode())
+    return digest.hexdigest()

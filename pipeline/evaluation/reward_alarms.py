@@ -1,0 +1,121 @@
+"""When a reward model's held-out metrics call for a look, and at what (docs/method.md section 10).
+
+An alarm is a question, not a verdict: early evaluations and small held-out sets raise some that pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pipeline.records import Metrics
+
+PREFIX = "alarm/"
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A failure mode, the metrics that show it, and what to do."""
+
+    name: str
+    signals: tuple[str, ...]
+    is_raised: Callable[..., bool]
+    """Of the signals' values, in their order."""
+    advice: str
+
+
+ALARMS = (
+    Alarm(
+        "z_collapse",
+        ("eval/active_units", "eval/margin"),
+        lambda units, margin: units < 2 or margin < 0.01,
+        "the features say nothing of the response, so rewards are nearly equal. Lower loss.kl_weight_z, or warm it up.",
+    ),
+    Alarm(
+        "w_collapse",
+        ("eval/weight_variance",),
+        lambda variance: variance < 1e-4,
+        "every prompt gets the same objective weights. Raise loss.supervision_weight, or lower loss.kl_weight_w.",
+    ),
+    Alarm(
+        "over_concentration",
+        ("eval/concentration_p95",),
+        lambda concentration: concentration > 500,
+        "the objective weights are all but certain. Raise loss.kl_weight_w.",
+    ),
+    Alarm(
+        "small_alpha",
+        ("eval/min_alpha",),
+        lambda alpha: alpha < 0.1,
+        "gradients through such concentrations are mostly noise. Raise vrm.alpha_min or loss.kl_weight_w.",
+    ),
+    Alarm(
+        "latent_bypass",
+        ("eval/accuracy", "eval/sampled_accuracy"),
+        lambda accuracy, sampled: abs(accuracy - sampled) > 0.05,
+        "a posterior sample ranks unlike the posterior mean: the variances do not mean what they say. "
+        "Change loss.kl_weight_z.",
+    ),
+    Alarm(
+        "collinear_scores",
+        ("eval/score_collinearity",),
+        lambda correlation: correlation > 0.95,
+        "the objective scores are one score under several names. Set loss.score_weight, or raise vrm.semantic_dims.",
+    ),
+    Alarm(
+        "scale_drift",
+        ("train/reward_std", "eval/reward_std"),
+        lambda train, heldout: max(train, heldout) > 2 * min(train, heldout),
+        "rewards of training and held-out responses differ twofold in scale. Look at the data, or train less long.",
+    ),
+    Alarm(
+        "miscalibration",
+        ("eval/calibration_error",),
+        lambda error: error > 0.1,
+        "confidence and accuracy differ. Smooth the labels (pair_loss.label_smoothing), or train less long.",
+    ),
+    Alarm(
+        "length_bias",
+        ("eval/length_correlation",),
+        lambda correlation: correlation > 0.4,
+        "rewards follow the length of responses. Compare eval/longer_is_better of the data, and balance it.",
+    ),
+    Alarm(
+        "supervision_mismatch",
+        ("eval/target_correlation",),
+        lambda correlation: correlation < 0.05,
+        "the inferred weights do not follow their targets on held-out prompts. Raise loss.supervision_weight.",
+    ),
+    Alarm(
+        "memorised_prompts",
+        ("train/accuracy", "eval/accuracy"),
+        lambda train, heldout: train - heldout > 0.08,
+        "training pairs are ranked better than held-out ones. Train less long, or give more prompts. "
+        "One training batch is noisy: look at the curve.",
+    ),
+)
+
+
+def check_alarms(metrics: Metrics) -> Metrics:
+    """`alarm/<name>`, 1 or 0, for every alarm whose signals were measured, and `eval/alarms`, how many are raised.
+
+    Args:
+        metrics: of one evaluation, and of the update before it where there was one.
+    """
+    checked = {
+        PREFIX + alarm.name: float(alarm.is_raised(*(metrics[signal] for signal in alarm.signals)))
+        for alarm in ALARMS
+        if all(signal in metrics for signal in alarm.signals)
+    }
+    return checked | {"eval/alarms": sum(checked.values())}
+
+
+def alarm_messages(metrics: Metrics) -> list[str]:
+    """One line for each alarm raised in `metrics`: its name, its signals and what to do."""
+    return [
+        f"alarm {alarm.name} ("
+        + ", ".join(f"{signal} = {metrics[signal]:.3g}" for signal in alarm.signals if signal in metrics)
+        + f"): {alarm.advice}"
+        for alarm in ALARMS
+        if metrics.get(PREFIX + alarm.name)
+    ]

@@ -1,0 +1,162 @@
+"""What accuracy alone cannot see in a reward model: collapse, miscalibration, a taste for length."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from pipeline.evaluation.pair_metrics import ScoredPairs, length_slope, pair_diagnostics
+from pipeline.evaluation.reward_scorer import reward_scores
+from pipeline.models.reward_heads import RewardOutput
+from pipeline.objectives.preference import bradley_terry_loss, pair_accuracy
+from pipeline.objectives.reward_comparison import compare
+from pipeline.objectives.variational import gaussian_kl_per_dimension
+from pipeline.records import Metrics, PreferenceBatch
+
+PAIR_METRICS = (
+    "calibration_error",
+    "brier",
+    "probit/nll",
+    "probit/brier",
+    "probit/calibration_error",
+    "prefers_longer",
+    "length_correlation",
+    "accuracy/chosen_longer",
+    "accuracy/chosen_shorter",
+)
+"""Of `pair_diagnostics`, those that docs/method.md section 10 logs at every evaluation."""
+
+MARGIN_QUANTILES = (5, 50, 95)
+"""Percent; of r_chosen - r_rejected."""
+
+ACTIVE_VARIANCE = 0.01
+"""A semantic dimension whose mean varies by more than this over (x, y) is active (docs/method.md section 10)."""
+
+
+def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
+    """The signals of docs/method.md section 10 on a whole held-out batch.
+
+    Args:
+        output: 2B rows, float64, chosen first; a field that a head does not know is 0 wide.
+        batch: the same rows.
+
+    Returns:
+        The scale of the reward, its calibration and its taste for length; for a VRM or gate head also active units, and
+        spread and supervision of the objective weights; with a posterior their concentration, the divergence of the
+        least and the most used feature, and how well one posterior sample ranks. Means are over the batch.
+    """
+    num_pairs = batch.num_pairs
+    metrics = {
+        "eval/reward_mean": float(output.mean.mean()),
+        "eval/reward_std": float(output.mean.std(correction=0)),
+        "eval/posterior_std": float(output.variance.sqrt().mean()),
+        **_of_pairs(output, batch),
+    }
+    if output.alpha.shape[1]:
+        alpha = output.alpha[:num_pairs]  # the chosen row speaks for the prompt
+        sampled = output.sampled[:num_pairs] - output.sampled[num_pairs:]
+        zero = output.mu.new_zeros(1)
+        kl_z = gaussian_kl_per_dimension(output.mu, output.logvar, zero, zero).mean(0)
+        metrics |= {
+            "eval/sampled_nll": float(bradley_terry_loss(sampled).mean()),
+            "eval/sampled_accuracy": float(pair_accuracy(sampled).mean()),
+            "eval/kl_z_least_dimension": float(kl_z.min()),
+            "eval/kl_z_most_dimension": float(kl_z.max()),
+            "eval/concentration_p05": float(alpha.sum(-1).quantile(0.05)),
+            "eval/max_alpha": float(alpha.max()),
+            "eval/concentration": float(alpha.sum(-1).mean()),
+            "eval/concentration_p95": float(alpha.sum(-1).quantile(0.95)),
+            "eval/min_alpha": float(alpha.min()),
+        }
+    if output.mu.shape[1]:
+        # Divided here in float64: correlations of weights that hardly vary magnify rounding.
+        weights = (output.alpha if output.alpha.shape[1] else output.weights)[:num_pairs]
+        w_bar = weights / weights.sum(-1, keepdim=True)
+        metrics |= {
+            "eval/active_units": float((output.mu.var(0, correction=0) > ACTIVE_VARIANCE).sum()),
+            "eval/weight_variance": float(w_bar.var(0, correction=0).mean()),
+            "eval/weight_entropy": float(_entropy(w_bar).mean()),
+            "eval/weight_distance_from_uniform": float((w_bar - 1.0 / w_bar.shape[1]).abs().sum(-1).mean()),
+        }
+        supervised = batch.target_mask.any(-1)
+        if supervised.any():
+            metrics["eval/target_entropy"] = float(_entropy(batch.target[supervised].double()).mean())
+            correlations = target_correlations(w_bar, batch.target, batch.target_mask)
+            metrics["eval/target_correlation"] = sum(correlations) / len(correlations)
+            metrics |= {f"eval/target_correlation_{k}": value for k, value in enumerate(correlations)}
+    if output.scores.shape[1]:
+        metrics["eval/score_collinearity"] = score_collinearity(output.scores)
+    return metrics
+
+
+def _of_pairs(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
+    """Calibration of the margins, and what length has to do with them."""
+    means = output.mean.cpu().numpy()
+    n = batch.num_pairs
+    margins = means[:n] - means[n:]
+    length_gap = np.array([len(chosen) - len(rejected) for chosen, rejected in (p.response_ids for p in batch.pairs)])
+    measured = pair_diagnostics(
+        ScoredPairs(chosen=means[:n], rejected=means[n:], margin_std=_margin_stds(output, n), length_gap=length_gap)
+    )
+    quantiles = {f"eval/margin_p{q:02d}": float(np.quantile(margins, q / 100)) for q in MARGIN_QUANTILES}
+    # NaN is "no such pair".
+    return (
+        quantiles
+        | {"eval/length_slope": length_slope(margins, length_gap)}
+        | {
+            f"eval/{name.replace('/', '_')}": measured[name]
+            for name in PAIR_METRICS
+            if name in measured and not math.isnan(measured[name])
+        }
+    )
+
+
+def _margin_stds(output: RewardOutput, num_pairs: int) -> np.ndarray:
+    """[B] posterior standard deviations of the margins, under the weights of the chosen row, the prompt's."""
+    of_prompts = output._replace(
+        alpha=output.alpha[:num_pairs].repeat(2, 1), weights=output.weights[:num_pairs].repeat(2, 1)
+    )
+    scores = reward_scores(of_prompts)
+    return np.array([compare(a, b).margin_std for a, b in zip(scores[:num_pairs], scores[num_pairs:], strict=True)])
+
+
+def score_collinearity(scores: torch.Tensor) -> float:
+    """Mean absolute correlation over responses of two different objectives' scores: 1 when all say the same.
+
+    Equals 1 when the rows of S are collinear, and does not need S, which ZeRO-3 keeps in pieces.
+
+    Args:
+        scores: [N, K], K >= 2.
+    """
+    columns = scores.unbind(-1)
+    pairs = [(x, y) for k, x in enumerate(columns) for y in columns[:k]]
+    return sum(abs(_pearson(x, y)) for x, y in pairs) / len(pairs)
+
+
+def target_correlations(w_bar: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> list[float]:
+    """Pearson correlation over prompts of inferred and target weight, for each objective in the recipe's order.
+
+    A prompt counts for the objectives annotated on it, with its weights renormalised over them, as in the loss.
+    An objective whose weight or target does not vary has correlation 0.
+
+    Args:
+        w_bar, target, mask: [B, K].
+    """
+    present = torch.where(mask, w_bar, torch.zeros_like(w_bar))
+    present = present / present.sum(-1, keepdim=True).clamp(min=1e-12)
+    return [_pearson(present[rows, k], target[rows, k].double()) for k, rows in enumerate(mask.unbind(-1))]
+
+
+def _pearson(x: torch.Tensor, y: torch.Tensor) -> float:
+    if len(x) < 2:
+        return 0.0
+    x, y = x - x.mean(), y - y.mean()
+    norm = float(x.norm() * y.norm())
+    return float((x * y).sum()) / norm if norm > 1e-12 else 0.0
+
+
+def _entropy(p: torch.Tensor) -> torch.Tensor:
+    """[B, K] -> [B] nats."""
+    return -torch.xlogy(p, p).sum(-1)

@@ -1,0 +1,110 @@
+"""The trained reward model as a function of text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.data.batching import plan_micro_batches
+from pipeline.data.chat import encode_prompt, encode_response, fit_prompt, strip_thinking
+from pipeline.errors import DataError
+from pipeline.models.packing import in_packed_order, pack
+from pipeline.models.reward_heads import RewardOutput
+from pipeline.models.reward_model import RewardModel, RewardModelCard, load_reward_model, score_packed
+from pipeline.records import Message, PromptGroup, RewardScore
+
+
+class RewardModelScorer:
+    """Implements `RewardScorer` in one process. A score does not depend on what shared its batch."""
+
+    def __init__(
+        self,
+        model: RewardModel,
+        tokenizer: PreTrainedTokenizerBase,
+        card: RewardModelCard,
+        *,
+        max_tokens_per_batch: int,
+        device: str = "cpu",
+    ) -> None:
+        self.card = card
+        self._model = model.to(device)
+        self._tokenizer = tokenizer
+        self._max_tokens = max_tokens_per_batch
+        self._device = device
+
+    @classmethod
+    def load(cls, directory: str, *, max_tokens_per_batch: int, device: str = "cpu") -> RewardModelScorer:
+        """From a checkpoint directory; bfloat16 backbone on a GPU, float32 on a CPU."""
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        model, tokenizer, card = load_reward_model(directory, dtype=dtype)
+        return cls(model, tokenizer, card, max_tokens_per_batch=max_tokens_per_batch, device=device)
+
+    def score(self, prompts: Sequence[tuple[Message, ...]], responses: Sequence[str]) -> list[RewardScore]:
+        """Posterior mean and standard deviation of each reward, with its reasons (docs/method.md section 7).
+
+        Prompts are cut from the left when prompt and response exceed the model's length; an over-long response is cut
+        at its end. Either way the end-of-turn token is scored, or truncation would become a feature.
+        """
+        if len(prompts) != len(responses):
+            raise DataError(f"{len(prompts)} prompts but {len(responses)} responses to score")
+        encoded = [self._encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        shared = share_prompts(encoded, max_tokens=self._max_tokens)
+        groups = [
+            PromptGroup(prompt_ids=encoded[rows[0]][0], response_ids=tuple(encoded[row][1] for row in rows))
+            for rows in shared
+        ]
+        scores: dict[int, RewardScore] = {}
+        if not groups:
+            return []
+        lengths = [group.num_tokens for group in groups]
+        for batch in plan_micro_batches(lengths, world_size=1, max_tokens=self._max_tokens)[0]:
+            output = score_packed(self._model, pack([groups[g] for g in batch]).to(self._device))
+            rows = in_packed_order([shared[g] for g in batch])
+            scores |= zip(rows, reward_scores(output), strict=True)
+        return [scores[row] for row in range(len(encoded))]
+
+    def fits(self, prompt: tuple[Message, ...], response: str) -> bool:
+        """Whether `score` reads all of both, rather than cutting them to the model's length."""
+        response_ids = encode_response(self._tokenizer, strip_thinking(response))
+        return len(encode_prompt(self._tokenizer, prompt)) + len(response_ids) <= self.card.max_length
+
+    def _encode(self, prompt: tuple[Message, ...], response: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        response_ids = encode_response(self._tokenizer, strip_thinking(response))
+        if len(response_ids) >= self.card.max_length:
+            response_ids = (*response_ids[: self.card.max_length - 2], response_ids[-1])
+        prompt_ids = fit_prompt(encode_prompt(self._tokenizer, prompt), response_ids, self.card.max_length)
+        return prompt_ids, response_ids
+
+
+def reward_scores(output: RewardOutput) -> list[RewardScore]:
+    """Each of the N rows of a head's output as plain numbers."""
+    columns = (output.weights, output.scores, output.deviations)
+    return [
+        RewardScore(
+            mean=mean,
+            std=std,
+            objective_weights=tuple(weights),
+            objective_scores=tuple(scores),
+            concentration=concentration,
+            deviations=tuple(deviations),
+        )
+        for mean, std, concentration, weights, scores, deviations in zip(
+            *(c.tolist() for c in (output.mean, output.variance.sqrt(), output.alpha.sum(-1), *columns)), strict=True
+        )
+    ]
+
+
+def share_prompts(encoded: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], *, max_tokens: int) -> list[list[int]]:
+    """Rows of equal prompt side by side, as many as fit in `max_tokens` with the prompt counted once."""
+    groups: list[list[int]] = []
+    latest: dict[tuple[int, ...], tuple[list[int], int]] = {}
+    for row, (prompt_ids, response_ids) in enumerate(encoded):
+        group, room = latest.get(prompt_ids, ([], 0))
+        if len(response_ids) > room:
+            group, room = [], max_tokens - len(prompt_ids)
+            groups.append(group)
+        group.append(row)
+        latest[prompt_ids] = group, room - len(response_ids)
+    return groups

@@ -1,0 +1,168 @@
+"""Comparisons with their rewards, as a JSONL file that is written while scoring and read by every aggregation."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from pipeline.data.chat import strip_thinking
+from pipeline.data.evaluation_examples import Comparison
+from pipeline.data.files import read_rows
+from pipeline.errors import DataError, NumericsError
+from pipeline.evaluation.scored_rows import ScoredComparison, ScoredResponse, ScoredRows, key_number
+from pipeline.objectives.reward_comparison import compare
+from pipeline.records import RewardScore
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.reward_scorer import RewardModelScorer
+
+CHUNK = 128
+"""Comparisons that are in memory at a time; enough to sort rows of like length into micro-batches."""
+
+FIELDS = ("id", "subset", "cut", "annotators_tie")
+
+
+def score_to_file(
+    comparisons: Iterable[Comparison],
+    path: Path,
+    *,
+    scored_by: str,
+    load_scorer: Callable[[], RewardModelScorer],
+    report: Callable[[int, int], None],
+) -> None:
+    """Writes a line for every comparison, in order; rows that an interrupted run left in the file are kept.
+
+    Consumes `comparisons` in chunks; texts of one chunk at a time are in memory. A killed run leaves whole lines and
+    perhaps a part of one, and the next run goes on behind the whole ones.
+
+    Args:
+        comparisons: what to score.
+        path: the file; its directory exists.
+        scored_by: identity of the model and its precision, written into every line.
+        load_scorer: called once, when the first row needs it.
+        report: called after every chunk with the rows done, and how many of them an earlier run did.
+
+    Raises:
+        DataError: the file holds rows of another model or other data.
+        NumericsError: a reward is not finite.
+    """
+    rows = iter(comparisons)
+    kept = done = _skip_scored(rows, path, scored_by)
+    scorer = None
+    with path.open("a", encoding="utf-8") as file:
+        while chunk := list(itertools.islice(rows, CHUNK)):
+            scorer = scorer or load_scorer()
+            _score_chunk(chunk, scorer, scored_by, file)
+            done += len(chunk)
+            report(done, kept)
+
+
+def read_scored(path: Path) -> tuple[ScoredRows, str]:
+    """The rows that `score_to_file` wrote, and who scored them.
+
+    Raises:
+        DataError: no such file, no rows, or rows of another kind or of several models.
+    """
+    scored_by: set[str] = set()
+    rows = ScoredRows.of(_read(path, scored_by))
+    if len(scored_by) != 1:
+        raise DataError(
+            f"{path} holds rows of {len(scored_by)} models, not of one. Evaluate into a directory of its own."
+        )
+    return rows, scored_by.pop()
+
+
+def _read(path: Path, scored_by: set[str]) -> Iterator[ScoredComparison]:
+    """The rows, one by one; adds to `scored_by` who scored them."""
+    for row in read_rows(str(path)):
+        try:
+            chosen, rejected = (tuple(_response(r) for r in row.values[side]) for side in ("chosen", "rejected"))
+            first, other = (_reward_score(row.values[side][0]) for side in ("chosen", "rejected"))
+            comparison = ScoredComparison(
+                **{name: row.values[name] for name in FIELDS},
+                content_key=key_number(row.values["content_key"]),
+                prompt_key=key_number(row.values["prompt_key"]),
+                chosen=chosen,
+                rejected=rejected,
+                margin_std=compare(first, other).margin_std,
+            )
+            scored_by.add(row.values["scored_by"])
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise DataError(
+                f"{row.place}: no scored comparison ({error!r}). Give the rows.jsonl of an evaluation."
+            ) from error
+        yield comparison
+
+
+def _skip_scored(rows: Iterator[Comparison], path: Path, scored_by: str) -> int:
+    """Takes from `rows` those that the file already holds, cuts off a line that was not finished; how many it took."""
+    if not path.exists():
+        return 0
+    done = whole = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            if not line.endswith(b"\n"):
+                break
+            row = next(rows, None)
+            if row is None or not _is_line_of(line, row, scored_by):
+                raise DataError(
+                    f"{path}, line {done + 1}: scored by another model, or from other data or with other subsets, "
+                    "than this evaluation. Give another --out, or delete the file."
+                )
+            done, whole = done + 1, whole + len(line)
+    os.truncate(path, whole)
+    return done
+
+
+def _is_line_of(line: bytes, row: Comparison, scored_by: str) -> bool:
+    try:
+        values = json.loads(line)
+        found = [values[name] for name in ("scored_by", "content_key", "id", "subset", "annotators_tie")]
+        return found == [scored_by, row.content_key, row.id, row.subset, row.annotators_tie]
+    except (ValueError, KeyError, TypeError):  # not a line of ours at all
+        return False
+
+
+def _score_chunk(chunk: Sequence[Comparison], scorer: RewardModelScorer, scored_by: str, file: TextIO) -> None:
+    texts = [(row, response) for row in chunk for response in (*row.chosen, *row.rejected)]
+    scores = iter(scorer.score([row.prompt for row, _ in texts], [response for _, response in texts]))
+    for row in chunk:
+        chosen, rejected = (
+            [_as_json(row, response, next(scores)) for response in side] for side in (row.chosen, row.rejected)
+        )
+        line = {
+            "id": row.id,
+            "subset": row.subset,
+            "content_key": row.content_key,
+            "prompt_key": row.prompt_key,
+            "scored_by": scored_by,
+            "cut": not all(scorer.fits(row.prompt, response) for response in (*row.chosen, *row.rejected)),
+            "annotators_tie": row.annotators_tie,
+            "chosen": chosen,
+            "rejected": rejected,
+        }
+        file.write(json.dumps(line) + "\n")
+    file.flush()
+
+
+def _as_json(row: Comparison, response: str, score: RewardScore) -> dict[str, Any]:
+    if not (math.isfinite(score.mean) and math.isfinite(score.std)):
+        raise NumericsError(
+            f"{row.place}: reward {score.mean} with standard deviation {score.std} for the response {response!r:.60}. "
+            "Such a model ranks nothing; look at its weights, or score it in float32 (--device cpu)."
+        )
+    return {**asdict(score), "characters": len(strip_thinking(response))}
+
+
+def _response(values: dict[str, Any]) -> ScoredResponse:
+    return ScoredResponse(reward=float(values["mean"]), characters=int(values["characters"]))
+
+
+def _reward_score(values: dict[str, Any]) -> RewardScore:
+    return RewardScore(**{field.name: values[field.name] for field in fields(RewardScore) if field.name in values})

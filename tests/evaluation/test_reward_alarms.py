@@ -1,0 +1,91 @@
+"""Alarms go off on their side of the threshold, and only where their signals were measured."""
+
+import pytest
+
+from pipeline.evaluation.reward_alarms import ALARMS, alarm_messages, check_alarms
+
+HEALTHY = {
+    "train/accuracy": 0.80,
+    "train/reward_std": 1.0,
+    "eval/accuracy": 0.75,
+    "eval/sampled_accuracy": 0.73,
+    "eval/active_units": 16.0,
+    "eval/margin": 1.2,
+    "eval/weight_variance": 0.01,
+    "eval/concentration_p95": 20.0,
+    "eval/min_alpha": 0.5,
+    "eval/score_collinearity": 0.4,
+    "eval/reward_std": 1.3,
+    "eval/calibration_error": 0.04,
+    "eval/length_correlation": 0.1,
+    "eval/target_correlation": 0.3,
+}
+
+
+def test_a_healthy_model_raises_no_alarm_and_all_are_checked():
+    checked = check_alarms(HEALTHY)
+    assert set(checked) == {f"alarm/{alarm.name}" for alarm in ALARMS} | {"eval/alarms"}
+    assert set(checked.values()) == {0.0}
+    assert alarm_messages(HEALTHY | checked) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("z_collapse", {"eval/active_units": 1.0}),
+        ("z_collapse", {"eval/margin": 0.009}),
+        ("w_collapse", {"eval/weight_variance": 0.9e-4}),
+        ("over_concentration", {"eval/concentration_p95": 501.0}),
+        ("small_alpha", {"eval/min_alpha": 0.09}),
+        ("latent_bypass", {"eval/sampled_accuracy": 0.69}),
+        ("collinear_scores", {"eval/score_collinearity": 0.96}),
+        ("scale_drift", {"eval/reward_std": 2.1}),
+        ("scale_drift", {"eval/reward_std": 0.49}),
+        ("miscalibration", {"eval/calibration_error": 0.11}),
+        ("length_bias", {"eval/length_correlation": 0.41}),
+        ("supervision_mismatch", {"eval/target_correlation": 0.04}),
+        ("memorised_prompts", {"train/accuracy": 0.84}),
+    ],
+)
+def test_each_failure_raises_its_alarm_and_no_other(name, change):
+    checked = check_alarms(HEALTHY | change)
+    assert [key for key, value in checked.items() if value] == [f"alarm/{name}", "eval/alarms"]
+    assert checked["eval/alarms"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"eval/active_units": 2.0, "eval/margin": 0.011},
+        {"eval/weight_variance": 1.1e-4},
+        {"eval/concentration_p95": 499.0},
+        {"eval/min_alpha": 0.11},
+        {"eval/sampled_accuracy": 0.71},
+        {"eval/score_collinearity": 0.94},
+        {"eval/reward_std": 1.9},
+        {"eval/reward_std": 0.51},
+        {"eval/calibration_error": 0.09},
+        {"eval/length_correlation": 0.39},
+        {"eval/target_correlation": 0.06},
+        {"train/accuracy": 0.82},
+    ],
+)
+def test_on_the_safe_side_nothing_rings(change):
+    assert check_alarms(HEALTHY | change)["eval/alarms"] == 0.0
+
+
+def test_what_was_not_measured_cannot_alarm():
+    bradley_terry = {
+        "eval/accuracy": 0.7,
+        "eval/margin": 0.0,
+        "eval/calibration_error": 0.3,
+        "eval/length_correlation": 0.1,
+    }
+    assert check_alarms(bradley_terry) == {"alarm/miscalibration": 1.0, "alarm/length_bias": 0.0, "eval/alarms": 1.0}
+
+
+def test_the_letter_gives_the_value_and_the_cure():
+    metrics = HEALTHY | {"eval/min_alpha": 0.05}
+    [letter] = alarm_messages(metrics | check_alarms(metrics))
+    assert letter.startswith("alarm small_alpha (eval/min_alpha = 0.05): ")
+    assert "Raise vrm.alpha_min" in letter

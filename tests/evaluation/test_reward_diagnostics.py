@@ -1,0 +1,139 @@
+"""Diagnostics of the reward model on batches small enough to work out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from pipeline.config.reward import VRMHeadConfig
+from pipeline.evaluation.reward_diagnostics import reward_diagnostics, score_collinearity, target_correlations
+from pipeline.models.reward_heads import RewardOutput, VRMHead
+from pipeline.records import PreferenceBatch, PromptGroup
+
+
+def batch_of(lengths, target=None, mask=None):
+    num_pairs = len(lengths) // 2
+    target = torch.zeros(num_pairs, 2) if target is None else torch.tensor(target)
+    return PreferenceBatch(
+        pairs=tuple(
+            PromptGroup(prompt_ids=(1,), response_ids=((2,) * chosen, (2,) * rejected))
+            for chosen, rejected in zip(lengths[:num_pairs], lengths[num_pairs:], strict=True)
+        ),
+        target=target,
+        target_mask=torch.zeros(num_pairs, 2, dtype=torch.bool) if mask is None else torch.tensor(mask),
+        noise_seeds=torch.zeros(num_pairs, dtype=torch.int64),
+        scores=torch.zeros(len(lengths), 2),
+        score_mask=torch.zeros(len(lengths), 2, dtype=torch.bool),
+        margins=torch.full((num_pairs,), math.nan),
+    )
+
+
+def double(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_diagnostics_of_two_pairs_by_hand():
+    output = RewardOutput(
+        sampled=double([2.0, 0.0, 1.0, 0.0]),
+        mean=double([3.0, 1.0, 1.0, -1.0]),
+        variance=double([4.0, 4.0, 4.0, 4.0]),
+        alpha=double([[3.0, 1.0], [2.0, 6.0], [9.0, 9.0], [9.0, 9.0]]),
+        mu=double([[0.0, 1.0], [1.0, 1.0], [0.0, 1.0], [1.0, 1.1]]),
+        logvar=torch.zeros(4, 2, dtype=torch.float64),
+        scores=double([[1.0, -2.0], [2.0, -4.0], [3.0, -6.0], [4.0, -8.0]]),
+        weights=double([[0.75, 0.25], [0.25, 0.75], [0.5, 0.5], [0.5, 0.5]]),
+        deviations=torch.zeros(4, 0, dtype=torch.float64),
+    )
+    metrics = reward_diagnostics(output, batch_of([5, 4, 3, 4], target=[[0.5, 0.5], [1.0, 0.0]], mask=[[True] * 2] * 2))
+
+    assert metrics["eval/prefers_longer"] == 1.0  # the second pair has equal lengths
+    assert metrics["eval/calibration_error"] == pytest.approx(1.0 - 1.0 / (1.0 + math.exp(-2.0)))
+    assert metrics["eval/reward_mean"] == 1.0
+    assert metrics["eval/reward_std"] == pytest.approx(math.sqrt(2.0))  # deviations 2, 0, 0, -2
+    assert metrics["eval/posterior_std"] == 2.0
+    assert metrics["eval/active_units"] == 1.0  # variances 1/4 and about 0.002
+    assert metrics["eval/weight_variance"] == pytest.approx(1 / 16)  # w_bar (3/4, 1/4) and (1/4, 3/4)
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert metrics["eval/weight_entropy"] == pytest.approx(entropy)
+    assert metrics["eval/concentration"] == 6.0
+    assert metrics["eval/concentration_p95"] == pytest.approx(4.0 + 0.95 * 4.0)
+    assert metrics["eval/concentration_p05"] == pytest.approx(4.0 + 0.05 * 4.0)
+    assert metrics["eval/min_alpha"] == 1.0  # the rejected rows do not speak
+    assert metrics["eval/max_alpha"] == 6.0
+    assert metrics["eval/weight_distance_from_uniform"] == 0.5  # 1/4 + 1/4, twice
+    # Margins of the means 2 and 2, of the sample 1 and 0: a tie is an error.
+    assert metrics["eval/brier"] == pytest.approx((1 - 1 / (1 + math.exp(-2.0))) ** 2)
+    assert metrics["eval/sampled_accuracy"] == 0.5
+    assert metrics["eval/sampled_nll"] == pytest.approx((math.log(1 + math.exp(-1.0)) + math.log(2.0)) / 2)
+    # Unit variances: KL_z of a dimension is mu^2 / 2, on average 1/4 and (1 + 1 + 1 + 1.21) / 8
+    assert metrics["eval/kl_z_least_dimension"] == pytest.approx(0.25)
+    assert metrics["eval/kl_z_most_dimension"] == pytest.approx(4.21 / 8)
+    assert metrics["eval/score_collinearity"] == pytest.approx(1.0)  # the second score is -2 times the first
+    assert metrics["eval/accuracy_chosen_longer"] == 1.0  # 5 against 3 tokens, and 4 against 4
+    assert "eval/accuracy_chosen_shorter" not in metrics
+    # Variance 4 + 4 - 2 s_w^T C s_l under the chosen row's weights: w_bar (3/4, 1/4), A = 4 and (1/4, 3/4), A = 8
+    # give covariances (5.25 - 1/4 * 3/4) / 5 = 1.0125 and (26 - 2.5 * 5) / 9 = 1.5.
+    probit = [2.0 / math.sqrt(1 + math.pi / 8 * variance) for variance in (5.975, 5.0)]
+    assert metrics["eval/probit_nll"] == pytest.approx(sum(math.log(1 + math.exp(-x)) for x in probit) / 2)
+    assert metrics["eval/target_entropy"] == pytest.approx(math.log(2.0) / 2)
+    assert metrics["eval/target_correlation"] == pytest.approx(-1.0)
+    assert metrics["eval/target_correlation_1"] == pytest.approx(-1.0)
+    assert [metrics[f"eval/margin_p{q}"] for q in ("05", "50", "95")] == [2.0, 2.0, 2.0]
+    assert metrics["eval/length_slope"] == 1.0  # margins 2 and 2, gaps 2 and 0: 4 / 4
+    certain = [1 / (1 + math.exp(-x)) for x in probit]
+    assert metrics["eval/probit_brier"] == pytest.approx(sum((1 - p) ** 2 for p in certain) / 2)
+    assert metrics["eval/probit_calibration_error"] == pytest.approx(1 - sum(certain) / 2)
+
+
+def test_the_uncertainty_of_a_pair_is_that_of_the_difference_under_one_draw_of_the_weights():
+    torch.manual_seed(0)
+    head = VRMHead(8, 3, VRMHeadConfig(semantic_dims=5, hidden_size=16, initial_logvar=-3.0))
+    with torch.no_grad():
+        torch.nn.init.normal_(head.weight_head.output.weight, std=0.5)
+        prompt, chosen, rejected = torch.randn(3, 1, 8)
+        draws = 20_000
+        rows = torch.cat([chosen.expand(draws, 8), rejected.expand(draws, 8)])
+        sampled = head(prompt.expand(2 * draws, 8), rows, torch.arange(draws)).sampled.double()
+        alone = RewardOutput(*head(prompt.expand(2, 8), torch.cat([chosen, rejected]), None))
+    output = RewardOutput(*(field.double() for field in alone))
+    margins = sampled[:draws] - sampled[draws:]
+    [margin] = (alone.mean[:1] - alone.mean[1:]).tolist()
+    variance = margins.var().item()
+    nll = reward_diagnostics(output, batch_of([3, 3]))["eval/probit_nll"]
+    assert nll == pytest.approx(math.log1p(math.exp(-margin / math.sqrt(1 + math.pi / 8 * variance))), rel=2e-3)
+    independent = output.variance.sum().item()
+    assert abs(independent - variance) > 0.2 * variance  # else this could not tell
+
+
+def test_a_bradley_terry_head_has_no_posterior_to_diagnose():
+    nothing = torch.zeros(2, 0, dtype=torch.float64)
+    output = RewardOutput(double([1, 0]), double([1, 0]), double([0, 0]), *[nothing] * 6)
+    assert reward_diagnostics(output, batch_of([3, 3])).keys() == {
+        "eval/reward_mean",
+        "eval/reward_std",
+        "eval/posterior_std",
+        "eval/calibration_error",
+        "eval/brier",
+        "eval/prefers_longer",
+        "eval/length_correlation",
+        "eval/length_slope",
+        "eval/margin_p05",
+        "eval/margin_p50",
+        "eval/margin_p95",
+    }
+
+
+def test_scores_that_vary_apart_are_not_collinear():
+    apart = double([[1.0, 1.0, 0.0], [1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [-1.0, -1.0, 0.0]])
+    assert score_collinearity(apart) == 0.0
+    apart[:, 2] = apart[:, 0]
+    assert score_collinearity(apart) == pytest.approx(1 / 3)  # one of three pairs
+
+
+def test_correlation_uses_the_annotated_objectives_and_ignores_what_does_not_vary():
+    w_bar = double([[0.2, 0.3, 0.5], [0.4, 0.1, 0.5], [0.6, 0.3, 0.1]])
+    mask = torch.tensor([[True, True, False]] * 3)
+    # Renormalised over the first two: 0.4, 0.8, 2/3. Targets 0.4, 0.8, 2/3: correlation 1; the third has none: 0.
+    target = torch.tensor([[0.4, 0.6, 0.0], [0.8, 0.2, 0.0], [2 / 3, 1 / 3, 0.0]])
+    assert target_correlations(w_bar, target, mask) == pytest.approx([1.0, 1.0, 0.0])
+    assert target_correlations(w_bar, torch.full((3, 3), 0.5), mask) == [0.0, 0.0, 0.0]

@@ -1,0 +1,44 @@
+"""A reward model that was trained for a moment, behind the HTTP routes of the service, in this process."""
+
+import asyncio
+
+import pytest
+
+from pipeline.config.cluster import ScoringConfig
+from pipeline.evaluation.reward_scorer import RewardModelScorer
+from pipeline.serving.admission import Admission
+from pipeline.serving.cache import ScoreCache
+from pipeline.serving.http.app import build_api
+from pipeline.serving.scoring_service import ScoringService, describe
+from tests.support.learners import collator, reward_trainer, tokenised
+
+
+@pytest.fixture(scope="session")
+def trained_reward_model(tiny_policy, world, tokenizer, tmp_path_factory):
+    """Its directory."""
+    directory = str(tmp_path_factory.mktemp("trained-reward-model"))
+    trainer = reward_trainer(tiny_policy, world, tokenizer)
+    collate, pairs = collator(world, tokenizer), tokenised(world, tokenizer)
+    for step in range(8):
+        trainer.update(collate(pairs[8 * step : 8 * step + 8], step), step)
+    trainer.export(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def trained_api(trained_reward_model):
+    """The application of one replica; it remembers no scores, so every answer comes from the model."""
+    scorer = RewardModelScorer.load(trained_reward_model, max_tokens_per_batch=4096)
+
+    async def score_rows(rows):
+        return await asyncio.to_thread(scorer.score, *rows)
+
+    config = ScoringConfig(cache_entries=0)
+    service = ScoringService(
+        score_rows,
+        describe(scorer.card, config, "f00d", {}),
+        admission=Admission(config.max_pending_rows),
+        cache=ScoreCache(config.cache_entries),
+        deadline_s=60.0,
+    )
+    return build_api(service, token=None, replica="r1")

@@ -1,0 +1,120 @@
+"""The page of the scoring service in a browser, beside what the service says over HTTP."""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+
+from pipeline.data.planted import OBJECTIVES
+from tests.support.browser import CHROMIUM, Browser
+
+pytestmark = [
+    pytest.mark.components,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt install chromium"),
+]
+
+PROMPT = "is the ladder dangerous near home ?"
+A = "wear gloves and take your time . ask an expert if unsure . keep children far away ."
+B = "ignore the warnings on the label . skip the boring checks . rules are for other people ."
+
+CHART = """
+[...document.querySelectorAll("#%s rect")].map((rect, i) => ({
+  name: document.querySelectorAll("#%s text:not(.quiet)")[i].textContent,
+  value: document.querySelectorAll("#%s text.quiet")[i].textContent,
+  width: Number(rect.getAttribute("width")),
+  fill: rect.getAttribute("fill"),
+}))
+"""
+
+DRAWN_IN_THE_PIXELS_THERE_ARE = """
+[...document.querySelectorAll("svg")].every(svg => svg.viewBox.baseVal.width === svg.parentElement.clientWidth)
+"""
+
+
+@pytest.fixture(scope="module")
+def url(trained_api):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(trained_api, log_level="error", ws="none"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def browser(tmp_path):
+    with contextlib.closing(Browser(tmp_path / "profile")) as browser:
+        yield browser
+
+
+@pytest.fixture
+def artefacts(tmp_path):
+    directory = Path(os.environ.get("VRM_TEST_ARTEFACTS", tmp_path))
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def signed(value):
+    return ("−" if value < 0 else "+") + f"{abs(value):.3f}"
+
+
+def test_the_page_shows_what_the_service_says(url, browser, artefacts):
+    answer = httpx.post(f"{url}/v1/compare", json={"prompt": PROMPT, "a": A, "b": B}).json()
+    browser.open(url)
+    for element, text in (("prompt", PROMPT), ("a", A), ("b", B)):
+        browser.type_into(element, text)
+    browser.evaluate("document.getElementById('ask').click()")
+    browser.wait_for("document.getElementById('model').textContent.includes('fingerprint')")
+
+    def text(element):
+        return browser.evaluate(f"document.getElementById('{element}').textContent")
+
+    def chart(element):
+        return browser.evaluate(CHART % ((element,) * 3))
+
+    better, sure = answer["preferred"].upper(), 100 * max(answer["probability"], 1 - answer["probability"])
+    assert text("verdict") == f"{better} is better with probability {sure:.1f}%, because of {answer['decided_by']}."
+    assert [row["value"] for row in chart("rewards")] == [
+        f"{signed(answer[side]['reward'])} ± {1.96 * answer[side]['reward_std']:.3f}" for side in "ab"
+    ]
+    weights = answer["a"]["objective_weights"]
+    drawn = chart("weights")
+    assert [(row["name"], row["value"]) for row in drawn] == [(k, f"{100 * weights[k]:.1f}%") for k in OBJECTIVES]
+    scale = drawn[0]["width"] / weights[OBJECTIVES[0]]
+    assert [row["width"] for row in drawn] == pytest.approx([scale * weights[k] for k in OBJECTIVES], rel=1e-6)
+    assert [row["value"] for row in chart("contributions")] == [
+        signed(answer[side]["contributions"][k]) for k in OBJECTIVES for side in "ab"
+    ]
+    margins = chart("margins")
+    assert [row["value"] for row in margins] == [signed(answer["contributions"][k]) for k in OBJECTIVES]
+    assert [row["fill"] for row in margins] == [
+        f"var(--{'b' if answer['contributions'][k] < 0 else 'a'})" for k in OBJECTIVES
+    ]
+    assert "fingerprint f00d" in text("model")
+    for name, width in (("wide", 1100), ("narrow", 390)):
+        browser.resize(width)
+        browser.wait_for(DRAWN_IN_THE_PIXELS_THERE_ARE)
+        browser.photograph(artefacts / f"page-{name}.png")
+        assert browser.evaluate("document.documentElement.scrollWidth") == width  # nothing sticks out
+    assert {address.removeprefix(url) for address in browser.requested} == {"/", "/v1/compare", "/v1/model"}
+    assert browser.complaints == []
+    browser.evaluate(f"show({json.dumps(answer | {'probability': 0.99996})})")
+    assert "with probability over 99.9%" in text("verdict")  # nothing is certain
+
+
+def test_the_page_says_why_it_was_refused(url, browser):
+    browser.open(url)
+    for element in ("prompt", "a", "b"):
+        browser.type_into(element, "x" if element == "prompt" else "y" * 1_000_001)
+    browser.evaluate("document.getElementById('ask').click()")
+    browser.wait_for("document.getElementById('problem').textContent !== ''")
+    assert "at most 1000000 characters" in browser.evaluate("document.getElementById('problem').textContent")
+    assert browser.evaluate("document.getElementById('result').hidden")
