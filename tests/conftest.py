@@ -21,6 +21,7 @@ from pipeline.config.data import PlantedConfig
 from pipeline.config.models import TinyModelConfig
 from pipeline.data.planted import OBJECTIVES, PlantedWorld, build_tokenizer
 from pipeline.models.backbone import create_tiny_causal_lm, save_causal_lm
+from tests.support.learners import collator, reward_trainer, tokenised
 
 SMALLEST = TinyModelConfig(
     hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=64, max_positions=128
@@ -71,3 +72,15 @@ def local_ray():
         )
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def trained_reward_model(tiny_policy, world, tokenizer, tmp_path_factory):
+    """The directory of a reward model that was trained for a moment."""
+    directory = str(tmp_path_factory.mktemp("trained-reward-model"))
+    trainer = reward_trainer(tiny_policy, world, tokenizer)
+    collate, pairs = collator(world, tokenizer), tokenised(world, tokenizer)
+    for step in range(8):
+        trainer.update(collate(pairs[8 * step : 8 * step + 8], step), step)
+    trainer.export(directory)
+    return directory

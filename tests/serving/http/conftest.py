@@ -1,4 +1,4 @@
-"""A reward model that was trained for a moment, behind the HTTP routes of the service, in this process."""
+"""The HTTP routes of the service in this process."""
 
 import asyncio
 
@@ -10,19 +10,6 @@ from pipeline.serving.admission import Admission
 from pipeline.serving.cache import ScoreCache
 from pipeline.serving.http.app import build_api
 from pipeline.serving.scoring_service import ScoringService, describe
-from tests.support.learners import collator, reward_trainer, tokenised
-
-
-@pytest.fixture(scope="session")
-def trained_reward_model(tiny_policy, world, tokenizer, tmp_path_factory):
-    """Its directory."""
-    directory = str(tmp_path_factory.mktemp("trained-reward-model"))
-    trainer = reward_trainer(tiny_policy, world, tokenizer)
-    collate, pairs = collator(world, tokenizer), tokenised(world, tokenizer)
-    for step in range(8):
-        trainer.update(collate(pairs[8 * step : 8 * step + 8], step), step)
-    trainer.export(directory)
-    return directory
 
 
 @pytest.fixture(scope="session")
