@@ -9,7 +9,6 @@ import tempfile
 from typing import TYPE_CHECKING
 
 from actors.sft_trainer import SFTTrainerSpec, build_sft_trainer
-
 from jobs.run_job import run_job
 from pipeline.config.recipe import Recipe
 from pipeline.data.batching import step_indices

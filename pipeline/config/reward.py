@@ -23,15 +23,18 @@ class VRMHeadConfig(Frozen):
     semantic_dims: Count = 16
     """d; as many as there are objectives for "hadamard"."""
     hidden_size: Count = 512
-    weight_param: Literal["softplus", "mean_conc"] = "softplus"
+    weight_param: Literal["softplus", "mean_conc"] = "mean_conc"
     """Concentrations one by one, or as mean times total concentration; their bounds then hold for the average one."""
     alpha_min: Positive = 0.05
     alpha_max: Positive = 1000.0
-    prior_alpha: Positive | tuple[Positive, ...] = 1.0
+    prior_alpha: Positive | tuple[Positive, ...] = 10.0
     """Concentrations of the Dirichlet prior: one for all objectives, or a list with one for each."""
     logvar_min: float = -8.0
     logvar_max: float = 4.0
     initial_logvar: float = -2.0
+    learned_scale: bool = True
+    """r = tau <w, s> with a learned tau > 0: scores keep the annotators' units, the reward gets the likelihood's. Of
+    the linear decoders; the networks have a scale of their own."""
 
     @model_validator(mode="after")
     def _starts_inside_its_bounds(self) -> VRMHeadConfig:
@@ -74,8 +77,9 @@ class VariationalLossConfig(Frozen):
     """Over the dimensions of w and of z; the paper's KL is the sum."""
     free_bits: NonNegative = 0.0
     """KL_w below this, and the pair's KL_z below twice this, is free; in nats after `kl_reduction`."""
-    score_weight: NonNegative = 0.0
-    """Of the squared error of the objective scores against their annotations; needs a decoder with scores."""
+    score_weight: NonNegative = 0.3
+    """Of the squared error of the objective scores against their annotations, where there are any. At 0 nothing ties a
+    score to the objective it is named after. Needs a decoder with scores."""
     supervision_weight: NonNegative = 0.1
     supervision_temperature: Positive = 1.0
     supervision: Literal["kl", "mse", "mae", "rank"] = "kl"
@@ -121,9 +125,10 @@ class PairLossConfig(Frozen):
 class RewardConfig(Frozen):
     """Reward-model training (docs/method.md section 14)."""
 
-    head: Literal["vrm", "gate", "regression", "bt", "ensemble"] = "vrm"
+    head: Literal["vrm", "gate", "regression", "bt", "bt_aux", "ensemble"] = "vrm"
     """The baselines are "gate": VRM without its posterior, a deterministic gate over objective scores as in ArmoRM;
     "regression": a score per objective, fitted to the annotations as in HelpSteer2; "bt": one linear reward;
+    "bt_aux": the same with the annotations as an auxiliary task, weighed by `loss.score_weight`;
     "ensemble": several linear rewards."""
     reward_weights: tuple[float, ...] = ()
     """What each objective's score counts in the reward of "regression"; empty is the mean."""

@@ -58,9 +58,16 @@ ALARMS = (
     ),
     Alarm(
         "collinear_scores",
-        ("eval/score_collinearity",),
+        ("reasons/collinearity",),
         lambda correlation: correlation > 0.95,
         "the objective scores are one score under several names. Set loss.score_weight, or raise vrm.semantic_dims.",
+    ),
+    Alarm(
+        "scale",
+        ("eval/scale",),
+        lambda tau: not 0.02 < tau < 50,
+        "the learned scale of the reward has collapsed or exploded: rewards are all alike, or their order is certain. "
+        "Lower head_learning_rate, or set vrm.learned_scale=false.",
     ),
     Alarm(
         "scale_drift",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from pipeline.evaluation.pair_metrics import ScoredPairs, length_slope, pair_diagnostics
+from pipeline.evaluation.reasons import pearson, reason_fidelity
 from pipeline.evaluation.reward_scorer import reward_scores
 from pipeline.models.reward_heads import RewardOutput
 from pipeline.objectives.preference import bradley_terry_loss, pair_accuracy
@@ -35,17 +37,19 @@ ACTIVE_VARIANCE = 0.01
 """A semantic dimension whose mean varies by more than this over (x, y) is active (docs/method.md section 10)."""
 
 
-def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
+def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch, objectives: Sequence[str]) -> Metrics:
     """The signals of docs/method.md section 10 on a whole held-out batch.
 
     Args:
         output: 2B rows, float64, chosen first; a field that a head does not know is 0 wide.
         batch: the same rows.
+        objectives: K names.
 
     Returns:
-        The scale of the reward, its calibration and its taste for length; for a VRM or gate head also active units, and
-        spread and supervision of the objective weights; with a posterior their concentration, the divergence of the
-        least and the most used feature, and how well one posterior sample ranks. Means are over the batch.
+        How well objective scores agree with their annotations (`reason_fidelity`); the scale of the reward, its
+        calibration and its taste for length. For a VRM or gate head also active units, and spread and supervision of
+        the objective weights. With a posterior their concentration, the divergence of the least and the most used
+        feature, and how well one posterior sample ranks. Means are over the batch.
     """
     num_pairs = batch.num_pairs
     metrics = {
@@ -54,6 +58,9 @@ def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
         "eval/posterior_std": float(output.variance.sqrt().mean()),
         **_of_pairs(output, batch),
     }
+    if output.scores.shape[1]:
+        own = output.annotation_scores
+        metrics["eval/scale"] = float((output.scores * own).sum() / own.square().sum().clamp(min=1e-12))
     if output.alpha.shape[1]:
         alpha = output.alpha[:num_pairs]  # the chosen row speaks for the prompt
         sampled = output.sampled[:num_pairs] - output.sampled[num_pairs:]
@@ -86,9 +93,7 @@ def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
             correlations = target_correlations(w_bar, batch.target, batch.target_mask)
             metrics["eval/target_correlation"] = sum(correlations) / len(correlations)
             metrics |= {f"eval/target_correlation_{k}": value for k, value in enumerate(correlations)}
-    if output.scores.shape[1]:
-        metrics["eval/score_collinearity"] = score_collinearity(output.scores)
-    return metrics
+    return metrics | reason_fidelity(output.annotation_scores, batch.scores, batch.score_mask, objectives)
 
 
 def _of_pairs(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
@@ -122,19 +127,6 @@ def _margin_stds(output: RewardOutput, num_pairs: int) -> np.ndarray:
     return np.array([compare(a, b).margin_std for a, b in zip(scores[:num_pairs], scores[num_pairs:], strict=True)])
 
 
-def score_collinearity(scores: torch.Tensor) -> float:
-    """Mean absolute correlation over responses of two different objectives' scores: 1 when all say the same.
-
-    Equals 1 when the rows of S are collinear, and does not need S, which ZeRO-3 keeps in pieces.
-
-    Args:
-        scores: [N, K], K >= 2.
-    """
-    columns = scores.unbind(-1)
-    pairs = [(x, y) for k, x in enumerate(columns) for y in columns[:k]]
-    return sum(abs(_pearson(x, y)) for x, y in pairs) / len(pairs)
-
-
 def target_correlations(w_bar: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> list[float]:
     """Pearson correlation over prompts of inferred and target weight, for each objective in the recipe's order.
 
@@ -146,15 +138,7 @@ def target_correlations(w_bar: torch.Tensor, target: torch.Tensor, mask: torch.T
     """
     present = torch.where(mask, w_bar, torch.zeros_like(w_bar))
     present = present / present.sum(-1, keepdim=True).clamp(min=1e-12)
-    return [_pearson(present[rows, k], target[rows, k].double()) for k, rows in enumerate(mask.unbind(-1))]
-
-
-def _pearson(x: torch.Tensor, y: torch.Tensor) -> float:
-    if len(x) < 2:
-        return 0.0
-    x, y = x - x.mean(), y - y.mean()
-    norm = float(x.norm() * y.norm())
-    return float((x * y).sum()) / norm if norm > 1e-12 else 0.0
+    return [pearson(present[rows, k], target[rows, k].double()) for k, rows in enumerate(mask.unbind(-1))]
 
 
 def _entropy(p: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -16,7 +19,15 @@ from pipeline.learning.schedule import learning_rate_factor, warmup_factor
 from pipeline.learning.training_state import Snapshot
 from pipeline.models.lora import merged
 from pipeline.models.packing import pack
-from pipeline.models.reward_heads import GateHead, RegressionHead, RewardOutput, VRMHead
+from pipeline.models.reward_heads import (
+    SCALE_SPEED,
+    BradleyTerryAuxiliaryHead,
+    GateHead,
+    RegressionHead,
+    RewardHead,
+    RewardOutput,
+    VRMHead,
+)
 from pipeline.models.reward_model import RewardModelCard, save_reward_model
 from pipeline.objectives.preference import (
     bradley_terry_loss,
@@ -75,7 +86,7 @@ class RewardTrainer:
         self.num_steps = num_steps
         self.warmup_fraction = warmup_fraction
         self.max_tokens = max_tokens_per_micro_batch
-        self.score_weight = 1.0 if isinstance(engine.module.head, RegressionHead) else loss.score_weight
+        self.score_weight = score_weight(engine.module.head, loss)
         self.training: Metrics = {}
         """Of the latest update, for the alarms that compare training with held-out pairs."""
         self._squared_gradient = torch.zeros((), device=engine.device)
@@ -134,7 +145,7 @@ class RewardTrainer:
         terms = self._terms(batch, everything, output._replace(sampled=output.mean))
         totals = {name: term.double().sum() for name, term in terms.items()}
         metrics = self._means(totals, batch, "eval") | reward_diagnostics(
-            RewardOutput(*(field.double() for field in output)), batch
+            RewardOutput(*(field.double() for field in output)), batch, self.card.objectives
         )
         metrics |= check_alarms(self.training | metrics)
         # The card keeps the statistics of the latest evaluation; the loop evaluates once more before it exports.
@@ -158,7 +169,7 @@ class RewardTrainer:
                 state_dict=merged(state, self.engine.module),
                 backbone_config=self.backbone_config.to_dict(),
                 tokenizer=self.tokenizer,
-                card=self.card,
+                card=self.card.model_copy(update={"scale": learned_scale(state)}),
             )
 
     # ------------------------------------------------------------------ one micro-batch
@@ -203,7 +214,9 @@ class RewardTrainer:
         if self.score_weight:
             both = _both(micro, batch)
             device = margins.device
-            error = score_error(output.scores, batch.scores[both].to(device), batch.score_mask[both].to(device))
+            error = score_error(
+                output.annotation_scores, batch.scores[both].to(device), batch.score_mask[both].to(device)
+            )
             terms["score_error"] = error[:n] + error[n:]
         return terms
 
@@ -245,6 +258,19 @@ class RewardTrainer:
         if self.score_weight:
             means[f"{split}/score_error"] = float(totals["score_error"]) / max(1, num_scores)
         return means
+
+
+def learned_scale(state_dict: Mapping[str, torch.Tensor]) -> float:
+    """tau of a reward model's parameters; 1 where it has none."""
+    rho = state_dict.get("head.units.rho")
+    return 1.0 if rho is None else math.exp(SCALE_SPEED * float(rho))
+
+
+def score_weight(head: RewardHead, loss: VariationalLossConfig) -> float:
+    """Weight of the squared error of the scores: 1 where it is the whole loss, 0 where a head predicts no scores."""
+    if isinstance(head, RegressionHead):
+        return 1.0
+    return loss.score_weight if isinstance(head, VRMHead | GateHead | BradleyTerryAuxiliaryHead) else 0.0
 
 
 def pair_loss(margins: torch.Tensor, annotated: torch.Tensor, config: PairLossConfig) -> torch.Tensor:

@@ -21,6 +21,9 @@ from pipeline.objectives.variational import (
     sampled_reward_moments,
 )
 
+SCALE_SPEED = 10.0
+"""tau = exp(SCALE_SPEED * rho): Adam moves every parameter alike, and the scale has the longest way to go."""
+
 FLOORS_IN_ALPHA_MIN = 50.0
 """alpha_min over the smallest single concentration of `mean_conc`."""
 
@@ -41,7 +44,11 @@ class RewardOutput(NamedTuple):
     logvar: torch.Tensor
     """[N, d] Gaussian log-variances."""
     scores: torch.Tensor
-    """[N, K] posterior mean objective scores, where mean = <weights, scores>; 0 wide for the other decoders."""
+    """[N, K] posterior mean objective scores in units of the reward, where mean = <weights, scores>; 0 wide for the
+    other decoders."""
+    annotation_scores: torch.Tensor
+    """[N, K] the annotators' scores as the head predicts them, in standard deviations of the annotations: what the
+    score supervision fits. Of the vrm and the gate head, `scores` without the learned scale."""
     weights: torch.Tensor
     """[N, K] posterior mean objective weights."""
     deviations: torch.Tensor
@@ -105,12 +112,28 @@ class TwoLayerHead(nn.Module):
         return self.output(nn.functional.silu(self.hidden(x)))
 
 
+class RewardUnits(nn.Module):
+    """tau > 0, the reward's units per standard deviation of the annotations: r = tau <w, s> (docs/method.md section 2).
+
+    The scores s are fitted to annotations, so their margins are a few standard deviations. Bradley-Terry needs margins
+    in log-odds. Without a scale of its own, one number would have to be both. It starts at 1.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rho = nn.Parameter(torch.zeros(1, dtype=torch.float32))
+
+    def forward(self) -> torch.Tensor:
+        """[1] tau."""
+        return torch.exp(SCALE_SPEED * self.rho)
+
+
 class VRMHead(nn.Module):
     """Weight head, feature head and decoder (VRM, arXiv 2603.04974, Eqs. 3-5 and 12; docs/method.md section 2).
 
     alpha(x) = weight head at the last prompt token
     (mu, logvar)(x, y) = feature head at the last response token
-    r = g(w, z):  bilinear <w, S z>,  hadamard <w, z>,  or a network (`pipeline/models/reward_decoders.py`)
+    r = g(w, z):  bilinear tau <w, S z>,  hadamard tau <w, z>,  or a network (`pipeline/models/reward_decoders.py`)
 
     At the start alpha(x) equals the prior, so KL_w = 0.
     """
@@ -122,6 +145,7 @@ class VRMHead(nn.Module):
         self.weight_head = TwoLayerHead(hidden_size, config.hidden_size, num_objectives + separate_mean)
         self.feature_head = TwoLayerHead(hidden_size, config.hidden_size, 2 * config.semantic_dims)
         self.decoder: MLPDecoder | FiLMDecoder | None = None
+        self.units = RewardUnits() if config.learned_scale and config.decoder in ("bilinear", "hadamard") else None
         match config.decoder:
             case "bilinear":
                 self.score_matrix = nn.Parameter(torch.empty(num_objectives, config.semantic_dims, dtype=torch.float32))
@@ -180,22 +204,30 @@ class VRMHead(nn.Module):
             mu, raw_logvar = self.feature_head(response_hidden.float()).split(config.semantic_dims, dim=-1)
             logvar = soft_clamp(raw_logvar, low=config.logvar_min, high=config.logvar_max)
             if self.decoder is None:
-                mean, variance = reward_mean_and_variance(alpha, mu, logvar, self.score_matrix)
-                scores, deviations = mu @ self.score_matrix.T, mu.new_zeros(len(mu), 0)
+                matrix = self._scaled_matrix()
+                mean, variance = reward_mean_and_variance(alpha, mu, logvar, matrix)
+                annotation_scores, scores = mu @ self.score_matrix.T, mu @ matrix.T
+                deviations = mu.new_zeros(len(mu), 0)
             else:
                 with torch.no_grad():  # the loss takes the sample alone
                     mean, variance, deviations = sampled_reward_moments(
                         self.decoder, alpha, mu, logvar, draws=config.inference_draws
                     )
-                scores = mu.new_zeros(len(mu), 0)
+                annotation_scores = scores = mu.new_zeros(len(mu), 0)
             sampled = mean if noise_seeds is None else self._sampled_rewards(alpha, mu, logvar, noise_seeds)
             weights = alpha / alpha.sum(-1, keepdim=True)
-            return RewardOutput(sampled, mean, variance, alpha, mu, logvar, scores, weights, deviations)
+            return RewardOutput(
+                sampled, mean, variance, alpha, mu, logvar, scores, annotation_scores, weights, deviations
+            )
+
+    def _scaled_matrix(self) -> torch.Tensor:
+        """tau S, [K, d]: mean, sample and variance of the reward follow from it."""
+        return self.score_matrix if self.units is None else self.units() * self.score_matrix
 
     def decode(self, weights: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """r = g(w, z): [*, K] and [*, d] -> [*]."""
         if self.decoder is None:
-            return (weights * (features @ self.score_matrix.T)).sum(-1)
+            return (weights * (features @ self._scaled_matrix().T)).sum(-1)
         return self.decoder(weights, features)
 
     def _sampled_rewards(
@@ -209,7 +241,7 @@ class VRMHead(nn.Module):
 
 
 class GateHead(nn.Module):
-    """The VRM head without its posterior: r = <softmax(u(x)), S mu(x, y)>, as deterministic as ArmoRM's gate.
+    """The VRM head without its posterior: r = tau <softmax(u(x)), S mu(x, y)>, as deterministic as ArmoRM's gate.
 
     What VRM must beat to claim that the variational part matters (docs/method.md section 2).
     Source: Wang et al. 2024, arXiv:2406.12845, section 3.2, with learned instead of regressed objective scores.
@@ -219,6 +251,7 @@ class GateHead(nn.Module):
         super().__init__()
         self.weight_head = TwoLayerHead(hidden_size, config.hidden_size, num_objectives)
         self.feature_head = TwoLayerHead(hidden_size, config.hidden_size, config.semantic_dims)
+        self.units = RewardUnits() if config.learned_scale else None
         self.score_matrix = nn.Parameter(torch.empty(num_objectives, config.semantic_dims, dtype=torch.float32))
         nn.init.normal_(self.feature_head.output.weight, std=1.0 / math.sqrt(config.hidden_size))
         nn.init.normal_(self.score_matrix, std=1.0 / math.sqrt(config.semantic_dims))
@@ -230,11 +263,12 @@ class GateHead(nn.Module):
         with torch.autocast(response_hidden.device.type, enabled=False):
             weights = torch.softmax(self.weight_head(prompt_hidden.float()), dim=-1)
             mu = self.feature_head(response_hidden.float())
-            scores = mu @ self.score_matrix.T
+            annotation_scores = mu @ self.score_matrix.T
+            scores = annotation_scores if self.units is None else self.units() * annotation_scores
             reward = (weights * scores).sum(-1)
-            nothing = reward.new_zeros(len(reward), 0)
+            nothing, certain = reward.new_zeros(len(reward), 0), torch.zeros_like(reward)
             return RewardOutput(
-                reward, reward, torch.zeros_like(reward), nothing, mu, nothing, scores, weights, nothing
+                reward, reward, certain, nothing, mu, nothing, scores, annotation_scores, weights, nothing
             )
 
 
@@ -262,7 +296,7 @@ class RegressionHead(nn.Module):
             reward = (weights * scores).sum(-1)
             nothing = reward.new_zeros(len(reward), 0)
             certain = torch.zeros_like(reward)
-            return RewardOutput(reward, reward, certain, nothing, nothing, nothing, scores, weights, nothing)
+            return RewardOutput(reward, reward, certain, nothing, nothing, nothing, scores, scores, weights, nothing)
 
 
 class BradleyTerryHead(nn.Module):
@@ -280,7 +314,36 @@ class BradleyTerryHead(nn.Module):
         with torch.autocast(response_hidden.device.type, enabled=False):
             reward = self.linear(response_hidden.float()).squeeze(-1)
             nothing = reward.new_zeros(len(reward), 0)
-            return RewardOutput(reward, reward, torch.zeros_like(reward), *[nothing] * 6)
+            return RewardOutput(reward, reward, torch.zeros_like(reward), *[nothing] * 7)
+
+
+class BradleyTerryAuxiliaryHead(nn.Module):
+    """Bradley-Terry with an auxiliary task: K linear scores beside the reward, fitted to the same annotations.
+
+    The fair baseline of heads with supervised scores: the backbone learns from the annotations here too, but the
+    reward is one linear output and has no reasons (docs/method.md section 2).
+    """
+
+    def __init__(self, hidden_size: int, num_objectives: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, 1, bias=False, dtype=torch.float32)
+        self.auxiliary = nn.Linear(hidden_size, num_objectives, dtype=torch.float32)
+        nn.init.normal_(self.linear.weight, std=1.0 / math.sqrt(hidden_size))
+        nn.init.zeros_(self.auxiliary.weight)
+        nn.init.zeros_(self.auxiliary.bias)
+
+    def forward(
+        self, prompt_hidden: torch.Tensor, response_hidden: torch.Tensor, noise_seeds: torch.Tensor | None
+    ) -> RewardOutput:
+        """[N, H] states -> rewards, and the scores that only the loss reads; the signature is the VRM head's."""
+        with torch.autocast(response_hidden.device.type, enabled=False):
+            states = response_hidden.float()
+            reward = self.linear(states).squeeze(-1)
+            nothing, certain = reward.new_zeros(len(reward), 0), torch.zeros_like(reward)
+            annotation_scores = self.auxiliary(states)
+            return RewardOutput(
+                reward, reward, certain, *[nothing] * 4, annotation_scores, weights=nothing, deviations=nothing
+            )
 
 
 class EnsembleHead(nn.Module):
@@ -322,7 +385,7 @@ class EnsembleHead(nn.Module):
             variance = deviations.square().sum(-1)
             # A member ranks both responses of a pair: nothing of the variance belongs to one response alone.
             both = torch.cat([deviations, deviations], dim=1)
-            return RewardOutput(sampled, reward, variance, nothing, nothing, nothing, nothing, nothing, both)
+            return RewardOutput(sampled, reward, variance, *[nothing] * 6, both)
 
 
 def require_pairs(num_rows: int, noise_seeds: torch.Tensor) -> None:
@@ -334,4 +397,4 @@ def require_pairs(num_rows: int, noise_seeds: torch.Tensor) -> None:
         )
 
 
-RewardHead = VRMHead | GateHead | RegressionHead | BradleyTerryHead | EnsembleHead
+RewardHead = VRMHead | GateHead | RegressionHead | BradleyTerryHead | BradleyTerryAuxiliaryHead | EnsembleHead

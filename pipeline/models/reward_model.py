@@ -27,6 +27,7 @@ from pipeline.models.frozen_states import FrozenStates, response_keys
 from pipeline.models.onednn_linear import with_onednn
 from pipeline.models.packing import PackedTokens, pack, packed_states, use_packed_attention
 from pipeline.models.reward_heads import (
+    BradleyTerryAuxiliaryHead,
     BradleyTerryHead,
     EnsembleHead,
     GateHead,
@@ -42,7 +43,7 @@ CARD_FILE = "reward_model.json"
 WEIGHTS_FILE = "model.safetensors"
 STANDARD_ENSEMBLE = EnsembleConfig()
 
-HeadKind = Literal["vrm", "gate", "regression", "bt", "ensemble"]
+HeadKind = Literal["vrm", "gate", "regression", "bt", "bt_aux", "ensemble"]
 
 
 class RewardModelCard(Frozen):
@@ -65,6 +66,8 @@ class RewardModelCard(Frozen):
     """Weights of the objectives in the reward of a regression head; empty is the mean."""
     ensemble: EnsembleConfig = EnsembleConfig()
     """Size and combination of an ensemble."""
+    scale: float = 1.0
+    """tau: the reward's units per standard deviation of the annotations; 1 where none was learned."""
 
 
 class RewardModel(nn.Module):
@@ -118,6 +121,8 @@ def make_head(
             return RegressionHead(hidden_size, num_objectives, reward_weights)
         case "bt":
             return BradleyTerryHead(hidden_size)
+        case "bt_aux":
+            return BradleyTerryAuxiliaryHead(hidden_size, num_objectives)
         case "ensemble":
             return EnsembleHead(hidden_size, ensemble)
 

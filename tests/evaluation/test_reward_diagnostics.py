@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.config.reward import VRMHeadConfig
-from pipeline.evaluation.reward_diagnostics import reward_diagnostics, score_collinearity, target_correlations
+from pipeline.evaluation.reward_diagnostics import reward_diagnostics, target_correlations
 from pipeline.models.reward_heads import RewardOutput, VRMHead
 from pipeline.records import PreferenceBatch, PromptGroup
 
@@ -41,10 +41,12 @@ def test_diagnostics_of_two_pairs_by_hand():
         mu=double([[0.0, 1.0], [1.0, 1.0], [0.0, 1.0], [1.0, 1.1]]),
         logvar=torch.zeros(4, 2, dtype=torch.float64),
         scores=double([[1.0, -2.0], [2.0, -4.0], [3.0, -6.0], [4.0, -8.0]]),
+        annotation_scores=double([[0.5, -1.0], [1.0, -2.0], [1.5, -3.0], [2.0, -4.0]]),
         weights=double([[0.75, 0.25], [0.25, 0.75], [0.5, 0.5], [0.5, 0.5]]),
         deviations=torch.zeros(4, 0, dtype=torch.float64),
     )
-    metrics = reward_diagnostics(output, batch_of([5, 4, 3, 4], target=[[0.5, 0.5], [1.0, 0.0]], mask=[[True] * 2] * 2))
+    batch = batch_of([5, 4, 3, 4], target=[[0.5, 0.5], [1.0, 0.0]], mask=[[True] * 2] * 2)
+    metrics = reward_diagnostics(output, batch, ("honesty", "safety"))
 
     assert metrics["eval/prefers_longer"] == 1.0  # the second pair has equal lengths
     assert metrics["eval/calibration_error"] == pytest.approx(1.0 - 1.0 / (1.0 + math.exp(-2.0)))
@@ -68,7 +70,8 @@ def test_diagnostics_of_two_pairs_by_hand():
     # Unit variances: KL_z of a dimension is mu^2 / 2, on average 1/4 and (1 + 1 + 1 + 1.21) / 8
     assert metrics["eval/kl_z_least_dimension"] == pytest.approx(0.25)
     assert metrics["eval/kl_z_most_dimension"] == pytest.approx(4.21 / 8)
-    assert metrics["eval/score_collinearity"] == pytest.approx(1.0)  # the second score is -2 times the first
+    assert metrics["reasons/collinearity"] == pytest.approx(1.0)  # the second score is -2 times the first
+    assert metrics["eval/scale"] == pytest.approx(2.0)
     assert metrics["eval/accuracy_chosen_longer"] == 1.0  # 5 against 3 tokens, and 4 against 4
     assert "eval/accuracy_chosen_shorter" not in metrics
     # Variance 4 + 4 - 2 s_w^T C s_l under the chosen row's weights: w_bar (3/4, 1/4), A = 4 and (1/4, 3/4), A = 8
@@ -99,7 +102,7 @@ def test_the_uncertainty_of_a_pair_is_that_of_the_difference_under_one_draw_of_t
     margins = sampled[:draws] - sampled[draws:]
     [margin] = (alone.mean[:1] - alone.mean[1:]).tolist()
     variance = margins.var().item()
-    nll = reward_diagnostics(output, batch_of([3, 3]))["eval/probit_nll"]
+    nll = reward_diagnostics(output, batch_of([3, 3]), ("a", "b"))["eval/probit_nll"]
     assert nll == pytest.approx(math.log1p(math.exp(-margin / math.sqrt(1 + math.pi / 8 * variance))), rel=2e-3)
     independent = output.variance.sum().item()
     assert abs(independent - variance) > 0.2 * variance  # else this could not tell
@@ -107,8 +110,8 @@ def test_the_uncertainty_of_a_pair_is_that_of_the_difference_under_one_draw_of_t
 
 def test_a_bradley_terry_head_has_no_posterior_to_diagnose():
     nothing = torch.zeros(2, 0, dtype=torch.float64)
-    output = RewardOutput(double([1, 0]), double([1, 0]), double([0, 0]), *[nothing] * 6)
-    assert reward_diagnostics(output, batch_of([3, 3])).keys() == {
+    output = RewardOutput(double([1, 0]), double([1, 0]), double([0, 0]), *[nothing] * 7)
+    assert reward_diagnostics(output, batch_of([3, 3]), ("a", "b")).keys() == {
         "eval/reward_mean",
         "eval/reward_std",
         "eval/posterior_std",
@@ -121,13 +124,6 @@ def test_a_bradley_terry_head_has_no_posterior_to_diagnose():
         "eval/margin_p50",
         "eval/margin_p95",
     }
-
-
-def test_scores_that_vary_apart_are_not_collinear():
-    apart = double([[1.0, 1.0, 0.0], [1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [-1.0, -1.0, 0.0]])
-    assert score_collinearity(apart) == 0.0
-    apart[:, 2] = apart[:, 0]
-    assert score_collinearity(apart) == pytest.approx(1 / 3)  # one of three pairs
 
 
 def test_correlation_uses_the_annotated_objectives_and_ignores_what_does_not_vary():

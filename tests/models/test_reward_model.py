@@ -23,11 +23,12 @@ from pipeline.models.reward_model import RewardModel, RewardModelCard, load_rewa
 from pipeline.objectives.variational import dirichlet_kl
 from pipeline.records import PromptGroup
 
-HEAD = VRMHeadConfig(semantic_dims=6, hidden_size=32)
-HADAMARD = VRMHeadConfig(decoder="hadamard", semantic_dims=4, hidden_size=32)
-MLP = VRMHeadConfig(decoder="mlp", decoder_hidden_size=16, semantic_dims=6, hidden_size=32)
-FILM = VRMHeadConfig(decoder="film", decoder_hidden_size=16, semantic_dims=6, hidden_size=32)
-MEAN_CONC = VRMHeadConfig(weight_param="mean_conc", semantic_dims=6, hidden_size=32)
+PAPER = VRMHeadConfig(weight_param="softplus", prior_alpha=1.0, learned_scale=False, semantic_dims=6, hidden_size=32)
+HEAD = VRMHeadConfig(weight_param="softplus", prior_alpha=1.0, semantic_dims=6, hidden_size=32)
+HADAMARD = HEAD.model_copy(update={"decoder": "hadamard", "semantic_dims": 4})
+MLP = HEAD.model_copy(update={"decoder": "mlp", "decoder_hidden_size": 16})
+FILM = HEAD.model_copy(update={"decoder": "film", "decoder_hidden_size": 16})
+MEAN_CONC = HEAD.model_copy(update={"weight_param": "mean_conc"})
 
 
 def vrm(tiny_policy, seed=0, config=HEAD):
