@@ -77,9 +77,9 @@ class VariationalLossConfig(Frozen):
     """Over the dimensions of w and of z; the paper's KL is the sum."""
     free_bits: NonNegative = 0.0
     """KL_w below this, and the pair's KL_z below twice this, is free; in nats after `kl_reduction`."""
-    score_weight: NonNegative = 0.3
-    """Of the squared error of the objective scores against their annotations, where there are any. At 0 nothing ties a
-    score to the objective it is named after. Needs a decoder with scores."""
+    score_weight: NonNegative | None = None
+    """Of the squared error of the objective scores against their annotations, where there are any. None is 0.3 for a
+    head with objective scores and 0 for the others. At 0 nothing ties a score to the objective it is named after."""
     supervision_weight: NonNegative = 0.1
     supervision_temperature: Positive = 1.0
     supervision: Literal["kl", "mse", "mae", "rank"] = "kl"

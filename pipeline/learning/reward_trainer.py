@@ -48,6 +48,9 @@ from pipeline.objectives.variational import (
 )
 from pipeline.records import Metrics, PreferenceBatch
 
+SCORE_WEIGHT = 0.3
+"""Where the recipe names none (docs/LOG.md, 2026-11-29): accuracy and the fidelity of scores are flat around it."""
+
 
 class RewardTrainer:
     """Minimises the negative pairwise ELBO plus supervision. Implements `Learner[PreferenceBatch]`.
@@ -270,7 +273,10 @@ def score_weight(head: RewardHead, loss: VariationalLossConfig) -> float:
     """Weight of the squared error of the scores: 1 where it is the whole loss, 0 where a head predicts no scores."""
     if isinstance(head, RegressionHead):
         return 1.0
-    return loss.score_weight if isinstance(head, VRMHead | GateHead | BradleyTerryAuxiliaryHead) else 0.0
+    linear_vrm = isinstance(head, VRMHead) and head.decoder is None
+    if not linear_vrm and not isinstance(head, GateHead | BradleyTerryAuxiliaryHead):
+        return 0.0
+    return SCORE_WEIGHT if loss.score_weight is None else loss.score_weight
 
 
 def pair_loss(margins: torch.Tensor, annotated: torch.Tensor, config: PairLossConfig) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Diagnostics of the reward model on batches small enough to work out by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def test_diagnostics_of_two_pairs_by_hand():
 
 def test_the_uncertainty_of_a_pair_is_that_of_the_difference_under_one_draw_of_the_weights():
     torch.manual_seed(0)
-    head = VRMHead(8, 3, VRMHeadConfig(semantic_dims=5, hidden_size=16, initial_logvar=-3.0))
+    head = VRMHead(8, 3, VRMHeadConfig(semantic_dims=5, hidden_size=16, initial_logvar=-3.0, prior_alpha=1.0))
     with torch.no_grad():
         torch.nn.init.normal_(head.weight_head.output.weight, std=0.5)
         prompt, chosen, rejected = torch.randn(3, 1, 8)
@@ -102,7 +103,9 @@ def test_the_uncertainty_of_a_pair_is_that_of_the_difference_under_one_draw_of_t
     margins = sampled[:draws] - sampled[draws:]
     [margin] = (alone.mean[:1] - alone.mean[1:]).tolist()
     variance = margins.var().item()
-    nll = reward_diagnostics(output, batch_of([3, 3]), ("a", "b"))["eval/probit_nll"]
+    batch = batch_of([3, 3])
+    three = {"scores": torch.zeros(2, 3), "score_mask": torch.zeros(2, 3, dtype=torch.bool)}
+    nll = reward_diagnostics(output, replace(batch, **three), ("a", "b", "c"))["eval/probit_nll"]
     assert nll == pytest.approx(math.log1p(math.exp(-margin / math.sqrt(1 + math.pi / 8 * variance))), rel=2e-3)
     independent = output.variance.sum().item()
     assert abs(independent - variance) > 0.2 * variance  # else this could not tell

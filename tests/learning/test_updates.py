@@ -82,6 +82,7 @@ def unevenly_annotated(pairs):
         ("vrm", {"supervision": "rank", "supervision_on": "expected_log", "target_from": "diff", "free_bits": 0.01}),
         ("vrm", {"supervision": "mae", "kl_reduction": "mean", "kl_weight_w": 0.1, "kl_weight_z": 0.1}),
         ("bt", {"kl_reduction": "mean"}),
+        ("bt_aux", {}),
         ("ensemble", {}),
     ],
 )
@@ -154,8 +155,8 @@ def test_supervising_the_sample_supervises_the_weights_that_made_the_reward(tiny
     batch = collator(world, tokenizer)(tokenised(world, tokenizer)[:6], step=3)
     sampled = VariationalLossConfig(supervision_on="sample")
     metrics = reward_trainer(tiny_policy, world, tokenizer, loss=sampled).update(batch, 3)
-    # At the start alpha = 1 for every prompt, so the draws are those of the seeds alone.
-    weights = sample_dirichlet(torch.ones(6, 4), batch.noise_seeds)
+    # At the start alpha is the prior's for every prompt, so the draws are those of the seeds alone.
+    weights = sample_dirichlet(torch.full((6, 4), 10.0), batch.noise_seeds)
     loss = weight_supervision(batch.target, batch.target_mask, weights.log(), "kl")
     assert metrics["train/supervision"] == pytest.approx(loss.mean().item(), rel=1e-3)
 
@@ -398,7 +399,7 @@ def test_the_literal_objective_collapses_and_the_default_weight_does_not(tiny_po
     batch = collator(world, tokenizer)(tokenised(world, tokenizer)[:32], step=0)
 
     def trained(loss):
-        loss = loss.model_copy(update={"supervision_weight": 0.0})
+        loss = loss.model_copy(update={"supervision_weight": 0.0, "score_weight": 0.0})
         learner = reward_trainer(tiny_policy, world, tokenizer, num_steps=60, loss=loss, max_tokens=100_000, lr=3e-3)
         for step in range(60):
             # Fresh noise each step, as in training: with one fixed draw the model would memorise the noise.
@@ -429,7 +430,7 @@ def test_no_annotation_and_no_supervision_weight_train_the_same_model(loss, tiny
     bare = collator(world, tokenizer)(unannotated, step=0)
     states = []
     for weight, rows in ((0.0, batch), (0.1, bare), (0.1, batch)):
-        config = VariationalLossConfig(supervision_weight=weight, **loss)
+        config = VariationalLossConfig(supervision_weight=weight, score_weight=weight, **loss)
         learner = reward_trainer(tiny_policy, world, tokenizer, loss=config)
         for step in range(2):
             learner.update(rows, step)

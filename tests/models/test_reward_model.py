@@ -11,6 +11,7 @@ from pipeline.evaluation.reward_scorer import RewardModelScorer
 from pipeline.models.backbone import load_backbone, load_config, require_context, train_only_last_layers
 from pipeline.models.packing import pack
 from pipeline.models.reward_heads import (
+    SCALE_SPEED,
     BradleyTerryHead,
     EnsembleHead,
     GateHead,
@@ -266,9 +267,10 @@ def saved(model, tokenizer, card, directory):
         ("vrm", MEAN_CONC),
         ("gate", HEAD),
         ("bt", HEAD),
+        ("bt_aux", HEAD),
         ("ensemble", HEAD),
     ],
-    ids=["bilinear", "hadamard", "mlp", "film", "mean_conc", "gate", "bt", "ensemble"],
+    ids=["bilinear", "hadamard", "mlp", "film", "mean_conc", "gate", "bt", "bt_aux", "ensemble"],
 )
 def test_a_checkpoint_round_trips(head, config, tiny_policy, tokenizer, world, tmp_path):
     torch.manual_seed(0)
@@ -285,17 +287,38 @@ def test_a_checkpoint_round_trips(head, config, tiny_policy, tokenizer, world, t
     assert not list(tmp_path.glob("*.bin")) + list(tmp_path.glob("*.pt"))
 
 
-def test_the_card_names_decoder_and_parameterisation_and_an_older_one_meant_the_first_of_each(
-    tiny_policy, tokenizer, tmp_path
-):
-    directory = saved(vrm(tiny_policy), tokenizer, card(), tmp_path)
-    path = tmp_path / "reward_model.json"
-    written = json.loads(path.read_text())
-    assert (written["vrm"].pop("decoder"), written["vrm"].pop("weight_param")) == ("bilinear", "softplus")
-    del written["vrm"]["decoder_hidden_size"], written["vrm"]["inference_draws"]
-    path.write_text(json.dumps(written))
-    _, _, loaded = load_reward_model(directory)
-    assert loaded == card()
+def test_the_card_names_decoder_and_parameterisation(tiny_policy, tokenizer, tmp_path):
+    saved(vrm(tiny_policy), tokenizer, card(), tmp_path)
+    written = json.loads((tmp_path / "reward_model.json").read_text())["vrm"]
+    assert (written["decoder"], written["weight_param"], written["learned_scale"]) == ("bilinear", "softplus", True)
+
+
+def test_the_scale_multiplies_mean_and_sample_and_the_variance_by_its_square():
+    torch.manual_seed(0)
+    head, inputs = VRMHead(8, 4, HEAD), (torch.randn(4, 8), torch.randn(4, 8), torch.tensor([3, 4]))
+    torch.nn.init.normal_(head.weight_head.output.weight)
+    plain = head(*inputs)
+    with torch.no_grad():
+        head.units.rho.fill_(math.log(3.0) / SCALE_SPEED)  # tau = 3
+    scaled = head(*inputs)
+    torch.testing.assert_close(scaled.mean, 3.0 * plain.mean)
+    torch.testing.assert_close(scaled.sampled, 3.0 * plain.sampled)
+    torch.testing.assert_close(scaled.variance, 9.0 * plain.variance)
+    torch.testing.assert_close(scaled.annotation_scores, plain.annotation_scores)
+    torch.testing.assert_close((scaled.weights * scaled.scores).sum(-1), scaled.mean)
+
+
+def test_mean_and_variance_of_a_scaled_reward_are_those_of_its_samples():
+    torch.manual_seed(1)
+    head, n = VRMHead(8, 4, HEAD), 40_000
+    with torch.no_grad():
+        head.units.rho.fill_(math.log(2.5) / SCALE_SPEED)
+        torch.nn.init.normal_(head.weight_head.output.weight)
+        prompt, response = torch.randn(1, 8), torch.randn(1, 8)
+        exact = head(prompt, response, None)
+        draws = head(prompt.expand(2 * n, 8), response.expand(2 * n, 8), torch.arange(n)).sampled
+    assert draws.mean().item() == pytest.approx(exact.mean.item(), abs=4 * draws.std().item() / math.sqrt(2 * n))
+    assert draws.var().item() == pytest.approx(exact.variance.item(), rel=0.05)
 
 
 @pytest.mark.parametrize("weight_param", ["softplus", "mean_conc"])
