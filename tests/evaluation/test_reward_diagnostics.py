@@ -91,7 +91,11 @@ def test_diagnostics_of_two_pairs_by_hand():
 
 def test_the_uncertainty_of_a_pair_is_that_of_the_difference_under_one_draw_of_the_weights():
     torch.manual_seed(0)
-    head = VRMHead(8, 3, VRMHeadConfig(semantic_dims=5, hidden_size=16, initial_logvar=-3.0, prior_alpha=1.0))
+    head = VRMHead(
+        8,
+        3,
+        VRMHeadConfig(semantic_dims=5, hidden_size=16, initial_logvar=-3.0, weight_param="softplus", prior_alpha=1.0),
+    )
     with torch.no_grad():
         torch.nn.init.normal_(head.weight_head.output.weight, std=0.5)
         prompt, chosen, rejected = torch.randn(3, 1, 8)
