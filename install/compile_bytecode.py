@@ -15,6 +15,7 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 
 REQUIRED = ("deepspeed", "ray", "torch", "transformers", "vllm")
@@ -50,14 +51,18 @@ def own_modules() -> Iterator[str]:
 
 def main(accelerator: str) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    for name in REQUIRED:
-        importlib.import_module(name)
-    worker = "vllm.v1.worker.cpu_worker" if accelerator == "cpu" else "vllm.v1.worker.gpu_worker"
-    for name in (*own_modules(), worker, *ENGINE, *LEARNER, *CLUSTER, *TESTS):
-        try:
+    missing = {}
+    with redirect_stdout(sys.stderr):  # some packages greet whoever imports them
+        for name in REQUIRED:
             importlib.import_module(name)
-        except Exception as error:  # an import may raise anything; a node without its GPU must not fail the installation
-            print(f"install: no bytecode of {name}, which does not import here: {error!r}")
+        worker = "vllm.v1.worker.cpu_worker" if accelerator == "cpu" else "vllm.v1.worker.gpu_worker"
+        for name in (*own_modules(), worker, *ENGINE, *LEARNER, *CLUSTER, *TESTS):
+            try:
+                importlib.import_module(name)
+            except Exception as error:  # an import may raise anything, and a node without its GPU can be installed
+                missing[name] = error
+    for name, error in missing.items():
+        print(f"install: no bytecode of {name}, which does not import here: {error!r}")
     for folder in FOLDERS:
         compileall.compile_dir(Path(sysconfig.get_path("purelib"), folder), quiet=2)
 
