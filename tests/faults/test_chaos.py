@@ -17,7 +17,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 import ray
 import torch
@@ -45,7 +44,7 @@ from tests.faults.mortal_rank import CONFIG, build_learner, build_ranks
 from tests.faults.mortal_worker import MortalWorker
 from tests.support.fakes import FakeRollouts, FakeScorer
 from tests.support.learners import HEAD, prompts_of, reward_card, statistics_of
-from tests.support.nodes import Node
+from tests.support.nodes import Node, ray_processes
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.components
@@ -209,7 +208,7 @@ class Wire(httpx.BaseTransport):
 
 
 def kill_the_replica():
-    [replica] = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::ServeRepli")]
+    [replica] = ray_processes("ServeRepli")
     replica.kill()
 
 
