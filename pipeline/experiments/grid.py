@@ -128,7 +128,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "heads": Experiment(
         title="VRM against its baselines",
         question="Does the variational part help?",
-        variants=tuple(map(_head, ("vrm", "bt", "gate", "regression", "ensemble"))),
+        variants=tuple(map(_head, ("vrm", "bt", "bt_aux", "gate", "regression", "ensemble"))),
         panels=("accuracy", "nll", "ece", "weight_correlation"),
         compare_with="vrm",
     ),
