@@ -36,7 +36,7 @@ from pipeline.serving.protocol import (
     ServiceAnswer,
 )
 
-Prompt = str | Sequence[Message]
+PromptInput = str | Sequence[Message]
 """The text of one user, or every turn before the response of the assistant."""
 
 PATIENCE_S = 60.0
@@ -208,11 +208,11 @@ class ApiCall(Generic[AnswerType]):
         return {"method": self.method, "url": self.path, "json": self.body, "timeout": timeout}
 
 
-def compare_call(prompt: Prompt, a: str, b: str) -> ApiCall[CompareAnswer]:
+def compare_call(prompt: PromptInput, a: str, b: str) -> ApiCall[CompareAnswer]:
     return ApiCall("POST", "/v1/compare", CompareAnswer, {"prompt": _json_of(prompt), "a": a, "b": b})
 
 
-def best_of_call(prompt: Prompt, responses: Sequence[str], lcb: float) -> ApiCall[BestOfAnswer]:
+def best_of_call(prompt: PromptInput, responses: Sequence[str], lcb: float) -> ApiCall[BestOfAnswer]:
     body = {"prompt": _json_of(prompt), "responses": list(responses), "lcb": lcb}
     return ApiCall("POST", "/v1/best_of", BestOfAnswer, body)
 
@@ -229,11 +229,11 @@ class VRMScorer:
         self._settings = ClientSettings.of(url, options)
         self._client = httpx.Client(transport=transport, **self._settings.httpx_options())
 
-    def score(self, prompt: Prompt, responses: Sequence[str]) -> ScoreAnswer:
+    def score(self, prompt: PromptInput, responses: Sequence[str]) -> ScoreAnswer:
         """The responses to one prompt, in order."""
         return self.score_rows([prompt] * len(responses), responses)
 
-    def score_rows(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> ScoreAnswer:
+    def score_rows(self, prompts: Sequence[PromptInput], responses: Sequence[str]) -> ScoreAnswer:
         """One score per (prompt, response), in order, in as many requests as needed.
 
         Raises:
@@ -258,11 +258,11 @@ class VRMScorer:
                     return merge(answers)
                 time.sleep(min(SWAP_PAUSE_S, max(0.0, ends_at - time.monotonic())))
 
-    def compare(self, prompt: Prompt, a: str, b: str) -> CompareAnswer:
+    def compare(self, prompt: PromptInput, a: str, b: str) -> CompareAnswer:
         """P(a > b), and what each objective contributes to it."""
         return self._send(compare_call(prompt, a, b))
 
-    def best_of(self, prompt: Prompt, responses: Sequence[str], *, lcb: float = 0.0) -> BestOfAnswer:
+    def best_of(self, prompt: PromptInput, responses: Sequence[str], *, lcb: float = 0.0) -> BestOfAnswer:
         """The responses from best to worst by reward - lcb * reward_std."""
         return self._send(best_of_call(prompt, responses, lcb))
 
@@ -313,10 +313,10 @@ class AsyncVRMScorer:
         self._settings = ClientSettings.of(url, options)
         self._client = httpx.AsyncClient(transport=transport, **self._settings.httpx_options())
 
-    async def score(self, prompt: Prompt, responses: Sequence[str]) -> ScoreAnswer:
+    async def score(self, prompt: PromptInput, responses: Sequence[str]) -> ScoreAnswer:
         return await self.score_rows([prompt] * len(responses), responses)
 
-    async def score_rows(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> ScoreAnswer:
+    async def score_rows(self, prompts: Sequence[PromptInput], responses: Sequence[str]) -> ScoreAnswer:
         calls = plan_calls(prompts, responses, self._settings.batch_size)
         ends_at = time.monotonic() + self._settings.deadline_s
         slots = asyncio.Semaphore(self._settings.concurrency)
@@ -336,10 +336,10 @@ class AsyncVRMScorer:
                 return merge(answers)
             await asyncio.sleep(min(SWAP_PAUSE_S, max(0.0, ends_at - time.monotonic())))
 
-    async def compare(self, prompt: Prompt, a: str, b: str) -> CompareAnswer:
+    async def compare(self, prompt: PromptInput, a: str, b: str) -> CompareAnswer:
         return await self._send(compare_call(prompt, a, b))
 
-    async def best_of(self, prompt: Prompt, responses: Sequence[str], *, lcb: float = 0.0) -> BestOfAnswer:
+    async def best_of(self, prompt: PromptInput, responses: Sequence[str], *, lcb: float = 0.0) -> BestOfAnswer:
         return await self._send(best_of_call(prompt, responses, lcb))
 
     async def model(self) -> ModelDescription:
@@ -372,7 +372,9 @@ class AsyncVRMScorer:
                 outcome = error
 
 
-def plan_calls(prompts: Sequence[Prompt], responses: Sequence[str], batch_size: int) -> list[ApiCall[ScoreManyAnswer]]:
+def plan_calls(
+    prompts: Sequence[PromptInput], responses: Sequence[str], batch_size: int
+) -> list[ApiCall[ScoreManyAnswer]]:
     """Calls of `POST /v1/score`, of at most `batch_size` responses and about `BATCH_BYTES` each, in order.
 
     Neighbours with the same prompt share it.
@@ -421,7 +423,7 @@ def _batches(rows: Sequence[tuple[Any, str]], batch_size: int) -> Iterator[list[
     yield batch
 
 
-def _json_of(prompt: Prompt) -> str | list[dict[str, str]]:
+def _json_of(prompt: PromptInput) -> str | list[dict[str, str]]:
     return prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
 
 

@@ -10,15 +10,15 @@ from typing import Any, Unpack
 
 from pipeline.errors import DataError
 from pipeline.records import Message
-from pipeline.serving.client import ClientOptions, Prompt, VRMScorer
+from pipeline.serving.client import ClientOptions, PromptInput, VRMScorer
 from pipeline.serving.protocol import ScoreAnswer
 
 
 class VRMReward:
     """A callable with the signature TRL calls: (prompts, completions, **columns) -> rewards.
 
-    Through TRL's `log_metric` and `log_extra` it logs the mean standard deviation of the reward and the mean
-    contribution of each objective, and adds both to the table of completions. It can be pickled.
+    It also gives TRL the standard deviation of each reward and the contribution of each objective. `log_metric` gets
+    the means, `log_extra` the columns for the table of completions. It can be pickled.
     """
 
     __name__ = "vrm"
@@ -36,7 +36,7 @@ class VRMReward:
 
     def __call__(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[PromptInput],
         completions: Sequence[str | Sequence[Message]],
         *,
         log_metric: Callable[[str, float], None] | None = None,
@@ -58,7 +58,7 @@ class VRMReward:
         return [score.reward - self._lcb * score.reward_std for score in answer.scores]
 
 
-def split_completion(prompt: Prompt, completion: str | Sequence[Message]) -> tuple[Prompt, str]:
+def split_completion(prompt: PromptInput, completion: str | Sequence[Message]) -> tuple[PromptInput, str]:
     """A prompt and its TRL completion as (everything before the last turn, the last turn's text).
 
     Text data sets give prompt and completion as strings, conversational ones as messages. A completion may have several
