@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayTaskError, WorkerCrashedError
 
-from actors.ray_errors import DIED
+from actors.ray_errors import ACTOR_DIED as DIED
 from actors.reward_trainer import RewardTrainerSpec, reward_trainer
 from cluster.resources import Demand
 from pipeline.config.recipe import Recipe

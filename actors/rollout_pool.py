@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 import ray
 from ray.exceptions import GetTimeoutError, RayTaskError
 
-from actors.ray_errors import DIED
+from actors.ray_errors import ACTOR_DIED as DIED
 from actors.rollout_worker import RolloutWorker
 from cluster.autoscaler import Autoscaler, RolloutWaits
 from cluster.placement import Placement

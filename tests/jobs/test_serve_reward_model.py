@@ -16,7 +16,7 @@ from tests.support.learners import reward_card, statistics_of
 SERVE = """
 import os, sys
 import ray
-from actors import vrm_service
+from actors import reward_service
 from jobs.serve_reward_model import main
 from ray._private.utils import read_ray_address
 
@@ -26,9 +26,9 @@ def start_service(*settings, **named):
     assert ray.get_runtime_context().gcs_address != "127.0.0.1:9"
     assert ray.get_runtime_context().namespace.startswith("local-")
 
-vrm_service.start_service = start_service
-vrm_service.swap_model = lambda model, previous, *settings, **named: print("swapped", previous, "for", model)
-vrm_service.leave_service = lambda: print("stopped", flush=True)
+reward_service.start_service = start_service
+reward_service.swap_model = lambda model, previous, *settings, **named: print("swapped", previous, "for", model)
+reward_service.leave_service = lambda: print("stopped", flush=True)
 main()
 assert not ray.is_initialized(), "what was started must be shut down"
 """
