@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+from cluster.engine_build import ResolvedRolloutConfig
 from cluster.rollout_plan import RolloutPlan
-from pipeline.config.cluster import RolloutConfig
 from pipeline.data.batching import stable_seed
 from pipeline.errors import StaleEngineError
 from pipeline.records import Metrics, PolicyWeights, Rollout, SamplingParams
@@ -69,7 +69,7 @@ class RolloutWorker:
     def start(
         self,
         model_uri: str,
-        config: RolloutConfig,
+        config: ResolvedRolloutConfig,
         plan: RolloutPlan,
         dtype: str,
         max_model_len: int,

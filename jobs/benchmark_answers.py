@@ -27,10 +27,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from cluster.engine_build import require_engine_for
 from jobs.command_line import BAD_INPUT
 from pipeline.benchmark.answer_log import AnsweredTurn, AnswerLog
 from pipeline.benchmark.questions import BENCHMARKS, AnsweredBenchmark, AnsweredQuestion, Question, read_questions
-from pipeline.config.engine_build import require_engine_for
 from pipeline.config.load import load_recipe
 from pipeline.config.recipe import Recipe
 from pipeline.data.chat import require_chat_template

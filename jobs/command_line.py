@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cluster.engine_build import resolution_reasons, resolve_rollout
 from cluster.resources import as_table, check_plan, plan_resources, this_machine
 from cluster.rollout_plan import plan_rollouts
 from cluster.submission import is_submitted_job
@@ -80,8 +81,12 @@ def dry_run(options: Options) -> None:
     plan = plan_resources(recipe.cluster, rollouts.placement)
     print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     print(f"workspace: {options.workspace}\n\n{as_table(plan)}\n\n{rollouts}")
-    if rollouts.placement == "disaggregated" and recipe.cluster.rollout.placement is None and recipe.could_share_gpus:
+    rollout = recipe.cluster.rollout
+    may_share = recipe.could_share_gpus(resolve_rollout(rollout).gpus_per_worker)
+    if rollouts.placement == "disaggregated" and rollout.placement is None and may_share:
         print("Where that does not fit, they share the learner's GPUs instead.")
+    for sentence in resolution_reasons(rollout):
+        print(sentence)
     if elsewhere:
         print("Whether the cluster has it is checked when the job connects, before any actor starts.")
     elif not here["GPU"] and any(stage.total("GPU") for stage in plan):

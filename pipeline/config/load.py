@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -15,7 +16,8 @@ from yaml import YAMLError
 from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError
 
-RECIPES = Path(__file__).resolve().parents[2] / "jobs" / "recipes"
+RECIPES = Path(str(files("jobs").joinpath("recipes")))
+"""Data of the package `jobs`, in a checkout as in an installed wheel."""
 EXTENDS = "extends"
 
 
