@@ -22,7 +22,8 @@ from cluster.resources import check_plan, plan_resources
 from cluster.rollout_plan import RolloutPlan, plan_rollouts
 from cluster.session import node_resources, open_cluster, remove_from_nodes
 from cluster.submission import job_id
-from jobs.command_line import PREEMPTED, Options
+from jobs.command_line import JobOptions
+from jobs.exit_codes import PREEMPTED
 from pipeline.config.recipe import Recipe
 from pipeline.data.run_data import RunData, load_data
 from pipeline.records import StageResult
@@ -154,7 +155,7 @@ def identity(owner: str) -> str:
 
 
 @contextmanager
-def open_job(options: Options) -> Iterator[JobContext]:
+def open_job(options: JobOptions) -> Iterator[JobContext]:
     """Workspace first, then the cluster: a locked workspace costs nothing."""
     recipe = options.recipe
     # The progress lines are the stages' own. Read as transformers is imported, which only some stages do.
