@@ -6,12 +6,14 @@ from dataclasses import asdict, replace
 import pytest
 
 from actors.experiment_tasks import Place, backbone_key, compute_missing_states, keep_states, train_one
-from jobs.experiments import compute_on_the_cluster, demand_of, main, parse, run_experiment
+from jobs.experiments import compute_on_the_cluster, demand_of, experiment_command, run_experiment
 from pipeline.config.load import load_recipe
 from pipeline.errors import CheckpointError, ConfigError, CorruptManifest, NumericsError, WorkerError
 from pipeline.experiments.grid import EXPERIMENTS
 from tests.experiments.test_findings import result
 from tests.experiments.test_policy_findings import aligned
+
+parse = experiment_command.options
 
 SMALL = (
     "data.planted.num_train_pairs=64",
@@ -108,7 +110,7 @@ def test_bad_input_ends_before_anything_is_computed(tmp_path, capsys):
     with pytest.raises(ConfigError, match="seeds are whole numbers"):
         asked("heads", tmp_path, "two")
     with pytest.raises(SystemExit, match="2"):
-        main(["heads", "--recipe", "tinny", "--out", str(tmp_path)])
+        experiment_command(["heads", "--recipe", "tinny", "--out", str(tmp_path)])
     assert "Did you mean 'tiny'?" in capsys.readouterr().err
 
 

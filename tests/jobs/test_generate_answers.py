@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from jobs.benchmark_answers import answer_benchmark, parse
+from jobs.generate_answers import generate_answers, generate_answers_command
 from jobs.generate_benchmark import command
 from pipeline.benchmark.alpaca_eval.judging import read_model_outputs
 from pipeline.benchmark.arena_hard.files import read_answers as read_arena_answers
@@ -21,6 +21,8 @@ from pipeline.models.backbone import create_tiny_causal_lm, save_causal_lm
 from tests.conftest import SMALLEST
 from tests.support.fakes import FakeRollouts
 from tests.support.paths import SHARED_DATA
+
+parse = generate_answers_command.options
 
 needs_public_data = pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs ../shared/data beside the repository")
 
@@ -76,7 +78,7 @@ def answer(long_policy, tokenizer, tmp_path):
 
         options = ["--benchmark", benchmark, "--model", long_policy, "--prompts", prompts, "--name", "tiny"]
         try:
-            answer.said = answer_benchmark(parse([*options, "--out", str(tmp_path / out), *more]), open_rollouts)
+            answer.said = generate_answers(parse([*options, "--out", str(tmp_path / out), *more]), open_rollouts)
         except KeyboardInterrupt:
             assert dies_after >= 0
         return [request for rollouts in opened for request in rollouts.asked]
@@ -292,7 +294,7 @@ def test_the_stages_job_takes_a_benchmark_and_a_letter_is_all_it_prints(monkeypa
 
 
 def test_progress_counts_the_turns_of_earlier_runs(answer, monkeypatch, capsys):
-    monkeypatch.setattr("jobs.benchmark_answers.PROGRESS_S", 0.0)
+    monkeypatch.setattr("pipeline.loops.benchmark_answers.PROGRESS_S", 0.0)
     answer("mt_bench", QUESTIONS, dies_after=4)
     answer("mt_bench", QUESTIONS)
     shown = [line.split(",")[0] for line in capsys.readouterr().err.splitlines()]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.judge_benchmark import judge_benchmark, main, parse
+from jobs.judge_benchmark import judge_benchmark, judge_benchmark_command
 from pipeline.data.planted import GoldAnnotator
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.models.backbone import load_backbone
@@ -21,6 +21,8 @@ from pipeline.models.reward_model import RewardModel, make_head, save_reward_mod
 from tests.support.judge_server import completion, judge_server, refusal
 from tests.support.learners import HEAD, reward_card, statistics_of
 from tests.support.paths import ROOT
+
+parse = judge_benchmark_command.options
 
 KEY = "VRM_JUDGE_API_KEY"
 
@@ -169,7 +171,7 @@ def test_unanswered_requests_end_with_1_and_alone_are_asked_again(alpaca, monkey
     with judge_server(answer) as server:
         monkeypatch.setattr(sys, "argv", ["judge_benchmark", *alpaca, *endpoint(server)])
         with pytest.raises(SystemExit) as caught:
-            main()
+            judge_benchmark_command()
         assert caught.value.code == 1
         assert "2 unanswered" in capsys.readouterr().err
         assert [row["instruction"] for row in rows_of(alpaca) if row["preference"] is None] == [
@@ -177,7 +179,7 @@ def test_unanswered_requests_end_with_1_and_alone_are_asked_again(alpaca, monkey
             "explain the town ?",
         ]
         down.clear()
-        main()
+        judge_benchmark_command()
     assert len(server.questions) == 14
     assert all(row["preference"] is not None for row in rows_of(alpaca))
 

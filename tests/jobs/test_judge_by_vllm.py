@@ -14,11 +14,13 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from jobs.judge_benchmark import judge_benchmark, parse
+from jobs.judge_benchmark import judge_benchmark, judge_benchmark_command
 from pipeline.benchmark.alpaca_eval.judging import is_switched
 from pipeline.data.planted import CHAT_TEMPLATE
 from pipeline.models.backbone import create_tiny_causal_lm, load_causal_lm, save_causal_lm
 from tests.conftest import SMALLEST
+
+parse = judge_benchmark_command.options
 
 pytestmark = [pytest.mark.components, pytest.mark.long]
 

@@ -6,8 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from jobs.pac_bayes import measure, parse
-from pipeline.config.load import load_recipe
+from jobs.pac_bayes import measure_model, pac_bayes_command
 from pipeline.data.planted import OBJECTIVES
 from pipeline.data.preferences import normalised_prompt
 from pipeline.errors import CheckpointError, ConfigError, DataError
@@ -15,6 +14,8 @@ from pipeline.models.backbone import load_backbone
 from pipeline.models.reward_model import RewardModel, make_head, save_reward_model
 from tests.support.learners import HEAD, reward_card, statistics_of
 from tests.support.paths import ROOT
+
+parse = pac_bayes_command.options
 
 SMALL = [
     "data.planted.num_train_pairs=40",
@@ -44,9 +45,7 @@ def model(tiny_policy, world, tokenizer, tmp_path_factory):
 
 
 def run(*arguments):
-    options = parse([*arguments, "--samples", "2"])
-    recipe = load_recipe(options.recipe, options.overrides) if options.recipe else None
-    return measure(options, recipe)
+    return measure_model(parse([*arguments, "--samples", "2"]))
 
 
 def write_pairs(path, pairs):

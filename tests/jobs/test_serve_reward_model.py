@@ -16,8 +16,8 @@ from tests.support.learners import reward_card, statistics_of
 SERVE = """
 import os, sys
 import ray
-from actors import vrm_service
-from jobs.serve_reward_model import main
+from actors import reward_service
+from jobs.serve_reward_model import serve_reward_model_command
 from ray._private.utils import read_ray_address
 
 def start_service(*settings, **named):
@@ -26,10 +26,10 @@ def start_service(*settings, **named):
     assert ray.get_runtime_context().gcs_address != "127.0.0.1:9"
     assert ray.get_runtime_context().namespace.startswith("local-")
 
-vrm_service.start_service = start_service
-vrm_service.swap_model = lambda model, previous, *settings, **named: print("swapped", previous, "for", model)
-vrm_service.leave_service = lambda: print("stopped", flush=True)
-main()
+reward_service.start_service = start_service
+reward_service.swap_model = lambda model, previous, *settings, **named: print("swapped", previous, "for", model)
+reward_service.leave_service = lambda: print("stopped", flush=True)
+serve_reward_model_command()
 assert not ray.is_initialized(), "what was started must be shut down"
 """
 
