@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutPlan:
-    """The decision."""
+    """Where the engines stand, and the way of the weights to them."""
 
     placement: RolloutPlacement
     weight_transfer: WeightTransfer

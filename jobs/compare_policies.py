@@ -7,10 +7,10 @@
     python jobs/compare_policies.py base/model_outputs.json aligned/model_outputs.json --questions planted.json \\
         --judgments gold/annotations.json --objectives helpfulness,honesty --out comparison.html
 
-Reads answers of any generator in the layouts of AlpacaEval, Arena-Hard and MT-Bench: a file of one policy, or the
-directory that generate_benchmark wrote, with every benchmark in it. Its answers to our own prompts carry rewards, and
-the reward model is then a judge as well. The first policy is what the others are held against. --judgments are files of
-judge_benchmark about these answers, --scores those of score_benchmark.
+Reads answers of any generator in the layouts of AlpacaEval, Arena-Hard and MT-Bench. A path is a file of one policy, or
+the directory that generate_benchmark wrote, with every benchmark in it. Answers of the pipeline's own benchmark carry
+rewards; the reward model is then a judge as well. Every other policy is compared with the first one. --judgments are
+files of judge_benchmark about these answers, --scores those of score_benchmark.
 """
 
 from __future__ import annotations

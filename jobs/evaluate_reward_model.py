@@ -5,7 +5,7 @@
     python jobs/evaluate_reward_model.py --model .../other/result --pairs pairs.jsonl --out runs/eval-bt \\
         --compare runs/eval-vrm/rows.jsonl
 
-A row is {"prompt": text | messages, "chosen": ..., "rejected": ..., "subset", "id"}; chosen and rejected are a text, a
+A row is {"prompt": text | messages, "chosen": ..., "rejected": ..., "subset", "id"}. Chosen and rejected are a text, a
 conversation that ends with the response, or a list of texts. Writes rows.jsonl (the scores) and metrics.json; the same
 command again continues where it stopped. One process, no Ray.
 """

@@ -3,9 +3,9 @@
     python jobs/scale_rollouts.py runs/tiny --workers 3
     python jobs/scale_rollouts.py --job raysubmit_abc --workers 3      # on the cluster at RAY_ADDRESS
 
-The job follows when it loads the next policy: workers leave with the chunk they are at, and join when their engine is
-up, holds the current policy and has passed the numerics gate. Nothing that was sampled is lost or sampled again, and
-the samples stay the same. From then on the request holds, also against `cluster.rollout.autoscale`.
+The job follows when it loads the next policy. A worker that leaves finishes its chunk. A worker joins when its engine
+is up, holds the current policy and has passed the numerics gate. No sample is lost or drawn again, and the samples stay
+the same. The request then stays in force, also against `cluster.rollout.autoscale`.
 """
 
 from __future__ import annotations

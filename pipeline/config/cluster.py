@@ -151,8 +151,8 @@ class DeadlinesConfig(Frozen):
     score_s: Positive = 600.0
     weights_s: Positive = 600.0
     grace_s: Positive = 30.0
-    """From SIGTERM to SIGKILL, as the platform has it. 30 s are what Kubernetes, Slurm and most clouds' spot machines
-    leave; on a platform that leaves more, say so: what takes longer than that to save is lost."""
+    """From SIGTERM to SIGKILL, as the platform has it. Kubernetes, Slurm and most clouds' spot machines leave 30 s.
+    Raise it on a platform that leaves more: a checkpoint that takes longer to save is lost."""
 
 
 class ClusterConfig(Frozen):

@@ -269,7 +269,7 @@ def describe_summary(summary: Mapping[str, Any]) -> str:
         lines.append(f"{summary['empty']} answers are empty.")
     if "the model's own" in summary.get("token_len", {}).values():
         lines.append(
-            "token_len counts the model's own tokens, for tiktoken's encodings could not be downloaded: compare styles "
-            "only with answers counted alike, or set TIKTOKEN_CACHE_DIR and run again."
+            "token_len counts the model's own tokens, because tiktoken's encodings could not be downloaded. Compare "
+            "styles only with answers counted alike, or set TIKTOKEN_CACHE_DIR and run again."
         )
     return "\n".join(lines)

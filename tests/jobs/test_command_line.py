@@ -49,7 +49,7 @@ def test_dry_runs_of_the_pipeline_and_of_every_stage_print_recipe_and_plan_witho
 
 
 @pytest.mark.parametrize(
-    ("override", "letter"),
+    ("override", "message"),
     [
         ("alignment.num_stps=7", "alignment.num_stps: unknown key; did you mean alignment.num_steps?"),
         ("alignment.num_steps=many", "alignment.num_steps = 'many'"),
@@ -57,11 +57,11 @@ def test_dry_runs_of_the_pipeline_and_of_every_stage_print_recipe_and_plan_witho
         ("num_steps", "is no override; write key.path=value"),
     ],
 )
-def test_a_bad_override_is_a_letter_and_costs_nothing(override, letter):
+def test_a_bad_override_is_an_error_message_and_costs_nothing(override, message):
     started = time.monotonic()
     done = run(override)
     assert done.returncode == 2
-    assert letter in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert time.monotonic() - started < 10
 

@@ -241,7 +241,7 @@ def test_help_answers_without_torch():
     assert done.stdout.strip().endswith("False False False")
 
 
-def test_an_error_is_a_letter_and_status_2(tmp_path, capsys):
+def test_an_error_is_an_error_message_and_status_2(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         evaluate_reward_model_command(
             ["--model", str(tmp_path), "--pairs", "nothing.jsonl", "--out", str(tmp_path / "out")]

@@ -99,9 +99,9 @@ def test_verdicts_of_a_vllm_server_are_weighed_as_its_model_weighs_them(judge_mo
     for row, ours, base in zip(rows, outputs["ours"], outputs["base"], strict=True):
         switched = is_switched(row["instruction"])
         first, second = (ours["output"], base["output"]) if switched else (base["output"], ours["output"])
-        said = f"<|im_start|> user {row['instruction']} m {first} M {second} <|im_end|> <|im_start|> assistant"
+        conversation = f"<|im_start|> user {row['instruction']} m {first} M {second} <|im_end|> <|im_start|> assistant"
         with torch.no_grad():
-            logits = model(torch.tensor([tokenizer(said, add_special_tokens=False).input_ids])).logits[0, -1]
+            logits = model(torch.tensor([tokenizer(conversation, add_special_tokens=False).input_ids])).logits[0, -1]
         seen = logits.topk(5)
         for_first, for_second = (seen.values.exp()[seen.indices == verdict].sum().item() for verdict in verdicts)
         share = for_second / (for_first + for_second)

@@ -77,7 +77,7 @@ def test_files_are_measured_and_the_report_may_have_a_bare_name(model, world, tm
 
 
 @pytest.mark.parametrize(
-    ("arguments", "letter"),
+    ("arguments", "message"),
     [
         ([], "name the data once"),
         (["--train", "a.jsonl"], "name the data once"),
@@ -87,8 +87,8 @@ def test_files_are_measured_and_the_report_may_have_a_bare_name(model, world, tm
         (["--recipe", "tiny", "--samples", "1"], r"--samples 1: .* at least 2 draws"),
     ],
 )
-def test_options_that_make_no_sense_are_a_letter(arguments, letter):
-    with pytest.raises(ConfigError, match=letter):
+def test_options_that_make_no_sense_are_an_error_message(arguments, message):
+    with pytest.raises(ConfigError, match=message):
         parse(["--model", "m", *arguments])
 
 
@@ -118,7 +118,7 @@ def test_a_recipe_of_other_objectives_is_refused(model):
         run("--model", model, "--recipe", "tiny", "objectives=[helpfulness,honesty]")
 
 
-def test_help_needs_no_torch_and_a_missing_model_is_a_letter(tmp_path):
+def test_help_needs_no_torch_and_a_missing_model_is_an_error_message(tmp_path):
     code = (
         "import runpy, sys; sys.argv = ['job', '--help']\n"
         "try: runpy.run_path('jobs/pac_bayes.py', run_name='__main__')\n"

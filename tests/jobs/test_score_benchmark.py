@@ -104,15 +104,15 @@ def annotations_of(path, model, baseline):
 
 
 @pytest.mark.parametrize(
-    ("model", "baseline", "letter"),
+    ("model", "baseline", "message"),
     [
         ("b", "gpt-4o", r"2\.json: judged against 'gpt-4o', the files before it against 'gpt-4'"),
         ("a", "gpt-4", r"2\.json: 'a' is judged in a file before it"),
     ],
 )
-def test_alpaca_eval_files_that_do_not_make_one_table_are_refused(tmp_path, model, baseline, letter):
+def test_alpaca_eval_files_that_do_not_make_one_table_are_refused(tmp_path, model, baseline, message):
     files = [annotations_of(tmp_path / "1.json", "a", "gpt-4"), annotations_of(tmp_path / "2.json", model, baseline)]
-    with pytest.raises(DataError, match=letter):
+    with pytest.raises(DataError, match=message):
         score_benchmark(parse(["--benchmark", "alpaca_eval", "--judgments", *files, "--out", str(tmp_path / "scores")]))
 
 
@@ -132,7 +132,7 @@ def test_a_flag_of_another_benchmark_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("benchmark", sorted(SCORERS))
-def test_a_bad_file_is_a_letter_and_writes_nothing(benchmark, tmp_path):
+def test_a_bad_file_is_an_error_message_and_writes_nothing(benchmark, tmp_path):
     command = [sys.executable, "-m", "jobs.score_benchmark"]
     command += arguments(tmp_path, benchmark, jsonl(tmp_path / "j.jsonl", [{"uid": "q"}]))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

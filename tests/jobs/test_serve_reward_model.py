@@ -47,13 +47,13 @@ def test_the_job_swaps_when_told_and_stops_when_interrupted(world, tmp_path):
     current.symlink_to(old)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     # Ray's own folder is everybody's; and the path of a socket must be short.
-    with tempfile.TemporaryDirectory() as directory, open(tmp_path / "told", "w+", encoding="utf-8") as told:
+    with tempfile.TemporaryDirectory() as directory, open(tmp_path / "log", "w+", encoding="utf-8") as log:
         (Path(directory) / "ray").mkdir()
         (Path(directory) / "ray" / "ray_current_cluster").write_text("127.0.0.1:9")
         job = subprocess.Popen(
             [sys.executable, "-c", SERVE, "--model", str(current), "--port", "0", "--no-token"],
             env=environment | {"RAY_TMPDIR": directory},
-            stdout=told,
+            stdout=log,
             stderr=subprocess.STDOUT,
         )
 
@@ -65,9 +65,9 @@ def test_the_job_swaps_when_told_and_stops_when_interrupted(world, tmp_path):
 
         def wait_for(words):
             gives_up = time.monotonic() + 180
-            while words not in (said := Path(told.name).read_text(encoding="utf-8")):
-                assert job.poll() is None, said
-                assert time.monotonic() < gives_up, said
+            while words not in (printed := Path(log.name).read_text(encoding="utf-8")):
+                assert job.poll() is None, printed
+                assert time.monotonic() < gives_up, printed
                 time.sleep(0.05)
 
         try:
@@ -81,4 +81,4 @@ def test_the_job_swaps_when_told_and_stops_when_interrupted(world, tmp_path):
         finally:
             job.kill()
             job.wait()
-        assert Path(told.name).read_text(encoding="utf-8").count("swapped") == 2
+        assert Path(log.name).read_text(encoding="utf-8").count("swapped") == 2

@@ -39,13 +39,13 @@ def finish_one_and_interrupt_the_next(path):
 
 def test_every_stage_has_its_line_in_order(tmp_path):
     finish_one_and_interrupt_the_next(tmp_path)
-    header, prepared, trained, aligned, benchmark, held = describe_workspace(str(tmp_path)).splitlines()
+    header, prepared, trained, aligned, benchmark, ownership = describe_workspace(str(tmp_path)).splitlines()
     assert header.split() == ["stage", "fingerprint", "state", "steps", "time", "size", "MiB"]
     assert re.fullmatch(r"sft +[0-9a-f]{12} +finished +2/2 +0:00 +1\.0", prepared)
     assert re.fullmatch(r"train_reward_model +[0-9a-f]{12} +unfinished +12/40 +0:00 +0\.0  committed step 10", trained)
     assert aligned.split() == ["align_policy", "not", "started"]
     assert benchmark.split() == ["generate_benchmark", "not", "started"]
-    assert held == "No job holds it."
+    assert ownership == "No job holds it."
 
 
 def test_the_owner_is_named_and_whether_it_lives(tmp_path):
