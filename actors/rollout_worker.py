@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from cluster.engine_build import ResolvedRolloutConfig
 from cluster.rollout_plan import RolloutPlan
-from pipeline.config.cluster import RolloutConfig
 from pipeline.records import Metrics, PolicyWeights, Rollout, SamplingParams
 from pipeline.rollouts.engine_sampler import EngineSampler
 from pipeline.rollouts.numerics_gate import check_engine
@@ -39,7 +39,7 @@ class RolloutWorker:
     def start(
         self,
         model_uri: str,
-        config: RolloutConfig,
+        config: ResolvedRolloutConfig,
         plan: RolloutPlan,
         dtype: str,
         max_model_len: int,

@@ -16,6 +16,7 @@ from vllm.v1.engine import FinishReason as EngineFinishReason
 
 from actors.engine_weights import differences, holds_by_name, replace_weights
 from actors.weight_transfer import register
+from cluster.engine_build import ResolvedRolloutConfig
 from cluster.rollout_plan import RolloutPlan
 from pipeline.config.cluster import RolloutConfig
 from pipeline.errors import StaleEngineError
@@ -44,7 +45,7 @@ class VLLMEngine:
     def __init__(
         self,
         model_directory: str,
-        config: RolloutConfig,
+        config: ResolvedRolloutConfig,
         *,
         plan: RolloutPlan,
         dtype: str,

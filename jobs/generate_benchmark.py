@@ -94,9 +94,9 @@ def main(job: JobContext) -> None:
 def command() -> None:
     """The stage over a workspace, or any model on an official benchmark."""
     if any(argument.split("=")[0] == "--benchmark" for argument in sys.argv[1:]):
-        from jobs import benchmark_answers
+        from jobs.generate_answers import generate_answers_command
 
-        benchmark_answers.main()
+        generate_answers_command()
     else:
         run_job(__doc__, main)
 

@@ -16,13 +16,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NoReturn
 
 from cluster.autoscaler import Autoscaler
+from cluster.engine_build import require_engine_for
 from cluster.placement import Placement, pack_bundles
 from cluster.resources import check_plan, plan_resources
 from cluster.rollout_plan import RolloutPlan, plan_rollouts
 from cluster.session import node_resources, open_cluster, remove_from_nodes
 from cluster.submission import job_id
-from jobs.command_line import PREEMPTED, Options
-from pipeline.config.engine_build import require_engine_for
+from jobs.command_line import JobOptions
+from jobs.exit_codes import PREEMPTED
 from pipeline.config.recipe import Recipe
 from pipeline.data.run_data import RunData, load_data
 from pipeline.records import StageResult
@@ -154,7 +155,7 @@ def identity(owner: str) -> str:
 
 
 @contextmanager
-def open_job(options: Options) -> Iterator[JobContext]:
+def open_job(options: JobOptions) -> Iterator[JobContext]:
     """Workspace first, then the cluster: a locked workspace costs nothing."""
     recipe = options.recipe
     # The progress lines are the stages' own. Read as transformers is imported, which only some stages do.

@@ -16,7 +16,8 @@ import jobs.train_reward_model
 from cluster.autoscaler import RolloutWaits
 from cluster.rollout_plan import THROUGH_FILES
 from jobs.align_policy import align_policy
-from jobs.command_line import PREEMPTED, Options
+from jobs.command_line import JobOptions
+from jobs.exit_codes import PREEMPTED
 from jobs.job_context import JobContext
 from jobs.sft import sft, split_texts
 from jobs.train_reward_model import train_reward_model
@@ -138,7 +139,7 @@ def test_a_job_forgets_what_was_asked_of_the_last_one_and_hears_what_is_asked_fr
     monkeypatch.setattr(
         actors.rollout_pool, "RolloutPool", lambda *_, requested_workers, **__: asked(requested_workers)
     )
-    options = Options(recipe=load_recipe("tiny"), workspace=place, dry_run=False, take_over=False)
+    options = JobOptions(recipe=load_recipe("tiny"), workspace=place, dry_run=False, take_over=False)
 
     @contextmanager
     def asked(requested_workers):
@@ -181,11 +182,13 @@ import contextlib, os, signal, sys, time
 import jobs.job_context
 from cluster.rollout_plan import THROUGH_FILES
 from cluster.autoscaler import RolloutWaits
-from jobs.command_line import parse
+from jobs.command_line import job_options
+from jobs.run_job import job_command
 
+options = job_options(job_command("", None).options(["--workspace", sys.argv[1], "cluster.deadlines.grace_s=1"]))
 jobs.job_context.open_cluster = lambda *_: contextlib.nullcontext()
 jobs.job_context.node_resources = lambda: [{"CPU": 64.0}]
-with jobs.job_context.open_job(parse("", ["--workspace", sys.argv[1], "cluster.deadlines.grace_s=1"])):
+with jobs.job_context.open_job(options):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(100)  # goes on behind a signal, as Ray's waits do
 """
