@@ -75,7 +75,7 @@ def open_pool(policy: Policy, questions: Sequence[Question], recipe: Recipe, own
     from actors.rollout_pool import RolloutPool
     from cluster.resources import plan_generation
     from cluster.session import open_cluster
-    from jobs.job_context import shared_memory
+    from jobs.shared_actors import shared_memory
 
     dtype = recipe.policy.dtype
     require_engine_for(recipe.cluster.rollout.gpus_per_worker)

@@ -10,10 +10,10 @@ from jobs.command_line import BAD_INPUT, PREEMPTED, dry_run, parse
 from pipeline.errors import PipelineError, Preempted
 
 if TYPE_CHECKING:
-    from jobs.job_context import JobContext
+    from jobs.open_job import Job
 
 
-def run_job(description: str, body: Callable[[JobContext], object]) -> None:
+def run_job(description: str, body: Callable[[Job], object]) -> None:
     """Parses, opens workspace and cluster, runs `body`; a pipeline error ends the process with its message alone.
 
     Exit codes: 0 done, 2 bad input or a failure the message explains, 75 asked to end, with what
@@ -25,7 +25,7 @@ def run_job(description: str, body: Callable[[JobContext], object]) -> None:
             dry_run(options)
             return
         # Ray and torch are imported behind the dry run.
-        from jobs.job_context import open_job
+        from jobs.open_job import open_job
 
         with open_job(options) as job:
             body(job)
