@@ -93,7 +93,7 @@ def run_benchmark(
             )
             write_answers(answers_file(result, name), answers[name], dataset=experiment.name)
         if data.gold is not None:
-            (Path(result) / "planted.json").write_text(json.dumps(what_is_asked_for(prompts, data.gold)))
+            (Path(result) / "planted.json").write_text(json.dumps(planted_truth(prompts, data.gold)))
     return compare_answers(answers[ALIGNED], answers[BASE], prompts, data.gold)
 
 
@@ -115,7 +115,7 @@ def answers_file(result: str, name: str) -> Path:
     return Path(result) / name / "model_outputs.json"
 
 
-def what_is_asked_for(prompts: Sequence[Prompt], gold: GoldAnnotator) -> Mapping[str, Mapping]:
+def planted_truth(prompts: Sequence[Prompt], gold: GoldAnnotator) -> Mapping[str, Mapping]:
     """Id of a prompt -> its kind, and kind -> the weights of the objectives."""
     kinds = {prompt.id: gold.kind(prompt.messages) for prompt in prompts}
     weights = {kinds[prompt.id]: gold.objective_weights(prompt.messages) for prompt in prompts}
