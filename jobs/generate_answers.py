@@ -49,7 +49,7 @@ def open_pool(
     from actors.rollout_pool import RolloutPool
     from cluster.resources import plan_generation
     from cluster.session import open_cluster
-    from jobs.job_context import shared_memory
+    from jobs.shared_actors import shared_memory
     from pipeline.data.prompts import tokenise_prompts
     from pipeline.loops.generation import conversation
     from pipeline.rollouts.numerics_gate import TOLERANCE, choose_probes

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from jobs.command_line import Command, add_job_options, job_options, print_dry_run
 
 if TYPE_CHECKING:
-    from jobs.job_context import JobContext
+    from jobs.open_job import Job
 
 
-def job_command(documentation: str, body: Callable[[JobContext], object], *, recipe_flag: str = "--recipe") -> Command:
+def job_command(documentation: str, body: Callable[[Job], object], *, recipe_flag: str = "--recipe") -> Command:
     """The command line of a job that works in a workspace.
 
     Args:
@@ -27,7 +27,7 @@ def job_command(documentation: str, body: Callable[[JobContext], object], *, rec
             print_dry_run(options)
             return
         # Ray and torch are imported behind the dry run.
-        from jobs.job_context import open_job
+        from jobs.open_job import open_job
 
         with open_job(options) as job:
             body(job)
@@ -35,6 +35,6 @@ def job_command(documentation: str, body: Callable[[JobContext], object], *, rec
     return Command(documentation=documentation, add_options=partial(add_job_options, recipe_flag=recipe_flag), run=run)
 
 
-def run_job(documentation: str, body: Callable[[JobContext], object]) -> None:
+def run_job(documentation: str, body: Callable[[Job], object]) -> None:
     """Parses, opens workspace and cluster, runs `body`, and ends the process as `jobs/exit_codes.py` says."""
     job_command(documentation, body)()

@@ -15,7 +15,7 @@ from pipeline.config.recipe import ExperimentConfig, Recipe
 from pipeline.errors import ConfigError
 from pipeline.stages.fingerprint import fingerprint
 
-VERSION = 2
+VERSION = 3
 """Of what a run computes; part of its identity."""
 
 LOSS = "reward.loss"

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from actors.experiment_tasks import Place, backbone_key, compute_missing_states, keep_states, train_one
+from actors.experiment_tasks import ProcessResources, backbone_key, compute_missing_states, keep_states, train_one
 from jobs.experiments import compute_on_the_cluster, demand_of, experiment_command, run_experiment
 from pipeline.config.load import load_recipe
 from pipeline.errors import CheckpointError, ConfigError, CorruptManifest, NumericsError, WorkerError
@@ -26,7 +26,7 @@ SMALL = (
     "cluster.reward.cpus_per_rank=2",
 )
 
-ONE_CORE = Place(cpus=1.0, gpus=0.0, data_root="")
+ONE_CORE = ProcessResources(cpus=1.0, gpus=0.0, data_root="")
 BFLOAT16 = "reward.backbone_dtype=bfloat16"
 
 

@@ -11,6 +11,7 @@ from pipeline.errors import WorkspaceError
 from pipeline.stages import storage
 from pipeline.stages.ownership import Owner
 from pipeline.stages.runner import StageRunner
+from pipeline.stages.stage_spec import StageSpec
 from pipeline.stages.workspace import Workspace
 
 
@@ -32,9 +33,9 @@ def finish_one_and_interrupt_the_next(path):
 
     with Workspace.open(str(path), job="job-1", needs_bytes=0) as workspace:
         stages = StageRunner(workspace)
-        stages.run("sft", 1, prepare, config={})
+        stages.run(StageSpec(name="sft", version=1, config={}), prepare)
         with pytest.raises(KeyboardInterrupt):
-            stages.run("train_reward_model", 1, train, config={})
+            stages.run(StageSpec(name="train_reward_model", version=1, config={}), train)
 
 
 def test_every_stage_has_its_line_in_order(tmp_path):
