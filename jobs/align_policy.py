@@ -90,7 +90,6 @@ def _align(stage: StageDirectory, job: JobContext, policy: StageResult, reward_m
                 stage,
                 config,
                 reward_scale=RewardScale.of(card),
-                seed=recipe.seed,
                 gold=None if data.gold is None else GoldReward.of(data.gold, data.heldout_pairs),
             )
         return metrics | learner.peak_memory()

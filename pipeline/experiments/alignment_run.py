@@ -66,7 +66,6 @@ def align_and_measure(
         stage,
         alignment,
         reward_scale=reward_scale,
-        seed=seed,
         gold=gold,
     )
     rows = stage.metrics_rows()

@@ -19,16 +19,16 @@ class StepPlan:
 
     prompts: PromptStream
     config: AlignmentConfig
-    seed: int
 
     def batch(self, step: int) -> tuple[list[Prompt], SamplingParams]:
+        """The prompts of a step, and how to sample from them."""
         config = self.config
         sampling = SamplingParams(
             temperature=config.temperature,
             top_p=config.top_p,
             max_response_tokens=config.max_response_tokens,
             samples_per_prompt=config.samples_per_prompt,
-            seed=stable_seed("step", self.seed, step),
+            seed=stable_seed("step", self.prompts.seed, step),
         )
         return self.prompts.batch(step, config.prompts_per_step), sampling
 

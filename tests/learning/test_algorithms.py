@@ -46,11 +46,9 @@ def build(samples, scores, evaluations, config):
         samples,
         scores,
         evaluations,
-        ppo=config.ppo,
-        kl=config.kl,
+        config,
         kl_coefficient=config.kl.coefficient,
         reward_scale=RewardScale(mean=0.0, std=1.0),
-        max_response_tokens=config.max_response_tokens,
     )
 
 

@@ -126,7 +126,6 @@ def run_alignment(
         stage_at(path, "align_policy", **options),
         config,
         reward_scale=RewardScale(mean=0.0, std=1.0),
-        seed=0,
     )
     return metrics, rollouts
 
@@ -367,7 +366,6 @@ def run_until_the_kl_limit(
         stage,
         config,
         reward_scale=RewardScale(mean=0.0, std=1.0),
-        seed=0,
     )
     return metrics, stage
 

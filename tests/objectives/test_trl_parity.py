@@ -250,6 +250,7 @@ def test_the_advantages_of_rewards_with_a_kl_are_the_rloo_trainers(trl, tiny_pol
         logprobs, reference = (
             Policy(model)(packed, max(lengths), 1.0).tolist() for model in (trainer.model, trainer.ref_model)
         )
+    plain_rewards = config.ppo.model_copy(update={"reward_transform": "none", "reward_clip": None})
     experience, metrics = build_experience(
         samples,
         [RewardScore(mean=r, std=0.0, objective_weights=(), objective_scores=()) for row in REWARDS for r in row],
@@ -257,11 +258,9 @@ def test_the_advantages_of_rewards_with_a_kl_are_the_rloo_trainers(trl, tiny_pol
             TokenEvaluation(logprobs=tuple(p[:n]), reference_logprobs=tuple(q[:n]), values=(0.0,) * n)
             for p, q, n in zip(logprobs, reference, lengths, strict=True)
         ],
-        ppo=config.ppo.model_copy(update={"reward_transform": "none", "reward_clip": None}),
-        kl=config.kl,
+        config.model_copy(update={"ppo": plain_rewards, "max_response_tokens": 4}),
         kl_coefficient=config.kl.coefficient,
         reward_scale=RewardScale(mean=0.0, std=1.0),
-        max_response_tokens=4,
     )
     torch.testing.assert_close(experience.advantages[:, 0], theirs["advantages"], atol=1e-4, rtol=1e-4)
     assert abs(metrics["kl/per_response"]) > 0.1

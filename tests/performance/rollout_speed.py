@@ -343,7 +343,6 @@ def run_alignment(
         StageDirectory(directory, "align_policy", "0" * 64),
         config,
         reward_scale=RewardScale(mean=0.0, std=1.0),
-        seed=0,
     )
     rows = read_metrics(os.path.join(directory, METRICS_FILE))[1:]
     return {
