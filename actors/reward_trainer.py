@@ -45,6 +45,7 @@ def reward_trainer(spec: RewardTrainerSpec, make_engine: Callable[..., TrainEngi
 
     from pipeline.learning.parameter_groups import parameter_groups
     from pipeline.learning.reward_trainer import RewardTrainer
+    from pipeline.learning.schedule import LearningRateSchedule
     from pipeline.models.backbone import load_backbone, load_tokenizer, train_only_last_layers
     from pipeline.models.lora import add_lora
     from pipeline.models.reward_model import RewardModel, RewardModelCard, make_head
@@ -90,12 +91,10 @@ def reward_trainer(spec: RewardTrainerSpec, make_engine: Callable[..., TrainEngi
     return RewardTrainer(
         engine,
         card=card,
-        statistics=spec.statistics,
         backbone_config=backbone.config,
         tokenizer=tokenizer,
         loss=config.loss,
         pair_loss=config.pair_loss,
-        num_steps=spec.num_steps,
-        warmup_fraction=config.optimiser.warmup_fraction,
+        schedule=LearningRateSchedule(num_steps=spec.num_steps, warmup_fraction=config.optimiser.warmup_fraction),
         max_tokens_per_micro_batch=config.max_tokens_per_micro_batch,
     )

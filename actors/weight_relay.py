@@ -22,10 +22,9 @@ from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.errors import DeadlineExceeded
-from pipeline.records import PolicyWeights
+from pipeline.records import POLICY_FILE, PolicyWeights
 
-WEIGHTS_FILE = "model.safetensors"
-PARTIAL_FILE = f"{WEIGHTS_FILE}.partial"
+PARTIAL_FILE = f"{POLICY_FILE}.partial"
 BUCKET_BYTES = 32 * 2**20
 BUCKETS_AHEAD = 4
 """Buckets on their way at once: enough to keep a network busy, and a small part of any object store."""
@@ -54,7 +53,7 @@ def readable_here(weights: PolicyWeights) -> PolicyWeights:
 
 def _copied_to(here: str, weights: PolicyWeights) -> str:
     """Where the copy lies."""
-    source = os.path.join(weights.location, WEIGHTS_FILE)
+    source = os.path.join(weights.location, POLICY_FILE)
     on_source = NodeAffinitySchedulingStrategy(weights.node, soft=False)
     size, stamp = ray.get(_stat.options(scheduling_strategy=on_source).remote(source), timeout=BUCKET_S)
     published = Path(weights.location)
@@ -64,9 +63,9 @@ def _copied_to(here: str, weights: PolicyWeights) -> str:
     copy = copies / f"{published.name}-{stamp}"
     copies.mkdir(parents=True, exist_ok=True)
     with _locked(f"{copies}.lock"):
-        if not (copy / WEIGHTS_FILE).exists():
+        if not (copy / POLICY_FILE).exists():
             _make_place(copy)
-            _fetch(source, size, copy / WEIGHTS_FILE, on_source)
+            _fetch(source, size, copy / POLICY_FILE, on_source)
     return str(copy)
 
 
@@ -77,8 +76,8 @@ def _make_place(copy: Path) -> None:
     if outdated and not copy.exists():
         lent = outdated.pop()
         # First: under its new name the old file would be taken for the new version.
-        if (lent / WEIGHTS_FILE).exists():
-            (lent / WEIGHTS_FILE).replace(lent / PARTIAL_FILE)
+        if (lent / POLICY_FILE).exists():
+            (lent / POLICY_FILE).replace(lent / PARTIAL_FILE)
         lent.rename(copy)
     copy.mkdir(exist_ok=True)
     for path in outdated:

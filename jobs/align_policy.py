@@ -18,7 +18,7 @@ from pipeline.data.run_data import data_fingerprints
 from pipeline.records import Metrics, StageResult
 from pipeline.rollouts.numerics_gate import choose_probes
 from pipeline.stages import storage
-from pipeline.stages.workspace import StageDirectory
+from pipeline.stages.workspace import KeptCheckpoints, StageDirectory
 
 if TYPE_CHECKING:
     from jobs.job_context import JobContext
@@ -35,8 +35,7 @@ def align_policy(job: JobContext, policy: StageResult, reward_model: StageResult
         config=recipe.model_dump(mode="json", include={"seed", "data", "alignment", "policy"}),
         inputs=[policy, reward_model],
         data=data_fingerprints(recipe),
-        keep_checkpoints=recipe.alignment.keep_checkpoints,
-        keep_best=recipe.alignment.keep_best,
+        keep=KeptCheckpoints(newest=recipe.alignment.keep_checkpoints, best_by=recipe.alignment.keep_best),
         max_restarts=recipe.cluster.alignment.max_restarts,
     )
 

@@ -51,7 +51,7 @@ PROGRESS_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Policy:
+class AnsweringPolicy:
     """The model that answers."""
 
     directory: str
@@ -61,11 +61,13 @@ class Policy:
     """Tokens of the longest conversation."""
 
 
-OpenRollouts = Callable[[Policy, Sequence[Question], Recipe, str], AbstractContextManager[RolloutStream]]
+OpenRollouts = Callable[[AnsweringPolicy, Sequence[Question], Recipe, str], AbstractContextManager[RolloutStream]]
 
 
 @contextmanager
-def open_pool(policy: Policy, questions: Sequence[Question], recipe: Recipe, owner: str) -> Iterator[RolloutStream]:
+def open_pool(
+    policy: AnsweringPolicy, questions: Sequence[Question], recipe: Recipe, owner: str
+) -> Iterator[RolloutStream]:
     """The rollout pool of a cluster, holding the policy.
 
     Args:
@@ -179,7 +181,7 @@ def answer_benchmark(options: argparse.Namespace, open_rollouts: OpenRollouts = 
                 max_response_tokens=sampling.max_response_tokens,
                 context=int(load_config(directory).max_position_embeddings),
             )
-            policy = Policy(directory=directory, tokenizer=tokenizer, max_model_len=longest)
+            policy = AnsweringPolicy(directory=directory, tokenizer=tokenizer, max_model_len=longest)
             with open_rollouts(policy, questions, recipe, str(options.out.absolute())) as rollouts:
                 progress.start()
                 answer_questions(

@@ -49,7 +49,7 @@ def evaluate_reward_model(asked: argparse.Namespace) -> str:
     import numpy as np
     import torch
 
-    from pipeline.data.evaluation_examples import prompt_key, read_comparisons
+    from pipeline.data.evaluation_examples import prompt_key, read_examples
     from pipeline.data.files import content_fingerprint
     from pipeline.data.prompts import read_prompts
     from pipeline.evaluation.reward_scorer import RewardModelScorer
@@ -64,7 +64,7 @@ def evaluate_reward_model(asked: argparse.Namespace) -> str:
     keep_freed_memory(torch.device(device))
     read_card(asked.model)
     subset_field = asked.subset_field or ("domain" if asked.benchmark == "rm_bench" else None)
-    seen = survey(read_comparisons(asked.pairs, subset_field=subset_field), asked.benchmark)
+    seen = survey(read_examples(asked.pairs, subset_field=subset_field), asked.benchmark)
     notes = list(seen.notes)
     if asked.trained_on:
         trained_on = key_column(prompt_key(messages) for _, messages in read_prompts(asked.trained_on))
@@ -79,7 +79,7 @@ def evaluate_reward_model(asked: argparse.Namespace) -> str:
     asked.out.mkdir(parents=True, exist_ok=True)
     rows_file, metrics_file = asked.out / "rows.jsonl", asked.out / "metrics.json"
     score_to_file(
-        read_comparisons(asked.pairs, subset_field=subset_field),
+        read_examples(asked.pairs, subset_field=subset_field),
         rows_file,
         scored_by=scored_by,
         load_scorer=lambda: RewardModelScorer.load(

@@ -16,7 +16,7 @@ from pipeline.evaluation.reward_alarms import alarm_messages
 from pipeline.loops.training import train
 from pipeline.records import Metrics, StageResult
 from pipeline.stages import storage
-from pipeline.stages.workspace import StageDirectory
+from pipeline.stages.workspace import KeptCheckpoints, StageDirectory
 
 if TYPE_CHECKING:
     from jobs.job_context import JobContext
@@ -33,7 +33,7 @@ def train_reward_model(job: JobContext, policy: StageResult) -> StageResult:
         config=recipe.model_dump(mode="json", include={"seed", "objectives", "data", "reward"}),
         inputs=[policy],
         data=data_fingerprints(recipe),
-        keep_best=recipe.reward.keep_best,
+        keep=KeptCheckpoints(best_by=recipe.reward.keep_best),
         max_restarts=recipe.cluster.reward.max_restarts,
     )
 

@@ -15,7 +15,7 @@ from pipeline.data.run_data import NamedPrompt
 from pipeline.evaluation.overoptimization import GoldReward, gold_proxy_gap
 from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.evaluation.win_rate import compare_answers
-from pipeline.experiments.policy_findings import CURVES, fall_from_peak
+from pipeline.experiments.policy_findings import ALIGNMENT_CURVES, fall_from_peak
 from pipeline.experiments.reward_run import RunResult
 from pipeline.loops.alignment import align
 from pipeline.loops.generation import answer_prompts
@@ -96,8 +96,8 @@ def align_and_measure(
 
 
 def alignment_curve(rows: Sequence[Mapping[str, float]]) -> list[Metrics]:
-    """A point a step: `step`, the updates behind the policy that was measured, and those of `CURVES`."""
-    return [{"step": float(row["step"])} | {name: row[name] for name in CURVES} for row in rows]
+    """A point a step: `step`, the updates behind the policy that was measured, and those of `ALIGNMENT_CURVES`."""
+    return [{"step": float(row["step"])} | {name: row[name] for name in ALIGNMENT_CURVES} for row in rows]
 
 
 def _differences(of: Mapping[str, Sequence[float]]) -> list[float]:

@@ -106,15 +106,15 @@ def shaped_rewards(
 
 
 def estimated_advantages(
-    token_rewards: torch.Tensor, batch: RolloutTensors, ppo: PPOConfig, *, group_size: int
+    per_token_rewards: torch.Tensor, batch: RolloutTensors, ppo: PPOConfig, *, group_size: int
 ) -> torch.Tensor:
     """A_t by the recipe's estimator (`ADVANTAGES`) from R_t = -beta k_t + 1[t = last] r~, [B, T]; not whitened.
 
     Args:
-        token_rewards: [B, T] R_t, 0 on padding; scaled to unit variance first where the recipe whitens rewards.
+        per_token_rewards: [B, T] R_t, 0 on padding; scaled to unit variance first where the recipe whitens rewards.
         group_size: G samples of each prompt, 1 where the estimator compares no samples.
     """
-    rewards = whiten(token_rewards, batch.mask, keep_mean=True) if ppo.whiten_rewards else token_rewards
+    rewards = whiten(per_token_rewards, batch.mask, keep_mean=True) if ppo.whiten_rewards else per_token_rewards
     tokens = ScoredTokens(rewards=rewards, values=batch.values, mask=batch.mask, group_size=group_size)
     return ADVANTAGES[ppo.advantages](tokens, ppo)
 

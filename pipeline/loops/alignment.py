@@ -28,7 +28,7 @@ def align(
     """Restores the last commit, then samples, scores, evaluates, updates and publishes until `num_steps`.
 
     collect:  consumes the prompts of the step; waits for all its rollouts; is unblocked by the gate of the publish
-              before. With `config.prefetch` the rollouts were begun during the step before, else nothing overlaps.
+              before. With `config.prefetch` sampling started during the step before, else nothing overlaps.
     score:    consumes prompts and responses as text; produces one reward a rollout.
     evaluate: consumes the rollouts as tokens; produces policy and reference logprobs and values before the update.
     update:   consumes the experience, so it waits for rewards and evaluations; produces policy `step + 1`.
@@ -73,6 +73,7 @@ def align(
                 updated = learner.update(experience, step)
             with run.changing("weights"):
                 gate = rollouts.load_weights(learner.publish_weights(step + 1))
-            log.write(step, run.completed(staleness | measured | updated | gate, samples))
+            metrics = run.complete_step(staleness | measured | updated | gate, samples)
+            log.write(step, metrics)
             run.commit_if_due(step)
     return run.export_result()

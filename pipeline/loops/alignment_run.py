@@ -73,8 +73,8 @@ class AlignmentRun:
 
     # ------------------------------------------------------------------ end of a step
 
-    def completed(self, metrics: Metrics, samples: Sequence[Rollout]) -> Metrics:
-        """Ends a step: adapts the KL coefficient of the next one, and adds the times to the metrics."""
+    def complete_step(self, metrics: Metrics, samples: Sequence[Rollout]) -> Metrics:
+        """Adapts the KL coefficient for the next step. Returns the metrics of this one, with its times."""
         self.kl_coefficient = next_kl_coefficient(
             self.kl_coefficient, self._config.kl, measured=metrics["kl/per_response"], num_responses=len(samples)
         )
@@ -87,7 +87,7 @@ class AlignmentRun:
         Raises:
             Preempted: the process is about to be ended, and the step is committed.
         """
-        # The next row reports how long this save took: its own row is already written.
+        # The row of this step is written, so the next row reports how long this save took.
         self._clock.restart()
         is_last = step + 1 == self._config.num_steps
         if not is_last and self._stage.is_commit_due(step, every=self._config.checkpoint_every):

@@ -108,22 +108,9 @@ def exchange(
     failing_since: float | None = None
     while (left := ends - clock()) > 0:
         outcome = yield Send(left)
-        at_least_s = 0.0
-        if isinstance(outcome, httpx.Response):
-            if outcome.is_success:
-                return outcome
-            trouble = f"{outcome.status_code}: {_detail(outcome)}"
-            if outcome.status_code in {401, 403}:
-                raise ConfigError(f"{url} refuses the token ({trouble}). Pass token=..., or set {TOKEN_VARIABLE}.")
-            if outcome.status_code not in BUSY | FAILED:
-                raise DataError(f"{url} refuses the request ({trouble})")
-            at_least_s = _retry_after_s(outcome)
-        elif isinstance(outcome, httpx.UnsupportedProtocol | httpx.LocalProtocolError):
-            raise ConfigError(
-                f"{url} cannot be asked ({outcome}). A URL is http://host:port or https://..., a token one line."
-            )
-        else:
-            trouble = repr(outcome)
+        if isinstance(outcome, httpx.Response) and outcome.is_success:
+            return outcome
+        trouble = _trouble_worth_retrying(url, outcome)
         if isinstance(outcome, httpx.Response) and outcome.status_code in BUSY:
             failing_since = None
         elif failing_since is None:
@@ -131,7 +118,7 @@ def exchange(
         elif clock() - failing_since >= PATIENCE_S:
             kind = WorkerError if isinstance(outcome, httpx.Response) else WorkerDied
             raise kind(f"{url} failed for {PATIENCE_S:g} s, at last with {trouble}. Is the service running there?")
-        wait_s = at_least_s + uniform(0.0, pause_s)
+        wait_s = _retry_after_s(outcome) + uniform(0.0, pause_s)
         if clock() + wait_s >= ends:
             break
         yield Pause(wait_s)
@@ -411,6 +398,26 @@ def _json_of(prompt: Prompt) -> str | list[dict[str, str]]:
     return prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
 
 
+def _trouble_worth_retrying(url: str, outcome: Outcome) -> str:
+    """What went wrong with a request, in words.
+
+    Raises:
+        ConfigError, DataError: the same request would fail again.
+    """
+    if isinstance(outcome, httpx.UnsupportedProtocol | httpx.LocalProtocolError):
+        raise ConfigError(
+            f"{url} cannot be asked ({outcome}). A URL is http://host:port or https://..., a token one line."
+        )
+    if not isinstance(outcome, httpx.Response):
+        return repr(outcome)
+    trouble = f"{outcome.status_code}: {_detail(outcome)}"
+    if outcome.status_code in {401, 403}:
+        raise ConfigError(f"{url} refuses the token ({trouble}). Pass token=..., or set {TOKEN_VARIABLE}.")
+    if outcome.status_code not in BUSY | FAILED:
+        raise DataError(f"{url} refuses the request ({trouble})")
+    return trouble
+
+
 def _detail(response: httpx.Response) -> str:
     try:
         return str(response.json()["detail"])[:500]
@@ -418,8 +425,10 @@ def _detail(response: httpx.Response) -> str:
         return response.text[:200]
 
 
-def _retry_after_s(response: httpx.Response) -> float:
-    given = response.headers.get("retry-after", "")
+def _retry_after_s(outcome: Outcome) -> float:
+    if not isinstance(outcome, httpx.Response):
+        return 0.0
+    given = outcome.headers.get("retry-after", "")
     return float(given) if given.isdigit() else 0.0  # the other form, a date, would need clocks that agree
 
 

@@ -17,7 +17,7 @@ from pipeline.errors import Preempted, WorkerDied
 from pipeline.records import Metrics, StageResult
 from pipeline.stages.fingerprint import fingerprint
 from pipeline.stages.metrics_log import as_clock
-from pipeline.stages.workspace import StageDirectory, Workspace
+from pipeline.stages.workspace import KeptCheckpoints, StageDirectory, Workspace
 
 PACKAGES = (
     "vrm-pipeline",
@@ -33,6 +33,8 @@ PACKAGES = (
 """Recorded in every manifest, as far as they are installed."""
 
 MEMORY_PERIOD_S = 1.0
+
+STANDARD_KEPT = KeptCheckpoints()
 
 
 class StageRunner:
@@ -50,8 +52,7 @@ class StageRunner:
         config: Mapping[str, Any],
         inputs: Sequence[StageResult] = (),
         data: Sequence[str] = (),
-        keep_checkpoints: int = 2,
-        keep_best: str | None = None,
+        keep: KeptCheckpoints = STANDARD_KEPT,
         max_restarts: int = 0,
     ) -> StageResult:
         """The stage's result: from the workspace if it is there, else computed from its last committed step.
@@ -62,21 +63,21 @@ class StageRunner:
             config: JSON-able slice of the recipe that `compute` reads.
             inputs: results of earlier stages that `compute` reads.
             data: content fingerprints of files that `compute` reads.
-            keep_checkpoints, keep_best: as in `CheckpointStore`.
-            max_restarts: how often a death of a worker is answered by starting again from the last commit.
+            keep: which commits are kept while the stage runs.
+            max_restarts: how often the stage starts again from its last commit after a worker died.
         """
         identity = fingerprint(name, version, config, [result.fingerprint for result in inputs] + list(data))
-        stage = self.workspace.stage(name, identity, keep_checkpoints=keep_checkpoints, keep_best=keep_best)
+        stage = self.workspace.stage(name, identity, keep_checkpoints=keep.newest, keep_best=keep.best_by)
         finished = stage.result()
         if finished is not None:
             stage.checkpoints.delete()
             print(f"{name:<19} finished before, skipped", flush=True)
             return finished
         if self.workspace.notice.is_given():
-            raise Preempted(f"asked to end: {name} was not begun. The same command resumes.")
+            raise Preempted(f"asked to end: {name} was not started. The same command resumes.")
         checkpoint = stage.checkpoints.latest()
-        begin = "starts" if checkpoint is None else f"resumes behind step {checkpoint.step + 1}"
-        print(f"{name:<19} {begin}", flush=True)
+        beginning = "starts" if checkpoint is None else f"resumes after step {checkpoint.step + 1}"
+        print(f"{name:<19} {beginning}", flush=True)
         started = time.monotonic()
         with PeakMemory() as memory:
             metrics = self._compute(name, compute, stage, max_restarts)
@@ -142,7 +143,7 @@ def driver_peak_gib() -> float:
 
 
 def installed_versions() -> dict[str, str]:
-    """What a manifest records of the software."""
+    """Versions of Python and of `PACKAGES`, as a manifest records them."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

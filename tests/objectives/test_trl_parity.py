@@ -9,7 +9,7 @@ import torch
 
 from pipeline.config.alignment import AlignmentConfig
 from pipeline.evaluation.reward_scale import RewardScale
-from pipeline.learning.algorithm import policy_loss
+from pipeline.learning.algorithm import SampledTokens, policy_loss
 from pipeline.learning.experience import build_experience
 from pipeline.models.critic import Policy
 from pipeline.models.packing import pack
@@ -97,17 +97,14 @@ def trl_loss(
 
 def our_loss(new, old, reference, advantages, mask, config, *, weights=None):
     size = MiniBatchSize(num_tokens=int(mask.sum()), num_responses=8, max_response_tokens=config.max_response_tokens)
-    terms = policy_loss(
-        new,
-        old,
-        reference,
-        advantages.unsqueeze(-1).expand_as(new),
-        torch.ones_like(old) if weights is None else weights,
-        mask,
-        ppo=config.ppo,
-        kl=config.kl,
-        size=size,
+    tokens = SampledTokens(
+        logprobs=old,
+        reference_logprobs=reference,
+        advantages=advantages.unsqueeze(-1).expand_as(new),
+        importance_weights=torch.ones_like(old) if weights is None else weights,
+        mask=mask,
     )
+    terms = policy_loss(new, tokens, ppo=config.ppo, kl=config.kl, size=size)
     return terms.surrogate + (config.kl.coefficient * terms.kl if config.kl.place == "loss" else 0.0)
 
 

@@ -15,6 +15,7 @@ from pipeline.learning.engine import TorchEngine
 from pipeline.learning.parameter_groups import parameter_groups, policy_parameter_groups
 from pipeline.learning.ppo_learner import PPOLearner, frozen_reference, reference_without_adapters
 from pipeline.learning.reward_trainer import RewardTrainer
+from pipeline.learning.schedule import LearningRateSchedule
 from pipeline.models.backbone import load_backbone, load_causal_lm
 from pipeline.models.critic import Policy, PolicyWithCritic
 from pipeline.models.lora import add_lora
@@ -98,13 +99,11 @@ def reward_trainer(
     return RewardTrainer(
         engine,
         card=reward_card(head, statistics, vrm),
-        statistics=statistics,
         backbone_config=backbone.config,
         tokenizer=tokenizer,
         loss=loss or VariationalLossConfig(),
         pair_loss=pair_loss or PairLossConfig(),
-        num_steps=num_steps,
-        warmup_fraction=0.1,
+        schedule=LearningRateSchedule(num_steps=num_steps, warmup_fraction=0.1),
         max_tokens_per_micro_batch=max_tokens,
     )
 
