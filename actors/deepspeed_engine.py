@@ -15,7 +15,7 @@ from torch import nn
 from pipeline.config.cluster import RanksConfig
 from pipeline.learning.engine import ParameterGroup, require_finite_norm, set_learning_rates
 from pipeline.learning.ppo_learner import frozen_reference
-from pipeline.learning.training_state import Fragment, SavedState, Snapshot, adam_state, trained_parameters
+from pipeline.learning.training_state import Fragment, SavedState, TrainingStatePart, adam_state, trained_parameters
 
 COLLECTIVE_TIMEOUT = timedelta(days=1)
 """Longer than any deadline of the driver: the driver sees all ranks and can say which one hangs, a rank cannot."""
@@ -119,8 +119,8 @@ class DeepSpeedEngine:
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         return {name: tensor.cpu() for name, tensor in self.full_tensors() if self.rank == 0}
 
-    def snapshot(self) -> Snapshot:
-        return Snapshot.take(self._fragments(), self._shapes(), part=self.rank, num_parts=self.world_size)
+    def snapshot(self) -> TrainingStatePart:
+        return TrainingStatePart.take(self._fragments(), self._shapes(), part=self.rank, num_parts=self.world_size)
 
     def load(self, directory: str) -> None:
         with SavedState(directory, self._shapes()) as saved:

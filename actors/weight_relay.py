@@ -22,10 +22,9 @@ from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.errors import DeadlineExceeded
-from pipeline.records import PolicyWeights
+from pipeline.records import POLICY_FILE, PolicyWeights
 
-WEIGHTS_FILE = "model.safetensors"
-PARTIAL_FILE = f"{WEIGHTS_FILE}.partial"
+PARTIAL_FILE = f"{POLICY_FILE}.partial"
 FETCHED_BYTES = 32 * 2**20
 """The size of a bucket on its way between nodes."""
 BUCKETS_AHEAD = 4
@@ -57,7 +56,7 @@ def readable_here(weights: PolicyWeights) -> PolicyWeights:
 
 def _copy_to(here: str, location: str, publisher: str) -> str:
     """Fetches the published weights unless a neighbour has fetched them. Returns the directory of the copy."""
-    source = os.path.join(location, WEIGHTS_FILE)
+    source = os.path.join(location, POLICY_FILE)
     on_publisher = NodeAffinitySchedulingStrategy(publisher, soft=False)
     size, changed_ns = ray.get(_stat.options(scheduling_strategy=on_publisher).remote(source), timeout=FETCH_TIMEOUT_S)
     published = Path(location)
@@ -68,9 +67,9 @@ def _copy_to(here: str, location: str, publisher: str) -> str:
     copies.mkdir(parents=True, exist_ok=True)
     # The workers of a node come here at the same time: the first one fetches, the others find its copy.
     with _locked(f"{copies}.lock"):
-        if not (copy / WEIGHTS_FILE).exists():
+        if not (copy / POLICY_FILE).exists():
             _make_place(copy)
-            _fetch(source, size, copy / WEIGHTS_FILE, on_publisher)
+            _fetch(source, size, copy / POLICY_FILE, on_publisher)
     return str(copy)
 
 
@@ -84,8 +83,8 @@ def _make_place(copy: Path) -> None:
     if outdated and not copy.exists():
         reused = outdated.pop()
         # Before the directory gets its new name: a worker would take the old file in it for the new version.
-        if (reused / WEIGHTS_FILE).exists():
-            (reused / WEIGHTS_FILE).replace(reused / PARTIAL_FILE)
+        if (reused / POLICY_FILE).exists():
+            (reused / POLICY_FILE).replace(reused / PARTIAL_FILE)
         reused.rename(copy)
     copy.mkdir(exist_ok=True)
     for path in outdated:

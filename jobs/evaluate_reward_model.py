@@ -30,7 +30,7 @@ SECONDS_BETWEEN_LINES = 5.0
 def evaluate_reward_model(options: argparse.Namespace) -> str:
     """Scores, aggregates, writes; returns the table of results. Checks all input before a model is loaded."""
     # torch is imported behind --help.
-    from pipeline.data.evaluation_examples import read_comparisons
+    from pipeline.data.evaluation_examples import read_examples
     from pipeline.data.files import content_fingerprint
     from pipeline.evaluation.reward_scorer import RewardModelScorer
     from pipeline.evaluation.score_examples import read_scored, score_to_file, shared_prompts_note
@@ -39,7 +39,7 @@ def evaluate_reward_model(options: argparse.Namespace) -> str:
     device = scoring_device(options.device)
     read_card(options.model)
     subset_field = options.subset_field or ("domain" if options.benchmark == "rm_bench" else None)
-    found = survey(read_comparisons(options.pairs, subset_field=subset_field), options.benchmark)
+    found = survey(read_examples(options.pairs, subset_field=subset_field), options.benchmark)
     notes = list(found.notes)
     if options.trained_on:
         notes.append(shared_prompts_note(found.prompt_keys, options.trained_on))
@@ -52,7 +52,7 @@ def evaluate_reward_model(options: argparse.Namespace) -> str:
     options.out.mkdir(parents=True, exist_ok=True)
     rows_file, metrics_file = options.out / "rows.jsonl", options.out / "metrics.json"
     score_to_file(
-        read_comparisons(options.pairs, subset_field=subset_field),
+        read_examples(options.pairs, subset_field=subset_field),
         rows_file,
         scored_by=scored_by,
         load_scorer=lambda: RewardModelScorer.load(

@@ -47,7 +47,7 @@ class AnswerLog:
             WorkspaceLocked: another run appends to it.
             DataError: it holds answers of another model, under other settings or to other questions; names the line.
         """
-        with AppendedLines.open(path, elsewhere="--out") as lines:
+        with AppendedLines.open(path, option="--out") as lines:
             written = lines.content.splitlines()
             if written:
                 _require_same(settings, _row(written[0], path, 1), path)

@@ -92,7 +92,7 @@ def read_questions(benchmark: GeneratedBenchmark, source: str) -> list[Question]
 def _rows(benchmark: GeneratedBenchmark, source: str) -> Iterator[Row]:
     if source.startswith(HUB):
         name, _, split = source.removeprefix(HUB).partition(":")
-        return read_hub_rows(name, split or "train", cure="give --prompts its file")
+        return read_hub_rows(name, split or "train", remedy="give --prompts its file")
     path = Path(source)
     if path.is_dir():
         found = [path / name for name in benchmark.files if (path / name).is_file()]

@@ -25,7 +25,7 @@ class ScoredPairs:
     """Posterior-mean reward of the chosen response."""
     rejected: np.ndarray
     margin_std: np.ndarray
-    """Posterior standard deviation of their difference (`objectives.comparison`); 0 for a head without a posterior."""
+    """Posterior standard deviation of their difference (`compare_rewards`); 0 for a head without a posterior."""
     length_gap: np.ndarray
     """Length of the chosen minus length of the rejected response, in any unit."""
 

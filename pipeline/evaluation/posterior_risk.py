@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.packing import pack
 from pipeline.models.reward_heads import RewardOutput
 from pipeline.models.reward_model import RewardModel
-from pipeline.objectives.preference import pair_accuracy
+from pipeline.objectives.preference import ranked_correctly
 from pipeline.objectives.variational import dirichlet_kl, gaussian_kl
 
 
@@ -93,12 +93,7 @@ def posterior_risk(
         for s in range(samples):
             seeds = torch.tensor([stable_seed("posterior risk", seed, i, s) for i in rows])
             wrong_draws[rows, s] = _wrong(model.head(prompts, responses, seeds).sampled)
-        # Float64 and not below 0: at the prior, float32 rounding would otherwise add up over the training set.
-        alpha, mu, logvar = (t.double().cpu() for t in (posterior.alpha, posterior.mu, posterior.logvar))
-        alpha_0 = alpha.new_tensor(prior.prior_concentrations(alpha.shape[1]))
-        kl_w[rows] = dirichlet_kl(alpha[: len(rows)], alpha_0).clamp(min=0.0)
-        zero = mu.new_zeros(1)
-        kl_z[:, rows] = gaussian_kl(mu, logvar, zero, zero).clamp(min=0.0).view(2, len(rows))
+        kl_w[rows], kl_z[:, rows] = _divergences(posterior, prior)
     share = wrong_draws.double().mean(1)
     return PosteriorRisk(
         num_pairs=len(pairs),
@@ -115,10 +110,23 @@ def posterior_risk(
     )
 
 
+def _divergences(posterior: RewardOutput, prior: VRMHeadConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL( q(w|x) || p(w) ) [n], and KL( q(z|x,y) || p(z) ) [2, n] of the chosen and of the rejected responses; nats.
+
+    Float64 and not below 0: at the prior, float32 rounding would otherwise add up over the training set.
+    """
+    alpha, mu, logvar = (t.double().cpu() for t in (posterior.alpha, posterior.mu, posterior.logvar))
+    num_pairs = len(alpha) // 2
+    prior_alpha = alpha.new_tensor(prior.prior_concentrations(alpha.shape[1]))
+    zero = mu.new_zeros(1)
+    kl_w = dirichlet_kl(alpha[:num_pairs], prior_alpha).clamp(min=0.0)
+    return kl_w, gaussian_kl(mu, logvar, zero, zero).clamp(min=0.0).view(2, num_pairs)
+
+
 def _wrong(rewards: torch.Tensor) -> torch.Tensor:
     """[2n] rewards, chosen first -> [n] bool."""
     chosen, rejected = rewards.cpu().chunk(2)
-    return pair_accuracy(chosen - rejected) == 0
+    return ranked_correctly(chosen - rejected) == 0
 
 
 def _fingerprint(pairs: Sequence[TokenisedPair]) -> str:

@@ -10,8 +10,8 @@ import torch
 from pipeline.evaluation.pair_metrics import ScoredPairs, length_slope, pair_diagnostics
 from pipeline.evaluation.reward_scorer import reward_scores
 from pipeline.models.reward_heads import RewardOutput
-from pipeline.objectives.preference import bradley_terry_loss, pair_accuracy
-from pipeline.objectives.reward_comparison import compare
+from pipeline.objectives.preference import bradley_terry_loss, ranked_correctly
+from pipeline.objectives.reward_comparison import compare_rewards
 from pipeline.objectives.variational import gaussian_kl_per_dimension
 from pipeline.records import Metrics, PreferenceBatch
 
@@ -61,7 +61,7 @@ def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
         kl_z = gaussian_kl_per_dimension(output.mu, output.logvar, zero, zero).mean(0)
         metrics |= {
             "eval/sampled_nll": float(bradley_terry_loss(sampled).mean()),
-            "eval/sampled_accuracy": float(pair_accuracy(sampled).mean()),
+            "eval/sampled_accuracy": float(ranked_correctly(sampled).mean()),
             "eval/kl_z_least_dimension": float(kl_z.min()),
             "eval/kl_z_most_dimension": float(kl_z.max()),
             "eval/concentration_p05": float(alpha.sum(-1).quantile(0.05)),
@@ -119,7 +119,9 @@ def _margin_stds(output: RewardOutput, num_pairs: int) -> np.ndarray:
         alpha=output.alpha[:num_pairs].repeat(2, 1), weights=output.weights[:num_pairs].repeat(2, 1)
     )
     scores = reward_scores(of_prompts)
-    return np.array([compare(a, b).margin_std for a, b in zip(scores[:num_pairs], scores[num_pairs:], strict=True)])
+    return np.array(
+        [compare_rewards(a, b).margin_std for a, b in zip(scores[:num_pairs], scores[num_pairs:], strict=True)]
+    )
 
 
 def score_collinearity(scores: torch.Tensor) -> float:

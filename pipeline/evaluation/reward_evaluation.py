@@ -29,7 +29,7 @@ from pipeline.evaluation.win_rate import wilson_interval
 from pipeline.records import Metrics
 
 if TYPE_CHECKING:  # this module stands behind `--help`, and theirs behind transformers
-    from pipeline.data.evaluation_examples import Comparison
+    from pipeline.data.evaluation_examples import EvaluationExample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Benchmark:
 
     responses: str
     """In words, for an error message."""
-    accepts: Callable[[Comparison], bool]
+    accepts: Callable[[EvaluationExample], bool]
     accuracies: Callable[[ScoredRows], Statistic]
     """Reads nothing but rewards, so that the same function rates the baseline "longer is better"."""
     official: frozenset[str] = frozenset()
@@ -181,7 +181,7 @@ class Survey:
     """What makes the scores incomparable with published ones."""
 
 
-def survey(comparisons: Iterable[Comparison], benchmark: str) -> Survey:
+def survey(comparisons: Iterable[EvaluationExample], benchmark: str) -> Survey:
     """Reads every row once, so that a bad last one is found before a model is loaded.
 
     Raises:
@@ -207,7 +207,7 @@ def survey(comparisons: Iterable[Comparison], benchmark: str) -> Survey:
     return Survey(content_key=np.asarray(content_key), prompt_keys=np.unique(np.asarray(prompt_key)), notes=notes)
 
 
-def _require_fit(row: Comparison, benchmark: str) -> None:
+def _require_fit(row: EvaluationExample, benchmark: str) -> None:
     if not BENCHMARKS[benchmark].accepts(row):
         fitting = [name for name, other in BENCHMARKS.items() if other.accepts(row)]
         hint = f"Choose --benchmark {' or '.join(fitting)}." if fitting else "No benchmark here takes such rows."

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 
 from pipeline.data.chat import strip_thinking
-from pipeline.data.evaluation_examples import Comparison, prompt_key
+from pipeline.data.evaluation_examples import EvaluationExample, prompt_key
 from pipeline.data.files import read_rows
 from pipeline.data.prompts import read_prompts
 from pipeline.errors import DataError, NumericsError
 from pipeline.evaluation.scored_rows import ScoredComparison, ScoredResponse, ScoredRows, key_column, key_number
-from pipeline.objectives.reward_comparison import compare
+from pipeline.objectives.reward_comparison import compare_rewards
 from pipeline.records import RewardScore
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ FIELDS = ("id", "subset", "cut", "annotators_tie")
 
 
 def score_to_file(
-    comparisons: Iterable[Comparison],
+    comparisons: Iterable[EvaluationExample],
     path: Path,
     *,
     scored_by: str,
@@ -104,7 +104,7 @@ def _read(path: Path, scored_by: set[str]) -> Iterator[ScoredComparison]:
                 prompt_key=key_number(row.values["prompt_key"]),
                 chosen=chosen,
                 rejected=rejected,
-                margin_std=compare(first, other).margin_std,
+                margin_std=compare_rewards(first, other).margin_std,
             )
             scored_by.add(row.values["scored_by"])
         except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -114,7 +114,7 @@ def _read(path: Path, scored_by: set[str]) -> Iterator[ScoredComparison]:
         yield comparison
 
 
-def _skip_scored(rows: Iterator[Comparison], path: Path, scored_by: str) -> int:
+def _skip_scored(rows: Iterator[EvaluationExample], path: Path, scored_by: str) -> int:
     """Takes from `rows` those that the file already holds, cuts off a line that was not finished; how many it took."""
     if not path.exists():
         return 0
@@ -134,7 +134,7 @@ def _skip_scored(rows: Iterator[Comparison], path: Path, scored_by: str) -> int:
     return done
 
 
-def _is_line_of(line: bytes, row: Comparison, scored_by: str) -> bool:
+def _is_line_of(line: bytes, row: EvaluationExample, scored_by: str) -> bool:
     try:
         values = json.loads(line)
         found = [values[name] for name in ("scored_by", "content_key", "id", "subset", "annotators_tie")]
@@ -143,7 +143,7 @@ def _is_line_of(line: bytes, row: Comparison, scored_by: str) -> bool:
         return False
 
 
-def _score_chunk(chunk: Sequence[Comparison], scorer: RewardModelScorer, scored_by: str, file: TextIO) -> None:
+def _score_chunk(chunk: Sequence[EvaluationExample], scorer: RewardModelScorer, scored_by: str, file: TextIO) -> None:
     texts = [(row, response) for row in chunk for response in (*row.chosen, *row.rejected)]
     scores = iter(scorer.score([row.prompt for row, _ in texts], [response for _, response in texts]))
     for row in chunk:
@@ -165,7 +165,7 @@ def _score_chunk(chunk: Sequence[Comparison], scorer: RewardModelScorer, scored_
     file.flush()
 
 
-def _as_json(row: Comparison, response: str, score: RewardScore) -> dict[str, Any]:
+def _as_json(row: EvaluationExample, response: str, score: RewardScore) -> dict[str, Any]:
     if not (math.isfinite(score.mean) and math.isfinite(score.std)):
         raise NumericsError(
             f"{row.place}: reward {score.mean} with standard deviation {score.std} for the response {response!r:.60}. "

@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError
 from pipeline.evaluation.overoptimization import GoldReward, gold_proxy_gap
 from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.evaluation.reward_scorer import RewardModelScorer
-from pipeline.experiments.policy_findings import CURVES, fall_from_peak
+from pipeline.experiments.policy_findings import ALIGNMENT_CURVES, fall_from_peak
 from pipeline.experiments.reward_run import RunResult
 from pipeline.learning.builders import build_ppo_learner, engine_in_process, reference_in_process
 from pipeline.loops.align_policy import AlignmentPorts, alignment_stage, run_alignment
@@ -148,8 +148,8 @@ def _against_the_truth(
 
 
 def alignment_curve(rows: Sequence[Mapping[str, float]]) -> list[Metrics]:
-    """A point a step: `step`, the updates behind the policy that was measured, and those of `CURVES`."""
-    return [{"step": float(row["step"])} | {name: row[name] for name in CURVES} for row in rows]
+    """A point a step: `step`, the updates behind the policy that was measured, and those of `ALIGNMENT_CURVES`."""
+    return [{"step": float(row["step"])} | {name: row[name] for name in ALIGNMENT_CURVES} for row in rows]
 
 
 def _differences(of: Mapping[str, Sequence[float]]) -> list[float]:

@@ -44,7 +44,7 @@ POLICY_CURVES = OVER_OPTIMISATION | {
     "reward/posterior_std": "sd of the model's reward",
     "response/tokens": "response tokens",
 }
-CURVES = {
+CURVE_TITLES = {
     "train/accuracy": "training accuracy (one batch)",
     "eval/accuracy": "held-out accuracy",
     "eval/supervision": "held-out supervision loss",
@@ -122,9 +122,9 @@ def _by_number(axis: Axes, experiment: Experiment, spreads: dict[str, Spread]) -
 
 def _curves(experiment: Experiment, finished: Sequence[FinishedRun]) -> Figure:
     """Mean over seeds at every evaluated step."""
-    figure, axes = _grid(len(CURVES))
+    figure, axes = _grid(len(CURVE_TITLES))
     cycle = plt.get_cmap("viridis")(np.linspace(0.0, 0.9, len(experiment.variants)))
-    for axis, (metric, title) in zip(axes, CURVES.items(), strict=True):
+    for axis, (metric, title) in zip(axes, CURVE_TITLES.items(), strict=True):
         for variant, colour in zip(experiment.variants, cycle, strict=True):
             curves = [f.result["curve"] for f in finished if f.run.variant == variant]
             steps = [point["step"] for point in curves[0] if metric in point] if curves else []

@@ -16,7 +16,7 @@ from pipeline.experiments.findings import CELL, FinishedRun, Spread, by_variant,
 from pipeline.experiments.grid import Experiment
 from pipeline.records import Metrics
 
-CURVES = (
+ALIGNMENT_CURVES = (
     "reward/mean",
     "reward/zscore",
     "reward/posterior_std",
@@ -72,10 +72,10 @@ def curves_csv(finished: Sequence[FinishedRun]) -> str:
     """One row per run and step: proxy and gold reward, their gap, KL."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["variant", "seed", "config_hash", "step", *CURVES])
+    writer.writerow(["variant", "seed", "config_hash", "step", *ALIGNMENT_CURVES])
     for f in finished:
         for point in f.result["curve"]:
-            values = [f"{point[name]:.6g}" for name in CURVES]
+            values = [f"{point[name]:.6g}" for name in ALIGNMENT_CURVES]
             writer.writerow([f.run.variant.name, f.run.seed, f.run.config_hash, int(point["step"]), *values])
     return stream.getvalue()
 

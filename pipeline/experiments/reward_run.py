@@ -21,7 +21,7 @@ from pipeline.stages.workspace import StageDirectory
 LCB = 1.0
 """c of mean - c * sd."""
 
-CURVES = ("train/accuracy", "eval/accuracy", "train/supervision", "eval/supervision", "eval/nll")
+REWARD_CURVES = ("train/accuracy", "eval/accuracy", "train/supervision", "eval/supervision", "eval/nll")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class RunResult:
     metrics: Metrics
     """Held-out metrics of the finished model, under the names of the trainer."""
     curve: Sequence[Metrics]
-    """Every step that was evaluated on held-out pairs: `step`, and those of `CURVES` that were measured."""
+    """Every step that was evaluated on held-out pairs: `step`, and those of `REWARD_CURVES` that were measured."""
     prompts: Sequence[str]
     """[B] of the held-out pairs; rows of one prompt are not independent."""
     margins: Mapping[str, Sequence[float]]
@@ -111,5 +111,5 @@ def _curve(rows: Sequence[Mapping[str, float]]) -> list[Metrics]:
     points: dict[int, Metrics] = {}
     for row in rows:
         point = points.setdefault(int(row["step"]), {"step": float(row["step"] + 1)})
-        point |= {name: row[name] for name in CURVES if name in row}
+        point |= {name: row[name] for name in REWARD_CURVES if name in row}
     return [point for point in points.values() if "eval/accuracy" in point]

@@ -22,6 +22,7 @@ from pipeline.learning.engine import TorchEngine, TrainEngine
 from pipeline.learning.parameter_groups import parameter_groups, policy_parameter_groups
 from pipeline.learning.ppo_learner import PPOLearner, frozen_reference, reference_without_adapters
 from pipeline.learning.reward_trainer import RewardTrainer
+from pipeline.learning.schedule import LearningRateSchedule
 from pipeline.learning.sft_trainer import SFTTrainer
 from pipeline.models.backbone import load_backbone, load_causal_lm, load_tokenizer, train_only_last_layers
 from pipeline.models.critic import Policy, PolicyWithCritic
@@ -101,13 +102,11 @@ def build_reward_trainer(spec: RewardTrainerSpec, make_engine: MakeEngine) -> Re
     return RewardTrainer(
         engine,
         card=_card_before_training(spec),
-        statistics=spec.statistics,
         backbone_config=backbone.config,
         tokenizer=tokenizer,
         loss=config.loss,
         pair_loss=config.pair_loss,
-        num_steps=spec.num_steps,
-        warmup_fraction=config.optimiser.warmup_fraction,
+        schedule=LearningRateSchedule(num_steps=spec.num_steps, warmup_fraction=config.optimiser.warmup_fraction),
         max_tokens_per_micro_batch=config.max_tokens_per_micro_batch,
     )
 

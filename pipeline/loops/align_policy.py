@@ -102,7 +102,6 @@ def run_alignment(
             stage,
             config,
             reward_scale=RewardScale.of(card),
-            seed=seed,
             gold=None if data.gold is None else GoldReward.of(data.gold, data.heldout_pairs),
         )
         return metrics | ports.learner.peak_memory()

@@ -427,6 +427,26 @@ def _json_of(prompt: PromptInput) -> str | list[dict[str, str]]:
     return prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
 
 
+def _trouble_worth_retrying(url: str, outcome: Outcome) -> str:
+    """What went wrong with a request, in words.
+
+    Raises:
+        ConfigError, DataError: the same request would fail again.
+    """
+    if isinstance(outcome, httpx.UnsupportedProtocol | httpx.LocalProtocolError):
+        raise ConfigError(
+            f"{url} cannot be asked ({outcome}). A URL is http://host:port or https://..., a token one line."
+        )
+    if not isinstance(outcome, httpx.Response):
+        return repr(outcome)
+    trouble = f"{outcome.status_code}: {_detail(outcome)}"
+    if outcome.status_code in {401, 403}:
+        raise ConfigError(f"{url} refuses the token ({trouble}). Pass token=..., or set {TOKEN_VARIABLE}.")
+    if outcome.status_code not in BUSY | FAILED:
+        raise DataError(f"{url} refuses the request ({trouble})")
+    return trouble
+
+
 def _detail(response: httpx.Response) -> str:
     try:
         return str(response.json()["detail"])[:500]

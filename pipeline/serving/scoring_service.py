@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pipeline.config.cluster import ScoringConfig
 from pipeline.errors import DataError, DeadlineExceeded, NumericsError
 from pipeline.models.reward_model import RewardModelCard
-from pipeline.objectives.reward_comparison import compare, rank
+from pipeline.objectives.reward_comparison import compare_rewards, rank_by_lower_bound
 from pipeline.records import Message, RewardScore
 from pipeline.serving.admission import Admission
 from pipeline.serving.cache import ScoreCache, row_key
@@ -90,7 +90,7 @@ class ScoringService:
     async def compare(self, request: CompareRequest) -> CompareAnswer:
         prompt = prompt_messages(request.prompt)
         a, b = await self.scores([(prompt, request.a), (prompt, request.b)])
-        result = compare(a, b)
+        result = compare_rewards(a, b)
         return CompareAnswer(
             model_fingerprint=self.fingerprint,
             probability=result.probability,
@@ -108,7 +108,7 @@ class ScoringService:
         scores = await self.scores([(prompt, response) for response in request.responses])
         ranking = [
             RankedResponse(index=i, bound=bound, **self._scored(scores[i]).model_dump())
-            for i, bound in rank(scores, lcb=request.lcb)
+            for i, bound in rank_by_lower_bound(scores, lcb=request.lcb)
         ]
         return BestOfAnswer(model_fingerprint=self.fingerprint, best=ranking[0].index, ranking=ranking)
 

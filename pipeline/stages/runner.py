@@ -59,10 +59,10 @@ class StageRunner:
             print(f"{name:<19} finished before, skipped", flush=True)
             return finished
         if self.workspace.notice.is_given():
-            raise Preempted(f"asked to end: {name} was not begun. The same command resumes.")
+            raise Preempted(f"asked to end: {name} was not started. The same command resumes.")
         checkpoint = stage.checkpoints.latest()
-        begin = "starts" if checkpoint is None else f"resumes behind step {checkpoint.step + 1}"
-        print(f"{name:<19} {begin}", flush=True)
+        beginning = "starts" if checkpoint is None else f"resumes after step {checkpoint.step + 1}"
+        print(f"{name:<19} {beginning}", flush=True)
         started = time.monotonic()
         with PeakMemory() as memory:
             metrics = self._compute(name, compute, stage, max_restarts)
@@ -128,7 +128,7 @@ def driver_peak_gib() -> float:
 
 
 def installed_versions() -> dict[str, str]:
-    """What a manifest records of the software."""
+    """Versions of Python and of `PACKAGES`, as a manifest records them."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -532,7 +532,7 @@ def test_a_prefetched_run_that_is_resized_and_loses_a_worker_has_every_sample_of
         prefetch="continue",
         ppo=PPOConfig(mini_batch_size=14, tis_cap=2.0),
     )
-    plan = StepPlan(prompts=PromptStream(prompts=tuple(PROMPTS), seed=0), config=config, seed=0)
+    plan = StepPlan(prompts=PromptStream(prompts=tuple(PROMPTS), seed=0), config=config)
 
     def run(pool, rollouts, before_update=lambda step: None):
         samples, sizes = [], []

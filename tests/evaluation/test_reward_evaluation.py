@@ -7,7 +7,7 @@ import math
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.evaluation_examples import Comparison, read_comparisons
+from pipeline.data.evaluation_examples import EvaluationExample, read_examples
 from pipeline.errors import DataError
 from pipeline.evaluation import reward_evaluation
 from pipeline.evaluation.reward_evaluation import as_json, as_table, survey
@@ -160,7 +160,7 @@ def test_numbers_that_are_not_there_are_null_in_json():
 
 
 def comparison(chosen, rejected, *, subset="all", name="r"):
-    return Comparison(
+    return EvaluationExample(
         id=name,
         subset=subset,
         place="f.jsonl, line 3",
@@ -222,7 +222,7 @@ def published(file, **options):
     path = SHARED_DATA / file
     if not path.exists():
         pytest.skip(f"{path} is not here: a published benchmark")
-    return [rated_by_length(row) for row in read_comparisons([str(path)], **options)]
+    return [rated_by_length(row) for row in read_examples([str(path)], **options)]
 
 
 def test_length_alone_passes_the_easy_third_of_rm_bench_and_fails_the_hard_one():
@@ -250,7 +250,7 @@ def test_best_of_n_on_published_lists_agrees_with_a_plain_count(tmp_path):
     ]
     file = tmp_path / "rmb.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluation = evaluate([rated_by_length(row) for row in read_comparisons([str(file)])], "best_of_n", seed=0)
+    evaluation = evaluate([rated_by_length(row) for row in read_examples([str(file)])], "best_of_n", seed=0)
 
     longest = sum(len(row["chosen"]) > max(map(len, row["rejected"])) for row in rows)
     assert evaluation.accuracies["accuracy"].value == pytest.approx(longest / 785)

@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 
-from pipeline.data.evaluation_examples import Comparison
+from pipeline.data.evaluation_examples import EvaluationExample
 from pipeline.errors import DataError, NumericsError
 from pipeline.evaluation.score_examples import CHUNK, read_scored, score_to_file
 from pipeline.evaluation.scored_rows import key_column
@@ -40,7 +40,7 @@ def comparison(n, **changes):
         "rejected": ("y" * 3,),
         "annotators_tie": False,
     }
-    return Comparison(**{**fields, **changes})
+    return EvaluationExample(**{**fields, **changes})
 
 
 def score(comparisons, path, scorer=None, scored_by="model/cpu"):

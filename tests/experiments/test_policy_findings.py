@@ -9,7 +9,7 @@ from pipeline.experiments.figures import write_figures
 from pipeline.experiments.findings import POLICY_COLUMNS, FinishedRun, results_csv
 from pipeline.experiments.grid import EXPERIMENTS, plan_runs
 from pipeline.experiments.policy_findings import (
-    CURVES,
+    ALIGNMENT_CURVES,
     contrasts,
     curves_csv,
     fall_from_peak,
@@ -31,7 +31,7 @@ def aligned(*, gold=(2.0, 3.0), fall=0.0, gap=0.5, steps=7):
     }
     return {
         "metrics": metrics,
-        "curve": [{"step": float(s)} | dict.fromkeys(CURVES, s / 4) for s in range(steps)],
+        "curve": [{"step": float(s)} | dict.fromkeys(ALIGNMENT_CURVES, s / 4) for s in range(steps)],
         "prompts": ["a", "b"],
         "margins": {"gold": [0.0, 1.0], "reward": [1.0, 1.0]},
         "seconds": 60.0,

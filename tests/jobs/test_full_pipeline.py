@@ -19,7 +19,7 @@ from pipeline.benchmark.answers import read_answers
 from pipeline.benchmark.policy_comparison import contest as comparison
 from pipeline.benchmark.policy_comparison.contest_files import read_policy, read_questions
 from pipeline.data.planted import GoldAnnotator
-from pipeline.objectives.reward_comparison import compare
+from pipeline.objectives.reward_comparison import compare_rewards
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from tests.support.paths import ROOT
 
@@ -173,7 +173,7 @@ def test_base_and_aligned_are_judged_scored_and_compared_and_every_number_agrees
         assert scores[name]["win_rate"] == pytest.approx(100 * (sum(preferences) / len(pairs) - 1))
 
     # The judge scores one pair at a time where the benchmark scored batches: equal to rounding.
-    from_rewards = [1.0 + compare(a.score, b.score).probability for a, b in pairs]
+    from_rewards = [1.0 + compare_rewards(a.score, b.score).probability for a, b in pairs]
     assert annotations["vrm"].preferences == pytest.approx(from_rewards, abs=1e-3)
     gold = GoldAnnotator()
     gaps = [
@@ -216,16 +216,16 @@ def test_a_driver_killed_in_two_stages_and_preempted_once_resumes_to_the_same_re
     killed_behind = last_commit(workspace, "align_policy")
     assert end_by(signal.SIGTERM, workspace, "align_policy", grace_s=GRACE_S) == PREEMPTED
     preempted_behind = last_commit(workspace, "align_policy")
-    assert f"align_policy is committed behind step {preempted_behind + 1}" in (tmp_path / "killed.log").read_text()
+    assert f"align_policy is committed after step {preempted_behind + 1}" in (tmp_path / "killed.log").read_text()
     # A checkpoint of one rank, sampled for by one worker, goes on in two of each.
     driver = start(workspace, *MORE_PROCESSES)
     assert driver.wait(timeout=600) == 0, (tmp_path / "killed.log").read_text()[-4000:]
     log = (tmp_path / "killed.log").read_text()
     assert "sft      finished before, skipped" in log
-    assert "train_reward_model  resumes behind step" in log
+    assert "train_reward_model  resumes after step" in log
     assert 0 <= killed_behind < preempted_behind
     for behind in (killed_behind, preempted_behind):
-        assert log.count(f"align_policy        resumes behind step {behind + 1}\n") == 1
+        assert log.count(f"align_policy        resumes after step {behind + 1}\n") == 1
     # Two DeepSpeed ranks on the same data: equal to rounding.
     one, other = (manifest(w, "train_reward_model")["metrics"] for w in (whole, workspace))
     assert one.keys() == other.keys()

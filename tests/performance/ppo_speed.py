@@ -201,7 +201,6 @@ def ours(directory, prompts, options, stage: Path) -> tuple[list[dict[str, float
                 StageDirectory(str(stage), "align_policy", "0" * 64),
                 alignment,
                 reward_scale=RewardScale(mean=0.0, std=1.0),
-                seed=0,
             )
     finally:
         ray.shutdown()

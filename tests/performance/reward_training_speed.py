@@ -28,6 +28,7 @@ from pipeline.learning.engine import TorchEngine
 from pipeline.learning.memory import keep_freed_memory
 from pipeline.learning.parameter_groups import parameter_groups
 from pipeline.learning.reward_trainer import RewardTrainer
+from pipeline.learning.schedule import LearningRateSchedule
 from pipeline.models.backbone import load_tokenizer
 from pipeline.models.reward_model import RewardModel, RewardModelCard, make_head
 
@@ -103,13 +104,11 @@ def time_ours(config, pairs, tokenizer, options, head) -> list[float]:
             reward_std=1.0,
             metrics={},
         ),
-        statistics=statistics,
         backbone_config=config,
         tokenizer=tokenizer,
         loss=VariationalLossConfig(),
         pair_loss=PairLossConfig(),
-        num_steps=options.steps + 1,
-        warmup_fraction=0.0,
+        schedule=LearningRateSchedule(num_steps=options.steps + 1, warmup_fraction=0.0),
         max_tokens_per_micro_batch=8192,
     )
     collate = PairCollator(statistics=statistics, temperature=1.0, seed=0)

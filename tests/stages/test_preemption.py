@@ -59,7 +59,7 @@ def test_after_the_notice_no_stage_is_begun_and_a_finished_one_is_still_found(tm
         done = stages.run(StageSpec(name="done", version=1, config={}), lambda stage: {"x": 1.0})
         signal.raise_signal(signal.SIGTERM)
         assert stages.run(StageSpec(name="done", version=1, config={}), lambda stage: {"x": 2.0}) == done
-        with pytest.raises(Preempted, match="next was not begun"):
+        with pytest.raises(Preempted, match="next was not started"):
             stages.run(StageSpec(name="next", version=1, config={}), lambda stage: {})
 
 
@@ -72,5 +72,7 @@ def test_a_stage_that_saves_nothing_on_its_way_leaves_where_it_asks_and_begins_a
         stage = workspace.stage("generate_benchmark", "0" * 64)
         stage.leave_if_preempted()
         signal.raise_signal(signal.SIGTERM)
-        with pytest.raises(Preempted, match=r"generate_benchmark begins anew\. The same command resumes"):
+        with pytest.raises(
+            Preempted, match=r"generate_benchmark starts again from its beginning\. The same command resumes"
+        ):
             stage.leave_if_preempted()

@@ -79,7 +79,7 @@ def test_an_interrupted_stage_resumes_behind_its_last_commit(stages, capsys):
         stages.run(spec("train", 1, {}), compute)
     stages.run(spec("train", 1, {}), compute)
     assert compute.steps == [0, 1, 2, 3, 4]
-    assert "resumes behind step 3" in capsys.readouterr().out
+    assert "resumes after step 3" in capsys.readouterr().out
 
 
 def test_a_dead_worker_is_answered_by_restarts_until_the_budget_is_spent(stages):

@@ -34,7 +34,7 @@ class JudgmentCache:
             WorkspaceLocked: another run appends to it.
             DataError: a line is no judgment.
         """
-        with AppendedLines.open(path, elsewhere="--cache") as lines:
+        with AppendedLines.open(path, option="--cache") as lines:
             rows = read_judgment_rows(lines.content, place=str(path))
             yield cls(lines, {row["key"]: judgment for row, judgment in rows if "key" in row})
 

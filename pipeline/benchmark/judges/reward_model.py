@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from pipeline.benchmark.judges.judging import Comparison, JudgeRequest, Judgment, Record
 from pipeline.errors import ConfigError
-from pipeline.objectives.reward_comparison import compare
+from pipeline.objectives.reward_comparison import compare_rewards
 from pipeline.ports import RewardScorer
 
 PAIRS_AT_ONCE = 64
@@ -46,7 +46,7 @@ class RewardModelJudge:
                 [answer for pair in pairs for answer in (pair.answer_a, pair.answer_b)],
             )
             for i, pair in enumerate(pairs):
-                record(start + i, _judgment(pair, compare(scores[2 * i + 1], scores[2 * i]).probability))
+                record(start + i, _judgment(pair, compare_rewards(scores[2 * i + 1], scores[2 * i]).probability))
 
 
 def _judgment(pair: Comparison, b_beats_a: float) -> Judgment:
