@@ -36,11 +36,13 @@ from pipeline.benchmark.alpaca_eval import judging as alpaca_eval_judging
 from pipeline.benchmark.arena_hard import files as arena_hard_files
 from pipeline.benchmark.arena_hard import judging as arena_hard_judging
 from pipeline.benchmark.arena_hard.win_rates import parse_verdict
-from pipeline.benchmark.judges.chat import ChatJudge, ChatLimits
-from pipeline.benchmark.judges.judging import Judge, JudgedBenchmark, collect
-from pipeline.benchmark.judges.judging_account import JudgingAccount, account, read_price
+from pipeline.benchmark.judges.chat_judge import ChatJudge, ChatLimits
+from pipeline.benchmark.judges.collect_outcomes import collect_outcomes
+from pipeline.benchmark.judges.judge import Judge
+from pipeline.benchmark.judges.judged_benchmark import JudgedBenchmark
+from pipeline.benchmark.judges.judging_account import JudgingAccount, judging_account, read_price
 from pipeline.benchmark.judges.judgment_cache import JudgmentCache
-from pipeline.benchmark.judges.replay import ReplayJudge
+from pipeline.benchmark.judges.replay_judge import ReplayJudge
 from pipeline.benchmark.mt_bench import grades as mt_bench
 from pipeline.benchmark.mt_bench import judging as mt_bench_judging
 from pipeline.data.files import content_fingerprint
@@ -135,7 +137,7 @@ def open_reward_model(directory: str) -> Judge:
     # Only this judge needs torch.
     import torch
 
-    from pipeline.benchmark.judges.reward_model import RewardModelJudge
+    from pipeline.benchmark.judges.reward_model_judge import RewardModelJudge
     from pipeline.evaluation.reward_scorer import RewardModelScorer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -144,8 +146,8 @@ def open_reward_model(directory: str) -> Judge:
 
 
 def open_gold() -> Judge:
-    from pipeline.benchmark.judges.gold import GoldScorer
-    from pipeline.benchmark.judges.reward_model import RewardModelJudge
+    from pipeline.benchmark.judges.gold_scorer import GoldScorer
+    from pipeline.benchmark.judges.reward_model_judge import RewardModelJudge
 
     return RewardModelJudge(GoldScorer(), model="gold-planted", name="gold")
 
@@ -172,9 +174,9 @@ def judge_benchmark(options: argparse.Namespace) -> JudgingAccount:
     # A replay file may be edited and replayed again: what it says is not remembered anywhere else.
     remembers = not isinstance(judge, ReplayJudge)
     with JudgmentCache.open(options.cache) if remembers else nullcontext() as cache:
-        collected = collect(judge, benchmark.requests, cache, progress=progress_line())
+        collected = collect_outcomes(judge, benchmark.requests, cache, progress=progress_line())
     judged = benchmark.rows(collected.outcomes, judge)
-    costs = account(judge, collected, unparsed=judged.unparsed, price=price)
+    costs = judging_account(judge, collected, unparsed=judged.unparsed, price=price)
     if options.out.suffix == ".json":
         text = json.dumps(judged.rows, indent=1, ensure_ascii=False)
     else:

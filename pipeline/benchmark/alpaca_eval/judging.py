@@ -11,18 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.benchmark.judges.judging import (
-    Comparison,
+from pipeline.benchmark.judges.judge import (
+    AnswerPair,
     Judge,
-    JudgedRows,
+    JudgeOutcome,
     JudgeRequest,
     JudgeSampling,
     Judgment,
-    Outcome,
     Unanswered,
-    fill,
-    require_fields,
 )
+from pipeline.benchmark.judges.judge_prompt import fill_template, require_fields
+from pipeline.benchmark.judges.judged_benchmark import JudgedRows
 from pipeline.data.files import read_rows
 from pipeline.errors import DataError
 from pipeline.records import Message
@@ -161,7 +160,7 @@ class AlpacaEvalJudging:
         differing = [(ours, theirs) for ours, theirs in self._pairs if ours.output != theirs.output]
         self.requests = [_request(ours, theirs, template) for ours, theirs in differing]
 
-    def rows(self, outcomes: Sequence[Outcome], judge: Judge) -> JudgedRows:
+    def rows(self, outcomes: Sequence[JudgeOutcome], judge: Judge) -> JudgedRows:
         """annotations.json: output_1 is the baseline's, and 1 + P(the model's is better) the preference."""
         remaining = iter(outcomes)
         rows = []
@@ -218,9 +217,9 @@ def _request(ours: ModelOutput, theirs: ModelOutput, template: Sequence[Message]
     shown = (ours.output, theirs.output) if is_switched(ours.instruction) else (theirs.output, ours.output)
     fields = {"instruction": ours.instruction, "output_1": shown[0], "output_2": shown[1]}
     return JudgeRequest(
-        messages=tuple({"role": turn["role"], "content": fill(turn["content"], fields)} for turn in template),
+        messages=tuple({"role": turn["role"], "content": fill_template(turn["content"], fields)} for turn in template),
         sampling=SAMPLING,
-        comparison=Comparison(
+        pair=AnswerPair(
             prompt=({"role": "user", "content": ours.instruction},),
             answer_a=shown[0],
             answer_b=shown[1],

@@ -10,18 +10,9 @@ from typing import Any
 import yaml
 
 from pipeline.benchmark.arena_hard.files import ModelAnswer
-from pipeline.benchmark.judges.judging import (
-    Comparison,
-    Judge,
-    JudgedRows,
-    JudgePrompt,
-    JudgeRequest,
-    JudgeSampling,
-    Outcome,
-    Unanswered,
-    answers_of_one_model,
-    require_fields,
-)
+from pipeline.benchmark.judges.judge import AnswerPair, Judge, JudgeOutcome, JudgeRequest, JudgeSampling, Unanswered
+from pipeline.benchmark.judges.judge_prompt import JudgePrompt, require_fields
+from pipeline.benchmark.judges.judged_benchmark import JudgedRows, answers_of_one_model
 from pipeline.data.files import Row, read_rows
 from pipeline.errors import DataError
 
@@ -129,7 +120,7 @@ class ArenaHardJudging:
                 _request(question, answer_of_model, answer_of_baseline, template),
             ]
 
-    def rows(self, outcomes: Sequence[Outcome], judge: Judge) -> JudgedRows:
+    def rows(self, outcomes: Sequence[JudgeOutcome], judge: Judge) -> JudgedRows:
         """model_judgment/<judge>/<model>.jsonl in the v2 layout."""
         games = [self._game(request, outcome) for request, outcome in zip(self.requests, outcomes, strict=True)]
         rows = [
@@ -146,7 +137,7 @@ class ArenaHardJudging:
         unparsed = sum(game["score"] is None and game["judgment"] is not None for game in games)
         return JudgedRows(rows=rows, unparsed=unparsed)
 
-    def _game(self, request: JudgeRequest, outcome: Outcome) -> dict[str, Any]:
+    def _game(self, request: JudgeRequest, outcome: JudgeOutcome) -> dict[str, Any]:
         prompt = [dict(message) for message in request.messages]
         if isinstance(outcome, Unanswered):
             return {"score": None, "judgment": None, "prompt": prompt, "failure": outcome.reason}
@@ -159,7 +150,7 @@ def _request(question: ArenaQuestion, answer_a: str, answer_b: str, template: Ju
     return JudgeRequest(
         messages=template.filled(fields),
         sampling=SAMPLING,
-        comparison=Comparison(
+        pair=AnswerPair(
             prompt=({"role": "user", "content": question.prompt},),
             answer_a=answer_a,
             answer_b=answer_b,

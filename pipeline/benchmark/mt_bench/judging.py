@@ -7,17 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.benchmark.judges.judging import (
-    Judge,
-    JudgedRows,
-    JudgePrompt,
-    JudgeRequest,
-    JudgeSampling,
-    Outcome,
-    Unanswered,
-    answers_of_one_model,
-    require_fields,
-)
+from pipeline.benchmark.judges.judge import Judge, JudgeOutcome, JudgeRequest, JudgeSampling, Unanswered
+from pipeline.benchmark.judges.judge_prompt import JudgePrompt, require_fields
+from pipeline.benchmark.judges.judged_benchmark import JudgedRows, answers_of_one_model
 from pipeline.benchmark.mt_bench.grades import FAILED, ModelAnswer
 from pipeline.data.files import Row, read_rows
 from pipeline.errors import DataError
@@ -137,10 +129,10 @@ class MTBenchJudging:
             for turn, name in enumerate(names, start=1):
                 self._asked.append((question.question_id, turn, name))
                 self.requests.append(
-                    JudgeRequest(messages=templates[name].filled(fields), sampling=SAMPLING, comparison=None)
+                    JudgeRequest(messages=templates[name].filled(fields), sampling=SAMPLING, pair=None)
                 )
 
-    def rows(self, outcomes: Sequence[Outcome], judge: Judge) -> JudgedRows:
+    def rows(self, outcomes: Sequence[JudgeOutcome], judge: Judge) -> JudgedRows:
         """model_judgment/<judge>_single.jsonl."""
         rows: list[dict[str, Any]] = []
         unparsed = 0

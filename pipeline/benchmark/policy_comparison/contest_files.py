@@ -13,7 +13,7 @@ from pipeline.benchmark.answers import read_answers
 from pipeline.benchmark.arena_hard import files as arena_hard_files
 from pipeline.benchmark.arena_hard.files import Games
 from pipeline.benchmark.arena_hard.judging import arena_question
-from pipeline.benchmark.judges.judging import answers_of_one_model
+from pipeline.benchmark.judges.judged_benchmark import answers_of_one_model
 from pipeline.benchmark.mt_bench import grades as mt_bench
 from pipeline.benchmark.mt_bench.judging import mt_bench_question
 from pipeline.data.files import Row, read_rows

@@ -15,7 +15,7 @@ from pipeline.benchmark.alpaca_eval.judging import (
     read_model_outputs,
     shown_preference,
 )
-from pipeline.benchmark.judges.judging import Judgment, Unanswered
+from pipeline.benchmark.judges.judge import Judgment, Unanswered
 from pipeline.errors import DataError
 from tests.support.paths import SHARED_DATA
 
@@ -100,7 +100,7 @@ def test_the_prompt_shows_the_two_answers_as_the_coin_fell(tmp_path):
         {"role": "user", "content": '{ "instruction": """What is 2+2?""" }\nm: four\nM: 4'},
     )
     assert switches.messages[1]["content"].endswith("m: {output_2} ha\nM: no")
-    assert (stays.comparison.answer_a, switches.comparison.answer_a) == ("four", "{output_2} ha")
+    assert (stays.pair.answer_a, switches.pair.answer_a) == ("four", "{output_2} ha")
     assert (stays.sampling.temperature, stays.sampling.max_tokens, stays.sampling.top_logprobs) == (1.0, 1, 5)
 
 

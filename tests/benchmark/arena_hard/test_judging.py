@@ -14,7 +14,8 @@ from pipeline.benchmark.arena_hard.judging import (
     read_arena_template,
 )
 from pipeline.benchmark.arena_hard.win_rates import parse_verdict
-from pipeline.benchmark.judges.judging import JudgePrompt, Judgment, Unanswered
+from pipeline.benchmark.judges.judge import Judgment, Unanswered
+from pipeline.benchmark.judges.judge_prompt import JudgePrompt
 from pipeline.errors import DataError
 from tests.support.paths import SHARED_DATA
 
@@ -54,7 +55,7 @@ def test_both_orders_are_played_the_baseline_first():
         {"role": "user", "content": "Q why ? A for B {ANSWER_A} since"},
     )
     assert second.messages[1]["content"] == "Q why ? A {ANSWER_A} since B for"
-    assert (first.comparison.answer_a, second.comparison.answer_a) == ("for", "{ANSWER_A} since")
+    assert (first.pair.answer_a, second.pair.answer_a) == ("for", "{ANSWER_A} since")
     assert (first.sampling.temperature, first.sampling.max_tokens) == (0.0, 4096)
 
 
@@ -214,5 +215,5 @@ def test_the_public_questions_and_answers_make_a_thousand_games():
     )
     assert len(judged.requests) == 1000
     for first, second in zip(judged.requests[::2], judged.requests[1::2], strict=True):
-        assert first.comparison.answer_a == second.comparison.answer_b
-        assert first.comparison.answer_b == second.comparison.answer_a
+        assert first.pair.answer_a == second.pair.answer_b
+        assert first.pair.answer_b == second.pair.answer_a

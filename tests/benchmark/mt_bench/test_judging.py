@@ -5,8 +5,10 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.benchmark.judges.judging import JudgePrompt, Judgment, Unanswered, collect
-from pipeline.benchmark.judges.replay import ReplayJudge
+from pipeline.benchmark.judges.collect_outcomes import collect_outcomes
+from pipeline.benchmark.judges.judge import Judgment, Unanswered
+from pipeline.benchmark.judges.judge_prompt import JudgePrompt
+from pipeline.benchmark.judges.replay_judge import ReplayJudge
 from pipeline.benchmark.mt_bench.grades import ModelAnswer, parse_score, read_answers, read_judgments
 from pipeline.benchmark.mt_bench.judging import (
     MTBenchJudging,
@@ -60,7 +62,7 @@ def test_each_turn_has_its_prompt_and_mathematics_its_reference():
         "p1=r1 p2=r2 b1 | b2",
     ]
     assert requests[3].messages[0] == {"role": "system", "content": "system of single-math-v1-multi-turn"}
-    assert all(request.comparison is None for request in requests)
+    assert all(request.pair is None for request in requests)
     assert (requests[0].sampling.temperature, requests[0].sampling.max_tokens) == (0.0, 2048)
 
 
@@ -185,6 +187,6 @@ def test_gpt4s_public_judgments_replay_to_their_public_grades(public, tmp_path, 
         parse=parse_score,
     )
     judge = ReplayJudge(replay)
-    outcomes = collect(judge, judged.requests, None).outcomes
+    outcomes = collect_outcomes(judge, judged.requests, None).outcomes
     ours = {(r["question_id"], r["turn"]): (r["judge"][1], r["score"]) for r in judged.rows(outcomes, judge).rows}
     assert ours == {(r["question_id"], r["turn"]): (r["judge_template"], r["score"]) for r in rows}
