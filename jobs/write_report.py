@@ -16,7 +16,7 @@ from jobs.generate_benchmark import ALIGNED, BASE, generate_benchmark
 from jobs.run_job import run_job
 from jobs.sft import sft
 from jobs.train_reward_model import train_reward_model
-from pipeline.benchmark.answers import read_answers
+from pipeline.benchmark.scored_answers import read_scored_answers
 from pipeline.records import StageResult
 from pipeline.stages import storage
 
@@ -34,7 +34,7 @@ def write_report(
     results = (policy, reward_model, aligned, benchmark)
     stages = [workspace.stage(result.name, result.fingerprint) for result in results]
     with storage.reading(benchmark.location) as directory:
-        answers = {name: read_answers(Path(directory) / name / "model_outputs.json") for name in (BASE, ALIGNED)}
+        answers = {name: read_scored_answers(Path(directory) / name / "model_outputs.json") for name in (BASE, ALIGNED)}
         planted_file = Path(directory) / "planted.json"
         planted = json.loads(planted_file.read_text()) if planted_file.exists() else {"kinds": {}, "weights": {}}
     manifests = [stage.manifest() for stage in stages]

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.benchmark.questions import Question
+from pipeline.benchmark.benchmark_question import BenchmarkQuestion
 from pipeline.data.files import AppendedLines
 from pipeline.errors import DataError
 from pipeline.records import FinishReason
@@ -36,7 +36,9 @@ class AnswerLog:
 
     @classmethod
     @contextmanager
-    def open(cls, path: Path, settings: Mapping[str, Any], questions: Sequence[Question]) -> Iterator[AnswerLog]:
+    def open(
+        cls, path: Path, settings: Mapping[str, Any], questions: Sequence[BenchmarkQuestion]
+    ) -> Iterator[AnswerLog]:
         """The answers a file holds, and the file itself for more; made where it does not exist.
 
         Args:
@@ -59,11 +61,11 @@ class AnswerLog:
                 _take(_row(line, path, number), asked, turns, place=f"{path}, line {number}")
             yield cls(lines, turns)
 
-    def turns(self, question: Question) -> tuple[AnsweredTurn, ...]:
+    def turns(self, question: BenchmarkQuestion) -> tuple[AnsweredTurn, ...]:
         """The turns of a question that are answered, in order."""
         return tuple(self._turns.get(question.id, ()))
 
-    def append(self, question: Question, turn: AnsweredTurn) -> None:
+    def append(self, question: BenchmarkQuestion, turn: AnsweredTurn) -> None:
         """Keeps the answer to the next turn of a question."""
         turns = self._turns.setdefault(question.id, [])
         place = {"question_id": question.id, "turn": len(turns) + 1, "asked": _asked(question, len(turns) + 1)}
@@ -71,7 +73,7 @@ class AnswerLog:
         turns.append(turn)
 
 
-def _asked(question: Question, turn: int) -> str:
+def _asked(question: BenchmarkQuestion, turn: int) -> str:
     """Identity of what the model was asked up to a turn."""
     words = json.dumps([question.turns[:turn], question.temperature], ensure_ascii=True)
     return hashlib.sha256(words.encode()).hexdigest()[:16]
@@ -101,7 +103,7 @@ def _require_same(settings: Mapping[str, Any], written: Mapping[str, Any], path:
 
 def _take(
     row: Mapping[str, Any],
-    asked: Mapping[int | str, Question],
+    asked: Mapping[int | str, BenchmarkQuestion],
     turns: dict[int | str, list[AnsweredTurn]],
     *,
     place: str,

@@ -12,10 +12,10 @@ import pytest
 
 from jobs import compare_policies, judge_benchmark, score_benchmark
 from jobs.command_line import PREEMPTED
-from pipeline.benchmark.alpaca_eval.win_rates import read_annotations
-from pipeline.benchmark.answers import read_answers
+from pipeline.benchmark.alpaca_eval.annotations import read_annotations
 from pipeline.benchmark.policy_comparison import contest as comparison
 from pipeline.benchmark.policy_comparison.contest_files import read_policy, read_questions
+from pipeline.benchmark.scored_answers import read_scored_answers
 from pipeline.data.planted import GoldAnnotator
 from pipeline.objectives.reward_comparison import compare
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
@@ -154,7 +154,7 @@ def test_base_and_aligned_are_judged_scored_and_compared_and_every_number_agrees
     result = stage_directory(finished[0], "generate_benchmark") / "result"
     reward_model = stage_directory(finished[0], "train_reward_model") / "result"
     base, aligned = files = [result / generator / "model_outputs.json" for generator in ("base", "aligned")]
-    pairs = list(zip(read_answers(aligned), read_answers(base), strict=True))
+    pairs = list(zip(read_scored_answers(aligned), read_scored_answers(base), strict=True))
     assert [a.instruction for a, _ in pairs] == [b.instruction for _, b in pairs]
 
     annotations, scores = {}, {}

@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.benchmark.alpaca_eval.win_rates import Annotations
-from pipeline.benchmark.arena_hard.files import Games
-from pipeline.benchmark.arena_hard.win_rates import Battle, markdown_counts
-from pipeline.benchmark.mt_bench import grades as mt_bench
+from pipeline.benchmark.alpaca_eval.annotations import Annotations
+from pipeline.benchmark.arena_hard.battles import Battle
+from pipeline.benchmark.arena_hard.games import Games
+from pipeline.benchmark.arena_hard.style_control import markdown_counts
+from pipeline.benchmark.mt_bench.grades import NO_GRADE, TurnGrade
 from pipeline.benchmark.policy_comparison.contest_files import TITLES, PolicyAnswers
 from pipeline.errors import DataError
 from pipeline.evaluation.win_rate import NORMAL_QUANTILE_95, win_rate_of_preferences
@@ -213,7 +214,7 @@ def game_verdicts(of: Contest, games: Sequence[Games]) -> list[Verdicts]:
     return _of_comparisons(of, given)
 
 
-def grade_verdicts(of: Contest, grades: Sequence[mt_bench.Judgment]) -> list[Verdicts]:
+def grade_verdicts(of: Contest, grades: Sequence[TurnGrade]) -> list[Verdicts]:
     """MT-Bench: of two answers the one with the higher mean grade of its turns wins, a tie is half a win.
 
     There is no verdict where a grade of either is missing; nothing of a judge who graded fewer than two policies.
@@ -239,7 +240,7 @@ def grade_verdicts(of: Contest, grades: Sequence[mt_bench.Judgment]) -> list[Ver
         given.add(key)
         ungraded: list[list[float | None]] = [[None] * len(turns) for turns in of.turns]
         of_model = by_judge.setdefault(row.judge, {}).setdefault(row.model, ungraded)
-        of_model[place[str(row.question_id)]][row.turn - 1] = None if row.score == mt_bench.FAILED else row.score
+        of_model[place[str(row.question_id)]][row.turn - 1] = None if row.score == NO_GRADE else row.score
     return [
         replace(verdicts, grades={policy: [tuple(g) for g in columns] for policy, columns in by_policy.items()})
         for judge, by_policy in by_judge.items()

@@ -7,15 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.benchmark.alpaca_eval.judging import read_model_outputs
-from pipeline.benchmark.alpaca_eval.win_rates import Annotations, read_annotations
-from pipeline.benchmark.answers import read_answers
-from pipeline.benchmark.arena_hard import files as arena_hard_files
-from pipeline.benchmark.arena_hard.files import Games
-from pipeline.benchmark.arena_hard.judging import arena_question
+from pipeline.benchmark.alpaca_eval.annotations import Annotations, read_annotations
+from pipeline.benchmark.alpaca_eval.model_outputs import read_model_outputs
+from pipeline.benchmark.arena_hard.answers import read_arena_answers
+from pipeline.benchmark.arena_hard.games import ARENA_HARD_BASELINE, Games, read_games
+from pipeline.benchmark.arena_hard.questions import arena_question
 from pipeline.benchmark.judges.judged_benchmark import answers_of_one_model
-from pipeline.benchmark.mt_bench import grades as mt_bench
-from pipeline.benchmark.mt_bench.judging import mt_bench_question
+from pipeline.benchmark.mt_bench.answers import read_mt_bench_answers
+from pipeline.benchmark.mt_bench.grades import TurnGrade, read_grades
+from pipeline.benchmark.mt_bench.questions import mt_bench_question
+from pipeline.benchmark.scored_answers import read_scored_answers
 from pipeline.data.files import Row, read_rows
 from pipeline.errors import DataError
 from pipeline.records import RewardScore
@@ -59,7 +60,7 @@ class Judgments:
 
     annotations: Sequence[Annotations]
     games: Sequence[Games]
-    grades: Sequence[mt_bench.Judgment]
+    grades: Sequence[TurnGrade]
 
 
 def read_questions(files: Sequence[Path]) -> Questions:
@@ -78,11 +79,11 @@ def read_questions(files: Sequence[Path]) -> Questions:
             if "instruction" in row.values:
                 categories[row.require("instruction", str)] = row.require("dataset", str)
             elif isinstance(row.values.get("question_id"), int):
-                graded = mt_bench_question(row)
-                turns[graded.question_id], categories[str(graded.question_id)] = graded.turns, graded.category
+                mt_bench = mt_bench_question(row)
+                turns[mt_bench.question_id], categories[str(mt_bench.question_id)] = mt_bench.turns, mt_bench.category
             elif "uid" in row.values or "question_id" in row.values:
-                asked = arena_question(row)
-                turns[asked.uid], categories[asked.uid] = (asked.prompt,), asked.category
+                arena = arena_question(row)
+                turns[arena.question_id], categories[arena.question_id] = (arena.prompt,), arena.category
             else:
                 raise DataError(f"{row.place}: no question: it has neither uid, question_id nor instruction")
     return Questions(turns=turns, categories=categories)
@@ -136,7 +137,7 @@ def read_policy(file: Path, questions: Questions) -> PolicyAnswers:
 def _alpaca_eval_answers(file: Path, questions: Questions) -> PolicyAnswers:
     """`model_outputs.json`, with the rewards that generate_benchmark's own prompts have or without."""
     rows = read_model_outputs(file)
-    scored = read_answers(file) if '"reward_mean"' in file.read_text() else []
+    scored = read_scored_answers(file) if '"reward_mean"' in file.read_text() else []
     categories = {row.instruction: row.dataset for row in rows if row.dataset is not None}
     categories |= {
         row.instruction: questions.categories[row.instruction]
@@ -157,7 +158,7 @@ def _alpaca_eval_answers(file: Path, questions: Questions) -> PolicyAnswers:
 
 
 def _arena_hard_answers(file: Path, questions: Questions) -> PolicyAnswers:
-    answers = arena_hard_files.read_answers([str(file)])
+    answers = read_arena_answers([str(file)])
     policy, by_question = answers_of_one_model(answers, [], known=_known(str, questions, file), what="answers")
     return PolicyAnswers(
         benchmark=ARENA_HARD,
@@ -170,7 +171,7 @@ def _arena_hard_answers(file: Path, questions: Questions) -> PolicyAnswers:
 
 
 def _mt_bench_answers(file: Path, questions: Questions) -> PolicyAnswers:
-    answers = mt_bench.read_answers([str(file)])
+    answers = read_mt_bench_answers([str(file)])
     policy, by_question = answers_of_one_model(answers, [], known=_known(int, questions, file), what="answers")
     for number, answer in by_question.items():
         if len(answer.turns) != len(questions.turns[number]):
@@ -206,7 +207,7 @@ def read_judgments(files: Sequence[Path]) -> Judgments:
     """
     annotations: list[Annotations] = []
     games: list[Games] = []
-    grades: list[mt_bench.Judgment] = []
+    grades: list[TurnGrade] = []
     for file in files:
         match next(read_rows(str(file)), None):
             case None:
@@ -214,10 +215,10 @@ def read_judgments(files: Sequence[Path]) -> Judgments:
             case Row(values={"instruction": _}):
                 annotations.append(read_annotations(file))
             case Row(values={"games": _} | {"winner": _} as values):
-                baseline = values.get("baseline", arena_hard_files.OFFICIAL_BASELINE)
-                games.append(arena_hard_files.read_games([str(file)], baseline=baseline))
+                baseline = values.get("baseline", ARENA_HARD_BASELINE)
+                games.append(read_games([str(file)], baseline=baseline))
             case Row(values={"turn": _}):
-                grades += mt_bench.read_judgments([str(file)])
+                grades += read_grades([str(file)])
             case row:
                 raise DataError(
                     f"{row.place}: no judgment of AlpacaEval (instruction), Arena-Hard (games) or MT-Bench (turn)"

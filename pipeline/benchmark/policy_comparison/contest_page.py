@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from pipeline.benchmark.mt_bench.grades import CATEGORIES, scores
+from pipeline.benchmark.mt_bench.grades import MT_BENCH_CATEGORIES, mean_grades
 from pipeline.benchmark.policy_comparison.contest import (
     REWARD_MODEL,
     Contest,
@@ -61,7 +61,7 @@ def judged_contests(contests: Sequence[Contest], judgments: Judgments) -> list[J
                 verdicts = grade_verdicts(contest, judgments.grades)
             case _:
                 verdicts = judged_verdicts(contest, judgments.annotations)
-        grades = {judge: scores([row for row in judgments.grades if row.judge == judge]) for judge in graded_by}
+        grades = {judge: mean_grades([row for row in judgments.grades if row.judge == judge]) for judge in graded_by}
         found.append(
             JudgedContest(
                 contest=contest,
@@ -182,8 +182,8 @@ def _answer(judged: JudgedContest, policy: str, i: int, objectives: Sequence[str
 
 def _grade_tables(judged: JudgedContest) -> list[tuple[str, list[str], list[tuple[str, list[float | None]]]]]:
     """(judge, columns, (policy, mean grades))."""
-    keys = ["average", "turn_1", "turn_2", *(f"category/{name}" for name in CATEGORIES)]
-    names = ["average", "turn 1", "turn 2", *CATEGORIES]
+    keys = ["average", "turn_1", "turn_2", *(f"category/{name}" for name in MT_BENCH_CATEGORIES)]
+    names = ["average", "turn 1", "turn 2", *MT_BENCH_CATEGORIES]
     return [
         (
             judge,

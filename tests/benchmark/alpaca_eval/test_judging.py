@@ -9,12 +9,11 @@ import pytest
 from pipeline.benchmark.alpaca_eval.judging import (
     AlpacaEvalJudging,
     is_switched,
-    pair_by_instruction,
     parse_identifier,
     read_chatml,
-    read_model_outputs,
     shown_preference,
 )
+from pipeline.benchmark.alpaca_eval.model_outputs import pair_by_instruction, read_model_outputs
 from pipeline.benchmark.judges.judge import Judgment, Unanswered
 from pipeline.errors import DataError
 from tests.support.paths import SHARED_DATA

@@ -4,11 +4,10 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.benchmark.alpaca_eval.win_rates import Annotations
-from pipeline.benchmark.answers import write_answers
-from pipeline.benchmark.arena_hard.files import Games, read_games
-from pipeline.benchmark.arena_hard.win_rates import Battle
-from pipeline.benchmark.arena_hard.win_rates import win_rate as arena_hard_win_rate
+from pipeline.benchmark.alpaca_eval.annotations import Annotations
+from pipeline.benchmark.arena_hard.battles import Battle
+from pipeline.benchmark.arena_hard.games import Games, read_games
+from pipeline.benchmark.arena_hard.win_rates import bradley_terry_win_rates as arena_hard_win_rate
 from pipeline.benchmark.mt_bench import grades as mt_bench
 from pipeline.benchmark.policy_comparison.contest import (
     breakdown,
@@ -33,6 +32,7 @@ from pipeline.benchmark.policy_comparison.contest_files import (
     read_questions,
 )
 from pipeline.benchmark.policy_comparison.contest_page import comparison_page, judged_contests, orders
+from pipeline.benchmark.scored_answers import write_scored_answers
 from pipeline.errors import DataError
 from pipeline.records import Answer, RewardScore
 from tests.support.paths import SHARED_DATA
@@ -207,7 +207,7 @@ def test_a_category_comes_by_prompt_id_by_instruction_or_from_the_answers_file(t
     answers = [
         Answer(prompt_id=f"id-{text}", instruction=text, output="x", generator="a", score=score(1.0)) for text in "pqr"
     ]
-    write_answers(tmp_path / "model_outputs.json", answers, dataset="koala")
+    write_scored_answers(tmp_path / "model_outputs.json", answers, dataset="koala")
     questions = Questions(turns={}, categories={"id-p": "plan", "q": "quick"})
     found = read_policy(tmp_path / "model_outputs.json", questions)
     assert found.categories == {"p": "plan", "q": "quick", "r": "koala"}
@@ -350,7 +350,7 @@ def test_the_public_battles_of_arena_hard_show_their_leaderboard():
 
 
 def grade(model, number, turn, value, judge="gpt-4"):
-    return mt_bench.Judgment(
+    return mt_bench.TurnGrade(
         question_id=number,
         model=model,
         judge=judge,
@@ -460,7 +460,7 @@ def test_the_job_reads_what_the_benchmark_wrote(tmp_path, monkeypatch, capsys):
             Answer(prompt_id=text, instruction=text, output="x", generator=name, score=score(reward))
             for text, reward in zip("pq", rewards, strict=True)
         ]
-        write_answers(tmp_path / name / "model_outputs.json", answers, dataset="test")
+        write_scored_answers(tmp_path / name / "model_outputs.json", answers, dataset="test")
     files = [str(tmp_path / name / "model_outputs.json") for name in ("base", "aligned")]
     out = tmp_path / "page" / "comparison.html"
     monkeypatch.setattr("sys.argv", ["compare_policies", *files, "--out", str(out)])

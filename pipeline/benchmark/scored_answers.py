@@ -13,7 +13,7 @@ from pipeline.records import Answer, RewardScore
 WEIGHT, SCORE = "objective_weight_", "objective_score_"
 
 
-def write_answers(path: Path, answers: Sequence[Answer], *, dataset: str) -> None:
+def write_scored_answers(path: Path, answers: Sequence[Answer], *, dataset: str) -> None:
     """A JSON list of {instruction, output, generator, dataset}, as alpaca_eval reads it; ours stand beside them.
 
     Every value is a string or a number: alpaca_eval looks for repeated rows, and fails on a nested one.
@@ -37,8 +37,8 @@ def write_answers(path: Path, answers: Sequence[Answer], *, dataset: str) -> Non
     path.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
 
 
-def read_answers(path: Path) -> list[Answer]:
-    """Answers that `write_answers` wrote.
+def read_scored_answers(path: Path) -> list[Answer]:
+    """Answers that `write_scored_answers` wrote.
 
     Raises:
         DataError: no JSON list, or a row without its fields.
