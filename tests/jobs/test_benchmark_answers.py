@@ -238,8 +238,8 @@ def test_answers_of_other_weights_are_not_mixed(answer, tmp_path, tiny_policy):
 @pytest.mark.parametrize(
     ("change", "letter"),
     [
-        ({"question_id": 99}, r"answers, line 5: answers question 99, which the prompts do not hold"),
-        ({"asked": "x"}, r"answers, line 5: question 101 reads differently now \(.*bench.jsonl, line 2\)"),
+        ({"question_id": 99}, r"answers, line 5: answers question 99, which is not among the prompts"),
+        ({"asked": "x"}, r"answers, line 5: question 101 has changed since then \(.*bench.jsonl, line 2\)"),
         ({"turn": 1}, r"answers, line 5: answers turn 1 of question 101, after 1 of 2 turns"),
         ({"output": ...}, r"answers, line 5: no answer, field 'output' is missing"),
         (None, r"answers, line 5: no JSON object: half a line"),

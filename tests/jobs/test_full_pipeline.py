@@ -13,8 +13,10 @@ import pytest
 from jobs import compare_policies, judge_benchmark, score_benchmark
 from jobs.command_line import PREEMPTED
 from pipeline.benchmark.alpaca_eval.annotations import read_annotations
-from pipeline.benchmark.policy_comparison import contest as comparison
-from pipeline.benchmark.policy_comparison.contest_files import read_policy, read_questions
+from pipeline.benchmark.policy_comparison.contest import build_contest
+from pipeline.benchmark.policy_comparison.policy_answers import read_policy_answers, read_questions
+from pipeline.benchmark.policy_comparison.verdicts import judged_verdicts, reward_verdicts
+from pipeline.benchmark.policy_comparison.win_matrix import win_matrix
 from pipeline.benchmark.scored_answers import read_scored_answers
 from pipeline.data.planted import GoldAnnotator
 from pipeline.objectives.reward_comparison import compare
@@ -189,15 +191,15 @@ def test_base_and_aligned_are_judged_scored_and_compared_and_every_number_agrees
         compare_policies.parse([*map(str, files), *options, "--objectives", "a,b,c,d", "--out", str(page)])
     )
     assert f"{scores['gold']['win_rate']:.2f} ± {scores['gold']['standard_error']:.2f}" in page.read_text()
-    contest = comparison.contest([read_policy(file, read_questions([])) for file in files])
-    [rewards] = comparison.reward_verdicts(contest)
+    contest = build_contest([read_policy_answers(file, read_questions([])) for file in files])
+    [rewards] = reward_verdicts(contest)
     first, second = contest.policies
     reported = manifest(finished[0], "generate_benchmark")["metrics"]["reward/win_rate"]
-    assert comparison.win_matrix(contest, rewards)[second][first]["win_rate"] == pytest.approx(reported)
+    assert win_matrix(contest, rewards)[second][first]["win_rate"] == pytest.approx(reported)
     for (name, judged), verdicts in zip(
-        annotations.items(), comparison.judged_verdicts(contest, list(annotations.values())), strict=True
+        annotations.items(), judged_verdicts(contest, list(annotations.values())), strict=True
     ):
-        cell = comparison.win_matrix(contest, verdicts)[judged.model][judged.baseline]
+        cell = win_matrix(contest, verdicts)[judged.model][judged.baseline]
         assert 100 * cell["win_rate"] == pytest.approx(scores[name]["win_rate"])
         assert f">{100 * cell['win_rate']:.1f} <" in page.read_text()
 

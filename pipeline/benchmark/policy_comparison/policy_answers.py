@@ -1,4 +1,4 @@
-"""What policies are compared by: their answers, the questions and the judgments, in the layouts of each benchmark."""
+"""The answers of one policy to one benchmark, read from the answer files of each benchmark."""
 
 from __future__ import annotations
 
@@ -7,67 +7,56 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.benchmark.alpaca_eval.annotations import Annotations, read_annotations
 from pipeline.benchmark.alpaca_eval.model_outputs import read_model_outputs
 from pipeline.benchmark.arena_hard.answers import read_arena_answers
-from pipeline.benchmark.arena_hard.games import ARENA_HARD_BASELINE, Games, read_games
 from pipeline.benchmark.arena_hard.questions import arena_question
 from pipeline.benchmark.judges.judged_benchmark import answers_of_one_model
 from pipeline.benchmark.mt_bench.answers import read_mt_bench_answers
-from pipeline.benchmark.mt_bench.grades import TurnGrade, read_grades
 from pipeline.benchmark.mt_bench.questions import mt_bench_question
 from pipeline.benchmark.scored_answers import read_scored_answers
-from pipeline.data.files import Row, read_rows
+from pipeline.data.files import read_rows
 from pipeline.errors import DataError
 from pipeline.records import RewardScore
 
 ALPACA_EVAL, ARENA_HARD, MT_BENCH = "alpaca_eval", "arena_hard", "mt_bench"
-TITLES = {ALPACA_EVAL: "AlpacaEval", ARENA_HARD: "Arena-Hard", MT_BENCH: "MT-Bench"}
+
+BENCHMARK_TITLES = {ALPACA_EVAL: "AlpacaEval", ARENA_HARD: "Arena-Hard", MT_BENCH: "MT-Bench"}
 
 ANSWER_FILES = ("model_outputs.json", "v2/model_answer/*.jsonl", "model_answer/*.jsonl")
-"""Below a directory of generate_benchmark; Arena-Hard's v0.1 layout holds the same answers as its v2."""
+"""Answer files below a directory of generate_benchmark. Arena-Hard's v0.1 files repeat the answers of its v2 files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Questions:
-    """What question files add to answers."""
+    """Texts and categories of questions, which answer files do not contain."""
 
     turns: Mapping[int | str, tuple[str, ...]]
-    """Question id -> what the user says: MT-Bench's (int) and Arena-Hard's (str) files of answers do not hold it."""
+    """Question id -> the user's text of each turn, for MT-Bench (int ids) and Arena-Hard (str ids)."""
     categories: Mapping[str, str]
     """Question id, prompt id or instruction -> category."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyAnswers:
-    """All answers of one policy to one benchmark, by prompt: a question's id, in AlpacaEval the instruction itself."""
+    """All answers of one policy to one benchmark. A prompt is a question id; in AlpacaEval, the instruction itself."""
 
     benchmark: str
     policy: str
     turns: Mapping[str, tuple[str, ...]]
-    """What the user says."""
+    """Prompt -> the user's text of each turn."""
     outputs: Mapping[str, tuple[str, ...]]
-    """The answer to each turn."""
+    """Prompt -> the answer to each turn."""
     rewards: Mapping[str, RewardScore]
-    """Of every answer, or of none: where no reward model scored them."""
+    """Prompt -> reward of the answer; empty where no reward model scored the answers."""
     categories: Mapping[str, str]
-    """Of the prompts that have one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judgments:
-    """Files of judgments, by benchmark."""
-
-    annotations: Sequence[Annotations]
-    games: Sequence[Games]
-    grades: Sequence[TurnGrade]
+    """Prompt -> category, where it is known."""
 
 
 def read_questions(files: Sequence[Path]) -> Questions:
-    """Question files of the benchmarks, and generate_benchmark's `planted.json`.
+    """Reads question files of the benchmarks, and generate_benchmark's `planted.json`.
 
     Raises:
-        DataError: neither of them; names file and line.
+        DataError: a file is neither of them. Names file and line.
     """
     turns: dict[int | str, tuple[str, ...]] = {}
     categories: dict[str, str] = {}
@@ -85,7 +74,7 @@ def read_questions(files: Sequence[Path]) -> Questions:
                 arena = arena_question(row)
                 turns[arena.question_id], categories[arena.question_id] = (arena.prompt,), arena.category
             else:
-                raise DataError(f"{row.place}: no question: it has neither uid, question_id nor instruction")
+                raise DataError(f"{row.place}: not a question; it has neither uid, question_id nor instruction")
     return Questions(turns=turns, categories=categories)
 
 
@@ -94,36 +83,35 @@ def _planted_kinds(file: Path) -> dict[str, str]:
         kinds = json.loads(file.read_text())["kinds"]
         return {str(prompt_id): str(kind) for prompt_id, kind in kinds.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{file} holds no kinds of prompts ({error!r}); give that of generate_benchmark") from error
-
-
-# ----------------------------------------------------------------------------- answers
+        raise DataError(
+            f"{file} holds no kinds of prompts ({error!r}); give the planted.json of generate_benchmark"
+        ) from error
 
 
 def answer_files(place: Path) -> list[Path]:
-    """The file itself; of a directory that generate_benchmark wrote, one for each benchmark that it holds.
+    """The file itself, or the answer file of each benchmark in a directory that generate_benchmark wrote.
 
     Raises:
-        DataError: a directory without answers.
+        DataError: the directory has no answers.
     """
     if not place.is_dir():
         return [place]
-    found = [file for pattern in ANSWER_FILES for file in sorted(place.glob(pattern))]
-    if not found:
+    files = [file for pattern in ANSWER_FILES for file in sorted(place.glob(pattern))]
+    if not files:
         raise DataError(f"{place} holds no answers: none of {', '.join(ANSWER_FILES)}. Give the file itself.")
-    return found
+    return files
 
 
-def read_policy(file: Path, questions: Questions) -> PolicyAnswers:
-    """One policy's answers, whatever the benchmark.
+def read_policy_answers(file: Path, questions: Questions) -> PolicyAnswers:
+    """The answers of one policy to any of the benchmarks.
 
     Args:
-        questions: must hold the questions of Arena-Hard and MT-Bench. The category of an AlpacaEval instruction that is
-            not there is the `dataset` of its row.
+        questions: must hold the questions of Arena-Hard and MT-Bench. An AlpacaEval instruction that is not there has
+            the `dataset` of its row as category.
 
     Raises:
-        DataError: answers of several models or of none, to an unknown question, or to one twice; rewards of some
-            answers only. Names file and line.
+        DataError: the answers are of several models or of none, answer an unknown question or a question twice, or
+            only some have rewards. Names file and line.
     """
     first = next(read_rows(str(file)), None)
     match None if first is None else first.values.get("question_id", first.values.get("uid")):
@@ -135,7 +123,7 @@ def read_policy(file: Path, questions: Questions) -> PolicyAnswers:
 
 
 def _alpaca_eval_answers(file: Path, questions: Questions) -> PolicyAnswers:
-    """`model_outputs.json`, with the rewards that generate_benchmark's own prompts have or without."""
+    """`model_outputs.json`. Answers to generate_benchmark's own prompts have rewards, others have none."""
     rows = read_model_outputs(file)
     scored = read_scored_answers(file) if '"reward_mean"' in file.read_text() else []
     categories = {row.instruction: row.dataset for row in rows if row.dataset is not None}
@@ -159,7 +147,7 @@ def _alpaca_eval_answers(file: Path, questions: Questions) -> PolicyAnswers:
 
 def _arena_hard_answers(file: Path, questions: Questions) -> PolicyAnswers:
     answers = read_arena_answers([str(file)])
-    policy, by_question = answers_of_one_model(answers, [], known=_known(str, questions, file), what="answers")
+    policy, by_question = answers_of_one_model(answers, [], known=_known_ids(str, questions, file), what="answers")
     return PolicyAnswers(
         benchmark=ARENA_HARD,
         policy=policy,
@@ -172,7 +160,7 @@ def _arena_hard_answers(file: Path, questions: Questions) -> PolicyAnswers:
 
 def _mt_bench_answers(file: Path, questions: Questions) -> PolicyAnswers:
     answers = read_mt_bench_answers([str(file)])
-    policy, by_question = answers_of_one_model(answers, [], known=_known(int, questions, file), what="answers")
+    policy, by_question = answers_of_one_model(answers, [], known=_known_ids(int, questions, file), what="answers")
     for number, answer in by_question.items():
         if len(answer.turns) != len(questions.turns[number]):
             raise DataError(
@@ -189,38 +177,8 @@ def _mt_bench_answers(file: Path, questions: Questions) -> PolicyAnswers:
     )
 
 
-def _known(kind: type, questions: Questions, file: Path) -> list[int | str]:
+def _known_ids(kind: type, questions: Questions, file: Path) -> list[int | str]:
     known = [question_id for question_id in questions.turns if isinstance(question_id, kind)]
     if not known:
-        raise DataError(f"{file} does not hold what was asked. Give the benchmark's question.jsonl as --questions.")
+        raise DataError(f"{file} does not contain the questions. Give the benchmark's question.jsonl as --questions.")
     return known
-
-
-# ----------------------------------------------------------------------------- judgments
-
-
-def read_judgments(files: Sequence[Path]) -> Judgments:
-    """Files that judge_benchmark wrote, or the evaluators themselves; each file is of one benchmark.
-
-    Raises:
-        DataError: as the readers of the benchmarks; or a file of none of them. Names file and line.
-    """
-    annotations: list[Annotations] = []
-    games: list[Games] = []
-    grades: list[TurnGrade] = []
-    for file in files:
-        match next(read_rows(str(file)), None):
-            case None:
-                raise DataError(f"{file} holds no judgments")
-            case Row(values={"instruction": _}):
-                annotations.append(read_annotations(file))
-            case Row(values={"games": _} | {"winner": _} as values):
-                baseline = values.get("baseline", ARENA_HARD_BASELINE)
-                games.append(read_games([str(file)], baseline=baseline))
-            case Row(values={"turn": _}):
-                grades += read_grades([str(file)])
-            case row:
-                raise DataError(
-                    f"{row.place}: no judgment of AlpacaEval (instruction), Arena-Hard (games) or MT-Bench (turn)"
-                )
-    return Judgments(annotations=annotations, games=games, grades=grades)
