@@ -21,7 +21,14 @@ from pathlib import Path
 
 from pipeline.config.cluster import ScoringConfig
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.evaluation.reward_evaluation import BENCHMARKS, as_json, as_table, compare, evaluate, survey
+from pipeline.evaluation.reward_evaluation import (
+    REWARD_BENCHMARKS,
+    as_json,
+    evaluate,
+    evaluation_table,
+    metric_differences,
+    survey,
+)
 from pipeline.stages.metrics_log import as_clock
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -32,7 +39,9 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="result directory of train_reward_model")
     parser.add_argument("--pairs", required=True, nargs="+", metavar="FILE", help=".jsonl or .parquet, or directories")
     parser.add_argument("--out", required=True, type=Path, help="directory for rows.jsonl and metrics.json")
-    parser.add_argument("--benchmark", choices=sorted(BENCHMARKS), default="pairs", help="how rows are aggregated")
+    parser.add_argument(
+        "--benchmark", choices=sorted(REWARD_BENCHMARKS), default="pairs", help="how rows are aggregated"
+    )
     parser.add_argument("--subset-field", help="field that names the subset; default subset, for rm_bench domain")
     parser.add_argument("--compare", type=Path, metavar="ROWS", help="rows.jsonl of another model on the same rows")
     parser.add_argument("--trained-on", nargs="+", default=(), metavar="FILE", help="count prompts shared with these")
@@ -53,8 +62,8 @@ def evaluate_reward_model(asked: argparse.Namespace) -> str:
     from pipeline.data.files import content_fingerprint
     from pipeline.data.prompts import read_prompts
     from pipeline.evaluation.reward_scorer import RewardModelScorer
-    from pipeline.evaluation.score_examples import read_scored, score_to_file
     from pipeline.evaluation.scored_rows import key_column
+    from pipeline.evaluation.scored_rows_file import read_scored_rows, write_scored_rows
     from pipeline.learning.memory import keep_freed_memory
     from pipeline.models.reward_model import read_card
 
@@ -72,13 +81,13 @@ def evaluate_reward_model(asked: argparse.Namespace) -> str:
         notes.append(f"{len(shared)} of {len(seen.prompt_keys)} prompts also stand in the training files")
     other = None
     if asked.compare:
-        other_rows, other = read_scored(asked.compare)
+        other_rows, other = read_scored_rows(asked.compare)
         other_rows = other_rows.in_order_of(seen.content_key, place=str(asked.compare))
 
     scored_by = f"{content_fingerprint(asked.model)[:16]}/{device}"
     asked.out.mkdir(parents=True, exist_ok=True)
     rows_file, metrics_file = asked.out / "rows.jsonl", asked.out / "metrics.json"
-    score_to_file(
+    write_scored_rows(
         read_comparisons(asked.pairs, subset_field=subset_field),
         rows_file,
         scored_by=scored_by,
@@ -87,9 +96,9 @@ def evaluate_reward_model(asked: argparse.Namespace) -> str:
         ),
         report=progress(len(seen.content_key)),
     )
-    rows, _ = read_scored(rows_file)
+    rows, _ = read_scored_rows(rows_file)
     evaluation = evaluate(rows, asked.benchmark, seed=asked.seed)
-    differences = {} if other is None else compare(rows, other_rows, asked.benchmark, seed=asked.seed)
+    differences = {} if other is None else metric_differences(rows, other_rows, asked.benchmark, seed=asked.seed)
     record = {
         "model": asked.model,
         "scored_by": scored_by,
@@ -102,7 +111,7 @@ def evaluate_reward_model(asked: argparse.Namespace) -> str:
         "differences": as_json(differences),
     }
     metrics_file.write_text(json.dumps(record, indent=1) + "\n")
-    return "\n".join([as_table(evaluation, differences), "", *notes, f"{rows_file}, {metrics_file}"])
+    return "\n".join([evaluation_table(evaluation, differences), "", *notes, f"{rows_file}, {metrics_file}"])
 
 
 def progress(total: int) -> Callable[[int, int], None]:

@@ -89,7 +89,7 @@ def measure(options: argparse.Namespace, recipe: Recipe | None) -> str:
     from pipeline.data.files import content_fingerprint
     from pipeline.data.preferences import first_of_each_prompt, shared_prompts
     from pipeline.data.score_statistics import ScoreStatistics
-    from pipeline.evaluation.pac_bayes_report import in_words, pac_bayes_report
+    from pipeline.evaluation.pac_bayes_report import pac_bayes_report, pac_bayes_text
     from pipeline.evaluation.posterior_risk import posterior_risk
     from pipeline.models.reward_model import load_reward_model, read_card
     from pipeline.stages import storage
@@ -142,7 +142,7 @@ def measure(options: argparse.Namespace, recipe: Recipe | None) -> str:
     }
     output = options.output if "://" in options.output else os.path.abspath(options.output)
     storage.write_text(output, json.dumps(record, indent=2, allow_nan=False) + "\n")
-    return in_words(report)
+    return pac_bayes_text(report)
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ def write_report(
     job: JobContext, policy: StageResult, reward_model: StageResult, aligned: StageResult, benchmark: StageResult
 ) -> str:
     """Writes <workspace>/report.html from the finished stages, prints the results. Cheap: always made anew."""
-    from pipeline.reporting.report import ReportData, StageSummary, render, results_table
+    from pipeline.reporting.report import ReportData, StageSummary, report_page, results_table
 
     recipe, workspace = job.recipe, job.stages.workspace
     results = (policy, reward_model, aligned, benchmark)
@@ -62,7 +62,7 @@ def write_report(
         planted_weights=planted["weights"],
     )
     location = storage.join(workspace.uri, "report.html")
-    storage.write_text(location, render(data))
+    storage.write_text(location, report_page(data))
     table = results_table(data)
     width = max(len(what) for what, _ in table)
     print("\n" + "\n".join(f"{what:<{width}}  {value}" for what, value in table))

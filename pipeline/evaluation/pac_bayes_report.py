@@ -123,7 +123,7 @@ def _bound_report(bound: PacBayesBound, training: PosteriorRisk, delta: float) -
     )
 
 
-def in_words(report: PacBayesReport) -> str:
+def pac_bayes_text(report: PacBayesReport) -> str:
     """The report for a terminal: the numbers, then what they are worth."""
     training, heldout = report.training, report.heldout
     n = training.num_pairs

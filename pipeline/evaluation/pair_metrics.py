@@ -38,7 +38,7 @@ class ScoredPairs:
         return ScoredPairs(**{name: column[rows] for name, column in vars(self).items()})
 
 
-def pair_accuracy(margins: np.ndarray) -> Metrics:
+def accuracy_metrics(margins: np.ndarray) -> Metrics:
     """Share of pairs whose chosen response gets the higher reward.
 
     Returns:
@@ -166,7 +166,7 @@ def longer_is_better(length_gaps: Sequence[int]) -> float:
     Args:
         length_gaps: [B] length of the chosen minus length of the rejected response.
     """
-    return pair_accuracy(np.asarray(length_gaps))["accuracy_tie_half"]
+    return accuracy_metrics(np.asarray(length_gaps))["accuracy_tie_half"]
 
 
 def length_correlation(margins: np.ndarray, length_gap: np.ndarray) -> float:

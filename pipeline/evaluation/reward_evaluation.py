@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import DataError
-from pipeline.evaluation.bootstrap import Statistic, bootstrap_intervals, difference
-from pipeline.evaluation.pair_metrics import ScoredPairs, pair_accuracy, pair_diagnostics
+from pipeline.evaluation.bootstrap import Statistic, bootstrap_intervals, difference_of_statistics
+from pipeline.evaluation.pair_metrics import ScoredPairs, accuracy_metrics, pair_diagnostics
 from pipeline.evaluation.rewardbench import (
     SUBSETS,
     SUBSETS_2,
@@ -42,7 +42,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Benchmark:
+class RewardBenchmark:
     """What rows a benchmark takes, and the accuracies it computes from their rewards."""
 
     responses: str
@@ -81,10 +81,10 @@ def _pairs(rows: ScoredRows) -> Statistic:
     decided = ~rows.annotators_tie
 
     def accuracies(indices: np.ndarray) -> Metrics:
-        metrics = pair_accuracy(margins[indices])
+        metrics = accuracy_metrics(margins[indices])
         kept = indices[decided[indices]]
         if len(kept) > 0 and not decided.all():
-            metrics["annotators_decided"] = pair_accuracy(margins[kept])["accuracy_tie_half"]
+            metrics["annotators_decided"] = accuracy_metrics(margins[kept])["accuracy_tie_half"]
         return metrics
 
     return accuracies
@@ -137,30 +137,30 @@ def _rm_bench(rows: ScoredRows) -> Statistic:
     return lambda indices: rm_bench_scores(wins[indices], domains[indices])
 
 
-BENCHMARKS: Mapping[str, Benchmark] = {
-    "pairs": Benchmark(
+REWARD_BENCHMARKS: Mapping[str, RewardBenchmark] = {
+    "pairs": RewardBenchmark(
         responses="one chosen and one rejected response",
         accepts=lambda row: len(row.chosen) == len(row.rejected) == 1,
         accuracies=_pairs,
     ),
-    "best_of_n": Benchmark(
+    "best_of_n": RewardBenchmark(
         responses="one chosen response and a list of rejected ones",
         accepts=lambda row: len(row.chosen) == 1,
         accuracies=_best_of_n,
     ),
-    "rewardbench": Benchmark(
+    "rewardbench": RewardBenchmark(
         responses="one chosen and one rejected response",
         accepts=lambda row: len(row.chosen) == len(row.rejected) == 1,
         accuracies=_rewardbench,
         official=SUBSETS,
     ),
-    "rewardbench2": Benchmark(
+    "rewardbench2": RewardBenchmark(
         responses='one chosen response and a list of rejected ones, or a subset "Ties" with ids ref:<n> and tied:<n>',
         accepts=lambda row: ties_number(row.id) is not None if row.subset == TIES else len(row.chosen) == 1,
         accuracies=_rewardbench2,
         official=SUBSETS_2,
     ),
-    "rm_bench": Benchmark(
+    "rm_bench": RewardBenchmark(
         responses="three chosen and three rejected responses of rising style",
         accepts=lambda row: len(row.chosen) == len(row.rejected) == 3,
         accuracies=_rm_bench,
@@ -195,7 +195,7 @@ def survey(comparisons: Iterable[Comparison], benchmark: str) -> Survey:
         subsets.add(row.subset)
     if not content_key:
         raise DataError("no comparison to evaluate: the files of --pairs hold no rows")
-    official = BENCHMARKS[benchmark].official
+    official = REWARD_BENCHMARKS[benchmark].official
     if official and not official & subsets:
         raise DataError(
             f"the subsets of these rows are {_listed(subsets)}, but the benchmark {benchmark!r} has "
@@ -208,12 +208,12 @@ def survey(comparisons: Iterable[Comparison], benchmark: str) -> Survey:
 
 
 def _require_fit(row: Comparison, benchmark: str) -> None:
-    if not BENCHMARKS[benchmark].accepts(row):
-        fitting = [name for name, other in BENCHMARKS.items() if other.accepts(row)]
+    if not REWARD_BENCHMARKS[benchmark].accepts(row):
+        fitting = [name for name, other in REWARD_BENCHMARKS.items() if other.accepts(row)]
         hint = f"Choose --benchmark {' or '.join(fitting)}." if fitting else "No benchmark here takes such rows."
         raise DataError(
             f"{row.place}: {len(row.chosen)} chosen and {len(row.rejected)} rejected responses in subset "
-            f"{row.subset!r}, but the benchmark {benchmark!r} takes {BENCHMARKS[benchmark].responses}. {hint}"
+            f"{row.subset!r}, but the benchmark {benchmark!r} takes {REWARD_BENCHMARKS[benchmark].responses}. {hint}"
         )
 
 
@@ -229,9 +229,9 @@ def evaluate(rows: ScoredRows, benchmark: str, *, seed: int) -> Evaluation:
 
     Args:
         rows: at least one, all of the form the benchmark takes (`survey`).
-        benchmark: a key of `BENCHMARKS`.
+        benchmark: a key of `REWARD_BENCHMARKS`.
     """
-    accuracies = BENCHMARKS[benchmark].accuracies
+    accuracies = REWARD_BENCHMARKS[benchmark].accuracies
     return Evaluation(
         rows=len(rows),
         prompts=len(np.unique(_groups(rows))),
@@ -244,18 +244,18 @@ def evaluate(rows: ScoredRows, benchmark: str, *, seed: int) -> Evaluation:
     )
 
 
-def compare(rows: ScoredRows, others: ScoredRows, benchmark: str, *, seed: int) -> dict[str, Estimate]:
+def metric_differences(rows: ScoredRows, others: ScoredRows, benchmark: str, *, seed: int) -> dict[str, Estimate]:
     """Every metric of `rows` minus that of `others`, with the interval of the paired bootstrap.
 
     Args:
         rows, others: the same comparisons in the same order (`ScoredRows.in_order_of`), scored by two models. Names and
             subsets are those of `rows`.
     """
-    accuracies = BENCHMARKS[benchmark].accuracies
+    accuracies = REWARD_BENCHMARKS[benchmark].accuracies
     others = rows.scored_as(others)
-    differences = _estimates(difference(accuracies(rows), accuracies(others)), rows, seed)
+    differences = _estimates(difference_of_statistics(accuracies(rows), accuracies(others)), rows, seed)
     if rows.are_pairs:
-        differences |= _estimates(difference(_diagnostics(rows), _diagnostics(others)), rows, seed)
+        differences |= _estimates(difference_of_statistics(_diagnostics(rows), _diagnostics(others)), rows, seed)
     return differences
 
 
@@ -268,7 +268,7 @@ def as_json(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def as_table(evaluation: Evaluation, comparison: Mapping[str, Estimate]) -> str:
+def evaluation_table(evaluation: Evaluation, comparison: Mapping[str, Estimate]) -> str:
     """What the terminal shows."""
     lines = [
         f"{evaluation.rows:,} rows of {evaluation.prompts:,} prompts, {evaluation.responses:,} responses; "

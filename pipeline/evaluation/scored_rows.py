@@ -15,7 +15,7 @@ KEY_DIGITS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScoredResponse:
+class RewardedResponse:
     """What an aggregation needs of one response."""
 
     reward: float
@@ -34,8 +34,8 @@ class ScoredComparison:
     cut: bool
     """The model did not read all of a prompt or a response: they exceed its length."""
     annotators_tie: bool
-    chosen: tuple[ScoredResponse, ...]
-    rejected: tuple[ScoredResponse, ...]
+    chosen: tuple[RewardedResponse, ...]
+    rejected: tuple[RewardedResponse, ...]
     margin_std: float
     """Posterior standard deviation of the first chosen minus the first rejected reward; they share the weights."""
 
@@ -47,7 +47,7 @@ class ScoredRows:
     rewards: np.ndarray
     """[R] float64: those of the first row, its chosen ones first, then those of the second, and so on."""
     characters: np.ndarray
-    """[R], see `ScoredResponse`."""
+    """[R], see `RewardedResponse`."""
     num_chosen: np.ndarray
     """[N]"""
     num_responses: np.ndarray

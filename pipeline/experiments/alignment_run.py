@@ -1,4 +1,4 @@
-"""One alignment of an experiment, in this process, held against the planted truth from the first step to the last."""
+"""One alignment of an experiment in this process, measured against the planted truth at every step."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pipeline.data.run_data import NamedPrompt
 from pipeline.evaluation.overoptimization import GoldReward, gold_proxy_gap
 from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.evaluation.win_rate import compare_answers
-from pipeline.experiments.policy_findings import CURVES, fall_from_peak
+from pipeline.experiments.policy_findings import POLICY_CURVE_METRICS, fall_from_peak
 from pipeline.experiments.reward_run import RunResult
 from pipeline.loops.alignment import align
 from pipeline.loops.generation import answer_prompts
 from pipeline.ports import BackgroundRolloutSource, PolicyLearner, RewardScorer
-from pipeline.records import Metrics, PolicyWeights
+from pipeline.records import Answer, Metrics, PolicyWeights, Prompt
 from pipeline.stages.workspace import StageDirectory
 
 
@@ -41,18 +41,18 @@ def align_and_measure(
     reward_scale: RewardScale,
     seed: int,
 ) -> RunResult:
-    """Aligns with the pipeline's own loop; then start and result answer held-out prompts.
+    """Aligns with the pipeline's own loop. Then the policies before and after answer held-out prompts.
 
     Args:
-        gold: the truth, and its units.
-        publish: a checkpoint and a version -> its published weights.
-        start: directory of the policy before alignment.
-        directory: for the loop's metrics and the aligned policy.
-        reward_scale: of the reward model on held-out responses.
+        gold: the true reward, with its scale.
+        publish: (checkpoint, version) -> published weights.
+        start: checkpoint directory of the policy before alignment.
+        directory: where the loop writes its metrics and the aligned policy.
+        reward_scale: that of the reward model on held-out responses.
 
     Returns:
-        metrics: those of `compare_answers` on held-out prompts; `gap/base`, `gap/aligned` and their difference
-            `gap/growth` on the same; `gold/fall` of the training curve; the last step's metrics.
+        metrics: those of the last step and of `compare_answers` on held-out prompts; `gap/base`, `gap/aligned` and
+            their difference `gap/growth` on the same prompts; `gold/fall` of the training curve.
         margins: [prompts] aligned minus start, by "gold" and by "reward".
     """
     started = time.monotonic()
@@ -72,34 +72,42 @@ def align_and_measure(
     rows = stage.metrics_rows()
     heldout = tokenise_prompts(heldout_prompts, tokenizer, max_prompt_tokens=benchmark.max_prompt_tokens)
     heldout = heldout[: benchmark.num_prompts]
-    asked = [prompt.messages for prompt in heldout]
     answers = {}
-    # Version numbers go on from the last one the learner published.
+    # These versions must be higher than the last one that the learner published.
     policies = {"base": start, "aligned": stage.result_uri}
     for version, (name, checkpoint) in enumerate(policies.items(), start=alignment.num_steps + 1):
         rollouts.load_weights(publish(checkpoint, version))
         answers[name] = answer_prompts(rollouts, scorer, heldout, benchmark, generator=name, seed=seed)
-    metrics |= compare_answers(answers["aligned"], answers["base"], heldout, gold.annotator)
-    proxies = {name: [answer.score.mean for answer in given] for name, given in answers.items()}
-    golds = {name: gold.rewards(asked, [answer.output for answer in given]) for name, given in answers.items()}
-    for name in policies:
-        gap = gold_proxy_gap(proxies[name], golds[name], reward_scale, gold.scale)
-        metrics[f"gap/{name}"] = gap["gold/gap"]
-    metrics["gap/growth"] = metrics["gap/aligned"] - metrics["gap/base"]
-    metrics["gold/fall"] = fall_from_peak([row["gold/mean"] for row in rows])
+    heldout_metrics, margins = _measure_answers(answers, heldout, gold, reward_scale)
+    metrics |= heldout_metrics | {"gold/fall": fall_from_peak([row["gold/mean"] for row in rows])}
     return RunResult(
         metrics=metrics,
         curve=alignment_curve(rows),
-        prompts=[normalised_prompt(messages) for messages in asked],
-        margins={"gold": _differences(golds), "reward": _differences(proxies)},
+        prompts=[normalised_prompt(prompt.messages) for prompt in heldout],
+        margins=margins,
         seconds=time.monotonic() - started,
     )
 
 
+def _measure_answers(
+    answers: Mapping[str, Sequence[Answer]], prompts: Sequence[Prompt], gold: GoldReward, reward_scale: RewardScale
+) -> tuple[Metrics, dict[str, list[float]]]:
+    """Metrics of the answers of "base" and "aligned" to held-out prompts, and the margins between the two."""
+    conversations = [prompt.messages for prompt in prompts]
+    metrics = compare_answers(answers["aligned"], answers["base"], prompts, gold.annotator)
+    proxies = {name: [a.score.mean for a in by_policy] for name, by_policy in answers.items()}
+    golds = {name: gold.rewards(conversations, [a.output for a in by_policy]) for name, by_policy in answers.items()}
+    for name in answers:
+        gap = gold_proxy_gap(proxies[name], golds[name], reward_scale, gold.scale)
+        metrics[f"gap/{name}"] = gap["gold/gap"]
+    metrics["gap/growth"] = metrics["gap/aligned"] - metrics["gap/base"]
+    return metrics, {"gold": _differences(golds), "reward": _differences(proxies)}
+
+
 def alignment_curve(rows: Sequence[Mapping[str, float]]) -> list[Metrics]:
-    """A point a step: `step`, the updates behind the policy that was measured, and those of `CURVES`."""
-    return [{"step": float(row["step"])} | {name: row[name] for name in CURVES} for row in rows]
+    """One point per step: `step`, the number of updates before its rollouts, and `POLICY_CURVE_METRICS`."""
+    return [{"step": float(row["step"])} | {name: row[name] for name in POLICY_CURVE_METRICS} for row in rows]
 
 
-def _differences(of: Mapping[str, Sequence[float]]) -> list[float]:
-    return [after - before for after, before in zip(of["aligned"], of["base"], strict=True)]
+def _differences(by_policy: Mapping[str, Sequence[float]]) -> list[float]:
+    return [after - before for after, before in zip(by_policy["aligned"], by_policy["base"], strict=True)]

@@ -15,20 +15,20 @@ from pipeline.data.chat import strip_thinking
 from pipeline.data.evaluation_examples import Comparison
 from pipeline.data.files import read_rows
 from pipeline.errors import DataError, NumericsError
-from pipeline.evaluation.scored_rows import ScoredComparison, ScoredResponse, ScoredRows, key_number
+from pipeline.evaluation.scored_rows import RewardedResponse, ScoredComparison, ScoredRows, key_number
 from pipeline.objectives.reward_comparison import compare
 from pipeline.records import RewardScore
 
 if TYPE_CHECKING:
     from pipeline.evaluation.reward_scorer import RewardModelScorer
 
-CHUNK = 128
+ROWS_PER_CHUNK = 128
 """Comparisons that are in memory at a time; enough to sort rows of like length into micro-batches."""
 
 FIELDS = ("id", "subset", "cut", "annotators_tie")
 
 
-def score_to_file(
+def write_scored_rows(
     comparisons: Iterable[Comparison],
     path: Path,
     *,
@@ -56,15 +56,15 @@ def score_to_file(
     kept = done = _skip_scored(rows, path, scored_by)
     scorer = None
     with path.open("a", encoding="utf-8") as file:
-        while chunk := list(itertools.islice(rows, CHUNK)):
+        while chunk := list(itertools.islice(rows, ROWS_PER_CHUNK)):
             scorer = scorer or load_scorer()
             _score_chunk(chunk, scorer, scored_by, file)
             done += len(chunk)
             report(done, kept)
 
 
-def read_scored(path: Path) -> tuple[ScoredRows, str]:
-    """The rows that `score_to_file` wrote, and who scored them.
+def read_scored_rows(path: Path) -> tuple[ScoredRows, str]:
+    """The rows that `write_scored_rows` wrote, and who scored them.
 
     Raises:
         DataError: no such file, no rows, or rows of another kind or of several models.
@@ -160,8 +160,8 @@ def _as_json(row: Comparison, response: str, score: RewardScore) -> dict[str, An
     return {**asdict(score), "characters": len(strip_thinking(response))}
 
 
-def _response(values: dict[str, Any]) -> ScoredResponse:
-    return ScoredResponse(reward=float(values["mean"]), characters=int(values["characters"]))
+def _response(values: dict[str, Any]) -> RewardedResponse:
+    return RewardedResponse(reward=float(values["mean"]), characters=int(values["characters"]))
 
 
 def _reward_score(values: dict[str, Any]) -> RewardScore:
