@@ -57,31 +57,34 @@ def align_and_measure(
     """
     started = time.monotonic()
     stage = StageDirectory(directory, "align_policy", "")
-    prompts = tokenise_prompts(train_prompts, tokenizer, max_prompt_tokens=alignment.max_prompt_tokens)
+    prompts = tuple(tokenise_prompts(train_prompts, tokenizer, max_prompt_tokens=alignment.max_prompt_tokens))
     metrics = align(
         rollouts,
         scorer,
         learner,
-        PromptStream(prompts=tuple(prompts), seed=seed),
+        PromptStream(prompts=prompts, seed=seed),
         stage,
         alignment,
         reward_scale=reward_scale,
         seed=seed,
         gold=gold,
     )
-    rows = stage.metrics_rows()
     heldout = tokenise_prompts(heldout_prompts, tokenizer, max_prompt_tokens=benchmark.max_prompt_tokens)
     heldout = heldout[: benchmark.num_prompts]
-    answers = {}
-    # These versions must be higher than the last one that the learner published.
-    policies = {"base": start, "aligned": stage.result_uri}
-    for version, (name, checkpoint) in enumerate(policies.items(), start=alignment.num_steps + 1):
+
+    def answer(name: str, checkpoint: str, version: int) -> list[Answer]:
         rollouts.load_weights(publish(checkpoint, version))
-        answers[name] = answer_prompts(rollouts, scorer, heldout, benchmark, generator=name, seed=seed)
+        return answer_prompts(rollouts, scorer, heldout, benchmark, generator=name, seed=seed)
+
+    # These versions must be higher than the last one that the learner published.
+    answers = {
+        "base": answer("base", start, alignment.num_steps + 1),
+        "aligned": answer("aligned", stage.result_uri, alignment.num_steps + 2),
+    }
     heldout_metrics, margins = _measure_answers(answers, heldout, gold, reward_scale)
-    metrics |= heldout_metrics | {"gold/fall": fall_from_peak([row["gold/mean"] for row in rows])}
+    rows = stage.metrics_rows()
     return RunResult(
-        metrics=metrics,
+        metrics=metrics | heldout_metrics | {"gold/fall": fall_from_peak([row["gold/mean"] for row in rows])},
         curve=alignment_curve(rows),
         prompts=[normalised_prompt(prompt.messages) for prompt in heldout],
         margins=margins,

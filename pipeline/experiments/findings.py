@@ -169,17 +169,17 @@ def _paired_difference(
     if any(one["prompts"] != other["prompts"] for one, other in pairs):
         raise ShapeError(f"{name} was measured on other held-out pairs than the run it is compared with")
     prompts = [prompt for one, _ in pairs for prompt in one["prompts"]]
-    ours = [np.array(one["margins"][reading]) for one, _ in pairs]
-    theirs = [np.array(other["margins"]["mean"]) for _, other in pairs]
+    variant_margins = [np.array(one["margins"][reading]) for one, _ in pairs]
+    reference_margins = [np.array(other["margins"]["mean"]) for _, other in pairs]
     statistic = difference_of_statistics(
-        _accuracy_and_nll(np.concatenate(ours)), _accuracy_and_nll(np.concatenate(theirs))
+        _accuracy_and_nll(np.concatenate(variant_margins)), _accuracy_and_nll(np.concatenate(reference_margins))
     )
     values = statistic(np.arange(len(prompts)))
     intervals = bootstrap_intervals(statistic, prompts, seed=0)
     return PairedDifference(
         variant=name,
         reading=reading,
-        by_seed=tuple(_accuracy(o) - _accuracy(t) for o, t in zip(ours, theirs, strict=True)),
+        by_seed=tuple(_accuracy(a) - _accuracy(b) for a, b in zip(variant_margins, reference_margins, strict=True)),
         accuracy=(values["accuracy"], *intervals["accuracy"]),
         nll=(values["nll"], *intervals["nll"]),
     )

@@ -15,7 +15,7 @@ from pipeline.config.recipe import ExperimentConfig, Recipe
 from pipeline.errors import ConfigError
 from pipeline.stages.fingerprint import fingerprint
 
-VERSION = 2
+RUN_VERSION = 2
 """Version of the computation of a run; part of the run's hash."""
 
 LOSS = "reward.loss"
@@ -225,7 +225,7 @@ def plan_runs(
 def config_hash(experiment: ExperimentConfig, data: Sequence[str], *, trains: Trained = "reward_model") -> str:
     """16 hex digits over the sections of a recipe that a run reads."""
     config = experiment.model_dump(mode="json", include=READS[trains])
-    return fingerprint("experiment_run", VERSION, config, data)[:16]
+    return fingerprint("experiment_run", RUN_VERSION, config, data)[:16]
 
 
 def varied_settings(runs: Sequence[Run]) -> dict[str, list[str]]:

@@ -38,7 +38,7 @@ def test_the_divergence_is_a_total_of_three_parts():
     made = report(risk(kl_per_pair=10.0))
     assert made.kl == pytest.approx(600_000.0)
     assert made.kl_per_pair == pytest.approx(10.0)
-    assert "600,000.0 nats = 10 a pair: w 1.25, z chosen 2.5, z rejected 6.25" in pac_bayes_text(made)
+    assert "600,000.0 nats = 10 per pair: w 1.25, z chosen 2.5, z rejected 6.25" in pac_bayes_text(made)
 
 
 def test_a_useful_posterior_has_a_vacuous_bound_and_the_text_says_why():
@@ -50,7 +50,7 @@ def test_a_useful_posterior_has_a_vacuous_bound_and_the_text_says_why():
     text = pac_bayes_text(made)
     assert "vacuous: it promises a risk of at most 2.49, and every risk is at most 1" in text
     assert "falls below 1 where D/n is below 1.1243 nats" in text
-    assert "at 10 nats a pair no number of pairs brings the bound below 1" in text
+    assert "at 10 nats per pair no number of pairs brings the bound below 1" in text
     assert "No value of these bounds would be a certificate" in text
 
 
@@ -91,7 +91,7 @@ def test_kl_inverse_never_passes_1():
     assert bound.at_most == 1.0
     assert bound.vacuous
     assert bound.kl_per_pair_below_1 is None
-    assert "kl_inverse approaches 1 and never passes it" in pac_bayes_text(made)
+    assert "kl_inverse approaches 1 and never exceeds it" in pac_bayes_text(made)
 
 
 def test_the_certificate_has_the_value_of_the_spec():
@@ -103,7 +103,7 @@ def test_the_certificate_has_the_value_of_the_spec():
 
 def test_a_heldout_prompt_in_training_takes_the_certificate_back():
     text = pac_bayes_text(report(risk(), shared_prompts=3))
-    assert "no certificate either: some held-out prompts (3) also stand in training" in text
+    assert "no certificate either: some held-out prompts (3) are also in training" in text
     assert "What holds" not in text
 
 
@@ -113,7 +113,7 @@ def test_training_pairs_that_share_prompts_are_told():
 
 
 def test_heldout_pairs_that_share_prompts_are_refused():
-    with pytest.raises(DataError, match=r"100 held-out pairs share 60 prompts.* Keep one pair a prompt"):
+    with pytest.raises(DataError, match=r"100 held-out pairs share 60 prompts.* Keep one pair per prompt"):
         report(risk(), heldout=risk(num_pairs=100, num_prompts=60))
 
 

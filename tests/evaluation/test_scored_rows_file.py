@@ -204,7 +204,7 @@ def test_a_scored_pair_takes_less_than_a_hundred_bytes(tmp_path):
 def test_a_file_without_scores_is_refused(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"prompt": "why ?", "chosen": "a", "rejected": "b"}\n')
-    with pytest.raises(DataError, match=r"line 1: no scored comparison .* Give the rows\.jsonl of an evaluation"):
+    with pytest.raises(DataError, match=r"line 1: not a scored row .* Give the rows\.jsonl of an evaluation"):
         read_scored_rows(path)
 
 
@@ -214,7 +214,7 @@ def test_a_row_that_was_edited_is_named(tmp_path, field):
     score([comparison(1), comparison(2)], path)
     first, second = path.read_text().splitlines()
     path.write_text(first + "\n" + json.dumps(json.loads(second) | {field: "mine"}) + "\n")
-    with pytest.raises(DataError, match=r"rows\.jsonl, line 2: no scored comparison"):
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 2: not a scored row"):
         read_scored_rows(path)
 
 

@@ -16,7 +16,7 @@ import httpx
 from pipeline.benchmark.judges.judge import JudgeOutcome, JudgeRequest, Judgment, RecordOutcome, Unanswered
 from pipeline.errors import ConfigError, PipelineError, WorkerError
 
-CONNECT_S = 10.0
+CONNECT_TIMEOUT_S = 10.0
 LONGEST_WAIT_S = 60.0
 """Longest wait between two attempts, unless the endpoint asks for a longer one."""
 FAILURES_IN_A_ROW = 10
@@ -115,7 +115,7 @@ class ChatJudge:
         headers = {} if self._api_key is None else {"authorization": f"Bearer {self._api_key}"}
         client = httpx.AsyncClient(
             headers=headers,
-            timeout=httpx.Timeout(self._limits.deadline_s, connect=CONNECT_S),
+            timeout=httpx.Timeout(self._limits.deadline_s, connect=CONNECT_TIMEOUT_S),
             limits=httpx.Limits(max_connections=self._limits.concurrency),
         )
         async with client, asyncio.TaskGroup() as workers:

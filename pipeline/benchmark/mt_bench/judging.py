@@ -24,7 +24,7 @@ PLAIN = ("single-v1", "single-v1-multi-turn")
 WITH_REFERENCE = ("single-math-v1", "single-math-v1-multi-turn")
 """Names of the prompts for turns 1 and 2 in judge_prompts.jsonl."""
 
-PROMPT_FIELDS = {
+TEMPLATE_FIELDS = {
     PLAIN[0]: ("question", "answer"),
     PLAIN[1]: ("question_1", "answer_1", "question_2", "answer_2"),
     WITH_REFERENCE[0]: ("question", "ref_answer_1", "answer"),
@@ -45,8 +45,8 @@ def read_grading_templates(path: Path) -> dict[str, JudgePrompt]:
         templates[name] = JudgePrompt(
             system=row.require("system_prompt", str), user=row.require("prompt_template", str)
         )
-        require_fields(templates[name].user, PROMPT_FIELDS.get(name, ()), place=row.place)
-    missing = [name for name in PROMPT_FIELDS if name not in templates]
+        require_fields(templates[name].user, TEMPLATE_FIELDS.get(name, ()), place=row.place)
+    missing = [name for name in TEMPLATE_FIELDS if name not in templates]
     if missing:
         raise DataError(f"{path} has no prompt {', '.join(missing)}; give FastChat's judge_prompts.jsonl")
     return templates

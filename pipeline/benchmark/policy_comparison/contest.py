@@ -36,46 +36,46 @@ class Contest:
     """Prompts that some policy did not answer."""
 
 
-def build_contests(given: Sequence[PolicyAnswers]) -> list[Contest]:
-    """One contest per benchmark. The policies have the same order, that of `given`, in all of them.
+def build_contests(all_answers: Sequence[PolicyAnswers]) -> list[Contest]:
+    """One contest per benchmark. The policies have the same order, that of `all_answers`, in all of them.
 
     Raises:
         DataError: as `build_contest`.
     """
-    order = list(dict.fromkeys(answers.policy for answers in given))
+    order = list(dict.fromkeys(answers.policy for answers in all_answers))
     by_benchmark: dict[str, list[PolicyAnswers]] = {}
-    for answers in sorted(given, key=lambda answers: order.index(answers.policy)):
+    for answers in sorted(all_answers, key=lambda answers: order.index(answers.policy)):
         by_benchmark.setdefault(answers.benchmark, []).append(answers)
     return [build_contest(by_benchmark[name]) for name in BENCHMARK_TITLES if name in by_benchmark]
 
 
-def build_contest(given: Sequence[PolicyAnswers]) -> Contest:
+def build_contest(all_answers: Sequence[PolicyAnswers]) -> Contest:
     """Combines the answers of several policies to the same prompts of one benchmark.
 
     Raises:
         DataError: there are fewer than two policies, two have the same name, or no prompt was answered by all of them.
     """
-    by_policy = {answers.policy: answers for answers in given}
-    title = BENCHMARK_TITLES[given[0].benchmark]
-    if len(by_policy) < len(given):
-        names = [answers.policy for answers in given]
+    by_policy = {answers.policy: answers for answers in all_answers}
+    title = BENCHMARK_TITLES[all_answers[0].benchmark]
+    if len(by_policy) < len(all_answers):
+        names = [answers.policy for answers in all_answers]
         repeated = next(name for name in names if names.count(name) > 1)
         raise DataError(
             f"two files hold {title} answers of {repeated!r}. Rename one of the models, or leave a file out."
         )
-    if len(given) < 2:
+    if len(all_answers) < 2:
         raise DataError(
-            f"only {given[0].policy!r} has {title} answers, so there is nothing to compare them with. Give the answers "
-            "of another policy as well, or leave these out."
+            f"only {all_answers[0].policy!r} has {title} answers, so there is nothing to compare them with. Give "
+            "the answers of another policy as well, or leave these out."
         )
-    first, *others = given
+    first, *others = all_answers
     shared = tuple(prompt for prompt in first.outputs if all(prompt in other.outputs for other in others))
     if not shared:
         raise DataError(
             f"no {title} prompt is answered by all of {', '.join(by_policy)}. Do the files belong together?"
         )
-    all_prompts = {prompt for answers in given for prompt in answers.outputs}
-    categories = {prompt: category for answers in given for prompt, category in answers.categories.items()}
+    all_prompts = {prompt for answers in all_answers for prompt in answers.outputs}
+    categories = {prompt: category for answers in all_answers for prompt, category in answers.categories.items()}
     return Contest(
         benchmark=first.benchmark,
         policies=tuple(by_policy),

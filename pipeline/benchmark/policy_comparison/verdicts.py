@@ -49,7 +49,7 @@ def judged_verdicts(contest: Contest, judged: Sequence[Annotations]) -> list[Ver
         DataError: a judged model, its baseline or an instruction is not in the contest; or the same judge judged a
             pair of models twice.
     """
-    given = [
+    judged_pairs = [
         JudgedPair(
             file.judge,
             (file.model, file.baseline),
@@ -57,7 +57,7 @@ def judged_verdicts(contest: Contest, judged: Sequence[Annotations]) -> list[Ver
         )
         for file in judged
     ]
-    return _verdicts_of_pairs(contest, given)
+    return _verdicts_of_pairs(contest, judged_pairs)
 
 
 def game_verdicts(contest: Contest, games: Sequence[Games]) -> list[Verdicts]:
@@ -68,7 +68,7 @@ def game_verdicts(contest: Contest, games: Sequence[Games]) -> list[Verdicts]:
     Raises:
         DataError: as `judged_verdicts`.
     """
-    given = []
+    judged_pairs = []
     for file in games:
         by_pair: dict[Pair, dict[str, list[Battle]]] = {}
         for battle in file.battles:
@@ -79,8 +79,8 @@ def game_verdicts(contest: Contest, games: Sequence[Games]) -> list[Verdicts]:
                 weight = sum(battle.weight for battle in battles)
                 won = sum(battle.weight * (1.0 - battle.outcome) for battle in battles)
                 verdicts[question_id] = (won / weight, float(weight))
-            given.append(JudgedPair(", ".join(file.judges) or "unnamed judge", pair, verdicts))
-    return _verdicts_of_pairs(contest, given)
+            judged_pairs.append(JudgedPair(", ".join(file.judges) or "unnamed judge", pair, verdicts))
+    return _verdicts_of_pairs(contest, judged_pairs)
 
 
 def grade_verdicts(contest: Contest, grades: Sequence[TurnGrade]) -> list[Verdicts]:
@@ -147,11 +147,11 @@ class JudgedPair(NamedTuple):
     """Prompt -> (probability that the answer of the first model is better, weight)."""
 
 
-def _verdicts_of_pairs(contest: Contest, given: Sequence[JudgedPair]) -> list[Verdicts]:
+def _verdicts_of_pairs(contest: Contest, judged_pairs: Sequence[JudgedPair]) -> list[Verdicts]:
     """The verdicts of each judge on the prompts of the contest, in both directions."""
     pairs: dict[str, dict[Pair, list[float | None]]] = {}
     weights: dict[str, dict[Pair, list[float]]] = {}
-    for judge, (model, baseline), verdicts in given:
+    for judge, (model, baseline), verdicts in judged_pairs:
         description = f"{judge!r} compares {model!r} with {baseline!r}"
         for name in (model, baseline):
             if name not in contest.policies:

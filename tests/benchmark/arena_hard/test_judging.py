@@ -39,7 +39,7 @@ def judging(questions=QUESTIONS, ours=None, theirs=None):
     )
 
 
-def said(text):
+def judgment_of(text):
     return Judgment(
         text=text, first_token_logprobs={}, finish_reason="stop", prompt_tokens=1, completion_tokens=1, time=0.0
     )
@@ -58,7 +58,7 @@ def test_both_orders_are_played_the_baseline_first():
 
 def test_judgments_have_upstreams_layout():
     judged = judging()
-    result = judged.rows([said("I say [[B>>A]]"), said("[[a=b]]")], GPT())
+    result = judged.rows([judgment_of("I say [[B>>A]]"), judgment_of("[[a=b]]")], GPT())
     [row] = result.rows
     assert {name: row[name] for name in row if name != "games"} == {
         "uid": "u1",
@@ -77,7 +77,7 @@ def test_judgments_have_upstreams_layout():
 
 
 def test_failed_games_stay_in_the_file_without_a_score():
-    result = judging().rows([Unanswered(reason="HTTP 502"), said("no idea")], GPT())
+    result = judging().rows([Unanswered(reason="HTTP 502"), judgment_of("no idea")], GPT())
     failed, unclear = result.rows[0]["games"]
     assert (failed["score"], failed["judgment"], failed["failure"]) == (None, None, "HTTP 502")
     assert (unclear["score"], unclear["judgment"]) == (None, {"answer": "no idea"})
@@ -93,7 +93,7 @@ def test_the_scorer_reads_what_is_written(tmp_path):
     )
     texts = ["[[B>>A]]", "[[A>B]]", "[[A>B]]", "[[A=B]]", "none", "[[A>B]]"]
     path = tmp_path / "ours.jsonl"
-    rows = judged.rows([said(text) for text in texts], GPT()).rows
+    rows = judged.rows([judgment_of(text) for text in texts], GPT()).rows
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     games = read_games([str(path)], baseline="base")
     assert [(b.question_id, b.outcome, b.weight) for b in games.battles] == [

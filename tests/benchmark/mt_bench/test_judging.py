@@ -44,7 +44,7 @@ def judging(questions=QUESTIONS, answers=ANSWERS, references=REFERENCES):
     return MTBenchJudging(questions, answers, references, TEMPLATES, parse=parse_grade)
 
 
-def said(text, time=0.0):
+def judgment_of(text, time=0.0):
     return Judgment(
         text=text, first_token_logprobs={}, finish_reason="stop", prompt_tokens=1, completion_tokens=1, time=time
     )
@@ -64,7 +64,7 @@ def test_each_turn_has_its_prompt_and_mathematics_its_reference():
 
 
 def test_judgments_have_fastchats_layout():
-    outcomes = [said("good [[8.5]]", 3.0), said("bad"), Unanswered(reason="HTTP 502"), said("[3]")]
+    outcomes = [judgment_of("good [[8.5]]", 3.0), judgment_of("bad"), Unanswered(reason="HTTP 502"), judgment_of("[3]")]
     result = judging().rows(outcomes, GPT())
     assert result.rows[0] == {
         "question_id": 81,
@@ -87,7 +87,11 @@ def test_judgments_have_fastchats_layout():
 
 
 def test_the_scorer_reads_what_is_written(tmp_path):
-    rows = judging().rows([said("[[8]]"), said("?"), Unanswered(reason="x"), said("[[2]]")], GPT()).rows
+    rows = (
+        judging()
+        .rows([judgment_of("[[8]]"), judgment_of("?"), Unanswered(reason="x"), judgment_of("[[2]]")], GPT())
+        .rows
+    )
     path = tmp_path / "gpt-x_single.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [(j.judge, j.template, j.turn, j.score) for j in read_grades([str(path)])] == [

@@ -66,8 +66,8 @@ MT_QUESTION = {"question_id": 81, "category": "writing", "turns": ["write", "wri
 
 
 def arena_answer(model, uid="u1", output="proof"):
-    said = {"role": "assistant", "content": {"answer": output}}
-    return {"uid": uid, "model": model, "messages": [said], "metadata": {"token_len": 1}}
+    reply = {"role": "assistant", "content": {"answer": output}}
+    return {"uid": uid, "model": model, "messages": [reply], "metadata": {"token_len": 1}}
 
 
 def mt_answer(model, number=81, turns=("first", "second")):
