@@ -11,7 +11,7 @@ BIN := .venv/bin
 
 .PHONY: install quickstart test smollm2 serve lint clean
 
-.venv/.installed: pyproject.toml install/install.sh install/constraints.txt
+.venv/.installed: pyproject.toml install/install.sh install/compile_bytecode.py install/constraints.txt
 	@bash install/install.sh
 
 install: .venv/.installed

@@ -18,9 +18,10 @@ from typing import Any, Literal, Protocol
 import ray
 from ray.exceptions import GetTimeoutError, RayTaskError
 
-from actors.ray_errors import DIED
+from actors.ray_errors import ACTOR_DIED as DIED
 from actors.rollout_worker import RolloutWorker
 from cluster.autoscaler import Autoscaler, RolloutWaits
+from cluster.engine_build import resolve_rollout
 from cluster.placement import Placement
 from cluster.rollout_plan import THROUGH_FILES, RolloutPlan
 from cluster.running_jobs import actor_name
@@ -156,12 +157,12 @@ class RolloutPool:
         """
         self._worker_class = worker
         self._workspace = workspace
-        self._start_arguments = (model_uri, config, plan, dtype, max_model_len, seed)
+        self._config = resolve_rollout(config)
+        self._start_arguments = (model_uri, self._config, plan, dtype, max_model_len, seed)
         self._plan = plan
         self._placement = placement
         self._sender: WeightSender | None = None
         self._max_model_len = max_model_len
-        self._config = config
         self._deadlines = deadlines
         self._tolerance = gate_tolerance
         self._weights: PolicyWeights | None = None

@@ -37,7 +37,8 @@ DS_BUILD_OPS=0 install "${backend[@]}" --no-build-isolation-package deepspeed --
   --editable ".[$accelerator,dev]"
 # Peers of which the tests need a file or two: their own requirements serve models, or need a GPU.
 install --no-deps "fschat==0.2.36" "openrlhf==0.11.2"
-.venv/bin/python -c 'import deepspeed, ray, torch, transformers, vllm' 2>/dev/null || {
+# The first import of a module writes its bytecode for all later imports, unless PYTHONDONTWRITEBYTECODE is set.
+env -u PYTHONDONTWRITEBYTECODE .venv/bin/python install/compile_bytecode.py "$accelerator" 2>/dev/null || {
   echo "install: the packages are there but do not import; run .venv/bin/python -c 'import vllm, deepspeed' to see why" >&2
   exit 1
 }

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jobs.command_line import Command
 from pipeline.benchmark.alpaca_eval.annotations import read_annotations
 from pipeline.benchmark.arena_hard.answers import answer_styles, read_arena_answers
 from pipeline.benchmark.arena_hard.games import ARENA_HARD_BASELINE, read_games
@@ -28,7 +28,7 @@ from pipeline.benchmark.arena_hard.style_control import style_controlled_win_rat
 from pipeline.benchmark.arena_hard.win_rates import bradley_terry_win_rates
 from pipeline.benchmark.mt_bench import grades as mt_bench
 from pipeline.data.files import content_fingerprint
-from pipeline.errors import DataError, PipelineError
+from pipeline.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ SCORERS: dict[str, Callable[[argparse.Namespace], Scored]] = {
 }
 
 
-def score(options: argparse.Namespace) -> str:
+def score_benchmark(options: argparse.Namespace) -> str:
     """Writes the metrics; returns the table, and what to know of it."""
     scored = SCORERS[options.benchmark](options)
     inputs = {
@@ -190,9 +190,10 @@ def _interval(low: float, high: float) -> str:
     return f"[{low:.2f}, {high:.2f}]"
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--benchmark", required=True, choices=sorted(SCORERS))
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--benchmark", required=True, choices=sorted(SCORERS), metavar="NAME", help=", ".join(sorted(SCORERS))
+    )
     parser.add_argument("--judgments", required=True, nargs="+", metavar="FILE", help="as the judge's job writes them")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where <benchmark>.json is written")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
@@ -205,24 +206,23 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     arena.add_argument("--answers", nargs="+", metavar="FILE", help="all models' answers: adds style control")
     alpaca = parser.add_argument_group("alpaca_eval only")
     alpaca.add_argument("--gamed", type=Path, metavar="FILE", help="df_gamed.csv: length control as on the leaderboard")
-    options = parser.parse_args(arguments)
+
+
+def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if options.gamed and options.benchmark != "alpaca_eval":
         parser.error(f"--gamed means nothing to {options.benchmark}")
     if options.benchmark == "arena_hard":
         options.baseline = options.baseline or ARENA_HARD_BASELINE
     elif options.baseline or options.answers:
         parser.error(f"--baseline and --answers mean nothing to {options.benchmark}")
-    return options
 
 
-def main() -> None:
-    options = parse()
-    try:
-        print(score(options))
-    except PipelineError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2)
-
+score_benchmark_command = Command(
+    documentation=__doc__,
+    add_options=_add_options,
+    check_options=_check_options,
+    run=lambda options: print(score_benchmark(options)),
+)
 
 if __name__ == "__main__":
-    main()
+    score_benchmark_command()

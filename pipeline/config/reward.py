@@ -122,9 +122,9 @@ class RewardConfig(Frozen):
     """Reward-model training (docs/method.md section 14)."""
 
     head: Literal["vrm", "gate", "regression", "bt", "ensemble"] = "vrm"
-    """The baselines are "gate": VRM without its posterior, a deterministic gate over objective scores as in ArmoRM;
-    "regression": a score per objective, fitted to the annotations as in HelpSteer2; "bt": one linear reward;
-    "ensemble": several linear rewards."""
+    """The baselines are "gate", VRM without its posterior: a deterministic gate over objective scores as in ArmoRM.
+    "regression" has a score per objective, fitted to the annotations as in HelpSteer2. "bt" is one linear reward, and
+    "ensemble" several."""
     reward_weights: tuple[float, ...] = ()
     """What each objective's score counts in the reward of "regression"; empty is the mean."""
     backbone: str | None = None
@@ -167,7 +167,7 @@ class RewardConfig(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _head_has_what_is_asked_of_it(self) -> RewardConfig:
+    def _head_supports_its_options(self) -> RewardConfig:
         if self.head == "gate" and self.loss.supervision_on == "expected_log":
             raise ValueError("head = 'gate' has no posterior, so loss.supervision_on = 'expected_log' means nothing")
         if self.head == "gate" and self.vrm.decoder != "bilinear":

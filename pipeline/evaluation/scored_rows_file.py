@@ -11,11 +11,14 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+import numpy as np
+
 from pipeline.data.chat import strip_thinking
-from pipeline.data.evaluation_examples import Comparison
+from pipeline.data.evaluation_examples import Comparison, prompt_key
 from pipeline.data.files import read_rows
+from pipeline.data.prompts import read_prompts
 from pipeline.errors import DataError, NumericsError
-from pipeline.evaluation.scored_rows import RewardedResponse, ScoredComparison, ScoredRows, key_number
+from pipeline.evaluation.scored_rows import RewardedResponse, ScoredComparison, ScoredRows, key_column, key_number
 from pipeline.objectives.reward_comparison import compare
 from pipeline.records import RewardScore
 
@@ -61,6 +64,17 @@ def write_scored_rows(
             _score_chunk(chunk, scorer, scored_by, file)
             done += len(chunk)
             report(done, kept)
+
+
+def shared_prompts_note(prompt_keys: np.ndarray, training_files: Sequence[str]) -> str:
+    """A sentence: how many of the prompts are also in files that the model was trained on.
+
+    Args:
+        prompt_keys: `Survey.prompt_keys`.
+    """
+    trained_on = key_column(prompt_key(messages) for _, messages in read_prompts(training_files))
+    shared = np.intersect1d(prompt_keys, trained_on)
+    return f"{len(shared)} of {len(prompt_keys)} prompts also stand in the training files"
 
 
 def read_scored_rows(path: Path) -> tuple[ScoredRows, str]:

@@ -15,7 +15,7 @@ from pipeline.config.recipe import ExperimentConfig, Recipe
 from pipeline.errors import ConfigError
 from pipeline.stages.fingerprint import fingerprint
 
-RUN_VERSION = 2
+RUN_VERSION = 3
 """Version of the computation of a run; part of the run's hash."""
 
 LOSS = "reward.loss"

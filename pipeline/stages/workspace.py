@@ -34,6 +34,7 @@ from pipeline.stages import ownership, storage
 from pipeline.stages.metrics_log import METRICS_FILE, MetricsLog, parse_metrics, read_metrics
 from pipeline.stages.ownership import Owner
 from pipeline.stages.preemption import PreemptionNotice, WaitCutShort
+from pipeline.stages.stage_spec import StageSpec
 
 MANIFEST_FILE = "manifest.json"
 PROGRESS_FILE = "progress.json"
@@ -212,6 +213,17 @@ class StageDirectory:
             before_commit=self._before_commit,
         )
 
+    @classmethod
+    def shared(cls, root: str, spec: StageSpec) -> StageDirectory:
+        """The place of a stage below a directory that no job holds."""
+        return cls(
+            stage_uri(root, spec.name, spec.fingerprint),
+            spec.name,
+            spec.fingerprint,
+            keep_checkpoints=spec.keep_checkpoints,
+            keep_best=spec.keep_best,
+        )
+
     def result(self) -> StageResult | None:
         """The finished result, or None.
 
@@ -373,7 +385,7 @@ class Workspace:
     def stage(
         self, name: str, fingerprint: str, *, keep_checkpoints: int = 2, keep_best: str | None = None
     ) -> StageDirectory:
-        uri = storage.join(self.uri, "stages", f"{name}-{fingerprint[:12]}")
+        uri = stage_uri(storage.join(self.uri, "stages"), name, fingerprint)
         return StageDirectory(
             uri,
             name,
@@ -395,6 +407,10 @@ class Workspace:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def stage_uri(root: str, name: str, fingerprint: str) -> str:
+    return storage.join(root, f"{name}-{fingerprint[:12]}")
 
 
 def _read_record(uri: str, *, keys: Sequence[str], cure: str) -> dict[str, Any]:

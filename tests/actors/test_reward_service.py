@@ -32,6 +32,7 @@ from pipeline.serving.client import PATIENCE_S, VRMScorer
 from pipeline.serving.trl_reward import VRMReward
 from pipeline.stages.fingerprint import directory_fingerprint
 from tests.support.learners import HEAD, reward_card, statistics_of
+from tests.support.nodes import ray_processes
 
 pytestmark = pytest.mark.components
 
@@ -264,13 +265,8 @@ def test_a_replica_that_hangs_is_reported_at_the_deadline_with_what_it_was_asked
     assert replicas() == [replica]
 
 
-def processes(name):
-    """Of this test's own Ray only."""
-    return [p for p in psutil.Process().children(recursive=True) if p.name().startswith(f"ray::{name}")]
-
-
 def replicas():
-    return processes("ServeRepli")
+    return ray_processes("ServeRepli")
 
 
 def test_two_jobs_on_one_cluster_have_a_service_each(service, reward_model, world):
@@ -397,13 +393,13 @@ def test_a_killed_process_costs_its_callers_nothing_but_time(
 ):
     serving = directory_fingerprint(reward_model)
     with Load(service, rows, {serving: expected[serving]}) as load:
-        [victim] = processes(process)
+        [victim] = ray_processes(process)
         victim.kill()
         whole_after_s = load.wait_for_answers(asked_after=time.monotonic())
     record_property("whole_after_s", whole_after_s)
     assert not load.troubles
     assert whole_after_s < PATIENCE_S  # what the service promises, and the client waits out
-    [successor] = processes(process)
+    [successor] = ray_processes(process)
     assert successor.pid != victim.pid
 
 
@@ -439,7 +435,7 @@ def test_what_serve_build_writes_deploys_and_sleeps_while_nobody_asks(
     schema = yaml.safe_load((tmp_path / "built.yaml").read_text())
     [application] = schema["applications"]
     [deployment] = application["deployments"]
-    assert deployment["name"] == "VRMService"
+    assert deployment["name"] == "RewardService"
     assert deployment["max_surge_percent"] == 1
     del schema["http_options"], schema["proxy_location"]  # of the Serve that runs already
     application |= {"name": "built", "route_prefix": "/built"}

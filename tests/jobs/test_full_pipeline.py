@@ -9,14 +9,16 @@ import sys
 import time
 
 import pytest
+from pipeline.benchmark.policy_win_matrix import win_matrix
 
-from jobs import compare_policies, judge_benchmark, score_benchmark
-from jobs.command_line import PREEMPTED
+from jobs.compare_policies import compare_policies, compare_policies_command
+from jobs.exit_codes import PREEMPTED
+from jobs.judge_benchmark import judge_benchmark, judge_benchmark_command
+from jobs.score_benchmark import score_benchmark, score_benchmark_command
 from pipeline.benchmark.alpaca_eval.annotations import read_annotations
 from pipeline.benchmark.policy_comparison.contest import build_contest
 from pipeline.benchmark.policy_comparison.policy_answers import read_policy_answers, read_questions
 from pipeline.benchmark.policy_comparison.verdicts import judged_verdicts, reward_verdicts
-from pipeline.benchmark.policy_comparison.win_matrix import win_matrix
 from pipeline.benchmark.scored_answers import read_scored_answers
 from pipeline.data.planted import GoldAnnotator
 from pipeline.objectives.reward_comparison import compare
@@ -163,11 +165,11 @@ def test_base_and_aligned_are_judged_scored_and_compared_and_every_number_agrees
     for name, judge in (("vrm", f"vrm:{reward_model}"), ("gold", "gold:planted")):
         out = tmp_path / name / "annotations.json"
         judging = ["--answers", str(aligned), "--baseline", str(base), "--judge", judge, "--out", str(out)]
-        costs = judge_benchmark.judge_benchmark(judge_benchmark.parse(["--benchmark", "alpaca_eval", *judging]))
+        costs = judge_benchmark(judge_benchmark_command.options(["--benchmark", "alpaca_eval", *judging]))
         assert (costs.unanswered, costs.unparsed) == ({}, 0)
         annotations[name] = read_annotations(out)
         scoring = ["--benchmark", "alpaca_eval", "--judgments", str(out), "--out", str(tmp_path / name)]
-        score_benchmark.score(score_benchmark.parse(scoring))
+        score_benchmark(score_benchmark_command.options(scoring))
         [scores[name]] = json.loads((tmp_path / name / "alpaca_eval.json").read_text())["models"].values()
         preferences = annotations[name].preferences
         assert scores[name]["win_rate"] == pytest.approx(100 * (sum(preferences) / len(pairs) - 1))
@@ -187,8 +189,8 @@ def test_base_and_aligned_are_judged_scored_and_compared_and_every_number_agrees
     page = tmp_path / "comparison.html"
     options = ["--judgments", *(str(tmp_path / name / "annotations.json") for name in scores)]
     options += ["--scores", str(tmp_path / "gold" / "alpaca_eval.json"), "--questions", str(result / "planted.json")]
-    compare_policies.compare_policies(
-        compare_policies.parse([*map(str, files), *options, "--objectives", "a,b,c,d", "--out", str(page)])
+    compare_policies(
+        compare_policies_command.options([*map(str, files), *options, "--objectives", "a,b,c,d", "--out", str(page)])
     )
     assert f"{scores['gold']['win_rate']:.2f} ± {scores['gold']['standard_error']:.2f}" in page.read_text()
     contest = build_contest([read_policy_answers(file, read_questions([])) for file in files])

@@ -8,12 +8,13 @@ import ray
 
 import actors.rank_group
 import actors.rollout_pool
-import pipeline.loops.alignment
+import pipeline.loops.align_policy
 from cluster.rollout_plan import RolloutPlan, plan_rollouts
 from jobs.align_policy import align_policy
-from jobs.job_context import JobContext
+from jobs.shared_actors import SharedActors
 from pipeline.config.load import load_recipe
 from pipeline.data.planted import OBJECTIVES
+from pipeline.data.run_data import load_data
 from pipeline.models.reward_model import CARD_FILE, RewardModelCard
 from pipeline.records import PolicyWeights, StageResult
 from pipeline.stages.runner import StageRunner
@@ -56,7 +57,7 @@ def test_a_rank_and_an_engine_share_each_gpu_and_weights_pass_within_it(
     monkeypatch.setattr(actors.rank_group, "Rank", IdleRank)
     pool_of = partial(actors.rollout_pool.RolloutPool, worker=IdleWorker)
     monkeypatch.setattr(actors.rollout_pool, "RolloutPool", pool_of)
-    monkeypatch.setattr(JobContext, "scorer", lambda *_: None)
+    monkeypatch.setattr(SharedActors, "scorer", lambda *_: None)
     seen = {}
 
     def align(rollouts, scorer, learner, prompts, stage, config, **_):
@@ -69,7 +70,7 @@ def test_a_rank_and_an_engine_share_each_gpu_and_weights_pass_within_it(
         seen["calls"] = ray.get([worker.calls.remote() for worker in workers], timeout=60)
         return metrics
 
-    monkeypatch.setattr(pipeline.loops.alignment, "align", align)
+    monkeypatch.setattr(pipeline.loops.align_policy, "align", align)
     recipe = load_recipe("tiny", SHARED)
     plan = plan_rollouts(recipe, [{"CPU": 2.0, "GPU": 2.0}])
     assert plan == RolloutPlan(placement="colocated", weight_transfer="ipc")
@@ -84,10 +85,11 @@ def test_a_rank_and_an_engine_share_each_gpu_and_weights_pass_within_it(
         Workspace.open(str(tmp_path / "run"), job="test", needs_bytes=0) as workspace,
         ExitStack() as exits,
     ):
-        rooms = JobContext(recipe, StageRunner(workspace), plan, exits)
-        rooms.publish_directory = str(tmp_path / "published")
-        result = align_policy(rooms, policy, reward_model)
-        placement = rooms.shared_gpus()
+        shared = SharedActors(recipe, plan, workspace.uri, exits)
+        shared.publish_directory = str(tmp_path / "published")
+        stages = StageRunner(workspace)
+        result = align_policy(stages, recipe, lambda: load_data(recipe), shared, policy, reward_model)
+        placement = shared.shared_gpus()
         assert placement.group.bundle_specs == [{"CPU": 1.0, "GPU": 1.0}] * 2
     ranks, engines = seen["places"][:2], seen["places"][2:]
     assert ranks == engines

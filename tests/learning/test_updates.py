@@ -1,6 +1,5 @@
 import math
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -498,9 +497,7 @@ def test_a_batch_that_would_poison_the_update_is_refused_by_name(rollouts, score
 def test_a_policy_is_published_in_the_dtype_it_computes_in_and_exported_as_it_is_trained(
     tiny_policy, world, tokenizer, tmp_path
 ):
-    learner = ppo_learner(
-        tiny_policy, world, tokenizer, tmp_path / "published", make_engine=partial(TorchEngine, dtype="bfloat16")
-    )
+    learner = ppo_learner(tiny_policy, world, tokenizer, tmp_path / "published", dtype="bfloat16")
     published = load_file(f"{learner.publish_weights(0).location}/model.safetensors")
     learner.export(str(tmp_path / "result"))
     exported = load_file(tmp_path / "result" / "model.safetensors")

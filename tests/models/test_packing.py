@@ -110,10 +110,13 @@ def test_packed_states_and_gradients_equal_those_of_every_sequence_alone(name):
     predicting = torch.cat([s[-1 - n : -1] for s, n in zip(alone, packed.response_lengths, strict=True)])
     torch.testing.assert_close(states[packed.predictors], predicting, atol=1e-5, rtol=1e-5)
 
-    states[packed.response_ends].pow(3).sum().backward()
-    sum(s[-1].pow(3).sum() for s in alone).backward()
-    for ours, theirs in zip(packing.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4)
+    # The largest gradient of this loss is near 1. Each difference is compared with the size of its tensor: an element
+    # that is small because large terms cancel holds their rounding error, which says nothing about packing.
+    directions = torch.randn(len(alone), SIZES["hidden_size"], generator=torch.Generator().manual_seed(1))
+    (directions * states[packed.response_ends]).mean().backward()
+    (directions * torch.stack([s[-1] for s in alone])).mean().backward()
+    for (parameter, ours), theirs in zip(packing.named_parameters(), plain.parameters(), strict=True):
+        assert (ours.grad - theirs.grad).norm() < 1e-5 * theirs.grad.norm(), parameter
 
 
 def test_a_group_does_not_see_the_groups_beside_it():

@@ -122,7 +122,7 @@ def run_recorded_job(options: argparse.Namespace) -> None:
                 log.write(json.dumps(asked) + "\n")
             return rollouts
 
-    rollout_pool.RolloutPool = RecordingPool  # type: ignore[misc]  # where jobs/job_context.py takes it from
+    rollout_pool.RolloutPool = RecordingPool  # type: ignore[misc]  # where jobs/shared_actors.py takes it from
     overrides = [override for override in options.set if override]
     sys.argv = ["disturbed_run", "--recipe", options.recipe, "--workspace", options.job, *overrides]
     run_job(generate_benchmark.__doc__ or "", generate_benchmark.main)

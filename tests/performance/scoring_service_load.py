@@ -30,7 +30,6 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate
 from multiprocessing.connection import Connection
 
-import psutil
 import torch
 
 from actors.reward_service import leave_service, start_service
@@ -45,6 +44,7 @@ from pipeline.models.backbone import create_tiny_causal_lm, load_config, load_to
 from pipeline.models.reward_model import RewardModel, RewardModelCard, make_head, save_reward_model
 from pipeline.records import Message
 from pipeline.serving.client import AsyncVRMScorer, VRMScorer
+from tests.support.nodes import ray_processes
 
 NAME = "load"
 LOADS = (0.5, 0.9)
@@ -230,10 +230,9 @@ async def closed_loop(road: Road, texts: Texts, callers: int, seconds: float) ->
 def cpu_seconds() -> dict[str, float]:
     """Used so far by the replica, the HTTP proxy and this process, which asks."""
     used = {"model": 0.0, "proxy": 0.0, "caller": time.process_time()}
-    for process in psutil.Process().children(recursive=True):
-        for role, title in (("model", "ray::ServeRepli"), ("proxy", "ray::ProxyActor")):
-            if process.name().startswith(title):
-                used[role] += process.cpu_times().user + process.cpu_times().system
+    for role, title in (("model", "ServeRepli"), ("proxy", "ProxyActor")):
+        for process in ray_processes(title):
+            used[role] += process.cpu_times().user + process.cpu_times().system
     return used
 
 

@@ -118,12 +118,12 @@ def test_the_job_reads_what_the_benchmark_wrote(tmp_path, monkeypatch, capsys):
     files = [str(tmp_path / name / "model_outputs.json") for name in ("base", "aligned")]
     out = tmp_path / "page" / "comparison.html"
     monkeypatch.setattr("sys.argv", ["compare_policies", *files, "--out", str(out)])
-    compare_policies.main()
+    compare_policies.compare_policies_command()
     assert "75.0" in out.read_text()
     assert str(out) in capsys.readouterr().out
 
     (tmp_path / "bare.json").write_text(json.dumps([{"instruction": "p", "generator": "y"}]))
     monkeypatch.setattr("sys.argv", ["compare_policies", files[0], str(tmp_path / "bare.json"), "--out", str(out)])
     with pytest.raises(SystemExit, match="2"):
-        compare_policies.main()
+        compare_policies.compare_policies_command()
     assert "bare.json, row 1 (line 1), field 'output'" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import pytest
 from pipeline.errors import Preempted
 from pipeline.stages.preemption import PreemptionNotice, WaitCutShort
 from pipeline.stages.runner import StageRunner
+from pipeline.stages.stage_spec import StageSpec
 from pipeline.stages.workspace import Workspace
 
 
@@ -55,11 +56,11 @@ def test_after_the_notice_no_stage_is_begun_and_a_finished_one_is_still_found(tm
         Workspace.open(str(tmp_path), job="mine", needs_bytes=0, notice=notice) as workspace,
     ):
         stages = StageRunner(workspace)
-        done = stages.run("done", 1, lambda stage: {"x": 1.0}, config={})
+        done = stages.run(StageSpec(name="done", version=1, config={}), lambda stage: {"x": 1.0})
         signal.raise_signal(signal.SIGTERM)
-        assert stages.run("done", 1, lambda stage: {"x": 2.0}, config={}) == done
+        assert stages.run(StageSpec(name="done", version=1, config={}), lambda stage: {"x": 2.0}) == done
         with pytest.raises(Preempted, match="next was not begun"):
-            stages.run("next", 1, lambda stage: {}, config={})
+            stages.run(StageSpec(name="next", version=1, config={}), lambda stage: {})
 
 
 def test_a_stage_that_saves_nothing_on_its_way_leaves_where_it_asks_and_begins_anew(tmp_path):

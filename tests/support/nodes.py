@@ -1,6 +1,7 @@
-"""A second machine for the tests that need one."""
+"""A second machine for the tests that need one, and the processes of the test's own Ray."""
 
 import time
+from contextlib import suppress
 
 import psutil
 import ray
@@ -29,5 +30,18 @@ class Node:
         # Ray kills the raylet alone, and its workers leave when they notice.
         [(raylet, *_)] = [infos for kind, infos in self._node.all_processes.items() if kind == "raylet"]
         for process in psutil.Process(raylet.process.pid).children(recursive=True):
-            process.kill()
+            # The raylet leaves when its agent is killed, and workers leave after it: some end before their turn here.
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self._cluster.remove_node(self._node, allow_graceful=False)
+
+
+def ray_processes(title):
+    """Running processes that this process has started and Ray has named `ray::title...`."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        # A process may end after it was listed: it has no name then.
+        with suppress(psutil.NoSuchProcess):
+            if process.name().startswith(f"ray::{title}"):
+                found.append(process)
+    return found

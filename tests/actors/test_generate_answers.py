@@ -6,11 +6,13 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import torch
 
-from jobs.benchmark_answers import answer_benchmark, open_pool, parse
+from jobs.generate_answers import generate_answers, generate_answers_command, open_pool
 from pipeline.benchmark.alpaca_eval.model_outputs import read_model_outputs
 from pipeline.benchmark.mt_bench.answers import read_mt_bench_answers
 from pipeline.data.chat import encode_prompt
 from pipeline.models.backbone import load_causal_lm
+
+parse = generate_answers_command.options
 
 pytestmark = [pytest.mark.components, pytest.mark.usefixtures("local_ray")]
 
@@ -41,7 +43,7 @@ def answer(tiny_policy, tmp_path_factory):
             arguments += ["--max-response-tokens", "8", "cluster.rollout.workers=1", "cluster.rollout.max_sequences=4"]
             # Fewer places in the engine than questions: some wait there, some on the driver.
             arguments += ["cluster.rollout.chunk_size=2", "--out", str(directory / out)]
-            answer_benchmark(parse([*arguments, *more]), open_once)
+            generate_answers(parse([*arguments, *more]), open_once)
             return directory / out
 
         yield answer

@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from jobs.benchmark_answers import answer_benchmark, parse
+from jobs.generate_answers import generate_answers, generate_answers_command
 from jobs.generate_benchmark import command
 from pipeline.benchmark.alpaca_eval.model_outputs import read_model_outputs
 from pipeline.benchmark.arena_hard.answers import read_arena_answers
@@ -20,6 +20,8 @@ from pipeline.models.backbone import create_tiny_causal_lm, save_causal_lm
 from tests.conftest import SMALLEST
 from tests.support.fakes import FakeRollouts
 from tests.support.paths import SHARED_DATA
+
+parse = generate_answers_command.options
 
 needs_public_data = pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs ../shared/data beside the repository")
 
@@ -38,16 +40,16 @@ class Recording(FakeRollouts):
     def __init__(self, tokenizer, dies_after):
         super().__init__(tokenizer)
         self.loaded = [0]
-        self.asked = []
+        self.requests = []
         self._left = dies_after
 
     def stream(self, waiting):
         while waiting:
-            self.asked.append(waiting.popleft())
+            self.requests.append(waiting.popleft())
             if self._left == 0:
                 raise KeyboardInterrupt
             self._left -= 1
-            yield from self.generate([self.asked[-1][0]], self.asked[-1][1])
+            yield from self.generate([self.requests[-1][0]], self.requests[-1][1])
 
 
 @pytest.fixture(scope="session")
@@ -75,10 +77,10 @@ def answer(long_policy, tokenizer, tmp_path):
 
         options = ["--benchmark", benchmark, "--model", long_policy, "--prompts", prompts, "--name", "tiny"]
         try:
-            answer.said = answer_benchmark(parse([*options, "--out", str(tmp_path / out), *more]), open_rollouts)
+            answer.text = generate_answers(parse([*options, "--out", str(tmp_path / out), *more]), open_rollouts)
         except KeyboardInterrupt:
             assert dies_after >= 0
-        return [request for rollouts in opened for request in rollouts.asked]
+        return [request for rollouts in opened for request in rollouts.requests]
 
     return answer
 
@@ -98,16 +100,16 @@ def summary_of(out):
 
 @needs_public_data
 def test_mt_bench_is_sampled_as_fastchat_samples_it(answer, tmp_path):
-    asked = answer("mt_bench", str(SHARED_DATA / "mt_bench"))
-    temperatures = Counter(sampling.temperature for _, sampling in asked)
+    requests = answer("mt_bench", str(SHARED_DATA / "mt_bench"))
+    temperatures = Counter(sampling.temperature for _, sampling in requests)
     # Writing and roleplay; stem and humanities; the four others: two turns of ten questions each.
     assert temperatures == {0.7: 40, 0.1: 40, 0.0: 80}
-    assert {sampling.max_response_tokens for _, sampling in asked} == {1024}
+    assert {sampling.max_response_tokens for _, sampling in requests} == {1024}
     lines = (SHARED_DATA / "mt_bench/question.jsonl").read_text().splitlines()
     questions = {row["question_id"]: row for row in map(json.loads, lines)}
     rows = [json.loads(line) for line in (tmp_path / "out/model_answer/tiny.jsonl").read_text().splitlines()]
     assert [row["question_id"] for row in rows] == list(range(81, 161))
-    conversations = {prompt.id: [message["content"] for message in prompt.messages] for prompt, _ in asked}
+    conversations = {prompt.id: [message["content"] for message in prompt.messages] for prompt, _ in requests}
     for row in rows:
         question_id, first = row["question_id"], row["choices"][0]["turns"][0]
         one, two = questions[question_id]["turns"]
@@ -122,11 +124,11 @@ def test_mt_bench_is_sampled_as_fastchat_samples_it(answer, tmp_path):
 )
 def test_single_turn_benchmarks_are_asked_whole(answer, benchmark, count, temperature, max_tokens):
     # Two tokens an answer: the length of 805 answers is not what is tested.
-    asked = answer(benchmark, str(SHARED_DATA / benchmark), "--max-response-tokens", "3")
-    assert len(asked) == count
-    assert {(len(prompt.messages), sampling.temperature) for prompt, sampling in asked} == {(1, temperature)}
-    assert f"Answers had 3 tokens at most, the benchmark gives {max_tokens}" in answer.said
-    assert "not comparable with published ones" not in answer.said
+    requests = answer(benchmark, str(SHARED_DATA / benchmark), "--max-response-tokens", "3")
+    assert len(requests) == count
+    assert {(len(prompt.messages), sampling.temperature) for prompt, sampling in requests} == {(1, temperature)}
+    assert f"Answers had 3 tokens at most, the benchmark gives {max_tokens}" in answer.text
+    assert "not comparable with published ones" not in answer.text
 
 
 def test_the_seed_is_of_the_recipe_and_a_turn_has_its_own(answer, tmp_path):
@@ -152,9 +154,9 @@ def test_a_killed_run_goes_on_with_the_turns_it_has_not(answer, tmp_path, torn):
     with (tmp_path / "out/mt_bench.answers").open("ab") as log:
         log.write(torn)
 
-    asked = answer("mt_bench", QUESTIONS)
+    requests = answer("mt_bench", QUESTIONS)
 
-    assert len(asked) == 3
+    assert len(requests) == 3
     assert answer("mt_bench", QUESTIONS) == []
     files = [str(tmp_path / out / "model_answer/tiny.jsonl") for out in ("out", "whole")]
     assert read_mt_bench_answers(files[:1]) == read_mt_bench_answers(files[1:])
@@ -163,8 +165,8 @@ def test_a_killed_run_goes_on_with_the_turns_it_has_not(answer, tmp_path, torn):
 
 def test_a_limit_answers_the_first_questions_and_the_rest_can_follow(answer, tmp_path):
     assert len(answer("alpaca_eval", INSTRUCTIONS, "--limit", "2")) == 2
-    assert "2 questions" in answer.said
-    assert "The benchmark has 805 questions" in answer.said
+    assert "2 questions" in answer.text
+    assert "The benchmark has 805 questions" in answer.text
     assert len(read_model_outputs(tmp_path / "out/model_outputs.json")) == 2
     assert [prompt.id for prompt, _ in answer("alpaca_eval", INSTRUCTIONS)] == [
         f"question {n}, turn 1" for n in (2, 3, 4)
@@ -180,7 +182,7 @@ TWICE = [QUESTIONS[0], QUESTIONS[1], QUESTIONS[0]]
 
 
 @pytest.mark.parametrize(
-    ("benchmark", "rows", "letter"),
+    ("benchmark", "rows", "message"),
     [
         (
             "alpaca_eval",
@@ -210,22 +212,22 @@ TWICE = [QUESTIONS[0], QUESTIONS[1], QUESTIONS[0]]
         ),
     ],
 )
-def test_questions_that_cannot_be_used_are_named_before_any_engine_starts(answer, benchmark, rows, letter):
-    with pytest.raises(DataError, match=letter):
+def test_questions_that_cannot_be_used_are_named_before_any_engine_starts(answer, benchmark, rows, message):
+    with pytest.raises(DataError, match=message):
         answer(benchmark, rows)
 
 
 @pytest.mark.parametrize(
-    ("more", "letter"),
+    ("more", "message"),
     [
         (["--name", "other"], r"mt_bench.answers, line 1: .* sampled with model = 'tiny', this run has 'other'"),
         (["--max-response-tokens", "5"], r"line 1: .* with max_response_tokens = 1024, this run has 5"),
         (["seed=3"], r"line 1: .* with seed = 0, this run has 3"),
     ],
 )
-def test_answers_of_another_model_or_other_settings_are_not_mixed(answer, more, letter):
+def test_answers_of_another_model_or_other_settings_are_not_mixed(answer, more, message):
     answer("mt_bench", QUESTIONS)
-    with pytest.raises(DataError, match=letter):
+    with pytest.raises(DataError, match=message):
         answer("mt_bench", QUESTIONS, *more)
 
 
@@ -236,7 +238,7 @@ def test_answers_of_other_weights_are_not_mixed(answer, tmp_path, tiny_policy):
 
 
 @pytest.mark.parametrize(
-    ("change", "letter"),
+    ("change", "message"),
     [
         ({"question_id": 99}, r"answers, line 5: answers question 99, which is not among the prompts"),
         ({"asked": "x"}, r"answers, line 5: question 101 has changed since then \(.*bench.jsonl, line 2\)"),
@@ -245,7 +247,7 @@ def test_answers_of_other_weights_are_not_mixed(answer, tmp_path, tiny_policy):
         (None, r"answers, line 5: no JSON object: half a line"),
     ],
 )
-def test_a_kept_answer_that_belongs_nowhere_is_named(answer, tmp_path, change, letter):
+def test_a_kept_answer_that_belongs_nowhere_is_named(answer, tmp_path, change, message):
     answer("mt_bench", QUESTIONS)
     log = tmp_path / "out/mt_bench.answers"
     lines = log.read_text().splitlines()
@@ -253,7 +255,7 @@ def test_a_kept_answer_that_belongs_nowhere_is_named(answer, tmp_path, change, l
     assert (json.loads(lines[4])["question_id"], json.loads(lines[4])["turn"]) == (101, 2)
     lines[4] = "half a line" if change is None else json.dumps({k: v for k, v in row.items() if v is not ...})
     log.write_text("\n".join(lines) + "\n")
-    with pytest.raises(DataError, match=letter):
+    with pytest.raises(DataError, match=message):
         answer("mt_bench", QUESTIONS)
 
 
@@ -291,7 +293,7 @@ def test_the_stages_job_takes_a_benchmark_and_a_letter_is_all_it_prints(monkeypa
 
 
 def test_progress_counts_the_turns_of_earlier_runs(answer, monkeypatch, capsys):
-    monkeypatch.setattr("jobs.benchmark_answers.PROGRESS_S", 0.0)
+    monkeypatch.setattr("pipeline.loops.benchmark_answers.PROGRESS_S", 0.0)
     answer("mt_bench", QUESTIONS, dies_after=4)
     answer("mt_bench", QUESTIONS)
     shown = [line.split(",")[0] for line in capsys.readouterr().err.splitlines()]
@@ -317,7 +319,7 @@ def test_arena_hard_is_written_for_both_editions_with_the_lengths_of_each(answer
     assert [answer.question_id for answer in new] == ["q0", "q1", "q2"]
     assert [answer.num_tokens for answer in old] == [len(answer.output.split()) for answer in old]
     assert new == [replace(answer, num_tokens=2 * answer.num_tokens) for answer in old]
-    assert "token_len" not in answer.said
+    assert "token_len" not in answer.text
 
     def unreachable(name):
         raise ConnectionError("no network")
@@ -325,7 +327,7 @@ def test_arena_hard_is_written_for_both_editions_with_the_lengths_of_each(answer
     monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
     assert answer("arena_hard", ARENA, "--max-response-tokens", "6") == []
     assert summary_of(tmp_path / "out")["token_len"] == {"v0.1": "the model's own", "v2": "the model's own"}
-    assert "token_len counts the model's own tokens" in answer.said
+    assert "token_len counts the model's own tokens" in answer.text
 
 
 def test_the_official_json_list_is_read_and_cut_or_empty_answers_are_counted(answer, tmp_path):

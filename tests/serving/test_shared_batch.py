@@ -1,8 +1,8 @@
 """Calls that share a batch in the scoring service."""
 
-from actors.reward_service import score_together
 from pipeline.errors import DataError
 from pipeline.records import RewardScore
+from pipeline.serving.shared_batch import score_together
 
 PROMPT = ({"role": "user", "content": "hi"},)
 
