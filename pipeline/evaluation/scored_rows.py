@@ -57,7 +57,7 @@ class ScoredRows:
     subset: np.ndarray
     """[N] index into `subset_names`."""
     subset_names: tuple[str, ...]
-    """Sorted."""
+    """The names of the subsets, sorted."""
     content_key: np.ndarray
     """[N] uint64"""
     prompt_key: np.ndarray

@@ -9,7 +9,6 @@ import sys
 import time
 
 import pytest
-from pipeline.benchmark.policy_win_matrix import win_matrix
 
 from jobs.compare_policies import compare_policies, compare_policies_command
 from jobs.exit_codes import PREEMPTED
@@ -19,6 +18,7 @@ from pipeline.benchmark.alpaca_eval.annotations import read_annotations
 from pipeline.benchmark.policy_comparison.contest import build_contest
 from pipeline.benchmark.policy_comparison.policy_answers import read_policy_answers, read_questions
 from pipeline.benchmark.policy_comparison.verdicts import judged_verdicts, reward_verdicts
+from pipeline.benchmark.policy_comparison.win_matrix import win_matrix
 from pipeline.benchmark.scored_answers import read_scored_answers
 from pipeline.data.planted import GoldAnnotator
 from pipeline.objectives.reward_comparison import compare
