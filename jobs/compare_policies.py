@@ -38,21 +38,22 @@ def compare_policies(options: argparse.Namespace) -> None:
 
 
 def _comparison_page(options: argparse.Namespace) -> str:
-    from pipeline.benchmark.policy_comparison import contest as comparison
-    from pipeline.benchmark.policy_comparison import contest_files as comparison_files
-    from pipeline.benchmark.policy_comparison import contest_page as comparison_page
+    from pipeline.benchmark.policy_comparison.contest import answer_summaries, build_contests
+    from pipeline.benchmark.policy_comparison.judgment_files import read_judgments
     from pipeline.benchmark.policy_comparison.leaderboard import leaderboard, read_scores
+    from pipeline.benchmark.policy_comparison.policy_answers import answer_files, read_policy_answers, read_questions
+    from pipeline.reporting.comparison_page import comparison_page, judged_contests
 
-    questions = comparison_files.read_questions(options.questions)
-    files = [file for place in options.answers for file in comparison_files.answer_files(place)]
-    contests = comparison.contests([comparison_files.read_policy(file, questions) for file in files])
-    return comparison_page.comparison_page(
-        comparison_page.judged_contests(contests, comparison_files.read_judgments(options.judgments)),
+    questions = read_questions(options.questions)
+    files = [file for place in options.answers for file in answer_files(place)]
+    contests = build_contests([read_policy_answers(file, questions) for file in files])
+    return comparison_page(
+        judged_contests(contests, read_judgments(options.judgments)),
         leaderboard=leaderboard(
             tuple(dict.fromkeys(policy for contest in contests for policy in contest.policies)),
             read_scores(options.scores),
             {
-                contest.benchmark: {policy: means["words"] for policy, means in comparison.summaries(contest).items()}
+                contest.benchmark: {policy: means["words"] for policy, means in answer_summaries(contest).items()}
                 for contest in contests
             },
         ),

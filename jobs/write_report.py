@@ -16,7 +16,7 @@ from jobs.generate_benchmark import generate_benchmark
 from jobs.run_job import run_job
 from jobs.sft import sft
 from jobs.train_reward_model import train_reward_model
-from pipeline.benchmark.answers import read_answers
+from pipeline.benchmark.scored_answers import read_scored_answers
 from pipeline.config.recipe import Recipe
 from pipeline.records import StageResult
 from pipeline.stages import storage
@@ -36,12 +36,12 @@ def write_report(
 ) -> str:
     """Writes <workspace>/report.html from the finished stages, prints the results. Cheap: always made anew."""
     from pipeline.loops.benchmark import ALIGNED, BASE, answers_file
-    from pipeline.reporting.report import ReportData, StageSummary, render, results_table
+    from pipeline.reporting.report import ReportData, StageSummary, report_page, results_table
 
     results = (policy, reward_model, aligned, benchmark)
     stages = [workspace.stage(result.name, result.fingerprint) for result in results]
     with storage.reading(benchmark.location) as directory:
-        answers = {name: read_answers(answers_file(directory, name)) for name in (BASE, ALIGNED)}
+        answers = {name: read_scored_answers(answers_file(directory, name)) for name in (BASE, ALIGNED)}
         planted_file = Path(directory) / "planted.json"
         planted = json.loads(planted_file.read_text()) if planted_file.exists() else {"kinds": {}, "weights": {}}
     manifests = [stage.manifest() for stage in stages]
@@ -69,7 +69,7 @@ def write_report(
         planted_weights=planted["weights"],
     )
     location = storage.join(workspace.uri, "report.html")
-    storage.write_text(location, render(data))
+    storage.write_text(location, report_page(data))
     table = results_table(data)
     width = max(len(what) for what, _ in table)
     print("\n" + "\n".join(f"{what:<{width}}  {value}" for what, value in table))

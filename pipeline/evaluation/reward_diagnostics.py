@@ -1,4 +1,4 @@
-"""What accuracy alone cannot see in a reward model: collapse, miscalibration, a taste for length."""
+"""Held-out diagnostics of a reward model: collapse, miscalibration and preference for length."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import numpy as np
 import torch
 
+from pipeline.evaluation.correlation import correlation_or_zero
 from pipeline.evaluation.pair_metrics import ScoredPairs, length_slope, pair_diagnostics
 from pipeline.evaluation.reward_scorer import reward_scores
 from pipeline.models.reward_heads import RewardOutput
@@ -26,10 +27,10 @@ PAIR_METRICS = (
     "accuracy/chosen_longer",
     "accuracy/chosen_shorter",
 )
-"""Of `pair_diagnostics`, those that docs/method.md section 10 logs at every evaluation."""
+"""The metrics of `pair_diagnostics` that every evaluation logs (docs/method.md section 10)."""
 
 MARGIN_QUANTILES = (5, 50, 95)
-"""Percent; of r_chosen - r_rejected."""
+"""Quantiles of r_chosen - r_rejected, in percent."""
 
 ACTIVE_VARIANCE = 0.01
 """A semantic dimension whose mean varies by more than this over (x, y) is active (docs/method.md section 10)."""
@@ -39,23 +40,24 @@ def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
     """The signals of docs/method.md section 10 on a whole held-out batch.
 
     Args:
-        output: 2B rows, float64, chosen first; a field that a head does not know is 0 wide.
+        output: 2B rows, float64, chosen first. A field that the head does not compute has width 0.
         batch: the same rows.
 
     Returns:
-        The scale of the reward, its calibration and its taste for length; for a VRM or gate head also active units, and
-        spread and supervision of the objective weights; with a posterior their concentration, the divergence of the
-        least and the most used feature, and how well one posterior sample ranks. Means are over the batch.
+        Scale and calibration of the reward, and its relation to length. For a VRM or gate head, also active units, and
+        the spread and supervision of the objective weights. With a posterior, also the concentration of the weights,
+        the divergence of the least and the most used feature, and the accuracy of one posterior sample. Means are over
+        the batch.
     """
     num_pairs = batch.num_pairs
     metrics = {
         "eval/reward_mean": float(output.mean.mean()),
         "eval/reward_std": float(output.mean.std(correction=0)),
         "eval/posterior_std": float(output.variance.sqrt().mean()),
-        **_of_pairs(output, batch),
+        **_margin_metrics(output, batch),
     }
     if output.alpha.shape[1]:
-        alpha = output.alpha[:num_pairs]  # the chosen row speaks for the prompt
+        alpha = output.alpha[:num_pairs]  # one row per prompt: that of the chosen response
         sampled = output.sampled[:num_pairs] - output.sampled[num_pairs:]
         zero = output.mu.new_zeros(1)
         kl_z = gaussian_kl_per_dimension(output.mu, output.logvar, zero, zero).mean(0)
@@ -71,7 +73,7 @@ def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
             "eval/min_alpha": float(alpha.min()),
         }
     if output.mu.shape[1]:
-        # Divided here in float64: correlations of weights that hardly vary magnify rounding.
+        # Normalised here in float64: correlations of nearly constant weights magnify rounding.
         weights = (output.alpha if output.alpha.shape[1] else output.weights)[:num_pairs]
         w_bar = weights / weights.sum(-1, keepdim=True)
         metrics |= {
@@ -91,8 +93,8 @@ def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
     return metrics
 
 
-def _of_pairs(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
-    """Calibration of the margins, and what length has to do with them."""
+def _margin_metrics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
+    """Calibration of the margins, and their relation to length."""
     means = output.mean.cpu().numpy()
     n = batch.num_pairs
     margins = means[:n] - means[n:]
@@ -101,7 +103,7 @@ def _of_pairs(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
         ScoredPairs(chosen=means[:n], rejected=means[n:], margin_std=_margin_stds(output, n), length_gap=length_gap)
     )
     quantiles = {f"eval/margin_p{q:02d}": float(np.quantile(margins, q / 100)) for q in MARGIN_QUANTILES}
-    # NaN is "no such pair".
+    # NaN means that there is no such pair.
     return (
         quantiles
         | {"eval/length_slope": length_slope(margins, length_gap)}
@@ -114,7 +116,7 @@ def _of_pairs(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
 
 
 def _margin_stds(output: RewardOutput, num_pairs: int) -> np.ndarray:
-    """[B] posterior standard deviations of the margins, under the weights of the chosen row, the prompt's."""
+    """[B] posterior standard deviations of the margins. Both responses use the prompt's weights (the chosen row)."""
     of_prompts = output._replace(
         alpha=output.alpha[:num_pairs].repeat(2, 1), weights=output.weights[:num_pairs].repeat(2, 1)
     )
@@ -125,22 +127,22 @@ def _margin_stds(output: RewardOutput, num_pairs: int) -> np.ndarray:
 
 
 def score_collinearity(scores: torch.Tensor) -> float:
-    """Mean absolute correlation over responses of two different objectives' scores: 1 when all say the same.
+    """Mean absolute correlation of the scores of two objectives over all responses; 1 if all objectives agree.
 
-    Equals 1 when the rows of S are collinear, and does not need S, which ZeRO-3 keeps in pieces.
+    It equals 1 if the rows of S are collinear. It does not need S itself, which ZeRO-3 shards.
 
     Args:
         scores: [N, K], K >= 2.
     """
     columns = scores.unbind(-1)
     pairs = [(x, y) for k, x in enumerate(columns) for y in columns[:k]]
-    return sum(abs(_pearson(x, y)) for x, y in pairs) / len(pairs)
+    return sum(abs(_correlation(x, y)) for x, y in pairs) / len(pairs)
 
 
 def target_correlations(w_bar: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> list[float]:
     """Pearson correlation over prompts of inferred and target weight, for each objective in the recipe's order.
 
-    A prompt counts for the objectives annotated on it, with its weights renormalised over them, as in the loss.
+    A prompt counts only for the objectives annotated on it. Its weights are renormalised over them, as in the loss.
     An objective whose weight or target does not vary has correlation 0.
 
     Args:
@@ -148,15 +150,11 @@ def target_correlations(w_bar: torch.Tensor, target: torch.Tensor, mask: torch.T
     """
     present = torch.where(mask, w_bar, torch.zeros_like(w_bar))
     present = present / present.sum(-1, keepdim=True).clamp(min=1e-12)
-    return [_pearson(present[rows, k], target[rows, k].double()) for k, rows in enumerate(mask.unbind(-1))]
+    return [_correlation(present[rows, k], target[rows, k].double()) for k, rows in enumerate(mask.unbind(-1))]
 
 
-def _pearson(x: torch.Tensor, y: torch.Tensor) -> float:
-    if len(x) < 2:
-        return 0.0
-    x, y = x - x.mean(), y - y.mean()
-    norm = float(x.norm() * y.norm())
-    return float((x * y).sum()) / norm if norm > 1e-12 else 0.0
+def _correlation(x: torch.Tensor, y: torch.Tensor) -> float:
+    return correlation_or_zero(x.cpu().numpy(), y.cpu().numpy())
 
 
 def _entropy(p: torch.Tensor) -> torch.Tensor:

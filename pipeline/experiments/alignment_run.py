@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
-from pipeline.benchmark.answers import read_answers
+from pipeline.benchmark.scored_answers import read_scored_answers
 from pipeline.config.recipe import ExperimentConfig
 from pipeline.data.preferences import normalised_prompt
 from pipeline.data.run_data import RunData
@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError
 from pipeline.evaluation.overoptimization import GoldReward, gold_proxy_gap
 from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.evaluation.reward_scorer import RewardModelScorer
-from pipeline.experiments.policy_findings import ALIGNMENT_CURVES, fall_from_peak
+from pipeline.experiments.policy_findings import POLICY_CURVE_METRICS, fall_from_peak
 from pipeline.experiments.reward_run import RunResult
 from pipeline.learning.builders import build_ppo_learner, engine_in_process, reference_in_process
 from pipeline.loops.align_policy import AlignmentPorts, alignment_stage, run_alignment
@@ -136,7 +136,7 @@ def _against_the_truth(
     result: str, conversations: Sequence[Sequence[Message]], gold: GoldReward, reward_scale: RewardScale
 ) -> tuple[Metrics, dict[str, list[float]]]:
     """Of the finished benchmark in `result`: the gaps between reward and truth, and what alignment changed in both."""
-    answers = {name: read_answers(answers_file(result, name)) for name in (BASE, ALIGNED)}
+    answers = {name: read_scored_answers(answers_file(result, name)) for name in (BASE, ALIGNED)}
     rewards = {name: [answer.score.mean for answer in given] for name, given in answers.items()}
     truths = {name: gold.rewards(conversations, [answer.output for answer in given]) for name, given in answers.items()}
     gaps = {
@@ -148,8 +148,8 @@ def _against_the_truth(
 
 
 def alignment_curve(rows: Sequence[Mapping[str, float]]) -> list[Metrics]:
-    """A point a step: `step`, the updates behind the policy that was measured, and those of `ALIGNMENT_CURVES`."""
-    return [{"step": float(row["step"])} | {name: row[name] for name in ALIGNMENT_CURVES} for row in rows]
+    """A point a step: `step`, the updates behind the policy that was measured, and those of `POLICY_CURVE_METRICS`."""
+    return [{"step": float(row["step"])} | {name: row[name] for name in POLICY_CURVE_METRICS} for row in rows]
 
 
 def _differences(of: Mapping[str, Sequence[float]]) -> list[float]:

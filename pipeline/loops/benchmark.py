@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.benchmark.answers import write_answers
+from pipeline.benchmark.scored_answers import write_scored_answers
 from pipeline.config.recipe import ExperimentConfig
 from pipeline.data.planted import GoldAnnotator
 from pipeline.data.prompts import read_prompts, tokenise_prompts
@@ -91,7 +91,7 @@ def run_benchmark(
                 generator=f"{experiment.name}-{name}",
                 seed=experiment.seed,
             )
-            write_answers(answers_file(result, name), answers[name], dataset=experiment.name)
+            write_scored_answers(answers_file(result, name), answers[name], dataset=experiment.name)
         if data.gold is not None:
             (Path(result) / "planted.json").write_text(json.dumps(planted_truth(prompts, data.gold)))
     return compare_answers(answers[ALIGNED], answers[BASE], prompts, data.gold)

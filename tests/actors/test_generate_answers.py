@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from jobs.generate_answers import generate_answers, generate_answers_command, open_pool
-from pipeline.benchmark.alpaca_eval.judging import read_model_outputs
-from pipeline.benchmark.mt_bench.grades import read_answers
+from pipeline.benchmark.alpaca_eval.model_outputs import read_model_outputs
+from pipeline.benchmark.mt_bench.answers import read_mt_bench_answers
 from pipeline.data.chat import encode_prompt
 from pipeline.models.backbone import load_causal_lm
 
@@ -57,7 +57,7 @@ def greedy(model, tokenizer, messages):
 
 def test_both_turns_of_mt_bench_are_what_the_model_says(answer, tiny_policy):
     out = answer("mt_bench", QUESTIONS, out="mt")
-    answers = read_answers([str(out / "model_answer/tiny.jsonl")])
+    answers = read_mt_bench_answers([str(out / "model_answer/tiny.jsonl")])
     assert [answer.question_id for answer in answers] == [question["question_id"] for question in QUESTIONS]
     model, tokenizer = load_causal_lm(tiny_policy, dtype="float32")
     for question, answered in zip(QUESTIONS, answers, strict=True):

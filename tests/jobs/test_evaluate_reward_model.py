@@ -213,7 +213,7 @@ def test_what_is_wrong_with_the_input_is_said_before_anything_is_scored(models, 
     with pytest.raises(CheckpointError, match="it is no reward model"):
         run("--model", tmp_path, "--pairs", bad, "--out", out)
     good = write(tmp_path / "good.jsonl", pairs)
-    with pytest.raises(DataError, match="no scored comparison"):
+    with pytest.raises(DataError, match="not a scored row"):
         run("--model", models["vrm"], "--pairs", good, "--out", out, "--compare", good)
     assert not out.exists()
 

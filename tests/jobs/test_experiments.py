@@ -156,7 +156,7 @@ def test_alignments_are_reported_by_their_gold_reward(tmp_path, capsys):
 
 
 def test_alignments_without_a_known_truth_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="holds the reward against the planted truth"):
+    with pytest.raises(ConfigError, match="compares the reward with the planted truth"):
         run_experiment(options_of("overoptimization", tmp_path, "data.source=files"), Fake())
 
 

@@ -14,10 +14,12 @@ from jobs.compare_policies import compare_policies, compare_policies_command
 from jobs.exit_codes import PREEMPTED
 from jobs.judge_benchmark import judge_benchmark, judge_benchmark_command
 from jobs.score_benchmark import score_benchmark, score_benchmark_command
-from pipeline.benchmark.alpaca_eval.win_rates import read_annotations
-from pipeline.benchmark.answers import read_answers
-from pipeline.benchmark.policy_comparison import contest as comparison
-from pipeline.benchmark.policy_comparison.contest_files import read_policy, read_questions
+from pipeline.benchmark.alpaca_eval.annotations import read_annotations
+from pipeline.benchmark.policy_comparison.contest import build_contest
+from pipeline.benchmark.policy_comparison.policy_answers import read_policy_answers, read_questions
+from pipeline.benchmark.policy_comparison.verdicts import judged_verdicts, reward_verdicts
+from pipeline.benchmark.policy_comparison.win_matrix import win_matrix
+from pipeline.benchmark.scored_answers import read_scored_answers
 from pipeline.data.planted import GoldAnnotator
 from pipeline.objectives.reward_comparison import compare_rewards
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
@@ -156,7 +158,7 @@ def test_base_and_aligned_are_judged_scored_and_compared_and_every_number_agrees
     result = stage_directory(finished[0], "generate_benchmark") / "result"
     reward_model = stage_directory(finished[0], "train_reward_model") / "result"
     base, aligned = files = [result / generator / "model_outputs.json" for generator in ("base", "aligned")]
-    pairs = list(zip(read_answers(aligned), read_answers(base), strict=True))
+    pairs = list(zip(read_scored_answers(aligned), read_scored_answers(base), strict=True))
     assert [a.instruction for a, _ in pairs] == [b.instruction for _, b in pairs]
 
     annotations, scores = {}, {}
@@ -191,15 +193,15 @@ def test_base_and_aligned_are_judged_scored_and_compared_and_every_number_agrees
         compare_policies_command.options([*map(str, files), *options, "--objectives", "a,b,c,d", "--out", str(page)])
     )
     assert f"{scores['gold']['win_rate']:.2f} ± {scores['gold']['standard_error']:.2f}" in page.read_text()
-    contest = comparison.contest([read_policy(file, read_questions([])) for file in files])
-    [rewards] = comparison.reward_verdicts(contest)
+    contest = build_contest([read_policy_answers(file, read_questions([])) for file in files])
+    [rewards] = reward_verdicts(contest)
     first, second = contest.policies
     reported = manifest(finished[0], "generate_benchmark")["metrics"]["reward/win_rate"]
-    assert comparison.win_matrix(contest, rewards)[second][first]["win_rate"] == pytest.approx(reported)
+    assert win_matrix(contest, rewards)[second][first]["win_rate"] == pytest.approx(reported)
     for (name, judged), verdicts in zip(
-        annotations.items(), comparison.judged_verdicts(contest, list(annotations.values())), strict=True
+        annotations.items(), judged_verdicts(contest, list(annotations.values())), strict=True
     ):
-        cell = comparison.win_matrix(contest, verdicts)[judged.model][judged.baseline]
+        cell = win_matrix(contest, verdicts)[judged.model][judged.baseline]
         assert 100 * cell["win_rate"] == pytest.approx(scores[name]["win_rate"])
         assert f">{100 * cell['win_rate']:.1f} <" in page.read_text()
 

@@ -12,10 +12,9 @@ import pytest
 
 from jobs.generate_answers import generate_answers, generate_answers_command
 from jobs.generate_benchmark import command
-from pipeline.benchmark.alpaca_eval.judging import read_model_outputs
-from pipeline.benchmark.arena_hard.files import read_answers as read_arena_answers
-from pipeline.benchmark.mt_bench.grades import TEMPERATURES
-from pipeline.benchmark.mt_bench.grades import read_answers as read_mt_bench_answers
+from pipeline.benchmark.alpaca_eval.model_outputs import read_model_outputs
+from pipeline.benchmark.arena_hard.answers import read_arena_answers
+from pipeline.benchmark.mt_bench.answers import TEMPERATURES, read_mt_bench_answers
 from pipeline.errors import ConfigError, DataError, WorkspaceLocked
 from pipeline.models.backbone import create_tiny_causal_lm, save_causal_lm
 from tests.conftest import SMALLEST
@@ -195,9 +194,9 @@ TWICE = [QUESTIONS[0], QUESTIONS[1], QUESTIONS[0]]
         (
             "alpaca_eval",
             [{"instruction": "?", "index": n} for n in (4, 4)],
-            r"line 2: question 4 stands at .*line 1 already",
+            r"line 2: question 4 is already at .*line 1",
         ),
-        ("mt_bench", TWICE, r"bench.jsonl, line 3: question 81 stands at .*bench.jsonl, line 1 already"),
+        ("mt_bench", TWICE, r"bench.jsonl, line 3: question 81 is already at .*bench.jsonl, line 1"),
         ("mt_bench", [{"question_id": 81, "category": "math"}], r"bench.jsonl, line 1, field 'turns': None is no list"),
         ("mt_bench", [{**QUESTIONS[0], "turns": []}], r"line 1, field 'turns': 0 turns"),
         (
@@ -205,7 +204,7 @@ TWICE = [QUESTIONS[0], QUESTIONS[1], QUESTIONS[0]]
             [ARENA[0], {"uid": "q1", "category": "c"}],
             r"hard.jsonl, line 2, field 'prompt': None is no str",
         ),
-        ("arena_hard", [ARENA[0], ARENA[0]], r"hard.jsonl, line 2: question q0 stands at"),
+        ("arena_hard", [ARENA[0], ARENA[0]], r"hard.jsonl, line 2: question q0 is already at"),
         (
             "alpaca_eval",
             [INSTRUCTIONS[0], {"instruction": "boat " * 16000}],
@@ -241,8 +240,8 @@ def test_answers_of_other_weights_are_not_mixed(answer, tmp_path, tiny_policy):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"question_id": 99}, r"answers, line 5: answers question 99, which the prompts do not hold"),
-        ({"asked": "x"}, r"answers, line 5: question 101 reads differently now \(.*bench.jsonl, line 2\)"),
+        ({"question_id": 99}, r"answers, line 5: answers question 99, which is not among the prompts"),
+        ({"asked": "x"}, r"answers, line 5: question 101 has changed since then \(.*bench.jsonl, line 2\)"),
         ({"turn": 1}, r"answers, line 5: answers turn 1 of question 101, after 1 of 2 turns"),
         ({"output": ...}, r"answers, line 5: no answer, field 'output' is missing"),
         (None, r"answers, line 5: no JSON object: half a line"),
@@ -286,7 +285,7 @@ def test_the_stages_job_takes_a_benchmark_and_a_letter_is_all_it_prints(monkeypa
         command()
     assert left.value.code == 2
     assert capsys.readouterr().err == (
-        f"DataError: {prompts}, line 3: question 81 stands at {prompts}, line 1 already. Keep one of them.\n"
+        f"DataError: {prompts}, line 3: question 81 is already at {prompts}, line 1. Keep one of them.\n"
     )
     monkeypatch.setattr("sys.argv", ["generate_benchmark.py", "--dry-run"])
     command()

@@ -313,7 +313,7 @@ def test_the_reward_model_does_not_grade(mt_bench, reward_model):
         (["--judge", "https://api.openai.com/v1"], ConfigError, "needs --model"),
         (["--judge", "replay:/nowhere.cache"], DataError, "nowhere"),
         (["--judge", "vrm:/nowhere"], CheckpointError, "no reward model"),
-        (["--judge", "http://127.0.0.1:9/v1", "--model", "m", "--concurrency", "0"], ConfigError, "start at 1"),
+        (["--judge", "http://127.0.0.1:9/v1", "--model", "m", "--concurrency", "0"], ConfigError, "at least 1"),
         (["--judge", "http://127.0.0.1:9/v1", "--model", "m", "--prices", "/nowhere"], DataError, "no price"),
     ],
 )

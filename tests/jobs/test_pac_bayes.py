@@ -73,7 +73,7 @@ def test_files_are_measured_and_the_report_may_have_a_bare_name(model, world, tm
     record = json.loads((tmp_path / "bare.json").read_text())
     assert record["training"]["num_pairs"] == 64
     assert record["heldout"]["num_pairs"] == len({normalised_prompt(p.prompt) for p in world.heldout_pairs()}) + 1
-    assert "some held-out prompts (1) also stand in training" in text
+    assert "some held-out prompts (1) are also in training" in text
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from pipeline.benchmark.answers import read_answers
+from pipeline.benchmark.scored_answers import read_scored_answers
 from pipeline.data.planted import GoldAnnotator
 from pipeline.experiments.findings import spread
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
@@ -247,7 +247,7 @@ def read_finished(workspace: Path) -> Finished:
     [benchmark] = (workspace / "stages").glob("generate_benchmark-*")
     rows = read_metrics(str(aligned / METRICS_FILE))
     gold = GoldAnnotator()
-    answers = read_answers(benchmark / "result" / "aligned" / "model_outputs.json")
+    answers = read_scored_answers(benchmark / "result" / "aligned" / "model_outputs.json")
     golds = np.array([gold.reward([{"role": "user", "content": a.instruction}], a.output) for a in answers])
     metrics = json.loads((benchmark / "manifest.json").read_text())["metrics"]
     return Finished(

@@ -17,7 +17,7 @@ from pathlib import Path
 from cluster.resources import plan_generation
 from cluster.session import open_cluster
 from pipeline.benchmark.answer_log import AnswerLog
-from pipeline.benchmark.questions import BENCHMARKS, read_questions
+from pipeline.benchmark.generated_benchmark import GENERATED_BENCHMARKS, read_benchmark_questions
 from pipeline.config.cluster import ClusterConfig, RolloutConfig
 from pipeline.data.prompts import tokenise_prompts
 from pipeline.loops.generation import answer_questions, conversation, require_room_for_all
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
 
-    questions = read_questions(BENCHMARKS["alpaca_eval"], options.questions)[: options.count]
+    questions = read_benchmark_questions(GENERATED_BENCHMARKS["alpaca_eval"], options.questions)[: options.count]
     tokenizer = load_tokenizer(options.model)
     sampling = SamplingParams(
         temperature=0.7, top_p=1.0, max_response_tokens=options.max_response_tokens, samples_per_prompt=1, seed=0

@@ -31,7 +31,7 @@ import psutil
 import ray
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Qwen3Config, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 from trl.experimental.ppo import PPOConfig as TRLConfig
 from trl.experimental.ppo import PPOTrainer
 
@@ -55,6 +55,7 @@ from pipeline.rollouts.numerics_gate import choose_probes
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from pipeline.stages.workspace import StageDirectory
 from tests.support.learners import reference_of
+from tests.support.qwen import small_qwen3
 
 LEARNING_RATE = 1e-6
 KL_COEFFICIENT = 0.05
@@ -82,17 +83,7 @@ def main() -> None:
     tokenizer = load_tokenizer(options.tokenizer)
     read = list(islice(read_prompts([options.prompts]), 4 * options.batch * (options.iterations + 1)))
     prompts = tuple(tokenise_prompts(read, tokenizer, max_prompt_tokens=options.max_prompt_tokens))
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=options.hidden_size,
-        intermediate_size=3 * options.hidden_size,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.hidden_size // 64,
-        num_key_value_heads=max(1, options.hidden_size // 128),
-        head_dim=64,
-        pad_token_id=tokenizer.pad_token_id,
-        num_labels=1,
-    )
+    config = small_qwen3(tokenizer, hidden_size=options.hidden_size, layers=options.layers)
     print(f"{options.batch} prompts of up to {options.max_prompt_tokens} tokens, responses of up to", end=" ")
     print(f"{options.response_tokens}, {options.epochs} epochs of {options.mini_batches} mini-batches,", end=" ")
     print(f"{torch.get_num_threads()} threads, float32", flush=True)

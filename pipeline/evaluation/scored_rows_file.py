@@ -1,4 +1,4 @@
-"""Comparisons with their rewards, as a JSONL file that is written while scoring and read by every aggregation."""
+"""The JSONL file of scored rows: written while scoring, and read by every aggregation."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from pipeline.data.evaluation_examples import EvaluationExample, prompt_key
 from pipeline.data.files import read_rows
 from pipeline.data.prompts import read_prompts
 from pipeline.errors import DataError, NumericsError
-from pipeline.evaluation.scored_rows import ScoredComparison, ScoredResponse, ScoredRows, key_column, key_number
+from pipeline.evaluation.scored_rows import RewardedResponse, ScoredComparison, ScoredRows, key_column, key_number
 from pipeline.objectives.reward_comparison import compare_rewards
 from pipeline.records import RewardScore
 
 if TYPE_CHECKING:
     from pipeline.evaluation.reward_scorer import RewardModelScorer
 
-CHUNK = 128
-"""Comparisons that are in memory at a time; enough to sort rows of like length into micro-batches."""
+ROWS_PER_CHUNK = 128
+"""Rows in memory at a time; enough to put rows of similar length into one micro-batch."""
 
 FIELDS = ("id", "subset", "cut", "annotators_tie")
 
 
-def score_to_file(
+def write_scored_rows(
     comparisons: Iterable[EvaluationExample],
     path: Path,
     *,
@@ -39,27 +39,27 @@ def score_to_file(
     load_scorer: Callable[[], RewardModelScorer],
     report: Callable[[int, int], None],
 ) -> None:
-    """Writes a line for every comparison, in order; rows that an interrupted run left in the file are kept.
+    """Writes one line per row, in order, and keeps the lines that an interrupted run left in the file.
 
-    Consumes `comparisons` in chunks; texts of one chunk at a time are in memory. A killed run leaves whole lines and
-    perhaps a part of one, and the next run goes on behind the whole ones.
+    Consumes `comparisons` in chunks, with the texts of one chunk in memory at a time. A killed run may leave an
+    incomplete last line. The next run resumes after the last complete line.
 
     Args:
-        comparisons: what to score.
-        path: the file; its directory exists.
+        comparisons: the rows to score.
+        path: the file. Its directory must exist.
         scored_by: identity of the model and its precision, written into every line.
-        load_scorer: called once, when the first row needs it.
-        report: called after every chunk with the rows done, and how many of them an earlier run did.
+        load_scorer: called once, before the first row is scored.
+        report: called after every chunk with (rows done, rows of them that an earlier run did).
 
     Raises:
-        DataError: the file holds rows of another model or other data.
+        DataError: the file holds rows of another model or of other data.
         NumericsError: a reward is not finite.
     """
     rows = iter(comparisons)
     kept = done = _skip_scored(rows, path, scored_by)
     scorer = None
     with path.open("a", encoding="utf-8") as file:
-        while chunk := list(itertools.islice(rows, CHUNK)):
+        while chunk := list(itertools.islice(rows, ROWS_PER_CHUNK)):
             scorer = scorer or load_scorer()
             _score_chunk(chunk, scorer, scored_by, file)
             done += len(chunk)
@@ -67,7 +67,7 @@ def score_to_file(
 
 
 def shared_prompts_note(prompt_keys: np.ndarray, training_files: Sequence[str]) -> str:
-    """How many of the prompts also stand in files that the model was trained on.
+    """A sentence: how many of the prompts are also in files that the model was trained on.
 
     Args:
         prompt_keys: `Survey.prompt_keys`.
@@ -77,14 +77,14 @@ def shared_prompts_note(prompt_keys: np.ndarray, training_files: Sequence[str]) 
     return f"{len(shared)} of {len(prompt_keys)} prompts also stand in the training files"
 
 
-def read_scored(path: Path) -> tuple[ScoredRows, str]:
-    """The rows that `score_to_file` wrote, and who scored them.
+def read_scored_rows(path: Path) -> tuple[ScoredRows, str]:
+    """The rows that `write_scored_rows` wrote, and the identity of the model that scored them.
 
     Raises:
-        DataError: no such file, no rows, or rows of another kind or of several models.
+        DataError: the file does not exist, has no rows, or holds other rows or rows of several models.
     """
     scored_by: set[str] = set()
-    rows = ScoredRows.of(_read(path, scored_by))
+    rows = ScoredRows.of(_read_rows(path, scored_by))
     if len(scored_by) != 1:
         raise DataError(
             f"{path} holds rows of {len(scored_by)} models, not of one. Evaluate into a directory of its own."
@@ -92,8 +92,8 @@ def read_scored(path: Path) -> tuple[ScoredRows, str]:
     return rows, scored_by.pop()
 
 
-def _read(path: Path, scored_by: set[str]) -> Iterator[ScoredComparison]:
-    """The rows, one by one; adds to `scored_by` who scored them."""
+def _read_rows(path: Path, scored_by: set[str]) -> Iterator[ScoredComparison]:
+    """Yields the rows one by one, and adds the identities of their models to `scored_by`."""
     for row in read_rows(str(path)):
         try:
             chosen, rejected = (tuple(_response(r) for r in row.values[side]) for side in ("chosen", "rejected"))
@@ -109,16 +109,16 @@ def _read(path: Path, scored_by: set[str]) -> Iterator[ScoredComparison]:
             scored_by.add(row.values["scored_by"])
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise DataError(
-                f"{row.place}: no scored comparison ({error!r}). Give the rows.jsonl of an evaluation."
+                f"{row.place}: not a scored row ({error!r}). Give the rows.jsonl of an evaluation."
             ) from error
         yield comparison
 
 
 def _skip_scored(rows: Iterator[EvaluationExample], path: Path, scored_by: str) -> int:
-    """Takes from `rows` those that the file already holds, cuts off a line that was not finished; how many it took."""
+    """Skips the rows that the file already holds, and cuts off an incomplete last line. Returns the number skipped."""
     if not path.exists():
         return 0
-    done = whole = 0
+    done = complete_bytes = 0
     with path.open("rb") as lines:
         for line in lines:
             if not line.endswith(b"\n"):
@@ -129,8 +129,8 @@ def _skip_scored(rows: Iterator[EvaluationExample], path: Path, scored_by: str) 
                     f"{path}, line {done + 1}: scored by another model, or from other data or with other subsets, "
                     "than this evaluation. Give another --out, or delete the file."
                 )
-            done, whole = done + 1, whole + len(line)
-    os.truncate(path, whole)
+            done, complete_bytes = done + 1, complete_bytes + len(line)
+    os.truncate(path, complete_bytes)
     return done
 
 
@@ -139,7 +139,7 @@ def _is_line_of(line: bytes, row: EvaluationExample, scored_by: str) -> bool:
         values = json.loads(line)
         found = [values[name] for name in ("scored_by", "content_key", "id", "subset", "annotators_tie")]
         return found == [scored_by, row.content_key, row.id, row.subset, row.annotators_tie]
-    except (ValueError, KeyError, TypeError):  # not a line of ours at all
+    except (ValueError, KeyError, TypeError):  # not a line of this format
         return False
 
 
@@ -174,8 +174,8 @@ def _as_json(row: EvaluationExample, response: str, score: RewardScore) -> dict[
     return {**asdict(score), "characters": len(strip_thinking(response))}
 
 
-def _response(values: dict[str, Any]) -> ScoredResponse:
-    return ScoredResponse(reward=float(values["mean"]), characters=int(values["characters"]))
+def _response(values: dict[str, Any]) -> RewardedResponse:
+    return RewardedResponse(reward=float(values["mean"]), characters=int(values["characters"]))
 
 
 def _reward_score(values: dict[str, Any]) -> RewardScore:

@@ -1,4 +1,4 @@
-"""Any endpoint that speaks OpenAI's chat completions, as a judge."""
+"""An endpoint that implements OpenAI's chat completions API, as a judge."""
 
 from __future__ import annotations
 
@@ -13,46 +13,46 @@ from typing import Any
 
 import httpx
 
-from pipeline.benchmark.judges.judging import JudgeRequest, Judgment, Outcome, Record, Unanswered
+from pipeline.benchmark.judges.judge import JudgeOutcome, JudgeRequest, Judgment, RecordOutcome, Unanswered
 from pipeline.errors import ConfigError, PipelineError, WorkerError
 
-CONNECT_S = 10.0
+CONNECT_TIMEOUT_S = 10.0
 LONGEST_WAIT_S = 60.0
-"""Between two attempts, unless the endpoint asks for more."""
+"""Longest wait between two attempts, unless the endpoint asks for a longer one."""
 FAILURES_IN_A_ROW = 10
-"""After so many requests given up one after the other, the endpoint is taken to be down."""
+"""After this many requests failed in a row, the endpoint counts as down."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatLimits:
-    """How hard to press an endpoint, and for how long."""
+    """Limits on the load of an endpoint, and on the time that a request may take."""
 
     concurrency: int = 8
     requests_per_minute: float | None = None
-    """Starts of requests, retries included; None for no limit."""
+    """Requests started per minute, retries included; None for no limit."""
     deadline_s: float = 300.0
-    """For one request and its retries."""
+    """Time limit of one request including its retries."""
     attempts: int = 6
     first_wait_s: float = 1.0
-    """Before the first retry; doubled before each further one."""
+    """Wait before the first retry; it doubles before each further one."""
 
     def __post_init__(self) -> None:
         too_few = self.concurrency < 1 or self.attempts < 1
         if too_few or self.deadline_s <= 0 or (self.requests_per_minute is not None and self.requests_per_minute <= 0):
-            raise ConfigError(f"{self}: concurrency and attempts start at 1, the deadline and the rate above 0")
+            raise ConfigError(f"{self}: concurrency and attempts must be at least 1, the deadline and the rate above 0")
 
 
 class ChatJudge:
-    """Implements `Judge` over HTTP. The API key goes into one header and nowhere else."""
+    """Implements `Judge` over HTTP. The API key is sent in one header, and appears in no file and no message."""
 
     def __init__(self, url: str, model: str, *, api_key: str | None, limits: ChatLimits) -> None:
         """
         Args:
-            url: up to the version, as in https://api.openai.com/v1.
-            api_key: sent as bearer token; None for an endpoint that asks for none.
+            url: base URL with the version, as in https://api.openai.com/v1.
+            api_key: sent as bearer token; None for an endpoint that needs no key.
 
         Raises:
-            ConfigError: the URL is none, or carries credentials; or the key cannot stand in a header.
+            ConfigError: the URL is invalid or contains credentials; or the key cannot be sent in a header.
         """
         try:
             parsed = httpx.URL(url)
@@ -72,25 +72,25 @@ class ChatJudge:
         self._api_key = api_key
         self._limits = limits
 
-    def judge(self, requests: Sequence[JudgeRequest], record: Record) -> None:
-        """Asks up to `concurrency` requests at a time.
+    def judge(self, requests: Sequence[JudgeRequest], record: RecordOutcome) -> None:
+        """Sends up to `concurrency` requests at a time.
 
-        When FAILURES_IN_A_ROW requests were given up one after the other, the rest is not asked any more.
+        After FAILURES_IN_A_ROW requests failed in a row, the remaining requests are not sent.
 
         Raises:
-            ConfigError: the endpoint refuses the key, or does not know the model.
-            WorkerError: the account behind the key has no credit left.
+            ConfigError: the endpoint refuses the key, or does not serve the model.
+            WorkerError: the account of the key has no credit left.
         """
         try:
             asyncio.run(self._judge(requests, record))
         except BaseExceptionGroup as group:
-            # One refusal ends the run, so it is one error to the caller.
+            # A refused key ends the run, so the caller gets that one error and no group.
             refusals, rest = group.split(PipelineError)
             if refusals is None or rest is not None:
                 raise
             raise refusals.exceptions[0] from None
 
-    async def _judge(self, requests: Sequence[JudgeRequest], record: Record) -> None:
+    async def _judge(self, requests: Sequence[JudgeRequest], record: RecordOutcome) -> None:
         queue = iter(enumerate(requests))
         pace = _Pace(self._limits.requests_per_minute)
         failures_in_a_row = 0
@@ -103,7 +103,7 @@ class ChatJudge:
                     continue
                 await pace.turn()
                 try:
-                    outcome: Outcome = await self._ask(client, request, pace)
+                    outcome: JudgeOutcome = await self._ask(client, request, pace)
                     failures_in_a_row = 0
                 except _Refused as refusal:
                     outcome = Unanswered(reason=str(refusal))
@@ -115,7 +115,7 @@ class ChatJudge:
         headers = {} if self._api_key is None else {"authorization": f"Bearer {self._api_key}"}
         client = httpx.AsyncClient(
             headers=headers,
-            timeout=httpx.Timeout(self._limits.deadline_s, connect=CONNECT_S),
+            timeout=httpx.Timeout(self._limits.deadline_s, connect=CONNECT_TIMEOUT_S),
             limits=httpx.Limits(max_connections=self._limits.concurrency),
         )
         async with client, asyncio.TaskGroup() as workers:
@@ -123,9 +123,9 @@ class ChatJudge:
                 workers.create_task(work())
 
     async def _ask(self, client: httpx.AsyncClient, request: JudgeRequest, pace: _Pace) -> Judgment:
-        """The judgment, after as many attempts as it takes and the limits allow."""
+        """The judgment, after as many attempts as the limits allow."""
         end = time.monotonic() + self._limits.deadline_s
-        last = "no answer"
+        last_failure = "no answer"
         for attempt in range(self._limits.attempts):
             try:
                 async with asyncio.timeout(end - time.monotonic()):
@@ -133,17 +133,17 @@ class ChatJudge:
                         await pace.turn()
                     return await self._attempt(client, request)
             except TimeoutError:
-                raise _Failed(f"deadline of {self._limits.deadline_s:g} s; last: {last}") from None
+                raise _Failed(f"deadline of {self._limits.deadline_s:g} s; last: {last_failure}") from None
             except _Transient as failure:
-                last, pause = str(failure), failure.retry_after_s
-            # Jitter, or workers that failed together would come back together.
+                last_failure, pause = str(failure), failure.retry_after_s
+            # Random jitter: without it, workers that failed together would retry together.
             backoff = min(LONGEST_WAIT_S, self._limits.first_wait_s * 2**attempt) * random.uniform(0.5, 1.0)
             if time.monotonic() + pause + backoff > end:
-                raise _Failed(f"deadline of {self._limits.deadline_s:g} s; last: {last}")
+                raise _Failed(f"deadline of {self._limits.deadline_s:g} s; last: {last_failure}")
             pace.hold(pause)
             if attempt + 1 < self._limits.attempts:
                 await asyncio.sleep(pause + backoff)
-        raise _Failed(last)
+        raise _Failed(last_failure)
 
     async def _attempt(self, client: httpx.AsyncClient, request: JudgeRequest) -> Judgment:
         sampling = request.sampling
@@ -164,28 +164,28 @@ class ChatJudge:
         raise self._refusal(response)
 
     def _refusal(self, response: httpx.Response) -> Exception:
-        """What an HTTP error means: for this attempt, for this request, or for all of them."""
+        """The error for an HTTP status: it ends the attempt, the request or the whole run."""
         status = response.status_code
-        words = response.text if self._api_key is None else response.text.replace(self._api_key, "***")
-        letter = f"HTTP {status}: {' '.join(words.split()):.200}"
-        if status == 429 and "insufficient_quota" in words:
-            return WorkerError(f"{self.name}: the account has no credit left ({letter}). Judgments so far are kept.")
+        body = response.text if self._api_key is None else response.text.replace(self._api_key, "***")
+        message = f"HTTP {status}: {' '.join(body.split()):.200}"
+        if status == 429 and "insufficient_quota" in body:
+            return WorkerError(f"{self.name}: the account has no credit left ({message}). Judgments so far are kept.")
         if status == 429 or status >= 500:
-            # The body may name a request id: without it, equal failures are counted together.
+            # The body may contain a request id. Without the body, equal failures are counted together.
             return _Transient(f"HTTP {status}", retry_after_s=_retry_after_s(response.headers))
         if status in (401, 403):
-            given = "no key was given" if self._api_key is None else "the key was refused"
-            return ConfigError(f"{self.name}: {given} ({letter}). Set the environment variable of --api-key-env.")
+            problem = "no key was given" if self._api_key is None else "the key was refused"
+            return ConfigError(f"{self.name}: {problem} ({message}). Set the environment variable of --api-key-env.")
         if status in (404, 405) or response.is_redirect:
             return ConfigError(
-                f"{self.name}/chat/completions with model {self.model!r}: {letter}. Give the base URL of the endpoint, "
-                "as in https://api.openai.com/v1, and a model that it serves."
+                f"{self.name}/chat/completions with model {self.model!r}: {message}. Give the base URL of the "
+                "endpoint, as in https://api.openai.com/v1, and a model that it serves."
             )
-        return _Refused(letter)
+        return _Refused(message)
 
 
 class _Pace:
-    """When requests may start: evenly spaced, and not while the endpoint asks for a pause."""
+    """Spaces the starts of requests evenly, and starts none while the endpoint asks for a pause."""
 
     def __init__(self, requests_per_minute: float | None) -> None:
         self._interval_s = 0.0 if requests_per_minute is None else 60.0 / requests_per_minute
@@ -204,7 +204,7 @@ class _Pace:
 
 
 class _Transient(Exception):
-    """This attempt failed; another one may not."""
+    """This attempt failed; another attempt may succeed."""
 
     def __init__(self, reason: str, *, retry_after_s: float = 0.0) -> None:
         super().__init__(reason)
@@ -216,7 +216,7 @@ class _Failed(Exception):
 
 
 class _Refused(Exception):
-    """The endpoint answered that it will not answer this request."""
+    """The endpoint refused to answer this request."""
 
 
 def _judgment(response: httpx.Response) -> Judgment:

@@ -7,8 +7,8 @@ from email.utils import format_datetime
 
 import pytest
 
-from pipeline.benchmark.judges.chat import FAILURES_IN_A_ROW, ChatJudge, ChatLimits
-from pipeline.benchmark.judges.judging import JudgeRequest, JudgeSampling, Judgment, Unanswered
+from pipeline.benchmark.judges.chat_judge import FAILURES_IN_A_ROW, ChatJudge, ChatLimits
+from pipeline.benchmark.judges.judge import JudgeRequest, JudgeSampling, Judgment, Unanswered
 from pipeline.errors import ConfigError, WorkerError
 from tests.support.judge_server import completion, judge_server, refusal
 
@@ -18,7 +18,7 @@ LABELS = JudgeSampling(temperature=1.0, max_tokens=1, top_logprobs=5)
 
 
 def ask(text, sampling=SAMPLING):
-    return JudgeRequest(messages=({"role": "user", "content": text},), sampling=sampling, comparison=None)
+    return JudgeRequest(messages=({"role": "user", "content": text},), sampling=sampling, pair=None)
 
 
 def outcomes_of(server, requests, *, api_key=None, limits=QUICK, model="a-judge"):

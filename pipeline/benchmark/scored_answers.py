@@ -1,4 +1,4 @@
-"""Benchmark answers in AlpacaEval's `model_outputs.json` form, plus their reward."""
+"""Answers with their rewards, in the form of AlpacaEval's `model_outputs.json`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from pipeline.errors import DataError
 from pipeline.records import Answer, RewardScore
 
-WEIGHT, SCORE = "objective_weight_", "objective_score_"
+WEIGHT_PREFIX, SCORE_PREFIX = "objective_weight_", "objective_score_"
 
 
-def write_answers(path: Path, answers: Sequence[Answer], *, dataset: str) -> None:
-    """A JSON list of {instruction, output, generator, dataset}, as alpaca_eval reads it; ours stand beside them.
+def write_scored_answers(path: Path, answers: Sequence[Answer], *, dataset: str) -> None:
+    """Writes a JSON list of {instruction, output, generator, dataset}, as alpaca_eval reads it, with our own fields.
 
-    Every value is a string or a number: alpaca_eval looks for repeated rows, and fails on a nested one.
+    Every value is a string or a number, because alpaca_eval looks for repeated rows and fails on nested values.
     """
     rows = [
         {
@@ -28,8 +28,8 @@ def write_answers(path: Path, answers: Sequence[Answer], *, dataset: str) -> Non
             "reward_mean": answer.score.mean,
             "reward_std": answer.score.std,
             "reward_concentration": answer.score.concentration,
-            **{f"{WEIGHT}{k}": value for k, value in enumerate(answer.score.objective_weights)},
-            **{f"{SCORE}{k}": value for k, value in enumerate(answer.score.objective_scores)},
+            **{f"{WEIGHT_PREFIX}{k}": value for k, value in enumerate(answer.score.objective_weights)},
+            **{f"{SCORE_PREFIX}{k}": value for k, value in enumerate(answer.score.objective_scores)},
         }
         for answer in answers
     ]
@@ -37,11 +37,11 @@ def write_answers(path: Path, answers: Sequence[Answer], *, dataset: str) -> Non
     path.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
 
 
-def read_answers(path: Path) -> list[Answer]:
-    """Answers that `write_answers` wrote.
+def read_scored_answers(path: Path) -> list[Answer]:
+    """Reads the answers that `write_scored_answers` wrote.
 
     Raises:
-        DataError: no JSON list, or a row without its fields.
+        DataError: the file is not a JSON list, or a row lacks a field.
     """
     try:
         rows = json.loads(path.read_text())
@@ -54,8 +54,8 @@ def read_answers(path: Path) -> list[Answer]:
                 score=RewardScore(
                     mean=row["reward_mean"],
                     std=row["reward_std"],
-                    objective_weights=_numbered(row, WEIGHT),
-                    objective_scores=_numbered(row, SCORE),
+                    objective_weights=_numbered(row, WEIGHT_PREFIX),
+                    objective_scores=_numbered(row, SCORE_PREFIX),
                     concentration=row["reward_concentration"],
                 ),
             )

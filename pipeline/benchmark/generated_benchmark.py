@@ -1,4 +1,4 @@
-"""What the benchmarks ask a model, and how it shall answer: questions, sampling settings, files of answers."""
+"""The benchmarks that a model can answer: their questions, sampling settings and answer files."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.benchmark.alpaca_eval import judging as alpaca_eval_judging
-from pipeline.benchmark.alpaca_eval.judging import ModelOutput
-from pipeline.benchmark.arena_hard import files as arena_hard_files
-from pipeline.benchmark.arena_hard.judging import arena_question
-from pipeline.benchmark.arena_hard.win_rates import Rules
-from pipeline.benchmark.mt_bench import grades as mt_bench
-from pipeline.benchmark.mt_bench.judging import mt_bench_question
+from pipeline.benchmark.alpaca_eval.model_outputs import ModelOutput, write_model_outputs
+from pipeline.benchmark.arena_hard.answers import ENCODINGS, ArenaAnswer, upstream_token_counter, write_arena_answers
+from pipeline.benchmark.arena_hard.battles import Rules
+from pipeline.benchmark.arena_hard.questions import arena_question
+from pipeline.benchmark.benchmark_question import AnsweredQuestion, BenchmarkQuestion
+from pipeline.benchmark.mt_bench.answers import (
+    OTHER_TEMPERATURE,
+    TEMPERATURES,
+    MTBenchAnswer,
+    write_mt_bench_answers,
+)
+from pipeline.benchmark.mt_bench.questions import mt_bench_question
 from pipeline.data.files import Row, read_hub_rows, read_rows
 from pipeline.errors import DataError
 
@@ -21,68 +26,48 @@ HUB = "hub:"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
-    """One item of a benchmark: a conversation whose user turns are given."""
-
-    id: int | str
-    turns: tuple[str, ...]
-    temperature: float
-    group: str
-    """AlpacaEval's `dataset`, the category of the others."""
-    place: str
-    """Where it stands, for a letter."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnsweredQuestion:
-    """A question with the model's answer to each turn."""
-
-    question: Question
-    outputs: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class AnsweredBenchmark:
-    """What writing the answers needs."""
+    """A model's answers to a benchmark, and its tokeniser as a counter of tokens."""
 
     model: str
     answers: Sequence[AnsweredQuestion]
     count_tokens: Callable[[str], int]
-    """In the model's own tokens."""
+    """Length of a text in the model's own tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratedBenchmark:
-    """One benchmark: how its questions are read, sampled and written."""
+    """How the questions of one benchmark are read and sampled, and how its answers are written."""
 
-    parse: Callable[[Row], Question]
+    parse: Callable[[Row], BenchmarkQuestion]
     files: tuple[str, ...]
-    """Names under which its questions are looked for in a directory."""
+    """File names under which a directory may hold the questions."""
     num_questions: int
-    """Of the official set."""
+    """Size of the official set."""
     max_response_tokens: int
-    """Of each turn."""
+    """Token limit of the answer to one turn."""
     write: Callable[[Path, AnsweredBenchmark], dict[str, Any]]
-    """Writes the benchmark's own files below a directory; returns what the summary should say of them."""
+    """Writes the benchmark's answer files below a directory; returns entries for the summary."""
 
 
-def read_questions(benchmark: GeneratedBenchmark, source: str) -> list[Question]:
+def read_benchmark_questions(benchmark: GeneratedBenchmark, source: str) -> list[BenchmarkQuestion]:
     """The questions of a benchmark.
 
     Args:
         source: a file, a directory that holds one of `benchmark.files`, or "hub:<data set>[:<split>]".
 
     Raises:
-        DataError: no questions there, one without words, or one id twice; names file and line.
+        DataError: the source has no questions, a question has an empty turn, or an id occurs twice. Names file and
+            line.
     """
-    questions: dict[int | str, Question] = {}
+    questions: dict[int | str, BenchmarkQuestion] = {}
     for row in _rows(benchmark, source):
         question = benchmark.parse(row)
         if not all(turn.strip() for turn in question.turns):
-            raise DataError(f"{row.place}: question {question.id} has an empty turn. Mend it, or leave the row out.")
+            raise DataError(f"{row.place}: question {question.id} has an empty turn. Fix it, or leave the row out.")
         if question.id in questions:
             first = questions[question.id].place
-            raise DataError(f"{row.place}: question {question.id} stands at {first} already. Keep one of them.")
+            raise DataError(f"{row.place}: question {question.id} is already at {first}. Keep one of them.")
         questions[question.id] = question
     if not questions:
         raise DataError(f"{source} holds no questions")
@@ -95,23 +80,23 @@ def _rows(benchmark: GeneratedBenchmark, source: str) -> Iterator[Row]:
         return read_hub_rows(name, split or "train", remedy="give --prompts its file")
     path = Path(source)
     if path.is_dir():
-        found = [path / name for name in benchmark.files if (path / name).is_file()]
-        if not found:
+        existing = [path / name for name in benchmark.files if (path / name).is_file()]
+        if not existing:
             raise DataError(
                 f"{path} holds no {' or '.join(benchmark.files)}. Give the file itself, or {HUB}<data set>."
             )
-        path = found[0]
+        path = existing[0]
     return read_rows(str(path))
 
 
 # ----------------------------------------------------------------------------- AlpacaEval
 
 
-def _alpaca_question(row: Row) -> Question:
-    return Question(
+def _alpaca_question(row: Row) -> BenchmarkQuestion:
+    return BenchmarkQuestion(
         id=row.values["index"] if isinstance(row.values.get("index"), int) else row.number - 1,
         turns=(row.require("instruction", str),),
-        # AlpacaEval leaves sampling to each model; these are what most of its model configs say, with 2048 tokens.
+        # AlpacaEval lets each model choose its sampling. Most of its model configs use 0.7 and 2048 tokens.
         temperature=0.7,
         group=str(row.values.get("dataset") or ""),
         place=row.place,
@@ -129,31 +114,35 @@ def _write_alpaca(out: Path, answered: AnsweredBenchmark) -> dict[str, Any]:
         )
         for answer in answered.answers
     ]
-    alpaca_eval_judging.write_model_outputs(path, outputs)
+    write_model_outputs(path, outputs)
     return {"files": [str(path)]}
 
 
 # ----------------------------------------------------------------------------- Arena-Hard
 
 
-def _arena_question(row: Row) -> Question:
+def _arena_question(row: Row) -> BenchmarkQuestion:
     question = arena_question(row)
-    return Question(
-        id=question.uid, turns=(question.prompt,), temperature=0.0, group=question.category, place=row.place
+    return BenchmarkQuestion(
+        id=question.question_id,
+        turns=(question.prompt,),
+        temperature=0.0,
+        group=question.category,
+        place=row.place,
     )
 
 
 def _write_arena(out: Path, answered: AnsweredBenchmark) -> dict[str, Any]:
-    """Both layouts, each with the lengths of its own edition."""
+    """Both layouts, each with the token counts of its own edition."""
     prompts = {str(answer.question.id): answer.question.turns[0] for answer in answered.answers}
     editions: tuple[Rules, Rules] = ("v0.1", "v2")
     files, tokens = [], {}
     for rules in editions:
-        count = arena_hard_files.upstream_token_counter(rules)
-        tokens[rules] = "the model's own" if count is None else f"tiktoken {arena_hard_files.ENCODINGS[rules]}"
+        count = upstream_token_counter(rules)
+        tokens[rules] = "the model's own" if count is None else f"tiktoken {ENCODINGS[rules]}"
         path = out / rules / "model_answer" / f"{answered.model}.jsonl"
         answers = [
-            arena_hard_files.ModelAnswer(
+            ArenaAnswer(
                 question_id=str(answer.question.id),
                 model=answered.model,
                 output=answer.outputs[0],
@@ -161,7 +150,7 @@ def _write_arena(out: Path, answered: AnsweredBenchmark) -> dict[str, Any]:
             )
             for answer in answered.answers
         ]
-        arena_hard_files.write_answers(path, answers, prompts=prompts, rules=rules)
+        write_arena_answers(path, answers, prompts=prompts, rules=rules)
         files.append(str(path))
     return {"files": files, "token_len": tokens}
 
@@ -169,12 +158,12 @@ def _write_arena(out: Path, answered: AnsweredBenchmark) -> dict[str, Any]:
 # ----------------------------------------------------------------------------- MT-Bench
 
 
-def _mt_bench_question(row: Row) -> Question:
+def _mt_bench_question(row: Row) -> BenchmarkQuestion:
     question = mt_bench_question(row)
-    return Question(
+    return BenchmarkQuestion(
         id=question.question_id,
         turns=question.turns,
-        temperature=mt_bench.TEMPERATURES.get(question.category, mt_bench.OTHER_TEMPERATURE),
+        temperature=TEMPERATURES.get(question.category, OTHER_TEMPERATURE),
         group=question.category,
         place=row.place,
     )
@@ -183,14 +172,14 @@ def _mt_bench_question(row: Row) -> Question:
 def _write_mt_bench(out: Path, answered: AnsweredBenchmark) -> dict[str, Any]:
     path = out / "model_answer" / f"{answered.model}.jsonl"
     answers = [
-        mt_bench.ModelAnswer(question_id=int(answer.question.id), model=answered.model, turns=answer.outputs)
+        MTBenchAnswer(question_id=int(answer.question.id), model=answered.model, turns=answer.outputs)
         for answer in answered.answers
     ]
-    mt_bench.write_answers(path, answers)
+    write_mt_bench_answers(path, answers)
     return {"files": [str(path)]}
 
 
-BENCHMARKS = {
+GENERATED_BENCHMARKS = {
     "alpaca_eval": GeneratedBenchmark(
         parse=_alpaca_question,
         files=("instructions.jsonl", "alpaca_eval.json"),
@@ -213,4 +202,4 @@ BENCHMARKS = {
         write=_write_mt_bench,
     ),
 }
-"""docs/method.md section 12."""
+"""The settings are those of docs/method.md section 12."""

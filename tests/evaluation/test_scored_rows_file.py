@@ -8,8 +8,8 @@ import pytest
 
 from pipeline.data.evaluation_examples import EvaluationExample
 from pipeline.errors import DataError, NumericsError
-from pipeline.evaluation.score_examples import CHUNK, read_scored, score_to_file
 from pipeline.evaluation.scored_rows import key_column
+from pipeline.evaluation.scored_rows_file import ROWS_PER_CHUNK, read_scored_rows, write_scored_rows
 from pipeline.records import RewardScore
 
 
@@ -45,7 +45,7 @@ def comparison(n, **changes):
 
 def score(comparisons, path, scorer=None, scored_by="model/cpu"):
     scorer, reports = scorer or LengthScorer(), []
-    score_to_file(
+    write_scored_rows(
         comparisons,
         path,
         scored_by=scored_by,
@@ -60,7 +60,7 @@ def test_scores_are_read_back_as_they_were_given(tmp_path):
     lists = comparison(1, chosen=("a", "bbbb"), rejected=("<think>long thoughts</think>\ncc",), annotators_tie=True)
     longer = comparison(2, rejected=("y" * 41,))
     score([lists, longer], path)
-    rows, scored_by = read_scored(path)
+    rows, scored_by = read_scored_rows(path)
     assert scored_by == "model/cpu"
     assert rows.rewards.tolist() == [1.0, 4.0, 31.0, 2.0, 41.0]
     assert rows.characters.tolist() == [1, 4, 2, 2, 41]  # thoughts are not scored
@@ -82,7 +82,7 @@ def test_both_responses_to_a_prompt_are_scored_under_one_draw_of_its_weights(tmp
             return [chosen, rejected]
 
     score([comparison(1)], tmp_path / "rows.jsonl", scorer=Scorer())
-    rows, _ = read_scored(tmp_path / "rows.jsonl")
+    rows, _ = read_scored_rows(tmp_path / "rows.jsonl")
     # Var[<w, D>] with D = (2, -1) is (2 + 1)^2 Var[w_1] = 9 / 16; the sum of the two would be 5 / 16.
     assert rows.margin_std == pytest.approx([0.75])
 
@@ -92,17 +92,22 @@ def test_rows_are_scored_while_they_are_read(tmp_path):
     scorer, ahead = LengthScorer(), []
 
     def reading():
-        for n in range(3 * CHUNK + 5):
+        for n in range(3 * ROWS_PER_CHUNK + 5):
             ahead.append(2 * n - sum(scorer.calls))
             yield comparison(n)
 
     _, reports = score(reading(), tmp_path / "rows.jsonl", scorer)
-    assert max(ahead) < 2 * CHUNK
-    assert reports == [(CHUNK, 0), (2 * CHUNK, 0), (3 * CHUNK, 0), (3 * CHUNK + 5, 0)]
+    assert max(ahead) < 2 * ROWS_PER_CHUNK
+    assert reports == [
+        (ROWS_PER_CHUNK, 0),
+        (2 * ROWS_PER_CHUNK, 0),
+        (3 * ROWS_PER_CHUNK, 0),
+        (3 * ROWS_PER_CHUNK + 5, 0),
+    ]
 
 
 def test_an_interrupted_run_goes_on_behind_its_last_whole_line(tmp_path):
-    rows = [comparison(n) for n in range(CHUNK + 40)]
+    rows = [comparison(n) for n in range(ROWS_PER_CHUNK + 40)]
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
     score(rows, whole)
     broken.write_bytes(whole.read_bytes()[: len(whole.read_bytes()) * 3 // 4])
@@ -120,8 +125,8 @@ def test_a_finished_evaluation_loads_no_model(tmp_path):
     def refuse():
         raise AssertionError("loaded")
 
-    score_to_file([comparison(1)], path, scored_by="model/cpu", load_scorer=refuse, report=lambda done, kept: None)
-    assert len(read_scored(path)[0]) == 1
+    write_scored_rows([comparison(1)], path, scored_by="model/cpu", load_scorer=refuse, report=lambda done, kept: None)
+    assert len(read_scored_rows(path)[0]) == 1
 
 
 @pytest.mark.parametrize(
@@ -165,7 +170,7 @@ def test_rows_are_aligned_by_their_texts(tmp_path):
     rows = [comparison(n, rejected=("y" * 3,) * (1 + n % 2)) for n in range(5)]
     score(reversed(rows), tmp_path / "other.jsonl")
     score(rows, tmp_path / "rows.jsonl")
-    others, ours = read_scored(tmp_path / "other.jsonl")[0], read_scored(tmp_path / "rows.jsonl")[0]
+    others, ours = read_scored_rows(tmp_path / "other.jsonl")[0], read_scored_rows(tmp_path / "rows.jsonl")[0]
     others = others.in_order_of(ours.content_key, place="other.jsonl")
     assert others.content_key.tolist() == ours.content_key.tolist()
     assert others.rewards.tolist() == ours.rewards.tolist() == [0, 3, 1, 3, 3, 2, 3, 3, 3, 3, 4, 3]
@@ -175,7 +180,7 @@ def test_rows_are_aligned_by_their_texts(tmp_path):
 @pytest.mark.parametrize(("first", "count", "missing"), [(0, 4, 0), (1, 5, 1)])
 def test_other_rows_are_refused(tmp_path, first, count, missing):
     score([comparison(n) for n in range(5)], tmp_path / "other.jsonl")
-    others, _ = read_scored(tmp_path / "other.jsonl")
+    others, _ = read_scored_rows(tmp_path / "other.jsonl")
     keys = key_column(comparison(n).content_key for n in range(first, first + count))
     with pytest.raises(DataError, match=rf"5 rows and this evaluation {count}, of which {missing} are not in it"):
         others.in_order_of(keys, place="other.jsonl")
@@ -185,10 +190,10 @@ def test_a_scored_pair_takes_less_than_a_hundred_bytes(tmp_path):
     """Texts and reasons stay in the file: a million pairs are as much memory as a small model's embeddings."""
     path = tmp_path / "rows.jsonl"
     score((comparison(n) for n in range(3000)), path)
-    read_scored(path)  # what is imported and interned on the way
+    read_scored_rows(path)  # what is imported and interned on the way
     tracemalloc.start()
     try:
-        rows, _ = read_scored(path)
+        rows, _ = read_scored_rows(path)
         held, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -199,8 +204,8 @@ def test_a_scored_pair_takes_less_than_a_hundred_bytes(tmp_path):
 def test_a_file_without_scores_is_refused(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"prompt": "why ?", "chosen": "a", "rejected": "b"}\n')
-    with pytest.raises(DataError, match=r"line 1: no scored comparison .* Give the rows\.jsonl of an evaluation"):
-        read_scored(path)
+    with pytest.raises(DataError, match=r"line 1: not a scored row .* Give the rows\.jsonl of an evaluation"):
+        read_scored_rows(path)
 
 
 @pytest.mark.parametrize("field", ["content_key", "prompt_key", "chosen"])
@@ -209,8 +214,8 @@ def test_a_row_that_was_edited_is_named(tmp_path, field):
     score([comparison(1), comparison(2)], path)
     first, second = path.read_text().splitlines()
     path.write_text(first + "\n" + json.dumps(json.loads(second) | {field: "mine"}) + "\n")
-    with pytest.raises(DataError, match=r"rows\.jsonl, line 2: no scored comparison"):
-        read_scored(path)
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 2: not a scored row"):
+        read_scored_rows(path)
 
 
 def test_rows_of_two_models_in_one_file_are_refused(tmp_path):
@@ -219,4 +224,4 @@ def test_rows_of_two_models_in_one_file_are_refused(tmp_path):
     both = tmp_path / "both.jsonl"
     both.write_text((tmp_path / "a.jsonl").read_text() + (tmp_path / "b.jsonl").read_text())
     with pytest.raises(DataError, match="rows of 2 models"):
-        read_scored(both)
+        read_scored_rows(both)

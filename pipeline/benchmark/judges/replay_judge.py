@@ -1,4 +1,4 @@
-"""A file of judgments as a judge: the same benchmark again, without asking anybody."""
+"""A file of judgments as a judge: repeats a benchmark without sending any request."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.benchmark.judges.judging import JudgeRequest, Judgment, Record, Unanswered
+from pipeline.benchmark.judges.judge import JudgeRequest, Judgment, RecordOutcome, Unanswered
 from pipeline.benchmark.judges.judgment_cache import read_judgment_rows
 from pipeline.errors import DataError
 
 
 class ReplayJudge:
-    """Answers with the judgment that the file holds for the same messages."""
+    """Answers each request with the judgment that the file holds for the same messages."""
 
     def __init__(self, path: Path) -> None:
         """Reads a file as `JudgmentCache` writes it.
 
         Raises:
-            DataError: it cannot be read, holds the judgments of several models, or two for the same messages.
+            DataError: the file cannot be read, holds judgments of several models, or judges the same messages twice.
         """
         try:
             rows = read_judgment_rows(path.read_bytes(), place=str(path))
             models = {row["model"] for row, _ in rows}
             self._judgments: dict[tuple[tuple[str, str], ...], Judgment] = {}
             for number, (row, judgment) in enumerate(rows, start=1):
-                asked = _as_asked(row["messages"])
-                if self._judgments.setdefault(asked, judgment).text != judgment.text:
+                key = _message_key(row["messages"])
+                if self._judgments.setdefault(key, judgment).text != judgment.text:
                     raise DataError(f"{path}, line {number}: a second, different judgment of the same messages")
         except (OSError, KeyError, TypeError) as error:
             raise DataError(
@@ -37,10 +37,10 @@ class ReplayJudge:
         self.name = f"replay:{path}"
         self.model: str = models.pop()
 
-    def judge(self, requests: Sequence[JudgeRequest], record: Record) -> None:
+    def judge(self, requests: Sequence[JudgeRequest], record: RecordOutcome) -> None:
         for i, request in enumerate(requests):
-            record(i, self._judgments.get(_as_asked(request.messages), Unanswered(reason="not in the replay file")))
+            record(i, self._judgments.get(_message_key(request.messages), Unanswered(reason="not in the replay file")))
 
 
-def _as_asked(messages: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, str], ...]:
+def _message_key(messages: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, str], ...]:
     return tuple((message["role"], message["content"]) for message in messages)

@@ -1,4 +1,4 @@
-"""The planted world's annotator as a judge: the truth that the reward model was taught a noisy part of."""
+"""The annotator of the planted world as a scorer: the true reward, of which the training data show a noisy part."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipeline.records import Message, RewardScore
 
 
 class GoldScorer:
-    """Implements `RewardScorer` by the planted reward; its weights and scores are the reasons."""
+    """Implements `RewardScorer` with the planted reward, and explains it by the planted weights and scores."""
 
     def __init__(self) -> None:
         self._gold = GoldAnnotator()
@@ -17,7 +17,7 @@ class GoldScorer:
     def score(self, prompts: Sequence[Sequence[Message]], responses: Sequence[str]) -> list[RewardScore]:
         """
         Raises:
-            DataError: a prompt is not of the planted world.
+            DataError: a prompt does not come from the planted world.
         """
         return [self._score(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
