@@ -223,7 +223,7 @@ def test_a_driver_killed_in_two_stages_and_preempted_once_resumes_to_the_same_re
     driver = start(workspace, *MORE_PROCESSES)
     assert driver.wait(timeout=600) == 0, (tmp_path / "killed.log").read_text()[-4000:]
     log = (tmp_path / "killed.log").read_text()
-    assert "sft      finished before, skipped" in log
+    assert f"{'sft':<19} finished before, skipped" in log
     assert "train_reward_model  resumes after step" in log
     assert 0 <= killed_behind < preempted_behind
     for behind in (killed_behind, preempted_behind):
