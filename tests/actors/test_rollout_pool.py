@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from actors.rollout_pool import RolloutPool
+from actors.worker_handle import EngineSettings, WorkerActors
 from cluster.autoscaler import Autoscaler
 from cluster.placement import pack_bundles
 from cluster.rollout_plan import THROUGH_FILES, RolloutPlan
@@ -177,17 +178,12 @@ def open_pool(tmp_path):
         deadlines = DeadlinesConfig(start_s=120, generate_s=generate_s, weights_s=weights_s)
         pools.append(
             RolloutPool(
-                str(tmp_path),
+                EngineSettings(
+                    model_uri=str(tmp_path), dtype="float32", max_model_len=16, gate_tolerance=1e-4, seed=0, plan=plan
+                ),
                 config,
                 deadlines,
-                dtype="float32",
-                max_model_len=16,
-                gate_tolerance=1e-4,
-                seed=0,
-                plan=plan,
-                placement=placement,
-                worker=ScriptedWorker,
-                workspace=workspace,
+                actors=WorkerActors(worker=ScriptedWorker, placement=placement, workspace=workspace),
                 requested_workers=requested_workers,
                 autoscaler=autoscaler,
             )

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from actors.ranked_learner import RankedSender
 from actors.rollout_pool import RolloutPool
+from actors.worker_handle import EngineSettings, WorkerActors
 from cluster.placement import pack_bundles
 from cluster.rollout_plan import RolloutPlan
 from pipeline.config.cluster import DeadlinesConfig, RolloutConfig
@@ -51,15 +52,17 @@ def pool(learner, tiny_policy):
 
 def cpu_engines(directory, backend, *, workers):
     return RolloutPool(
-        directory,
+        EngineSettings(
+            model_uri=directory,
+            dtype="float32",
+            max_model_len=128,
+            gate_tolerance=TOLERANCE,
+            seed=0,
+            plan=RolloutPlan(placement="disaggregated", weight_transfer=backend),
+        ),
         RolloutConfig(workers=workers, cpus_per_worker=1, chunk_size=8, max_sequences=64, max_restarts=1),
         DeadlinesConfig(),
-        dtype="float32",
-        max_model_len=128,
-        gate_tolerance=TOLERANCE,
-        seed=0,
-        plan=RolloutPlan(placement="disaggregated", weight_transfer=backend),
-        worker=CpuWorker,
+        actors=WorkerActors(worker=CpuWorker),
     )
 
 
@@ -203,15 +206,17 @@ def fed_pool(request, pool, learner, policy, tiny_policy):
     own = {"num_gpus": 1} if shared is None else {"num_gpus": 0.5, "scheduling_strategy": shared.strategy(0)}
     group = GroupOfOne(PolicyRank, **own)
     gpu_pool = RolloutPool(
-        tiny_policy,
+        EngineSettings(
+            model_uri=tiny_policy,
+            dtype="float32",
+            max_model_len=128,
+            gate_tolerance=GATE_TOLERANCE["float32"],
+            seed=0,
+            plan=RolloutPlan(placement="colocated" if shared else "disaggregated", weight_transfer=backend),
+        ),
         RolloutConfig(workers=1, gpus_per_worker=1, gpu_memory_fraction=0.2, max_sequences=64),
         DeadlinesConfig(),
-        dtype="float32",
-        max_model_len=128,
-        gate_tolerance=GATE_TOLERANCE["float32"],
-        seed=0,
-        plan=RolloutPlan(placement="colocated" if shared else "disaggregated", weight_transfer=backend),
-        placement=shared,
+        actors=WorkerActors(placement=shared),
     )
     with gpu_pool, gpu_pool.fed_by(RankedSender(group, backend, dtype="float32", deadline_s=60.0)):
         yield policy, gpu_pool, group
@@ -336,7 +341,7 @@ def test_rollouts_carry_the_logprobs_of_the_distribution_they_were_sampled_from(
 
 
 def wait_until_both_sample(pool):
-    while sum(call.batch is pool._batch[0] for call in list(pool._calls.values())) < 2:
+    while sum(call.batch is pool._sampler._batch[0] for call in list(pool._calls.values())) < 2:
         time.sleep(0.001)
     time.sleep(0.1)
 
@@ -344,7 +349,7 @@ def wait_until_both_sample(pool):
 @pytest.fixture
 def interrupt(pool, policy, publish, prompts, monkeypatch):
     """Loads policy 7 in the middle of responses of policy 6; gives both models and the rollouts."""
-    monkeypatch.setattr("actors.rollout_pool.SLICE_S", 0.02)
+    monkeypatch.setattr("actors.rollout_sampler.SLICE_S", 0.02)
     models = {version: another(policy, version) for version in (6, 7)}
     old, new = (publish(model, version=version) for version, model in models.items())
 
@@ -470,7 +475,7 @@ def assert_same_samples(rollouts, others):
 def test_an_engine_killed_in_the_middle_of_responses_leaves_every_sample_as_it_was(
     pool, policy, publish, prompts, monkeypatch
 ):
-    monkeypatch.setattr("actors.rollout_pool.SLICE_S", 0.02)
+    monkeypatch.setattr("actors.rollout_sampler.SLICE_S", 0.02)
     long = replace(SAMPLING, max_response_tokens=64)
     weights = publish(another(policy, 5))
     pool.load_weights(weights)

@@ -1,7 +1,7 @@
 """PPO alignment where ranks and engines share GPUs: what the plan decides reaches the actors that are to do it."""
 
 from contextlib import ExitStack
-from functools import partial
+from dataclasses import replace
 
 import pytest
 import ray
@@ -54,7 +54,11 @@ def test_a_rank_and_an_engine_share_each_gpu_and_weights_pass_within_it(
 ):
     """Bundles of 0.75 + 0.25 CPU and a GPU, of which either has half."""
     monkeypatch.setattr(actors.rank_group, "Rank", IdleRank)
-    pool_of = partial(actors.rollout_pool.RolloutPool, worker=IdleWorker)
+    open_pool = actors.rollout_pool.RolloutPool
+
+    def pool_of(*arguments, actors, **settings):
+        return open_pool(*arguments, actors=replace(actors, worker=IdleWorker), **settings)
+
     monkeypatch.setattr(actors.rollout_pool, "RolloutPool", pool_of)
     monkeypatch.setattr(JobContext, "scorer", lambda *_: None)
     seen = {}
