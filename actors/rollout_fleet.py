@@ -144,7 +144,7 @@ class RolloutFleet:
 
     @contextmanager
     def fed_by(self, sender: PolicySender) -> Iterator[None]:
-        """Within it, engines that can take weights from the learner's GPUs do; what is published is what it sends."""
+        """Within it, engines that can take weights from the learner's GPUs do; the sender sends what is published."""
         self._sender = None if self._engine.plan.weight_transfer == "shm" else sender
         try:
             yield
@@ -301,7 +301,7 @@ class RolloutFleet:
         standing: Standing = "serving",
         is_awaited: bool = True,
     ) -> WorkerFailure:
-        """What Ray or the worker raised, in the words of the policy."""
+        """What Ray or the worker raised, as `decide_on_failure` takes it."""
         if isinstance(error, DIED):
             doing = _loading(self.policy) if call == "load_weights" and self.policy is not None else f"{call}()"
             died = worker_died(worker.name, doing, self._config)
@@ -311,7 +311,7 @@ class RolloutFleet:
         return WorkerFailure(call=call, kind=kind, error=error, standing=standing, is_awaited=is_awaited)
 
     def _carry_out(self, worker: WorkerHandle, failure: WorkerFailure) -> WorkerHandle | None:
-        """Does what the policy says. Returns a replacement that has not started yet, or None without one."""
+        """Does what `decide_on_failure` says. Returns a replacement, which still starts, or None."""
         decision = decide_on_failure(failure, restarts_left=self._restarts_left)
         if decision.ends_worker:
             worker.end()

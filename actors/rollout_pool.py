@@ -100,7 +100,7 @@ class RolloutPool:
             self._fleet.resize(num_workers)
 
     def fed_by(self, sender: PolicySender) -> AbstractContextManager[None]:
-        """Within it, engines that can take weights from the learner's GPUs do; what is published is what it sends.
+        """Within it, engines that can take weights from the learner's GPUs do; the sender sends what is published.
 
         Who joins later or replaces a dead worker reads the published file, and so do all when a transfer fails.
         """
@@ -119,8 +119,8 @@ class RolloutPool:
     def load_weights(self, weights: PolicyWeights) -> Metrics:
         """Gives every engine the published policy; the slowest engine and the widest gap make the metrics.
 
-        Responses in the making are interrupted. As `begin` was told, the new policy goes on with them or they begin
-        anew; only where the pool is to shrink, the chunks that are out and shall not begin anew are finished first.
+        Responses in the making are interrupted. The new policy goes on with them, or they begin anew if the batch was
+        begun with `resample_unfinished`. Only before the pool shrinks, workers finish the chunks that would go on.
 
         Waits until the engines stand between two tokens, at most for `cluster.deadlines.weights_s`; then for the
         slowest engine to load. Unblocked by the engines' answers, and by the deadlines.
@@ -230,7 +230,7 @@ class RolloutPool:
 
         Consumes `waiting`, which may grow while the rollouts are read: a rollout can be answered with the next turn of
         its conversation. Every engine has more in its queue than it can decode at once, and decodes on while the driver
-        reads; a dead worker is replaced and what it held is asked again. New weights end what is not
+        reads; a dead worker is replaced, and its requests are submitted again. New weights end a stream that is not
         read to its end. A batch that was begun is abandoned.
 
         Waits for the next engine to finish half a second of decoding; unblocked by its answer, or by the deadline.

@@ -110,7 +110,7 @@ class BatchSampler:
         self._pause_point: PausePoint | None = None
         """Where the sampling thread is held back; None where it may hand out."""
         self._paused_calls: list[ChunkCall] = []
-        """Of workers that were not told to go on, for new weights come first."""
+        """Of workers that stand between two tokens and have not been called again, for new weights come first."""
         self._counts = Counter[str]()
         self._response_tokens: dict[str, float] = {}
         """By prompt id, the length of its last response: what a chunk is expected to take."""
@@ -350,7 +350,7 @@ class BatchSampler:
     def _replace_hanging(self, now: float) -> None:
         """Gives up the calls that are past their deadline; their workers hang."""
         late = [reply for reply, call in self.calls.items() if call.deadline <= now]
-        # What nobody asked for since has come back in time: calls of a batch before, read when their turn comes.
+        # An answer that is there came in time: that of an abandoned batch lies unread until its turn comes.
         answered, _ = ray.wait(late, num_returns=len(late), timeout=0) if late else ([], [])
         for reply in set(late) - set(answered):
             call = self.calls.pop(reply)

@@ -40,7 +40,7 @@ class WorkerActors:
     placement: Placement | None = None
     """Bundles that the workers share with the learner, one each; None asks the cluster for room."""
     workspace: str | None = None
-    """Of the job, told by the actors' names (`cluster/running_jobs.py`); None leaves them nameless."""
+    """The job's, which the actors' names carry (`cluster/running_jobs.py`); None leaves the actors nameless."""
 
     @property
     def most(self) -> int | None:

@@ -1,6 +1,6 @@
 """What happens when a rollout worker dies, hangs or fails: a decision here, carried out by whoever holds the workers.
 
-What becomes of a worker that serves:
+For a worker that serves:
 
     ============  =======  ======  ============  =======  =======
     during        start    sleep   load_weights  sample   advance
@@ -28,7 +28,7 @@ FailureKind = Literal["died", "hangs", "failed"]
 Standing = Literal["serving", "joining", "left"]
 
 REPLACED_WHEN_HANGING: frozenset[WorkerCall] = frozenset({"load_weights", "sample"})
-"""The others take as long with a second worker: a start that waits for room, half a second of `advance`."""
+"""A start that hangs mostly waits for room, which a second worker would lack, too. A stream ends with the error."""
 
 
 @dataclass(frozen=True, kw_only=True)
