@@ -50,6 +50,7 @@ def open_pool(
         owner: where the answers go.
     """
     from actors.rollout_pool import RolloutPool
+    from actors.worker_handle import EngineSettings
     from cluster.resources import plan_generation
     from cluster.session import open_cluster
     from jobs.shared_actors import shared_memory
@@ -67,13 +68,15 @@ def open_pool(
         open_cluster(recipe.cluster, plan_generation(recipe.cluster)),
         shared_memory(owner) as location,
         RolloutPool(
-            policy.directory,
+            EngineSettings(
+                model_uri=policy.directory,
+                dtype=dtype,
+                max_model_len=policy.max_model_len,
+                gate_tolerance=recipe.alignment.gate_tolerance or TOLERANCE[dtype],
+                seed=recipe.seed,
+            ),
             recipe.cluster.rollout,
             recipe.cluster.deadlines,
-            dtype=dtype,
-            max_model_len=policy.max_model_len,
-            gate_tolerance=recipe.alignment.gate_tolerance or TOLERANCE[dtype],
-            seed=recipe.seed,
         ) as pool,
     ):
         pool.load_weights(publish_checkpoint(policy.directory, location, probes, dtype=dtype, version=0))

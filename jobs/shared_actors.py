@@ -47,6 +47,7 @@ class SharedActors:
         """The pool, with engines of the policy's architecture; it holds whatever weights it was last given."""
         if self._pool is None:
             from actors.rollout_pool import RolloutPool
+            from actors.worker_handle import EngineSettings, WorkerActors
             from pipeline.rollouts.numerics_gate import TOLERANCE
 
             recipe = self._recipe
@@ -54,19 +55,20 @@ class SharedActors:
             autoscale = recipe.cluster.rollout.autoscale
             self._pool = self._exits.enter_context(
                 RolloutPool(
-                    policy.location,
+                    EngineSettings(
+                        model_uri=policy.location,
+                        dtype=recipe.policy.dtype,
+                        max_model_len=max(
+                            alignment.max_prompt_tokens + alignment.max_response_tokens,
+                            benchmark.max_prompt_tokens + benchmark.max_response_tokens,
+                        ),
+                        gate_tolerance=alignment.gate_tolerance or TOLERANCE[recipe.policy.dtype],
+                        seed=recipe.seed,
+                        plan=self.rollout_plan,
+                    ),
                     recipe.cluster.rollout,
                     recipe.cluster.deadlines,
-                    dtype=recipe.policy.dtype,
-                    max_model_len=max(
-                        alignment.max_prompt_tokens + alignment.max_response_tokens,
-                        benchmark.max_prompt_tokens + benchmark.max_response_tokens,
-                    ),
-                    gate_tolerance=alignment.gate_tolerance or TOLERANCE[recipe.policy.dtype],
-                    seed=recipe.seed,
-                    plan=self.rollout_plan,
-                    placement=self.shared_gpus(),
-                    workspace=self._workspace,
+                    actors=WorkerActors(placement=self.shared_gpus(), workspace=self._workspace),
                     requested_workers=lambda: requested_rollout_workers(self._workspace),
                     autoscaler=None if autoscale is None else Autoscaler(autoscale),
                 )

@@ -27,6 +27,7 @@ from actors.rank_group import RankGroup, gather
 from actors.ranked_learner import RankedPolicyLearner
 from actors.reward_service import start_service, stop_service
 from actors.rollout_pool import RolloutPool
+from actors.worker_handle import EngineSettings, WorkerActors
 from pipeline.config.cluster import DeadlinesConfig, RanksConfig, RolloutConfig, ScoringConfig
 from pipeline.data.prompts import PromptStream
 from pipeline.errors import DeadlineExceeded, WorkerDied
@@ -249,14 +250,10 @@ def test_a_run_that_loses_a_node_two_workers_a_rank_and_a_replica_ends_as_if_not
     ray.get(filler.ready(), timeout=60)
     node = Node(num_cpus=4)
     pool = RolloutPool(
-        str(fate),
+        EngineSettings(model_uri=str(fate), dtype="float32", max_model_len=64, gate_tolerance=1e-4, seed=0),
         RolloutConfig(workers=2, cpus_per_worker=1, chunk_size=3, max_restarts=4),
         DEADLINES,
-        dtype="float32",
-        max_model_len=64,
-        gate_tolerance=1e-4,
-        seed=0,
-        worker=MortalWorker,
+        actors=WorkerActors(worker=MortalWorker),
     )
 
     def the_node_loses_power():

@@ -1,7 +1,7 @@
 """PPO alignment where ranks and engines share GPUs: what the plan decides reaches the actors that are to do it."""
 
 from contextlib import ExitStack
-from functools import partial
+from dataclasses import replace
 
 import pytest
 import ray
@@ -55,7 +55,11 @@ def test_a_rank_and_an_engine_share_each_gpu_and_weights_pass_within_it(
 ):
     """Bundles of 0.75 + 0.25 CPU and a GPU, of which either has half."""
     monkeypatch.setattr(actors.rank_group, "Rank", IdleRank)
-    pool_of = partial(actors.rollout_pool.RolloutPool, worker=IdleWorker)
+    open_pool = actors.rollout_pool.RolloutPool
+
+    def pool_of(*arguments, actors, **settings):
+        return open_pool(*arguments, actors=replace(actors, worker=IdleWorker), **settings)
+
     monkeypatch.setattr(actors.rollout_pool, "RolloutPool", pool_of)
     monkeypatch.setattr(SharedActors, "scorer", lambda *_: None)
     seen = {}
@@ -63,7 +67,7 @@ def test_a_rank_and_an_engine_share_each_gpu_and_weights_pass_within_it(
     def align(rollouts, scorer, learner, prompts, stage, config, **_):
         weights = PolicyWeights(version=0, location="nowhere", probes=())
         metrics = rollouts.load_weights(weights)
-        ranks, workers = learner._group._ranks, [worker.actor for worker in rollouts._workers]
+        ranks, workers = learner._group._ranks, [worker.actor for worker in rollouts._fleet.workers]
         places = [actor.__ray_call__.remote(gpu) for actor in (*ranks, *workers)]
         seen["places"] = ray.get(places, timeout=60)
         seen["asked"] = ray.get([rank.asked.remote() for rank in ranks], timeout=60)

@@ -107,10 +107,11 @@ def run_recorded_job(options: argparse.Namespace) -> None:
     from actors import rollout_pool
     from jobs import generate_benchmark
     from jobs.run_job import run_job
+    from pipeline.rollouts.requests import rollout_requests
 
     class RecordingPool(rollout_pool.RolloutPool):
         def begin(self, prompts: Any, sampling: Any, **how: Any) -> None:
-            self._asked = rollout_pool.rollout_requests(prompts, sampling)
+            self._asked = rollout_requests(prompts, sampling)
             super().begin(prompts, sampling, **how)
 
         def collect(self) -> Any:

@@ -60,6 +60,7 @@ def main() -> None:
         open_cluster(cluster, plan_generation(cluster)),
     ):
         from actors.rollout_pool import RolloutPool
+        from actors.worker_handle import EngineSettings
 
         longest = require_room_for_all(
             questions,
@@ -71,13 +72,9 @@ def main() -> None:
         prompts = tokenise_prompts(named, tokenizer, max_prompt_tokens=longest)
         probes = choose_probes(prompts, vocabulary_size=len(tokenizer), seed=0)
         with RolloutPool(
-            directory,
+            EngineSettings(model_uri=directory, dtype=options.dtype, max_model_len=longest, gate_tolerance=0.1, seed=0),
             rollout,
             cluster.deadlines,
-            dtype=options.dtype,
-            max_model_len=longest,
-            gate_tolerance=0.1,
-            seed=0,
         ) as pool:
             weights = publish_checkpoint(directory, f"{scratch}/weights", probes, dtype=options.dtype, version=0)
             pool.load_weights(weights)

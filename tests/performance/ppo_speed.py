@@ -36,6 +36,7 @@ from trl.experimental.ppo import PPOConfig as TRLConfig
 from trl.experimental.ppo import PPOTrainer
 
 from actors.rollout_pool import RolloutPool
+from actors.worker_handle import EngineSettings
 from pipeline.config.alignment import AlignmentConfig, KLConfig, PPOConfig
 from pipeline.config.cluster import DeadlinesConfig, RolloutConfig
 from pipeline.config.models import OptimiserConfig
@@ -175,13 +176,15 @@ def ours(directory, prompts, options, stage: Path) -> tuple[list[dict[str, float
     ray.init(address="local", include_dashboard=False, object_store_memory=300 * 2**20, log_to_driver=False)
     try:
         with MeteredPool(
-            directory,
+            EngineSettings(
+                model_uri=directory,
+                dtype="float32",
+                max_model_len=options.max_prompt_tokens + options.response_tokens,
+                gate_tolerance=1e-4,
+                seed=0,
+            ),
             RolloutConfig(cpus_per_worker=1, threads_per_worker=torch.get_num_threads(), max_sequences=options.batch),
             DeadlinesConfig(),
-            dtype="float32",
-            max_model_len=options.max_prompt_tokens + options.response_tokens,
-            gate_tolerance=1e-4,
-            seed=0,
         ) as pool:
             pool.marks = []
             align(

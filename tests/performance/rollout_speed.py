@@ -33,6 +33,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from actors.rollout_pool import RolloutPool
+from actors.worker_handle import EngineSettings
 from pipeline.config.alignment import AlignmentConfig, PPOConfig
 from pipeline.config.cluster import DeadlinesConfig, RolloutConfig
 from pipeline.config.models import OptimiserConfig
@@ -254,13 +255,15 @@ def tokens_per_s(pool: RolloutPool, prompts: list[Prompt], seed: int, options: a
 def open_pool(model: str, options: argparse.Namespace, *, workers: int, response_tokens: int) -> RolloutPool:
     config = RolloutConfig(workers=workers, cpus_per_worker=1)
     return RolloutPool(
-        model,
+        EngineSettings(
+            model_uri=model,
+            dtype="float32",
+            max_model_len=options.prompt_tokens + response_tokens,
+            gate_tolerance=GATE_TOLERANCE,
+            seed=0,
+        ),
         config,
         DeadlinesConfig(),
-        dtype="float32",
-        max_model_len=options.prompt_tokens + response_tokens,
-        gate_tolerance=GATE_TOLERANCE,
-        seed=0,
     )
 
 
