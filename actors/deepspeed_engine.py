@@ -15,10 +15,10 @@ from torch import nn
 from pipeline.config.cluster import RanksConfig
 from pipeline.learning.engine import ParameterGroup, require_finite_norm, set_learning_rates
 from pipeline.learning.ppo_learner import frozen_reference
-from pipeline.learning.training_state import Fragment, SavedState, Snapshot, adam_state, trained_parameters
+from pipeline.learning.training_state import Fragment, SavedState, TrainingStatePart, adam_state, trained_parameters
 
 COLLECTIVE_TIMEOUT = timedelta(days=1)
-"""Longer than any deadline of the driver, which sees all ranks and says what hangs; a rank only knows that it waits."""
+"""Longer than any deadline of the driver: the driver sees all ranks and can say which one hangs, a rank cannot."""
 
 
 def join_process_group(rank: int, world_size: int, address: str) -> torch.device:
@@ -36,8 +36,8 @@ def join_process_group(rank: int, world_size: int, address: str) -> torch.device
         world_size=world_size,
         timeout=COLLECTIVE_TIMEOUT,
     )
-    # Serves tensor-parallel inference alone, yet would be compiled here at first use: a minute, a compiler, and a lock
-    # file on which every later run waits for ever if this one is killed meanwhile.
+    # Only tensor-parallel inference needs this extension, but DeepSpeed would compile it here at first use. That takes
+    # a compiler and a minute. If this run is killed meanwhile, its lock file makes every later run wait for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False)
     return torch.device("cuda:0" if on_gpu else "cpu")
@@ -70,8 +70,8 @@ class DeepSpeedEngine:
         # DeepSpeed averages gradients over ranks; our losses are sums over the global batch.
         self.loss_factor = float(self.world_size)
         self._zero_stage = ranks.zero_stage
-        # Ranks load at different speeds. They wait for each other here: the process groups that DeepSpeed makes next do
-        # not have our timeout, and NCCL's own is ten minutes.
+        # Ranks load at different speeds, so they wait for each other here. The process groups that DeepSpeed makes next
+        # do not have our timeout: NCCL's own is ten minutes.
         self.sum_over_ranks(torch.zeros(()))
         optimiser = torch.optim.AdamW(
             [
@@ -110,7 +110,7 @@ class DeepSpeedEngine:
         if self._zero_stage < 3:
             yield from self.module.state_dict().items()
             return
-        # One parameter at a time: the whole model never stands on one device.
+        # One parameter at a time: the whole model need not fit on one device.
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             with deepspeed.zero.GatheredParameters([parameter]):
                 tensor = parameter.detach().clone()
@@ -119,14 +119,14 @@ class DeepSpeedEngine:
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         return {name: tensor.cpu() for name, tensor in self.full_tensors() if self.rank == 0}
 
-    def snapshot(self) -> Snapshot:
-        return Snapshot.take(self._fragments(), self._shapes(), part=self.rank, num_parts=self.world_size)
+    def snapshot(self) -> TrainingStatePart:
+        return TrainingStatePart.take(self._fragments(), self._shapes(), part=self.rank, num_parts=self.world_size)
 
     def load(self, directory: str) -> None:
         with SavedState(directory, self._shapes()) as saved:
-            # The optimiser's own copy of the weights, of which each rank has its part, ...
+            # First the optimiser's own copy of the weights: each rank has its part.
             saved.restore(self._fragments())
-            # ... and the model's, which is whole on every rank, or under ZeRO-3 scattered from the first.
+            # Then the model's copy: whole on every rank, or under ZeRO-3 scattered from the first rank.
             for name, parameter in trained_parameters(self.module).items():
                 if self._zero_stage < 3:
                     self._fill(parameter, saved, name)
@@ -139,7 +139,11 @@ class DeepSpeedEngine:
         parameter.data.copy_(saved.read("weight", name, 0, parameter.numel()).view(parameter.shape))
 
     def _fragments(self) -> Iterator[Fragment]:
-        """What this rank steps: ZeRO cuts flattened groups (1, 2) or each parameter (3) into equal runs and padding."""
+        """The parts of the parameters that this rank's optimiser steps.
+
+        ZeRO-1 and 2 cut each flattened group of parameters into one equal run per rank, ZeRO-3 each parameter. The last
+        run may end with padding.
+        """
         zero = self._engine.optimizer
         parameters: dict[str, Any] = dict(trained_parameters(self.module))  # to which DeepSpeed ties its own fields
         if self._zero_stage == 3:
@@ -154,7 +158,7 @@ class DeepSpeedEngine:
         for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
             for parameter in group:
                 mapping = parameter._hp_mapping
-                if mapping is not None:  # else all of it lies on other ranks
+                if mapping is not None:  # None: other ranks have all of this parameter
                     own, here = mapping.lp_fragment_address, mapping.hp_fragment_address
                     yield self._fragment(names[id(parameter)], own.start, flat, here.start, here.numel)
 
@@ -196,7 +200,7 @@ def zero_config(ranks: RanksConfig, *, dtype: str, max_grad_norm: float) -> dict
         "steps_per_print": 10**9,
     }
     if dtype == "bfloat16":
-        # Of layers that DeepSpeed takes for safe it would round weights and gradients on their way between ranks: plain
-        # linear ones, which here are the heads'.
+        # DeepSpeed rounds weights and gradients of "safe" layers on their way between ranks, by default those of plain
+        # linear layers. Here the plain linear layers are the reward heads, so none is safe.
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return config

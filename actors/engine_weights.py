@@ -1,13 +1,15 @@
-"""What lies in a vLLM model, against the published policy it should hold, and put there without vLLM's loader."""
+"""The weights of a vLLM model: compared with the published policy, and replaced without vLLM's loader."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.platforms import current_platform
 
@@ -20,14 +22,15 @@ ROUNDING = 32
 """Units in the last place by which two ways to compute one matrix product may differ, relative to its largest entry."""
 
 Published = Mapping[str, torch.Tensor]
+"""The tensors of a policy by their published names."""
 
 
 def differences(model: torch.nn.Module, published: Published) -> dict[str, float]:
     """Parameter group -> largest relative difference from what was published, for groups that differ.
 
-    Relative to the group's largest published value. A CPU engine keeps its matrices packed and drops the originals,
-    so every matrix is also compared by what it does to a fixed vector; that sees stale copies, too. Knows vLLM's
-    fused projections; a parameter that vLLM renamed otherwise is left out.
+    Differences are relative to the group's largest published value. A CPU engine keeps its matrices packed and drops
+    the originals. So every matrix is also compared by its product with a fixed vector, which shows stale copies too.
+    vLLM's fused projections are taken apart; other parameters that vLLM renamed are left out.
     """
     found: dict[str, float] = {}
     for module, name, parameter, parts in _parameters(model, published):
@@ -47,37 +50,39 @@ def differences(model: torch.nn.Module, published: Published) -> dict[str, float
 
 
 def holds_by_name(model: torch.nn.Module, published: Published) -> bool:
-    """Whether every parameter is, as it stands, the published ones of its name: then `replace_weights` may be used."""
-    # AMD's library for CPUs may go on using a matrix where it was published.
+    """Whether every parameter equals what was published under its name, so that `replace_weights` may be used."""
+    # AMD's library for CPUs may continue to use a matrix where it was published.
     covered = all(published.keys() >= {*parts} for _, _, _, parts in _parameters(model, published))
     return covered and not current_platform.is_zen_cpu() and not differences(model, published)
 
 
 def replace_weights(model: torch.nn.Module, published: Published) -> None:
-    """Gives every parameter of a CPU engine what was published, as vLLM's loader does, in half of its time.
+    """Sets every parameter of a CPU engine to the published one, as vLLM's loader does, in half of the loader's time.
 
-    A matrix that the engine keeps in oneDNN's layout is packed from where it was published, without a copy between.
+    A matrix that the engine keeps in oneDNN's layout is packed straight from the published file.
 
     Args:
         published: names, shapes and dtypes of a policy that vLLM loaded and of which `holds_by_name` was true.
     """
-    lent: list[tuple[torch.nn.Module, str]] = []
+    borrowed: list[tuple[torch.nn.Module, str]] = []
     with torch.no_grad():
         for module, name, parameter, parts in [*_parameters(model, published)]:
             values = _joined([published[part] for part in parts])
             if parameter.numel() > 0:
                 parameter[: len(values)].copy_(values)
             else:
-                lent.append((module, name.rsplit(".", 1)[1]))
-                setattr(*lent[-1], _parameter(values.to(parameter.dtype)))
-    # vLLM packs the table of embeddings as well, for models that multiply by it for want of an lm_head.
+                # The engine dropped this matrix after packing it: lend it the published one, to pack again below.
+                borrowed.append((module, name.rsplit(".", 1)[1]))
+                setattr(*borrowed[-1], _parameter(values.to(parameter.dtype)))
+    # vLLM also packs the table of embeddings, for models that multiply by this table because they have no lm_head.
     heads = any(isinstance(module, ParallelLMHead) for module in model.modules())
     for module in model.modules():
         if hasattr(module, "cpu_linear") and not (heads and type(module) is VocabParallelEmbedding):
-            module.quant_method.process_weights_after_loading(module)
-    for module, name in lent:
+            # torch's type of a module's attributes is Tensor | Module; a layer with `cpu_linear` has this method.
+            cast(QuantizeMethodBase, module.quant_method).process_weights_after_loading(module)
+    for module, name in borrowed:
         if (kept := getattr(module, name)).numel() > 0:
-            # Packing failed, and vLLM goes on with the matrix as it is: in a file that will be written over.
+            # Packing failed, so vLLM uses the matrix itself. The file behind it will be written over: copy it.
             setattr(module, name, _parameter(kept.detach().clone()))
 
 
@@ -91,7 +96,7 @@ def _parameters(
 
 
 def _parts(name: str) -> tuple[str, ...]:
-    """Of a parameter that vLLM fuses, such as "...qkv_proj.weight"; any other is its own."""
+    """Published names of a parameter such as "...qkv_proj.weight", which vLLM fuses; others keep their own name."""
     for fused, parts in FUSED.items():
         if f".{fused}." in name:
             return tuple(name.replace(fused, part) for part in parts)
@@ -99,7 +104,7 @@ def _parts(name: str) -> tuple[str, ...]:
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Their rows, one part after another; a view where that is how they lie in the file."""
+    """The rows of all parts, one part after another; a view where the file holds the parts in this order."""
     first, *_ = parts
     if all(before.data_ptr() + before.nbytes == after.data_ptr() for before, after in pairwise(parts)):
         return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
@@ -116,10 +121,10 @@ def _relative_gap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def _product_gap(layer: LinearBase | ParallelLMHead, weight: torch.Tensor) -> float:
-    """Relative difference between what the layer computes and what `weight` [out, in] would; 0 within rounding."""
+    """Relative difference of the products of the layer and of `weight` [out, in] with a vector; 0 within rounding."""
     inputs = layer.input_size if isinstance(layer, LinearBase) else layer.embedding_dim
     if weight.shape[1:] != (inputs,):
-        return math.inf  # published transposed, as GPT-2 is; the product would read beyond the vector
+        return math.inf  # published transposed, as GPT-2 is: the product would read beyond the vector
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(1, weight.shape[1], generator=generator).to(weight)
     ours = layer.quant_method.apply(layer, vector)[:, : len(weight)]

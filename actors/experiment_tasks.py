@@ -7,17 +7,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayTaskError, WorkerCrashedError
 
-from actors.ray_errors import DIED
-from actors.reward_trainer import RewardTrainerSpec, reward_trainer
+from actors.ray_errors import ACTOR_DIED
 from cluster.resources import Demand
 from pipeline.config.recipe import Recipe
 from pipeline.data.files import content_fingerprint
+from pipeline.data.run_data import DATA_ROOT
 from pipeline.errors import PipelineError, WorkerDied
 from pipeline.records import PromptGroup
 from pipeline.stages import storage
@@ -26,12 +25,15 @@ from pipeline.stages.metrics_log import as_clock
 
 if TYPE_CHECKING:
     from pipeline.data.run_data import RunData
-    from pipeline.learning.reward_data import RewardData
     from pipeline.learning.reward_trainer import RewardTrainer
+    from pipeline.loops.reward import RewardTraining
     from pipeline.models.frozen_states import FrozenStates
+    from pipeline.models.reward_model import RewardModel
 
-LOOK_AGAIN_S = 60.0
-TELL_AGAIN_S = 10.0
+WAIT_S = 60.0
+"""Longest single wait for Ray. How long a training takes nobody can say beforehand, so the wait is repeated."""
+
+REPORT_PERIOD_S = 10.0
 
 PAIRS_PER_FILE = 32
 """What a killed pass over the pairs loses at most."""
@@ -44,22 +46,22 @@ Outcome = dict[str, Any] | PipelineError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """What the process of a run has."""
+class ProcessResources:
+    """What the process of a run may use."""
 
     cpus: float
     gpus: float
     data_root: str
+    """Where relative data paths start; a Ray task does not inherit the environment of the job."""
 
     @property
     def device(self) -> str:
         return "cuda" if self.gpus else "cpu"
 
-    def take(self) -> None:
+    def apply(self) -> None:
         """Makes this process keep to it."""
         import torch
 
-        from pipeline.data.run_data import DATA_ROOT
         from pipeline.learning.memory import keep_freed_memory
 
         os.environ[DATA_ROOT] = self.data_root
@@ -81,9 +83,9 @@ def train_everywhere(
     Yields:
         (index of the recipe, outcome), as runs finish. An error ends its own run only.
     """
-    remote, place = remote_at(demand, max_restarts)
+    remote, resources = as_remote_tasks(demand, max_restarts)
     task = remote(train_one)
-    yield from as_they_finish({task.remote(recipe, place, states_uri): i for i, recipe in enumerate(recipes)})
+    yield from outcomes_as_they_end({task.remote(recipe, resources, states_uri): i for i, recipe in enumerate(recipes)})
 
 
 def keep_states(
@@ -106,47 +108,52 @@ def keep_states(
     of_each_seed = list({recipe.seed: recipe for recipe in frozen}.values())
     if not of_each_seed:
         return
-    room = ray.cluster_resources()
-    shards = max(1, int(room.get("GPU", 0) // demand.gpus if demand.gpus else room.get("CPU", 0) // demand.cpus))
-    remote, place = remote_at(demand, max_restarts)
+    available = ray.cluster_resources()
+    if demand.gpus:
+        shards = max(1, int(available.get("GPU", 0) // demand.gpus))
+    else:
+        shards = max(1, int(available.get("CPU", 0) // demand.cpus))
+    remote, resources = as_remote_tasks(demand, max_restarts)
     task = remote(compute_missing_states, num_returns="streaming")
-    streams = {task.remote(of_each_seed, place, states_uri, i, shards): i for i in range(shards)}
+    streams = {task.remote(of_each_seed, resources, states_uri, shard, shards): shard for shard in range(shards)}
     progress: dict[int, tuple[int, int]] = {}
-    started = told = time.monotonic()
-    for shard, outcome in as_they_come(streams):
+    started = last_report = time.monotonic()
+    for shard, outcome in outcomes_of_streams(streams):
         if isinstance(outcome, PipelineError):
             raise outcome
         progress[shard] = outcome
-        done, of = (sum(counts) for counts in zip(*progress.values(), strict=True))
+        done, total = (sum(counts) for counts in zip(*progress.values(), strict=True))
         now = time.monotonic()
-        if done and (now - told >= TELL_AGAIN_S or done == of):
-            told, left = now, as_clock((now - started) * (of - done) / done)
-            report(f"states of the frozen backbone  {done:,}/{of:,} pairs  {left} left")
+        if done and (now - last_report >= REPORT_PERIOD_S or done == total):
+            last_report, left = now, as_clock((now - started) * (total - done) / done)
+            report(f"states of the frozen backbone  {done:,}/{total:,} pairs  {left} left")
 
 
-def remote_at(demand: Demand, max_restarts: int) -> tuple[Callable[..., Any], Place]:
+def as_remote_tasks(demand: Demand, max_restarts: int) -> tuple[Callable[..., Any], ProcessResources]:
+    """What makes a function a Ray task that holds the demand, and what the task's process may then use."""
     options = {"num_cpus": demand.cpus, "num_gpus": demand.gpus, "max_retries": max_restarts}
-    place = Place(cpus=demand.cpus, gpus=demand.gpus, data_root=os.environ.get("VRM_DATA_ROOT", ""))
-    return lambda function, **others: ray.remote(function).options(**options, **others), place
+    resources = ProcessResources(cpus=demand.cpus, gpus=demand.gpus, data_root=os.environ.get(DATA_ROOT, ""))
+    return lambda function, **others: ray.remote(function).options(**options, **others), resources
 
 
-def as_they_finish(waiting: dict[ray.ObjectRef, int]) -> Iterator[tuple[int, Outcome]]:
+def outcomes_as_they_end(tasks: dict[ray.ObjectRef, int]) -> Iterator[tuple[int, Outcome]]:
+    """(index of a task, its outcome), the task that ends first is the first. Tasks that are not read are cancelled."""
     try:
-        while waiting:
-            # How long a training may take nobody can say beforehand; the job prints every run that ends.
-            done, _ = ray.wait(list(waiting), num_returns=1, timeout=LOOK_AGAIN_S)
-            for reference in done:
-                yield waiting.pop(reference), _outcome(reference)
+        while tasks:
+            done, _ = ray.wait(list(tasks), num_returns=1, timeout=WAIT_S)
+            for task in done:
+                yield tasks.pop(task), _outcome(task)
     finally:
-        for reference in waiting:
-            ray.cancel(reference, force=True)
+        for task in tasks:
+            ray.cancel(task, force=True)
 
 
-def as_they_come(streams: dict[ray.ObjectRefGenerator, int]) -> Iterator[tuple[int, Any]]:
-    """(index, what the task yielded or the error that ended it), of tasks that yield as they go."""
+def outcomes_of_streams(streams: dict[ray.ObjectRefGenerator, int]) -> Iterator[tuple[int, Any]]:
+    """(index of a task, what it yielded or the error that ended it), of tasks that yield on their way."""
     try:
         while streams:
-            ready, _ = ray.wait(list(streams), num_returns=1, timeout=LOOK_AGAIN_S)
+            ready, _ = ray.wait(list(streams), num_returns=1, timeout=WAIT_S)
+            stream: Any  # ray.wait is annotated for references alone
             for stream in ready:
                 if (reference := next(stream, None)) is None:
                     del streams[stream]
@@ -159,12 +166,12 @@ def as_they_come(streams: dict[ray.ObjectRefGenerator, int]) -> Iterator[tuple[i
 
 def _outcome(finished: ray.ObjectRef) -> Outcome:
     try:
-        return ray.get(finished, timeout=LOOK_AGAIN_S)
+        return ray.get(finished, timeout=WAIT_S)
     except RayTaskError as error:
         if isinstance(error.cause, PipelineError):
             return error.cause
         raise
-    except (*DIED, WorkerCrashedError) as error:
+    except (*ACTOR_DIED, WorkerCrashedError) as error:
         return WorkerDied(f"its process died, most often for want of memory: {error}. The same command runs it again.")
 
 
@@ -178,7 +185,7 @@ def backbone_key(recipe: Recipe) -> str | None:
     return fingerprint("frozen_states", STATES_VERSION, {"dtype": config.backbone_dtype}, inputs)[:16]
 
 
-def train_one(recipe: Recipe, place: Place, states_uri: str | None = None) -> dict[str, Any]:
+def train_one(recipe: Recipe, resources: ProcessResources, states_uri: str | None = None) -> dict[str, Any]:
     """Plain data of the `RunResult` of one recipe, whose reward model is trained in this process.
 
     Args:
@@ -186,18 +193,18 @@ def train_one(recipe: Recipe, place: Place, states_uri: str | None = None) -> di
     """
     from pipeline.experiments.reward_run import train_and_measure
 
+    resources.apply()
     with tempfile.TemporaryDirectory() as directory:
-        data, training, spec = _material(recipe, directory, place)
-        trainer = trainer_in_process(spec, place)
+        data, training = _prepare_training(recipe, directory)
+        trainer = _trainer_in_process(training, resources.device)
         key = backbone_key(recipe)
         if states_uri is not None and key is not None:
-            trainer.engine.module.frozen_states = _states_in(storage.join(states_uri, key))
-        stage = storage.join(directory, "training")
-        return asdict(train_and_measure(trainer, training, data.gold, stage, eval_every=spec.config.eval_every))
+            _reward_model_of(trainer).frozen_states = _states_in(storage.join(states_uri, key))
+        return asdict(train_and_measure(training, trainer, data.gold, storage.join(directory, "training")))
 
 
 def compute_missing_states(
-    recipes: Sequence[Recipe], place: Place, states_uri: str, shard: int, shards: int
+    recipes: Sequence[Recipe], resources: ProcessResources, states_uri: str, shard: int, shards: int
 ) -> Iterator[tuple[int, int]]:
     """One shard of `keep_states`, in this process; `recipes` have one backbone and differ in their data.
 
@@ -207,68 +214,59 @@ def compute_missing_states(
     from pipeline.models.frozen_states import write_states
     from pipeline.models.reward_model import compute_states
 
+    resources.apply()
     uri = storage.join(states_uri, str(backbone_key(recipes[0])))
-    known, todo = _states_in(uri), {}
+    known = _states_in(uri)
+    missing: dict[frozenset[str], PromptGroup] = {}
     with tempfile.TemporaryDirectory() as directory:
         for recipe in recipes:
-            _, training, spec = _material(recipe, directory, place)
+            _, training = _prepare_training(recipe, directory)
             # Pairs that another seed splits elsewhere, or whose label another run flips, are the same texts.
-            todo |= {frozenset(keys): tokens for keys, tokens in _pairs_of(training) if not known.holds(keys)}
-    mine = [tokens for keys, tokens in todo.items() if int(min(keys), 16) % shards == shard]
+            missing |= {frozenset(keys): tokens for keys, tokens in _pairs_of(training) if not known.holds(keys)}
+    mine = [tokens for keys, tokens in missing.items() if int(min(keys), 16) % shards == shard]
     yield 0, len(mine)
     if mine:
-        model = trainer_in_process(spec, place).engine.module
+        model = _reward_model_of(_trainer_in_process(training, resources.device))
     for first in range(0, len(mine), PAIRS_PER_FILE):
-        states = compute_states(model, mine[first : first + PAIRS_PER_FILE], dtype=spec.config.backbone_dtype)
+        states = compute_states(model, mine[first : first + PAIRS_PER_FILE], dtype=training.spec.config.backbone_dtype)
         with storage.writing(uri) as written:
             write_states(states, written)
         yield min(first + PAIRS_PER_FILE, len(mine)), len(mine)
 
 
-def _material(recipe: Recipe, directory: str, place: Place) -> tuple[RunData, RewardData, RewardTrainerSpec]:
-    """What a run reads; a backbone from noise is written into `directory`."""
+def _prepare_training(recipe: Recipe, directory: str) -> tuple[RunData, RewardTraining]:
+    """A backbone from noise is written into `directory`."""
     from pipeline.data.run_data import load_data
     from pipeline.learning.starting_policy import write_starting_policy
+    from pipeline.loops.reward import RewardTraining
 
-    place.take()
     backbone = recipe.reward.backbone or recipe.policy.checkpoint
     if backbone is None:
         backbone = storage.join(directory, "policy")
         write_starting_policy(recipe.policy, backbone, seed=recipe.seed)
     data = load_data(recipe)
-    return data, *training_on(recipe, data, backbone)
+    return data, RewardTraining.prepare(recipe, data, backbone)
 
 
-def training_on(recipe: Recipe, data: RunData, backbone: str) -> tuple[RewardData, RewardTrainerSpec]:
-    """The pairs of a recipe as tokens of the backbone's tokenizer, and what its trainer needs."""
-    from pipeline.learning.reward_data import RewardData
-    from pipeline.models.backbone import load_tokenizer
+def _trainer_in_process(training: RewardTraining, device: str) -> RewardTrainer:
+    from pipeline.learning.builders import build_reward_trainer, engine_in_process
 
-    with storage.reading(backbone) as checkpoint:
-        tokenizer = load_tokenizer(checkpoint)
-    training = RewardData.of(recipe, data, tokenizer)
-    spec = RewardTrainerSpec(
-        config=recipe.reward,
-        ranks=recipe.cluster.reward,
-        backbone_uri=backbone,
-        statistics=training.statistics,
-        num_steps=training.num_steps,
-        seed=recipe.seed,
-    )
-    return training, spec
+    return build_reward_trainer(training.spec, engine_in_process(device))
 
 
-def trainer_in_process(spec: RewardTrainerSpec, place: Place) -> RewardTrainer:
-    from pipeline.learning.engine import TorchEngine
+def _reward_model_of(trainer: RewardTrainer) -> RewardModel:
+    from pipeline.models.reward_model import RewardModel
 
-    return reward_trainer(spec, partial(TorchEngine, device=place.device))
+    model = trainer.engine.module
+    assert isinstance(model, RewardModel), "a reward trainer trains a reward model"
+    return model
 
 
-def _pairs_of(training: RewardData) -> Iterator[tuple[list[str], PromptGroup]]:
+def _pairs_of(training: RewardTraining) -> Iterator[tuple[list[str], PromptGroup]]:
     from pipeline.models.frozen_states import response_keys
     from pipeline.models.packing import pack
 
-    for pair in (*training.pairs, *training.heldout_pairs):
+    for pair in (*training.data.pairs, *training.data.heldout_pairs):
         yield response_keys(pack([pair.tokens])), pair.tokens
 
 

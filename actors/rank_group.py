@@ -11,42 +11,47 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayTaskError
 
-from actors.ray_errors import DIED
+from actors.ray_errors import ACTOR_DIED
 from cluster.placement import Placement, pack_bundles
 from pipeline.config.cluster import RanksConfig, WeightTransfer
 from pipeline.errors import DeadlineExceeded, PipelineError, WorkerDied
 from pipeline.records import Metrics, PolicyWeights
 from pipeline.stages import storage
 
+if TYPE_CHECKING:
+    from actors.weight_sender import WeightSender
+
 DISK = "disk"
 WATCH = "watch"
 CONCURRENCY_GROUPS = {DISK: 1, WATCH: 1}
-"""A rank writes, and says where it is, beside its other calls, which come one after the other."""
+"""Two calls run in threads of their own, beside a rank's other calls, which run one after the other: a rank writes a
+snapshot while it updates, and reports its position while another call hangs."""
 
 DEATH_NOTICE_S = 5.0
-"""How long a failed call waits for news that a peer's death caused it; measured, it came 0.1 s late at most."""
+"""How long a failed call waits for news that a peer's death caused it; measured, the news was 0.1 s late at most."""
 
-WHEREABOUTS_S = 5.0
-"""How long ranks may take to say where they are; one that is stopped or never lets go of the interpreter is silent."""
+POSITION_TIMEOUT_S = 5.0
+"""How long ranks may take to report their positions. A rank that is stopped, or never frees the interpreter, cannot."""
 
 
 class Rank:
-    """One rank: builds a learner and passes calls on to it. All methods are collective over the group."""
+    """One rank: builds a learner and passes calls to it. All methods are collective over the group."""
 
     def __init__(self, rank: int, world_size: int) -> None:
-        import actors.deepspeed_engine  # noqa: F401  # takes most of a start, while the driver makes the data ready
+        # This import takes most of a start. It runs while the driver prepares the data.
+        import actors.deepspeed_engine  # noqa: F401
 
         self._rank = rank
         self._world_size = world_size
-        self._sender: Any = None
+        self._sender: WeightSender | None = None
 
     def free_address(self) -> str:
-        """Where the process group can meet, asked of rank 0."""
+        """An address of this rank's machine at which others can meet it, "host:port"."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
@@ -80,13 +85,13 @@ class Rank:
 
         node = ray.get_runtime_context().get_node_id()
         weights = replace(self._learner.publish_weights(version), node=node)
-        free_cached_memory(self._device)  # engines that share this GPU wake next
+        free_cached_memory(self._device)  # engines that share this GPU need the memory next
         return weights
 
     def meet_engines(
         self, backend: WeightTransfer, workers: Sequence[Any], address: str, dtype: str, deadline_s: float
     ) -> None:
-        """Introduces the learner to rollout workers that shall take its weights from this rank's GPU."""
+        """Connects the learner with rollout workers that will take its weights from this rank's GPU."""
         from actors.weight_sender import WeightSender
 
         if self._sender is not None:
@@ -102,6 +107,7 @@ class Rank:
         )
 
     def send_weights(self) -> None:
+        assert self._sender is not None, "meet_engines comes first"
         self._sender.send()
 
     def snapshot(self) -> None:
@@ -109,7 +115,7 @@ class Rank:
 
     @ray.method(concurrency_group=DISK)
     def write_snapshot(self, uri: str) -> None:
-        """In a thread of its own: updates go on meanwhile."""
+        """Runs in a thread of its own, while updates continue: the snapshot is a copy, and this call alone has it."""
         snapshot, self._snapshot = self._snapshot, None
         snapshot.write(uri)
 
@@ -118,8 +124,11 @@ class Rank:
             self._learner.export(directory)
 
     @ray.method(concurrency_group=WATCH)
-    def whereabouts(self) -> str:
-        """The innermost function of every call that is in progress, and the project's line that led there."""
+    def report_position(self) -> str:
+        """The innermost function of every call that is in progress, and the project's line that led there.
+
+        Runs in a thread of its own and looks at the stacks of the others, which it does not stop.
+        """
         project = Path(__file__).parents[1]
         rooms = (f"{project}/actors/", f"{project}/pipeline/")
         found = []
@@ -146,8 +155,8 @@ class RankGroup:
         """Does not wait until the ranks have started; `build` does.
 
         Args:
-            start_s: how long either may take.
-            placement: bundles that the ranks share with other actors and leave as they are; None reserves their own.
+            start_s: how long the reservation of bundles may take, and then the build.
+            placement: bundles that the ranks share with other actors and do not remove; None reserves bundles.
         """
         self.name = name
         self._start_s = start_s
@@ -156,27 +165,30 @@ class RankGroup:
         environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         if not on_gpu:
             environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        self._own_placement = (
-            pack_bundles(
+        self._own_placement: Placement | None = None
+        if placement is None:
+            placement = self._own_placement = pack_bundles(
                 config.ranks, cpus=config.cpus_per_rank, gpus=config.gpus_per_rank, timeout_s=start_s, name=name
             )
-            if placement is None
-            else None
-        )
-        bundles = placement or self._own_placement
-        actor = ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(Rank)
+        # Ray's stub of `remote` leaves `concurrency_groups` out.
+        remote: Any = ray.remote
+        actor = remote(concurrency_groups=CONCURRENCY_GROUPS)(Rank)
         self._ranks = [
             actor.options(
                 num_cpus=config.cpus_per_rank,
-                num_gpus=config.gpus_per_rank / bundles.tenants,
+                num_gpus=config.gpus_per_rank / placement.tenants,
                 runtime_env={"env_vars": environment},
-                scheduling_strategy=bundles.strategy(rank),
+                scheduling_strategy=placement.strategy(rank),
             ).remote(rank, config.ranks)
             for rank in range(config.ranks)
         ]
 
     def build(self, factory: Callable[..., Any], *arguments: Any) -> None:
-        """Waits until every rank has built `factory(*arguments, device)`. The errors of `all`."""
+        """Waits until every rank has built `factory(*arguments, device)`.
+
+        Raises:
+            WorkerDied, DeadlineExceeded, PipelineError: as `all`.
+        """
         address = self.free_address("starting", deadline_s=self._start_s)
         factory_ref, arguments_ref = ray.put(factory), ray.put(arguments)
         self.all(
@@ -186,7 +198,7 @@ class RankGroup:
         )
 
     def free_address(self, doing: str, *, deadline_s: float) -> str:
-        """Where others can meet the first rank, "host:port"."""
+        """An address at which others can meet the first rank, "host:port"."""
         [address] = gather([self._ranks[0].free_address.remote()], who=self.name, doing=doing, deadline_s=deadline_s)
         return address
 
@@ -196,24 +208,24 @@ class RankGroup:
         Raises:
             WorkerDied: a rank is gone.
             DeadlineExceeded: no answer in time.
-            PipelineError: whatever a rank itself raised.
+            PipelineError: a rank itself raised it.
 
         After an error the group can only be closed: the other ranks may wait on a collective that cannot complete.
         """
         try:
             return gather([call(rank) for rank in self._ranks], who=self.name, doing=doing, deadline_s=deadline_s)
         except DeadlineExceeded as error:
-            raise DeadlineExceeded(f"{error}\n{self._whereabouts()}") from error
+            raise DeadlineExceeded(f"{error}\n{self._positions()}") from error
 
-    def _whereabouts(self) -> str:
-        """A line per rank: those that wait for one that hangs are as late as it is, and it is not where they are."""
-        told = [rank.whereabouts.remote() for rank in self._ranks]
-        ready, _ = ray.wait(told, num_returns=len(told), timeout=WHEREABOUTS_S)
+    def _positions(self) -> str:
+        """One line per rank. Ranks that wait for a hanging rank are late, too: suspect one with another position."""
+        reports = [rank.report_position.remote() for rank in self._ranks]
+        ready, _ = ray.wait(reports, num_returns=len(reports), timeout=POSITION_TIMEOUT_S)
         lines = []
-        for rank, reference in enumerate(told):
+        for rank, report in enumerate(reports):
             try:
-                line = ray.get(reference, timeout=0) if reference in ready else "does not answer"
-            except DIED:
+                line = ray.get(report, timeout=0) if report in ready else "does not answer"
+            except ACTOR_DIED:
                 line = "died"
             lines.append(f"rank {rank} {line}")
         return "\n".join(lines)
@@ -234,7 +246,7 @@ class RankGroup:
 
 
 def gather(references: Sequence[Any], *, who: str, doing: str, deadline_s: float) -> list[Any]:
-    """The results of remote calls, in order; the first failure is raised at once, not after the slowest call."""
+    """The results of remote calls, in order. Raises the first failure at once, not after the slowest call."""
     references = list(references)
     started = time.monotonic()
     pending, answers = references, {}
@@ -249,7 +261,7 @@ def gather(references: Sequence[Any], *, who: str, doing: str, deadline_s: float
             )
         try:
             answers[ready[0]] = ray.get(ready[0], timeout=deadline_s)
-        except (*DIED, RayTaskError) as error:
+        except (*ACTOR_DIED, RayTaskError) as error:
             dead = _first_dead([*ready, *pending])
             if dead is not None:
                 raise WorkerDied(
@@ -265,9 +277,9 @@ def gather(references: Sequence[Any], *, who: str, doing: str, deadline_s: float
 
 
 def _first_dead(references: Sequence[Any]) -> Any | None:
-    """The call whose actor is gone, if news of one arrives in `DEATH_NOTICE_S`.
+    """The call whose actor is gone, if news of a death arrives in `DEATH_NOTICE_S`.
 
-    A dying rank breaks its peers' collectives, and their errors can arrive before the news of its death.
+    A dying rank breaks the collectives of its peers. Their errors can arrive before the news of its death.
     """
     waiting, give_up = list(references), time.monotonic() + DEATH_NOTICE_S
     while waiting:
@@ -276,7 +288,7 @@ def _first_dead(references: Sequence[Any]) -> Any | None:
             return None
         try:
             ray.get(ready[0], timeout=DEATH_NOTICE_S)
-        except DIED:
+        except ACTOR_DIED:
             return ready[0]
         except RayTaskError:
             continue

@@ -1,4 +1,4 @@
-"""A group of ranks as one learner: every rank gets the whole batch and takes its own share of it."""
+"""A group of ranks as one learner: every rank gets the whole batch and trains on its own share of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.records import Experience, Metrics, PolicyWeights, Rollout, TokenE
 
 
 class RankedLearner:
-    """Implements `Learner` over ranks that each hold one."""
+    """Implements `Learner` over ranks that each have a learner."""
 
     def __init__(self, group: RankGroup, deadlines: DeadlinesConfig) -> None:
         self._group = group
@@ -39,19 +39,23 @@ class RankedLearner:
         self._all(lambda rank: rank.export.remote(directory), f"exporting to {directory}")
 
     def peak_memory(self) -> Metrics:
-        """Of the rank that needed most (`pipeline.learning.memory`)."""
+        """The largest values of any rank (`pipeline.learning.memory`)."""
         doing = "reporting its memory"
         return largest(
             self._group.all(lambda rank: rank.peak_memory.remote(), doing=doing, deadline_s=self._deadline_s)
         )
 
     def _all(self, call: Callable[[Any], Any], doing: str) -> Any:
-        """Rank 0 speaks for all: results are equal on every rank."""
+        """Calls every rank. Returns the result of rank 0, which equals that of every rank."""
         return self._group.all(call, doing=doing, deadline_s=self._deadline_s)[0]
 
 
 class RankedSnapshot:
-    """The copies that lie with the ranks. Implements `Snapshot`, and may be written from another thread."""
+    """A copy of the learner's state, of which each rank keeps its part in memory.
+
+    Implements `Snapshot`. `write` may run in another thread than the learner's calls: the ranks write in threads of
+    their own, too.
+    """
 
     def __init__(self, group: RankGroup, deadline_s: float) -> None:
         self._group = group
@@ -66,7 +70,7 @@ class RankedSnapshot:
 
 
 class RankedPolicyLearner(RankedLearner):
-    """Implements `PolicyLearner` over ranks that each hold one."""
+    """Implements `PolicyLearner` over ranks that each have a learner."""
 
     def update(self, batch: Experience, step: int) -> Metrics:
         return super().update(batch, step)
@@ -79,28 +83,29 @@ class RankedPolicyLearner(RankedLearner):
 
 
 class RankedSender:
-    """The driver's end: keeps learner and rollout workers introduced, and anew where either has changed."""
+    """The driver's end of a transfer between GPUs: connects learner and rollout workers, again when workers change."""
 
     def __init__(self, group: RankGroup, backend: WeightTransfer, *, dtype: str, deadline_s: float) -> None:
         self._group = group
         self._backend = backend
         self._dtype = dtype
         self._deadline_s = deadline_s
-        self._met: tuple[str, ...] = ()
+        self._connected: tuple[str, ...] = ()
+        """Names of the workers that the learner can send to; none after a failure."""
 
     def send(self, workers: Mapping[str, Any]) -> None:
-        """Sends the published policy, from the GPUs on which it still is, into every engine.
+        """Sends the published policy from the learner's GPUs, which still have it, into every engine.
 
         Args:
-            workers: name -> Ray handle; idle, and up.
+            workers: name -> Ray handle of a worker that has started and is idle.
 
         Raises:
             TransferFailed: an engine did not take it; the workers read the published file, as after any other failure.
-            WorkerDied, DeadlineExceeded: of the learner.
+            WorkerDied, DeadlineExceeded: the learner died or hangs.
         """
         names = tuple(workers)
-        if names != self._met:
-            self._met = ()
+        if names != self._connected:
+            self._connected = ()
             address = self._group.free_address("meeting the rollout workers", deadline_s=self._deadline_s)
             self._all(
                 lambda rank: rank.meet_engines.remote(
@@ -108,10 +113,11 @@ class RankedSender:
                 ),
                 "meeting the rollout workers",
             )
-        self._met = ()
+        # Connected again only after success: a sender that failed cannot be used again.
+        self._connected = ()
         self._all(lambda rank: rank.send_weights.remote(), "sending weights to the rollout workers")
-        self._met = names
+        self._connected = names
 
     def _all(self, call: Callable[[Any], Any], doing: str) -> None:
-        # Twice: the first rank itself notices engines that do not answer.
+        # Twice the deadline of the first rank, which itself reports engines that do not answer.
         self._group.all(call, doing=doing, deadline_s=2 * self._deadline_s)

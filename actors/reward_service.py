@@ -1,6 +1,6 @@
-"""The VRM scoring service on Ray Serve: a reward with its reasons and its error bar.
+"""The scoring service on Ray Serve: `RewardService` is one replica, the functions start, swap and stop them.
 
-PPO and outside users ask the same questions of the same API: outsiders over HTTP, PPO through the deployment's handle.
+PPO and outside users use the same API: users over HTTP, PPO through the deployment's handle.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import secrets
 import socket
 import time
 import urllib.request
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from contextlib import suppress
-from itertools import pairwise
+from typing import Any, Protocol, cast
 
 import httpx
 import ray
@@ -23,12 +23,12 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
-from ray.serve.deployment import Application
+from ray.serve.deployment import Application, Deployment
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
-from actors.ray_errors import DIED
+from actors.ray_errors import ACTOR_DIED
 from actors.served_scorer import ADDRESS, ServedScorer
 from pipeline.config.cluster import ScoringConfig
 from pipeline.errors import (
@@ -40,13 +40,13 @@ from pipeline.errors import (
 )
 from pipeline.evaluation.reward_scorer import RewardModelScorer
 from pipeline.learning.memory import keep_freed_memory
-from pipeline.ports import RewardScorer
 from pipeline.records import RewardScore
 from pipeline.serving.admission import Admission
 from pipeline.serving.cache import ScoreCache
 from pipeline.serving.http.app import build_api
 from pipeline.serving.protocol import TOKEN_VARIABLE
-from pipeline.serving.scoring_service import Rows, ScoringService, describe
+from pipeline.serving.scoring_service import Rows, ScoringService, describe_model
+from pipeline.serving.shared_batch import score_together
 from pipeline.stages import storage
 from pipeline.stages.fingerprint import directory_fingerprint
 from pipeline.stages.runner import installed_versions
@@ -54,39 +54,32 @@ from pipeline.stages.runner import installed_versions
 APPLICATION = "vrm"
 POLL_S = 0.2
 ROUTES_S = 10.0
-"""How long the HTTP proxy may take to say what it serves."""
+"""How long the HTTP proxy may take to list the applications that it serves."""
 DRAIN_S = 60.0
-"""How long a replica that is to end may work on what it took on; clients ask again for what it then drops."""
+"""How long a replica that must end may work on the requests that it accepted. Clients send dropped requests again."""
 OWN_ERROR = re.compile(r"^pipeline\.errors\.(\w+: .+)$", re.MULTILINE)
+"""The last line of a traceback that ends with one of our errors."""
 LOOK_BACK_S = 11.0
-"""Over which the length of the queue is averaged. Serve samples it every 10 s and wants a longer window."""
+"""Over this time Serve averages the length of the queue. It samples the length every 10 s and needs a longer window."""
 
 
-def score_together(scorer: RewardScorer, calls: Sequence[Rows]) -> list[list[RewardScore] | PipelineError]:
-    """Calls that arrived together are scored together; each gets its own rows back, or its own error."""
-    try:
-        scores = scorer.score(
-            [prompt for prompts, _ in calls for prompt in prompts],
-            [response for _, responses in calls for response in responses],
-        )
-    except PipelineError as error:
-        if len(calls) == 1:
-            return [error]
-        # One bad call must not fail those that happened to arrive with it.
-        return [result for call in calls for result in score_together(scorer, [call])]
-    ends = [0]
-    for _, responses in calls:
-        ends.append(ends[-1] + len(responses))
-    return [scores[first:last] for first, last in pairwise(ends)]
+class BatchSettings(Protocol):
+    """What Serve adds to a batched method; its stubs leave these two out."""
+
+    def set_max_batch_size(self, new_max_batch_size: int) -> None:
+        """In calls."""
+
+    def set_batch_wait_timeout_s(self, new_batch_wait_timeout_s: float) -> None:
+        """How long an incomplete batch waits for more calls."""
 
 
 @serve.deployment
 @serve.ingress()
-class VRMService:
-    """One replica: a reward model in memory, the same for as long as it lives.
+class RewardService:
+    """One replica: a reward model in memory, the same as long as the replica lives.
 
-    Another checkpoint comes with other replicas. So a replica's answers, its fingerprint and what its cache remembers
-    never belong to two models.
+    Another checkpoint comes with new replicas. So a replica's answers, its fingerprint and its cache always belong to
+    one model.
     """
 
     def __init__(self, model_uri: str, config: ScoringConfig, token: str | None, deadline_s: float) -> None:
@@ -100,7 +93,7 @@ class VRMService:
                 directory, max_tokens_per_batch=config.max_tokens_per_batch, device=device
             )
             fingerprint = directory_fingerprint(directory)
-        model = describe(self._scorer.card, config, fingerprint, installed_versions())
+        model = describe_model(self._scorer.card, config, fingerprint, installed_versions())
         self._service = ScoringService(
             self._score_rows,
             model,
@@ -113,11 +106,12 @@ class VRMService:
         self._without_a_socket = httpx.AsyncClient(
             transport=httpx.ASGITransport(self._api), base_url=ADDRESS, timeout=None
         )
-        self._batched.set_max_batch_size(config.max_batch_size)
-        self._batched.set_batch_wait_timeout_s(config.batch_wait_s)
+        batch_settings = cast(BatchSettings, self._score_batch)
+        batch_settings.set_max_batch_size(config.max_batch_size)
+        batch_settings.set_batch_wait_timeout_s(config.batch_wait_s)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Serve calls it once the model is loaded."""
+        """Serve asks for the HTTP application once the model is loaded."""
         return self._api
 
     async def answer(
@@ -128,14 +122,15 @@ class VRMService:
         return answer.status_code, dict(answer.headers), answer.content
 
     async def _score_rows(self, rows: Rows) -> list[RewardScore]:
-        scores = await self._batched(rows)
+        scores = await self._score_batch(rows)
         if isinstance(scores, PipelineError):
             raise scores
         return scores
 
     @serve.batch
-    async def _batched(self, calls: list[Rows]) -> list[list[RewardScore] | PipelineError]:
-        # In a thread: /healthz answers while a long batch is scored.
+    async def _score_batch(self, calls: list[Rows]) -> list[list[RewardScore] | PipelineError]:
+        # A caller passes one call; Serve collects the calls that wait. It runs one batch at a time, so only one thread
+        # uses the model. The event loop stays free meanwhile: /healthz answers while a long batch is scored.
         return await asyncio.to_thread(score_together, self._scorer, calls)
 
 
@@ -148,18 +143,18 @@ def start_service(
     name: str = APPLICATION,
     token: str | None = None,
 ) -> ServedScorer:
-    """Brings the application up and waits for its replicas.
+    """Starts the application and waits for its replicas.
 
-    HTTP listens on `config.host` when `config.port` is set; it asks for `token` as a bearer token, for none when None.
+    If `config.port` is set, HTTP listens on `config.host`. It asks for `token` as a bearer token; for no token if None.
     `deadline_s` is how long a request may take, over HTTP and through the handle.
     A cluster has one Serve for all its jobs, so `name` must be the job's own. An application of that name is replaced:
     only a killed run of the same job can have left it.
 
     Raises:
-        ConfigError: others than this machine could reach it, and there is no token.
+        ConfigError: other machines could reach the service, and there is no token.
         ResourceError: the port is taken, another application holds it, or Serve runs already and does not listen there.
-        WorkerError: the replicas did not start, say because the checkpoint does not load.
-        DeadlineExceeded: they, or the HTTP proxy, were not up after `start_s`.
+        WorkerError: the replicas did not start, perhaps because the checkpoint does not load.
+        DeadlineExceeded: the replicas, or the HTTP proxy, were not up after `start_s`.
     """
     deadline = time.monotonic() + start_s
     if config.port:
@@ -191,18 +186,18 @@ def swap_model(
     name: str = APPLICATION,
     token: str | None = None,
 ) -> None:
-    """Rolls another checkpoint into a running service: one replica with it starts, then one without it ends, and so on.
+    """Rolls another checkpoint into a running service: a replica with it starts, then one without it ends, and so on.
 
-    A replica that ends first answers what it took on, so no request fails; for a while answers name the one fingerprint
-    or the other. It needs room for one replica more. A checkpoint that does not start never answers anybody: the
-    service stays with `previous_uri`, and the error of `start_service` is raised.
+    A replica answers the requests that it accepted before it ends, so no request fails. For a while answers name one
+    fingerprint or the other. The swap needs resources for one more replica. A checkpoint that does not start answers no
+    request: the service stays with `previous_uri`, and the error of `start_service` is raised.
     """
     swapped = scoring_application(model_uri, config, token=token, deadline_s=deadline_s)
     _deploy(swapped, config, name)
     try:
         _wait_until_running(name, start_s)
     except PipelineError:
-        # The old replicas still answer, but Serve would replace a dead one with the new checkpoint.
+        # The old replicas still answer, but Serve would start the new checkpoint in place of a replica that dies.
         _deploy(scoring_application(previous_uri, config, token=token, deadline_s=deadline_s), config, name)
         _wait_until_running(name, start_s)
         raise
@@ -210,6 +205,7 @@ def swap_model(
 
 def scoring_application(model_uri: str, config: ScoringConfig, *, token: str | None, deadline_s: float) -> Application:
     """The service as Serve deploys it. `token` and `deadline_s` as for `start_service`."""
+    scale: dict[str, Any]
     if config.max_replicas is None:
         scale = {"num_replicas": config.replicas}
     else:
@@ -224,42 +220,47 @@ def scoring_application(model_uri: str, config: ScoringConfig, *, token: str | N
                 look_back_period_s=LOOK_BACK_S,
             ),
         }
-    return VRMService.options(
-        **scale,
-        max_ongoing_requests=4 * config.max_batch_size,
-        # Each proxy and each handle has such a queue of its own: many users over HTTP never shut out a training run.
-        max_queued_requests=4 * config.max_batch_size,
-        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1.0),
-        graceful_shutdown_timeout_s=DRAIN_S,
-        max_constructor_retry_count=2,  # once may be a node that died; twice is the checkpoint
-        max_surge_percent=1,  # rounded up to one replica: a new one starts before an old one ends
-        ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
-    ).bind(model_uri, config, token, deadline_s)
+    # Serve's decorators turn the class into a deployment; mypy does not follow decorators of classes.
+    return (
+        cast(Deployment, RewardService)
+        .options(
+            **scale,
+            max_ongoing_requests=4 * config.max_batch_size,
+            # Each proxy and each handle has its own queue: users over HTTP cannot shut out a training run.
+            max_queued_requests=4 * config.max_batch_size,
+            backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1.0),
+            graceful_shutdown_timeout_s=DRAIN_S,
+            max_constructor_retry_count=2,  # one failure may be a node that died, a second one is the checkpoint's
+            max_surge_percent=1,  # rounded up to one replica: a new one starts before an old one ends
+            ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
+        )
+        .bind(model_uri, config, token, deadline_s)
+    )
 
 
 def stop_service(name: str = APPLICATION) -> None:
-    """Ends this application, and Serve itself when nobody else's is left on the cluster."""
+    """Ends this application, and Serve itself if no other application is left on the cluster."""
     _delete(name)
     if not serve.status().applications:
         serve.shutdown()
 
 
 def leave_service(name: str = APPLICATION) -> None:
-    """`stop_service` for a process that leaves the cluster next, and so does not wait until Serve has ended.
+    """As `stop_service`, but does not wait until Serve has ended: for a process that leaves the cluster next.
 
-    Serve ends by killing its controller, and Ray tells whoever is there to hear it that the calls in flight failed.
+    Serve ends by killing its controller. A process that stayed would read that its calls in flight failed.
     """
     _delete(name)
     if not serve.status().applications:
         try:
             controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-        except ValueError:  # it did not get as far as to start
+        except ValueError:  # Serve has not started
             return
         ray.wait([controller.graceful_shutdown.remote(wait=False)], timeout=DRAIN_S)
 
 
 def service_token() -> str:
-    """The token of VRM_SERVICE_TOKEN, or a fresh one."""
+    """The token of the environment variable, or a new random one."""
     return os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)
 
 
@@ -298,19 +299,23 @@ def _wait_until_running(name: str, start_s: float) -> None:
 
 
 def _reason(application: ApplicationStatusOverview) -> str:
-    """Serve tells why a replica failed sometimes of the application, sometimes only of its deployment.
+    """Why a replica failed: our own error where there is one, otherwise all that Serve says.
 
-    It sends the whole traceback; when one of our errors ended it, that is what the user should read.
+    Serve gives the reason sometimes with the application, sometimes only with its deployment, as a whole traceback.
     """
-    told = [application.message, *(deployment.message for deployment in application.deployments.values())]
-    messages = [letter for text in told for letter in OWN_ERROR.findall(text)]
-    if messages:
-        return messages[-1]
-    return "; ".join(dict.fromkeys(text.strip() for text in told if text.strip())) or "no reason given"
+    texts = [application.message, *(deployment.message for deployment in application.deployments.values())]
+    error_messages = [message for text in texts for message in OWN_ERROR.findall(text)]
+    if error_messages:
+        return error_messages[-1]
+    return "; ".join(dict.fromkeys(text.strip() for text in texts if text.strip())) or "no reason given"
 
 
 def _start_http(config: ScoringConfig) -> None:
-    """The cluster's one Serve may have been started by another job, which chose another port, or none."""
+    """Starts Serve with its HTTP proxy, unless another job has started the cluster's one Serve.
+
+    Raises:
+        ResourceError: the port is taken, or the other job chose another port, or none.
+    """
     status = serve.status()
     if not (status.proxies or status.applications):
         require_free_port(config.host, config.port)
@@ -319,13 +324,13 @@ def _start_http(config: ScoringConfig) -> None:
             f"Serve already runs on this cluster and does not listen on port {config.port} of this machine. "
             "Choose cluster.scoring.port=0, or end it with `serve shutdown` when nobody uses it."
         )
-    # On a busy machine a proxy may miss the time that Serve gives it; Serve then starts another one by itself.
-    with suppress(*DIED, TimeoutError):
+    # On a busy machine a proxy may not start in the time that Serve allows. Serve then starts another one itself.
+    with suppress(*ACTOR_DIED, TimeoutError):
         serve.start(http_options={"host": config.host, "port": config.port})
 
 
 def _routed(config: ScoringConfig) -> Collection[str] | None:
-    """The applications that Serve answers for on our port; None when no Serve answers there."""
+    """The applications that Serve answers for on our port; None if no Serve answers there."""
     host = "127.0.0.1" if config.host == "0.0.0.0" else config.host
     try:
         with urllib.request.urlopen(f"http://{host}:{config.port}/-/routes", timeout=ROUTES_S) as answer:
@@ -335,6 +340,7 @@ def _routed(config: ScoringConfig) -> Collection[str] | None:
 
 
 def require_token_if_exposed(host: str, token: str | None) -> None:
+    """Raises ConfigError if other machines can reach `host` and there is no token."""
     if token is None and host not in ("127.0.0.1", "localhost", "::1"):
         raise ConfigError(
             f"a service on {host!r} without a token would answer whoever reaches this machine. "
@@ -343,6 +349,7 @@ def require_token_if_exposed(host: str, token: str | None) -> None:
 
 
 def require_free_port(host: str, port: int) -> None:
+    """Raises ResourceError if this process cannot listen on the port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

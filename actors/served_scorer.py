@@ -1,6 +1,6 @@
-"""The scoring service for callers inside the cluster: `VRMScorer` with a Serve handle for its wire.
+"""The scoring service for callers inside the cluster: a `VRMScorer` whose requests travel through a Serve handle.
 
-PPO and outside users ask the same client the same questions; requests through a handle only skip the socket.
+PPO and outside users use the same client and the same API. Requests through a handle only skip the socket.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from ray.exceptions import RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from actors.ray_errors import DIED
+from actors.ray_errors import ACTOR_DIED
 from pipeline.config.cluster import ScoringConfig
 from pipeline.records import Message, RewardScore
 from pipeline.serving.client import VRMScorer
-from pipeline.serving.protocol import ScoredResponse
+from pipeline.serving.protocol import ExplainedReward
 
 ADDRESS = "http://scoring-service"
-"""What errors call the service; no socket has this name."""
+"""The service's name in error messages; no socket has this name."""
 
 
 class HandleTransport(httpx.BaseTransport):
     """Sends HTTP requests to the deployment's `answer` through a handle, for `httpx.Client` and so for `VRMScorer`.
 
-    A replica that dies, or refuses, looks as it would over a socket, so the client retries it in the same way. Serve
-    holds a request back while another replica starts.
+    A replica that dies or refuses looks as it would over a socket, so the client tries again in the same way. While
+    another replica starts, Serve keeps the request waiting.
     """
 
     def __init__(self, handle: DeploymentHandle) -> None:
@@ -41,7 +41,7 @@ class HandleTransport(httpx.BaseTransport):
             raise httpx.ReadTimeout("no answer in time", request=request) from error
         except BackPressureError as error:
             return httpx.Response(429, json={"detail": str(error)}, request=request)
-        except (*DIED, DeploymentUnavailableError) as error:
+        except (*ACTOR_DIED, DeploymentUnavailableError) as error:
             raise httpx.RemoteProtocolError(
                 f"a replica died: {error}. If memory ran out, lower cluster.scoring.max_tokens_per_batch",
                 request=request,
@@ -64,7 +64,7 @@ class ServedScorer:
         self._token = token
 
     def client(self, *, rows: int) -> VRMScorer:
-        """For calls of so many rows."""
+        """A client whose requests spread calls of `rows` rows evenly over the replicas."""
         share = -(-rows // self._replicas)
         return VRMScorer(
             ADDRESS,
@@ -85,8 +85,8 @@ class ServedScorer:
             return [as_reward_score(scored) for scored in scorer.score_rows(prompts, responses).scores]
 
 
-def as_reward_score(scored: ScoredResponse) -> RewardScore:
-    """What the model gave, from how the service tells it."""
+def as_reward_score(scored: ExplainedReward) -> RewardScore:
+    """The model's score, from the form in which the service sends it."""
     return RewardScore(
         mean=scored.reward,
         std=scored.reward_std,

@@ -1,70 +1,68 @@
 """One vLLM engine: load weights, recompute probes, sample.
 
-Beside the two ends of weight transfer the only importer of vllm.
+Of all files only this one, `engine_weights.py` and the two ends of a weight transfer import vllm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
-from vllm import LLM, SamplingParams, TokensPrompt
+from vllm import LLM, CompletionOutput, RequestOutput, SamplingParams, TokensPrompt
+from vllm.logprobs import Logprob
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import FinishReason as EngineFinishReason
 
 from actors.engine_weights import differences, holds_by_name, replace_weights
 from actors.weight_transfer import register
+from cluster.engine_build import ResolvedRolloutConfig
 from cluster.rollout_plan import RolloutPlan
 from pipeline.config.cluster import RolloutConfig
 from pipeline.errors import StaleEngineError
 from pipeline.learning.memory import copy_gb_per_s
 from pipeline.models.backbone import kv_bytes_per_token, load_config
-from pipeline.records import FinishReason, ProbeSequence
+from pipeline.records import ProbeSequence
 from pipeline.records import SamplingParams as Sampling
+from pipeline.rollouts.engine_sampler import Sample
 from pipeline.rollouts.policy_files import PolicyFiles
 
 PROMPT_TOKENS_AT_ONCE = 4096
-"""Of a CPU engine, in one forward pass: vLLM's own number."""
+"""How many prompt tokens a CPU engine reads in one forward pass: vLLM's own number."""
 TOKENS_PER_BLOCK = 128
-"""Of a CPU engine's KV cache."""
+"""The size of a block of a CPU engine's KV cache."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """What the engine returns for one request."""
-
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    """Of the distribution that was sampled from: temperature applied."""
-    finish_reason: FinishReason
+TokenLogprobs = list[dict[int, Logprob]]
+"""Token -> log-probability, at every place. vLLM's other form, FlatLogprobs, must be asked for."""
 
 
 class VLLMEngine:
-    """An engine without weights of its own: it starts with dummies and must be given a policy."""
+    """An engine without weights of its own: it starts with dummies and must be given a policy.
+
+    Implements `SamplingEngine` (`pipeline/rollouts/engine_sampler.py`).
+    """
 
     def __init__(
         self,
         model_directory: str,
-        config: RolloutConfig,
+        config: ResolvedRolloutConfig,
         *,
         plan: RolloutPlan,
         dtype: str,
         max_model_len: int,
         seed: int,
     ) -> None:
-        differs: dict[str, Any] = {}
+        device_options: dict[str, Any] = {}
         if config.gpus_per_worker < 1:
             # An engine that finds out how much is free takes the others' share of a GPU, or of the node's memory.
-            differs["kv_cache_memory_bytes"] = kv_cache_bytes(model_directory, config, dtype, max_model_len)
+            device_options["kv_cache_memory_bytes"] = kv_cache_bytes(model_directory, config, dtype, max_model_len)
         if config.gpus_per_worker == 0:
             # A CPU generator cannot be set back, which vLLM does to seeded requests whose prompt it reads in parts.
-            differs["enable_chunked_prefill"] = False
-            differs["max_num_batched_tokens"] = max(PROMPT_TOKENS_AT_ONCE, max_model_len)
+            device_options["enable_chunked_prefill"] = False
+            device_options["max_num_batched_tokens"] = max(PROMPT_TOKENS_AT_ONCE, max_model_len)
         self._llm = LLM(
             model=model_directory,
-            dtype=dtype,
+            dtype=cast(Literal["float32", "bfloat16"], dtype),  # the recipe allows no other
             max_model_len=max_model_len,
             max_num_seqs=config.max_sequences,
             gpu_memory_utilization=config.memory_fraction(plan.placement),
@@ -77,19 +75,19 @@ class VLLMEngine:
             enable_sleep_mode=plan.placement == "colocated",
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
-            **differs,
+            **device_options,
         )
         self._files = PolicyFiles()
         self._on_cpu = config.gpus_per_worker == 0
         self._layout: dict[str, tuple[torch.Size, torch.dtype]] | None = None
-        """Names, shapes and dtypes of a policy that vLLM loaded on a CPU,"""
+        """Names, shapes and dtypes of the last policy that vLLM's loader took on a CPU."""
         self._replaceable = False
-        """and whether its successors need not go through vLLM's loader."""
+        """Whether policies of this layout may pass vLLM's loader by (`replace_weights`)."""
         self._is_updating = False
         self._is_asleep = False
 
     def sleep(self) -> None:
-        """Gives the GPU's memory back, weights and cache; the next update wakes the engine."""
+        """Frees the GPU's memory, weights and cache; the next update wakes the engine."""
         if not self._is_asleep:
             # Level 2: level 1 would keep a copy of weights that are replaced before they are used again.
             self._llm.sleep(level=2)
@@ -117,22 +115,23 @@ class VLLMEngine:
         self._llm.collective_rpc("init_weight_transfer_engine", args=(init_info,))
 
     def start_update(self) -> None:
-        """Begins to replace the weights; an update that somebody began and nobody finished ends here."""
+        """Begins to replace the weights. An update that began earlier and was not finished ends here."""
         if self._is_asleep:
-            # The cache last: until the update is over, the learner's side may need the room.
+            # The cache wakes last: until the update is over, the learner may need the memory.
             self._llm.wake_up(tags=["weights"])
         self._end_update()
         self._llm.collective_rpc("start_weight_update")
         self._is_updating = True
 
     def receive(self, update_info: dict[str, Any]) -> None:
-        """Takes all of the weights or a part, from where `update_info` says."""
-        self._is_updating = False  # an update that fails is over
+        """Takes all of the weights or a part of them, from where `update_info` says."""
+        # Set again only after success: an update that fails is over.
+        self._is_updating = False
         self._llm.collective_rpc("update_weights", args=(update_info,))
         self._is_updating = True
 
     def finish_update(self) -> None:
-        """Ends an update, and forgets cached prefixes of the policy before."""
+        """Ends an update and forgets the cached prefixes of the previous policy."""
         self._end_update()
         if self._is_asleep:
             self._llm.wake_up(tags=["kv_cache"])
@@ -147,12 +146,12 @@ class VLLMEngine:
     def _forget_prefixes(self) -> None:
         if not self._llm.reset_prefix_cache():
             raise StaleEngineError(
-                "the engine would not forget the prefixes it cached before this update: a request is still running. "
-                "Interrupt it first."
+                "the engine did not forget the prefixes that it cached before this update: a request is still running. "
+                "Interrupt the request first."
             )
 
     def copy_gb_per_s(self, num_bytes: int) -> float:
-        """Of the memory that the engine's weights lie in."""
+        """The speed of copying `num_bytes` in the memory that holds the engine's weights."""
         [speed] = self._llm.apply_model(lambda model: copy_gb_per_s(num_bytes, next(model.parameters()).device))
         return speed
 
@@ -167,7 +166,8 @@ class VLLMEngine:
         )
         return [
             [
-                output.prompt_logprobs[len(probe.prompt_ids) + t][token].logprob
+                # Only the entry of the first prompt token is None, and a probe has a prompt.
+                cast(TokenLogprobs, output.prompt_logprobs)[len(probe.prompt_ids) + t][token].logprob
                 for t, token in enumerate(probe.response_ids)
             ]
             for probe, output in zip(probes, outputs, strict=True)
@@ -180,25 +180,28 @@ class VLLMEngine:
         )
 
     def step(self) -> dict[int, Sample]:
-        """Decodes a token of as many requests as there is room for. Returns what finished, by number."""
-        return {int(o.request_id): _as_sample(o.outputs[0]) for o in self._llm.llm_engine.step() if o.finished}
+        """Decodes one token of as many requests as there is room for. Returns what finished, by number."""
+        outputs = map(_request_output, self._llm.llm_engine.step())
+        return {int(output.request_id): _as_sample(output.outputs[0]) for output in outputs if output.finished}
 
     @property
     def is_busy(self) -> bool:
-        """Some request has no response yet."""
+        """Whether some request has no response yet."""
         return self._llm.llm_engine.has_unfinished_requests()
 
     def abort(self, numbers: Sequence[int]) -> dict[int, Sample]:
-        """Forgets these requests; one that has its response is not missed. Returns what else finished meanwhile."""
+        """Forgets these requests, finished ones among them. Returns the others that finished meanwhile, by number."""
         self._llm.llm_engine.abort_request([str(number) for number in numbers])
-        # What the engine computes ahead of its answers ends with them, before anybody touches the weights.
+        # vLLM computes ahead of its answers. This step ends that work before new weights are written.
         return self.step()
 
     def interrupt(self) -> dict[int, Sample]:
-        """Forgets all requests. Returns what they have so far, by number."""
-        # What vLLM makes of an aborted request where somebody listens to it.
+        """Forgets all requests. Returns the tokens they have so far, by number."""
+        # vLLM makes the same output of an aborted request, but only for an asynchronous caller.
         states = [*self._llm.llm_engine.output_processor.request_states.values()]
-        outputs = [state.make_request_output([], None, EngineFinishReason.ABORT, None) for state in states]
+        outputs = [
+            _request_output(state.make_request_output([], None, EngineFinishReason.ABORT, None)) for state in states
+        ]
         if outputs:
             self.abort([int(output.request_id) for output in outputs])
         return {int(output.request_id): _as_sample(output.outputs[0]) for output in outputs}
@@ -222,17 +225,24 @@ def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
     )
 
 
-def _as_sample(completion) -> Sample:  # type: ignore[no-untyped-def]
+def _request_output(output: object) -> RequestOutput:
+    """vLLM's types allow outputs of pooling models too, and none for requests that are not finished."""
+    assert isinstance(output, RequestOutput), f"a generating engine returned {output!r}"
+    return output
+
+
+def _as_sample(completion: CompletionOutput) -> Sample:
     token_ids = tuple(completion.token_ids)
+    logprobs = cast(TokenLogprobs, completion.logprobs)  # every request asks for them
     return Sample(
         token_ids=token_ids,
-        logprobs=tuple(entry[token].logprob for entry, token in zip(completion.logprobs, token_ids, strict=True)),
+        logprobs=tuple(entry[token].logprob for entry, token in zip(logprobs, token_ids, strict=True)),
         finish_reason="stop" if completion.finish_reason == "stop" else "length",
     )
 
 
 def kv_cache_bytes(model_directory: str, config: RolloutConfig, dtype: str, max_model_len: int) -> int:
     """What `max_sequences` of full length need, at most `kv_cache_gib`: a CPU engine touches all of it as it starts."""
-    # One block more than they fill: vLLM never hands out the first.
+    # One block more than the sequences fill: vLLM never uses the first.
     tokens = TOKENS_PER_BLOCK * (1 + config.max_sequences * -(-max_model_len // TOKENS_PER_BLOCK))
     return min(config.kv_cache_gib * 2**30, tokens * kv_bytes_per_token(load_config(model_directory), dtype))

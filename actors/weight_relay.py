@@ -1,7 +1,7 @@
 """Published weights on the nodes that sample: they cross the network once per node, whatever the number of its workers.
 
-The learner's first rank publishes into the shared memory of its own node. Workers there read that file; a worker on
-another node first fetches a copy through Ray's object store, in buckets, and its neighbours read the copy.
+The learner's first rank publishes into the shared memory of its own node. Workers on that node read the file. On
+another node the first worker fetches a copy through Ray's object store, in buckets, and its neighbours read the copy.
 """
 
 from __future__ import annotations
@@ -22,81 +22,88 @@ from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.errors import DeadlineExceeded
-from pipeline.records import PolicyWeights
+from pipeline.records import POLICY_FILE, PolicyWeights
 
-WEIGHTS_FILE = "model.safetensors"
-PARTIAL_FILE = f"{WEIGHTS_FILE}.partial"
-BUCKET_BYTES = 32 * 2**20
+PARTIAL_FILE = f"{POLICY_FILE}.partial"
+FETCHED_BYTES = 32 * 2**20
+"""The size of a bucket on its way between nodes."""
 BUCKETS_AHEAD = 4
 """Buckets on their way at once: enough to keep a network busy, and a small part of any object store."""
-BUCKET_S = 120.0
+FETCH_TIMEOUT_S = 120.0
+"""How long the other node may take for one answer: a bucket, or the size of the file."""
 
 
 def readable_here(weights: PolicyWeights) -> PolicyWeights:
-    """`weights` with a location on this node: their own where they were published, a copy elsewhere.
+    """`weights` with a location on this node: the published file itself, or a copy of it on another node.
 
     Raises:
-        DeadlineExceeded: a bucket did not arrive in `BUCKET_S`.
+        DeadlineExceeded: a bucket did not arrive in `FETCH_TIMEOUT_S`.
         ray.exceptions.RayError: the node that published them is gone.
     """
     here = ray.get_runtime_context().get_node_id()
-    if weights.node in (None, here):
+    publisher = weights.node
+    if publisher is None or publisher == here:
         return weights
     try:
-        return replace(weights, location=_copied_to(here, weights), node=here)
+        return replace(weights, location=_copy_to(here, weights.location, publisher), node=here)
     except GetTimeoutError as error:
         raise DeadlineExceeded(
-            f"fetching policy version {weights.version} from node {weights.node[:12]} to node {here[:12]} did not end: "
-            f"nothing arrived for {BUCKET_S:g} s. That node, or the network between them, hangs or is slow; `ray "
-            "status` tells whether it is alive."
+            f"fetching policy version {weights.version} from node {publisher[:12]} to node {here[:12]} did not end: "
+            f"nothing arrived for {FETCH_TIMEOUT_S:g} s. Node {publisher[:12]}, or the network between the two, hangs "
+            "or is slow. `ray status` shows which nodes are alive."
         ) from error
 
 
-def _copied_to(here: str, weights: PolicyWeights) -> str:
-    """Where the copy lies."""
-    source = os.path.join(weights.location, WEIGHTS_FILE)
-    on_source = NodeAffinitySchedulingStrategy(weights.node, soft=False)
-    size, stamp = ray.get(_stat.options(scheduling_strategy=on_source).remote(source), timeout=BUCKET_S)
-    published = Path(weights.location)
-    # Of its own for every node, some of which may share one machine's memory.
+def _copy_to(here: str, location: str, publisher: str) -> str:
+    """Fetches the published weights unless a neighbour has fetched them. Returns the directory of the copy."""
+    source = os.path.join(location, POLICY_FILE)
+    on_publisher = NodeAffinitySchedulingStrategy(publisher, soft=False)
+    size, changed_ns = ray.get(_stat.options(scheduling_strategy=on_publisher).remote(source), timeout=FETCH_TIMEOUT_S)
+    published = Path(location)
+    # One directory per node: two nodes of Ray may share the memory of one machine.
     copies = published.parent / f"copies@{here[:12]}"
-    # The stamp tells a version from one of equal number that a killed run left.
-    copy = copies / f"{published.name}-{stamp}"
+    # The time of change distinguishes this version from one of equal number that a killed run left.
+    copy = copies / f"{published.name}-{changed_ns}"
     copies.mkdir(parents=True, exist_ok=True)
+    # The workers of a node come here at the same time: the first one fetches, the others find its copy.
     with _locked(f"{copies}.lock"):
-        if not (copy / WEIGHTS_FILE).exists():
+        if not (copy / POLICY_FILE).exists():
             _make_place(copy)
-            _fetch(source, size, copy / WEIGHTS_FILE, on_source)
+            _fetch(source, size, copy / POLICY_FILE, on_publisher)
     return str(copy)
 
 
 def _make_place(copy: Path) -> None:
-    """The directory of a new copy. It gets the pages of the copy before the last, which nobody reads any more."""
+    """Makes the directory of a new copy out of the copy before the last, which no worker reads any more.
+
+    Writing over pages that exist is faster than asking for new ones (`pipeline/rollouts/policy_files.py`).
+    """
     others = sorted((path for path in copy.parent.iterdir() if path != copy), key=lambda path: path.stat().st_mtime_ns)
     outdated = others[:-1]
     if outdated and not copy.exists():
-        lent = outdated.pop()
-        # First: under its new name the old file would be taken for the new version.
-        if (lent / WEIGHTS_FILE).exists():
-            (lent / WEIGHTS_FILE).replace(lent / PARTIAL_FILE)
-        lent.rename(copy)
+        reused = outdated.pop()
+        # Before the directory gets its new name: a worker would take the old file in it for the new version.
+        if (reused / POLICY_FILE).exists():
+            (reused / POLICY_FILE).replace(reused / PARTIAL_FILE)
+        reused.rename(copy)
     copy.mkdir(exist_ok=True)
     for path in outdated:
         shutil.rmtree(path)
 
 
-def _fetch(source: str, size: int, target: Path, on_source: NodeAffinitySchedulingStrategy) -> None:
-    read = _read.options(scheduling_strategy=on_source)
-    offsets = deque(range(0, size, BUCKET_BYTES))
-    coming: deque[Any] = deque()
+def _fetch(source: str, size: int, target: Path, on_publisher: NodeAffinitySchedulingStrategy) -> None:
+    """Copies the file bucket by bucket. Under its own name the copy appears whole or not at all."""
+    read = _read.options(scheduling_strategy=on_publisher)
+    offsets = deque(range(0, size, FETCHED_BYTES))
+    arriving: deque[Any] = deque()
     partial = target.with_name(PARTIAL_FILE)
     partial.touch()
     with open(partial, "r+b") as file:
-        while offsets or coming:
-            while offsets and len(coming) < BUCKETS_AHEAD:
-                coming.append(read.remote(source, offsets.popleft(), BUCKET_BYTES))
-            file.write(ray.get(coming.popleft(), timeout=BUCKET_S))
-        file.truncate()
+        while offsets or arriving:
+            while offsets and len(arriving) < BUCKETS_AHEAD:
+                arriving.append(read.remote(source, offsets.popleft(), FETCHED_BYTES))
+            file.write(ray.get(arriving.popleft(), timeout=FETCH_TIMEOUT_S))
+        file.truncate()  # a reused file may be longer
     os.replace(partial, target)
 
 
@@ -113,7 +120,7 @@ def _read(path: str, offset: int, count: int) -> np.ndarray:
 
 @contextmanager
 def _locked(path: str) -> Iterator[None]:
-    """One worker of a node fetches, the others wait for it; the lock of a dead one is free."""
+    """Holds a lock between the processes of this machine. The lock of a process that died is free."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

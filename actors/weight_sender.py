@@ -1,7 +1,7 @@
 """The learner's end of a transfer between GPUs (`nccl`, `ipc`); `actors/weight_transfer.py` is the engine's.
 
-vLLM's trainer engines move the bytes, in buckets. What is here says which tensors, to which workers, and what happens
-when a worker fails: the learner's ranks read their shards together, so none of them may stop half way.
+vLLM's trainer engines move the bytes, in buckets. This file says which tensors go to which workers, and what happens
+when a worker fails. The learner's ranks read their shards together, so none of them may stop before the last tensor.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from actors.weight_transfer import stop_sending
 from pipeline.config.cluster import WeightTransfer
 from pipeline.errors import TransferFailed
 
-BUCKET_BYTES = 256 * 2**20
-"""Two of them stand on every GPU while weights are sent."""
+SENT_BYTES = 256 * 2**20
+"""The size of a bucket on its way between GPUs. Every GPU has room for two of them while weights are sent."""
 
 
 class PolicySource(WeightSource):
-    """The policy as the engines shall have it: published names, in their dtype."""
+    """The policy as the engines need it: published names, the engines' dtype."""
 
     def __init__(self, tensors: Callable[[], Iterator[tuple[str, torch.Tensor]]], dtype: torch.dtype) -> None:
         self._tensors = tensors
@@ -36,7 +36,7 @@ class PolicySource(WeightSource):
         self._reading: Iterator[tuple[str, torch.Tensor]] = iter(())
 
     def metadata(self) -> list[ParamMeta]:
-        """Read off the tensors the first time, which every rank must do together."""
+        """Name, dtype and shape of every tensor. The first call reads the tensors: all ranks must make it together."""
         if not self._metadata:
             self._metadata = [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self]
         return self._metadata
@@ -47,58 +47,60 @@ class PolicySource(WeightSource):
             yield name, tensor.to(self._dtype)
 
     def read_to_the_end(self) -> None:
-        """What is left of the last pass: the other ranks read it, too, and cannot go on alone."""
+        """Reads the rest of the last pass: the other ranks read it too, and cannot finish without this rank."""
         for _ in self._reading:
             pass
 
     def largest_bytes(self) -> int:
-        """Of one tensor; a bucket must hold it."""
-        return max(torch.Size(of.shape).numel() * of.dtype.itemsize for of in self.metadata())
+        """The size of the largest tensor; a bucket must hold it."""
+        return max(torch.Size(meta.shape).numel() * meta.dtype.itemsize for meta in self.metadata())
 
 
 class RolloutWorkersClient:
-    """The engines in vLLM's eyes: what its trainer engine calls, on every rollout worker. Never raises.
+    """Implements vLLM's client of the engines: passes what vLLM's trainer engine calls to every rollout worker.
 
-    The first worker to fail ends the transfer for all: nothing more is asked of them, and `abort` frees a rank that
-    waits for the failed one. The sender reads on to the end of the weights, for the sake of the other ranks.
+    It never raises. The first worker to fail ends the transfer for all: the client calls no worker again, and `abort`
+    frees a rank that waits for the failed worker. The sender still reads all weights, because the other ranks do.
+    With `nccl`, vLLM calls `update_weights` in a second thread while the rank's main thread broadcasts. The threads
+    share `failure`, which is set before `abort` ends the broadcast, so the main thread finds the reason there.
     """
 
     def __init__(self, workers: Sequence[Any], deadline_s: float) -> None:
         self._workers = workers
         self._deadline_s = deadline_s
-        self._ends = 0.0
+        self._end = 0.0
         self.abort: Callable[[], None] = lambda: None
         self.failure: Exception | None = None
 
     def begin(self) -> None:
         """Starts the clock: all calls until the next `begin` together must end within the deadline."""
-        self._ends = time.monotonic() + self._deadline_s
+        self._end = time.monotonic() + self._deadline_s
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         # To vLLM each worker is the first and only process of its own engine, and counts from the offset.
         offset = init_info.get("rank_offset")
-        self._ask(
+        self._call_all(
             lambda n, worker: worker.meet_learner.remote(
                 init_info if offset is None else init_info | {"rank_offset": offset + n}
             )
         )
 
     def start_weight_update(self) -> None:
-        self._ask(lambda n, worker: worker.start_update.remote())
+        self._call_all(lambda n, worker: worker.start_update.remote())
 
     def update_weights(self, update_info: Any) -> None:
-        self._ask(lambda n, worker: worker.receive.remote(update_info))
+        self._call_all(lambda n, worker: worker.receive.remote(update_info))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._ask(lambda n, worker: worker.finish_update.remote())
+        self._call_all(lambda n, worker: worker.finish_update.remote())
 
-    def _ask(self, call: Callable[[int, Any], Any]) -> None:
+    def _call_all(self, call: Callable[[int, Any], Any]) -> None:
         if self.failure is not None:
             return
         waiting = [call(n, worker) for n, worker in enumerate(self._workers)]
         try:
-            while waiting:  # one by one: the first to fail may be the last in order
-                left = max(0.0, self._ends - time.monotonic())
+            while waiting:  # one answer at a time: the first worker to fail may be the last in order
+                left = max(0.0, self._end - time.monotonic())
                 ready, waiting = ray.wait(waiting, num_returns=1, timeout=left)
                 if not ready:
                     raise TimeoutError(
@@ -111,7 +113,7 @@ class RolloutWorkersClient:
 
 
 class WeightSender:
-    """One rank's part. Made, and told to send, on all ranks of the learner together; the first one sends."""
+    """One rank's part of the transfer. All ranks of the learner make one and call it together; the first rank sends."""
 
     def __init__(
         self,
@@ -129,18 +131,18 @@ class WeightSender:
         Args:
             tensors: the policy, tensor by tensor (`PPOLearner.policy_tensors`).
             workers: Ray handles of rollout workers, idle.
-            address: where the first rank can wait for them, "host:port".
-            dtype: the engines'.
-            deadline_s: of meeting, and of each sending.
+            address: where the first rank waits for the workers, "host:port".
+            dtype: of the engines.
+            deadline_s: for the meeting, and for each sending.
 
         Raises:
-            TransferFailed: a worker did not come; said by the first rank.
+            TransferFailed: a worker did not come; only the first rank raises it.
         """
         self._client = RolloutWorkersClient(workers, deadline_s)
         self._source = source = PolicySource(tensors, getattr(torch, dtype))
         self._client.begin()
         if torch.cuda.is_available():
-            # Else vLLM would move this rank, and no other, to a stream of its own, of which DeepSpeed knows nothing.
+            # Otherwise vLLM would move this rank alone to a new CUDA stream, of which DeepSpeed knows nothing.
             torch.cuda.set_stream(torch.cuda.current_stream())
         try:
             self._trainer = WeightTransferTrainerFactory.trainer_init(
@@ -149,7 +151,7 @@ class WeightSender:
                     rank=rank,
                     address=address,
                     num_workers=len(workers),
-                    bucket_bytes=max(BUCKET_BYTES, source.largest_bytes()),
+                    bucket_bytes=max(SENT_BYTES, source.largest_bytes()),
                 ),
                 client=self._client,
                 source=source,
@@ -164,13 +166,13 @@ class WeightSender:
         """Sends the policy as it is now into every engine; the engines still have to pass the gate.
 
         Raises:
-            TransferFailed: a worker is gone, hangs or refused; said by the first rank, after the last tensor. No worker
-                may be taken to hold the policy, and this sender cannot be used again.
+            TransferFailed: a worker is gone, hangs or refused; only the first rank raises it, after the last tensor.
+                Assume that no worker has the policy, and do not use this sender again.
         """
         self._client.begin()
         try:
             self._trainer.send_weights()
-        except RuntimeError as error:  # of the connection: what ended it may be a worker that ended
+        except RuntimeError as error:  # the connection broke, perhaps because a worker died
             self._source.read_to_the_end()
             raise TransferFailed(_error_message(self._client.failure or error)) from error
         self._require_no_failure()
@@ -186,6 +188,7 @@ class WeightSender:
 def trainer_init_info(
     backend: WeightTransfer, *, rank: int, address: str, num_workers: int, bucket_bytes: int
 ) -> TrainerInitInfo:
+    """What vLLM's trainer engine of this backend must know."""
     if backend == "ipc":
         return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=bucket_bytes)
     host, port = address.rsplit(":", 1)

@@ -1,9 +1,9 @@
 """Weights into a running vLLM engine, through vLLM's own weight-transfer API.
 
-`shm` is ours: the learner writes one safetensors file on the node, and every engine of the node reads it when its turn
-comes. It needs no GPU, and works for engines on one as well. `nccl` and `ipc` are vLLM's, between GPUs: learner and
-engines take part at the same time (`actors/weight_sender.py` is the other end). An engine of any of the three also
-reads the file, which is how a worker gets its weights that joins when the others have theirs.
+`shm` is ours: the learner writes one safetensors file on the node, and every engine of the node reads it in its turn.
+It needs no GPU, and also works for engines on one. `nccl` and `ipc` are vLLM's, between GPUs: learner and engines take
+part at the same time (`actors/weight_sender.py` is the learner's end). An engine of any of the three can also read the
+file. So a worker that joins late gets the weights that the others have already.
 """
 
 from __future__ import annotations
@@ -11,22 +11,31 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from vllm.config import WeightTransferConfig, set_current_vllm_config
 from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+from vllm.distributed.utils import StatelessProcessGroup
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
-from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.ipc_engine import (
+    IPCWeightTransferEngine,
+    IPCWeightTransferInitInfo,
+    IPCWeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.nccl_engine import (
+    NCCLWeightTransferEngine,
+    NCCLWeightTransferInitInfo,
+    NCCLWeightTransferUpdateInfo,
+)
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from pipeline.config.cluster import WeightTransfer
@@ -34,33 +43,39 @@ from pipeline.errors import CheckpointError, TransferFailed
 from pipeline.rollouts.policy_files import PolicyFiles
 
 STOPPED = "weight transfer stopped"
-"""Key in the store through which learner and engines met."""
+"""Key that the sender sets in the store through which learner and engines met."""
 WATCH_S = 0.5
+"""How often a receiving engine looks for that key."""
+
+InitInfo = TypeVar("InitInfo", bound=WeightTransferInitInfo)
+UpdateInfo = TypeVar("UpdateInfo", bound=WeightTransferUpdateInfo)
+
+
+class LoadsWeights(Protocol):
+    """A vLLM model: torch's type of a module does not know this method."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Returns the names of the parameters that were set."""
 
 
 @dataclass
 class ShmInitInfo(WeightTransferInitInfo):
-    """Nothing to agree on: the file says what it holds."""
+    """Empty: the file says what it holds."""
 
 
 @dataclass
 class ShmUpdateInfo(WeightTransferUpdateInfo):
-    """Where the published weights lie."""
+    """The directory of the published weights."""
 
     location: str = ""
 
 
-class ReadsPublishedFile(WeightTransferEngine):
-    """What the engines of all three backends add to vLLM's."""
+class ReadsPublishedFile(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """What the engines of all three backends add to vLLM's: an update can come from the published file."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._files = PolicyFiles()
-
-    def init_transfer_engine(self, init_info: WeightTransferInitInfo) -> None:
-        """Meets a learner, after leaving the one before: a stage that starts again has new ranks."""
-        self.shutdown()
-        super().init_transfer_engine(init_info)
 
     def update_weights(self, update_info: dict) -> None:
         """Takes part of the weights as the backend does, or all of them from the file in `update_info["location"]`."""
@@ -73,7 +88,7 @@ class ReadsPublishedFile(WeightTransferEngine):
             if self.device.type != "cpu":
                 torch.accelerator.synchronize()
         except BaseException:
-            # Else the next update would begin with the parts that this one has left waiting.
+            # Without this the next update would begin with the parts that this one has not finished.
             self.finish_weight_update()
             raise
 
@@ -86,8 +101,9 @@ class ReadsPublishedFile(WeightTransferEngine):
         published = self._files.read(location)
         parameters = {name for name, _ in self.model.named_parameters()}
         with set_current_vllm_config(self.vllm_config):
-            loaded = self.model.load_weights(
-                (name, tensor.to(self.device, self.model_config.dtype)) for name, tensor in published.items()
+            dtype = cast(torch.dtype, self.model_config.dtype)  # a name only until vLLM has read the model's config
+            loaded = cast(LoadsWeights, self.model).load_weights(
+                (name, tensor.to(self.device, dtype)) for name, tensor in published.items()
             )
         missing = sorted(parameters - set(loaded))
         if missing:
@@ -98,14 +114,14 @@ class ReadsPublishedFile(WeightTransferEngine):
             )
 
 
-class ShmWeightTransferEngine(ReadsPublishedFile, WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
-    """Knows no other way than the file."""
+class ShmWeightTransferEngine(ReadsPublishedFile[ShmInitInfo, ShmUpdateInfo]):
+    """Takes weights from the published file only."""
 
     init_info_cls = ShmInitInfo
     update_info_cls = ShmUpdateInfo
 
     def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
-        """The file system is the transport; there is no rendezvous."""
+        """Nothing to do: the file system is the transport, so nobody has to meet."""
 
     def start_weight_update(self) -> None:
         with set_current_vllm_config(self.vllm_config):
@@ -119,23 +135,34 @@ class ShmWeightTransferEngine(ReadsPublishedFile, WeightTransferEngine[ShmInitIn
             finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
-        """Nothing is held open between updates."""
+        """Nothing to do: no connection stays open between updates."""
 
 
-class NcclWeightTransferEngine(ReadsPublishedFile, NCCLWeightTransferEngine):
+class NcclWeightTransferEngine(
+    ReadsPublishedFile[NCCLWeightTransferInitInfo, NCCLWeightTransferUpdateInfo], NCCLWeightTransferEngine
+):
     """Receives what the learner's first rank broadcasts, until that rank is gone or says that it stops."""
+
+    def init_transfer_engine(self, init_info: NCCLWeightTransferInitInfo) -> None:
+        """Meets a learner, after leaving the previous one: a stage that starts again has new ranks."""
+        self.shutdown()
+        super().init_transfer_engine(init_info)
 
     def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
         assert self.model_update_group is not None, "no learner was met"
-        with _watching(self.model_update_group):
+        with _giving_up_with_the_sender(self.model_update_group):
             super().receive_weights(update_info)
         if self.model_update_group.disabled:
             raise TransferFailed("the learner stopped sending: another engine failed, or the learner did")
 
 
 @contextmanager
-def _watching(communicator: PyNcclCommunicator) -> Iterator[None]:
-    """Within it, a broadcast that nobody completes is given up; NCCL itself waits for ever."""
+def _giving_up_with_the_sender(communicator: PyNcclCommunicator) -> Iterator[None]:
+    """Within it, a broadcast ends when the sender has stopped or is gone; NCCL itself waits for ever.
+
+    The calling thread is blocked inside NCCL meanwhile. So a second thread watches the sender, and destroys the
+    communicator under the first one, which ends the blocked call.
+    """
     done = threading.Event()
 
     def watch() -> None:
@@ -154,28 +181,46 @@ def _watching(communicator: PyNcclCommunicator) -> Iterator[None]:
 
 
 def stop_sending(communicator: PyNcclCommunicator) -> None:
-    """Ends a transfer for all who take part in it, from the sender's side and from any thread."""
-    communicator.group.store.set(STOPPED, b"1")
+    """Ends a transfer for learner and engines alike. The sender calls it, from any thread."""
+    # First: an engine must read why its broadcast ends.
+    _store(communicator).set(STOPPED, "1")
     communicator.destroy()
 
 
 def sender_stopped(communicator: PyNcclCommunicator) -> bool:
+    """Whether the sender has called `stop_sending`, or is gone."""
     try:
-        return communicator.group.store.check([STOPPED])
-    except RuntimeError:  # the sender keeps the store, and is gone
+        return _store(communicator).check([STOPPED])
+    except RuntimeError:  # the store lives in the sender's process, which is gone
         return True
 
 
-class IpcWeightTransferEngine(ReadsPublishedFile, IPCWeightTransferEngine):
+def _store(communicator: PyNcclCommunicator) -> torch.distributed.Store:
+    # vLLM joins learner and engines without a process group of torch.
+    return cast(StatelessProcessGroup, communicator.group).store
+
+
+class IpcWeightTransferEngine(
+    ReadsPublishedFile[IPCWeightTransferInitInfo, IPCWeightTransferUpdateInfo], IPCWeightTransferEngine
+):
     """Copies from the memory of the learner's rank on the same GPU."""
 
+    def init_transfer_engine(self, init_info: IPCWeightTransferInitInfo) -> None:
+        """As that of `NcclWeightTransferEngine`."""
+        self.shutdown()
+        super().init_transfer_engine(init_info)
 
-ENGINES = {"shm": ShmWeightTransferEngine, "nccl": NcclWeightTransferEngine, "ipc": IpcWeightTransferEngine}
+
+ENGINES: dict[WeightTransfer, type[WeightTransferEngine]] = {
+    "shm": ShmWeightTransferEngine,
+    "nccl": NcclWeightTransferEngine,
+    "ipc": IpcWeightTransferEngine,
+}
 
 
 def register(backend: WeightTransfer) -> WeightTransferConfig:
-    """Makes the backend known to vLLM in this process; safe to repeat. Returns what an engine is told to use it."""
-    # It warns of layers without parameters (rotary embeddings) at every update; a parameter left out is an error above.
+    """Makes the backend known to vLLM in this process; safe to repeat. Returns the engine option that chooses it."""
+    # At every update vLLM warns of layers without parameters (rotary embeddings). A missing parameter is an error here.
     logging.getLogger(initialize_layerwise_reload.__module__).setLevel(logging.ERROR)
     name = f"published_or_{backend}"
     with contextlib.suppress(ValueError):  # already registered

@@ -29,7 +29,7 @@ class RolloutWaits:
 
     @property
     def learner_s(self) -> float:
-        """What the learner did meanwhile: from the start of the batch until it asked for it."""
+        """How long the learner worked: from the start of the batch until it waited for the batch."""
         return self.rollout_s + self.queue_wait_s - self.learner_wait_s
 
 
@@ -74,7 +74,7 @@ def decide_workers(
 
 
 class Autoscaler:
-    """Remembers the last change and when it was; asked between batches."""
+    """Decides between batches; remembers the last change and its time."""
 
     def __init__(self, config: AutoscaleConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._config = config

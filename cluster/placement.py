@@ -33,7 +33,7 @@ def pack_bundles(count: int, *, cpus: float, gpus: float, timeout_s: float, name
     """Reserves `count` equal bundles, on as few nodes as possible.
 
     Raises:
-        ResourceError: they were not free in time; says what was asked for and what is free.
+        ResourceError: they were not free in time; the message names the request and what is free.
     """
     bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
     group = placement_group([bundle] * count, strategy="PACK")

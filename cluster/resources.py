@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from cluster.engine_build import resolve_rollout
 from pipeline.config.cluster import ClusterConfig, RanksConfig, RolloutPlacement
 from pipeline.errors import ResourceError
 
@@ -84,7 +85,7 @@ def _rollout(cluster: ClusterConfig) -> Demand:
         setting="cluster.rollout.workers",
         count=cluster.rollout.workers,
         cpus=cluster.rollout.cpus_per_worker,
-        gpus=cluster.rollout.gpus_per_worker,
+        gpus=resolve_rollout(cluster.rollout).gpus_per_worker,
     )
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from cluster.engine_build import resolve_rollout
 from cluster.resources import fits, plan_resources
 from pipeline.config.cluster import RolloutPlacement, WeightTransfer
 from pipeline.config.recipe import Recipe
+from pipeline.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutPlan:
-    """The decision."""
+    """Where the engines stand, and the way of the weights to them."""
 
     placement: RolloutPlacement
     weight_transfer: WeightTransfer
@@ -39,16 +41,23 @@ def plan_rollouts(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> Rollo
     Args:
         recipe: the schema has refused what no cluster could do.
         nodes: each node's total {"CPU": ..., "GPU": ...}; none where the cluster is not known yet.
+
+    Raises:
+        ConfigError: the recipe asks for transfers between GPUs, and the engines that are installed here have none.
     """
     cluster, rollout = recipe.cluster, recipe.cluster.rollout
+    gpus_per_worker = resolve_rollout(rollout).gpus_per_worker
+    message = cluster.why_gpus_do_not_suffice(gpus_per_worker)
+    if message:
+        raise ConfigError(f"cluster.{message}. The recipe leaves gpus_per_worker to the vLLM that is installed here.")
     shares = rollout.asks_for_shared_gpus or (
         rollout.placement is None
         and rollout.weight_transfer != "nccl"
-        and recipe.could_share_gpus
+        and recipe.could_share_gpus(gpus_per_worker)
         and not fits(plan_resources(cluster), nodes)
         and fits(plan_resources(cluster, "colocated"), nodes)
     )
     if shares:
         return RolloutPlan(placement="colocated", weight_transfer=rollout.weight_transfer or "ipc")
-    default: WeightTransfer = "nccl" if cluster.takes_whole_gpus else "shm"
+    default: WeightTransfer = "nccl" if cluster.takes_whole_gpus(gpus_per_worker) else "shm"
     return RolloutPlan(placement="disaggregated", weight_transfer=rollout.weight_transfer or default)

@@ -7,50 +7,61 @@
     python jobs/compare_policies.py base/model_outputs.json aligned/model_outputs.json --questions planted.json \\
         --judgments gold/annotations.json --objectives helpfulness,honesty --out comparison.html
 
-Reads answers of any generator in the layouts of AlpacaEval, Arena-Hard and MT-Bench: a file of one policy, or the
-directory that generate_benchmark wrote, with every benchmark in it. Its answers to our own prompts carry rewards, and
-the reward model is then a judge as well. The first policy is what the others are held against. --judgments are files of
-judge_benchmark about these answers, --scores those of score_benchmark.
+Reads answers of any generator in the layouts of AlpacaEval, Arena-Hard and MT-Bench. A path is a file of one policy, or
+the directory that generate_benchmark wrote, with every benchmark in it. Answers of the pipeline's own benchmark carry
+rewards; the reward model is then a judge as well. Every other policy is compared with the first one. --judgments are
+files of judge_benchmark about these answers, --scores those of score_benchmark.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.errors import PipelineError
+from jobs.command_line import Command
+from pipeline.errors import DataError
 
 
 def compare_policies(options: argparse.Namespace) -> None:
-    """Writes the page."""
-    from pipeline.benchmark.policy_comparison import contest as comparison
-    from pipeline.benchmark.policy_comparison import contest_files as comparison_files
-    from pipeline.benchmark.policy_comparison import contest_page as comparison_page
-    from pipeline.benchmark.policy_comparison.leaderboard import leaderboard, read_scores
+    """Writes the page.
 
-    questions = comparison_files.read_questions(options.questions)
-    files = [file for place in options.answers for file in comparison_files.answer_files(place)]
-    contests = comparison.contests([comparison_files.read_policy(file, questions) for file in files])
-    html = comparison_page.comparison_page(
-        comparison_page.judged_contests(contests, comparison_files.read_judgments(options.judgments)),
+    Raises:
+        DataError: a file cannot be read, or the page cannot be written.
+    """
+    try:
+        html = _comparison_page(options)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(html)
+    except OSError as error:
+        raise DataError(str(error)) from error
+    print(f"comparison: {options.out.resolve()}")
+
+
+def _comparison_page(options: argparse.Namespace) -> str:
+    from pipeline.benchmark.policy_comparison.contest import answer_summaries, build_contests
+    from pipeline.benchmark.policy_comparison.judgment_files import read_judgments
+    from pipeline.benchmark.policy_comparison.leaderboard import leaderboard, read_scores
+    from pipeline.benchmark.policy_comparison.policy_answers import answer_files, read_policy_answers, read_questions
+    from pipeline.reporting.comparison_page import comparison_page, judged_contests
+
+    questions = read_questions(options.questions)
+    files = [file for place in options.answers for file in answer_files(place)]
+    contests = build_contests([read_policy_answers(file, questions) for file in files])
+    return comparison_page(
+        judged_contests(contests, read_judgments(options.judgments)),
         leaderboard=leaderboard(
             tuple(dict.fromkeys(policy for contest in contests for policy in contest.policies)),
             read_scores(options.scores),
             {
-                contest.benchmark: {policy: means["words"] for policy, means in comparison.summaries(contest).items()}
+                contest.benchmark: {policy: means["words"] for policy, means in answer_summaries(contest).items()}
                 for contest in contests
             },
         ),
         objectives=tuple(filter(None, options.objectives.split(","))),
     )
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(html)
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("answers", nargs="+", type=Path, metavar="PATH", help="a policy's answers: file or directory")
     parser.add_argument("--judgments", nargs="+", type=Path, default=[], metavar="FILE", help="of judge_benchmark")
     parser.add_argument("--scores", nargs="+", type=Path, default=[], metavar="FILE", help="<benchmark>.json: Table 1")
@@ -63,19 +74,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="question.jsonl of Arena-Hard and MT-Bench; instructions.jsonl or planted.json add categories",
     )
     parser.add_argument("--objectives", default="", help="their names, in the recipe's order: helpfulness,honesty,...")
-    parser.add_argument("--out", type=Path, default=Path("comparison.html"))
-    return parser.parse_args(arguments)
+    parser.add_argument("--out", type=Path, default=Path("comparison.html"), metavar="FILE", help="%(default)s")
 
 
-def main() -> None:
-    options = parse()
-    try:
-        compare_policies(options)
-    except (PipelineError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"comparison: {options.out.resolve()}")
-
+compare_policies_command = Command(documentation=__doc__, add_options=_add_options, run=compare_policies)
 
 if __name__ == "__main__":
-    main()
+    compare_policies_command()

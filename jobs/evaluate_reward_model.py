@@ -5,104 +5,101 @@
     python jobs/evaluate_reward_model.py --model .../other/result --pairs pairs.jsonl --out runs/eval-bt \\
         --compare runs/eval-vrm/rows.jsonl
 
-A row is {"prompt": text | messages, "chosen": ..., "rejected": ..., "subset", "id"}; chosen and rejected are a text, a
+A row is {"prompt": text | messages, "chosen": ..., "rejected": ..., "subset", "id"}. Chosen and rejected are a text, a
 conversation that ends with the response, or a list of texts. Writes rows.jsonl (the scores) and metrics.json; the same
-command again goes on where it stopped. One process, no Ray.
+command again continues where it stopped. One process, no Ray.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
+from jobs.command_line import Command
 from pipeline.config.cluster import ScoringConfig
-from pipeline.errors import ConfigError, PipelineError
-from pipeline.evaluation.reward_evaluation import BENCHMARKS, as_json, as_table, compare, evaluate, survey
+from pipeline.errors import ConfigError
+from pipeline.evaluation.reward_evaluation import (
+    REWARD_BENCHMARKS,
+    as_json,
+    evaluate,
+    evaluation_table,
+    metric_differences,
+    survey,
+)
 from pipeline.stages.metrics_log import as_clock
 
 SECONDS_BETWEEN_LINES = 5.0
 
 
-def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="result directory of train_reward_model")
-    parser.add_argument("--pairs", required=True, nargs="+", metavar="FILE", help=".jsonl or .parquet, or directories")
-    parser.add_argument("--out", required=True, type=Path, help="directory for rows.jsonl and metrics.json")
-    parser.add_argument("--benchmark", choices=sorted(BENCHMARKS), default="pairs", help="how rows are aggregated")
-    parser.add_argument("--subset-field", help="field that names the subset; default subset, for rm_bench domain")
-    parser.add_argument("--compare", type=Path, metavar="ROWS", help="rows.jsonl of another model on the same rows")
-    parser.add_argument("--trained-on", nargs="+", default=(), metavar="FILE", help="count prompts shared with these")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default cuda where there is one")
-    parser.add_argument("--max-tokens-per-batch", type=int, default=ScoringConfig().max_tokens_per_batch)
-    return parser.parse_args(arguments)
-
-
-def evaluate_reward_model(asked: argparse.Namespace) -> str:
-    """Scores, aggregates, writes; the table of results. All that can be wrong with the input is found before a model
-    is loaded."""
+def evaluate_reward_model(options: argparse.Namespace) -> str:
+    """Scores, aggregates, writes; returns the table of results. Checks all input before a model is loaded."""
     # torch is imported behind --help.
-    import numpy as np
-    import torch
-
-    from pipeline.data.evaluation_examples import prompt_key, read_comparisons
+    from pipeline.data.evaluation_examples import read_examples
     from pipeline.data.files import content_fingerprint
-    from pipeline.data.prompts import read_prompts
     from pipeline.evaluation.reward_scorer import RewardModelScorer
-    from pipeline.evaluation.score_examples import read_scored, score_to_file
-    from pipeline.evaluation.scored_rows import key_column
-    from pipeline.learning.memory import keep_freed_memory
+    from pipeline.evaluation.scored_rows_file import read_scored_rows, shared_prompts_note, write_scored_rows
     from pipeline.models.reward_model import read_card
 
-    device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda, but torch sees no GPU. Leave it out to score on the CPU.")
-    keep_freed_memory(torch.device(device))
-    read_card(asked.model)
-    subset_field = asked.subset_field or ("domain" if asked.benchmark == "rm_bench" else None)
-    seen = survey(read_comparisons(asked.pairs, subset_field=subset_field), asked.benchmark)
-    notes = list(seen.notes)
-    if asked.trained_on:
-        trained_on = key_column(prompt_key(messages) for _, messages in read_prompts(asked.trained_on))
-        shared = np.intersect1d(seen.prompt_keys, trained_on)
-        notes.append(f"{len(shared)} of {len(seen.prompt_keys)} prompts also stand in the training files")
+    device = scoring_device(options.device)
+    read_card(options.model)
+    subset_field = options.subset_field or ("domain" if options.benchmark == "rm_bench" else None)
+    found = survey(read_examples(options.pairs, subset_field=subset_field), options.benchmark)
+    notes = list(found.notes)
+    if options.trained_on:
+        notes.append(shared_prompts_note(found.prompt_keys, options.trained_on))
     other = None
-    if asked.compare:
-        other_rows, other = read_scored(asked.compare)
-        other_rows = other_rows.in_order_of(seen.content_key, place=str(asked.compare))
+    if options.compare:
+        other_rows, other = read_scored_rows(options.compare)
+        other_rows = other_rows.in_order_of(found.content_key, place=str(options.compare))
 
-    scored_by = f"{content_fingerprint(asked.model)[:16]}/{device}"
-    asked.out.mkdir(parents=True, exist_ok=True)
-    rows_file, metrics_file = asked.out / "rows.jsonl", asked.out / "metrics.json"
-    score_to_file(
-        read_comparisons(asked.pairs, subset_field=subset_field),
+    scored_by = f"{content_fingerprint(options.model)[:16]}/{device}"
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows_file, metrics_file = options.out / "rows.jsonl", options.out / "metrics.json"
+    write_scored_rows(
+        read_examples(options.pairs, subset_field=subset_field),
         rows_file,
         scored_by=scored_by,
         load_scorer=lambda: RewardModelScorer.load(
-            asked.model, max_tokens_per_batch=asked.max_tokens_per_batch, device=device
+            options.model, max_tokens_per_batch=options.max_tokens_per_batch, device=device
         ),
-        report=progress(len(seen.content_key)),
+        report=progress(len(found.content_key)),
     )
-    rows, _ = read_scored(rows_file)
-    evaluation = evaluate(rows, asked.benchmark, seed=asked.seed)
-    differences = {} if other is None else compare(rows, other_rows, asked.benchmark, seed=asked.seed)
+    rows, _ = read_scored_rows(rows_file)
+    evaluation = evaluate(rows, options.benchmark, seed=options.seed)
+    differences = {} if other is None else metric_differences(rows, other_rows, options.benchmark, seed=options.seed)
     record = {
-        "model": asked.model,
+        "model": options.model,
         "scored_by": scored_by,
-        "benchmark": asked.benchmark,
-        "files": {file: content_fingerprint(file) for file in asked.pairs},
-        "seed": asked.seed,
+        "benchmark": options.benchmark,
+        "files": {file: content_fingerprint(file) for file in options.pairs},
+        "seed": options.seed,
         "notes": notes,
         **as_json(evaluation),
         "compared_with": other,
         "differences": as_json(differences),
     }
     metrics_file.write_text(json.dumps(record, indent=1) + "\n")
-    return "\n".join([as_table(evaluation, differences), "", *notes, f"{rows_file}, {metrics_file}"])
+    return "\n".join([evaluation_table(evaluation, differences), "", *notes, f"{rows_file}, {metrics_file}"])
+
+
+def scoring_device(name: str | None) -> str:
+    """The device of that name, or the best there is.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    import torch
+
+    from pipeline.learning.memory import keep_freed_memory
+
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda, but torch sees no GPU. Leave it out to score on the CPU.")
+    keep_freed_memory(torch.device(device))
+    return device
 
 
 def progress(total: int) -> Callable[[int, int], None]:
@@ -120,14 +117,27 @@ def progress(total: int) -> Callable[[int, int], None]:
     return report
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    asked = options(arguments)
-    try:
-        print("\n" + evaluate_reward_model(asked))
-    except PipelineError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2)
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="result directory of train_reward_model")
+    parser.add_argument("--pairs", required=True, nargs="+", metavar="FILE", help=".jsonl or .parquet, or directories")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="for rows.jsonl and metrics.json")
+    parser.add_argument(
+        "--benchmark", choices=sorted(REWARD_BENCHMARKS), default="pairs", help="how rows are aggregated"
+    )
+    parser.add_argument("--subset-field", metavar="NAME", help="names the subset (subset, for rm_bench domain)")
+    parser.add_argument("--compare", type=Path, metavar="ROWS", help="rows.jsonl of another model on the same rows")
+    parser.add_argument("--trained-on", nargs="+", default=(), metavar="FILE", help="count prompts shared with these")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default cuda where there is one")
+    default_tokens = ScoringConfig().max_tokens_per_batch
+    parser.add_argument("--max-tokens-per-batch", type=int, default=default_tokens, metavar="N", help="(%(default)s)")
 
+
+evaluate_reward_model_command = Command(
+    documentation=__doc__,
+    add_options=_add_options,
+    run=lambda options: print("\n" + evaluate_reward_model(options)),
+)
 
 if __name__ == "__main__":
-    main()
+    evaluate_reward_model_command()

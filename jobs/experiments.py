@@ -1,5 +1,4 @@
-"""Experiments on the reward model and on alignment: every variant with every seed, over the whole cluster, in one table
-and figures.
+"""Every variant of an experiment with every seed, over the whole cluster, in one table and figures.
 
     python jobs/experiments.py heads --recipe experiments_tiny --out runs/heads --seeds 0 1 2
     python jobs/experiments.py overoptimization --out runs/overoptimization --seeds 0 1 2
@@ -13,22 +12,21 @@ computes only the runs that are missing, and experiments that share a run share 
 
 A backbone that does not train (trainable_layers: 0) is run once over the pairs, for all runs and later experiments.
 
-Writes runs/<config hash>.json, <experiment>*.csv, <experiment>.txt and <experiment>*.png; under states/ what frozen
-backbones said, under shared/ the policies and reward models that runs of overoptimization share.
+Writes runs/<config hash>.json, <experiment>*.csv, <experiment>.txt and <experiment>*.png. States of frozen backbones go
+to states/. Policies and reward models that runs of overoptimization share go to shared/.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.resources import Demand, StageDemand, as_table
-from jobs.command_line import BAD_INPUT, place
+from jobs.command_line import Command, absolute_place, add_overrides, add_recipe
 from pipeline.config.load import load_recipe
 from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError, CorruptManifest, PipelineError, WorkerError
@@ -45,27 +43,27 @@ HEADLINE = {"reward_model": ("accuracy", "eval/accuracy"), "policy": ("gold win 
 """What an experiment trains -> the number on a progress line, and where the run keeps it."""
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Options and overrides, which may stand anywhere, behind the seeds too.
-
-    Raises:
-        ConfigError: a seed is no number.
-    """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=sorted(EXPERIMENTS))
-    parser.add_argument("--recipe", help="a name in jobs/recipes, or a path to a .yaml; default the experiment's own")
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", choices=sorted(EXPERIMENTS), metavar="experiment", help=", ".join(EXPERIMENTS))
+    add_recipe(parser, help="a name, or a path to a .yaml file; default the experiment's own")
     parser.add_argument("--out", required=True, help="directory for results; several experiments may share it")
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"], metavar="SEED", help="0 1 2")
     parser.add_argument("--dry-run", action="store_true", help="print the runs and what each of them holds, and stop")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="of the recipe")
-    asked = parser.parse_intermixed_args(arguments)
-    asked.recipe = asked.recipe or EXPERIMENTS[asked.experiment].recipe
-    asked.overrides += [word for word in asked.seeds if "=" in word]  # argparse takes them for seeds
-    seeds = [word for word in asked.seeds if "=" not in word]
+    add_overrides(parser, "of the recipe")
+
+
+def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """
+    Raises:
+        ConfigError: a seed is no number.
+    """
+    options.recipe = options.recipe or EXPERIMENTS[options.experiment].recipe
+    # argparse takes overrides that stand behind the seeds for seeds.
+    options.overrides += [word for word in options.seeds if "=" in word]
+    seeds = [word for word in options.seeds if "=" not in word]
     if not all(word.isdecimal() for word in seeds):
         raise ConfigError(f"--seeds {' '.join(seeds)}: seeds are whole numbers from 0, as in --seeds 0 1 2")
-    asked.seeds = [int(word) for word in seeds]
-    return asked
+    options.seeds = [int(word) for word in seeds]
 
 
 def demand_of(recipe: Recipe) -> Demand:
@@ -99,7 +97,11 @@ def compute_on_the_cluster(runs: Sequence[Run], out: str) -> Iterable[tuple[int,
 
 
 def finish_runs(runs: Sequence[Run], out: str, compute: Compute) -> tuple[list[FinishedRun], list[str]]:
-    """What lies in `out`, and the rest computed and committed run by run; and a letter for every run that failed."""
+    """Computes and commits what `out` lacks, run by run.
+
+    Returns:
+        Every finished run, and an error message for every run that failed.
+    """
     from pipeline.experiments.findings import FinishedRun
 
     missing: dict[str, Run] = {}
@@ -110,14 +112,14 @@ def finish_runs(runs: Sequence[Run], out: str, compute: Compute) -> tuple[list[F
     print(f"{len(runs)} runs, {len(runs) - len(todo)} finished before, {len(todo)} to do", flush=True)
     for count, (index, outcome) in enumerate(compute(todo, out) if todo else (), start=1):
         run = todo[index]
-        told = f"{count:>4}/{len(todo)}  {run.variant.name}, seed {run.seed}"
+        progress = f"{count:>4}/{len(todo)}  {run.variant.name}, seed {run.seed}"
         if isinstance(outcome, PipelineError):
             failures.append(f"{run.variant.name}, seed {run.seed}: {type(outcome).__name__}: {outcome}")
-            print(f"{told}  failed", flush=True)
+            print(f"{progress}  failed", flush=True)
             continue
         _commit(run, outcome, out)
         what, metric = HEADLINE[run.trains]
-        print(f"{told}  {what} {outcome['metrics'][metric]:.3f}  {outcome['seconds']:.0f} s", flush=True)
+        print(f"{progress}  {what} {outcome['metrics'][metric]:.3f}  {outcome['seconds']:.0f} s", flush=True)
     results = ((run, _read(run, out)) for run in runs)
     return [FinishedRun(run=run, result=result) for run, result in results if result is not None], failures
 
@@ -162,16 +164,16 @@ def _read(run: Run, out: str) -> Mapping[str, Any] | None:
 def report(name: str, finished: Sequence[FinishedRun], out: str) -> str:
     """Writes table and figures, returns the findings in words."""
     from pipeline.experiments.figures import write_figures
-    from pipeline.experiments.findings import POLICY_COLUMNS, compare, in_words, results_csv
-    from pipeline.experiments.policy_findings import curves_csv, policies_in_words
+    from pipeline.experiments.findings import POLICY_COLUMNS, findings_text, paired_differences, results_csv
+    from pipeline.experiments.policy_findings import curves_csv, policy_findings_text
 
     experiment = EXPERIMENTS[name]
     if experiment.trains == "policy":
-        words = policies_in_words(experiment, finished)
+        words = policy_findings_text(experiment, finished)
         tables = {name: results_csv(finished, (*POLICY_COLUMNS,)), f"{name}_curves": curves_csv(finished)}
     else:
-        comparisons = compare(finished, experiment.compare_with) if experiment.compare_with else []
-        words = in_words(experiment, finished, comparisons)
+        comparisons = paired_differences(finished, experiment.compare_with) if experiment.compare_with else []
+        words = findings_text(experiment, finished, comparisons)
         tables = {name: results_csv(finished)}
     with storage.writing(out) as directory:
         for table, text in tables.items():
@@ -181,7 +183,7 @@ def report(name: str, finished: Sequence[FinishedRun], out: str) -> str:
     return words
 
 
-def run_experiment(asked: argparse.Namespace, compute: Compute) -> str:
+def run_experiment(options: argparse.Namespace, compute: Compute = compute_on_the_cluster) -> str:
     """Plans, computes what is missing, reports.
 
     Raises:
@@ -190,33 +192,30 @@ def run_experiment(asked: argparse.Namespace, compute: Compute) -> str:
     """
     from pipeline.data.run_data import data_fingerprints
 
-    recipe = load_recipe(asked.recipe, asked.overrides)
-    out = place(asked.out, option="--out")
-    runs = plan_runs(
-        EXPERIMENTS[asked.experiment], asked.recipe, asked.overrides, asked.seeds, data_fingerprints(recipe)
-    )
-    if asked.dry_run:
+    recipe = load_recipe(options.recipe, options.overrides)
+    out = absolute_place(options.out, option="--out")
+    experiment = EXPERIMENTS[options.experiment]
+    runs = plan_runs(experiment, options.recipe, options.overrides, options.seeds, data_fingerprints(recipe))
+    if options.dry_run:
         listed = "\n".join(f"{run.config_hash}  seed {run.seed}  {run.variant.name}" for run in runs)
         return f"{listed}\n\n{as_table([StageDemand(stage='one run', demands=(demand_of(recipe),))])}"
     finished, failures = finish_runs(runs, out, compute)
-    words = report(asked.experiment, finished, out) if finished else ""
+    words = report(options.experiment, finished, out) if finished else ""
     if failures:
         print(words, flush=True)
         raise WorkerError(
             f"{len(failures)} of {len(runs)} runs failed; the others are committed in {out}, and the same command "
             "tries these again:\n  " + "\n  ".join(failures)
         )
-    return f"{words}\n\n{out}: {asked.experiment}.csv, {asked.experiment}.png, {asked.experiment}_curves.png"
+    return f"{words}\n\n{out}: {options.experiment}.csv, {options.experiment}.png, {options.experiment}_curves.png"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    try:
-        asked = parse(arguments)
-        print(run_experiment(asked, compute_on_the_cluster))
-    except PipelineError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
-
+experiment_command = Command(
+    documentation=__doc__,
+    add_options=_add_options,
+    check_options=_check_options,
+    run=lambda options: print(run_experiment(options)),
+)
 
 if __name__ == "__main__":
-    main()
+    experiment_command()

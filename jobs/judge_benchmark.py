@@ -13,9 +13,9 @@
         --judge replay:judgments.cache --out model_judgment/gpt-4_single.jsonl
 
 The key of an endpoint is read from VRM_JUDGE_API_KEY (another variable: --api-key-env). gold:planted is the annotator
-of the planted world, for its prompts alone. Every judgment is kept in <out>.cache as it comes: a run that was stopped
-asks only for what is missing. <out>.summary.json says what was asked, what failed and what it cost. Exits with 1 when
-requests stayed unanswered; the same command then asks for those alone.
+of the planted world, for its prompts alone. Every judgment is kept in <out>.cache as it comes. A run that was stopped
+asks only for what is missing. <out>.summary.json counts requests, failures and costs. The exit code is 1 when requests
+stayed unanswered; the same command then repeats those alone.
 """
 
 from __future__ import annotations
@@ -25,29 +25,37 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from jobs.command_line import Command
 from pipeline.benchmark.alpaca_eval import judging as alpaca_eval_judging
-from pipeline.benchmark.arena_hard import files as arena_hard_files
+from pipeline.benchmark.alpaca_eval.model_outputs import read_model_outputs
 from pipeline.benchmark.arena_hard import judging as arena_hard_judging
-from pipeline.benchmark.arena_hard.win_rates import parse_verdict
-from pipeline.benchmark.judges.chat import ChatJudge, ChatLimits
-from pipeline.benchmark.judges.judging import Judge, JudgedBenchmark, collect
-from pipeline.benchmark.judges.judging_account import JudgingAccount, account, read_price
+from pipeline.benchmark.arena_hard.answers import read_arena_answers
+from pipeline.benchmark.arena_hard.battles import parse_verdict
+from pipeline.benchmark.arena_hard.questions import read_arena_questions
+from pipeline.benchmark.judges.chat_judge import ChatJudge, ChatLimits
+from pipeline.benchmark.judges.collect_outcomes import collect_outcomes
+from pipeline.benchmark.judges.judge import Judge
+from pipeline.benchmark.judges.judged_benchmark import JudgedBenchmark
+from pipeline.benchmark.judges.judging_account import JudgingAccount, judging_account, read_price
 from pipeline.benchmark.judges.judgment_cache import JudgmentCache
-from pipeline.benchmark.judges.replay import ReplayJudge
-from pipeline.benchmark.mt_bench import grades as mt_bench
+from pipeline.benchmark.judges.replay_judge import ReplayJudge
 from pipeline.benchmark.mt_bench import judging as mt_bench_judging
+from pipeline.benchmark.mt_bench.answers import read_mt_bench_answers
+from pipeline.benchmark.mt_bench.grades import parse_grade
+from pipeline.benchmark.mt_bench.questions import read_mt_bench_questions
 from pipeline.data.files import content_fingerprint
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError
 from pipeline.stages import storage
 
-UNANSWERED, BAD_INPUT = 1, 2
+UNANSWERED = 1
+"""Exit code: some requests have no judgment yet."""
 PROGRESS_S = 10.0
 SCORING_JUDGES = ("vrm:", "gold:")
 """They score answers and compare the scores, and so read no prompt."""
@@ -57,35 +65,39 @@ SCORING_TOKENS = 8192
 
 def open_alpaca_eval(options: argparse.Namespace) -> JudgedBenchmark:
     return alpaca_eval_judging.AlpacaEvalJudging(
-        alpaca_eval_judging.read_model_outputs(options.answers),
-        alpaca_eval_judging.read_model_outputs(options.baseline),
-        alpaca_eval_judging.read_chatml(options.templates) if options.templates else alpaca_eval_judging.UNREAD,
+        read_model_outputs(options.answers),
+        read_model_outputs(options.baseline),
+        alpaca_eval_judging.read_chatml(options.templates)
+        if options.templates
+        else alpaca_eval_judging.ANSWERS_ONLY_MESSAGES,
         annotator=options.templates.stem if options.templates else "scored",
     )
 
 
 def open_arena_hard(options: argparse.Namespace) -> JudgedBenchmark:
     return arena_hard_judging.ArenaHardJudging(
-        arena_hard_judging.read_arena_questions(options.questions),
-        arena_hard_files.read_answers([str(options.answers)]),
-        arena_hard_files.read_answers([str(options.baseline)]),
-        arena_hard_judging.read_arena_template(options.templates) if options.templates else arena_hard_judging.UNREAD,
+        read_arena_questions(options.questions),
+        read_arena_answers([str(options.answers)]),
+        read_arena_answers([str(options.baseline)]),
+        arena_hard_judging.read_arena_template(options.templates)
+        if options.templates
+        else arena_hard_judging.ANSWERS_ONLY_PROMPT,
         parse=partial(parse_verdict, rules="v2"),
     )
 
 
 def open_mt_bench(options: argparse.Namespace) -> JudgedBenchmark:
     return mt_bench_judging.MTBenchJudging(
-        mt_bench_judging.read_mt_bench_questions(options.questions),
-        mt_bench.read_answers([str(options.answers)]),
-        mt_bench.read_answers([str(options.references)]),
+        read_mt_bench_questions(options.questions),
+        read_mt_bench_answers([str(options.answers)]),
+        read_mt_bench_answers([str(options.references)]),
         mt_bench_judging.read_grading_templates(options.templates),
-        parse=mt_bench.parse_score,
+        parse=parse_grade,
     )
 
 
-class Benchmark(NamedTuple):
-    """How a benchmark is opened."""
+class JudgingSetup(NamedTuple):
+    """What a benchmark needs to be judged, and where its judgments go."""
 
     open: Callable[[argparse.Namespace], JudgedBenchmark]
     needs: set[str]
@@ -95,9 +107,9 @@ class Benchmark(NamedTuple):
 
 
 BENCHMARKS = {
-    "alpaca_eval": Benchmark(open_alpaca_eval, {"baseline"}, ".json"),
-    "arena_hard": Benchmark(open_arena_hard, {"baseline", "questions"}, ".jsonl"),
-    "mt_bench": Benchmark(open_mt_bench, {"questions", "references"}, ".jsonl"),
+    "alpaca_eval": JudgingSetup(open_alpaca_eval, {"baseline"}, ".json"),
+    "arena_hard": JudgingSetup(open_arena_hard, {"baseline", "questions"}, ".jsonl"),
+    "mt_bench": JudgingSetup(open_mt_bench, {"questions", "references"}, ".jsonl"),
 }
 
 
@@ -135,7 +147,7 @@ def open_reward_model(directory: str) -> Judge:
     # Only this judge needs torch.
     import torch
 
-    from pipeline.benchmark.judges.reward_model import RewardModelJudge
+    from pipeline.benchmark.judges.reward_model_judge import RewardModelJudge
     from pipeline.evaluation.reward_scorer import RewardModelScorer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -144,8 +156,8 @@ def open_reward_model(directory: str) -> Judge:
 
 
 def open_gold() -> Judge:
-    from pipeline.benchmark.judges.gold import GoldScorer
-    from pipeline.benchmark.judges.reward_model import RewardModelJudge
+    from pipeline.benchmark.judges.gold_scorer import GoldScorer
+    from pipeline.benchmark.judges.reward_model_judge import RewardModelJudge
 
     return RewardModelJudge(GoldScorer(), model="gold-planted", name="gold")
 
@@ -164,17 +176,17 @@ def progress_line() -> Callable[[int, int], None]:
 
 
 def judge_benchmark(options: argparse.Namespace) -> JudgingAccount:
-    """Writes the rows and the summary; every input is read before anything is asked."""
+    """Writes the rows and the summary. Reads every input before the first request."""
     benchmark = BENCHMARKS[options.benchmark].open(options)
     judge = open_judge(options)
     price = None if options.prices is None else read_price(options.prices, judge.model)
     storage.require_writable(str(options.out.parent), needs_bytes=0)
-    # A replay file may be edited and replayed again: what it says is not remembered anywhere else.
+    # A replay file may be edited and replayed again, so its judgments are cached nowhere else.
     remembers = not isinstance(judge, ReplayJudge)
     with JudgmentCache.open(options.cache) if remembers else nullcontext() as cache:
-        collected = collect(judge, benchmark.requests, cache, progress=progress_line())
+        collected = collect_outcomes(judge, benchmark.requests, cache, progress=progress_line())
     judged = benchmark.rows(collected.outcomes, judge)
-    costs = account(judge, collected, unparsed=judged.unparsed, price=price)
+    costs = judging_account(judge, collected, unparsed=judged.unparsed, price=price)
     if options.out.suffix == ".json":
         text = json.dumps(judged.rows, indent=1, ensure_ascii=False)
     else:
@@ -192,12 +204,13 @@ def judge_benchmark(options: argparse.Namespace) -> JudgingAccount:
     return costs
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--benchmark", required=True, choices=sorted(BENCHMARKS))
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--benchmark", required=True, choices=sorted(BENCHMARKS), metavar="NAME", help=", ".join(sorted(BENCHMARKS))
+    )
     parser.add_argument("--answers", required=True, type=Path, metavar="FILE", help="of the model that is judged")
     parser.add_argument("--templates", type=Path, metavar="FILE", help="the judge's prompts; vrm and gold read none")
-    parser.add_argument("--judge", required=True, metavar="URL|replay:FILE|vrm:DIR|gold:planted", help="who judges")
+    parser.add_argument("--judge", required=True, metavar="JUDGE", help="URL, vrm:DIR, gold:planted or replay:FILE")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="annotations.json or judgments .jsonl")
     parser.add_argument("--cache", type=Path, metavar="FILE", help="judgments so far (<out>.cache)")
     parser.add_argument("--prices", type=Path, metavar="FILE", help='{model: {"prompt": ..., "completion": ...}}, JSON')
@@ -207,10 +220,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     endpoint = parser.add_argument_group("endpoints only")
     endpoint.add_argument("--model", help="the judge's name at the endpoint")
     endpoint.add_argument("--api-key-env", default="VRM_JUDGE_API_KEY", metavar="NAME", help="of its key (%(default)s)")
-    endpoint.add_argument("--concurrency", type=int, default=8, help="requests at a time (%(default)s)")
+    endpoint.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests at a time (%(default)s)")
     endpoint.add_argument("--requests-per-minute", type=float, metavar="N", help="starts of requests, retries included")
-    endpoint.add_argument("--deadline-s", type=float, default=300.0, help="for a request and its retries (%(default)s)")
-    options = parser.parse_args(arguments)
+    endpoint.add_argument(
+        "--deadline-s", type=float, default=300.0, metavar="S", help="for a request and its retries (%(default)s)"
+    )
+
+
+def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     _, needed, suffix = BENCHMARKS[options.benchmark]
     if options.out.suffix != suffix:
         parser.error(f"{options.benchmark} is written to a {suffix} file, not to {options.out}")
@@ -222,16 +239,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"{options.benchmark} needs --templates, the prompts that {options.judge} reads")
     if options.cache is None:
         options.cache = options.out.with_name(f"{options.out.name}.cache")
-    return options
 
 
-def main() -> None:
-    options = parse()
-    try:
-        costs = judge_benchmark(options)
-    except PipelineError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+def _judge_and_report(options: argparse.Namespace) -> None:
+    costs = judge_benchmark(options)
     lines = costs.lines()
     width = max(len(what) for what, _ in lines)
     print("\n".join(f"{what:<{width}}  {value}" for what, value in lines))
@@ -240,5 +251,9 @@ def main() -> None:
         sys.exit(UNANSWERED)
 
 
+judge_benchmark_command = Command(
+    documentation=__doc__, add_options=_add_options, check_options=_check_options, run=_judge_and_report
+)
+
 if __name__ == "__main__":
-    main()
+    judge_benchmark_command()

@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from jobs.command_line import Command, add_overrides, add_recipe
 from pipeline.config.load import load_recipe
 from pipeline.config.recipe import Recipe
-from pipeline.errors import CheckpointError, ConfigError, PipelineError
+from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,26 +27,28 @@ if TYPE_CHECKING:
     from pipeline.records import PreferencePair
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Options that make sense together.
-
-    Raises:
-        ConfigError: no data or twice data, or a number outside its range.
-    """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="result directory of train_reward_model, or a pyarrow.fs URI")
-    parser.add_argument("--recipe", help="the data of this recipe: a name in jobs/recipes, or a path to a .yaml file")
+    add_recipe(parser, help="the data of this recipe: a name, or a path to a .yaml file")
     parser.add_argument("--train", nargs="+", default=[], metavar="FILE", help="JSONL or Parquet of training pairs")
     parser.add_argument("--heldout", nargs="+", default=[], metavar="FILE", help="JSONL or Parquet of held-out pairs")
     parser.add_argument("--format", choices=("pairs", "helpsteer2", "ultrafeedback"), help="of the files; pairs")
-    parser.add_argument("--delta", type=float, default=0.05, help="each bound holds with probability 1 - delta")
-    parser.add_argument("--samples", type=int, default=8, help="posterior draws a pair, at least 2")
+    parser.add_argument(
+        "--delta", type=float, default=0.05, metavar="P", help="each bound holds with probability 1 - delta"
+    )
+    parser.add_argument("--samples", type=int, default=8, metavar="N", help="posterior draws a pair, at least 2")
     parser.add_argument("--seed", type=int, default=0, help="of the posterior draws")
-    parser.add_argument("--max-tokens-per-batch", type=int, default=16384)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--output", default="pac_bayes.json")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="of the recipe")
-    options = parser.parse_intermixed_args(arguments)
+    parser.add_argument("--max-tokens-per-batch", type=int, default=16384, metavar="N", help="(%(default)s)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(%(default)s)")
+    parser.add_argument("--output", default="pac_bayes.json", metavar="FILE", help="the report (%(default)s)")
+    add_overrides(parser, "of the recipe")
+
+
+def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """
+    Raises:
+        ConfigError: no data or twice data, or a number outside its range.
+    """
     has_files = bool(options.train and options.heldout) and not options.overrides
     if (options.train or options.heldout or options.format) if options.recipe else not has_files:
         raise ConfigError(
@@ -56,7 +58,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         raise ConfigError(f"--delta {options.delta}: the bounds hold with probability 1 - delta; give 0 < delta < 1")
     if options.samples < 2:
         raise ConfigError(f"--samples {options.samples}: the standard error of the Gibbs risk needs at least 2 draws")
-    return options
 
 
 def load_pairs(
@@ -81,58 +82,48 @@ def load_pairs(
     return data.train_pairs, data.heldout_pairs
 
 
-def measure(options: argparse.Namespace, recipe: Recipe | None) -> str:
+def measure_model(options: argparse.Namespace) -> str:
     """Writes the report, returns it in words."""
+    from functools import partial
+
     import torch
 
-    from pipeline.data.collate import tokenise_pairs
     from pipeline.data.files import content_fingerprint
-    from pipeline.data.preferences import first_of_each_prompt, shared_prompts
     from pipeline.data.score_statistics import ScoreStatistics
-    from pipeline.evaluation.pac_bayes_report import in_words, pac_bayes_report
+    from pipeline.evaluation.pac_bayes_measurement import MeasuredPairs, measure_pac_bayes, require_posterior
+    from pipeline.evaluation.pac_bayes_report import pac_bayes_text
     from pipeline.evaluation.posterior_risk import posterior_risk
     from pipeline.models.reward_model import load_reward_model, read_card
     from pipeline.stages import storage
     from pipeline.stages.runner import installed_versions
 
+    recipe = load_recipe(options.recipe, options.overrides) if options.recipe else None
     with storage.reading(options.model) as directory:
         card = read_card(directory)
-        if card.head != "vrm":
-            raise CheckpointError(
-                f"{options.model} has a {card.head!r} head, and no posterior to bound. "
-                "Give the result of a run with reward.head=vrm."
-            )
-        pairs, heldout_pairs = load_pairs(options, recipe, card)
-        ScoreStatistics.of(pairs, card.objectives).require_scale_of(
+        require_posterior(card, options.model)
+        training, heldout = load_pairs(options, recipe, card)
+        ScoreStatistics.of(training, card.objectives).require_scale_of(
             card.score_mean, card.score_std, place=", ".join(options.train) or f"the data of recipe {options.recipe}"
         )
         dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
         model, tokenizer, _ = load_reward_model(directory, dtype=dtype)
         model_fingerprint = content_fingerprint(directory)
-    # As in training: pairs that are too long were not trained on, while held-out ones lose the start of their prompt.
-    training = tokenise_pairs(pairs, tokenizer, max_length=card.max_length, drop_too_long=True)
-    heldout = tokenise_pairs(
-        first_of_each_prompt(heldout_pairs), tokenizer, max_length=card.max_length, drop_too_long=False
-    )
+    pairs = MeasuredPairs.of(training, heldout, tokenizer, max_length=card.max_length)
     print(
-        f"measuring {len(training):,} of {len(pairs):,} training pairs, "
-        f"and one of the {len(heldout_pairs):,} held-out pairs for each of {len(heldout):,} prompts\n",
+        f"measuring {len(pairs.training):,} of {len(training):,} training pairs, "
+        f"and one of the {len(heldout):,} held-out pairs for each of {len(pairs.heldout):,} prompts\n",
         flush=True,
     )
-    risks = [
-        posterior_risk(
-            model,
-            side,
-            prior=card.vrm,
-            samples=options.samples,
-            seed=options.seed,
-            max_tokens_per_batch=options.max_tokens_per_batch,
-            device=options.device,
-        )
-        for side in (training, heldout)
-    ]
-    shared = shared_prompts((p.pair.prompt for p in training), (p.pair.prompt for p in heldout))
-    report = pac_bayes_report(*risks, delta=options.delta, shared_prompts=shared)
+    risk_of = partial(
+        posterior_risk,
+        model,
+        prior=card.vrm,
+        samples=options.samples,
+        seed=options.seed,
+        max_tokens_per_batch=options.max_tokens_per_batch,
+        device=options.device,
+    )
+    report = measure_pac_bayes(pairs, risk_of, delta=options.delta)
     record = {
         "model": options.model,
         "model_fingerprint": model_fingerprint,
@@ -142,19 +133,17 @@ def measure(options: argparse.Namespace, recipe: Recipe | None) -> str:
     }
     output = options.output if "://" in options.output else os.path.abspath(options.output)
     storage.write_text(output, json.dumps(record, indent=2, allow_nan=False) + "\n")
-    return in_words(report)
+    return pac_bayes_text(report)
 
 
-def main() -> None:
-    try:
-        options = parse()
-        recipe = load_recipe(options.recipe, options.overrides) if options.recipe else None
-        print(measure(options, recipe))
-    except PipelineError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2)
+def _measure_and_report(options: argparse.Namespace) -> None:
+    print(measure_model(options))
     print(f"\nreport: {options.output}")
 
 
+pac_bayes_command = Command(
+    documentation=__doc__, add_options=_add_options, check_options=_check_options, run=_measure_and_report
+)
+
 if __name__ == "__main__":
-    main()
+    pac_bayes_command()

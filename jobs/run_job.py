@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
-from jobs.command_line import BAD_INPUT, PREEMPTED, dry_run, parse
-from pipeline.errors import PipelineError, Preempted
+from jobs.command_line import Command, add_job_options, job_options, print_dry_run
 
 if TYPE_CHECKING:
-    from jobs.job_context import JobContext
+    from jobs.open_job import Job
 
 
-def run_job(description: str, body: Callable[[JobContext], object]) -> None:
-    """Parses, opens workspace and cluster, runs `body`; a pipeline error ends the process with its message alone.
+def job_command(documentation: str, body: Callable[[Job], object], *, recipe_flag: str = "--recipe") -> Command:
+    """The command line of a job that works in a workspace.
 
-    Exit codes: 0 done, 2 bad input or a failure the message explains, 75 asked to end, with what
-    the grace time allowed committed.
+    Args:
+        body: the job, once workspace and cluster are open.
+        recipe_flag: "recipe" takes the recipe as the first word instead of as an option.
     """
-    try:
-        options = parse(description)
+
+    def run(parsed: argparse.Namespace) -> None:
+        options = job_options(parsed)
         if options.dry_run:
-            dry_run(options)
+            print_dry_run(options)
             return
         # Ray and torch are imported behind the dry run.
-        from jobs.job_context import open_job
+        from jobs.open_job import open_job
 
         with open_job(options) as job:
             body(job)
-    except Preempted as notice:
-        print(notice, file=sys.stderr, flush=True)
-        sys.exit(PREEMPTED)
-    except PipelineError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        sys.exit(BAD_INPUT)
+
+    return Command(documentation=documentation, add_options=partial(add_job_options, recipe_flag=recipe_flag), run=run)
+
+
+def run_job(documentation: str, body: Callable[[Job], object]) -> None:
+    """Parses, opens workspace and cluster, runs `body`, and ends the process as `jobs/exit_codes.py` says."""
+    job_command(documentation, body)()

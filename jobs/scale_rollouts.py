@@ -3,33 +3,22 @@
     python jobs/scale_rollouts.py runs/tiny --workers 3
     python jobs/scale_rollouts.py --job raysubmit_abc --workers 3      # on the cluster at RAY_ADDRESS
 
-The job follows when it loads the next policy: workers leave with the chunk they are at, and join when their engine is
-up, holds the current policy and has passed the numerics gate. Nothing that was sampled is lost or sampled again, and
-the samples stay the same. From then on the request holds, also against `cluster.rollout.autoscale`.
+The job follows when it loads the next policy. A worker that leaves finishes its chunk. A worker joins when its engine
+is up, holds the current policy and has passed the numerics gate. No sample is lost or drawn again, and the samples stay
+the same. The request then stays in force, also against `cluster.rollout.autoscale`.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 
-from pipeline.errors import PipelineError
+from jobs.command_line import Command
 from pipeline.stages.scaling_requests import request_rollout_workers
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("workspace", nargs="?", help="the running job's --workspace")
-    which.add_argument("--job", metavar="ID", help="its submission id, as `ray job submit` printed it")
-    parser.add_argument("--workers", type=int, required=True)
-    options = parser.parse_args()
-    try:
-        request_rollout_workers(options.workspace or _workspace_of(options.job), options.workers)
-    except PipelineError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"asked for {options.workers} rollout workers; metrics.jsonl shows them as rollout/workers")
+def scale_rollouts(options: argparse.Namespace) -> None:
+    request_rollout_workers(options.workspace or _workspace_of(options.job), options.workers)
+    print(f"requested {options.workers} rollout workers; metrics.jsonl shows them as rollout/workers")
 
 
 def _workspace_of(job: str) -> str:
@@ -39,5 +28,20 @@ def _workspace_of(job: str) -> str:
         return workspace_of(job)
 
 
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("workspace", nargs="?", help="the running job's --workspace; or give --job")
+    parser.add_argument("--job", metavar="ID", help="its submission id, as `ray job submit` printed it")
+    parser.add_argument("--workers", type=int, required=True, metavar="N", help="how many there should be")
+
+
+def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if (options.workspace is None) == (options.job is None):
+        parser.error("name the running job once: its workspace, or --job with its submission id")
+
+
+scale_rollouts_command = Command(
+    documentation=__doc__, add_options=_add_options, check_options=_check_options, run=scale_rollouts
+)
+
 if __name__ == "__main__":
-    main()
+    scale_rollouts_command()

@@ -14,18 +14,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.benchmark.arena_hard import files as arena_hard_files
-from pipeline.benchmark.arena_hard import win_rates as arena_hard
+from jobs.command_line import Command
+from pipeline.benchmark.alpaca_eval.annotations import read_annotations
+from pipeline.benchmark.arena_hard.answers import answer_styles, read_arena_answers
+from pipeline.benchmark.arena_hard.games import ARENA_HARD_BASELINE, read_games
+from pipeline.benchmark.arena_hard.style_control import style_controlled_win_rates
+from pipeline.benchmark.arena_hard.win_rates import bradley_terry_win_rates
 from pipeline.benchmark.mt_bench import grades as mt_bench
 from pipeline.data.files import content_fingerprint
-from pipeline.errors import DataError, PipelineError
+from pipeline.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +44,8 @@ class Scored:
 
 def score_arena_hard(options: argparse.Namespace) -> Scored:
     """Win rates over the baseline; style-controlled ones too where answers are given."""
-    games = arena_hard_files.read_games(options.judgments, baseline=options.baseline)
-    models = arena_hard.win_rate(games.battles, options.baseline, seed=options.seed)
+    games = read_games(options.judgments, baseline=options.baseline)
+    models = bradley_terry_win_rates(games.battles, options.baseline, seed=options.seed)
     questions = Counter(model for model, _ in {(battle.model_b, battle.question_id) for battle in games.battles})
     header = ["model", "win rate", "95% over questions", "95% as upstream", "questions", "failed games"]
     columns = {
@@ -57,9 +60,9 @@ def score_arena_hard(options: argparse.Namespace) -> Scored:
     }
     controlled = {}
     if options.answers:
-        styles = arena_hard_files.styles_of(arena_hard_files.read_answers(options.answers))
+        styles = answer_styles(read_arena_answers(options.answers))
         for name, centred in (("sc_upstream", True), ("sc_uncentred", False)):
-            controlled[name] = arena_hard.style_controlled_win_rate(
+            controlled[name] = style_controlled_win_rates(
                 games.battles, styles, options.baseline, centred=centred, seed=options.seed
             )
             header.append(name)
@@ -78,10 +81,10 @@ def score_arena_hard(options: argparse.Namespace) -> Scored:
 
 def score_mt_bench(options: argparse.Namespace) -> Scored:
     """Mean grades."""
-    judgments = mt_bench.read_judgments(options.judgments)
-    models = mt_bench.scores(judgments, seed=options.seed)
+    judgments = mt_bench.read_grades(options.judgments)
+    models = mt_bench.mean_grades(judgments, seed=options.seed)
     ranked = sorted(models, key=lambda model: -models[model]["average"])
-    keys = ("average", "turn_1", "turn_2", *(f"category/{name}" for name in mt_bench.CATEGORIES))
+    keys = ("average", "turn_1", "turn_2", *(f"category/{name}" for name in mt_bench.MT_BENCH_CATEGORIES))
     rows = []
     for model in ranked:
         m = models[model]
@@ -90,7 +93,16 @@ def score_mt_bench(options: argparse.Namespace) -> Scored:
         rows.append((model, grades[0], _interval(m["low"], m["high"]), *grades[1:], *counts))
     return Scored(
         metrics={"judges": sorted({judgment.judge for judgment in judgments}), "models": models},
-        header=("model", "average", "95% over questions", "turn 1", "turn 2", *mt_bench.CATEGORIES, "turns", "failed"),
+        header=(
+            "model",
+            "average",
+            "95% over questions",
+            "turn 1",
+            "turn 2",
+            *mt_bench.MT_BENCH_CATEGORIES,
+            "turns",
+            "failed",
+        ),
         rows=rows,
         notes=[],
     )
@@ -106,7 +118,7 @@ def score_alpaca_eval(options: argparse.Namespace) -> Scored:
     models: dict[str, dict[str, Any]] = {}
     rows = []
     for file in options.judgments:
-        annotations = alpaca_eval.read_annotations(Path(file))
+        annotations = read_annotations(Path(file))
         if annotations.model in models:
             raise DataError(f"{file}: {annotations.model!r} is judged in a file before it, too; give one of them.")
         others = {m["baseline"] for m in models.values()} - {annotations.baseline}
@@ -144,7 +156,7 @@ SCORERS: dict[str, Callable[[argparse.Namespace], Scored]] = {
 }
 
 
-def score(options: argparse.Namespace) -> str:
+def score_benchmark(options: argparse.Namespace) -> str:
     """Writes the metrics; returns the table, and what to know of it."""
     scored = SCORERS[options.benchmark](options)
     inputs = {
@@ -178,9 +190,10 @@ def _interval(low: float, high: float) -> str:
     return f"[{low:.2f}, {high:.2f}]"
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--benchmark", required=True, choices=sorted(SCORERS))
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--benchmark", required=True, choices=sorted(SCORERS), metavar="NAME", help=", ".join(sorted(SCORERS))
+    )
     parser.add_argument("--judgments", required=True, nargs="+", metavar="FILE", help="as the judge's job writes them")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where <benchmark>.json is written")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
@@ -188,29 +201,28 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     arena.add_argument(
         "--baseline",
         metavar="MODEL",
-        help=f"the model that the judge compared with ({arena_hard_files.OFFICIAL_BASELINE})",
+        help=f"the model that the judge compared with ({ARENA_HARD_BASELINE})",
     )
     arena.add_argument("--answers", nargs="+", metavar="FILE", help="all models' answers: adds style control")
     alpaca = parser.add_argument_group("alpaca_eval only")
     alpaca.add_argument("--gamed", type=Path, metavar="FILE", help="df_gamed.csv: length control as on the leaderboard")
-    options = parser.parse_args(arguments)
+
+
+def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if options.gamed and options.benchmark != "alpaca_eval":
         parser.error(f"--gamed means nothing to {options.benchmark}")
     if options.benchmark == "arena_hard":
-        options.baseline = options.baseline or arena_hard_files.OFFICIAL_BASELINE
+        options.baseline = options.baseline or ARENA_HARD_BASELINE
     elif options.baseline or options.answers:
         parser.error(f"--baseline and --answers mean nothing to {options.benchmark}")
-    return options
 
 
-def main() -> None:
-    options = parse()
-    try:
-        print(score(options))
-    except PipelineError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2)
-
+score_benchmark_command = Command(
+    documentation=__doc__,
+    add_options=_add_options,
+    check_options=_check_options,
+    run=lambda options: print(score_benchmark(options)),
+)
 
 if __name__ == "__main__":
-    main()
+    score_benchmark_command()

@@ -5,12 +5,12 @@
     serve run jobs.scoring_application:build model=DIR
     VRM_MODEL=DIR serve build jobs.scoring_application:application -o built.yaml
 
-Deployed again with another `model`, the service rolls it in without a failed request: one replica with the new
-checkpoint starts, then one with the old one ends, and so on. A checkpoint that does not load never answers; `serve
-status` says why, and the old replicas answer on.
+Deployed again with another `model`, the service replaces it without a failed request. One replica with the new
+checkpoint starts, then one with the old checkpoint ends, and so on. A checkpoint that does not load never answers;
+`serve status` says why, and the old replicas continue to answer.
 
-`serve build` writes down the options of the deployment, not its model: set VRM_MODEL on the cluster too, or in
-`runtime_env: {env_vars: {VRM_MODEL: ...}}` of the file it wrote, and mind that this file listens on all interfaces.
+`serve build` writes down the options of the deployment, but not its model. Set VRM_MODEL on the cluster too, or in
+`runtime_env: {env_vars: {VRM_MODEL: ...}}` of the file that it wrote. A service of that file listens on all interfaces.
 """
 
 # No `from __future__ import annotations` here: Serve takes the type of the arguments from the annotation itself.
@@ -53,7 +53,7 @@ def build(arguments: ServiceArguments) -> Application:
     token = None if arguments.without_token else os.environ.get(TOKEN_VARIABLE)
     if not token and not arguments.without_token:
         raise ConfigError(
-            f"{TOKEN_VARIABLE} is not set where the application is built, so nobody could be told from anybody. "
+            f"{TOKEN_VARIABLE} is not set where the application is built, so the service could refuse nobody. "
             "Set it before `ray start`, or in runtime_env.env_vars, or pass without_token: true."
         )
     if storage.is_local(arguments.model):
@@ -62,7 +62,7 @@ def build(arguments: ServiceArguments) -> Application:
 
 
 def __getattr__(name: str) -> Any:
-    """`application` is made when it is asked for: `serve build` takes no arguments, so the model is VRM_MODEL's."""
+    """Makes `application` when it is read. `serve build` takes no arguments, so VRM_MODEL names the model."""
     if name != "application":
         raise AttributeError(name)
     if MODEL_VARIABLE not in os.environ:

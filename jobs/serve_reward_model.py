@@ -25,36 +25,39 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from typing import Any
 
 from pydantic import ValidationError
 
+from jobs.command_line import Command
 from pipeline.config.cluster import ClusterConfig, DeadlinesConfig, ScoringConfig
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.models.reward_model import read_card
 from pipeline.stages.fingerprint import directory_fingerprint
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="result directory of train_reward_model, or a link to it")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--host", default="127.0.0.1", help="another address exposes it: put TLS in front")
-    parser.add_argument("--replicas", type=int, default=1, help="with --max-replicas the fewest; 0 lets it sleep")
-    parser.add_argument("--max-replicas", type=int, help="replicas follow the queue up to this many")
-    parser.add_argument("--gpus-per-replica", type=float, default=0.0)
-    parser.add_argument("--no-token", action="store_true", help="answer anybody on this machine")
-    options = parser.parse_args()
-    try:
+def serve_reward_model(options: argparse.Namespace) -> None:
+    """Serves until Ctrl-C or SIGTERM, which is no failure."""
+    with suppress(KeyboardInterrupt):
         serve_until_interrupted(options)
-    except KeyboardInterrupt:
-        return
-    except PipelineError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="result directory of train_reward_model, or a link to it")
+    parser.add_argument("--port", type=int, default=8000, help="of HTTP (%(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="%(default)s; another one exposes it: put TLS in front")
+    parser.add_argument(
+        "--replicas", type=int, default=1, metavar="N", help="with --max-replicas the fewest; 0: it may sleep"
+    )
+    parser.add_argument("--max-replicas", type=int, metavar="N", help="replicas follow the queue up to this many")
+    parser.add_argument("--gpus-per-replica", type=float, default=0.0, metavar="N", help="0 scores on the CPU")
+    parser.add_argument("--no-token", action="store_true", help="answer anybody on this machine")
 
 
 def serve_until_interrupted(options: argparse.Namespace) -> None:
+    # torch and ray are imported behind --help.
+    from pipeline.models.reward_model import read_card
+
     # A replica that is replaced later must load the same checkpoint, wherever the link points by then.
     model = os.path.realpath(options.model)
     read_card(model)
@@ -82,7 +85,7 @@ def serve_until_interrupted(options: argparse.Namespace) -> None:
     # Also where a shell started it in the background, which leaves SIGINT ignored; and SIGTERM ends like it.
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, signal.default_int_handler)
-    swap_asked = threading.Event()
+    swap_requested = threading.Event()
     # Serve replaces an HTTP proxy that missed three checks; by default it checks every 10 s.
     os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
     # One that is not up after 5 s it ends, and tries again: on a busy machine never with success.
@@ -91,14 +94,14 @@ def serve_until_interrupted(options: argparse.Namespace) -> None:
     with open_cluster(ClusterConfig(object_store_gib=0.5), ()):
         try:
             start_service(model, config, **settings)
-            signal.signal(signal.SIGUSR1, lambda *_: swap_asked.set())
+            signal.signal(signal.SIGUSR1, lambda *_: swap_requested.set())
             print(
                 f"serving {in_words(model)} at http://{options.host}:{options.port}, process {os.getpid()}", flush=True
             )
             if token is not None:
                 print(f"token: {token}", flush=True)
-            while swap_asked.wait():
-                swap_asked.clear()
+            while swap_requested.wait():
+                swap_requested.clear()
                 successor = os.path.realpath(options.model)
                 try:
                     description = in_words(successor)
@@ -126,11 +129,15 @@ def scoring_config(options: argparse.Namespace) -> ScoringConfig:
 
 
 def in_words(model: str) -> str:
+    from pipeline.models.reward_model import read_card
+
     card = read_card(model)
     return (
         f"a {card.head} reward model over {', '.join(card.objectives)} ({directory_fingerprint(model)[:12]}, {model})"
     )
 
 
+serve_reward_model_command = Command(documentation=__doc__, add_options=_add_options, run=serve_reward_model)
+
 if __name__ == "__main__":
-    main()
+    serve_reward_model_command()

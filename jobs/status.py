@@ -8,12 +8,12 @@ Reads only: it may look at a workspace while a job runs in it.
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from cluster.resources import plan_resources
+from jobs.command_line import Command
 from pipeline.config.cluster import ClusterConfig
-from pipeline.errors import PipelineError, WorkspaceError
+from pipeline.errors import WorkspaceError
 from pipeline.stages import storage
 from pipeline.stages.metrics_log import as_clock
 from pipeline.stages.ownership import read_owner
@@ -23,7 +23,7 @@ HEADER = ("stage", "fingerprint", "state", "steps", "time", "size MiB", "")
 WIDTHS = (20, 14, 13, 10, 9, 10, 0)
 
 
-def describe(uri: str) -> str:
+def describe_workspace(uri: str) -> str:
     """The table, one line per stage result, in the order of the pipeline.
 
     Raises:
@@ -39,12 +39,12 @@ def describe(uri: str) -> str:
         found = [d for d in directories if _stage_name(d) == name]
         rows += [_row(storage.join(uri, "stages", d), name) for d in found] or [(name, "", "not started")]
     if owner is None:
-        held = "No job holds it."
+        ownership = "No job holds it."
     elif owner.is_gone():
-        held = f"Its last owner, {owner}, is dead; the next job takes it."
+        ownership = f"Its last owner, {owner}, is dead; the next job takes it."
     else:
-        held = f"Held by {owner}."
-    return "\n".join([*map(_line, [HEADER, *rows]), held])
+        ownership = f"Held by {owner}."
+    return "\n".join([*map(_line, [HEADER, *rows]), ownership])
 
 
 def _stage_name(directory: str) -> str:
@@ -78,15 +78,15 @@ def _line(cells: tuple[str, ...]) -> str:
     return "  ".join(padded).rstrip()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("workspace", help="directory or pyarrow.fs URI")
-    try:
-        print(describe(parser.parse_args().workspace))
-    except PipelineError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2)
 
+
+status_command = Command(
+    documentation=__doc__,
+    add_options=_add_options,
+    run=lambda options: print(describe_workspace(options.workspace)),
+)
 
 if __name__ == "__main__":
-    main()
+    status_command()

@@ -12,29 +12,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.align_policy import align_policy
-from jobs.generate_benchmark import ALIGNED, BASE, generate_benchmark
+from jobs.generate_benchmark import generate_benchmark
 from jobs.run_job import run_job
 from jobs.sft import sft
 from jobs.train_reward_model import train_reward_model
-from pipeline.benchmark.answers import read_answers
+from pipeline.benchmark.scored_answers import read_scored_answers
+from pipeline.config.recipe import Recipe
 from pipeline.records import StageResult
 from pipeline.stages import storage
+from pipeline.stages.workspace import Workspace
 
 if TYPE_CHECKING:
-    from jobs.job_context import JobContext
+    from jobs.open_job import Job
 
 
 def write_report(
-    job: JobContext, policy: StageResult, reward_model: StageResult, aligned: StageResult, benchmark: StageResult
+    workspace: Workspace,
+    recipe: Recipe,
+    policy: StageResult,
+    reward_model: StageResult,
+    aligned: StageResult,
+    benchmark: StageResult,
 ) -> str:
     """Writes <workspace>/report.html from the finished stages, prints the results. Cheap: always made anew."""
-    from pipeline.reporting.report import ReportData, StageSummary, render, results_table
+    from pipeline.loops.benchmark import ALIGNED, BASE, answers_file
+    from pipeline.reporting.report import ReportData, StageSummary, report_page, results_table
 
-    recipe, workspace = job.recipe, job.stages.workspace
     results = (policy, reward_model, aligned, benchmark)
     stages = [workspace.stage(result.name, result.fingerprint) for result in results]
     with storage.reading(benchmark.location) as directory:
-        answers = {name: read_answers(Path(directory) / name / "model_outputs.json") for name in (BASE, ALIGNED)}
+        answers = {name: read_scored_answers(answers_file(directory, name)) for name in (BASE, ALIGNED)}
         planted_file = Path(directory) / "planted.json"
         planted = json.loads(planted_file.read_text()) if planted_file.exists() else {"kinds": {}, "weights": {}}
     manifests = [stage.manifest() for stage in stages]
@@ -62,7 +69,7 @@ def write_report(
         planted_weights=planted["weights"],
     )
     location = storage.join(workspace.uri, "report.html")
-    storage.write_text(location, render(data))
+    storage.write_text(location, report_page(data))
     table = results_table(data)
     width = max(len(what) for what, _ in table)
     print("\n" + "\n".join(f"{what:<{width}}  {value}" for what, value in table))
@@ -70,11 +77,13 @@ def write_report(
     return location
 
 
-def main(job: JobContext) -> None:
-    policy = sft(job)
-    reward_model = train_reward_model(job, policy)
-    aligned = align_policy(job, policy, reward_model)
-    write_report(job, policy, reward_model, aligned, generate_benchmark(job, policy, aligned, reward_model))
+def main(job: Job) -> None:
+    stages, recipe, read_data, actors = job.stages, job.recipe, job.read_data, job.actors
+    policy = sft(stages, recipe, read_data)
+    reward_model = train_reward_model(stages, recipe, read_data, policy)
+    aligned = align_policy(stages, recipe, read_data, actors, policy, reward_model)
+    benchmark = generate_benchmark(stages, recipe, read_data, actors, policy, aligned, reward_model)
+    write_report(stages.workspace, recipe, policy, reward_model, aligned, benchmark)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,9 @@ class Learner(Protocol[Batch]):
     def export(self, directory: str) -> None:
         """Writes the model alone, as safetensors and json."""
 
+    def peak_memory(self) -> Metrics:
+        """The most memory that a process of it has taken so far, `memory/*`."""
+
 
 class PolicyLearner(Protocol):
     """The policy, its critic and its frozen reference."""
@@ -68,6 +71,8 @@ class PolicyLearner(Protocol):
     def snapshot(self) -> Snapshot: ...
 
     def export(self, directory: str) -> None: ...
+
+    def peak_memory(self) -> Metrics: ...
 
 
 class RolloutSource(Protocol):

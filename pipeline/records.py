@@ -20,6 +20,9 @@ Message = Mapping[str, str]
 
 Metrics = dict[str, float]
 
+POLICY_FILE = "model.safetensors"
+"""What a published policy's directory holds (`PolicyWeights`)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PreferencePair:
@@ -203,7 +206,7 @@ class PolicyWeights:
 
     version: int
     location: str
-    """A directory holding `model.safetensors` with Hugging Face parameter names, with
+    """A directory holding `POLICY_FILE` with Hugging Face parameter names, with
     `lm_head.weight` always explicit."""
     probes: tuple[ProbeSequence, ...]
     node: str | None = None

@@ -1,4 +1,4 @@
-"""Answers to benchmark questions on disk, turn by turn as they come: what a killed run had is not sampled again."""
+"""Answers to benchmark questions on disk, one line per turn. A resumed run does not sample stored turns again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.benchmark.questions import Question
+from pipeline.benchmark.benchmark_question import BenchmarkQuestion
 from pipeline.data.files import AppendedLines
 from pipeline.errors import DataError
 from pipeline.records import FinishReason
@@ -23,12 +23,12 @@ class AnsweredTurn:
 
     output: str
     num_tokens: int
-    """Sampled, the end of the turn included."""
+    """Number of sampled tokens, the end of the turn included."""
     finish_reason: FinishReason
 
 
 class AnswerLog:
-    """A file whose first line says who answers and how, and every other line one turn's answer."""
+    """A file of answers. The first line holds the model and the settings, each further line the answer to one turn."""
 
     def __init__(self, lines: AppendedLines, turns: dict[int | str, list[AnsweredTurn]]) -> None:
         self._lines = lines
@@ -36,45 +36,52 @@ class AnswerLog:
 
     @classmethod
     @contextmanager
-    def open(cls, path: Path, settings: Mapping[str, Any], questions: Sequence[Question]) -> Iterator[AnswerLog]:
-        """The answers a file holds, and the file itself for more; made where it does not exist.
+    def open(
+        cls, path: Path, settings: Mapping[str, Any], questions: Sequence[BenchmarkQuestion]
+    ) -> Iterator[AnswerLog]:
+        """Reads the answers of a file and opens it for appending; creates the file if it does not exist.
 
         Args:
-            settings: whatever the answers depend on besides the questions; values as JSON knows them.
-            questions: all of the benchmark, also those that this run leaves out.
+            settings: everything besides the questions that the answers depend on; JSON values.
+            questions: all questions of the benchmark, including those that this run leaves out.
 
         Raises:
-            WorkspaceLocked: another run appends to it.
-            DataError: it holds answers of another model, under other settings or to other questions; names the line.
+            WorkspaceLocked: another run appends to the file.
+            DataError: the file holds answers of another model, with other settings or to other questions. Names the
+                line.
         """
-        with AppendedLines.open(path, elsewhere="--out") as lines:
+        with AppendedLines.open(path, option="--out") as lines:
             written = lines.content.splitlines()
             if written:
                 _require_same(settings, _row(written[0], path, 1), path)
             else:
                 lines.append(settings)
-            asked = {question.id: question for question in questions}
+            by_id = {question.id: question for question in questions}
             turns: dict[int | str, list[AnsweredTurn]] = {}
             for number, line in enumerate(written[1:], start=2):
-                _take(_row(line, path, number), asked, turns, place=f"{path}, line {number}")
+                _add_turn(_row(line, path, number), by_id, turns, place=f"{path}, line {number}")
             yield cls(lines, turns)
 
-    def turns(self, question: Question) -> tuple[AnsweredTurn, ...]:
-        """The turns of a question that are answered, in order."""
+    def turns(self, question: BenchmarkQuestion) -> tuple[AnsweredTurn, ...]:
+        """The answers to the turns of a question so far, in order."""
         return tuple(self._turns.get(question.id, ()))
 
-    def append(self, question: Question, turn: AnsweredTurn) -> None:
-        """Keeps the answer to the next turn of a question."""
+    def append(self, question: BenchmarkQuestion, turn: AnsweredTurn) -> None:
+        """Stores the answer to the next turn of a question."""
         turns = self._turns.setdefault(question.id, [])
-        place = {"question_id": question.id, "turn": len(turns) + 1, "asked": _asked(question, len(turns) + 1)}
+        place = {
+            "question_id": question.id,
+            "turn": len(turns) + 1,
+            "asked": _conversation_hash(question, len(turns) + 1),
+        }
         self._lines.append(place | asdict(turn) | {"tstamp": time.time()})
         turns.append(turn)
 
 
-def _asked(question: Question, turn: int) -> str:
-    """Identity of what the model was asked up to a turn."""
-    words = json.dumps([question.turns[:turn], question.temperature], ensure_ascii=True)
-    return hashlib.sha256(words.encode()).hexdigest()[:16]
+def _conversation_hash(question: BenchmarkQuestion, turn: int) -> str:
+    """16 hex digits over the user turns up to `turn` and the temperature."""
+    conversation = json.dumps([question.turns[:turn], question.temperature], ensure_ascii=True)
+    return hashlib.sha256(conversation.encode()).hexdigest()[:16]
 
 
 def _row(line: bytes, path: Path, number: int) -> dict[str, Any]:
@@ -86,7 +93,7 @@ def _row(line: bytes, path: Path, number: int) -> dict[str, Any]:
         pass
     raise DataError(
         f"{path}, line {number}: no JSON object: {line[:60].decode(errors='replace')}. "
-        "Take the line out: what it answered is sampled again."
+        "Delete the line; its turn is then sampled again."
     )
 
 
@@ -99,32 +106,32 @@ def _require_same(settings: Mapping[str, Any], written: Mapping[str, Any], path:
             )
 
 
-def _take(
+def _add_turn(
     row: Mapping[str, Any],
-    asked: Mapping[int | str, Question],
+    by_id: Mapping[int | str, BenchmarkQuestion],
     turns: dict[int | str, list[AnsweredTurn]],
     *,
     place: str,
 ) -> None:
     try:
         question_id, number = row["question_id"], row["turn"]
-        answered = AnsweredTurn(output=row["output"], num_tokens=row["num_tokens"], finish_reason=row["finish_reason"])
+        turn = AnsweredTurn(output=row["output"], num_tokens=row["num_tokens"], finish_reason=row["finish_reason"])
     except KeyError as error:
-        raise DataError(f"{place}: no answer, field {error} is missing. Take the line out.") from error
-    question = asked.get(question_id)
+        raise DataError(f"{place}: no answer, field {error} is missing. Delete the line.") from error
+    question = by_id.get(question_id)
     if question is None:
         raise DataError(
-            f"{place}: answers question {question_id!r}, which the prompts do not hold. Give another --out."
+            f"{place}: answers question {question_id!r}, which is not among the prompts. Give another --out."
         )
-    before = turns.setdefault(question_id, [])
-    if number != len(before) + 1 or number > len(question.turns):
+    earlier = turns.setdefault(question_id, [])
+    if number != len(earlier) + 1 or number > len(question.turns):
         raise DataError(
-            f"{place}: answers turn {number} of question {question_id}, after {len(before)} of "
-            f"{len(question.turns)} turns. Take the line out."
+            f"{place}: answers turn {number} of question {question_id}, after {len(earlier)} of "
+            f"{len(question.turns)} turns. Delete the line."
         )
-    if row.get("asked") != _asked(question, number):
+    if row.get("asked") != _conversation_hash(question, number):
         raise DataError(
-            f"{place}: question {question_id} reads differently now ({question.place}). Give another --out, or the "
+            f"{place}: question {question_id} has changed since then ({question.place}). Give another --out, or the "
             "prompts of that run."
         )
-    before.append(answered)
+    earlier.append(turn)

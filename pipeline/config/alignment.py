@@ -15,11 +15,11 @@ class KLConfig(Frozen):
     """The KL penalty to the reference policy."""
 
     coefficient: NonNegative = 0.01
-    """beta, reward per nat: what a nat away from the reference costs; with `target`, what it costs in the first step
+    """beta, reward per nat: what a nat away from the reference costs. With `target` it is the cost in the first step
     (Ziegler et al. 2019, arXiv:1909.08593). 0 is no penalty."""
     estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Of a token's KL, in nats, with k = log pi - log pi_ref: k, k^2 / 2, or exp(-k) - 1 + k (Schulman 2020). The KL
-    that is logged, aimed at by `target` and stopped by `stop_above` is k1 whatever this is."""
+    """Estimates a token's KL, in nats, with k = log pi - log pi_ref: k, k^2 / 2, or exp(-k) - 1 + k (Schulman 2020).
+    The logged KL, `target` and `stop_above` always use k1."""
     place: Literal["reward", "loss"] = "reward"
     """"reward": subtracted from the reward of the token that caused it, before advantages are estimated.
     "loss": added to the policy loss, averaged like it, with a gradient of its own."""
@@ -76,14 +76,14 @@ class PPOConfig(Frozen):
     dual_clip_ratio: Annotated[float, Field(gt=1)] | None = None
     """Bounds the surrogate of a token with a negative advantage A at dual_clip_ratio * A; 3 is usual, None no bound."""
     tis_cap: Annotated[float, Field(ge=1)] | None = None
-    """Weigh each token by min(pi_learner / pi_engine, tis_cap), where the engine samples from a slightly other
-    distribution than the learner computes; 2 is usual, None weighs all alike."""
+    """Weigh each token by min(pi_learner / pi_engine, tis_cap). It corrects for an engine whose distribution differs
+    slightly from the learner's. 2 is usual, None weighs all tokens alike."""
     target_kl: Positive | None = None
-    """End the update of a step, not the stage, after a mini-batch whose mean KL per token from the sampling policy
-    exceeds this many nats; 0.01 to 0.05 is usual."""
+    """End the update of a step, not the stage, after a mini-batch with a larger KL. It is the mean KL per token from
+    the sampling policy, in nats; 0.01 to 0.05 is usual."""
     value_clip_range: Positive | None = 0.2
-    """A value more than this, in units of the reward, from what it was before the update teaches only when that makes
-    its error larger (PPO2; docs/method.md section 11); None is the plain squared error."""
+    """How far a value may move in one update, in units of the reward. A value farther from its old one gives a gradient
+    only if that makes its error larger (PPO2; docs/method.md section 11). None is the plain squared error."""
     value_coefficient: NonNegative = 0.1
     """c_v, weight of the critic's loss beside the policy's (Schulman et al. 2017, Eq. 9: c_1). Adam learns as
     fast at any scale of its gradient, so for a separate critic this only moves the common gradient clipping."""
@@ -153,7 +153,7 @@ class PPOConfig(Frozen):
         return self.clip_range if self.clip_range_high is None else self.clip_range_high
 
     @model_validator(mode="after")
-    def _what_is_asked_of_critic_and_token_rewards_exists(self) -> PPOConfig:
+    def _critic_and_token_rewards_exist_where_options_need_them(self) -> PPOConfig:
         if self.critic_warmup_steps and not self.critic_reads_policy_tokens:
             raise ValueError(
                 f"critic_warmup_steps = {self.critic_warmup_steps} trains a critic of its own, but critic = "
@@ -212,9 +212,9 @@ class AlignmentConfig(Frozen):
     keep_checkpoints: Count = 2
     prefetch: Literal["continue", "discard"] | None = None
     """Sample the next step while the learner works on this one: responses come from the policy before its last update.
-    When an update ends, what waits is sampled from the new policy; of what was begun, the new policy "continue"s with
-    the responses that are not finished, or all is "discard"ed and sampled again. None samples each step when its
-    policy is there."""
+    When an update ends, requests that still wait are sampled from the new policy. For begun responses, "continue" lets
+    the new policy finish them, and "discard" samples them again. None samples each step after its policy is published.
+    """
     keep_best: Literal["reward/mean", "reward/shaped"] | None = None
     """End with the checkpoint that is best by this metric of its step; None ends with the last. Rollouts of a step are
     drawn before its update, so they judge the policy that the update began with."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import Count, Fraction, Frozen, NonNegative, Positive
-from pipeline.config.engine_build import default_gpus_per_worker
 
 WeightTransfer = Literal["shm", "nccl", "ipc"]
 RolloutPlacement = Literal["disaggregated", "colocated"]
@@ -43,30 +42,27 @@ class AutoscaleConfig(Frozen):
         return self
 
 
-def _chunk_size(*, gpus_per_worker: float = 0.0, max_sequences: int = 256, **_: Any) -> int:
-    return 32 if gpus_per_worker == 0 else max_sequences
-
-
 class RolloutConfig(Frozen):
     """The pool of vLLM engines."""
 
     workers: Count = 1
     cpus_per_worker: NonNegative = 1.0
-    gpus_per_worker: NonNegative = Field(default_factory=lambda given: default_gpus_per_worker(given.get("workers", 1)))
-    """By default what the installed vLLM needs: nothing for its CPU build, else one GPU for all workers together."""
+    gpus_per_worker: NonNegative | None = None
+    """None lets the plan decide (`cluster/rollout_plan.py`), by the vLLM that is installed where the job runs. Its CPU
+    build needs no GPU. With its CUDA build, all workers together share one GPU."""
     threads_per_worker: Count | None = None
     """As `threads_per_rank`."""
     kv_cache_gib: Count = 1
     """Of engines without a GPU of their own, the KV cache's size at most; no more is taken than `max_sequences` of full
     length need."""
     gpu_memory_fraction: Fraction | None = None
-    """Of each GPU, for weights and KV cache. None takes 0.9 of what `gpus_per_worker` gives an engine, and 0.45 of a
-    GPU that it shares with the learner, whose parameters and optimizer stay there while it samples."""
+    """Of each GPU, for weights and KV cache. None takes 0.9 of what `gpus_per_worker` gives an engine. On a GPU shared
+    with the learner it takes 0.45: the learner's parameters and optimizer stay there while the engine samples."""
     max_sequences: Count = 256
     enforce_eager: bool = True
-    chunk_size: Count = Field(default_factory=lambda given: _chunk_size(**given))
-    """Responses handed to a worker at a time, at most: a batch is cut into two chunks a worker or more. By default 32
-    for a CPU engine, and `max_sequences` for a GPU, whose steps take as long for few sequences as for many."""
+    chunk_size: Count | None = None
+    """Responses handed to a worker at a time, at most: a batch is cut into two chunks a worker or more. None lets the
+    plan decide: 32 for a CPU engine, and `max_sequences` for an engine on a GPU."""
     max_restarts: Annotated[int, Field(ge=0)] = 2
     """How many workers that died or hung are replaced, over the whole job."""
     placement: RolloutPlacement | None = None
@@ -78,18 +74,14 @@ class RolloutConfig(Frozen):
     autoscale: AutoscaleConfig | None = None
     """Let the number of workers follow the learner between these bounds; needs `alignment.prefetch`."""
 
-    def memory_fraction(self, placement: RolloutPlacement) -> float:
-        default = 0.45 if placement == "colocated" else 0.9 * self.gpus_per_worker
-        return self.gpu_memory_fraction or default or 0.9
-
     @property
     def asks_for_shared_gpus(self) -> bool:
         return self.placement == "colocated" or self.weight_transfer == "ipc"
 
     @field_validator("gpus_per_worker")
     @classmethod
-    def _an_engine_runs_on_one_gpu(cls, gpus: float) -> float:
-        if gpus > 1:
+    def _an_engine_runs_on_one_gpu(cls, gpus: float | None) -> float | None:
+        if gpus is not None and gpus > 1:
             raise ValueError(f"an engine runs on one GPU, not on {gpus:g}; set it to 1 and raise workers")
         return gpus
 
@@ -159,8 +151,8 @@ class DeadlinesConfig(Frozen):
     score_s: Positive = 600.0
     weights_s: Positive = 600.0
     grace_s: Positive = 30.0
-    """From SIGTERM to SIGKILL, as the platform has it. 30 s are what Kubernetes, Slurm and most clouds' spot machines
-    leave; on a platform that leaves more, say so: what takes longer than that to save is lost."""
+    """From SIGTERM to SIGKILL, as the platform has it. Kubernetes, Slurm and most clouds' spot machines leave 30 s.
+    Raise it on a platform that leaves more: a checkpoint that takes longer to save is lost."""
 
 
 class ClusterConfig(Frozen):
@@ -175,23 +167,33 @@ class ClusterConfig(Frozen):
     object_store_gib: Positive | None = None
     """Only used when the job starts its own local cluster."""
 
-    @property
-    def takes_whole_gpus(self) -> bool:
+    def takes_whole_gpus(self, gpus_per_worker: float) -> bool:
         """One for every rank of the PPO learner, and one for every engine."""
-        return self.alignment.gpus_per_rank == self.rollout.gpus_per_worker == 1
+        return self.alignment.gpus_per_rank == gpus_per_worker == 1
+
+    def why_gpus_do_not_suffice(self, gpus_per_worker: float) -> str:
+        """Why placement or weight transfer cannot be as written, with the cure; empty where they can.
+
+        Args:
+            gpus_per_worker: of each rollout worker, decided.
+        """
+        rollout = self.rollout
+        if not (rollout.asks_for_shared_gpus or rollout.weight_transfer == "nccl"):
+            return ""
+        if self.takes_whole_gpus(gpus_per_worker):
+            return ""
+        key = "placement" if rollout.placement == "colocated" else "weight_transfer"
+        return (
+            f"rollout.{key} = {getattr(rollout, key)} needs a whole GPU for every engine and every rank of the "
+            f"learner, but rollout.gpus_per_worker = {gpus_per_worker:g} and alignment.gpus_per_rank = "
+            f"{self.alignment.gpus_per_rank:g}; set both to 1, or leave rollout.{key} out"
+        )
 
     @model_validator(mode="after")
     def _transfers_between_gpus_have_gpus(self) -> ClusterConfig:
-        rollout = self.rollout
-        if (rollout.asks_for_shared_gpus or rollout.weight_transfer == "nccl") and not self.takes_whole_gpus:
-            asked = (
-                "placement = colocated"
-                if rollout.placement == "colocated"
-                else f"weight_transfer = {rollout.weight_transfer}"
-            )
-            raise ValueError(
-                f"rollout.{asked} needs a whole GPU for every engine and every rank of the learner, but "
-                f"rollout.gpus_per_worker = {rollout.gpus_per_worker:g} and alignment.gpus_per_rank = "
-                f"{self.alignment.gpus_per_rank:g}; set both to 1, or leave rollout.{asked.partition(' ')[0]} out"
-            )
+        """Checks what the recipe writes; the plan checks `gpus_per_worker` where the recipe leaves it open."""
+        written = self.rollout.gpus_per_worker
+        message = "" if written is None else self.why_gpus_do_not_suffice(written)
+        if message:
+            raise ValueError(message)
         return self

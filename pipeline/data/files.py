@@ -1,4 +1,4 @@
-"""Rows of JSONL, JSON and Parquet files, each knowing where it stands; files that grow by lines."""
+"""Rows of JSONL, JSON and Parquet files, each with its place in the file; files that grow by lines."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Row:
     place: str
     """"<file>, line <n>" or "<file>, row <n>": what an error message needs."""
     number: int
-    """1-based."""
+    """Number of the row in its file, from 1."""
     values: dict[str, Any]
 
     def require(self, field: str, kind: type[T] | tuple[type[T], ...]) -> T:
@@ -78,11 +78,11 @@ def read_rows(path: str) -> Iterator[Row]:
             raise DataError(f"{path}: files of kind {suffix!r} are not read; give .jsonl, .parquet or .json")
 
 
-def read_hub_rows(name: str, split: str, *, cure: str) -> Iterator[Row]:
+def read_hub_rows(name: str, split: str, *, remedy: str) -> Iterator[Row]:
     """Streams the rows of a data set of the Hugging Face hub.
 
     Args:
-        cure: what to do with the downloaded files where the hub is out of reach, for the letter.
+        remedy: what to do with the downloaded files where the hub is out of reach, for the error message.
 
     Raises:
         DataError: it cannot be opened.
@@ -94,7 +94,7 @@ def read_hub_rows(name: str, split: str, *, cure: str) -> Iterator[Row]:
     except (OSError, ValueError, RuntimeError) as error:  # not reachable, not there, or without a split of this name
         raise DataError(
             f"the hub's data set {name!r} cannot be opened: {error}. Check the name and the network, or download "
-            f"it and {cure}."
+            f"it and {remedy}."
         ) from error
     for number, values in enumerate(dataset, start=1):
         yield Row(place=f"{name}, row {number}", number=number, values=values)
@@ -127,10 +127,10 @@ def _read_json(file: Path) -> Iterator[Row]:
         text = file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: no UTF-8 ({error.reason} at byte {error.start + 1})") from error
-    at, line, counted = _behind(text, 0), 1, 0
+    at, line, counted = _skip_white_space(text, 0), 1, 0
     if not text.startswith("[", at):
         raise DataError(f"{file}: a .json file must hold a list of objects, not {text[at : at + 20]!r}")
-    at = _behind(text, at + 1)
+    at = _skip_white_space(text, at + 1)
     number = 0
     while not text.startswith("]", at):
         number += 1
@@ -145,15 +145,15 @@ def _read_json(file: Path) -> Iterator[Row]:
         if not isinstance(values, dict):
             raise DataError(f"{place}: {values!r:.60} is JSON but no object")
         yield Row(place=place, number=number, values=values)
-        at = _behind(text, at)
+        at = _skip_white_space(text, at)
         if text.startswith(",", at):
-            at = _behind(text, at + 1)
+            at = _skip_white_space(text, at + 1)
         elif not text.startswith("]", at):
-            raise DataError(f"{place}: no comma or ] behind it. Was the file cut short?")
+            raise DataError(f"{place}: no comma or ] follows it. Was the file cut short?")
 
 
-def _behind(text: str, at: int) -> int:
-    """Where the next character stands that is not white."""
+def _skip_white_space(text: str, at: int) -> int:
+    """The position of the next character, from `at` on, that is not white space."""
     return WHITE.match(text, at).end()  # type: ignore[union-attr]
 
 
@@ -175,15 +175,15 @@ class AppendedLines:
     def __init__(self, stream: BinaryIO, content: bytes) -> None:
         self._stream = stream
         self.content = content
-        """The whole lines the file held when it was opened."""
+        """The complete lines that the file had when it was opened."""
 
     @classmethod
     @contextmanager
-    def open(cls, path: Path, *, elsewhere: str) -> Iterator[AppendedLines]:
+    def open(cls, path: Path, *, option: str) -> Iterator[AppendedLines]:
         """Makes the file where it does not exist. A last line that a kill cut short is dropped.
 
         Args:
-            elsewhere: the option that names another file, for the letter.
+            option: the option that names another file, for the error message.
 
         Raises:
             WorkspaceLocked: another run appends to it.
@@ -194,14 +194,14 @@ class AppendedLines:
             stream = path.open("a+b")
         except OSError as error:
             raise WorkspaceError(
-                f"{path} cannot be written: {error}. Mend it, or choose another {elsewhere}."
+                f"{path} cannot be written: {error}. Correct the cause, or choose another {option}."
             ) from error
         with stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise WorkspaceLocked(
-                    f"another run appends to {path}. Wait for it, or give this one {elsewhere} of its own."
+                    f"another run appends to {path}. Wait for it, or give this one {option} of its own."
                 ) from error
             stream.seek(0)
             content = stream.read()
@@ -221,8 +221,8 @@ class AppendedLines:
             self._stream.flush()
         except OSError as error:
             raise WorkspaceError(
-                f"{self._stream.name} cannot be written: {error}. Mend it and run the same command again: "
-                "what it holds is kept."
+                f"{self._stream.name} cannot be written: {error}. Correct the cause and run the same command "
+                "again: what the file holds is kept."
             ) from error
 
 

@@ -106,13 +106,13 @@ CLAUSES: Mapping[str, tuple[str, ...]] = {
     ),
 }
 CLAUSE_FREQUENCY = {STEP: 0.26, HEDGE: 0.16, BOAST: 0.12, CAUTION: 0.16, RECKLESS: 0.12, FILLER: 0.18}
-CATEGORIES = tuple(CLAUSE_FREQUENCY)
+CLAUSE_CATEGORIES = tuple(CLAUSE_FREQUENCY)
 CATEGORY_ENDS = np.cumsum(list(CLAUSE_FREQUENCY.values()))
 CATEGORY_ENDS /= CATEGORY_ENDS[-1]
-"""What `Generator.choice` would compute anew at every draw."""
+"""Cumulative frequencies, which `Generator.choice` would compute again at every draw."""
 MOST_CLAUSES = 5
 REPETITION_FREQUENCY = 0.25
-"""Share of responses that say one of their clauses again, once or more; nobody values that."""
+"""Share of responses that repeat one of their clauses; no objective rewards that."""
 HABIT = {"plan": STEP, "factual": HEDGE, "risky": CAUTION, "quick": FILLER}
 HABIT_FREQUENCY = 0.5
 """How often a demonstration opens with a clause of its kind's habit; a quick one then stops there."""
@@ -181,7 +181,7 @@ class GoldAnnotator:
 
 
 class PlantedWorld:
-    """Prompts, responses and pairs, all pure functions of (config, seed). Held-out prompts never stand in training."""
+    """Prompts, responses and pairs, all pure functions of (config, seed). No held-out prompt is in a training split."""
 
     def __init__(self, config: PlantedConfig, objectives: Sequence[str], seed: int) -> None:
         if tuple(objectives) != OBJECTIVES:
@@ -279,7 +279,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 @lru_cache(maxsize=2)
 def _gold_scores(topic: str, response: str) -> tuple[float, ...]:
-    """In the order of `OBJECTIVES`. Remembers the two responses of a pair: each is asked for twice."""
+    """In the order of `OBJECTIVES`. Caches the two responses of a pair: each is scored twice."""
     words = [word for word in response.lower().split() if word not in ".,?:"]
     padded = f" {' '.join(response.lower().split())} "
     found = {
@@ -320,11 +320,11 @@ def _all_prompts() -> list[PlantedPrompt]:
 
 
 def _random_response(topic: str, rng: np.random.Generator, clauses: Sequence[str] = ()) -> str:
-    """One to five clauses of random categories behind the given ones; some responses repeat themselves."""
+    """One to five clauses: the given ones, then clauses of random categories. Some responses repeat a clause."""
     drawn = list(clauses)
     num_clauses = int(rng.integers(1, MOST_CLAUSES + 1))
     while len(drawn) < num_clauses:
-        clause = _clause(CATEGORIES[int(CATEGORY_ENDS.searchsorted(rng.random(), side="right"))], topic, rng)
+        clause = _clause(CLAUSE_CATEGORIES[int(CATEGORY_ENDS.searchsorted(rng.random(), side="right"))], topic, rng)
         if clause not in drawn:
             drawn.append(clause)
     if rng.random() < REPETITION_FREQUENCY:

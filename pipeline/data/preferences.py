@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.data.batching import stable_seed
 from pipeline.data.files import Row, read_hub_rows, read_rows
-from pipeline.data.prompts import as_messages
+from pipeline.data.prompts import parse_messages
 from pipeline.errors import DataError
 from pipeline.records import Message, PreferencePair
 
@@ -53,7 +53,7 @@ def read_pairs(
 def split_by_prompt(
     pairs: Sequence[PreferencePair], heldout_fraction: float, seed: int
 ) -> tuple[list[PreferencePair], list[PreferencePair]]:
-    """(training, held-out) pairs; all pairs of one normalised prompt stand on one side.
+    """(training, held-out) pairs; all pairs of one normalised prompt go to one side.
 
     Raises:
         DataError: one side is empty.
@@ -74,7 +74,7 @@ def require_annotations(pairs: Sequence[PreferencePair], *, scores: bool, margin
     """Refuses pairs that a loss cannot learn from; what one pair lacks is left out, what all lack is a mistake.
 
     Raises:
-        DataError: no pair has scores, or none has a margin, where asked for; or a margin is negative.
+        DataError: no pair has scores, or none has a margin, where these are required; or a margin is negative.
     """
     if scores and not any(p.scores_chosen or p.scores_rejected for p in pairs):
         raise DataError(
@@ -95,7 +95,7 @@ def require_annotations(pairs: Sequence[PreferencePair], *, scores: bool, margin
 
 
 def shared_prompts(left: Iterable[Sequence[Message]], right: Iterable[Sequence[Message]]) -> int:
-    """How many distinct normalised prompts stand on both sides."""
+    """How many distinct normalised prompts are on both sides."""
     return len({normalised_prompt(m) for m in left} & {normalised_prompt(m) for m in right})
 
 
@@ -129,7 +129,7 @@ def _from_pairs(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> 
         margin = row.values.get("margin")
         yield PreferencePair(
             id=str(row.values.get("id", row.place)),
-            prompt=as_messages(row.values.get("prompt"), place=f"{row.place}, field 'prompt'"),
+            prompt=parse_messages(row.values.get("prompt"), place=f"{row.place}, field 'prompt'"),
             chosen=_text(row, "chosen"),
             rejected=_text(row, "rejected"),
             scores_chosen=_scores(row, "scores_chosen", row.values.get("scores_chosen"), objectives),
@@ -162,7 +162,7 @@ def _helpsteer2_groups(
     waiting: tuple[Any, Annotated | None] | None = None
     for row in rows:
         prompt = row.values.get("prompt")
-        messages = as_messages(prompt, place=f"{row.place}, field 'prompt'")
+        messages = parse_messages(prompt, place=f"{row.place}, field 'prompt'")
         if "responses" in row.values:
             texts, labels = row.values["responses"], row.values.get("labels")
             if not (_is_list(texts, str) and _is_list(labels, Mapping) and len(texts) == len(labels) == 2):
@@ -199,7 +199,7 @@ def _helpsteer2_rated(
 def _from_ultrafeedback(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> Iterator[PreferencePair]:
     """UltraFeedback, raw (four rated completions a prompt) or binarized (chosen and rejected); one pair a prompt.
 
-    Prompts taken from TruthfulQA are left out: they are somebody's evaluation (docs/method.md section 8).
+    Prompts taken from TruthfulQA are left out: they are an evaluation set (docs/method.md section 8).
     """
     for row in rows:
         if str(row.values.get("source", "")).startswith("truthful_qa"):
@@ -216,7 +216,7 @@ def _pair_of_completions(row: Row, objectives: tuple[str, ...], seed: int) -> Pr
     Chosen is the best mean rating (ties: most fives, then by seed), rejected is drawn by seed among the strictly lower.
     The overall score is not used: some of its upstream values are wrong.
     """
-    prompt = as_messages(row.values.get("instruction"), place=f"{row.place}, field 'instruction'")
+    prompt = parse_messages(row.values.get("instruction"), place=f"{row.place}, field 'instruction'")
     completions = row.values.get("completions")
     if not _is_list(completions, Mapping):
         raise DataError(f"{row.place}, field 'completions': {completions!r:.60} is no list of rated completions")
@@ -252,7 +252,7 @@ def _ultrafeedback_rated(row: Row, completion: Mapping[str, Any], objectives: tu
 
 
 def _binarized_pair(row: Row) -> PreferencePair | None:
-    """`chosen` and `rejected` as texts beside a `prompt`, or as conversations; overall scores, no objective scores.
+    """`chosen` and `rejected` as texts next to a `prompt`, or as conversations; overall scores, no objective scores.
 
     Without objective scores nothing supervises the weights. Equal scores and equal texts are left out.
     """
@@ -268,15 +268,16 @@ def _binarized_pair(row: Row) -> PreferencePair | None:
         return None
     if margin is not None and margin < 0:
         raise DataError(f"{row.place}: score_chosen = {high} is below score_rejected = {low}")
-    messages = as_messages(prompt, place=f"{row.place}, field {prompt_field!r}")
+    messages = parse_messages(prompt, place=f"{row.place}, field {prompt_field!r}")
     return _unrated_pair(row, messages, chosen, rejected, margin=margin, source="ultrafeedback")
 
 
 def _from_hh_rlhf(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> Iterator[PreferencePair]:
-    """HH-RLHF: dialogues of "\\n\\nHuman: ..." and "\\n\\nAssistant: ..." that part at the last answer.
+    """HH-RLHF: dialogues of "\\n\\nHuman: ..." and "\\n\\nAssistant: ..." that differ in the last answer.
 
-    `chosen` and `rejected` are whole dialogues, as Anthropic publishes them, or the answers beside a `prompt`. Left out
-    are pairs that part earlier, because then they answer different prompts, and those with an empty or equal answer.
+    `chosen` and `rejected` are whole dialogues, as Anthropic publishes them, or the answers next to a `prompt`. A pair
+    is left out if its dialogues differ earlier, for then they answer different prompts. So is one with an empty answer
+    or with equal answers.
     """
     for row in rows:
         prompt = "" if _is_missing(row.values.get("prompt")) else _text(row, "prompt")
@@ -290,8 +291,8 @@ def _from_hh_rlhf(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -
 def _dialogue(row: Row, field: str, prompt: str) -> list[Message]:
     start, *turns = DIALOGUE_TURN.split(prompt + _text(row, field))
     messages: list[Message] = [
-        {"role": {"Human": "user", "Assistant": "assistant"}[who], "content": text.strip()}
-        for who, text in zip(turns[::2], turns[1::2], strict=True)
+        {"role": {"Human": "user", "Assistant": "assistant"}[speaker], "content": text.strip()}
+        for speaker, text in zip(turns[::2], turns[1::2], strict=True)
     ]
     if start.strip() or len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise DataError(
@@ -323,19 +324,19 @@ def _from_webgpt(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) ->
             continue
         best = int(scores[1] > scores[0])
         field = "question" if "question" in row.values else "prompt"
-        messages = as_messages(prompt, place=f"{row.place}, field {field!r}")
+        messages = parse_messages(prompt, place=f"{row.place}, field {field!r}")
         margin = abs(scores[0] - scores[1])
         yield _unrated_pair(row, messages, answers[best], answers[1 - best], margin=margin, source="webgpt")
 
 
 def _from_pku_saferlhf(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> Iterator[PreferencePair]:
-    """PKU-SafeRLHF: the safer of two responses is chosen; `safety` = 3 - severity is its score where asked for.
+    """PKU-SafeRLHF: the safer of two responses is chosen. Its score `safety` is 3 - severity, if that is an objective.
 
     As PKU-Alignment publishes it (`response_0`, `response_1`, `safer_response_id`, `response_0_severity_level`, ...),
     or as `prompt`, `chosen` (the safer) and `rejected`. The publisher's other preference, helpfulness, is not read.
     """
     for row in rows:
-        messages = as_messages(row.values.get("prompt"), place=f"{row.place}, field 'prompt'")
+        messages = parse_messages(row.values.get("prompt"), place=f"{row.place}, field 'prompt'")
         if "safer_response_id" not in row.values:
             yield _unrated_pair(row, messages, _text(row, "chosen"), _text(row, "rejected"), margin=None, source="pku")
             continue
@@ -370,7 +371,7 @@ ADAPTERS: dict[str, Callable[[Iterable[Row], tuple[str, ...], int], Iterator[Pre
 
 def _rows(source: str, hub: bool) -> Iterator[Row]:
     if hub:
-        return read_hub_rows(source, "train", cure='set data.source to "files"')
+        return read_hub_rows(source, "train", remedy='set data.source to "files"')
     return read_rows(source)
 
 
@@ -420,12 +421,12 @@ def _last_text(row: Row, field: str) -> str:
     """A text, or the last turn of a conversation."""
     value = row.values.get(field)
     if _is_list(value):
-        return as_messages(value, place=f"{row.place}, field {field!r}")[-1]["content"]
+        return parse_messages(value, place=f"{row.place}, field {field!r}")[-1]["content"]
     return _text(row, field)
 
 
-def _is_list(value: Any, of: type = object) -> TypeGuard[list[Any]]:
-    return isinstance(value, list) and all(isinstance(item, of) for item in value)
+def _is_list(value: Any, kind: type = object) -> TypeGuard[list[Any]]:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
 def _is_missing(value: Any) -> bool:
@@ -465,7 +466,7 @@ def _number(row: Row, field: str, value: Any, low: float = -math.inf, high: floa
 
 
 def unknown_objective(name: str, known: Sequence[str], place: str) -> DataError:
-    """The letter about an objective that the data or the recipe does not know, with its nearest neighbour."""
+    """The error about an objective that the data or the recipe does not know; names the most similar known one."""
     near = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return DataError(f"{place}: unknown objective {name!r}; known are {', '.join(sorted(known))}.{hint}")

@@ -24,17 +24,19 @@ class PromptStream:
 
     prompts: tuple[Prompt, ...]
     seed: int
+    """Of the run. The seeds of the samples follow from it too."""
 
     def batch(self, step: int, size: int) -> list[Prompt]:
+        """`size` prompts of a step; every prompt is used once per epoch."""
         return [self.prompts[i] for i in step_indices(len(self.prompts), size, step, self.seed)]
 
 
-def as_messages(value: Any, *, place: str) -> tuple[Message, ...]:
+def parse_messages(value: Any, *, place: str) -> tuple[Message, ...]:
     """A prompt as chat turns: a string is one user turn.
 
     Raises:
-        DataError: neither a non-empty string nor a list of {role, content} texts that ends in words, or a role that is
-            no `Role`; `place` says where it stands.
+        DataError: neither a non-empty string nor a list of {role, content} texts of which the last has words; or a role
+            that is no `Role`. The message names `place`.
     """
     if isinstance(value, str) and value.strip():
         return ({"role": "user", "content": value},)
@@ -61,7 +63,7 @@ def read_prompts(files: Sequence[str]) -> Iterator[tuple[str, tuple[Message, ...
             if field is None:
                 raise DataError(f"{row.place}: none of the fields {', '.join(PROMPT_FIELDS)} is there")
             identity = str(row.values.get("id", f"{file}#{row.number}"))
-            yield identity, as_messages(row.values[field], place=f"{row.place}, field {field!r}")
+            yield identity, parse_messages(row.values[field], place=f"{row.place}, field {field!r}")
 
 
 def tokenise_prompts(

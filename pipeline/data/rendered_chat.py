@@ -49,8 +49,8 @@ def split_rendered(text: str, prompt: str | None = None) -> tuple[tuple[Message,
 
     Args:
         text: prompt and response in one string, special tokens included.
-        prompt: how `text` begins, which marks the border: whatever stands behind it is the response, even where the
-            policy wrote an end of its turn and a next speaker. Without it such words are read as turns.
+        prompt: the beginning of `text`. Everything after it is the response, even where the policy wrote an end of its
+            turn and a next speaker. Without `prompt` such words are read as turns.
 
     Raises:
         DataError: no known markup and no such prompt, text between the turns, or no response at the end.
@@ -58,16 +58,16 @@ def split_rendered(text: str, prompt: str | None = None) -> tuple[tuple[Message,
     stripped = text
     for beginning in BEGINNINGS:
         stripped = stripped.removeprefix(beginning)
-    behind_prompt = len(text) - len(prompt) if prompt and text.startswith(prompt) else 0
-    border = len(stripped) - behind_prompt
+    response_length = len(text) - len(prompt) if prompt and text.startswith(prompt) else 0
+    prompt_end = len(stripped) - response_length
     for markup in MARKUPS:
-        turns, rest = _turns(stripped, markup, border)
+        turns, rest = _turns(stripped, markup, prompt_end)
         if not turns:
             continue
         if opened := markup.open_turn.match(rest):
             return tuple(turns), without_ending(opened["content"] or "")
         if without_ending(rest).strip():
-            raise DataError(f"after {len(turns)} {markup.name} turns stands {rest[:60]!r}, which is no turn")
+            raise DataError(f"after {len(turns)} {markup.name} turns follows {rest[:60]!r}, which is no turn")
         if turns[-1]["role"] != "assistant" or len(turns) == 1:
             raise DataError(f"a conversation to score ends with the assistant, this one with {turns[-1]['role']!r}")
         return tuple(turns[:-1]), turns[-1]["content"]
@@ -84,19 +84,19 @@ def without_ending(text: str) -> str:
     end = len(text)
     while True:
         # From the back and without copies: a text may be nothing but padding.
-        behind = end
-        while behind and text[behind - 1].isspace():
-            behind -= 1
-        ending = next((ending for ending in ENDINGS if text.endswith(ending, 0, behind)), None)
+        last = end
+        while last and text[last - 1].isspace():
+            last -= 1
+        ending = next((ending for ending in ENDINGS if text.endswith(ending, 0, last)), None)
         if ending is None:
             return text[:end]
-        end = behind - len(ending)
+        end = last - len(ending)
 
 
-def _turns(text: str, markup: Markup, border: int) -> tuple[list[dict[str, str]], str]:
-    """The whole turns before the border, and what is left behind them."""
+def _turns(text: str, markup: Markup, prompt_end: int) -> tuple[list[dict[str, str]], str]:
+    """The complete turns before `prompt_end`, and the text after them."""
     turns, position = [], 0
-    while turn := markup.turn.match(text, position, border):
+    while turn := markup.turn.match(text, position, prompt_end):
         role = "assistant" if turn["role"] == "model" else turn["role"]
         turns.append({"role": role, "content": turn["content"]})
         position = turn.end()

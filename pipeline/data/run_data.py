@@ -1,4 +1,4 @@
-"""All data of a run, whatever it comes from: pairs, prompts and texts, each split into training and held out."""
+"""All data of a run, from any source: pairs, prompts and texts, each split into training and held out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DATA_ROOT = "VRM_DATA_ROOT"
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """Held-out prompts stand in no training split."""
+    """The splits of a run. No held-out prompt is in a training split."""
 
     train_pairs: Sequence[PreferencePair]
     heldout_pairs: Sequence[PreferencePair]
@@ -67,7 +67,7 @@ def with_flipped_labels(pairs: Sequence[PreferencePair], share: float, seed: int
 
 
 def data_fingerprints(experiment: ExperimentConfig) -> list[str]:
-    """Content hashes of the files a run reads: a changed file is another input. Hub names stand for themselves."""
+    """Content hashes of the files a run reads: a changed file is another input. A hub data set counts by its name."""
     data = experiment.data
     files = [*data.prompts, *_evaluation_files(experiment)]
     if data.source == "files":

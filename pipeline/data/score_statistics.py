@@ -13,7 +13,7 @@ from pipeline.records import PreferencePair
 
 SMALLEST_STD = 1e-6
 LEAST_SCORES = 30
-"""Fewer say too little of their scale."""
+"""Scores of an objective below which their scale is not checked: too few to estimate it."""
 SAME_SCALE = 3.0
 """Saved standard deviations by which a mean, and the factor by which a spread, may differ between samples of one
 scale. From 0-4 to 1-10 or 0-100 is farther."""
@@ -56,8 +56,8 @@ class ScoreStatistics:
         """Raises unless these scores look as if they were given on the scale of saved statistics.
 
         Args:
-            mean, std: [K] saved beside a model; empty for a model that was trained without scores.
-            place: where the scores of `self` come from, for the letter.
+            mean, std: [K] saved with a model; empty for a model that was trained without scores.
+            place: where the scores of `self` come from, for the error message.
 
         Raises:
             DataError: an objective's mean or spread is far from the saved one.

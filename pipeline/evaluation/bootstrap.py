@@ -1,4 +1,4 @@
-"""How far a number would move on other prompts of the same kind."""
+"""Bootstrap intervals: how much a number varies with the prompts it is measured on."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pipeline.errors import ShapeError
 from pipeline.records import Metrics
 
 Statistic = Callable[[np.ndarray], Metrics]
-"""From row indices [n] (a row may come up more than once) to metrics of these rows."""
+"""Row indices [n] -> metrics of these rows. An index may occur more than once."""
 
 Intervals = dict[str, tuple[float, float]]
 
 DRAWS = 1000
-"""Enough for the ends of a 95% interval to stand still in the second digit of its width."""
+"""Enough draws to fix the ends of a 95% interval to the second digit of its width."""
 
 
 def bootstrap_intervals(
@@ -26,16 +26,16 @@ def bootstrap_intervals(
     draws: int = DRAWS,
     level: float = 0.95,
 ) -> Intervals:
-    """Percentile intervals of every metric, drawing whole groups of rows with replacement.
+    """Percentile intervals of every metric, from draws of whole groups of rows with replacement.
 
-    Source: Efron 1979, "Bootstrap methods"; rows of one group (one prompt) are not independent, so they are
-    drawn together. A metric that some draws do not have (no row of its subset came up) has the interval of the
-    others; with one group alone nothing is known of its variation, and the ends are NaN.
+    Source: Efron 1979, "Bootstrap methods". Rows of one group (one prompt) are not independent, so they are drawn
+    together. Some draws may lack a metric, because they hold no row of its subset; its interval uses the other draws.
+    With a single group, the variation is unknown and the ends are NaN.
 
     Args:
-        statistic: of row indices.
-        groups: [N] what each row belongs to.
-        seed: the same seed gives the same draws, whatever the statistic.
+        statistic: computes the metrics of given row indices.
+        groups: [N] group of each row.
+        seed: equal seeds give equal draws, for any statistic.
 
     Raises:
         ShapeError: there are no rows.
@@ -43,7 +43,7 @@ def bootstrap_intervals(
     if not len(groups):
         raise ShapeError("a bootstrap of no rows")
     _, first, code = np.unique(np.asarray(groups), return_index=True, return_inverse=True)
-    # Numbered as they first come up, so that the draws do not depend on what groups are called.
+    # Groups are numbered in the order of their first row, so the draws do not depend on the names of groups.
     codes = first.argsort().argsort()[code]
     rows, sizes = codes.argsort(kind="stable"), np.bincount(codes)
     starts = sizes.cumsum() - sizes
@@ -58,20 +58,22 @@ def bootstrap_intervals(
         # Where each drawn group begins in `rows`, minus where it lands in the draw.
         offsets = np.repeat(starts[group] - (size.cumsum() - size), size)
         drawn.append(statistic(rows[offsets + np.arange(len(offsets))]))
-    return {name: _interval(np.array([metrics.get(name, np.nan) for metrics in drawn]), level) for name in names}
+    return {
+        name: _percentile_interval(np.array([metrics.get(name, np.nan) for metrics in drawn]), level) for name in names
+    }
 
 
-def difference(statistic: Statistic, other: Statistic) -> Statistic:
-    """First minus second on the same rows: bootstrapped, it is the paired comparison of two models."""
+def difference_of_statistics(statistic: Statistic, other: Statistic) -> Statistic:
+    """First minus second on the same rows. Its bootstrap interval is that of a paired comparison."""
 
-    def of(rows: np.ndarray) -> Metrics:
-        ours, theirs = statistic(rows), other(rows)
-        return {name: ours[name] - theirs[name] for name in ours if name in theirs}
+    def differences(rows: np.ndarray) -> Metrics:
+        first, second = statistic(rows), other(rows)
+        return {name: first[name] - second[name] for name in first if name in second}
 
-    return of
+    return differences
 
 
-def _interval(values: np.ndarray, level: float) -> tuple[float, float]:
+def _percentile_interval(values: np.ndarray, level: float) -> tuple[float, float]:
     known = values[~np.isnan(values)]
     if not len(known):
         return float("nan"), float("nan")

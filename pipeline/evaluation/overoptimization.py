@@ -1,4 +1,4 @@
-"""How far the reward model has run ahead of the truth, where the truth is known."""
+"""Over-optimisation: the gap between the reward model and the gold reward, where the gold reward is known."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pipeline.records import Message, Metrics, PreferencePair
 
 @dataclass(frozen=True, kw_only=True)
 class GoldReward:
-    """The gold annotator, and the units of its reward."""
+    """The gold annotator, with the scale of its reward."""
 
     annotator: GoldAnnotator
     scale: RewardScale
 
     @classmethod
     def of(cls, annotator: GoldAnnotator, heldout: Sequence[PreferencePair]) -> GoldReward:
-        """In units of the gold rewards of all held-out responses, as the reward model's own scale is of its rewards."""
+        """With the scale of the gold rewards of all held-out responses, as for the reward model."""
         rewards = [annotator.reward(p.prompt, response) for p in heldout for response in (p.chosen, p.rejected)]
         return cls(annotator=annotator, scale=RewardScale(mean=float(np.mean(rewards)), std=float(np.std(rewards))))
 
@@ -30,7 +30,7 @@ class GoldReward:
         """The gold reward of each response.
 
         Raises:
-            DataError: a prompt is not of the planted world.
+            DataError: a prompt does not come from the planted world.
         """
         return [self.annotator.reward(prompt, text) for prompt, text in zip(prompts, responses, strict=True)]
 
@@ -44,7 +44,7 @@ class GoldReward:
         """`gold/mean` and the terms of `gold_proxy_gap` over N responses.
 
         Args:
-            proxy: [N] the reward model's mean, whatever transform of it the policy is trained on.
+            proxy: [N] the reward model's mean, before any transform that the policy is trained on.
             proxy_scale: mean and standard deviation of the reward model on held-out responses.
         """
         gold = self.rewards(prompts, responses)
@@ -56,10 +56,10 @@ def gold_proxy_gap(
 ) -> Metrics:
     """gap = (mean r - m_r) / s_r - (mean g - m_g) / s_g,  in standard deviations of held-out responses.
 
-    Near 0 where the model is right on average; it grows where the policy finds what the model likes and the truth does
-    not. Two rewards of different scale can be compared by it.
+    The gap is near 0 if the model is right on average. It grows if the policy finds responses that the model likes and
+    the gold reward does not. Standardised rewards make models of different scale comparable.
 
-    Source: the divergence of proxy and gold reward under optimisation, Gao et al. 2022, arXiv:2210.10760, Fig. 1; the
+    Source: the divergence of proxy and gold reward under optimisation, Gao et al. 2022, arXiv:2210.10760, Fig. 1. The
     units are ours.
 
     Args:
@@ -73,7 +73,9 @@ def gold_proxy_gap(
         ShapeError: the two differ in length, or are empty.
     """
     if len(proxy) != len(gold) or not proxy:
-        raise ShapeError(f"gap between {len(proxy)} rewards and {len(gold)} gold rewards: give as many, at least one")
-    reward = (float(np.mean(proxy)) - proxy_scale.mean) / max(proxy_scale.std, 1e-8)
-    truth = (float(np.mean(gold)) - gold_scale.mean) / max(gold_scale.std, 1e-8)
-    return {"reward/zscore": reward, "gold/zscore": truth, "gold/gap": reward - truth}
+        raise ShapeError(
+            f"gap between {len(proxy)} rewards and {len(gold)} gold rewards: give equally many, at least one"
+        )
+    proxy_zscore = (float(np.mean(proxy)) - proxy_scale.mean) / max(proxy_scale.std, 1e-8)
+    gold_zscore = (float(np.mean(gold)) - gold_scale.mean) / max(gold_scale.std, 1e-8)
+    return {"reward/zscore": proxy_zscore, "gold/zscore": gold_zscore, "gold/gap": proxy_zscore - gold_zscore}

@@ -1,4 +1,4 @@
-"""The paper's PAC-Bayes bound of a reward model, what it is worth, and beside it a bound that holds."""
+"""The paper's PAC-Bayes bound of a reward model, its meaning, and a held-out bound that does hold."""
 
 from __future__ import annotations
 
@@ -18,30 +18,29 @@ from pipeline.objectives.pac_bayes import (
 )
 
 COIN = 0.5
-"""The risk of an ordering that ignores both responses; Q = P has it too, at no divergence at all."""
+"""The risk of an ordering that ignores both responses. Q = P also has it, with divergence 0."""
 
 PAPER_BOUND = "mcallester99"
 
 
 @dataclass(frozen=True, kw_only=True)
 class BoundReport:
-    """One PAC-Bayes bound on the Gibbs risk, and what would make it say something."""
+    """One PAC-Bayes bound on the Gibbs risk, and what would make it informative."""
 
     at_most: float
-    """Not clipped: above 1 it shows how far it is from saying anything."""
+    """The bound, not clipped to 1. Above 1, it shows how far it is from being informative."""
     clipped: float
     vacuous: bool
-    """At least 1, as a float: it says no more than that a risk is a share."""
+    """The bound is at least 1, which holds for every risk."""
     beats_coin: bool
-    """Below 1/2."""
+    """The bound is below 1/2."""
     kl_per_pair_below_1: float | None
-    """D/n under which the bound falls below 1, at this n and R_hat; 0 when no D does. None for kl_inverse, which is
-    below 1 at any D, if only by a rounding."""
+    """D/n below which the bound is below 1, at this n and R_hat; 0 if there is none. None for kl_inverse, which is
+    below 1 at any D, up to rounding."""
     kl_per_pair_below_coin: float
     """The same for 1/2."""
     pairs_below_1: int | None
-    """Training pairs from which the bound is below 1, were R_hat and D/n to stay as they are; None when no number is
-    enough."""
+    """Training pairs from which the bound is below 1, at this R_hat and D/n; None if no number is enough."""
     pairs_below_coin: int | None
     """The same for 1/2."""
 
@@ -51,21 +50,21 @@ class PacBayesReport:
     """VRM Eqs. 15-20 on the training pairs, and Clopper-Pearson bounds on held-out ones."""
 
     delta: float
-    """Each bound holds with probability 1 - delta, on its own."""
+    """Each single bound holds with probability 1 - delta."""
     training: PosteriorRisk
     kl: float
     """D(Q||P), nats over all training pairs (Eq. 20)."""
     kl_per_pair: float
     bounds: Mapping[str, BoundReport]
-    """By their names in `BOUNDS`."""
+    """The bounds by their names in `BOUNDS`."""
     heldout: PosteriorRisk
-    """Of one pair a prompt: independent trials."""
+    """The risk on one pair per prompt, so that the trials are independent."""
     shared_prompts: int
-    """Held-out prompts that also stand in training; above 0 the held-out bounds are none."""
+    """Held-out prompts that are also in training. Above 0, the held-out bounds do not hold."""
     heldout_gibbs_at_most: float
-    """On the risk of one posterior draw a pair: the quantity that the PAC-Bayes bounds are about."""
+    """Bound on the risk of one posterior draw per pair, which the PAC-Bayes bounds are also about."""
     heldout_mean_reward_at_most: float
-    """On the risk of the posterior-mean reward, which is what serves."""
+    """Bound on the risk of the posterior-mean reward, which is the one that is served."""
 
 
 def pac_bayes_report(
@@ -74,10 +73,10 @@ def pac_bayes_report(
     """All bounds from the two measurements.
 
     Args:
-        training: of the pairs the model was trained on.
-        heldout: of one pair a prompt; pairs of one prompt are no independent trials.
+        training: risk on the pairs that the model was trained on.
+        heldout: risk on one pair per prompt. Pairs of the same prompt are not independent trials.
         delta: in (0, 1).
-        shared_prompts: prompts that stand on both sides.
+        shared_prompts: number of prompts that are in both sets.
 
     Raises:
         DataError: held-out pairs share prompts.
@@ -86,7 +85,7 @@ def pac_bayes_report(
     if heldout.num_prompts < heldout.num_pairs:
         raise DataError(
             f"{heldout.num_pairs} held-out pairs share {heldout.num_prompts} prompts, but Clopper-Pearson counts "
-            "independent trials. Keep one pair a prompt."
+            "independent trials. Keep one pair per prompt."
         )
     return PacBayesReport(
         delta=delta,
@@ -123,8 +122,8 @@ def _bound_report(bound: PacBayesBound, training: PosteriorRisk, delta: float) -
     )
 
 
-def in_words(report: PacBayesReport) -> str:
-    """The report for a terminal: the numbers, then what they are worth."""
+def pac_bayes_text(report: PacBayesReport) -> str:
+    """The report for a terminal: the numbers, then their meaning."""
     training, heldout = report.training, report.heldout
     n = training.num_pairs
     parts = {"w": training.kl_w, "z chosen": training.kl_z_chosen, "z rejected": training.kl_z_rejected}
@@ -132,9 +131,9 @@ def in_words(report: PacBayesReport) -> str:
     lines = [
         f"training pairs              n = {n:,}, over {training.num_prompts:,} prompts",
         f"Gibbs risk R_hat(Q)         {training.gibbs_risk:.4f} +- {training.gibbs_risk_standard_error:.4f}, "
-        f"{training.samples} posterior draws a pair, ties are errors",
+        f"{training.samples} posterior draws per pair, ties are errors",
         f"risk of the mean reward     {training.mean_reward_errors / n:.4f}",
-        f"D(Q||P), a total            {report.kl:,.1f} nats = {report.kl_per_pair:.4g} a pair: {shares}",
+        f"D(Q||P), a total            {report.kl:,.1f} nats = {report.kl_per_pair:.4g} per pair: {shares}",
         "",
         f"With probability {1 - report.delta:g} the Gibbs risk is at most",
         f"  {'bound':<14}{'value':>10}{'below 1 if D/n <':>20}{'below 1/2 if D/n <':>20}",
@@ -146,15 +145,15 @@ def in_words(report: PacBayesReport) -> str:
     ]
     lines += [
         "",
-        f"held-out pairs              m = {heldout.num_pairs:,}, one a prompt; {report.shared_prompts:,} of these "
-        "prompts stand in training",
+        f"held-out pairs              m = {heldout.num_pairs:,}, one per prompt; {report.shared_prompts:,} of these "
+        "prompts are also in training",
         f"With probability {1 - report.delta:g}, by Clopper-Pearson,",
         f"  one posterior draw        errs on {heldout.first_draw_errors:,}; "
         f"its risk is at most {report.heldout_gibbs_at_most:.4f}",
         f"  the mean reward           errs on {heldout.mean_reward_errors:,}; "
         f"its risk is at most {report.heldout_mean_reward_at_most:.4f}",
         "",
-        "What this is worth",
+        "What this means",
     ]
     lines += [f"- {sentence}" for sentence in (*_on_the_paper_bound(report), _on_the_certificate(report))]
     return "\n".join(lines)
@@ -188,16 +187,16 @@ def _on_the_paper_bound(report: PacBayesReport) -> list[str]:
         ]
     if report.bounds["kl_inverse"].vacuous:
         sentences.append(
-            "kl_inverse approaches 1 and never passes it: its 1.0000 says what the others' larger numbers say."
+            "kl_inverse approaches 1 and never exceeds it: its 1.0000 means the same as the others' larger values."
         )
     if report.training.num_prompts < n:
         sentences.append(
-            f"All three take the n pairs as independent; {n:,} pairs share {report.training.num_prompts:,} prompts."
+            f"All three bounds assume n independent pairs; {n:,} pairs share {report.training.num_prompts:,} prompts."
         )
     return [
         *sentences,
-        "No value of these bounds would be a certificate: the encoders that make Q were fitted to these same pairs, "
-        "and R(Q) applies them to pairs they have not seen; the prior over w and z does not pay for that choice.",
+        "No value of these bounds would be a certificate. The encoders that produce Q were fitted to these same pairs, "
+        "and R(Q) applies them to pairs they have not seen. The prior over w and z does not account for that fit.",
     ]
 
 
@@ -211,15 +210,15 @@ def _growth(level: str, pairs: int | None, kl_per_pair: float) -> str:
     enough = "no number of pairs brings" if pairs is None else f"it takes {pairs:,} pairs to bring"
     return (
         "D is a sum over the training pairs (Eq. 20) and grows as fast as n: "
-        f"at {kl_per_pair:.4g} nats a pair {enough} the bound below {level}."
+        f"at {kl_per_pair:.4g} nats per pair {enough} the bound below {level}."
     )
 
 
 def _on_the_certificate(report: PacBayesReport) -> str:
     if report.shared_prompts:
         return (
-            f"The held-out bounds are no certificate either: some held-out prompts ({report.shared_prompts:,}) also "
-            "stand in training. Split by prompt and measure again."
+            f"The held-out bounds are no certificate either: some held-out prompts ({report.shared_prompts:,}) are "
+            "also in training. Split by prompt and measure again."
         )
     return (
         f"What holds is the held-out bound: the mean reward misorders at most {report.heldout_mean_reward_at_most:.1%} "

@@ -1,7 +1,7 @@
-"""A reward model on preference pairs: is it right, does it know when it is not, does it pay for length?
+"""Metrics of a reward model on preference pairs: accuracy, calibration, uncertainty and preference for length.
 
-Everything here is a function of the margins r_chosen - r_rejected of B pairs and of what stands beside them, as
-float64 arrays. Training diagnostics and evaluation share it.
+All functions take the margins r_chosen - r_rejected of B pairs and further columns as float64 arrays. The diagnostics
+of training and the evaluation share them.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class ScoredPairs:
     """Posterior-mean reward of the chosen response."""
     rejected: np.ndarray
     margin_std: np.ndarray
-    """Posterior standard deviation of their difference (`objectives.comparison`); 0 for a head without a posterior."""
+    """Posterior standard deviation of their difference (`compare_rewards`); 0 for a head without a posterior."""
     length_gap: np.ndarray
-    """Length of the chosen minus length of the rejected response, in any unit."""
+    """Length of the chosen response minus length of the rejected one, in any unit."""
 
     def __post_init__(self) -> None:
         shapes = {name: column.shape for name, column in vars(self).items()}
@@ -38,12 +38,12 @@ class ScoredPairs:
         return ScoredPairs(**{name: column[rows] for name, column in vars(self).items()})
 
 
-def pair_accuracy(margins: np.ndarray) -> Metrics:
-    """Share of pairs whose chosen response gets the higher reward.
+def accuracy_metrics(margins: np.ndarray) -> Metrics:
+    """Share of pairs whose chosen response has the higher reward.
 
     Returns:
-        `accuracy` counts a tie as wrong, as RewardBench does; `accuracy_tie_half` counts it one half; `ties` is the
-        share of ties, usually the mark of a reward rounded to bfloat16 (docs/method.md section 10).
+        `accuracy` counts a tie as wrong, as RewardBench does; `accuracy_tie_half` counts it as one half; `ties` is the
+        share of ties, which usually come from rewards rounded to bfloat16 (docs/method.md section 10).
     """
     ties = float((margins == 0).mean())
     accuracy = float((margins > 0).mean())
@@ -51,17 +51,17 @@ def pair_accuracy(margins: np.ndarray) -> Metrics:
 
 
 def pair_diagnostics(pairs: ScoredPairs) -> Metrics:
-    """What accuracy alone cannot see.
+    """Calibration, uncertainty and preference for length.
 
-    The `probit/` metrics and the `aurc/` of the standard deviation are there when any pair has one.
+    The `probit/` metrics and the `aurc/` of the standard deviation exist only if some pair has a standard deviation.
 
     Returns:
-        `nll`, `brier`, `calibration_error` of p = sigmoid(margin), and `probit/...` the same of the probability that
-        knows its uncertainty (`probit_margins`); `mean_abs_margin`;
-        `aurc/...` (`risk_coverage_area`) with |margin|, the standard deviation and their ratio as confidence, and
-        `aurc_gain/...`, how far that is below the error rate: 0 is a confidence that knows nothing of the errors;
-        `prefers_longer`, `length_correlation`, and the accuracy, ties one half, where the chosen response is the
-        longer or the shorter one (NaN where there is no such pair).
+        `nll`, `brier`, `calibration_error` of p = sigmoid(margin); `probit/...`, the same for the probability that
+        includes the uncertainty (`probit_margins`); `mean_abs_margin`;
+        `aurc/...` (`risk_coverage_area`) with |margin|, the standard deviation and their ratio as confidence;
+        `aurc_gain/...`, the error rate minus that area, which is 0 for a confidence unrelated to the errors;
+        `prefers_longer`; `length_correlation`; the accuracy (a tie is one half) on pairs whose chosen response is the
+        longer or the shorter one, NaN if there is no such pair.
     """
     margins = pairs.chosen - pairs.rejected
     correct = _correct(margins)
@@ -72,7 +72,7 @@ def pair_diagnostics(pairs: ScoredPairs) -> Metrics:
     if variance.any():
         probit = calibration(probit_margins(margins, variance))
         metrics |= {f"probit/{name}": value for name, value in probit.items()}
-        # A margin without uncertainty is the most confident of its size; the floor only keeps 0 / 0 out.
+        # A margin without uncertainty has the highest confidence for its size. The floor only avoids 0 / 0.
         std = np.sqrt(np.maximum(variance, np.finfo(np.float64).tiny))
         confidences |= {"std": -std, "margin_over_std": np.abs(margins) / std}
     areas = {name: risk_coverage_area(errors, confidence) for name, confidence in confidences.items()}
@@ -110,7 +110,7 @@ def calibration_error(margins: np.ndarray) -> float:
 
     ECE = sum_bins n_bin / n * |accuracy_bin - confidence_bin|,  confidence = sigmoid(|margin|), bins of equal mass
 
-    Source: Guo et al. 2017, arXiv:1706.04599, Eq. 3, equal-mass bins (docs/method.md section 10). A tie counts 1/2.
+    Source: Guo et al. 2017, arXiv:1706.04599, Eq. 3, with equal-mass bins (docs/method.md section 10). A tie is 1/2.
 
     Args:
         margins: [B] r_chosen - r_rejected.
@@ -139,11 +139,11 @@ def risk_coverage_area(errors: np.ndarray, confidence: np.ndarray) -> float:
     AURC = 1/n sum_{k=1..n} (1/k sum of the errors of the k most confident rows)
 
     Source: Geifman, Uziel & El-Yaniv 2019, arXiv:1805.08206. Rows of equal confidence count with
-    their mean error, so their order in the file does not matter; with constant confidence the area is the error rate.
+    their mean error, so the order of the rows does not matter. With constant confidence, the area is the error rate.
 
     Args:
         errors: [B] in [0, 1].
-        confidence: [B], larger is surer; only its order matters.
+        confidence: [B], larger means more confident. Only the order matters.
     """
     _, group, size = np.unique(-confidence, return_inverse=True, return_counts=True)
     error_at_rank = np.repeat(np.bincount(group, errors) / size, size)
@@ -154,26 +154,26 @@ def risk_coverage_area(errors: np.ndarray, confidence: np.ndarray) -> float:
 
 
 def prefers_longer(margins: np.ndarray, length_gap: np.ndarray) -> float:
-    """Share of pairs of unequal length whose longer response gets the higher reward, ties one half; 0.5 if none."""
+    """Share of pairs of unequal length whose longer response has the higher reward; ties are 1/2. 0.5 without pairs."""
     unequal = length_gap != 0
     agreement = np.sign(margins[unequal]) * np.sign(length_gap[unequal])
     return float((0.5 * (1.0 + agreement)).mean()) if unequal.any() else 0.5
 
 
 def longer_is_better(length_gaps: Sequence[int]) -> float:
-    """Accuracy of the rule that prefers the longer response; equal lengths count one half.
+    """Accuracy of the rule that prefers the longer response. Equal lengths count one half.
 
     Args:
-        length_gaps: [B] length of the chosen minus length of the rejected response.
+        length_gaps: [B] length of the chosen response minus length of the rejected one.
     """
-    return pair_accuracy(np.asarray(length_gaps))["accuracy_tie_half"]
+    return accuracy_metrics(np.asarray(length_gaps))["accuracy_tie_half"]
 
 
 def length_correlation(margins: np.ndarray, length_gap: np.ndarray) -> float:
-    """Spearman correlation of margin and length difference over both orientations of every pair; 0 without variation.
+    """Spearman correlation of margin and length gap over both orientations of every pair; 0 without variation.
 
-    With (margin, gap) stands (-margin, -gap), so the number does not depend on which response was called the chosen
-    one: a model that pays for length alone has 1, one that ignores it 0.
+    Each (margin, gap) is accompanied by (-margin, -gap), so the number does not depend on which response is the chosen
+    one. A model that rewards only length has 1; a model that ignores length has 0.
     """
     x, y = _symmetric_ranks(margins), _symmetric_ranks(length_gap)
     norm = float(np.linalg.norm(x) * np.linalg.norm(y))
@@ -181,17 +181,17 @@ def length_correlation(margins: np.ndarray, length_gap: np.ndarray) -> float:
 
 
 def length_slope(margins: np.ndarray, length_gap: np.ndarray) -> float:
-    """Reward that a unit of length is worth: the least-squares slope of the margin on the length difference.
+    """Reward per unit of length: the least-squares slope of the margin on the length gap.
 
     slope = sum_b margin_b * gap_b / sum_b gap_b^2,  through the origin, so that the orientation of a pair does not
-    matter; 0 without differences.
+    matter; 0 without length gaps.
     """
     square = float(length_gap @ length_gap)
     return float(margins @ length_gap) / square if square else 0.0
 
 
 def _symmetric_ranks(values: np.ndarray) -> np.ndarray:
-    """Rank of every v_i among all v and all -v, minus the mean rank; equal values share the mean of their ranks.
+    """Rank of every v_i among all v and all -v, minus the mean rank. Equal values share their mean rank.
 
     sign(v_i) * ( #{j: |v_j| < |v_i|} + 1/2 #{j: |v_j| = |v_i|} ),  since as many lie above v_i as below -v_i
     """
@@ -200,7 +200,7 @@ def _symmetric_ranks(values: np.ndarray) -> np.ndarray:
 
 
 def _correct(margins: np.ndarray) -> np.ndarray:
-    """[B] 1 right, 0 wrong, 0.5 tie."""
+    """[B] 1 for a right order, 0 for a wrong one, 0.5 for a tie."""
     return 0.5 * (1.0 + np.sign(margins))
 
 

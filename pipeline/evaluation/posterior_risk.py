@@ -1,4 +1,4 @@
-"""How often rewards drawn from the posterior order a pair wrongly, and how far that posterior is from its prior."""
+"""The Gibbs risk of the reward posterior on preference pairs, and its divergence from the prior."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from pipeline.errors import ConfigError
 from pipeline.models.packing import pack
 from pipeline.models.reward_heads import RewardOutput
 from pipeline.models.reward_model import RewardModel
-from pipeline.objectives.preference import pair_accuracy
+from pipeline.objectives.preference import ranked_correctly
 from pipeline.objectives.variational import dirichlet_kl, gaussian_kl
 
 
 @dataclass(frozen=True, kw_only=True)
 class PosteriorRisk:
-    """Errors and divergences of q(w|x) q(z_w|x,y_w) q(z_l|x,y_l) over n pairs; a tie is an error (VRM Eqs. 15-20)."""
+    """Errors and divergences of q(w|x) q(z_w|x,y_w) q(z_l|x,y_l) over n pairs. A tie is an error (VRM Eqs. 15-20)."""
 
     num_pairs: int
     num_prompts: int
-    """Distinct prompts among them; pairs of one prompt are not independent."""
+    """Distinct prompts of the pairs. Pairs of the same prompt are not independent."""
     fingerprint: str
-    """SHA-256 of the tokens of the pairs, in order."""
+    """SHA-256 over the tokens of the pairs, in order."""
     samples: int
     gibbs_risk: float
-    """R_hat(Q), Eq. 18: share of (pair, posterior draw) ordered wrongly."""
+    """R_hat(Q), Eq. 18: share of all (pair, posterior draw) that are ordered wrongly."""
     gibbs_risk_standard_error: float
-    """Of the draws alone; the pairs are held fixed."""
+    """Standard error over the draws, for these fixed pairs."""
     first_draw_errors: int
-    """Pairs ordered wrongly by their first draw: independent trials of the Gibbs risk, one a pair."""
+    """Pairs that the first draw orders wrongly. They are independent trials of the Gibbs risk, one per pair."""
     mean_reward_errors: int
-    """Pairs ordered wrongly by the posterior-mean reward, which is what serves."""
+    """Pairs that the posterior-mean reward orders wrongly. The service uses this reward."""
     kl_w: float
     """sum_i KL( q(w|x_i) || p(w) ), nats, a total over the pairs (Eq. 20)."""
     kl_z_chosen: float
@@ -62,25 +62,25 @@ def posterior_risk(
     max_tokens_per_batch: int,
     device: str,
 ) -> PosteriorRisk:
-    """R_hat(Q) by seeded posterior draws, and D(Q||P), of a VRM on n pairs; streams over micro-batches.
+    """R_hat(Q) by seeded posterior draws, and D(Q||P), of a VRM on n pairs, in micro-batches.
 
     R_hat = 1/n sum_i 1/S sum_s 1[ r(w_is, z_w,is) <= r(w_is, z_l,is) ],  one w for both responses of a pair
     standard error^2 = 1/n^2 sum_i p_i (1 - p_i) / (S - 1),  p_i the share of pair i's draws that err
 
-    The answer does not depend on the micro-batches: a draw's seed is a function of (seed, pair, draw).
+    The result does not depend on the micro-batches, because each draw's seed is a function of (seed, pair, draw).
 
     Args:
         model: with a variational head.
-        prior: what p(w) was in training; p(z) = N(0, I).
-        samples: S >= 2 draws a pair.
-        seed: of the draws.
-        max_tokens_per_batch: tokens of one forward pass, both responses of a pair included.
+        prior: defines p(w) as in training; p(z) = N(0, I).
+        samples: S >= 2 draws per pair.
+        seed: seed of the draws.
+        max_tokens_per_batch: token limit of one forward pass, including both responses of each pair.
 
     Raises:
-        ConfigError: fewer than two draws a pair.
+        ConfigError: samples is below 2.
     """
     if samples < 2:
-        raise ConfigError(f"samples = {samples}: the standard error of the Gibbs risk needs at least 2 draws a pair")
+        raise ConfigError(f"samples = {samples}: the standard error of the Gibbs risk needs at least 2 draws per pair")
     model.to(device).eval()
     wrong_draws = torch.zeros(len(pairs), samples, dtype=torch.bool)
     wrong_means = torch.zeros(len(pairs), dtype=torch.bool)
@@ -93,12 +93,7 @@ def posterior_risk(
         for s in range(samples):
             seeds = torch.tensor([stable_seed("posterior risk", seed, i, s) for i in rows])
             wrong_draws[rows, s] = _wrong(model.head(prompts, responses, seeds).sampled)
-        # Float64 and not below 0: at the prior, float32 rounding would otherwise add up over the training set.
-        alpha, mu, logvar = (t.double().cpu() for t in (posterior.alpha, posterior.mu, posterior.logvar))
-        alpha_0 = alpha.new_tensor(prior.prior_concentrations(alpha.shape[1]))
-        kl_w[rows] = dirichlet_kl(alpha[: len(rows)], alpha_0).clamp(min=0.0)
-        zero = mu.new_zeros(1)
-        kl_z[:, rows] = gaussian_kl(mu, logvar, zero, zero).clamp(min=0.0).view(2, len(rows))
+        kl_w[rows], kl_z[:, rows] = _divergences(posterior, prior)
     share = wrong_draws.double().mean(1)
     return PosteriorRisk(
         num_pairs=len(pairs),
@@ -115,10 +110,23 @@ def posterior_risk(
     )
 
 
+def _divergences(posterior: RewardOutput, prior: VRMHeadConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL( q(w|x) || p(w) ) [n], and KL( q(z|x,y) || p(z) ) [2, n] of the chosen and of the rejected responses; nats.
+
+    Float64 and not below 0: at the prior, float32 rounding would otherwise add up over the training set.
+    """
+    alpha, mu, logvar = (t.double().cpu() for t in (posterior.alpha, posterior.mu, posterior.logvar))
+    num_pairs = len(alpha) // 2
+    prior_alpha = alpha.new_tensor(prior.prior_concentrations(alpha.shape[1]))
+    zero = mu.new_zeros(1)
+    kl_w = dirichlet_kl(alpha[:num_pairs], prior_alpha).clamp(min=0.0)
+    return kl_w, gaussian_kl(mu, logvar, zero, zero).clamp(min=0.0).view(2, num_pairs)
+
+
 def _wrong(rewards: torch.Tensor) -> torch.Tensor:
     """[2n] rewards, chosen first -> [n] bool."""
     chosen, rejected = rewards.cpu().chunk(2)
-    return pair_accuracy(chosen - rejected) == 0
+    return ranked_correctly(chosen - rejected) == 0
 
 
 def _fingerprint(pairs: Sequence[TokenisedPair]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from pipeline.evaluation.correlation import correlation_or_zero
 from pipeline.objectives.masked import require_same_shape
 from pipeline.records import Metrics
 
@@ -52,7 +53,7 @@ def reason_fidelity(
             continue
         agreement = torch.sign(s[:num_pairs] - s[num_pairs:])[ordered] * truth[ordered]
         metrics |= {
-            f"{PREFIX}{objective}/correlation": pearson(s[known], t[known]),
+            f"{PREFIX}{objective}/correlation": correlation_or_zero(s[known].cpu().numpy(), t[known].cpu().numpy()),
             f"{PREFIX}{objective}/pair_accuracy": float(0.5 + 0.5 * agreement.mean()),
             f"{PREFIX}{objective}/pairs": float(ordered.sum()),
         }
@@ -79,13 +80,4 @@ def score_collinearity(scores: torch.Tensor) -> float:
     """
     columns = scores.unbind(-1)
     pairs = [(x, y) for k, x in enumerate(columns) for y in columns[:k]]
-    return sum(abs(pearson(x, y)) for x, y in pairs) / len(pairs)
-
-
-def pearson(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Correlation of two [N] columns; 0 where one of them does not vary."""
-    if len(x) < 2:
-        return 0.0
-    x, y = x - x.mean(), y - y.mean()
-    norm = float(x.norm() * y.norm())
-    return float((x * y).sum()) / norm if norm > 1e-12 else 0.0
+    return sum(abs(correlation_or_zero(x.cpu().numpy(), y.cpu().numpy())) for x, y in pairs) / len(pairs)

@@ -1,6 +1,6 @@
-"""When a reward model's held-out metrics call for a look, and at what (docs/method.md section 10).
+"""Alarms on the held-out metrics of a reward model, with advice for each (docs/method.md section 10).
 
-An alarm is a question, not a verdict: early evaluations and small held-out sets raise some that pass.
+An alarm is a hint to look, not a verdict. Early evaluations and small held-out sets raise some that vanish later.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ PREFIX = "alarm/"
 
 @dataclass(frozen=True)
 class Alarm:
-    """A failure mode, the metrics that show it, and what to do."""
+    """A failure mode, the metrics that show it, and the advice."""
 
     name: str
     signals: tuple[str, ...]
     is_raised: Callable[..., bool]
-    """Of the signals' values, in their order."""
+    """Takes the values of the signals, in their order."""
     advice: str
 
 
@@ -104,10 +104,10 @@ ALARMS = (
 
 
 def check_alarms(metrics: Metrics) -> Metrics:
-    """`alarm/<name>`, 1 or 0, for every alarm whose signals were measured, and `eval/alarms`, how many are raised.
+    """`alarm/<name>`, 1 or 0, for every alarm whose signals were measured, and `eval/alarms`, the number raised.
 
     Args:
-        metrics: of one evaluation, and of the update before it where there was one.
+        metrics: those of one evaluation, and of the update before it if there was one.
     """
     checked = {
         PREFIX + alarm.name: float(alarm.is_raised(*(metrics[signal] for signal in alarm.signals)))
@@ -118,7 +118,7 @@ def check_alarms(metrics: Metrics) -> Metrics:
 
 
 def alarm_messages(metrics: Metrics) -> list[str]:
-    """One line for each alarm raised in `metrics`: its name, its signals and what to do."""
+    """One line for each alarm raised in `metrics`: its name, its signals and the advice."""
     return [
         f"alarm {alarm.name} ("
         + ", ".join(f"{signal} = {metrics[signal]:.3g}" for signal in alarm.signals if signal in metrics)

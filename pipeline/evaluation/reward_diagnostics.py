@@ -1,4 +1,4 @@
-"""What accuracy alone cannot see in a reward model: collapse, miscalibration, a taste for length."""
+"""Held-out diagnostics of a reward model: collapse, miscalibration and preference for length."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from pipeline.evaluation.correlation import correlation_or_zero
 from pipeline.evaluation.pair_metrics import ScoredPairs, length_slope, pair_diagnostics
-from pipeline.evaluation.reasons import pearson, reason_fidelity
+from pipeline.evaluation.reasons import reason_fidelity
 from pipeline.evaluation.reward_scorer import reward_scores
 from pipeline.models.reward_heads import RewardOutput
-from pipeline.objectives.preference import bradley_terry_loss, pair_accuracy
-from pipeline.objectives.reward_comparison import compare
+from pipeline.objectives.preference import bradley_terry_loss, ranked_correctly
+from pipeline.objectives.reward_comparison import compare_rewards
 from pipeline.objectives.variational import gaussian_kl_per_dimension
 from pipeline.records import Metrics, PreferenceBatch
 
@@ -28,10 +29,10 @@ PAIR_METRICS = (
     "accuracy/chosen_longer",
     "accuracy/chosen_shorter",
 )
-"""Of `pair_diagnostics`, those that docs/method.md section 10 logs at every evaluation."""
+"""The metrics of `pair_diagnostics` that every evaluation logs (docs/method.md section 10)."""
 
 MARGIN_QUANTILES = (5, 50, 95)
-"""Percent; of r_chosen - r_rejected."""
+"""Quantiles of r_chosen - r_rejected, in percent."""
 
 ACTIVE_VARIANCE = 0.01
 """A semantic dimension whose mean varies by more than this over (x, y) is active (docs/method.md section 10)."""
@@ -41,34 +42,34 @@ def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch, objectives:
     """The signals of docs/method.md section 10 on a whole held-out batch.
 
     Args:
-        output: 2B rows, float64, chosen first; a field that a head does not know is 0 wide.
+        output: 2B rows, float64, chosen first. A field that the head does not compute has width 0.
         batch: the same rows.
         objectives: K names.
 
     Returns:
-        How well objective scores agree with their annotations (`reason_fidelity`); the scale of the reward, its
-        calibration and its taste for length. For a VRM or gate head also active units, and spread and supervision of
-        the objective weights. With a posterior their concentration, the divergence of the least and the most used
-        feature, and how well one posterior sample ranks. Means are over the batch.
+        Scale and calibration of the reward, and its relation to length. For a head that predicts annotations, how well
+        its scores agree with them (`reason_fidelity`). For a VRM or gate head, also active units, and the spread and
+        supervision of the objective weights. With a posterior, also the concentration of the weights, the divergence
+        of the least and the most used feature, and the accuracy of one posterior sample. Means are over the batch.
     """
     num_pairs = batch.num_pairs
     metrics = {
         "eval/reward_mean": float(output.mean.mean()),
         "eval/reward_std": float(output.mean.std(correction=0)),
         "eval/posterior_std": float(output.variance.sqrt().mean()),
-        **_of_pairs(output, batch),
+        **_margin_metrics(output, batch),
     }
     if output.scores.shape[1]:
         own = output.annotation_scores
         metrics["eval/scale"] = float((output.scores * own).sum() / own.square().sum().clamp(min=1e-12))
     if output.alpha.shape[1]:
-        alpha = output.alpha[:num_pairs]  # the chosen row speaks for the prompt
+        alpha = output.alpha[:num_pairs]  # one row per prompt: that of the chosen response
         sampled = output.sampled[:num_pairs] - output.sampled[num_pairs:]
         zero = output.mu.new_zeros(1)
         kl_z = gaussian_kl_per_dimension(output.mu, output.logvar, zero, zero).mean(0)
         metrics |= {
             "eval/sampled_nll": float(bradley_terry_loss(sampled).mean()),
-            "eval/sampled_accuracy": float(pair_accuracy(sampled).mean()),
+            "eval/sampled_accuracy": float(ranked_correctly(sampled).mean()),
             "eval/kl_z_least_dimension": float(kl_z.min()),
             "eval/kl_z_most_dimension": float(kl_z.max()),
             "eval/concentration_p05": float(alpha.sum(-1).quantile(0.05)),
@@ -78,7 +79,7 @@ def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch, objectives:
             "eval/min_alpha": float(alpha.min()),
         }
     if output.mu.shape[1]:
-        # Divided here in float64: correlations of weights that hardly vary magnify rounding.
+        # Normalised here in float64: correlations of nearly constant weights magnify rounding.
         weights = (output.alpha if output.alpha.shape[1] else output.weights)[:num_pairs]
         w_bar = weights / weights.sum(-1, keepdim=True)
         metrics |= {
@@ -96,8 +97,8 @@ def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch, objectives:
     return metrics | reason_fidelity(output.annotation_scores, batch.scores, batch.score_mask, objectives)
 
 
-def _of_pairs(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
-    """Calibration of the margins, and what length has to do with them."""
+def _margin_metrics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
+    """Calibration of the margins, and their relation to length."""
     means = output.mean.cpu().numpy()
     n = batch.num_pairs
     margins = means[:n] - means[n:]
@@ -106,7 +107,7 @@ def _of_pairs(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
         ScoredPairs(chosen=means[:n], rejected=means[n:], margin_std=_margin_stds(output, n), length_gap=length_gap)
     )
     quantiles = {f"eval/margin_p{q:02d}": float(np.quantile(margins, q / 100)) for q in MARGIN_QUANTILES}
-    # NaN is "no such pair".
+    # NaN means that there is no such pair.
     return (
         quantiles
         | {"eval/length_slope": length_slope(margins, length_gap)}
@@ -119,18 +120,20 @@ def _of_pairs(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
 
 
 def _margin_stds(output: RewardOutput, num_pairs: int) -> np.ndarray:
-    """[B] posterior standard deviations of the margins, under the weights of the chosen row, the prompt's."""
+    """[B] posterior standard deviations of the margins. Both responses use the prompt's weights (the chosen row)."""
     of_prompts = output._replace(
         alpha=output.alpha[:num_pairs].repeat(2, 1), weights=output.weights[:num_pairs].repeat(2, 1)
     )
     scores = reward_scores(of_prompts)
-    return np.array([compare(a, b).margin_std for a, b in zip(scores[:num_pairs], scores[num_pairs:], strict=True)])
+    return np.array(
+        [compare_rewards(a, b).margin_std for a, b in zip(scores[:num_pairs], scores[num_pairs:], strict=True)]
+    )
 
 
 def target_correlations(w_bar: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> list[float]:
     """Pearson correlation over prompts of inferred and target weight, for each objective in the recipe's order.
 
-    A prompt counts for the objectives annotated on it, with its weights renormalised over them, as in the loss.
+    A prompt counts only for the objectives annotated on it. Its weights are renormalised over them, as in the loss.
     An objective whose weight or target does not vary has correlation 0.
 
     Args:
@@ -138,7 +141,11 @@ def target_correlations(w_bar: torch.Tensor, target: torch.Tensor, mask: torch.T
     """
     present = torch.where(mask, w_bar, torch.zeros_like(w_bar))
     present = present / present.sum(-1, keepdim=True).clamp(min=1e-12)
-    return [pearson(present[rows, k], target[rows, k].double()) for k, rows in enumerate(mask.unbind(-1))]
+    return [_correlation(present[rows, k], target[rows, k].double()) for k, rows in enumerate(mask.unbind(-1))]
+
+
+def _correlation(x: torch.Tensor, y: torch.Tensor) -> float:
+    return correlation_or_zero(x.cpu().numpy(), y.cpu().numpy())
 
 
 def _entropy(p: torch.Tensor) -> torch.Tensor:

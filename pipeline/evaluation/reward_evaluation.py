@@ -1,4 +1,4 @@
-"""From scored comparisons to the numbers one publishes: benchmark accuracies, intervals, baseline, comparison."""
+"""The published numbers of a reward model: benchmark accuracies, intervals, baseline and differences."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import DataError
-from pipeline.evaluation.bootstrap import Statistic, bootstrap_intervals, difference
-from pipeline.evaluation.pair_metrics import ScoredPairs, pair_accuracy, pair_diagnostics
+from pipeline.evaluation.bootstrap import Statistic, bootstrap_intervals, difference_of_statistics
+from pipeline.evaluation.pair_metrics import ScoredPairs, accuracy_metrics, pair_diagnostics
 from pipeline.evaluation.rewardbench import (
     SUBSETS,
     SUBSETS_2,
@@ -28,13 +28,13 @@ from pipeline.evaluation.scored_rows import ScoredRows, key_number
 from pipeline.evaluation.win_rate import wilson_interval
 from pipeline.records import Metrics
 
-if TYPE_CHECKING:  # this module stands behind `--help`, and theirs behind transformers
-    from pipeline.data.evaluation_examples import Comparison
+if TYPE_CHECKING:  # `--help` imports this module and must not import transformers
+    from pipeline.data.evaluation_examples import EvaluationExample
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A number and its 95% interval, which is NaN where the bootstrap has none to give."""
+    """A number with its 95% interval. The ends are NaN where the bootstrap gives no interval."""
 
     value: float
     low: float
@@ -42,16 +42,16 @@ class Estimate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Benchmark:
-    """What rows a benchmark takes, and the accuracies it computes from their rewards."""
+class RewardBenchmark:
+    """The form of a benchmark's rows, and the accuracies computed from their rewards."""
 
     responses: str
-    """In words, for an error message."""
-    accepts: Callable[[Comparison], bool]
+    """Description of the responses of a row, for an error message."""
+    accepts: Callable[[EvaluationExample], bool]
     accuracies: Callable[[ScoredRows], Statistic]
-    """Reads nothing but rewards, so that the same function rates the baseline "longer is better"."""
+    """Depends only on rewards, so the same function also evaluates the baseline "longer is better"."""
     official: frozenset[str] = frozenset()
-    """Subsets of the published benchmark; empty where there is none."""
+    """Subsets of the published benchmark; empty if there are none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,17 +60,17 @@ class Evaluation:
 
     rows: int
     prompts: int
-    """What the intervals draw; far fewer prompts than rows make wide ones."""
+    """The intervals resample prompts, so few prompts with many rows give wide intervals."""
     responses: int
     cut: int
-    """Rows of which the model did not read all."""
+    """Rows that exceed the length of the model."""
     accuracies: Mapping[str, Estimate]
     longer_is_better: Metrics
-    """The same accuracies when the length in characters is the reward."""
+    """The same accuracies with the length in characters as the reward."""
     diagnostics: Mapping[str, Estimate]
     """`pair_diagnostics`; empty for lists of responses."""
     subsets: Mapping[str, Mapping[str, float]]
-    """Subset -> rows, accuracy (ties are wrong) and its 95% Wilson interval; rows with one chosen response only."""
+    """Subset -> rows, accuracy (ties are wrong) and its 95% Wilson interval, over rows with one chosen response."""
 
 
 # ----------------------------------------------------------------------------- benchmarks
@@ -81,10 +81,10 @@ def _pairs(rows: ScoredRows) -> Statistic:
     decided = ~rows.annotators_tie
 
     def accuracies(indices: np.ndarray) -> Metrics:
-        metrics = pair_accuracy(margins[indices])
+        metrics = accuracy_metrics(margins[indices])
         kept = indices[decided[indices]]
         if len(kept) > 0 and not decided.all():
-            metrics["annotators_decided"] = pair_accuracy(margins[kept])["accuracy_tie_half"]
+            metrics["annotators_decided"] = accuracy_metrics(margins[kept])["accuracy_tie_half"]
         return metrics
 
     return accuracies
@@ -104,7 +104,7 @@ def _rewardbench(rows: ScoredRows) -> Statistic:
 
     def scores(indices: np.ndarray) -> Metrics:
         subsets = accuracies(indices)
-        # A draw from a small file may hold none of the official subsets.
+        # A bootstrap draw from a small file may contain none of the official subsets.
         return pairs(indices) | (section_scores(subsets) if SUBSETS & subsets.keys() else {})
 
     return scores
@@ -119,7 +119,7 @@ def _rewardbench2(rows: ScoredRows) -> Statistic:
         [rows.rewards[a:b].tolist() for a, b in zip(begin, middle, strict=True)],
         [rows.rewards[a:b].tolist() for a, b in zip(middle, begin + rows.num_responses[ties_rows], strict=True)],
     )
-    # Row -> its place among the Ties rows, or -1.
+    # Row -> its position among the Ties rows, or -1.
     place = np.full(len(rows), -1)
     place[ties_rows] = np.arange(len(ties_rows))
 
@@ -137,30 +137,30 @@ def _rm_bench(rows: ScoredRows) -> Statistic:
     return lambda indices: rm_bench_scores(wins[indices], domains[indices])
 
 
-BENCHMARKS: Mapping[str, Benchmark] = {
-    "pairs": Benchmark(
+REWARD_BENCHMARKS: Mapping[str, RewardBenchmark] = {
+    "pairs": RewardBenchmark(
         responses="one chosen and one rejected response",
         accepts=lambda row: len(row.chosen) == len(row.rejected) == 1,
         accuracies=_pairs,
     ),
-    "best_of_n": Benchmark(
+    "best_of_n": RewardBenchmark(
         responses="one chosen response and a list of rejected ones",
         accepts=lambda row: len(row.chosen) == 1,
         accuracies=_best_of_n,
     ),
-    "rewardbench": Benchmark(
+    "rewardbench": RewardBenchmark(
         responses="one chosen and one rejected response",
         accepts=lambda row: len(row.chosen) == len(row.rejected) == 1,
         accuracies=_rewardbench,
         official=SUBSETS,
     ),
-    "rewardbench2": Benchmark(
+    "rewardbench2": RewardBenchmark(
         responses='one chosen response and a list of rejected ones, or a subset "Ties" with ids ref:<n> and tied:<n>',
         accepts=lambda row: ties_number(row.id) is not None if row.subset == TIES else len(row.chosen) == 1,
         accuracies=_rewardbench2,
         official=SUBSETS_2,
     ),
-    "rm_bench": Benchmark(
+    "rm_bench": RewardBenchmark(
         responses="three chosen and three rejected responses of rising style",
         accepts=lambda row: len(row.chosen) == len(row.rejected) == 3,
         accuracies=_rm_bench,
@@ -171,21 +171,21 @@ BENCHMARKS: Mapping[str, Benchmark] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What is known of the rows before the first is scored."""
+    """Facts about the rows, collected before the first one is scored."""
 
     content_key: np.ndarray
-    """[N] uint64, of every row in order."""
+    """[N] uint64, the key of every row in order."""
     prompt_keys: np.ndarray
-    """Each once, sorted, as uint64."""
+    """Distinct keys, sorted, as uint64."""
     notes: Sequence[str]
-    """What makes the scores incomparable with published ones."""
+    """Reasons why the scores cannot be compared with published ones."""
 
 
-def survey(comparisons: Iterable[Comparison], benchmark: str) -> Survey:
-    """Reads every row once, so that a bad last one is found before a model is loaded.
+def survey(comparisons: Iterable[EvaluationExample], benchmark: str) -> Survey:
+    """Reads every row once, so that a bad row is found before a model is loaded.
 
     Raises:
-        DataError: a row the benchmark cannot use, no row at all, or no subset of the benchmark.
+        DataError: the benchmark cannot use a row, there are no rows, or none of its subsets is there.
     """
     content_key, prompt_key, subsets = array("Q"), array("Q"), set()
     for row in comparisons:
@@ -195,7 +195,7 @@ def survey(comparisons: Iterable[Comparison], benchmark: str) -> Survey:
         subsets.add(row.subset)
     if not content_key:
         raise DataError("no comparison to evaluate: the files of --pairs hold no rows")
-    official = BENCHMARKS[benchmark].official
+    official = REWARD_BENCHMARKS[benchmark].official
     if official and not official & subsets:
         raise DataError(
             f"the subsets of these rows are {_listed(subsets)}, but the benchmark {benchmark!r} has "
@@ -207,13 +207,13 @@ def survey(comparisons: Iterable[Comparison], benchmark: str) -> Survey:
     return Survey(content_key=np.asarray(content_key), prompt_keys=np.unique(np.asarray(prompt_key)), notes=notes)
 
 
-def _require_fit(row: Comparison, benchmark: str) -> None:
-    if not BENCHMARKS[benchmark].accepts(row):
-        fitting = [name for name, other in BENCHMARKS.items() if other.accepts(row)]
+def _require_fit(row: EvaluationExample, benchmark: str) -> None:
+    if not REWARD_BENCHMARKS[benchmark].accepts(row):
+        fitting = [name for name, other in REWARD_BENCHMARKS.items() if other.accepts(row)]
         hint = f"Choose --benchmark {' or '.join(fitting)}." if fitting else "No benchmark here takes such rows."
         raise DataError(
             f"{row.place}: {len(row.chosen)} chosen and {len(row.rejected)} rejected responses in subset "
-            f"{row.subset!r}, but the benchmark {benchmark!r} takes {BENCHMARKS[benchmark].responses}. {hint}"
+            f"{row.subset!r}, but the benchmark {benchmark!r} takes {REWARD_BENCHMARKS[benchmark].responses}. {hint}"
         )
 
 
@@ -225,13 +225,13 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def evaluate(rows: ScoredRows, benchmark: str, *, seed: int) -> Evaluation:
-    """All numbers of one model; bootstrap intervals draw prompts, not rows.
+    """All numbers of one model. Bootstrap intervals resample prompts, not rows.
 
     Args:
-        rows: at least one, all of the form the benchmark takes (`survey`).
-        benchmark: a key of `BENCHMARKS`.
+        rows: at least one, all of the form that the benchmark takes (`survey`).
+        benchmark: a key of `REWARD_BENCHMARKS`.
     """
-    accuracies = BENCHMARKS[benchmark].accuracies
+    accuracies = REWARD_BENCHMARKS[benchmark].accuracies
     return Evaluation(
         rows=len(rows),
         prompts=len(np.unique(_groups(rows))),
@@ -244,23 +244,23 @@ def evaluate(rows: ScoredRows, benchmark: str, *, seed: int) -> Evaluation:
     )
 
 
-def compare(rows: ScoredRows, others: ScoredRows, benchmark: str, *, seed: int) -> dict[str, Estimate]:
-    """Every metric of `rows` minus that of `others`, with the interval of the paired bootstrap.
+def metric_differences(rows: ScoredRows, others: ScoredRows, benchmark: str, *, seed: int) -> dict[str, Estimate]:
+    """Every metric of `rows` minus the metric of `others`, with the interval of the paired bootstrap.
 
     Args:
-        rows, others: the same comparisons in the same order (`ScoredRows.in_order_of`), scored by two models. Names and
-            subsets are those of `rows`.
+        rows, others: the same rows in the same order (`ScoredRows.in_order_of`), scored by two models. Names and
+            subsets come from `rows`.
     """
-    accuracies = BENCHMARKS[benchmark].accuracies
+    accuracies = REWARD_BENCHMARKS[benchmark].accuracies
     others = rows.scored_as(others)
-    differences = _estimates(difference(accuracies(rows), accuracies(others)), rows, seed)
+    differences = _estimates(difference_of_statistics(accuracies(rows), accuracies(others)), rows, seed)
     if rows.are_pairs:
-        differences |= _estimates(difference(_diagnostics(rows), _diagnostics(others)), rows, seed)
+        differences |= _estimates(difference_of_statistics(_diagnostics(rows), _diagnostics(others)), rows, seed)
     return differences
 
 
 def as_json(value: Any) -> Any:
-    """Plain data of an evaluation or of estimates; NaN, which JSON does not have, becomes null."""
+    """An evaluation or estimates as plain data. NaN becomes null, because JSON has no NaN."""
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, Mapping):
@@ -268,8 +268,8 @@ def as_json(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def as_table(evaluation: Evaluation, comparison: Mapping[str, Estimate]) -> str:
-    """What the terminal shows."""
+def evaluation_table(evaluation: Evaluation, differences: Mapping[str, Estimate]) -> str:
+    """The numbers as a table for the terminal."""
     lines = [
         f"{evaluation.rows:,} rows of {evaluation.prompts:,} prompts, {evaluation.responses:,} responses; "
         f"{evaluation.cut:,} rows longer than the model reads, and cut",
@@ -288,11 +288,11 @@ def as_table(evaluation: Evaluation, comparison: Mapping[str, Estimate]) -> str:
             f"{name:<28}{_estimate(Estimate(value=s['accuracy'], low=s['low'], high=s['high']))}{s['rows']:>18.0f}"
             for name, s in evaluation.subsets.items()
         ]
-    if comparison:
+    if differences:
         lines += ["", f"{'this minus the other':<28}{'value':>9}  {'95% interval':<18}{'':>18}"]
         lines += [
             f"{name:<28}{_estimate(value)}{'*' if value.low > 0 or value.high < 0 else '':>18}"
-            for name, value in comparison.items()
+            for name, value in differences.items()
         ]
         lines += ["* the interval excludes 0"]
     return "\n".join(line.rstrip() for line in lines)
@@ -303,7 +303,7 @@ def as_table(evaluation: Evaluation, comparison: Mapping[str, Estimate]) -> str:
 
 def _estimates(statistic: Statistic, rows: ScoredRows, seed: int) -> dict[str, Estimate]:
     intervals = bootstrap_intervals(statistic, _groups(rows), seed=seed)
-    # Resampling adds noise to every bin and |.| keeps it: the interval would lie above the value.
+    # Resampling adds noise to every bin, and |.| makes it positive: the interval would lie above the value.
     intervals |= {name: (math.nan, math.nan) for name in intervals if name.endswith("calibration_error")}
     values = statistic(np.arange(len(rows)))
     return {
@@ -312,7 +312,7 @@ def _estimates(statistic: Statistic, rows: ScoredRows, seed: int) -> dict[str, E
 
 
 def _groups(rows: ScoredRows) -> np.ndarray:
-    """[N] what is drawn together: the rows of one prompt, and both rows of a number in RewardBench 2's Ties."""
+    """[N] group of rows resampled together: those of one prompt, or both rows of a number in RewardBench 2's Ties."""
     groups = rows.prompt_key.copy()
     for row, identity in rows.ties_ids.items():
         groups[row] = int(identity.partition(":")[2])
@@ -331,7 +331,7 @@ def _diagnostics(rows: ScoredRows) -> Statistic:
 
 
 def _subset_means(values: np.ndarray, rows: ScoredRows) -> Callable[[np.ndarray], dict[str, float]]:
-    """Mean of the values [N] of each subset that is among the rows."""
+    """Mean of the values [N] in each subset that occurs among the given rows."""
 
     def means(indices: np.ndarray) -> dict[str, float]:
         subset = rows.subset[indices]

@@ -1,4 +1,4 @@
-"""The units of a z-scored reward."""
+"""The scale of the reward: mean and standard deviation on held-out responses."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardScale:
-    """Mean and standard deviation of the reward model on held-out responses: the units of a z-scored reward."""
+    """Mean and standard deviation of the reward on held-out responses; they define the z-score."""
 
     mean: float
     std: float
     posterior_std: float = 0.0
-    """Mean of what the model is uncertain by; 0 for one without uncertainty."""
+    """Mean posterior standard deviation; 0 for a model without uncertainty."""
 
     @classmethod
     def of(cls, card: RewardModelCard) -> RewardScale:

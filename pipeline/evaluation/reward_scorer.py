@@ -1,4 +1,4 @@
-"""The trained reward model as a function of text."""
+"""Scores texts with a trained reward model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.records import Message, PromptGroup, RewardScore
 
 
 class RewardModelScorer:
-    """Implements `RewardScorer` in one process. A score does not depend on what shared its batch."""
+    """Implements `RewardScorer` in one process. A score does not depend on the other rows of its batch."""
 
     def __init__(
         self,
@@ -36,16 +36,16 @@ class RewardModelScorer:
 
     @classmethod
     def load(cls, directory: str, *, max_tokens_per_batch: int, device: str = "cpu") -> RewardModelScorer:
-        """From a checkpoint directory; bfloat16 backbone on a GPU, float32 on a CPU."""
+        """Loads a checkpoint directory, with a bfloat16 backbone on a GPU and float32 on a CPU."""
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         model, tokenizer, card = load_reward_model(directory, dtype=dtype)
         return cls(model, tokenizer, card, max_tokens_per_batch=max_tokens_per_batch, device=device)
 
     def score(self, prompts: Sequence[tuple[Message, ...]], responses: Sequence[str]) -> list[RewardScore]:
-        """Posterior mean and standard deviation of each reward, with its reasons (docs/method.md section 7).
+        """Posterior mean and standard deviation of each reward, with weights and scores (docs/method.md section 7).
 
-        Prompts are cut from the left when prompt and response exceed the model's length; an over-long response is cut
-        at its end. Either way the end-of-turn token is scored, or truncation would become a feature.
+        If prompt and response exceed the model's length, the prompt is cut from the left. A response that alone exceeds
+        it is cut at its end. The end-of-turn token is always scored, or truncation would become a feature.
         """
         if len(prompts) != len(responses):
             raise DataError(f"{len(prompts)} prompts but {len(responses)} responses to score")
@@ -66,7 +66,7 @@ class RewardModelScorer:
         return [scores[row] for row in range(len(encoded))]
 
     def fits(self, prompt: tuple[Message, ...], response: str) -> bool:
-        """Whether `score` reads all of both, rather than cutting them to the model's length."""
+        """Whether prompt and response fit in the model's length, so that `score` cuts neither."""
         response_ids = encode_response(self._tokenizer, strip_thinking(response))
         return len(encode_prompt(self._tokenizer, prompt)) + len(response_ids) <= self.card.max_length
 
@@ -79,7 +79,7 @@ class RewardModelScorer:
 
 
 def reward_scores(output: RewardOutput) -> list[RewardScore]:
-    """Each of the N rows of a head's output as plain numbers."""
+    """The N rows of a head's output as plain numbers."""
     columns = (output.weights, output.scores, output.deviations)
     return [
         RewardScore(
@@ -97,7 +97,7 @@ def reward_scores(output: RewardOutput) -> list[RewardScore]:
 
 
 def share_prompts(encoded: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], *, max_tokens: int) -> list[list[int]]:
-    """Rows of equal prompt side by side, as many as fit in `max_tokens` with the prompt counted once."""
+    """Groups of rows with equal prompts. A group fits in `max_tokens`, with its prompt counted once."""
     groups: list[list[int]] = []
     latest: dict[tuple[int, ...], tuple[list[int], int]] = {}
     for row, (prompt_ids, response_ids) in enumerate(encoded):

@@ -1,4 +1,4 @@
-"""The aggregations of RewardBench and RewardBench 2, from subset accuracies and scores alone."""
+"""The aggregated scores of RewardBench and RewardBench 2."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ SUBSETS = frozenset(subset for weights in SECTIONS.values() for subset in weight
 
 TIES = "Ties"
 SUBSETS_2 = frozenset({"Factuality", "Focus", "Math", "Precise IF", "Safety", TIES})
-"""Of RewardBench 2: Malik et al. 2025, arXiv:2506.01937."""
+"""Subsets of RewardBench 2: Malik et al. 2025, arXiv:2506.01937."""
 
 TIES_ID = re.compile(r"(ref|tied):(\d+)")
 
@@ -62,10 +62,10 @@ def section_scores(subset_accuracies: Mapping[str, float]) -> dict[str, float]:
     section = sum_s N_s accuracy_s / sum_s N_s over the subsets s that are there, with the official counts N_s;
     score = mean of the sections that are there
 
-    Source: docs/method.md section 10. The leaderboard's old total also held Prior Sets; later ones do not.
+    Source: docs/method.md section 10. The old total of the leaderboard included Prior Sets; later totals do not.
 
     Args:
-        subset_accuracies: subset -> accuracy in [0, 1]. Subsets that RewardBench does not have count nowhere.
+        subset_accuracies: subset -> accuracy in [0, 1]. Subsets that RewardBench does not have are ignored.
 
     Returns:
         Section -> accuracy for the sections with at least one subset, and "score".
@@ -93,8 +93,8 @@ def best_of_n_credit(rewards: np.ndarray, num_responses: np.ndarray) -> np.ndarr
     Source: docs/method.md section 10; Malik et al. 2025, arXiv:2506.01937 (RewardBench 2).
 
     Args:
-        rewards: [R] of the responses of N rows, each row's chosen one first.
-        num_responses: [N] how many of them are each row's.
+        rewards: [R] rewards of the responses of N rows; the chosen response of each row comes first.
+        num_responses: [N] number of responses of each row.
 
     Returns:
         [N] float64.
@@ -111,39 +111,39 @@ def rewardbench2_scores(subset_scores: Mapping[str, float]) -> dict[str, float]:
 
 
 def ties_number(identity: str) -> tuple[Literal["ref", "tied"], int] | None:
-    """("ref" | "tied", n) of a Ties row named "ref:<n>" or "tied:<n>"; None for any other name."""
+    """("ref" | "tied", n) for the id "ref:<n>" or "tied:<n>" of a Ties row; None for any other id."""
     match = TIES_ID.fullmatch(identity)
     return None if match is None else ("ref" if match[1] == "ref" else "tied", int(match[2]))
 
 
 def ties_score(ids: Sequence[str], correct: Sequence[Sequence[float]], incorrect: Sequence[Sequence[float]]) -> float:
-    """The score of RewardBench 2's Ties subset; see `ties_statistic`."""
+    """The score of RewardBench 2's Ties subset (`ties_statistic`) over all rows."""
     return ties_statistic(ids, correct, incorrect)(np.arange(len(ids)))[TIES]
 
 
 def ties_statistic(
     ids: Sequence[str], correct: Sequence[Sequence[float]], incorrect: Sequence[Sequence[float]]
 ) -> Statistic:
-    """RewardBench 2's Ties: several answers are equally right, and none of them may look worse than a wrong one.
+    """RewardBench 2's Ties: several answers are equally right, and none of them should score below a wrong one.
 
     With m_ci = worst correct - best incorrect score and m_cc = best - worst correct score of a row,
     score = 0.3 P_tied(m_ci > 0) + 0.3 P_ref(m_ci > 0) + 0.2 P(m_ci > m_cc) + 0.2 P(min(m_ci, m_ci_ref) > m_cc)
             + 0.01 mean tanh( min(m_ci, m_ci_ref) / m_cc - 1 )
 
-    where the last three run over the tied rows that have a ref row of the same number and more than one correct
-    answer, the last also over m_cc > 0 only; a mean over nothing is 0.
+    The last three terms run over the tied rows that have a ref row of the same number and more than one correct
+    answer; the last term only over those with m_cc > 0. A mean over no rows is 0.
 
     Source: docs/method.md section 10; `process_single_model` of rewardbench 0.1.4.
 
     Args:
         ids: [N] "ref:<n>" or "tied:<n>".
-        correct, incorrect: [N] the scores of each row's correct and incorrect answers, at least one each.
+        correct, incorrect: [N] scores of the correct and of the incorrect answers of each row, at least one each.
 
     Returns:
-        Statistic with the one metric "Ties".
+        A statistic with the single metric "Ties".
 
     Raises:
-        DataError: an id is of another form.
+        DataError: an id has another form.
     """
     margin = np.array([min(good) - max(bad) for good, bad in zip(correct, incorrect, strict=True)])
     spread = np.array([max(good) - min(good) if len(good) > 1 else np.nan for good in correct])
@@ -157,7 +157,7 @@ def ties_statistic(
     ref_margin = {n: m for (kind, n), m in zip(numbers, margin, strict=True) if kind == "ref"}
     of_ref = np.array([np.nan if kind == "ref" else ref_margin.get(n, np.nan) for kind, n in numbers])
 
-    # One column a term; NaN takes a row out of the term's mean.
+    # One column per term. NaN excludes a row from the mean of the term.
     both = np.where(np.isnan(of_ref), np.nan, np.minimum(margin, of_ref))
     paired = ~np.isnan(both) & ~np.isnan(spread)
     spread_out = paired & (np.nan_to_num(spread) > 0)

@@ -1,4 +1,4 @@
-"""What aggregations need of scored comparisons, as columns: some seventy bytes a pair, and no texts."""
+"""Scored rows as columns without texts: about seventy bytes per pair, all that an aggregation needs."""
 
 from __future__ import annotations
 
@@ -15,49 +15,49 @@ KEY_DIGITS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScoredResponse:
-    """What an aggregation needs of one response."""
+class RewardedResponse:
+    """Reward and length of one response."""
 
     reward: float
     characters: int
-    """Length of the scored text. Characters, not tokens: the same for every model, and in every language."""
+    """Length of the scored text in characters, which unlike tokens do not depend on the model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredComparison:
-    """One row."""
+    """One row: the rewards of its responses, and its keys."""
 
     id: str
     subset: str
     content_key: int
     prompt_key: int
     cut: bool
-    """The model did not read all of a prompt or a response: they exceed its length."""
+    """A prompt or a response exceeds the model's length, so the model did not read all of it."""
     annotators_tie: bool
-    chosen: tuple[ScoredResponse, ...]
-    rejected: tuple[ScoredResponse, ...]
+    chosen: tuple[RewardedResponse, ...]
+    rejected: tuple[RewardedResponse, ...]
     margin_std: float
-    """Posterior standard deviation of the first chosen minus the first rejected reward; they share the weights."""
+    """Posterior standard deviation of the first chosen minus the first rejected reward, with shared weights."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ScoredRows:
-    """N comparisons of R responses in all."""
+    """N rows with R responses in total."""
 
     rewards: np.ndarray
-    """[R] float64: those of the first row, its chosen ones first, then those of the second, and so on."""
+    """[R] float64, row after row; in each row, the chosen responses come first."""
     characters: np.ndarray
-    """[R], see `ScoredResponse`."""
+    """[R], see `RewardedResponse`."""
     num_chosen: np.ndarray
     """[N]"""
     num_responses: np.ndarray
-    """[N], chosen and rejected."""
+    """[N], chosen and rejected responses together."""
     margin_std: np.ndarray
-    """[N] float64, see `ScoredComparison`; so are the rest."""
+    """[N] float64. For this and the following columns see `ScoredComparison`."""
     subset: np.ndarray
     """[N] index into `subset_names`."""
     subset_names: tuple[str, ...]
-    """Sorted."""
+    """The names of the subsets, sorted."""
     content_key: np.ndarray
     """[N] uint64"""
     prompt_key: np.ndarray
@@ -67,11 +67,11 @@ class ScoredRows:
     annotators_tie: np.ndarray
     """[N] bool"""
     ties_ids: dict[int, str]
-    """Row -> id, of the rows that their ids pair: those of RewardBench 2's Ties."""
+    """Row -> id, for the rows of RewardBench 2's Ties, whose ids pair them."""
 
     @staticmethod
     def of(rows: Iterable[ScoredComparison]) -> ScoredRows:
-        """Consumes `rows`; one of them at a time is in memory."""
+        """Consumes `rows` with one row in memory at a time."""
         rewards, margin_std = array("d"), array("d")
         characters, num_chosen, num_responses, subset = array("i"), array("i"), array("i"), array("i")
         content_key, prompt_key = array("Q"), array("Q")
@@ -114,12 +114,12 @@ class ScoredRows:
 
     @property
     def first(self) -> np.ndarray:
-        """[N] where the responses of each row begin; its first chosen one stands there."""
+        """[N] position of the first response of each row, a chosen one."""
         return self.num_responses.cumsum(dtype=np.int64) - self.num_responses
 
     @property
     def first_rejected(self) -> np.ndarray:
-        """[N] where the first rejected response of each row stands."""
+        """[N] position of the first rejected response of each row."""
         return self.first + self.num_chosen
 
     @property
@@ -127,18 +127,18 @@ class ScoredRows:
         return bool((self.num_responses == 2).all() and (self.num_chosen == 1).all())
 
     def scored_as(self, others: ScoredRows) -> ScoredRows:
-        """These rows with the rewards that `others`, the same rows, have."""
+        """These rows with the rewards of `others`, which are the same rows."""
         return replace(self, rewards=others.rewards, margin_std=others.margin_std)
 
     def scored_by_length(self) -> ScoredRows:
-        """These rows when the length in characters is the reward."""
+        """These rows with the length in characters as the reward."""
         return replace(self, rewards=self.characters.astype(np.float64))
 
     def in_order_of(self, content_key: np.ndarray, *, place: str) -> ScoredRows:
-        """For every key the row with these texts.
+        """The row of every key, in the order of the keys.
 
         Raises:
-            DataError: these rows, read from `place`, are not the same comparisons.
+            DataError: these rows, read from `place`, are not the rows of the keys.
         """
         order = self.content_key.argsort()
         found = order[np.searchsorted(self.content_key, content_key, sorter=order).clip(max=len(order) - 1)]
@@ -152,7 +152,7 @@ class ScoredRows:
 
     def _take(self, rows: np.ndarray) -> ScoredRows:
         sizes = self.num_responses[rows]
-        # Where each row's responses begin here, minus where they land.
+        # Start of each row's responses in this table, minus their start in the result.
         responses = np.repeat(self.first[rows] - (sizes.cumsum(dtype=np.int64) - sizes), sizes) + np.arange(sizes.sum())
         return replace(
             self,
@@ -171,10 +171,10 @@ class ScoredRows:
 
 
 def key_number(key: str) -> int:
-    """The 64 bits of a content or prompt key, a hash in hexadecimal.
+    """The 64 bits of a content or prompt key, which is a hash in hexadecimal.
 
     Raises:
-        ValueError: it is no such hash.
+        ValueError: the key is not such a hash.
     """
     if len(key) != KEY_DIGITS:
         raise ValueError(f"{key!r} has not {KEY_DIGITS} digits")
@@ -182,5 +182,5 @@ def key_number(key: str) -> int:
 
 
 def key_column(keys: Iterable[str]) -> np.ndarray:
-    """[N] uint64; eight bytes a key, whatever `keys` is read from."""
+    """[N] uint64; eight bytes per key, because `keys` is not collected as text."""
     return np.asarray(array("Q", map(key_number, keys)))

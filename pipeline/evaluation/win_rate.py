@@ -1,4 +1,4 @@
-"""Win rates of paired scores, and of two policies' answers."""
+"""Win rates of paired scores and of the answers of two policies."""
 
 from __future__ import annotations
 
@@ -16,31 +16,33 @@ NORMAL_QUANTILE_95 = 1.959963984540054
 
 
 def win_rate(scores: Sequence[float], baseline_scores: Sequence[float]) -> Metrics:
-    """Share of prompts on which a score exceeds the baseline's; a tie counts one half.
+    """Share of prompts on which a score exceeds the baseline's score. A tie counts one half.
 
     Returns:
-        `win_rate`, `ties` (their share), and `low` and `high` of the 95% Wilson interval (Wilson 1927), which stays
-        inside [0, 1] and is not empty when every prompt is won.
+        `win_rate`; `ties`, their share; `low` and `high` of the 95% Wilson interval (Wilson 1927). The interval stays
+        inside [0, 1], and has a positive width even if every prompt is won.
 
     Raises:
         ShapeError: the two sequences differ in length, or are empty.
     """
     if len(scores) != len(baseline_scores) or not scores:
-        raise ShapeError(f"win rate of {len(scores)} scores against {len(baseline_scores)}: give as many, at least one")
+        raise ShapeError(
+            f"win rate of {len(scores)} scores against {len(baseline_scores)}: give equally many, at least one"
+        )
     return win_rate_of_preferences(
         [0.5 * (1 + (a > b) - (a < b)) for a, b in zip(scores, baseline_scores, strict=True)]
     )
 
 
 def win_rate_of_preferences(preferences: Sequence[float], weights: Sequence[float] | None = None) -> Metrics:
-    """Mean of probabilities to win, in [0, 1]; what is sure is 0 or 1, a tie is one half.
+    """Mean of win probabilities in [0, 1]; 0.5 is a tie.
 
-    The interval is that of a binomial share, and so no narrower than it should be: a variable in [0, 1] of mean p
-    varies by at most p (1 - p).
+    The interval is that of a binomial share. It is not too narrow, because a variable in [0, 1] with mean p has a
+    variance of at most p (1 - p).
 
     Args:
-        weights: how often each counts; once where they are not given. The interval is then that of
-            (sum w)^2 / sum w^2 equal ones (Kish 1965).
+        weights: weight of each probability; 1 if not given. The interval uses the effective number
+            (sum w)^2 / sum w^2 (Kish 1965).
 
     Returns, Raises:
         As `win_rate`.
@@ -58,14 +60,14 @@ def win_rate_of_preferences(preferences: Sequence[float], weights: Sequence[floa
 def compare_answers(
     aligned: Sequence[Answer], base: Sequence[Answer], prompts: Sequence[Prompt], gold: GoldAnnotator | None
 ) -> Metrics:
-    """Win rates by the reward model and, where the truth is known, by the gold annotator; means and lengths.
+    """Win rates by the reward model and, if known, by the gold annotator, with mean rewards and lengths.
 
     Args:
-        aligned, base: answers of two policies to the same prompts, in their order.
+        aligned, base: answers of two policies to `prompts`, in the same order.
 
     Returns:
-        `win_rate` of the first against the second under `reward/` and `gold/`; `reward/`, `words/` and `gold/` of
-        `aligned` and `base`, the means over the prompts.
+        `win_rate` of aligned against base, under `reward/` and `gold/`; the means over the prompts, `reward/`, `words/`
+        and `gold/` of `aligned` and `base`.
     """
     metrics = _prefixed("reward", win_rate([a.score.mean for a in aligned], [b.score.mean for b in base]))
     for name, answers in (("aligned", aligned), ("base", base)):

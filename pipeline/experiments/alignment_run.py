@@ -3,103 +3,154 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
-from transformers import PreTrainedTokenizerBase
-
-from pipeline.config.alignment import AlignmentConfig
-from pipeline.config.benchmark import BenchmarkConfig
+from pipeline.benchmark.scored_answers import read_scored_answers
+from pipeline.config.recipe import ExperimentConfig
 from pipeline.data.preferences import normalised_prompt
-from pipeline.data.prompts import PromptStream, tokenise_prompts
-from pipeline.data.run_data import NamedPrompt
+from pipeline.data.run_data import RunData
+from pipeline.errors import ConfigError
 from pipeline.evaluation.overoptimization import GoldReward, gold_proxy_gap
 from pipeline.evaluation.reward_scale import RewardScale
-from pipeline.evaluation.win_rate import compare_answers
-from pipeline.experiments.policy_findings import CURVES, fall_from_peak
+from pipeline.evaluation.reward_scorer import RewardModelScorer
+from pipeline.experiments.policy_findings import POLICY_CURVE_METRICS, fall_from_peak
 from pipeline.experiments.reward_run import RunResult
-from pipeline.loops.alignment import align
-from pipeline.loops.generation import answer_prompts
-from pipeline.ports import BackgroundRolloutSource, PolicyLearner, RewardScorer
-from pipeline.records import Metrics, PolicyWeights
+from pipeline.learning.builders import build_ppo_learner, engine_in_process, reference_in_process
+from pipeline.loops.align_policy import AlignmentPorts, alignment_stage, run_alignment
+from pipeline.loops.benchmark import (
+    ALIGNED,
+    BASE,
+    BenchmarkPorts,
+    answers_file,
+    benchmark_prompts,
+    benchmark_stage,
+    run_benchmark,
+)
+from pipeline.records import Message, Metrics, StageResult
+from pipeline.rollouts.torch_rollouts import TorchRollouts
+from pipeline.stages import storage
 from pipeline.stages.workspace import StageDirectory
 
 
 def align_and_measure(
-    rollouts: BackgroundRolloutSource,
-    scorer: RewardScorer,
-    learner: PolicyLearner,
-    gold: GoldReward,
+    experiment: ExperimentConfig,
+    data: RunData,
+    policy: StageResult,
+    reward_model: StageResult,
     *,
-    train_prompts: Sequence[NamedPrompt],
-    heldout_prompts: Sequence[NamedPrompt],
-    tokenizer: PreTrainedTokenizerBase,
-    publish: Callable[[str, int], PolicyWeights],
-    start: str,
     directory: str,
-    alignment: AlignmentConfig,
-    benchmark: BenchmarkConfig,
-    reward_scale: RewardScale,
-    seed: int,
+    device: str,
 ) -> RunResult:
-    """Aligns with the pipeline's own loop; then start and result answer held-out prompts.
+    """Aligns and answers held-out prompts as the pipeline's stages do, then compares reward and truth.
 
     Args:
-        gold: the truth, and its units.
-        publish: a checkpoint and a version -> its published weights.
-        start: directory of the policy before alignment.
-        directory: for the loop's metrics and the aligned policy.
-        reward_scale: of the reward model on held-out responses.
+        policy, reward_model: what it starts from, and what it is aligned against.
+        directory: for the results of the two stages.
 
     Returns:
-        metrics: those of `compare_answers` on held-out prompts; `gap/base`, `gap/aligned` and their difference
-            `gap/growth` on the same; `gold/fall` of the training curve; the last step's metrics.
-        margins: [prompts] aligned minus start, by "gold" and by "reward".
+        metrics: the last step's; those of `compare_answers` on held-out prompts; `gap/base`, `gap/aligned` and their
+            difference `gap/growth` on the same; `gold/fall` of the training curve; `reward_model/*`.
+        margins: [prompts] aligned minus base, by "gold" and by "reward".
+
+    Raises:
+        ConfigError: nobody knows the truth, or as `run_alignment` and `run_benchmark`.
     """
+    if data.gold is None:
+        raise ConfigError(
+            f'data.source = "{experiment.data.source}": the truth is not known, so there is nothing to measure. '
+            'Use data.source = "planted".'
+        )
+    # Prompts that do not fit are found before the alignment, not after it.
+    conversations = [prompt.messages for prompt in benchmark_prompts(experiment, data, policy.location)[0]]
     started = time.monotonic()
-    stage = StageDirectory(directory, "align_policy", "")
-    prompts = tokenise_prompts(train_prompts, tokenizer, max_prompt_tokens=alignment.max_prompt_tokens)
-    metrics = align(
-        rollouts,
-        scorer,
-        learner,
-        PromptStream(prompts=tuple(prompts), seed=seed),
-        stage,
-        alignment,
-        reward_scale=reward_scale,
-        seed=seed,
-        gold=gold,
-    )
-    rows = stage.metrics_rows()
-    heldout = tokenise_prompts(heldout_prompts, tokenizer, max_prompt_tokens=benchmark.max_prompt_tokens)
-    heldout = heldout[: benchmark.num_prompts]
-    asked = [prompt.messages for prompt in heldout]
-    answers = {}
-    # Version numbers go on from the last one the learner published.
-    policies = {"base": start, "aligned": stage.result_uri}
-    for version, (name, checkpoint) in enumerate(policies.items(), start=alignment.num_steps + 1):
-        rollouts.load_weights(publish(checkpoint, version))
-        answers[name] = answer_prompts(rollouts, scorer, heldout, benchmark, generator=name, seed=seed)
-    metrics |= compare_answers(answers["aligned"], answers["base"], heldout, gold.annotator)
-    proxies = {name: [answer.score.mean for answer in given] for name, given in answers.items()}
-    golds = {name: gold.rewards(asked, [answer.output for answer in given]) for name, given in answers.items()}
-    for name in policies:
-        gap = gold_proxy_gap(proxies[name], golds[name], reward_scale, gold.scale)
-        metrics[f"gap/{name}"] = gap["gold/gap"]
-    metrics["gap/growth"] = metrics["gap/aligned"] - metrics["gap/base"]
-    metrics["gold/fall"] = fall_from_peak([row["gold/mean"] for row in rows])
+    scorer = _scorer(experiment, reward_model, device)
+    alignment, benchmark, metrics = _align_and_answer(experiment, data, policy, reward_model, scorer, directory, device)
+    rows = alignment.metrics_rows()
+    gold = GoldReward.of(data.gold, data.heldout_pairs)
+    gaps, margins = _against_the_truth(benchmark.result_uri, conversations, gold, RewardScale.of(scorer.card))
+    metrics |= gaps | {"gold/fall": fall_from_peak([row["gold/mean"] for row in rows])}
+    metrics |= {f"reward_model/{name}": reward_model.metrics[f"eval/{name}"] for name in ("accuracy", "nll")}
     return RunResult(
         metrics=metrics,
         curve=alignment_curve(rows),
-        prompts=[normalised_prompt(messages) for messages in asked],
-        margins={"gold": _differences(golds), "reward": _differences(proxies)},
+        prompts=[normalised_prompt(messages) for messages in conversations],
+        margins=margins,
         seconds=time.monotonic() - started,
     )
 
 
+def _align_and_answer(
+    experiment: ExperimentConfig,
+    data: RunData,
+    policy: StageResult,
+    reward_model: StageResult,
+    scorer: RewardModelScorer,
+    directory: str,
+    device: str,
+) -> tuple[StageDirectory, StageDirectory, Metrics]:
+    """Both stages in this process: where the alignment lies, where the benchmark lies, and the metrics of both."""
+    dtype = experiment.policy.dtype
+    spec = alignment_stage(experiment, policy.fingerprint, reward_model.fingerprint)
+    alignment = StageDirectory.shared(directory, spec)
+    benchmark = StageDirectory.shared(
+        directory, benchmark_stage(experiment, policy.fingerprint, spec.fingerprint, reward_model.fingerprint)
+    )
+    with storage.reading(policy.location) as start:
+        rollouts = TorchRollouts(start, dtype=dtype, gate_tolerance=experiment.alignment.gate_tolerance, device=device)
+    published = storage.join(directory, "published")
+    metrics = run_alignment(
+        alignment,
+        experiment,
+        data,
+        policy_uri=policy.location,
+        reward_model_uri=reward_model.location,
+        publish_directory=published,
+        open_ports=lambda spec: nullcontext(
+            AlignmentPorts(
+                rollouts=rollouts,
+                scorer=scorer,
+                learner=build_ppo_learner(spec, engine_in_process(device), reference_in_process(dtype, device)),
+            )
+        ),
+    )
+    metrics |= run_benchmark(
+        benchmark,
+        experiment,
+        data,
+        policy_uri=policy.location,
+        aligned_uri=alignment.result_uri,
+        publish_directory=published,
+        open_ports=lambda: BenchmarkPorts(rollouts=rollouts, scorer=scorer),
+    )
+    return alignment, benchmark, metrics
+
+
+def _scorer(experiment: ExperimentConfig, reward_model: StageResult, device: str) -> RewardModelScorer:
+    budget = experiment.alignment.max_tokens_per_micro_batch
+    with storage.reading(reward_model.location) as directory:
+        return RewardModelScorer.load(directory, max_tokens_per_batch=budget, device=device)
+
+
+def _against_the_truth(
+    result: str, conversations: Sequence[Sequence[Message]], gold: GoldReward, reward_scale: RewardScale
+) -> tuple[Metrics, dict[str, list[float]]]:
+    """Of the finished benchmark in `result`: the gaps between reward and truth, and what alignment changed in both."""
+    answers = {name: read_scored_answers(answers_file(result, name)) for name in (BASE, ALIGNED)}
+    rewards = {name: [answer.score.mean for answer in given] for name, given in answers.items()}
+    truths = {name: gold.rewards(conversations, [answer.output for answer in given]) for name, given in answers.items()}
+    gaps = {
+        f"gap/{name}": gold_proxy_gap(rewards[name], truths[name], reward_scale, gold.scale)["gold/gap"]
+        for name in answers
+    }
+    gaps["gap/growth"] = gaps[f"gap/{ALIGNED}"] - gaps[f"gap/{BASE}"]
+    return gaps, {"gold": _differences(truths), "reward": _differences(rewards)}
+
+
 def alignment_curve(rows: Sequence[Mapping[str, float]]) -> list[Metrics]:
-    """A point a step: `step`, the updates behind the policy that was measured, and those of `CURVES`."""
-    return [{"step": float(row["step"])} | {name: row[name] for name in CURVES} for row in rows]
+    """A point a step: `step`, the updates behind the policy that was measured, and those of `POLICY_CURVE_METRICS`."""
+    return [{"step": float(row["step"])} | {name: row[name] for name in POLICY_CURVE_METRICS} for row in rows]
 
 
 def _differences(of: Mapping[str, Sequence[float]]) -> list[float]:
-    return [after - before for after, before in zip(of["aligned"], of["base"], strict=True)]
+    return [after - before for after, before in zip(of[ALIGNED], of[BASE], strict=True)]

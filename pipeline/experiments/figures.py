@@ -1,4 +1,4 @@
-"""Figures of an experiment: every seed a point, the mean over seeds with its interval."""
+"""Figures of an experiment: one point per seed, and the mean over seeds with its interval."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.experiments.grid import NO_KL, Experiment, Variant
 from pipeline.experiments.policy_findings import moving_average
 
 COLOURS = ("#2563a8", "#d9772b", "#3a8f5c", "#8b5fbf", "#b0413e", "#6b7280")
-TITLES = {
+COLUMN_TITLES = {
     "accuracy": "held-out accuracy",
     "nll": "held-out NLL (nats)",
     "ece": "calibration error",
@@ -37,14 +37,14 @@ OVER_OPTIMISATION = {
     "reward/zscore": "reward of the model (sd)",
     "gold/zscore": "gold reward (sd)",
 }
-"""Against KL. Standard deviations of held-out responses."""
+"""Curves drawn against KL, in standard deviations of held-out responses."""
 POLICY_CURVES = OVER_OPTIMISATION | {
     "gold/gap": "gold-proxy gap (sd)",
     "kl/per_response": "KL to the start (nats a response)",
     "reward/posterior_std": "sd of the model's reward",
     "response/tokens": "response tokens",
 }
-CURVES = {
+REWARD_CURVES = {
     "train/accuracy": "training accuracy (one batch)",
     "eval/accuracy": "held-out accuracy",
     "eval/supervision": "held-out supervision loss",
@@ -52,12 +52,12 @@ CURVES = {
 
 
 def write_figures(name: str, experiment: Experiment, finished: Sequence[FinishedRun], directory: Path) -> list[Path]:
-    """`<name>.png`, a panel per column, and `<name>_curves.png`, learning curves. Returns what it wrote."""
+    """Writes `<name>.png`, one panel per column, and `<name>_curves.png`, learning curves; returns both paths."""
     written = [directory / f"{name}.png", directory / f"{name}_curves.png"]
     figures = (
         (_over_optimisation(experiment, finished), _policy_curves(experiment, finished))
         if experiment.trains == "policy"
-        else (_panels(experiment, finished), _curves(experiment, finished))
+        else (_reward_panels(experiment, finished), _reward_curves(experiment, finished))
     )
     for path, figure in zip(written, figures, strict=True):
         figure.savefig(path, dpi=130)
@@ -65,7 +65,7 @@ def write_figures(name: str, experiment: Experiment, finished: Sequence[Finished
     return written
 
 
-def _panels(experiment: Experiment, finished: Sequence[FinishedRun]) -> Figure:
+def _reward_panels(experiment: Experiment, finished: Sequence[FinishedRun]) -> Figure:
     known = {column: spreads for column in experiment.panels if (spreads := by_variant(finished, column))}
     figure, axes = _grid(len(known))
     for axis, (column, spreads) in zip(axes, known.items(), strict=True):
@@ -81,12 +81,12 @@ def _panels(experiment: Experiment, finished: Sequence[FinishedRun]) -> Figure:
             if baseline:
                 level = float(np.mean([s.mean for s in baseline.values()]))
                 axis.set_xlabel(f"{axis.get_xlabel()}\nlonger is better: {level:.3f}".strip(), fontsize=8)
-        _style(axis, TITLES[column])
+        _style(axis, COLUMN_TITLES[column])
     return _finished(figure, experiment, finished)
 
 
 def _by_name(axis: Axes, colours: Mapping[str, str], spreads: Mapping[str, Spread]) -> None:
-    """A place for every name that has a colour, the same in each panel."""
+    """Draws the spreads by name. Each name of `colours` has the same place in every panel."""
     for place, (name, colour) in enumerate(colours.items()):
         if name not in spreads:
             continue
@@ -120,11 +120,11 @@ def _by_number(axis: Axes, experiment: Experiment, spreads: dict[str, Spread]) -
         axis.legend(frameon=False, fontsize=8)
 
 
-def _curves(experiment: Experiment, finished: Sequence[FinishedRun]) -> Figure:
+def _reward_curves(experiment: Experiment, finished: Sequence[FinishedRun]) -> Figure:
     """Mean over seeds at every evaluated step."""
-    figure, axes = _grid(len(CURVES))
+    figure, axes = _grid(len(REWARD_CURVES))
     cycle = plt.get_cmap("viridis")(np.linspace(0.0, 0.9, len(experiment.variants)))
-    for axis, (metric, title) in zip(axes, CURVES.items(), strict=True):
+    for axis, (metric, title) in zip(axes, REWARD_CURVES.items(), strict=True):
         for variant, colour in zip(experiment.variants, cycle, strict=True):
             curves = [f.result["curve"] for f in finished if f.run.variant == variant]
             steps = [point["step"] for point in curves[0] if metric in point] if curves else []
@@ -139,7 +139,7 @@ def _curves(experiment: Experiment, finished: Sequence[FinishedRun]) -> Figure:
 
 
 def _over_optimisation(experiment: Experiment, finished: Sequence[FinishedRun]) -> Figure:
-    """Reward and gold reward against KL (Gao et al. 2022, arXiv:2210.10760, Fig. 1), and the panels of the end."""
+    """Reward and gold reward against KL (Gao et al. 2022, arXiv:2210.10760, Fig. 1), and panels of the final values."""
     spreads = {column: by_variant(finished, column) for column in experiment.panels}
     figure, axes = _grid(len(OVER_OPTIMISATION) + len(spreads), columns=2)
     against_kl, ends = axes[: len(OVER_OPTIMISATION)], axes[len(OVER_OPTIMISATION) :]
@@ -165,12 +165,12 @@ def _over_optimisation(experiment: Experiment, finished: Sequence[FinishedRun]) 
         colours = {v.name: _arm_style(experiment, v)["color"] for v in experiment.variants if v.name in found}
         _by_name(axis, colours, found)
         axis.axhline(0.5 if column == "gold_win_rate" else 0.0, color="#9aa1ab", linewidth=0.8, linestyle=":")
-        _style(axis, TITLES[column])
+        _style(axis, COLUMN_TITLES[column])
     return _finished(figure, experiment, finished)
 
 
 def _policy_curves(experiment: Experiment, finished: Sequence[FinishedRun]) -> Figure:
-    """Mean over seeds at every step, a moving average."""
+    """Moving average of the mean over seeds at every step."""
     figure, axes = _grid(len(POLICY_CURVES))
     for axis, (metric, title) in zip(axes, POLICY_CURVES.items(), strict=True):
         for variant, curves in _arms(experiment, finished):
@@ -187,7 +187,7 @@ def _policy_curves(experiment: Experiment, finished: Sequence[FinishedRun]) -> F
 def _arms(
     experiment: Experiment, finished: Sequence[FinishedRun]
 ) -> Iterator[tuple[Variant, list[dict[str, np.ndarray]]]]:
-    """Every arm that has a run, and its curves: name -> [steps], one a seed."""
+    """Every arm that has a run, with one set of curves per seed; curves are name -> [steps]."""
     for variant in experiment.variants:
         curves = [f.result["curve"] for f in finished if f.run.variant == variant]
         if curves:
@@ -195,7 +195,7 @@ def _arms(
 
 
 def _arm_style(experiment: Experiment, variant: Variant) -> dict[str, Any]:
-    """A colour for the arm; dashed where nothing holds the policy back."""
+    """One colour per arm; dashed without a KL penalty."""
     series = list(dict.fromkeys(v.series for v in experiment.variants))
     free = variant.name.endswith(NO_KL)
     return {"color": COLOURS[series.index(variant.series)], "linestyle": "--" if free else "-", "lw": 1.4}
@@ -227,7 +227,7 @@ def _finished(figure: Figure, experiment: Experiment, finished: Sequence[Finishe
 
 
 def _half(found: Spread) -> float:
-    """Half the interval; 0 for a single seed."""
+    """Half the width of the interval; 0 for a single seed."""
     return 0.0 if np.isnan(found.high) else found.high - found.mean
 
 

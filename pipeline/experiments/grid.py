@@ -1,7 +1,7 @@
-"""The experiments of docs/method.md section 15 as plain data: which settings vary, and what is looked at.
+"""The experiments of docs/method.md section 15 as plain data: the settings that vary and the results to show.
 
-A variant is a list of overrides of the recipe, in the words of the command line. Two experiments that train the same
-model share its run.
+A variant is a list of overrides of the recipe, as on the command line. Two experiments that train the same model share
+its run.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pipeline.config.recipe import ExperimentConfig, Recipe
 from pipeline.errors import ConfigError
 from pipeline.stages.fingerprint import fingerprint
 
-VERSION = 2
-"""Of what a run computes; part of its identity."""
+RUN_VERSION = 3
+"""Version of the computation of a run; part of the run's hash."""
 
 LOSS = "reward.loss"
 
@@ -25,10 +25,10 @@ READS: Mapping[Trained, set[str]] = {
     "reward_model": {"seed", "objectives", "data", "policy", "reward"},
     "policy": {"seed", "objectives", "data", "policy", "sft", "reward", "alignment", "benchmark"},
 }
-"""What an experiment trains -> the parts of a recipe that its runs read."""
+"""What an experiment trains -> the sections of a recipe that its runs read."""
 
 EQUAL_KL = "0.05"
-"""KL coefficient of the over-optimisation arms. Rewards are standardised, so it weighs the same for every head."""
+"""KL coefficient of the over-optimisation arms. Rewards are standardised, so it has the same weight for every head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +39,9 @@ class Variant:
     overrides: tuple[str, ...]
     """`key.path=value` on top of the recipe."""
     x: float | None = None
-    """Its place on a numeric axis."""
+    """Position on a numeric axis."""
     series: str = "vrm"
-    """What it is drawn as on a numeric axis."""
+    """Name of the curve on a numeric axis."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,31 +51,31 @@ class Experiment:
     title: str
     question: str
     trains: Trained = "reward_model"
-    """A policy is aligned against a reward model; runs that differ in the alignment alone share that model."""
+    """With "policy", a policy is aligned against a reward model. Runs that differ only in the alignment share it."""
     recipe: str = "experiments_tiny"
-    """Runs on this one unless told otherwise."""
+    """Default recipe."""
     variants: tuple[Variant, ...]
     panels: tuple[str, ...]
-    """Columns of the results, one figure panel each."""
+    """Result columns that the figure shows, one per panel."""
     axis: str | None = None
-    """The numeric axis, in words; None where variants are names."""
+    """Label of the numeric axis; None if the variants have only names."""
     log_axis: bool = False
     compare_with: str | None = None
-    """The variant that the others are compared with, pair by pair."""
+    """The variant with which the others are compared pair by pair."""
     contrasts: tuple[tuple[str, str], ...] = ()
-    """Variants whose difference, the first minus the second, seed by seed, answers the question."""
+    """(first, second) variants whose difference, seed by seed, answers the question."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training."""
+    """One training of the plan."""
 
     trains: Trained
     variant: Variant
     seed: int
     recipe: Recipe
     config_hash: str
-    """Of everything the run computes from; where it runs is no part of it."""
+    """Hash of all inputs of the run. The place where it runs is not part of it."""
 
 
 def _kl_weights(weight: str) -> tuple[str, ...]:
@@ -192,17 +192,17 @@ EXPERIMENTS: dict[str, Experiment] = {
 def plan_runs(
     experiment: Experiment, recipe: str, overrides: Sequence[str], seeds: Sequence[int], data: Sequence[str] = ()
 ) -> list[Run]:
-    """Every variant with every seed, variants in their order for one seed after the other.
+    """Every variant with every seed: for each seed, the variants in their order.
 
-    The seed makes data, split, order, start and noise; runs of one seed differ in their variant alone.
+    The seed determines data, split, order, initial weights and noise. Runs of one seed differ only in their variant.
 
     Args:
         recipe, overrides: as on the command line.
-        data: content fingerprints of the files the recipe reads.
+        data: content fingerprints of the files that the recipe reads.
 
     Raises:
-        ConfigError: an override sets what the experiment varies, a variant contradicts the recipe, or policies are to
-            be measured by a truth that nobody knows.
+        ConfigError: an override sets what the experiment varies, a variant contradicts the recipe, or the experiment
+            needs the planted truth and the recipe reads other data.
     """
     varied = {override.partition("=")[0] for variant in experiment.variants for override in variant.overrides}
     fixed = sorted((varied | {"seed"}) & {override.partition("=")[0] for override in overrides})
@@ -214,7 +214,7 @@ def plan_runs(
             loaded = load_recipe(recipe, [*overrides, *variant.overrides, f"seed={seed}"])
             if experiment.trains == "policy" and loaded.data.source != "planted":
                 raise ConfigError(
-                    f'data.source = "{loaded.data.source}": this experiment holds the reward against the planted '
+                    f'data.source = "{loaded.data.source}": this experiment compares the reward with the planted '
                     'truth, which other data does not have. Leave data.source at "planted".'
                 )
             identity = config_hash(loaded, data, trains=experiment.trains)
@@ -223,13 +223,13 @@ def plan_runs(
 
 
 def config_hash(experiment: ExperimentConfig, data: Sequence[str], *, trains: Trained = "reward_model") -> str:
-    """16 hex digits over the parts of a recipe that a run reads."""
+    """16 hex digits over the sections of a recipe that a run reads."""
     config = experiment.model_dump(mode="json", include=READS[trains])
-    return fingerprint("experiment_run", VERSION, config, data)[:16]
+    return fingerprint("experiment_run", RUN_VERSION, config, data)[:16]
 
 
 def varied_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Override key -> its value in every run, as written in the variant or as the recipe has it."""
+    """Override key -> its value in the recipe of every run."""
     keys = dict.fromkeys(o.partition("=")[0] for run in runs for o in run.variant.overrides)
     return {key: [_setting(run.recipe, key) for run in runs] for key in keys}
 

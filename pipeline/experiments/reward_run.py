@@ -1,4 +1,4 @@
-"""One run of an experiment: train a reward model in this process, and measure what its head says of held-out pairs."""
+"""One run of an experiment: trains a reward model in this process, and measures it on held-out pairs."""
 
 from __future__ import annotations
 
@@ -11,78 +11,60 @@ import torch
 
 from pipeline.data.planted import GoldAnnotator
 from pipeline.data.preferences import normalised_prompt
+from pipeline.evaluation.correlation import correlation_or_zero
 from pipeline.learning.reward_data import RewardData
 from pipeline.learning.reward_trainer import RewardTrainer
-from pipeline.loops.training import train
+from pipeline.loops.reward import RewardTraining
 from pipeline.models.reward_heads import EnsembleHead, RewardOutput
 from pipeline.records import Metrics
 from pipeline.stages.workspace import StageDirectory
 
-LCB = 1.0
+LCB_COEFFICIENT = 1.0
 """c of mean - c * sd."""
 
-CURVES = ("train/accuracy", "eval/accuracy", "train/supervision", "eval/supervision", "eval/nll")
+REWARD_CURVE_METRICS = ("train/accuracy", "eval/accuracy", "train/supervision", "eval/supervision", "eval/nll")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a run leaves behind: plain data, to be written as JSON."""
+    """The result of a run, as plain data for a JSON file."""
 
     metrics: Metrics
     """Held-out metrics of the finished model, under the names of the trainer."""
     curve: Sequence[Metrics]
-    """Every step that was evaluated on held-out pairs: `step`, and those of `CURVES` that were measured."""
+    """One point per held-out evaluation: `step`, and the measured ones of `REWARD_CURVE_METRICS`."""
     prompts: Sequence[str]
-    """[B] of the held-out pairs; rows of one prompt are not independent."""
+    """[B] prompt of each held-out pair. Pairs of the same prompt are not independent."""
     margins: Mapping[str, Sequence[float]]
-    """Reading of the reward -> [B] r_chosen - r_rejected. Always "mean"; "lcb" (mean - sd) where the head has a
-    standard deviation; "min" of the members of an ensemble."""
+    """Reading of the reward -> [B] r_chosen - r_rejected. "mean" is always there; "lcb" (mean - sd) if the head has a
+    standard deviation; "min" over the members if it is an ensemble."""
     seconds: float
-    """Training and measuring, without reading the data."""
+    """Time of training and measuring, without reading the data."""
 
 
 def train_and_measure(
-    trainer: RewardTrainer,
-    data: RewardData,
-    gold: GoldAnnotator | None,
-    directory: str,
-    *,
-    eval_every: int,
+    training: RewardTraining, trainer: RewardTrainer, gold: GoldAnnotator | None, directory: str
 ) -> RunResult:
-    """Trains with the pipeline's own loop, from the first step to the last.
+    """Trains as the pipeline's stage does, from the first step to the last.
 
     Args:
-        gold: adds `weight_correlation`, where the truth is known and the head has weights.
-        directory: for the loop's metrics and the exported model.
+        trainer: of `training.spec`, in this process.
+        gold: the truth, or None if unknown. It adds `weight_correlation` if the head has objective weights.
+        directory: where the stage writes its metrics and the exported model.
     """
     started = time.monotonic()
-    heldout = data.heldout
-    stage = StageDirectory(directory, "experiment", "")
-    metrics = train(
-        trainer,
-        stage,
-        batch_of=data.batch,
-        heldout=heldout,
-        num_steps=data.num_steps,
-        eval_every=eval_every,
-        checkpoint_every=data.num_steps + 1,
-    )
+    data, heldout = training.data, training.data.heldout
+    stage = StageDirectory(directory, "experiment", "", keep_best=training.spec.config.keep_best)
+    metrics = training.run(trainer, stage)
     output = trainer.score(heldout)
-    weights = output.weights[: heldout.num_pairs].double().numpy()
-    if gold is not None and weights.shape[1]:
-        planted = [
-            [gold.objective_weights(p.pair.prompt)[name] for name in data.statistics.objectives]
-            for p in data.heldout_pairs
-        ]
-        metrics |= {"weight_correlation": weight_correlation(weights, np.array(planted))}
     margins = {"mean": _margins(output.mean)}
     if bool(output.variance.any()):
-        margins["lcb"] = _margins(output.mean - LCB * output.variance.sqrt())
+        margins["lcb"] = _margins(output.mean - LCB_COEFFICIENT * output.variance.sqrt())
     head = trainer.engine.module.head
     if isinstance(head, EnsembleHead):
         margins["min"] = _margins(_read_as_minimum(trainer, head, data).mean)
     return RunResult(
-        metrics=trainer.training | metrics | data.metrics(),
+        metrics=trainer.training | metrics | _agreement_with_planted_weights(output, data, gold),
         curve=_curve(stage.metrics_rows()),
         prompts=[normalised_prompt(p.pair.prompt) for p in data.heldout_pairs],
         margins=margins,
@@ -90,15 +72,15 @@ def train_and_measure(
     )
 
 
-def weight_correlation(inferred: np.ndarray, planted: np.ndarray) -> float:
-    """Pearson correlation over (prompt, objective) of inferred and planted objective weights; 0 without variation.
-
-    Args:
-        inferred, planted: [B, K].
-    """
-    x, y = (w.ravel() - w.mean() for w in (inferred, planted))
-    norm = float(np.linalg.norm(x) * np.linalg.norm(y))
-    return float(x @ y) / norm if norm > 1e-12 else 0.0
+def _agreement_with_planted_weights(output: RewardOutput, data: RewardData, gold: GoldAnnotator | None) -> Metrics:
+    """`weight_correlation` on the held-out pairs; empty without the truth or without objective weights."""
+    weights = output.weights[: len(data.heldout_pairs)].double().numpy()
+    if gold is None or not weights.shape[1]:
+        return {}
+    planted = [
+        [gold.objective_weights(p.pair.prompt)[name] for name in data.statistics.objectives] for p in data.heldout_pairs
+    ]
+    return {"weight_correlation": correlation_or_zero(weights.ravel(), np.ravel(planted))}
 
 
 def _read_as_minimum(trainer: RewardTrainer, head: EnsembleHead, data: RewardData) -> RewardOutput:
@@ -115,9 +97,9 @@ def _margins(rewards: torch.Tensor) -> list[float]:
 
 
 def _curve(rows: Sequence[Mapping[str, float]]) -> list[Metrics]:
-    """One point an evaluation: the last step is logged twice, as the update and as the final evaluation."""
+    """One point per evaluation. The last step is logged twice, as an update and as the final evaluation."""
     points: dict[int, Metrics] = {}
     for row in rows:
         point = points.setdefault(int(row["step"]), {"step": float(row["step"] + 1)})
-        point |= {name: row[name] for name in CURVES if name in row}
+        point |= {name: row[name] for name in REWARD_CURVE_METRICS if name in row}
     return [point for point in points.values() if "eval/accuracy" in point]

@@ -37,7 +37,7 @@ from pipeline.objectives.policy import (
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredTokens:
-    """All that an estimator of advantages may look at."""
+    """Everything that an estimator of advantages may use."""
 
     rewards: torch.Tensor
     """[B, T] token rewards, 0 on padding."""
@@ -116,6 +116,22 @@ SURROGATES = {"clip": _clip, "cispo": _cispo}
 AVERAGES = {"token_mean": token_mean, "sequence_mean": sequence_mean, "fixed_length": fixed_length_mean}
 
 
+@dataclass(frozen=True, kw_only=True)
+class SampledTokens:
+    """The tokens of B responses as the update found them; held fixed while the policy moves."""
+
+    logprobs: torch.Tensor
+    """[B, T] under the policy before the update."""
+    reference_logprobs: torch.Tensor
+    """[B, T] under the frozen reference."""
+    advantages: torch.Tensor
+    """[B, T] dimensionless."""
+    importance_weights: torch.Tensor
+    """[B, T] dimensionless; 1 where the recipe does not correct for who sampled the token."""
+    mask: torch.Tensor
+    """[B, T] bool, True on response tokens."""
+
+
 class PolicyLoss(NamedTuple):
     """This shard's share of the loss of an optimiser step: shares add up."""
 
@@ -128,34 +144,23 @@ class PolicyLoss(NamedTuple):
 
 
 def policy_loss(
-    logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    reference_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    importance_weights: torch.Tensor,
-    mask: torch.Tensor,
-    *,
-    ppo: PPOConfig,
-    kl: KLConfig,
-    size: MiniBatchSize,
+    logprobs: torch.Tensor, tokens: SampledTokens, *, ppo: PPOConfig, kl: KLConfig, size: MiniBatchSize
 ) -> PolicyLoss:
     """-average(w * surrogate(ratio, A)) and average(KL), in the recipe's choice of ratio, surrogate and average.
 
-    With the defaults the first is `clipped_policy_loss`. The importance weight w corrects for who sampled the token,
-    so it leaves the KL alone, which is measured on the token as it is (as in TRL).
+    With the defaults the first is `clipped_policy_loss`. The importance weight w corrects for who sampled the token.
+    The KL is measured on the token as it is, so w leaves it alone (as in TRL).
 
     Args:
         logprobs: [B, T] under the current policy; carries gradient.
-        old_logprobs, reference_logprobs: [B, T] under the policy before the update and the reference; held fixed.
-        advantages, importance_weights: [B, T].
-        mask: [B, T] bool.
+        tokens: what is fixed, of the same B responses.
         size: of the whole mini-batch, over all shards.
     """
     average = AVERAGES[ppo.aggregation]
-    ratio = RATIOS[ppo.ratio](logprobs, old_logprobs, mask)
-    surrogate = SURROGATES[ppo.surrogate](ratio, logprobs, advantages, mask, ppo)
+    ratio = RATIOS[ppo.ratio](logprobs, tokens.logprobs, tokens.mask)
+    surrogate = SURROGATES[ppo.surrogate](ratio, logprobs, tokens.advantages, tokens.mask, ppo)
     return PolicyLoss(
-        surrogate=-average(importance_weights * surrogate.per_token, mask, size),
-        kl=average(kl_estimate(logprobs, reference_logprobs, kl.estimator), mask, size),
+        surrogate=-average(tokens.importance_weights * surrogate.per_token, tokens.mask, size),
+        kl=average(kl_estimate(logprobs, tokens.reference_logprobs, kl.estimator), tokens.mask, size),
         num_bounded=surrogate.num_bounded,
     )

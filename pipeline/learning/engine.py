@@ -1,4 +1,4 @@
-"""The optimiser step, as the learners see it: one process here, DeepSpeed in `actors/deepspeed_engine.py`.
+"""The optimiser step, as the learners see it: in one process here, with DeepSpeed in `actors/deepspeed_engine.py`.
 
 Losses are sums over a rank's own rows, divided by counts of the whole batch. Gradients therefore add up over
 micro-batches and over ranks; an engine never averages them.
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import NumericsError
-from pipeline.learning.training_state import Fragment, SavedState, Snapshot, adam_state, trained_parameters
+from pipeline.learning.training_state import Fragment, SavedState, TrainingStatePart, adam_state, trained_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +34,12 @@ class TrainEngine(Protocol):
     world_size: int
     device: torch.device
     dtype: str
-    """What it computes in; parameters are float32."""
+    """Name of the dtype of the forward pass; parameters are float32."""
     module: nn.Module
     """The unwrapped model. Under ZeRO-3 its parameters are partitioned: call `forward`, not this."""
     max_grad_norm: float
     loss_factor: float
-    """What `backward` multiplies a loss by, and `step` takes back: gradients of activations are larger by it."""
+    """`backward` multiplies a loss by it and `step` divides again: gradients of activations are larger by it."""
 
     def forward(self, *args: Any) -> Any:
         """The model on one micro-batch; every rank must make the same number of calls."""
@@ -50,7 +50,7 @@ class TrainEngine(Protocol):
     def step(self, learning_rate_factor: float, *, resting: str | None = None) -> float:
         """Clips, steps, zeroes gradients. Each group's peak learning rate is scaled by the factor.
 
-        The groups named `resting` stay as they are; no gradient may have reached them.
+        The groups named `resting` do not change; no gradient may have reached them.
 
         Returns the global gradient norm before clipping; raises NumericsError when it is not finite.
         """
@@ -67,11 +67,11 @@ class TrainEngine(Protocol):
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """The whole model on the CPU of rank 0; empty elsewhere. Collective."""
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> TrainingStatePart:
         """Copies this rank's part of what a resumed run needs to host memory. Between steps only; not collective."""
 
     def load(self, directory: str) -> None:
-        """Restores what the snapshots of all ranks wrote, however many there were. Collective.
+        """Restores what the snapshots of all ranks wrote, for any number of ranks then and now. Collective.
 
         Raises:
             CheckpointError: the directory holds no whole state of this model.
@@ -137,8 +137,8 @@ class TorchEngine:
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         return {name: tensor.cpu() for name, tensor in self.full_tensors()}
 
-    def snapshot(self) -> Snapshot:
-        return Snapshot.take(self._fragments(), self._shapes(), part=self.rank, num_parts=self.world_size)
+    def snapshot(self) -> TrainingStatePart:
+        return TrainingStatePart.take(self._fragments(), self._shapes(), part=self.rank, num_parts=self.world_size)
 
     def load(self, directory: str) -> None:
         with SavedState(directory, self._shapes()) as saved:
@@ -153,9 +153,9 @@ class TorchEngine:
 
 
 def set_learning_rates(optimiser: Any, groups: Sequence[ParameterGroup], factor: float, *, resting: str | None) -> None:
-    """Those of the next step; at a rate of 0 weight decay moves nothing either."""
-    for own, group in zip(optimiser.param_groups, groups, strict=True):
-        own["lr"] = 0.0 if group.name == resting else group.learning_rate * factor
+    """Sets the learning rates of the next step. At a rate of 0 weight decay changes nothing either."""
+    for torch_group, group in zip(optimiser.param_groups, groups, strict=True):
+        torch_group["lr"] = 0.0 if group.name == resting else group.learning_rate * factor
 
 
 def require_finite_norm(norm: float) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
 
-from pipeline.config.alignment import KLConfig, PPOConfig
-from pipeline.errors import NumericsError, ShapeError
+from pipeline.config.alignment import AlignmentConfig, PPOConfig
 from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.learning.algorithm import ADVANTAGES, ScoredTokens
+from pipeline.learning.rollout_tensors import RolloutTensors, samples_per_prompt
 from pipeline.objectives.advantages import overlong_penalty, token_rewards, transform_reward, uniform_groups
 from pipeline.objectives.divergence import kl_estimate
 from pipeline.objectives.masked import masked_mean, whiten
@@ -23,130 +21,74 @@ def build_experience(
     rollouts: Sequence[Rollout],
     scores: Sequence[RewardScore],
     evaluations: Sequence[TokenEvaluation],
+    config: AlignmentConfig,
     *,
-    ppo: PPOConfig,
-    kl: KLConfig,
     kl_coefficient: float,
     reward_scale: RewardScale,
-    max_response_tokens: int,
 ) -> tuple[Experience, Metrics]:
-    """Shapes rewards, estimates advantages over the whole batch, and measures the batch.
+    """Shapes the rewards, estimates the advantages over the whole batch, and measures the batch.
 
-    R_t = -beta k_t + 1[t = last] r~,  r~ the transformed reward minus the penalties of a response cut at the limit, or
-    close to it; no KL here where it is part of the loss. A by the recipe's estimator, for PPO GAE, then whitened over
-    all response tokens. Nothing here depends on how the batch is sharded later.
-
-    Source: docs/method.md section 11.
+    Nothing here depends on how the batch is sharded later. Source: docs/method.md section 11.
 
     Args:
         rollouts, scores, evaluations: B of each, in the same order: by prompt, then by sample.
+        config: its sections `ppo` and `kl`, and the sampler's limit.
         kl_coefficient: beta of this step.
         reward_scale: units of the reward.
-        max_response_tokens: the sampler's limit.
 
     Returns:
-        The experience, and metrics of all rollouts named `reward/*`, `kl/*`, `response/*`, `engine_gap/*`, and where
-        they have a meaning `value/*`, `return/*`, `group/*` and `importance/*`.
+        The experience, and the metrics of all rollouts that `batch_metrics` names.
 
     Raises:
         ShapeError: the three lists, or the tokens of one rollout, do not fit each other.
         NumericsError: a score or an evaluation is not finite.
     """
-    _require_usable(rollouts, scores, evaluations)
-    logprobs = _pad([e.logprobs for e in evaluations])
-    reference_logprobs = _pad([e.reference_logprobs for e in evaluations])
-    values = _pad([e.values for e in evaluations])
-    engine_logprobs = _pad([r.logprobs for r in rollouts])
-    response_lengths = torch.tensor([len(r.response_ids) for r in rollouts])
-    mask = torch.arange(logprobs.shape[1]) < response_lengths.unsqueeze(-1)
-    cut = torch.tensor([r.finish_reason == "length" for r in rollouts], dtype=torch.float32)
-    mean = torch.tensor([s.mean for s in scores])
-    std = torch.tensor([s.std for s in scores])
-
-    reward = _shaped_rewards(mean, std, response_lengths, cut, ppo, reward_scale, max_response_tokens)
-    token_kl = kl_estimate(logprobs, reference_logprobs, kl.estimator)
-    in_reward = kl.place == "reward"
-    rewards = token_rewards(reward, token_kl, mask, kl_coefficient=kl_coefficient if in_reward else 0.0)
-    tokens = ScoredTokens(
-        rewards=whiten(rewards, mask, keep_mean=True) if ppo.whiten_rewards else rewards,
-        values=values,
-        mask=mask,
-        group_size=_group_size(rollouts) if ppo.compares_a_group else 1,
-    )
-    advantages = ADVANTAGES[ppo.advantages](tokens, ppo)
-    returns = _masked(advantages + values, mask)
-    weights = torch.ones_like(logprobs)
-    if ppo.tis_cap is not None:
-        weights = truncated_importance_weights(logprobs, engine_logprobs, mask, cap=ppo.tis_cap)
-
-    metrics = {
-        "reward/mean": float(mean.mean()),
-        "reward/std_over_batch": float(mean.std(correction=0)),
-        "reward/posterior_std": float(std.mean()),
-        "reward/shaped": float(reward.mean()),
-        "kl/per_response": float(_masked(logprobs - reference_logprobs, mask).sum(-1).mean()),
-        "kl/coefficient": kl_coefficient,
-        "response/tokens": float(response_lengths.float().mean()),
-        "response/stopped": float(1.0 - cut.mean()),
-    }
-    metrics |= _engine_metrics(logprobs, engine_logprobs, weights, mask, tis_cap=ppo.tis_cap)
-    if ppo.trains_a_critic:
-        metrics["value/mean"] = float(masked_mean(values, mask))
-        metrics["return/mean"] = float(masked_mean(returns, mask))
-    if ppo.compares_a_group:
-        groups = reward.view(-1, tokens.group_size)
-        metrics["group/reward_std"] = float(groups.std(-1).mean())
-        metrics["group/uniform"] = float(uniform_groups(groups).float().mean())
-
-    kept = _rows_that_teach(reward, tokens.group_size) if ppo.drop_uniform_groups else torch.arange(len(rollouts))
+    ppo, kl = config.ppo, config.kl
+    batch = RolloutTensors.of(rollouts, scores, evaluations)
+    group_size = samples_per_prompt(rollouts) if ppo.compares_a_group else 1
+    rewards = shaped_rewards(batch, ppo, reward_scale, max_response_tokens=config.max_response_tokens)
+    token_kl = kl_estimate(batch.logprobs, batch.reference_logprobs, kl.estimator)
+    reward_beta, loss_beta = (kl_coefficient, 0.0) if kl.place == "reward" else (0.0, kl_coefficient)
+    per_token = token_rewards(rewards, token_kl, batch.mask, kl_coefficient=reward_beta)
+    advantages = estimated_advantages(per_token, batch, ppo, group_size=group_size)
+    returns = _masked(advantages + batch.values, batch.mask)
+    weights = importance_weights(batch, tis_cap=ppo.tis_cap)
+    kept = rows_that_teach(rewards, group_size) if ppo.drop_uniform_groups else torch.arange(len(rollouts))
+    mask = batch.mask[kept]
     experience = Experience(
         sequences=tuple(rollouts[row].tokens for row in kept.tolist()),
-        mask=mask[kept],
-        logprobs=logprobs[kept],
-        reference_logprobs=reference_logprobs[kept],
-        advantages=whiten(advantages[kept], mask[kept]) if ppo.whiten_advantages else advantages[kept],
+        mask=mask,
+        logprobs=batch.logprobs[kept],
+        reference_logprobs=batch.reference_logprobs[kept],
+        advantages=whiten(advantages[kept], mask) if ppo.whiten_advantages else advantages[kept],
         importance_weights=weights[kept],
-        kl_loss_coefficient=0.0 if in_reward else kl_coefficient,
-        critic=CriticTargets(values=values[kept], returns=returns[kept]) if ppo.trains_a_critic else None,
-        num_response_tokens=int(mask[kept].sum()),
+        kl_loss_coefficient=loss_beta,
+        critic=CriticTargets(values=batch.values[kept], returns=returns[kept]) if ppo.trains_a_critic else None,
+        num_response_tokens=int(mask.sum()),
     )
+    metrics = batch_metrics(batch, rewards, kl_coefficient=kl_coefficient) | engine_metrics(batch, weights, ppo.tis_cap)
+    if ppo.trains_a_critic:
+        metrics |= critic_metrics(batch, returns)
+    if ppo.compares_a_group:
+        metrics |= group_metrics(rewards.view(-1, group_size))
     return experience, metrics
 
 
-def _masked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return torch.where(mask, values, torch.zeros_like(values))
+# ------------------------------------------------------------------ rewards and advantages
 
 
-def _engine_metrics(
-    logprobs: torch.Tensor,
-    engine_logprobs: torch.Tensor,
-    weights: torch.Tensor,
-    mask: torch.Tensor,
-    *,
-    tis_cap: float | None,
-) -> Metrics:
-    """How far the engine's log-probabilities are from the learner's, and what the importance weights make of it."""
-    gap = _masked((engine_logprobs - logprobs).abs(), mask)
-    metrics = {"engine_gap/mean": float(masked_mean(gap, mask)), "engine_gap/max": float(gap.max())}
-    if tis_cap is not None:
-        metrics["importance/mean"] = float(masked_mean(weights, mask))
-        metrics["importance/capped"] = float(masked_mean((weights >= tis_cap).float(), mask))
-    return metrics
-
-
-def _shaped_rewards(
-    mean: torch.Tensor,
-    std: torch.Tensor,
-    response_lengths: torch.Tensor,
-    cut: torch.Tensor,
-    ppo: PPOConfig,
-    reward_scale: RewardScale,
-    max_response_tokens: int,
+def shaped_rewards(
+    batch: RolloutTensors, ppo: PPOConfig, reward_scale: RewardScale, *, max_response_tokens: int
 ) -> torch.Tensor:
-    """[B] transformed rewards, minus the penalties of responses that were cut at the limit, or end close to it."""
-    reward = transform_reward(
-        mean,
-        std,
+    """r~ = transform(r) - p_eos 1[cut] + R_length(|y|), [B]; the last term only where the recipe has a buffer.
+
+    p_eos is the penalty of a response that was cut at the sampler's limit, R_length that of one that ends close to it.
+
+    Source: `transform_reward` and `overlong_penalty`; p_eos as TRL's `missing_eos_penalty`.
+    """
+    rewards = transform_reward(
+        batch.reward_mean,
+        batch.reward_std,
         ppo.reward_transform,
         reward_mean=reward_scale.mean,
         reward_std=reward_scale.std,
@@ -154,70 +96,97 @@ def _shaped_rewards(
         lcb_coefficient=ppo.lcb_coefficient,
         clip=ppo.reward_clip,
     )
-    reward = reward - ppo.missing_eos_penalty * cut
+    rewards = rewards - ppo.missing_eos_penalty * batch.was_cut
     if ppo.overlong_buffer == 0:
-        return reward
-    return reward + overlong_penalty(
-        response_lengths,
-        max_tokens=max_response_tokens,
-        buffer_tokens=ppo.overlong_buffer * max_response_tokens,
+        return rewards
+    buffer_tokens = ppo.overlong_buffer * max_response_tokens
+    return rewards + overlong_penalty(
+        batch.response_lengths, max_tokens=max_response_tokens, buffer_tokens=buffer_tokens
     )
 
 
-def _rows_that_teach(reward: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Rows of the prompts whose responses differ in reward; all rows when none do, whose advantages are then 0."""
-    differ = ~uniform_groups(reward.view(-1, group_size))
-    rows = torch.arange(len(reward)).view(-1, group_size)
+def estimated_advantages(
+    per_token_rewards: torch.Tensor, batch: RolloutTensors, ppo: PPOConfig, *, group_size: int
+) -> torch.Tensor:
+    """A_t by the recipe's estimator (`ADVANTAGES`) from R_t = -beta k_t + 1[t = last] r~, [B, T]; not whitened.
+
+    Args:
+        per_token_rewards: [B, T] R_t, 0 on padding; scaled to unit variance first where the recipe whitens rewards.
+        group_size: G samples of each prompt, 1 where the estimator compares no samples.
+    """
+    rewards = whiten(per_token_rewards, batch.mask, keep_mean=True) if ppo.whiten_rewards else per_token_rewards
+    tokens = ScoredTokens(rewards=rewards, values=batch.values, mask=batch.mask, group_size=group_size)
+    return ADVANTAGES[ppo.advantages](tokens, ppo)
+
+
+def importance_weights(batch: RolloutTensors, *, tis_cap: float | None) -> torch.Tensor:
+    """[B, T] `truncated_importance_weights` of the learner over the engine; 1 throughout without a cap."""
+    if tis_cap is None:
+        return torch.ones_like(batch.logprobs)
+    return truncated_importance_weights(batch.logprobs, batch.engine_logprobs, batch.mask, cap=tis_cap)
+
+
+def rows_that_teach(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Rows of the prompts whose responses differ in reward; all rows when none do, whose advantages are then 0.
+
+    Args:
+        rewards: [B], G rows a prompt.
+    """
+    differ = ~uniform_groups(rewards.view(-1, group_size))
+    rows = torch.arange(len(rewards)).view(-1, group_size)
     return rows[differ].flatten() if differ.any() else rows.flatten()
 
 
-def _group_size(rollouts: Sequence[Rollout]) -> int:
-    """G, where the rollouts are G samples of one prompt, then G of the next."""
-    size = 1 + max(r.sample_index for r in rollouts)
-    if [r.sample_index for r in rollouts] != [*range(size)] * (len(rollouts) // size):
-        found = Counter(r.prompt.id for r in rollouts)
-        few, many = found.most_common()[-1], found.most_common()[0]
-        raise ShapeError(
-            f"{len(rollouts)} rollouts are not whole groups of samples 0 to {size - 1}, ordered by prompt: "
-            f"{many[0]!r} has {many[1]}, {few[0]!r} has {few[1]}. Group advantages need every sample of every prompt."
-        )
-    return size
+# ------------------------------------------------------------------ metrics
 
 
-def _require_usable(
-    rollouts: Sequence[Rollout], scores: Sequence[RewardScore], evaluations: Sequence[TokenEvaluation]
-) -> None:
-    """Finds a bad row while it still has a name; later it would be a gradient that is NaN."""
-    if not len(rollouts) == len(scores) == len(evaluations) > 0:
-        raise ShapeError(f"{len(rollouts)} rollouts, {len(scores)} scores and {len(evaluations)} evaluations")
-    for rollout, score, evaluation in zip(rollouts, scores, evaluations, strict=True):
-        name = f"prompt {rollout.prompt.id!r}, sample {rollout.sample_index}"
-        lengths = {
-            "response tokens": len(rollout.response_ids),
-            "engine logprobs": len(rollout.logprobs),
-            "learner logprobs": len(evaluation.logprobs),
-            "reference logprobs": len(evaluation.reference_logprobs),
-            "values": len(evaluation.values),
-        }
-        if len(set(lengths.values())) > 1 or not rollout.response_ids:
-            raise ShapeError(f"{name}: " + ", ".join(f"{n} {what}" for what, n in lengths.items()))
-        numbers = {
-            "reward mean and std": (score.mean, score.std),
-            "engine logprobs": rollout.logprobs,
-            "learner logprobs": evaluation.logprobs,
-            "reference logprobs": evaluation.reference_logprobs,
-            "values": evaluation.values,
-        }
-        for what, row in numbers.items():
-            bad = [x for x in row if not math.isfinite(x)]
-            if bad:
-                raise NumericsError(
-                    f"{name}: {len(bad)} of {len(row)} {what} are not finite (first {bad[0]}), so nothing was trained "
-                    f"on this batch. The response begins {rollout.response_text[:80]!r}."
-                )
+def batch_metrics(batch: RolloutTensors, rewards: torch.Tensor, *, kl_coefficient: float) -> Metrics:
+    """`reward/*`, `kl/*` and `response/*` of all rollouts; `rewards` [B] are the shaped ones.
+
+    kl/per_response = mean_b sum_t (log pi - log pi_ref), the k1 estimate, whatever estimator is trained on.
+    """
+    kl = _masked(batch.logprobs - batch.reference_logprobs, batch.mask).sum(-1)
+    return {
+        "reward/mean": float(batch.reward_mean.mean()),
+        "reward/std_over_batch": float(batch.reward_mean.std(correction=0)),
+        "reward/posterior_std": float(batch.reward_std.mean()),
+        "reward/shaped": float(rewards.mean()),
+        "kl/per_response": float(kl.mean()),
+        "kl/coefficient": kl_coefficient,
+        "response/tokens": float(batch.response_lengths.float().mean()),
+        "response/stopped": float(1.0 - batch.was_cut.mean()),
+    }
 
 
-def _pad(rows: Sequence[Sequence[float]]) -> torch.Tensor:
-    """[B, T] float32, left-aligned, 0 on padding."""
-    width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows], dtype=torch.float32)
+def engine_metrics(batch: RolloutTensors, weights: torch.Tensor, tis_cap: float | None) -> Metrics:
+    """`engine_gap/*`: how far the engine's log-probabilities are from the learner's, nats.
+
+    With a cap also `importance/*`: the mean importance weight, and the share of tokens at the cap.
+    """
+    gap = _masked((batch.engine_logprobs - batch.logprobs).abs(), batch.mask)
+    metrics = {"engine_gap/mean": float(masked_mean(gap, batch.mask)), "engine_gap/max": float(gap.max())}
+    if tis_cap is not None:
+        metrics["importance/mean"] = float(masked_mean(weights, batch.mask))
+        metrics["importance/capped"] = float(masked_mean((weights >= tis_cap).float(), batch.mask))
+    return metrics
+
+
+def critic_metrics(batch: RolloutTensors, returns: torch.Tensor) -> Metrics:
+    """`value/mean` and `return/mean` over response tokens."""
+    return {
+        "value/mean": float(masked_mean(batch.values, batch.mask)),
+        "return/mean": float(masked_mean(returns, batch.mask)),
+    }
+
+
+def group_metrics(groups: torch.Tensor) -> Metrics:
+    """`group/*` of [P, G] shaped rewards: their spread within a prompt, and the share of prompts without any."""
+    return {
+        "group/reward_std": float(groups.std(-1).mean()),
+        "group/uniform": float(uniform_groups(groups).float().mean()),
+    }
+
+
+def _masked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`values` on response tokens, 0 on padding."""
+    return torch.where(mask, values, torch.zeros_like(values))

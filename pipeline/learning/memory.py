@@ -1,4 +1,4 @@
-"""Memory of a process that computes: what it keeps, what it needed at most, how fast it is."""
+"""Memory of a process that computes: keeping freed memory, the peak, the speed of a copy."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Where tensors are in host memory, lets the process keep what they gave back instead of asking for it anew.
+    """Where tensors are in host memory, makes the process keep the memory that they free, for the next tensors.
 
-    glibc maps a large block when it is asked for and unmaps it when it is freed, so every activation of every layer
-    comes as pages that the kernel has to find and zero: on a virtual machine a third of the time of a small model. From
-    here on blocks come from the heap, which never shrinks. Other C libraries are left as they are.
+    glibc maps a large block at its allocation and unmaps it when it is freed. So the kernel has to find and zero the
+    pages of every activation of every layer: on a virtual machine a third of the time of a small model. After this call
+    blocks come from the heap, which never shrinks. Other C libraries are not changed.
     """
     if device.type != "cpu":
-        return  # what passes through host memory there is whole models, once
+        return  # only whole models pass through host memory there, and only once
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
@@ -34,7 +34,7 @@ def keep_freed_memory(device: torch.device) -> None:
 
 def peak_memory(device: torch.device) -> Metrics:
     """`memory/rank_peak_gib`, the largest resident size of this process so far; on a GPU also
-    `memory/device_peak_gib`, the most that tensors took of it."""
+    `memory/device_peak_gib`, the most memory that tensors took on it."""
     peak = {"memory/rank_peak_gib": resident_peak_gib()}
     if device.type == "cuda":
         peak["memory/device_peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
@@ -47,12 +47,12 @@ def resident_peak_gib() -> float:
 
 
 def largest(peaks: Sequence[Metrics]) -> Metrics:
-    """Of each number the largest over ranks: the memory that one rank must be given."""
+    """The largest of each number over ranks: the memory that every rank must have."""
     return {name: max(peak[name] for peak in peaks) for name in peaks[0]}
 
 
 def free_cached_memory(device: torch.device) -> None:
-    """Gives other processes on the GPU what tensors of this one no longer take."""
+    """Returns the memory of freed tensors to the GPU, for other processes on it."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

@@ -1,4 +1,4 @@
-"""A rank's share of a batch, and what all ranks' shares add up to."""
+"""A rank's share of a batch, and the sums over the shares of all ranks."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from pipeline.records import PromptGroup
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Rows to run together."""
+    """Rows of a batch that a rank runs together in one forward pass."""
 
     rows: torch.Tensor
     """[n] int64 indices into the global batch; never empty."""
     weight: float
-    """1, or 0 for a stand-in that only keeps the ranks' collectives in step."""
+    """1, or 0 for a stand-in, which makes the collective calls of a rank that has no rows left."""
     last: bool
+    """No micro-batch of the batch follows."""
     most_response_tokens: int
-    """Of this micro-batch on any rank."""
+    """Response tokens of the rank that has most of them in this micro-batch."""
 
 
 def own_micro_batches(groups: Sequence[PromptGroup], engine: TrainEngine, max_tokens: int) -> Iterator[MicroBatch]:
@@ -46,7 +47,7 @@ class Sums:
         self._sums: dict[str, torch.Tensor] = {}
 
     def add(self, weight: float, **values: torch.Tensor) -> None:
-        """Adds float64 sums; a stand-in micro-batch (weight 0) adds nothing but keeps the names in step."""
+        """Adds float64 sums; a stand-in micro-batch (weight 0) adds 0, so all ranks have the same names."""
         for name, value in values.items():
             term = torch.nan_to_num(value.detach().double()) * weight if weight == 0 else value.detach().double()
             self._sums[name] = self._sums[name] + term if name in self._sums else term
@@ -59,7 +60,7 @@ class Sums:
         return {name: piece.view(self._sums[name].shape) for name, piece in zip(self._sums, pieces, strict=True)}
 
 
-class Rows:
+class RowValues:
     """One value per row of the whole batch, each filled in by the rank that owns the row."""
 
     def __init__(self, num_rows: int) -> None:
@@ -67,7 +68,7 @@ class Rows:
         self._dense: torch.Tensor | None = None
 
     def put(self, weight: float, rows: torch.Tensor, values: torch.Tensor) -> None:
-        """Fills in `values` [n, ...] of the rows [n]; a stand-in (weight 0) only tells the shape."""
+        """Fills in `values` [n, ...] of the rows [n]; a stand-in (weight 0) only sets the shape."""
         if self._dense is None:
             self._dense = values.new_zeros(self._num_rows, *values.shape[1:])
         if weight:

@@ -46,7 +46,7 @@ def parameter_groups(
 
 
 def policy_parameter_groups(model: PolicyWithCritic, ppo: PPOConfig) -> list[ParameterGroup]:
-    """The policy at its own rate, in a group named `POLICY`; value head and critic at the critic's."""
+    """The policy at its own learning rate, in a group named `POLICY`; value head and critic at the critic's."""
     rate = ppo.critic_learning_rate
     groups = parameter_groups(model.policy, model.value_head, ppo.policy, head_learning_rate=rate, name=POLICY)
     if model.critic is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.config.alignment import AlignmentConfig
-from pipeline.learning.algorithm import policy_loss
+from pipeline.learning.algorithm import SampledTokens, policy_loss
 from pipeline.learning.engine import TrainEngine
-from pipeline.learning.micro_batches import MicroBatch, Rows, Sums, own_micro_batches
+from pipeline.learning.memory import peak_memory
+from pipeline.learning.micro_batches import MicroBatch, RowValues, Sums, own_micro_batches
 from pipeline.learning.parameter_groups import POLICY
 from pipeline.learning.schedule import learning_rate_factor
-from pipeline.learning.training_state import Snapshot
+from pipeline.learning.training_state import TrainingStatePart
 from pipeline.models.backbone import DTYPES, save_causal_lm
 from pipeline.models.critic import TokenStatistics
 from pipeline.models.lora import merged_tensors
@@ -26,7 +27,15 @@ from pipeline.objectives.aggregation import MiniBatchSize
 from pipeline.objectives.masked import masked_sum
 from pipeline.objectives.policy import importance_ratio
 from pipeline.objectives.value import clipped_value_loss
-from pipeline.records import Experience, Metrics, PolicyWeights, PromptGroup, Rollout, TokenEvaluation
+from pipeline.records import (
+    CriticTargets,
+    Experience,
+    Metrics,
+    PolicyWeights,
+    PromptGroup,
+    Rollout,
+    TokenEvaluation,
+)
 from pipeline.rollouts.policy_files import PolicyFiles
 from pipeline.rollouts.publishing import evaluate_probes
 
@@ -35,8 +44,8 @@ class PPOLearner:
     """Policy gradients with a frozen reference and, where the algorithm has one, a critic. Implements `PolicyLearner`.
 
     Minimises  L = L_policy + beta L_KL + c_v L_value  per mini-batch, for `ppo.epochs` passes over the batch. Every
-    term is a sum over tokens divided by counts of the whole mini-batch. PPO has its KL in the reward (beta = 0 here),
-    the group algorithms have no critic (no L_value).
+    term is a sum over tokens divided by counts of the whole mini-batch. PPO has its KL in the reward, so beta = 0 here.
+    The group algorithms have no critic, so no L_value.
 
     Source: Schulman et al. 2017, arXiv:1707.06347; docs/method.md section 11. The engine's module is a
     `PolicyWithCritic`; without a critic its value head is frozen at zero.
@@ -74,7 +83,7 @@ class PPOLearner:
         self.engine.module.eval()
         sequences = [rollout.tokens for rollout in rollouts]
         response_lengths = [sequence.num_response_tokens for sequence in sequences]
-        rows = Rows(len(rollouts))
+        rows = RowValues(len(rollouts))
         with torch.no_grad():
             for micro, packed in self._packed(sequences):
                 arguments = packed, max(response_lengths), self.config.temperature
@@ -96,10 +105,11 @@ class PPOLearner:
     # ------------------------------------------------------------------ update
 
     def update(self, experience: Experience, step: int) -> Metrics:
-        """`ppo.epochs` passes of mini-batches, or fewer when the policy has moved too far from the one that sampled."""
+        """`ppo.epochs` passes of mini-batches; fewer where the KL of a mini-batch exceeds `ppo.target_kl`."""
         self.engine.module.train()
         ppo = self.config.ppo
         factor = learning_rate_factor(step, num_steps=self.config.num_steps, warmup_fraction=ppo.policy.warmup_fraction)
+        policy_rests = step < ppo.critic_warmup_steps
         sums, norms, num_tokens = Sums(), [], 0
         for rows in self._mini_batches(len(experience.sequences), step):
             size = MiniBatchSize(
@@ -107,15 +117,12 @@ class PPOLearner:
                 num_responses=len(rows),
                 max_response_tokens=self.config.max_response_tokens,
             )
-            approx_kl = Sums()
-            policy_rests = step < ppo.critic_warmup_steps
-            norms.append(
-                self._optimiser_step(experience, rows, size, factor, sums, approx_kl, policy_rests=policy_rests)
-            )
+            own_kl = self._add_gradients(experience, rows, size, sums, policy_rests=policy_rests)
+            norms.append(self.engine.step(factor, resting=POLICY if policy_rests else None))
             num_tokens += size.num_tokens
             if ppo.target_kl is not None:
-                moved = approx_kl.over_ranks(self.engine)["approximate_kl"] / size.num_tokens
-                if moved > ppo.target_kl:
+                approx_kl = own_kl.over_ranks(self.engine)["approximate_kl"] / size.num_tokens
+                if approx_kl > ppo.target_kl:
                     break
         totals = {name: float(total) for name, total in sums.over_ranks(self.engine).items()}
         # Losses are already divided by the counts of their mini-batch; average them over optimiser steps.
@@ -141,72 +148,90 @@ class PPOLearner:
             order = np.random.default_rng([self.seed, step, epoch]).permutation(num_rows)
             yield from map(torch.from_numpy, np.array_split(order, num_parts))
 
-    def _optimiser_step(
-        self,
-        experience: Experience,
-        rows: torch.Tensor,
-        size: MiniBatchSize,
-        factor: float,
-        sums: Sums,
-        approx_kl: Sums,
-        *,
-        policy_rests: bool,
-    ) -> float:
-        """Returns the gradient norm; adds this rank's share of the metrics to `sums`, and of the KL to `approx_kl`."""
-        ppo = self.config.ppo
+    def _add_gradients(
+        self, experience: Experience, rows: torch.Tensor, size: MiniBatchSize, sums: Sums, *, policy_rests: bool
+    ) -> Sums:
+        """Adds up the gradients of this rank's share of a mini-batch, micro-batch by micro-batch.
+
+        Args:
+            rows: of the mini-batch.
+            size: of the mini-batch, over all ranks.
+            sums: of the whole update; this rank's share of the metrics is added to them.
+
+        Returns:
+            This rank's share of `approximate_kl`: the sum over the mini-batch's tokens of r - 1 - ln r, r the ratio of
+            policy and policy before the update. An unbiased estimate of their KL divergence.
+        """
+        own_kl = Sums()
         for micro, packed in self._packed([experience.sequences[row] for row in rows.tolist()]):
-            own = rows[micro.rows]
-            mask, old_logprobs, reference_logprobs, advantages, weights = self._on_device(
-                own,
-                experience.mask,
-                experience.logprobs,
-                experience.reference_logprobs,
-                experience.advantages,
-                experience.importance_weights,
-            )
+            own_rows = rows[micro.rows]
+            tokens = self._sampled_tokens(experience, own_rows)
             now = TokenStatistics(*self.engine.forward(packed, experience.mask.shape[1], self.config.temperature))
-            policy = policy_loss(
-                now.logprobs,
-                old_logprobs,
-                reference_logprobs,
-                advantages,
-                weights,
-                mask,
-                ppo=ppo,
-                kl=self.config.kl,
-                size=size,
-            )
-            loss, terms = policy.surrogate, {"policy_loss": policy.surrogate}
+            policy = policy_loss(now.logprobs, tokens, ppo=self.config.ppo, kl=self.config.kl, size=size)
+            terms = {"policy_loss": policy.surrogate}
             if experience.kl_loss_coefficient > 0:
-                loss = loss + experience.kl_loss_coefficient * policy.kl
                 terms["kl_loss"] = policy.kl
-            if policy_rests:  # the schema sees to it that the critic shares nothing with the policy
-                loss = torch.zeros_like(loss)
             if experience.critic is not None:
-                values, returns = self._on_device(own, experience.critic.values, experience.critic.returns)
-                value_loss = clipped_value_loss(
-                    now.values,
-                    values,
-                    returns,
-                    mask,
-                    clip_range=ppo.value_clip_range,
-                    num_tokens=size.num_tokens,
-                )
-                loss = loss + ppo.value_coefficient * value_loss
-                terms["value_loss"] = value_loss
+                terms["value_loss"] = self._value_loss(experience.critic, own_rows, now.values, tokens.mask, size)
+            loss = self._weighted_sum(terms, experience.kl_loss_coefficient, policy_rests=policy_rests)
             self.engine.backward(micro.weight * loss, last=micro.last)
-            ratio = importance_ratio(now.logprobs.detach(), old_logprobs, mask)
-            approximate_kl = masked_sum(ratio - 1.0 - ratio.log(), mask)
-            approx_kl.add(micro.weight, approximate_kl=approximate_kl)
+            ratio = importance_ratio(now.logprobs.detach(), tokens.logprobs, tokens.mask)
+            approximate_kl = masked_sum(ratio - 1.0 - ratio.log(), tokens.mask)
+            own_kl.add(micro.weight, approximate_kl=approximate_kl)
             sums.add(
                 micro.weight,
                 **terms,
-                entropy=masked_sum(now.entropy, mask),
+                entropy=masked_sum(now.entropy, tokens.mask),
                 clipped=policy.num_bounded,
                 approximate_kl=approximate_kl,
-                ratio=masked_sum(ratio, mask),
+                ratio=masked_sum(ratio, tokens.mask),
             )
-        return self.engine.step(factor, resting=POLICY if policy_rests else None)
+        return own_kl
+
+    def _weighted_sum(
+        self, terms: Mapping[str, torch.Tensor], kl_loss_coefficient: float, *, policy_rests: bool
+    ) -> torch.Tensor:
+        """L_policy + beta L_KL + c_v L_value, each where `terms` has it; c_v L_value alone while the policy rests."""
+        loss = terms["policy_loss"]
+        if "kl_loss" in terms:
+            loss = loss + kl_loss_coefficient * terms["kl_loss"]
+        if policy_rests:  # the configuration allows this only for a critic that shares nothing with the policy
+            loss = torch.zeros_like(loss)
+        if "value_loss" in terms:
+            loss = loss + self.config.ppo.value_coefficient * terms["value_loss"]
+        return loss
+
+    def _value_loss(
+        self, critic: CriticTargets, rows: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, size: MiniBatchSize
+    ) -> torch.Tensor:
+        """L_value of `rows`, whose current values are `values` [n, T]."""
+        old_values, returns = self._on_device(rows, critic.values, critic.returns)
+        return clipped_value_loss(
+            values,
+            old_values,
+            returns,
+            mask,
+            clip_range=self.config.ppo.value_clip_range,
+            num_tokens=size.num_tokens,
+        )
+
+    def _sampled_tokens(self, experience: Experience, rows: torch.Tensor) -> SampledTokens:
+        """What is fixed of these rows, on this rank's device."""
+        logprobs, reference_logprobs, advantages, importance_weights, mask = self._on_device(
+            rows,
+            experience.logprobs,
+            experience.reference_logprobs,
+            experience.advantages,
+            experience.importance_weights,
+            experience.mask,
+        )
+        return SampledTokens(
+            logprobs=logprobs,
+            reference_logprobs=reference_logprobs,
+            advantages=advantages,
+            importance_weights=importance_weights,
+            mask=mask,
+        )
 
     def _on_device(self, rows: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
         return [tensor[rows].to(self.engine.device) for tensor in tensors]
@@ -214,21 +239,24 @@ class PPOLearner:
     def _packed(self, sequences: Sequence[PromptGroup]) -> Iterator[tuple[MicroBatch, PackedTokens]]:
         """This rank's micro-batches of the sequences, on its device."""
         for micro in own_micro_batches(sequences, self.engine, self.config.max_tokens_per_micro_batch):
-            own = [sequences[row] for row in micro.rows.tolist()]
-            yield micro, pack(own, most_response_tokens=micro.most_response_tokens).to(self.engine.device)
+            own_sequences = [sequences[row] for row in micro.rows.tolist()]
+            yield micro, pack(own_sequences, most_response_tokens=micro.most_response_tokens).to(self.engine.device)
 
     # ------------------------------------------------------------------ publish and save
 
     def publish_weights(self, version: int) -> PolicyWeights:
-        """Writes the policy where rollout workers of this node read it, with the gate's probes; keeps the last two."""
+        """Writes the policy where rollout workers of this node read it, and evaluates the gate's probes.
+
+        The last two versions are kept.
+        """
         self.engine.module.eval()
-        # Every rank runs every probe: they are few, and ZeRO-3 needs the company.
+        # Every rank runs every probe: ZeRO-3 needs the same calls from every rank, and the probes are few.
         probes = evaluate_probes(lambda *a: self.engine.forward(*a)[0], self.probes, self.engine.device)
         location = self._location(version)
         policy = self._policy_on_first_rank(DTYPES[self.engine.dtype])
         written = 0.0
         if self.engine.rank == 0:
-            written = self._files.write(policy, location, over=self._location(version - 2))
+            written = self._files.write(policy, location, replaced=self._location(version - 2))
             # By name, not by age: a killed run may have left later versions than the one it resumes from.
             kept = {location, self._location(version - 1)}
             for other in set(location.parent.glob("policy-*")) - kept:
@@ -240,7 +268,7 @@ class PPOLearner:
         return self._policy_part(self.engine.full_tensors())
 
     def _policy_on_first_rank(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """On its CPU, without the critic; empty elsewhere. Collective."""
+        """The policy without the critic, on the CPU of the first rank; empty elsewhere. Collective."""
         tensors = self.policy_tensors()
         return {name: tensor.to(dtype).cpu() for name, tensor in tensors if self.engine.rank == 0}
 
@@ -252,8 +280,11 @@ class PPOLearner:
     def _location(self, version: int) -> Path:
         return Path(self.publish_directory) / f"policy-{version:06d}"
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> TrainingStatePart:
         return self.engine.snapshot()
+
+    def peak_memory(self) -> Metrics:
+        return peak_memory(self.engine.device)
 
     def export(self, directory: str) -> None:
         policy = self._policy_on_first_rank(torch.float32)
@@ -264,7 +295,7 @@ class PPOLearner:
 def frozen_reference(
     forward: Callable[..., torch.Tensor], *, dtype: str, device: torch.device
 ) -> Callable[..., torch.Tensor]:
-    """The policy as it was, a model of its own that learns nothing, as a function."""
+    """The policy as it was before alignment, as a function: a frozen model of its own."""
 
     def reference(*arguments: Any) -> torch.Tensor:
         with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -274,7 +305,7 @@ def frozen_reference(
 
 
 def reference_without_adapters(engine: TrainEngine) -> Callable[..., torch.Tensor]:
-    """The policy as it was before its adapters, as a function: the reference that takes no memory of its own."""
+    """The policy as it was before its adapters, as a function: a reference without memory of its own."""
 
     def reference(packed: PackedTokens, num_columns: int, temperature: float) -> torch.Tensor:
         return engine.forward(packed, num_columns, temperature, True)[0]

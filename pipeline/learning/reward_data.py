@@ -32,7 +32,7 @@ class RewardData:
 
     @classmethod
     def of(cls, experiment: ExperimentConfig, data: RunData, tokenizer: PreTrainedTokenizerBase) -> RewardData:
-        """Training pairs that are too long are dropped, held-out ones lose the start of their prompt.
+        """Tokenises both splits. A training pair that is too long is dropped; a held-out one gets a shorter prompt.
 
         Raises:
             DataError: no pair fits, or the pairs lack annotations that the head or the pair loss needs.
@@ -63,6 +63,7 @@ class RewardData:
         )
 
     def batch(self, step: int) -> PreferenceBatch:
+        """The training pairs of a step."""
         rows = step_indices(len(self.pairs), self.batch_pairs, step, self.seed)
         return self.collate([self.pairs[i] for i in rows], step)
 
@@ -72,12 +73,12 @@ class RewardData:
         return self.collate(self.heldout_pairs, 0)
 
     def metrics(self) -> Metrics:
-        """Sizes of the splits, what they share, and what length alone is worth on the held-out pairs."""
-        shared = shared_prompts((p.pair.prompt for p in self.pairs), (p.pair.prompt for p in self.heldout_pairs))
+        """Sizes of the splits, the prompts they share, and the accuracy of length alone on the held-out pairs."""
+        num_shared = shared_prompts((p.pair.prompt for p in self.pairs), (p.pair.prompt for p in self.heldout_pairs))
         gaps = [len(chosen) - len(rejected) for chosen, rejected in (p.tokens.response_ids for p in self.heldout_pairs)]
         return {
             "data/train_pairs": float(len(self.pairs)),
             "data/heldout_pairs": float(len(self.heldout_pairs)),
-            "data/shared_prompts": float(shared),
+            "data/shared_prompts": float(num_shared),
             "eval/longer_is_better": longer_is_better(gaps),
         }

@@ -10,13 +10,13 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.config.reward import PairLossConfig, VariationalLossConfig
-from pipeline.data.score_statistics import ScoreStatistics
 from pipeline.evaluation.reward_alarms import check_alarms
 from pipeline.evaluation.reward_diagnostics import reward_diagnostics
 from pipeline.learning.engine import TrainEngine
-from pipeline.learning.micro_batches import MicroBatch, Rows, Sums, own_micro_batches
-from pipeline.learning.schedule import learning_rate_factor, warmup_factor
-from pipeline.learning.training_state import Snapshot
+from pipeline.learning.memory import peak_memory
+from pipeline.learning.micro_batches import MicroBatch, RowValues, Sums, own_micro_batches
+from pipeline.learning.schedule import LearningRateSchedule, warmup_factor
+from pipeline.learning.training_state import TrainingStatePart
 from pipeline.models.lora import merged
 from pipeline.models.packing import pack
 from pipeline.models.reward_heads import (
@@ -24,7 +24,6 @@ from pipeline.models.reward_heads import (
     BradleyTerryAuxiliaryHead,
     GateHead,
     RegressionHead,
-    RewardHead,
     RewardOutput,
     VRMHead,
 )
@@ -32,7 +31,7 @@ from pipeline.models.reward_model import RewardModelCard, save_reward_model
 from pipeline.objectives.preference import (
     bradley_terry_loss,
     margin_loss,
-    pair_accuracy,
+    ranked_correctly,
     scaled_loss,
     score_error,
     tie_loss,
@@ -56,13 +55,15 @@ class RewardTrainer:
     """Minimises the negative pairwise ELBO plus supervision. Implements `Learner[PreferenceBatch]`.
 
     L = 1/B sum_b [ -log sigmoid(r_w - r_l) + beta_w KL_w + beta_z (KL_zw + KL_zl) ] + lambda / B_sup sum_b L_sup
-    with one posterior sample of the rewards, and the betas warmed up linearly from 0. B counts pairs, B_sup pairs with
-    a supervision target, both over the whole batch and all ranks.
 
-    Source: VRM, arXiv 2603.04974, Eqs. 11-14; KL weights far below 1, because at 1 with fixed priors the optimum is a
-    constant reward (docs/method.md section 3). The engine's module is a `RewardModel`; a gate has no KL, a
-    Bradley-Terry head or an ensemble of them only the first term, and a regression head only the squared error of its
-    scores, averaged over the annotated ones.
+    The rewards are of one posterior sample. The betas are warmed up linearly from 0. B counts pairs, B_sup pairs with a
+    supervision target, both over the whole batch and all ranks.
+
+    Source: VRM, arXiv 2603.04974, Eqs. 11-14. The KL weights are far below 1: at 1 with fixed priors the optimum is a
+    constant reward (docs/method.md section 3).
+
+    The engine's module is a `RewardModel`. A gate has no KL. A Bradley-Terry head, or an ensemble of them, has only the
+    first term. A regression head has only the squared error of its scores, averaged over the annotated ones.
     """
 
     def __init__(
@@ -70,32 +71,28 @@ class RewardTrainer:
         engine: TrainEngine,
         *,
         card: RewardModelCard,
-        statistics: ScoreStatistics,
         backbone_config: PretrainedConfig,
         tokenizer: PreTrainedTokenizerBase,
         loss: VariationalLossConfig,
         pair_loss: PairLossConfig,
-        num_steps: int,
-        warmup_fraction: float,
+        schedule: LearningRateSchedule,
         max_tokens_per_micro_batch: int,
     ) -> None:
         self.engine = engine
         self.card = card
-        self.statistics = statistics
         self.backbone_config = backbone_config
         self.tokenizer = tokenizer
         self.loss = loss
         self.pair_loss = pair_loss
-        self.num_steps = num_steps
-        self.warmup_fraction = warmup_fraction
+        self.schedule = schedule
         self.max_tokens = max_tokens_per_micro_batch
         self.score_weight = score_weight(engine.module.head, loss)
         self.training: Metrics = {}
-        """Of the latest update, for the alarms that compare training with held-out pairs."""
+        """Metrics of the latest update, for the alarms that compare training with held-out pairs."""
         self._squared_gradient = torch.zeros((), device=engine.device)
-        """Of the latest micro-batch: the squared norm of the loss's gradient at the output of the weight head."""
+        """Squared norm of the loss's gradient at the output of the weight head, in the latest micro-batch."""
         if isinstance(engine.module.head, VRMHead | GateHead):
-            engine.module.head.weight_head.register_forward_hook(self._watch)
+            engine.module.head.weight_head.register_forward_hook(self._record_gradient_norm)
 
     def restore(self, checkpoint: str) -> None:
         self.engine.load(checkpoint)
@@ -103,7 +100,7 @@ class RewardTrainer:
     def update(self, batch: PreferenceBatch, step: int) -> Metrics:
         self.engine.module.train()
         num_pairs, num_supervised, num_scores = _counts(batch)
-        kl_factor = warmup_factor(step, num_steps=self.num_steps, warmup_fraction=self.loss.kl_warmup_fraction)
+        kl_factor = warmup_factor(step, num_steps=self.schedule.num_steps, warmup_fraction=self.loss.kl_warmup_fraction)
         sums = Sums()
         for micro in self._micro_batches(batch):
             output = self._forward(batch, micro)
@@ -116,8 +113,7 @@ class RewardTrainer:
             terms |= {"reward": output.mean.double(), "squared_reward": output.mean.double() ** 2}
             sums.add(micro.weight, **{name: term.sum() for name, term in terms.items()})
             sums.add(micro.weight, squared_gradient=self._squared_gradient)
-        factor = learning_rate_factor(step, num_steps=self.num_steps, warmup_fraction=self.warmup_fraction)
-        grad_norm = self.engine.step(factor)
+        grad_norm = self.engine.step(self.schedule.factor(step))
         totals = sums.over_ranks(self.engine)
         mean, square = (float(totals[name]) / (2 * num_pairs) for name in ("reward", "squared_reward"))
         self.training = self._means(totals, batch, "train") | {"train/reward_std": max(0.0, square - mean**2) ** 0.5}
@@ -133,19 +129,19 @@ class RewardTrainer:
         }
 
     def score(self, batch: PreferenceBatch) -> RewardOutput:
-        """What the head says of the 2B rows of a whole batch, without gradient; on the CPU, equal on every rank."""
+        """The head's output for the 2B rows of a whole batch, without gradient; on the CPU, equal on every rank."""
         self.engine.module.eval()
-        rows = Rows(2 * batch.num_pairs)
+        rows = RowValues(2 * batch.num_pairs)
         with torch.no_grad():
             for micro in self._micro_batches(batch):
                 output = self._forward(batch, micro)
                 rows.put(micro.weight, _both(micro, batch), _side_by_side(output))
-        return _taken_apart(rows.over_ranks(self.engine), like=output)
+        return _split_fields(rows.over_ranks(self.engine), like=output)
 
     def evaluate(self, batch: PreferenceBatch) -> Metrics:
         output = self.score(batch)
-        everything = MicroBatch(rows=torch.arange(batch.num_pairs), weight=1.0, last=True, most_response_tokens=0)
-        terms = self._terms(batch, everything, output._replace(sampled=output.mean))
+        whole_batch = MicroBatch(rows=torch.arange(batch.num_pairs), weight=1.0, last=True, most_response_tokens=0)
+        terms = self._terms(batch, whole_batch, output._replace(sampled=output.mean))
         totals = {name: term.double().sum() for name, term in terms.items()}
         metrics = self._means(totals, batch, "eval") | reward_diagnostics(
             RewardOutput(*(field.double() for field in output)), batch, self.card.objectives
@@ -161,8 +157,11 @@ class RewardTrainer:
         )
         return metrics
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> TrainingStatePart:
         return self.engine.snapshot()
+
+    def peak_memory(self) -> Metrics:
+        return peak_memory(self.engine.device)
 
     def export(self, directory: str) -> None:
         state = self.engine.full_state_dict()
@@ -177,7 +176,9 @@ class RewardTrainer:
 
     # ------------------------------------------------------------------ one micro-batch
 
-    def _watch(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def _record_gradient_norm(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        """A forward hook of the weight head."""
+
         def keep(gradient: torch.Tensor) -> None:
             self._squared_gradient = gradient.double().square().sum()
 
@@ -192,20 +193,20 @@ class RewardTrainer:
         return RewardOutput(*self.engine.forward(packed.to(self.engine.device), batch.noise_seeds[micro.rows]))
 
     def _terms(self, batch: PreferenceBatch, micro: MicroBatch, output: RewardOutput) -> dict[str, torch.Tensor]:
-        """[n] per pair: the loss's terms and the numbers that expose a collapse."""
+        """[n] per pair: the terms of the loss, and numbers that show a collapse of the posterior."""
         n = len(micro.rows)
         margins = output.sampled[:n] - output.sampled[n:]
-        nothing = torch.zeros_like(margins)
+        zeros = torch.zeros_like(margins)
         terms = {
             "nll": bradley_terry_loss(margins),
-            "accuracy": pair_accuracy(margins),
+            "accuracy": ranked_correctly(margins),
             "margin": margins.abs(),
-            "pair_loss": nothing,
-            "kl_w": nothing,
-            "kl_z": nothing,
-            "kl_penalty": nothing,
-            "supervision": nothing,
-            "score_error": nothing,
+            "pair_loss": zeros,
+            "kl_w": zeros,
+            "kl_z": zeros,
+            "kl_penalty": zeros,
+            "supervision": zeros,
+            "score_error": zeros,
         }
         head, alpha = self.engine.module.head, output.alpha[:n]
         if not isinstance(head, RegressionHead):
@@ -247,13 +248,14 @@ class RewardTrainer:
             log_w = log_weights(weights, mask)
         elif self.loss.supervision_on == "mean":
             log_w = log_weights(alpha, mask)
-        elif self.loss.supervision_on == "sample":  # the draw that made the reward: equal seeds, equal weights
+        elif self.loss.supervision_on == "sample":  # equal seeds give the weights that made the reward
             log_w = log_weights(sample_dirichlet(alpha, batch.noise_seeds[micro.rows]), mask)
         else:
             log_w = expected_log_weights(alpha, mask)
         return weight_supervision(target, mask, log_w, self.loss.supervision)
 
     def _means(self, totals: dict[str, torch.Tensor], batch: PreferenceBatch, split: str) -> Metrics:
+        """`<split>/*`: the totals of a whole batch, divided by their denominators."""
         num_pairs, num_supervised, num_scores = _counts(batch)
         names = ("nll", "accuracy", "margin", "kl_w", "kl_z")
         means = {f"{split}/{name}": float(totals[name]) / num_pairs for name in names}
@@ -269,7 +271,7 @@ def learned_scale(state_dict: Mapping[str, torch.Tensor]) -> float:
     return 1.0 if rho is None else math.exp(SCALE_SPEED * float(rho))
 
 
-def score_weight(head: RewardHead, loss: VariationalLossConfig) -> float:
+def score_weight(head: object, loss: VariationalLossConfig) -> float:
     """Weight of the squared error of the scores: 1 where it is the whole loss, 0 where a head predicts no scores."""
     if isinstance(head, RegressionHead):
         return 1.0
@@ -293,7 +295,7 @@ def pair_loss(margins: torch.Tensor, annotated: torch.Tensor, config: PairLossCo
 
 
 def _counts(batch: PreferenceBatch) -> tuple[int, int, int]:
-    """The denominators: pairs, pairs with a supervision target, annotated scores; of the whole batch on every rank."""
+    """The denominators of the whole batch: pairs, pairs with a supervision target, annotated scores."""
     return batch.num_pairs, int(batch.target_mask.any(-1).sum()), int(batch.score_mask.sum())
 
 
@@ -307,11 +309,12 @@ def _side_by_side(output: RewardOutput) -> torch.Tensor:
     return torch.cat([field.view(len(field), _width(field)) for field in output], dim=1)
 
 
-def _taken_apart(packed: torch.Tensor, *, like: RewardOutput) -> RewardOutput:
+def _split_fields(packed: torch.Tensor, *, like: RewardOutput) -> RewardOutput:
     """The inverse of `_side_by_side`; the fields are as wide as those of `like`."""
     columns = packed.split([_width(field) for field in like], dim=1)
     return RewardOutput(*(c.squeeze(1) if field.dim() == 1 else c for c, field in zip(columns, like, strict=True)))
 
 
 def _width(field: torch.Tensor) -> int:
+    """Columns that a field takes in `_side_by_side`."""
     return 1 if field.dim() == 1 else field.shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 
 def learning_rate_factor(step: int, *, num_steps: int, warmup_fraction: float) -> float:
@@ -32,3 +33,17 @@ def warmup_factor(step: int, *, num_steps: int, warmup_fraction: float) -> float
     """Linear ramp from 0 at the first step to 1 at `warmup_fraction` of the run, then 1 (docs/method.md section 3)."""
     warmup_steps = warmup_fraction * num_steps
     return 1.0 if step >= warmup_steps else step / warmup_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRateSchedule:
+    """`learning_rate_factor` of one run."""
+
+    num_steps: int
+    """Optimiser steps of the whole run."""
+    warmup_fraction: float
+    """Share of the run spent warming up."""
+
+    def factor(self, step: int) -> float:
+        """Multiplies the peak learning rate of a step."""
+        return learning_rate_factor(step, num_steps=self.num_steps, warmup_fraction=self.warmup_fraction)

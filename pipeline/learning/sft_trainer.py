@@ -8,9 +8,10 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.learning.engine import TrainEngine
+from pipeline.learning.memory import peak_memory
 from pipeline.learning.micro_batches import MicroBatch, Sums, own_micro_batches
 from pipeline.learning.schedule import learning_rate_factor
-from pipeline.learning.training_state import Snapshot
+from pipeline.learning.training_state import TrainingStatePart
 from pipeline.models.backbone import save_causal_lm
 from pipeline.models.lora import merged
 from pipeline.models.packing import pack
@@ -64,8 +65,11 @@ class SFTTrainer:
                 sums.add(micro.weight, nll=self._nll_sum(batch, micro))
         return {"eval/nll": float(sums.over_ranks(self.engine)["nll"]) / _num_response_tokens(batch)}
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> TrainingStatePart:
         return self.engine.snapshot()
+
+    def peak_memory(self) -> Metrics:
+        return peak_memory(self.engine.device)
 
     def export(self, directory: str) -> None:
         state = self.engine.full_state_dict()
@@ -76,7 +80,7 @@ class SFTTrainer:
     def _nll_sum(self, batch: Sequence[PromptGroup], micro: MicroBatch) -> torch.Tensor:
         own = [batch[row] for row in micro.rows.tolist()]
         packed = pack(own, most_response_tokens=micro.most_response_tokens).to(self.engine.device)
-        # Padding counts nothing: its log-probability is 0.
+        # The log-probability of padding is 0, so it adds nothing.
         return -self.engine.forward(packed, int(packed.response_lengths.max()), 1.0).sum()
 
 

@@ -1,6 +1,6 @@
-"""A training state on disk, independent of who wrote it: any engine reads it, on any number of ranks.
+"""A training state on disk, independent of the engine that wrote it: any engine reads it, on any number of ranks.
 
-Every rank writes what it holds, without asking the others; a reader takes from all files what it will hold itself. The
+Every rank writes its own part, without the others. A reader takes the elements of its own part from all files. The
 files are described in docs/checkpoints.md.
 """
 
@@ -41,26 +41,27 @@ class Fragment:
 
     @classmethod
     def of(cls, name: str, start: int, weight: torch.Tensor, adam: Mapping[str, Any], *, at: int = 0) -> Fragment:
-        """A fragment whose moments stand at index `at` of AdamW's flattened state."""
+        """A fragment whose moments begin at index `at` of AdamW's flattened state."""
         moments = {kind: adam[kind].view(-1).narrow(0, at, weight.numel()) for kind in ("exp_avg", "exp_avg_sq")}
         return cls(name=name, start=start, step=adam["step"], tensors={"weight": weight, **moments})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """A copy in host memory of one rank's part; training may go on while it is written."""
+class TrainingStatePart:
+    """A copy in host memory of one rank's part; training may continue while it is written. A `Snapshot`."""
 
     part: int
     num_parts: int
     shapes: Mapping[str, tuple[int, ...]]
-    """Of every trained parameter, whole."""
+    """The whole shape of every trained parameter, by name."""
     tensors: Mapping[str, torch.Tensor]
-    """By `<kind>/<start>/<name>`."""
+    """The fragments' tensors, by `<kind>/<start>/<name>`."""
 
     @classmethod
     def take(
         cls, fragments: Iterable[Fragment], shapes: Mapping[str, tuple[int, ...]], *, part: int, num_parts: int
-    ) -> Snapshot:
+    ) -> TrainingStatePart:
+        """Copies the fragments of a rank, one of `num_parts`."""
         tensors = {
             f"{kind}/{fragment.start}/{fragment.name}": view.detach().to("cpu", copy=True)
             for fragment in fragments
@@ -69,7 +70,7 @@ class Snapshot:
         return cls(part=part, num_parts=num_parts, shapes=shapes, tensors=tensors)
 
     def write(self, uri: str) -> None:
-        """One safetensors file below `uri`. Ranks write side by side."""
+        """Writes one safetensors file below `uri`, next to those of the other ranks."""
         name = f"part-{self.part:05d}-of-{self.num_parts:05d}.safetensors"
         header = {"format": FORMAT, "shapes": json.dumps(self.shapes)}
         with storage.writing(uri) as directory:
@@ -77,7 +78,7 @@ class Snapshot:
 
 
 class SavedState:
-    """Reads what the snapshots of all ranks wrote. A context manager: the files stay open inside."""
+    """Reads the parts that all ranks wrote. A context manager: the files stay open inside."""
 
     def __init__(self, directory: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Args:
@@ -99,8 +100,8 @@ class SavedState:
         names = sorted(os.listdir(self._directory)) if os.path.isdir(self._directory) else []
         parts = [match for match in map(PART.fullmatch, names) if match]
         if not parts or [int(match[1]) for match in parts] != list(range(int(parts[-1][2]))):
-            held = ", ".join(match[0] for match in parts) or "nothing of it"
-            raise CheckpointError(f"{self._directory} is no whole training state: it holds {held}. {_CURE}")
+            found = ", ".join(match[0] for match in parts) or "nothing of it"
+            raise CheckpointError(f"{self._directory} is no whole training state: it holds {found}. {_CURE}")
         return [os.path.join(self._directory, match[0]) for match in parts]
 
     def _index(self, file: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -161,12 +162,12 @@ _CURE = "Delete this checkpoint to resume from the one before it, or use another
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """By name, each once. Frozen ones are no part of a training state: the learner is built with them."""
+    """Trained parameters by name, each once. Frozen ones are not saved: the learner is built with them."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def adam_state(optimiser: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, Any]:
-    """Fused AdamW's state of a parameter, as the optimiser itself would begin it where no step was taken yet."""
+    """Fused AdamW's state of a parameter; before the first step, the state with which the optimiser starts."""
     state = optimiser.state[parameter]
     if not state:
         state["step"] = torch.zeros((), device=parameter.device)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.benchmark.answer_log import AnsweredTurn, AnswerLog
-from pipeline.benchmark.questions import Question
+from pipeline.benchmark.benchmark_question import BenchmarkQuestion
 from pipeline.config.benchmark import BenchmarkConfig
 from pipeline.data.batching import stable_seed
 from pipeline.data.chat import encode_prompt
@@ -61,7 +61,7 @@ def answer_prompts(
 
 def answer_questions(
     rollouts: RolloutStream,
-    questions: Sequence[Question],
+    questions: Sequence[BenchmarkQuestion],
     log: AnswerLog,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -80,22 +80,22 @@ def answer_questions(
             next turn less room than `sampling` allows; it is then cut there.
     """
     waiting: deque[tuple[Prompt, SamplingParams]] = deque()
-    asked: dict[str, Question] = {}
+    question_of: dict[str, BenchmarkQuestion] = {}
 
-    def next_turn(question: Question) -> tuple[Prompt, SamplingParams]:
+    def next_turn(question: BenchmarkQuestion) -> tuple[Prompt, SamplingParams]:
         outputs = [turn.output for turn in log.turns(question)]
         prompt = Prompt(
             id=f"question {question.id}, turn {len(outputs) + 1}",
             messages=(messages := conversation(question, outputs)),
             token_ids=encode_prompt(tokenizer, messages),
         )
-        asked[prompt.id] = question
+        question_of[prompt.id] = question
         room = max(1, min(sampling.max_response_tokens, max_model_len - len(prompt.token_ids)))
         return prompt, replace(sampling, temperature=question.temperature, max_response_tokens=room)
 
     waiting.extend(next_turn(question) for question in questions if len(log.turns(question)) < len(question.turns))
     for rollout in rollouts.stream(waiting):
-        question = asked[rollout.prompt.id]
+        question = question_of[rollout.prompt.id]
         answered = AnsweredTurn(
             output=rollout.response_text,
             num_tokens=len(rollout.response_ids),
@@ -108,7 +108,7 @@ def answer_questions(
             waiting.appendleft(next_turn(question))
 
 
-def conversation(question: Question, outputs: Sequence[str]) -> tuple[Message, ...]:
+def conversation(question: BenchmarkQuestion, outputs: Sequence[str]) -> tuple[Message, ...]:
     """The user's turns with the answers so far between them, up to the first one that has no answer."""
     messages: list[Message] = []
     for turn, output in zip(question.turns, outputs, strict=False):
@@ -117,7 +117,11 @@ def conversation(question: Question, outputs: Sequence[str]) -> tuple[Message, .
 
 
 def require_room_for_all(
-    questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, *, max_response_tokens: int, context: int
+    questions: Sequence[BenchmarkQuestion],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_response_tokens: int,
+    context: int,
 ) -> int:
     """Tokens that the longest conversation can take.
 

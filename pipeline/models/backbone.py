@@ -52,7 +52,7 @@ def load_tokenizer(checkpoint: str, *, trust_remote_code: bool = False) -> PreTr
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{checkpoint!r} holds no tokenizer that can be read: {error}. Copy tokenizer.json and "
-            "tokenizer_config.json of the same model beside its weights."
+            "tokenizer_config.json of the same model to the directory of its weights."
         ) from error
     if tokenizer.eos_token_id is None:
         raise CheckpointError(
@@ -81,7 +81,7 @@ def load_causal_lm(
 
 
 def kv_bytes_per_token(config: PretrainedConfig, dtype: str) -> int:
-    """Of a decoder's cache: a key and a value of `head_dim` in every layer and key-value head."""
+    """Bytes of a decoder's cache per token: a key and a value of `head_dim` in every layer and key-value head."""
     model = config.get_text_config()
     head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
@@ -127,7 +127,7 @@ def _from_pretrained(auto_class: Any, checkpoint: str, dtype: str, trust_remote_
 
 def create_tiny_causal_lm(config: TinyModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
     """A Qwen3-shaped decoder with random weights, float32, untied embeddings."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM  # behind `pipeline.models.transformers_auto`
+    from transformers import Qwen3Config, Qwen3ForCausalLM  # after `pipeline.models.transformers_auto`
 
     qwen = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -188,17 +188,19 @@ def require_context(checkpoint: str, num_tokens: int, section: str) -> None:
 def require_same_tokens(policy: PreTrainedTokenizerBase, reward_model: str) -> None:
     """Raises ConfigError where a token id of the policy is another token, or none, to the reward model's backbone.
 
-    Ids that the backbone has room for and its tokenizer no name pass: families add special tokens at the end.
+    An id passes where the backbone has a row for it and its tokenizer no token: families add special tokens at the end.
     """
-    words = {index: token for token, index in load_tokenizer(reward_model).get_vocab().items()}
-    rows = int(load_config(reward_model).vocab_size)
-    foreign = [
-        token for token, index in policy.get_vocab().items() if index >= rows or words.get(index, token) != token
+    token_of_id = {index: token for token, index in load_tokenizer(reward_model).get_vocab().items()}
+    num_rows = int(load_config(reward_model).vocab_size)
+    differing = [
+        token
+        for token, index in policy.get_vocab().items()
+        if index >= num_rows or token_of_id.get(index, token) != token
     ]
-    if foreign:
+    if differing:
         raise ConfigError(
             f"alignment.ppo.critic = 'separate' gives the reward model's backbone the policy's token ids, but "
-            f"{len(foreign):,} of {len(policy):,} are other tokens to it or none ({foreign[0]!r}, ...). Set "
+            f"{len(differing):,} of {len(policy):,} are other tokens to it or none ({differing[0]!r}, ...). Set "
             "alignment.ppo.critic=value_head, or train the reward model on a backbone of the policy's family "
             "(reward.backbone)."
         )
@@ -231,7 +233,7 @@ def train_only_last_layers(model: PreTrainedModel, num_layers: int | None) -> No
         num_layers: how many of the last layers train; None trains everything, 0 nothing.
 
     Raises:
-        ConfigError: the layers stand under names this project does not know.
+        ConfigError: the layers have names this project does not know.
     """
     if num_layers is None:
         return

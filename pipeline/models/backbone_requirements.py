@@ -37,8 +37,8 @@ def require_causal(backbone: PreTrainedModel, checkpoint: str) -> None:
 def require_plain_head(model: PreTrainedModel, checkpoint: str) -> None:
     """Refuses a language model whose logits are not simply `lm_head(state)`.
 
-    The policy's log-probabilities are computed at the response positions alone, from the states; soft-capping
-    (Gemma 2) or scaling (Granite) inside the model's own forward pass would be lost, by whole nats.
+    The policy's log-probabilities are computed from the states, at the response positions alone. Soft-capping (Gemma 2)
+    or scaling (Granite) inside the model's own forward pass would be lost, an error of whole nats.
 
     Raises:
         CheckpointError: the two differ.

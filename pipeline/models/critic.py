@@ -27,8 +27,8 @@ class TokenStatistics(NamedTuple):
 class PolicyWithCritic(nn.Module):
     """log pi(a_t|s_t), entropy and V(s_t) for every response token.
 
-    With a critic backbone of its own the value head reads that; without one it reads the policy's trunk.
-    The value head starts at zero: a critic that knows nothing predicts nothing.
+    The value head reads a critic backbone of its own where there is one, else the policy's trunk.
+    It starts at zero: a critic that has learned nothing predicts nothing.
     """
 
     def __init__(self, policy: PreTrainedModel, critic: PreTrainedModel | None) -> None:

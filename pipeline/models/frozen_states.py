@@ -1,7 +1,7 @@
-"""What a backbone that does not train says of a text: computed once, kept in files, looked up by every run.
+"""The states of a backbone that does not train: computed once, kept in files, looked up by every run.
 
-The states that a head sees are a function of prompt and response alone, so a map from their tokens holds for any
-number of epochs, runs and ways to shuffle, split or relabel the pairs.
+The states that a head sees are a function of prompt and response alone. So a map from tokens to states serves any
+number of epochs and runs, however the pairs are shuffled, split or relabelled.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class FrozenStates:
         return prompts, responses
 
     def holds(self, keys: Iterable[str]) -> bool:
+        """Whether all of these responses are known."""
         return all(key in self._states for key in keys)
 
 
@@ -64,7 +65,7 @@ def response_keys(packed: PackedTokens) -> list[str]:
 
 
 def write_states(states: Mapping[str, torch.Tensor], directory: str) -> None:
-    """One file, named by what is in it."""
+    """Writes one file, named by a hash of its keys."""
     name = hashlib.sha256("".join(sorted(states)).encode()).hexdigest()[:32]
     save_file({key: state.contiguous() for key, state in states.items()}, Path(directory, f"{name}.part"))
     Path(directory, f"{name}.part").replace(Path(directory, f"{name}.safetensors"))

@@ -15,11 +15,11 @@ from pipeline.models.backbone_requirements import linear_layers
 
 ADAPTER = "default"
 BASE, LORA_A, LORA_B = "base_layer.weight", f"lora_A.{ADAPTER}.weight", f"lora_B.{ADAPTER}.weight"
-"""What an adapted layer has in place of its weight."""
+"""Names of the tensors that an adapted layer has in place of its weight."""
 
 
 def add_lora(model: PreTrainedModel, config: LoRAConfig | None, *, seed: int) -> None:
-    """Freezes a decoder and adds adapters beside its linear layers, in place; None leaves it as it is.
+    """Freezes a decoder and adds adapters to its linear layers, in place; None leaves it as it is.
 
     W x + b  becomes  W x + b + (alpha / rank) B A x,  A [rank, in] random, B [out, rank] zero: the model starts as it
     was. A language-model head gets no adapter.
@@ -33,7 +33,7 @@ def add_lora(model: PreTrainedModel, config: LoRAConfig | None, *, seed: int) ->
     """
     if config is None:
         return
-    # Here: its import is a tenth of the start of a process, and most train without adapters.
+    # Imported here: peft takes a tenth of the start of a process, and most runs train without adapters.
     from peft import LoraConfig, inject_adapter_in_model
 
     model.requires_grad_(False)
@@ -50,7 +50,7 @@ def add_lora(model: PreTrainedModel, config: LoRAConfig | None, *, seed: int) ->
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Within it the model computes what it did before `add_lora`, bit for bit."""
+    """Inside the block the model computes what it did before `add_lora`, bit for bit."""
     layers = [layer for _, layer in _adapted_layers(model)]
     for layer in layers:
         layer.enable_adapters(False)
@@ -73,8 +73,8 @@ def merged(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.
 def merged_tensors(tensors: Iterable[tuple[str, torch.Tensor]], model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensor by tensor, the plain model that computes what the adapted one does: W + (alpha / rank) B A in place of W.
 
-    The sum is made in float32 and rounded once to the dtype of W. The model itself keeps its adapters apart. Beside the
-    tensor in hand, no more is held than the parts of layers that are not complete yet.
+    The sum is made in float32 and rounded once to the dtype of W. The model itself keeps its adapters apart. Memory
+    holds one tensor, and the parts of the layers that are not complete yet.
 
     Args:
         tensors: of `model`, with their names.
@@ -91,11 +91,12 @@ def merged_tensors(tensors: Iterable[tuple[str, torch.Tensor]], model: nn.Module
         layer, part = parts[name]
         waiting[layer][part] = tensor
         if len(waiting[layer]) == 3:
-            of = waiting.pop(layer)
-            update = layers[layer].scaling[ADAPTER] * (of[LORA_B].float() @ of[LORA_A].float())
-            yield f"{layer}.weight", (of[BASE].float() + update).to(of[BASE].dtype)
+            complete = waiting.pop(layer)
+            base = complete[BASE]
+            update = layers[layer].scaling[ADAPTER] * (complete[LORA_B].float() @ complete[LORA_A].float())
+            yield f"{layer}.weight", (base.float() + update).to(base.dtype)
 
 
 def _adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """Of peft's type `LoraLayer`, known by what only it has."""
+    """(name, layer) of every layer with adapters; only peft's `LoraLayer` has the attribute `lora_A`."""
     return [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]

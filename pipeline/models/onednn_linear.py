@@ -1,7 +1,7 @@
 """Linear layers that multiply with oneDNN on a CPU.
 
-PyTorch gives float32 products to MKL, which keeps its widest vector instructions for processors of its own maker: on
-others oneDNN, which every build of PyTorch carries for narrower types, is about twice as fast.
+PyTorch gives float32 products to MKL, which uses its widest vector instructions only on processors of its own maker.
+On others oneDNN is about twice as fast. Every build of PyTorch carries oneDNN, for narrower types.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ ATTENTION = "shared_prompt"
 
 PROBE = PromptGroup(prompt_ids=(1, 2, 3), response_ids=((4, 5), (6, 7)))
 
-LARGEST_GAP = 0.05
+LARGEST_PACKING_GAP = 0.05
 """Relative; bfloat16 rounds to 0.01, another model differs by 1."""
 
 Item = TypeVar("Item")
@@ -41,7 +41,7 @@ class PackedTokens:
     token_ids: torch.Tensor
     """[T] int64."""
     positions: torch.Tensor
-    """[T] int64: place in prompt + response; every response goes on where its prompt ended."""
+    """[T] int64: position in prompt + response; every response continues where its prompt ended."""
     prompt_ends: torch.Tensor
     """[R] int64: index of the last prompt token of each response."""
     response_ends: torch.Tensor
@@ -53,10 +53,11 @@ class PackedTokens:
     response_lengths: torch.Tensor
     """[R] int64."""
     most_response_tokens: int
-    """N of the rank that has most in this forward pass: ranks that shard a vocabulary head must call it equally often,
-    in however many chunks."""
+    """N of the rank that has most in this forward pass: ranks that shard a vocabulary head must call it equally
+    often."""
 
     def to(self, device: torch.device | str) -> PackedTokens:
+        """The same tokens on another device."""
         named: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {name: value.to(device) for name, value in named.items() if isinstance(value, torch.Tensor)}
         return replace(self, **(named | moved))
@@ -139,7 +140,7 @@ def use_packed_attention(model: PreTrainedModel) -> None:
         packed = pack([PROBE]).to(device)
         states = packed_states(backbone, packed)[packed.response_ends]
     gap = float((states - expected).norm() / expected.norm())
-    if not gap <= LARGEST_GAP:
+    if not gap <= LARGEST_PACKING_GAP:
         raise CheckpointError(
             f"packed sequences change the states of a {model.config.model_type} model by {gap:.1%}: something in it "
             "besides attention carries information from token to token. Use a decoder such as Qwen3 or Llama."
@@ -160,7 +161,7 @@ def shared_prompt_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention over packed groups, in the form Hugging Face decoders call.
+    """Attention over packed groups. The signature is transformers': its decoders call `AttentionInterface` so.
 
     A prompt token sees the prompt up to itself; a response token sees its prompt and its own response up to itself.
     Each is one plain causal attention, so nothing is computed for pairs of tokens that do not see each other.
@@ -229,7 +230,7 @@ def _attend(
 
 
 def _lower_right(num_queries: int, num_keys: int, *, on_gpu: bool) -> Any:
-    """On a GPU this names a flash kernel; elsewhere it would only become the mask it stands for."""
+    """The causal mask of the last positions; on a GPU as an object that selects a flash kernel."""
     return causal_lower_right(num_queries, num_keys) if on_gpu else _distance(num_queries, num_keys) >= 0
 
 
@@ -240,7 +241,7 @@ def _distance(num_queries: int, num_keys: int, device: torch.device | None = Non
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
-    """The attention above knows from the lengths who sees whom."""
+    """No mask: `shared_prompt_attention` knows from the lengths which token sees which."""
 
 
 AttentionInterface.register(ATTENTION, shared_prompt_attention)

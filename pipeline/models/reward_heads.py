@@ -29,10 +29,10 @@ FLOORS_IN_ALPHA_MIN = 50.0
 
 
 class RewardOutput(NamedTuple):
-    """What a head says of N (prompt, response) rows, float32. A field a head knows nothing of is 0 wide."""
+    """What a head says of N (prompt, response) rows, float32. A field that a head does not have is 0 wide."""
 
     sampled: torch.Tensor
-    """[N] one posterior sample of the reward; the mean when no noise was asked for."""
+    """[N] one posterior sample of the reward; the mean where no noise seeds were given."""
     mean: torch.Tensor
     """[N] posterior mean of the reward."""
     variance: torch.Tensor
@@ -52,8 +52,8 @@ class RewardOutput(NamedTuple):
     weights: torch.Tensor
     """[N, K] posterior mean objective weights."""
     deviations: torch.Tensor
-    """[N, 2L] what two responses to a prompt share of their variance, where that has no closed form: of the "mlp" and
-    "film" decoders as in `sampled_reward_moments`; of an ensemble twice the L members'."""
+    """[N, 2L] what two responses to a prompt share of their variance, where that has no closed form. For the "mlp" and
+    "film" decoders as in `sampled_reward_moments`; for an ensemble twice the deviations of its L members."""
 
 
 def bounded_softplus(u: torch.Tensor, *, low: float, high: float) -> torch.Tensor:
@@ -185,8 +185,8 @@ class VRMHead(nn.Module):
     ) -> RewardOutput:
         """Posterior and reward of N rows.
 
-        Mean and variance are exact for the linear decoders; for the others they are those of `inference_draws` samples
-        with the same fixed noise for every row, so a score depends on nothing but its row.
+        Mean and variance are exact for the linear decoders. For the others they are those of `inference_draws` samples.
+        Every row gets the same fixed noise, so a score depends on its row alone.
 
         Args:
             prompt_hidden: [N, H] state at the last prompt token.
@@ -233,6 +233,7 @@ class VRMHead(nn.Module):
     def _sampled_rewards(
         self, alpha: torch.Tensor, mu: torch.Tensor, logvar: torch.Tensor, noise_seeds: torch.Tensor
     ) -> torch.Tensor:
+        """[2B] one draw of r per row; both rows of a pair share the draw of w."""
         require_pairs(len(mu), noise_seeds)
         weights = sample_dirichlet(alpha[: len(noise_seeds)], noise_seeds)
         noise = gaussian_noise(noise_seeds, draws=2, dims=mu.shape[-1]).to(mu.device)
@@ -266,9 +267,9 @@ class GateHead(nn.Module):
             annotation_scores = mu @ self.score_matrix.T
             scores = annotation_scores if self.units is None else self.units() * annotation_scores
             reward = (weights * scores).sum(-1)
-            nothing, certain = reward.new_zeros(len(reward), 0), torch.zeros_like(reward)
+            empty, no_variance = reward.new_zeros(len(reward), 0), torch.zeros_like(reward)
             return RewardOutput(
-                reward, reward, certain, nothing, mu, nothing, scores, annotation_scores, weights, nothing
+                reward, reward, no_variance, empty, mu, empty, scores, annotation_scores, weights, empty
             )
 
 
@@ -294,9 +295,9 @@ class RegressionHead(nn.Module):
             scores = self.linear(response_hidden.float())
             weights = scores.new_tensor(self.reward_weights).expand_as(scores)
             reward = (weights * scores).sum(-1)
-            nothing = reward.new_zeros(len(reward), 0)
-            certain = torch.zeros_like(reward)
-            return RewardOutput(reward, reward, certain, nothing, nothing, nothing, scores, scores, weights, nothing)
+            empty = reward.new_zeros(len(reward), 0)
+            no_variance = torch.zeros_like(reward)
+            return RewardOutput(reward, reward, no_variance, empty, empty, empty, scores, scores, weights, empty)
 
 
 class BradleyTerryHead(nn.Module):
@@ -313,8 +314,8 @@ class BradleyTerryHead(nn.Module):
         """[N, H] states -> rewards without a posterior; the signature is the VRM head's."""
         with torch.autocast(response_hidden.device.type, enabled=False):
             reward = self.linear(response_hidden.float()).squeeze(-1)
-            nothing = reward.new_zeros(len(reward), 0)
-            return RewardOutput(reward, reward, torch.zeros_like(reward), *[nothing] * 7)
+            empty = reward.new_zeros(len(reward), 0)
+            return RewardOutput(reward, reward, torch.zeros_like(reward), *[empty] * 7)
 
 
 class BradleyTerryAuxiliaryHead(nn.Module):
@@ -339,10 +340,10 @@ class BradleyTerryAuxiliaryHead(nn.Module):
         with torch.autocast(response_hidden.device.type, enabled=False):
             states = response_hidden.float()
             reward = self.linear(states).squeeze(-1)
-            nothing, certain = reward.new_zeros(len(reward), 0), torch.zeros_like(reward)
+            empty, no_variance = reward.new_zeros(len(reward), 0), torch.zeros_like(reward)
             annotation_scores = self.auxiliary(states)
             return RewardOutput(
-                reward, reward, certain, *[nothing] * 4, annotation_scores, weights=nothing, deviations=nothing
+                reward, reward, no_variance, empty, empty, empty, empty, annotation_scores, empty, empty
             )
 
 
@@ -378,14 +379,14 @@ class EnsembleHead(nn.Module):
             sampled = reward
             if noise_seeds is not None:
                 require_pairs(len(members), noise_seeds)
-                drawn = (noise_seeds % members.shape[1]).to(members.device).repeat(2)
-                sampled = members.gather(1, drawn.unsqueeze(1)).squeeze(1)
-            nothing = reward.new_zeros(len(reward), 0)
+                member = (noise_seeds % members.shape[1]).to(members.device).repeat(2)
+                sampled = members.gather(1, member.unsqueeze(1)).squeeze(1)
+            empty = reward.new_zeros(len(reward), 0)
             deviations = (members - members.mean(-1, keepdim=True)) / members.shape[1] ** 0.5
             variance = deviations.square().sum(-1)
-            # A member ranks both responses of a pair: nothing of the variance belongs to one response alone.
+            # A member ranks both responses of a pair: no part of the variance belongs to one response alone.
             both = torch.cat([deviations, deviations], dim=1)
-            return RewardOutput(sampled, reward, variance, *[nothing] * 6, both)
+            return RewardOutput(sampled, reward, variance, empty, empty, empty, empty, empty, empty, both)
 
 
 def require_pairs(num_rows: int, noise_seeds: torch.Tensor) -> None:

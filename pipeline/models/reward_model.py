@@ -1,4 +1,4 @@
-"""The reward model: a decoder backbone, a head, and the card that says what they mean.
+"""The reward model: a decoder backbone, a head, and the card that describes them.
 
 A checkpoint is a directory: `model.safetensors` (backbone.* and head.*), `reward_model.json` (the card),
 `config.json` (the backbone's architecture) and the tokenizer's files. Nothing in it is a pickle.
@@ -40,14 +40,14 @@ from pipeline.models.transformers_auto import AutoModel
 from pipeline.records import PromptGroup
 
 CARD_FILE = "reward_model.json"
-WEIGHTS_FILE = "model.safetensors"
+REWARD_MODEL_FILE = "model.safetensors"
 STANDARD_ENSEMBLE = EnsembleConfig()
 
 HeadKind = Literal["vrm", "gate", "regression", "bt", "bt_aux", "ensemble"]
 
 
 class RewardModelCard(Frozen):
-    """What a reward-model checkpoint holds, in words."""
+    """Describes a reward-model checkpoint: its head, its objectives, the scales of scores and reward, its metrics."""
 
     head: HeadKind
     vrm: VRMHeadConfig
@@ -79,7 +79,7 @@ class RewardModel(nn.Module):
         self.backbone = backbone
         self.head = head
         self.frozen_states: FrozenStates | None = None
-        """Of a backbone that does not train: what is known of it need not be computed."""
+        """Of a backbone that does not train. States that are known are not computed again."""
 
     def forward(self, packed: PackedTokens, noise_seeds: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """Scores the R responses of packed groups; the weights of a response are those of its prompt.
@@ -161,7 +161,7 @@ def save_reward_model(
     """Writes a reward-model checkpoint; `state_dict` holds backbone.* and head.*."""
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in state_dict.items()}, path / WEIGHTS_FILE)
+    save_file({name: tensor.contiguous() for name, tensor in state_dict.items()}, path / REWARD_MODEL_FILE)
     (path / "config.json").write_text(json.dumps(backbone_config, indent=2, sort_keys=True))
     (path / CARD_FILE).write_text(card.model_dump_json(indent=2))
     tokenizer.save_pretrained(directory)
@@ -195,7 +195,7 @@ def load_reward_model(
     """
     card = read_card(directory)
     config = load_config(directory)
-    # Every weight is about to be read; drawing them first takes a minute for four billion.
+    # Every weight is read below: drawing random ones first would take a minute for four billion.
     with no_init_weights():
         backbone = AutoModel.from_config(config, dtype=dtype)
     head = make_head(
@@ -206,9 +206,9 @@ def load_reward_model(
         reward_weights=card.reward_weights,
         ensemble=card.ensemble,
     )
-    weights = Path(directory) / WEIGHTS_FILE
+    weights = Path(directory) / REWARD_MODEL_FILE
     try:
-        # Before the model is put together: that proves on a few tokens that the backbone can be packed.
+        # Before `RewardModel(...)`, which runs the backbone on a few tokens to prove that it can be packed.
         nn.ModuleDict({"backbone": backbone, "head": head}).load_state_dict(load_file(weights))
     except FileNotFoundError as error:
         raise CheckpointError(f"{weights} is missing: the checkpoint is incomplete. Export it again.") from error

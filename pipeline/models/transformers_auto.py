@@ -1,7 +1,7 @@
 """The Auto classes of transformers, in less time.
 
-For a kind of decoding that is not used here, transformers imports scikit-learn, and that pandas: a fifth of what a
-process needs to start, and a job starts a dozen of them.
+transformers imports scikit-learn, which imports pandas, for a kind of decoding that is not used here. That takes a
+fifth of the time in which a process starts, and a job starts a dozen processes.
 """
 
 from __future__ import annotations

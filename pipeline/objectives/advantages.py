@@ -30,10 +30,12 @@ def transform_reward(
 
     none:   r
     zscore: (r - m) / s
-    lcb:    (r - m - c (std - u)) / s    lower confidence bound, but for a constant: an uncertain reward counts less
-    log_sigmoid: log sigmoid(r - m)      being better than average counts, being better still hardly
-    then clipped to [-clip, clip].  m and s are the mean and the standard deviation of r over held-out responses, u the
-    mean of std: without u a large c would push all rewards below the clip, where they are equal.
+    lcb:    (r - m - c (std - u)) / s    lower confidence bound plus a constant: an uncertain reward counts less
+    log_sigmoid: log sigmoid(r - m)      to be better than average counts, to be far better counts hardly more
+    then clipped to [-clip, clip].
+
+    m and s are the mean and the standard deviation of r over held-out responses, u is the mean of std. Without u a
+    large c would push all rewards below the clip, where they are equal.
 
     Source: docs/method.md section 11; log_sigmoid from Wang et al. 2024, arXiv:2402.00742, who take a reference reward
     per prompt where we take the one m.
@@ -157,7 +159,7 @@ def rewards_to_go(rewards: torch.Tensor, mask: torch.Tensor, *, gamma: float) ->
 
 
 def group_zscores(rewards: torch.Tensor, *, eps: float = 1e-4) -> torch.Tensor:
-    """A_i = (R_i - mean_G R) / (sd_G R + eps): GRPO. A group whose rewards are equal teaches nothing: A = 0.
+    """A_i = (R_i - mean_G R) / (sd_G R + eps): GRPO. A group of equal rewards teaches nothing, its A are 0.
 
     sd with Bessel's correction and eps outside the root, as in TRL (verl adds 1e-6 instead).
 
@@ -197,8 +199,8 @@ def leave_one_out(rewards: torch.Tensor) -> torch.Tensor:
 def uniform_groups(rewards: torch.Tensor) -> torch.Tensor:
     """[P] bool: all G rewards are equal, so every group advantage is 0 and dynamic sampling drops the prompt.
 
-    Source: Yu et al. 2025 (DAPO), arXiv:2503.14476, Eq. 11, which samples on until the batch is full again; here it is
-    only smaller, so that the prompts of a step stay a function of (seed, step).
+    Source: Yu et al. 2025 (DAPO), arXiv:2503.14476, Eq. 11. They sample more prompts until the batch is full again.
+    Here the batch gets smaller, so that the prompts of a step stay a function of (seed, step).
     """
     return rewards.amax(-1) == rewards.amin(-1)
 

@@ -1,7 +1,7 @@
 """From one number per token to one loss: three ways to average, each with the denominator of the whole mini-batch.
 
-Every function returns a share: the results for the rows of all shards and micro-batches add up to the average over the
-mini-batch, because the denominators are counted before it is dealt out.
+Every function returns a share. The shares of all shards and micro-batches add up to the average over the mini-batch,
+because the denominators are counted before the mini-batch is divided.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ class MiniBatchSize:
     num_tokens: int
     """Response tokens."""
     num_responses: int
+    """Responses, of all lengths."""
     max_response_tokens: int
     """The longest response the sampler allows."""
 

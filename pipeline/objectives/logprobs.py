@@ -24,16 +24,16 @@ def token_logprobs_and_entropy(
     """log pi(a_n | s_n) and H[pi(. | s_n)] for N positions, in float32.
 
     pi = softmax(lm_head(hidden) / temperature). Logits live one chunk of positions at a time, so the peak is
-    [chunk_size, V] instead of [N, V]. The last chunk, often the only one, waits as probabilities for the backward pass,
-    which it begins; those before it are recomputed there.
+    [chunk_size, V] instead of [N, V]. The last chunk, often the only one, keeps its probabilities for the backward
+    pass, which starts with it. The chunks before it are recomputed there.
 
     Args:
         hidden: [N, H] hidden states that predict the tokens.
         lm_head: maps [n, H] to logits [n, V].
         token_ids: [N] int64.
         temperature: the temperature the tokens were sampled at, > 0.
-        most_positions: N of the process that has most; those that hold a share of the head each (ZeRO-3) gather it at
-            every call, so all must make as many.
+        most_positions: N of the process that has most. Processes that each hold a share of the head (ZeRO-3) gather it
+            at every call, so all must make the same number of calls.
         chunk_size: positions per chunk, at most.
 
     Returns:

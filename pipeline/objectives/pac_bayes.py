@@ -37,9 +37,9 @@ class PacBayesBound:
     inverse: Callable[[float, float], float]
     """(R_hat, b) to sup { R : distance(R_hat, R) <= b }; above 1 where the distance does not know that R <= 1."""
     confidence: Callable[[int, float], float]
-    """c(n, delta), nats."""
+    """c(n, delta), nats: what certainty 1 - delta costs."""
     scale: Callable[[int], float]
-    """m(n)."""
+    """m(n), by which the divergence and the confidence are divided."""
 
 
 def binary_kl(q: float, p: float) -> float:
@@ -57,10 +57,12 @@ def binary_kl_inverse(q: float, budget: float) -> float:
 
 
 def squared_distance(q: float, p: float) -> float:
+    """(p - q)^2, McAllester's distance of two risks."""
     return (p - q) ** 2
 
 
 def squared_distance_inverse(q: float, budget: float) -> float:
+    """sup { p : (p - q)^2 <= budget }; may exceed 1."""
     return q + math.sqrt(budget)
 
 
@@ -168,7 +170,7 @@ def clopper_pearson_upper(errors: int, n: int, delta: float) -> float:
 
 
 def _last_true(holds: Callable[[float], bool], low: float, high: float) -> float:
-    """Where a predicate that is true at `low` turns false; rounded up, as an upper bound must be."""
+    """The point where a predicate that is true at `low` turns false; rounded up, for it serves as an upper bound."""
     for _ in range(HALVINGS):
         middle = 0.5 * (low + high)
         low, high = (middle, high) if holds(middle) else (low, middle)

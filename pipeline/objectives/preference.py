@@ -95,7 +95,7 @@ def score_error(scores: torch.Tensor, annotated: torch.Tensor, mask: torch.Tenso
     return torch.where(mask, (scores - annotated) ** 2, torch.zeros_like(scores)).sum(-1)
 
 
-def pair_accuracy(margins: torch.Tensor) -> torch.Tensor:
+def ranked_correctly(margins: torch.Tensor) -> torch.Tensor:
     """[B] 1 where the chosen response scores strictly higher; a tie is an error (RewardBench's rule)."""
     return (margins > 0).to(torch.float32)
 

@@ -1,4 +1,4 @@
-"""Which of two responses is better, how surely, and because of what."""
+"""Which of two responses is better, with which probability, and because of which objectives."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from pipeline.records import RewardScore
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """The posterior of Delta = r(x, a) - r(x, b), and what it says."""
+class RewardComparison:
+    """The posterior of Delta = r(x, a) - r(x, b), and the preference that follows from it."""
 
     probability: float
     """P(a > b)."""
     margin: float
-    """E[Delta]."""
+    """E[Delta], in units of the reward."""
     margin_std: float
+    """Standard deviation of Delta."""
     contributions: tuple[float, ...]
     """What each objective adds to the margin; empty where the reward is no sum over objectives."""
     deciding: int | None
-    """The objective that speaks loudest for the preferred response; None for a tie, or without objectives."""
+    """The objective that adds most to the preferred response's lead; None for a tie, or without objectives."""
 
 
-def compare(a: RewardScore, b: RewardScore) -> Comparison:
-    """Two responses to one prompt.
+def compare_rewards(a: RewardScore, b: RewardScore) -> RewardComparison:
+    """Compares the rewards of two responses a and b to one prompt.
 
     E[Delta]   = sum_k w_bar_k * (s_ak - s_bk)
     Var[Delta] = Var[r_a] + Var[r_b] - 2 * Cov[r_a, r_b],   Cov[r_a, r_b] = s_a^T C s_b
@@ -42,23 +43,23 @@ def compare(a: RewardScore, b: RewardScore) -> Comparison:
     margin = a.mean - b.mean
     variance = max(0.0, a.std**2 + b.std**2 - 2.0 * reward_covariance(a, b))
     contributions = tuple(x - y for x, y in zip(_contributions(a), _contributions(b), strict=True))
-    towards = math.copysign(1.0, margin)
-    decided = margin != 0.0 and len(contributions) > 0
+    sign = math.copysign(1.0, margin)
+    has_deciding = margin != 0.0 and len(contributions) > 0
     probability = probit_preference(torch.tensor(margin, dtype=torch.float64), torch.tensor(variance))
-    return Comparison(
+    return RewardComparison(
         probability=float(probability),
         margin=margin,
         margin_std=math.sqrt(variance),
         contributions=contributions,
-        deciding=max(range(len(contributions)), key=lambda k: towards * contributions[k]) if decided else None,
+        deciding=max(range(len(contributions)), key=lambda k: sign * contributions[k]) if has_deciding else None,
     )
 
 
 def reward_covariance(a: RewardScore, b: RewardScore) -> float:
     """Cov[r_a, r_b] = s_a^T C s_b,  C = (diag(w_bar) - w_bar w_bar^T) / (A + 1), the covariance of a Dirichlet.
 
-    A prompt that had to be cut to fit its response may have been cut differently for a and b; C is then the mean of
-    the two posteriors', so that the covariance stays symmetric. 0 where the weights are not random.
+    A prompt that had to be cut to fit its response may have been cut differently for a and b. C is then the mean of the
+    two posteriors' covariances, so the result stays symmetric. It is 0 where the weights are not random.
 
     Where the reward is no sum over objectives, 1/2 (u_a . v_b + v_a . u_b) with the halves u and v of the deviations.
     """
@@ -69,11 +70,12 @@ def reward_covariance(a: RewardScore, b: RewardScore) -> float:
     return 0.5 * (_weight_form(a, a, b) + _weight_form(b, a, b))
 
 
-def rank(scores: Sequence[RewardScore], *, lcb: float) -> list[tuple[int, float]]:
+def rank_by_lower_bound(scores: Sequence[RewardScore], *, lcb: float) -> list[tuple[int, float]]:
     """(index, mean - lcb * std) of every response, best first; equal ones stay in the order given.
 
     Args:
-        lcb: c >= 0 standard deviations taken off, so a doubtful reward must be larger (docs/method.md section 7).
+        lcb: c >= 0 standard deviations that are subtracted: an uncertain reward must be larger (docs/method.md section
+            7).
     """
     bounds = [(i, score.mean - lcb * score.std) for i, score in enumerate(scores)]
     return sorted(bounds, key=lambda bound: -bound[1])
@@ -91,4 +93,5 @@ def _weight_form(weights_of: RewardScore, a: RewardScore, b: RewardScore) -> flo
 
 
 def _contributions(score: RewardScore) -> list[float]:
+    """[K] w_bar_k * s_k; empty where there are no objective scores."""
     return [w * s for w, s in zip(score.objective_weights, score.objective_scores, strict=bool(score.objective_scores))]

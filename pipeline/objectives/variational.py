@@ -19,7 +19,7 @@ from pipeline.objectives.masked import require_same_shape
 SIMPLEX_FLOOR = 1e-6
 
 INFERENCE_SEED = 0
-"""Of the noise with which a posterior without closed form is summed up; one for all rows, so scores repeat."""
+"""Seed of the noise that estimates a posterior without closed form; one for all rows, so scores repeat."""
 
 
 def dirichlet_kl(alpha: torch.Tensor, prior_alpha: torch.Tensor) -> torch.Tensor:
@@ -78,8 +78,8 @@ def kl_penalty(
 ) -> torch.Tensor:
     """beta_w max(KL_w, f) + beta_z max(KL_zw + KL_zl, 2 f): below f a divergence is free.
 
-    Source: the weighted KL terms of VRM Eq. 14; free bits as in Kingma et al. 2016, arXiv:1606.04934, Eq. 15, but per
-    sample and not of a mini-batch mean, so that sharding changes nothing (docs/method.md section 3).
+    Source: the weighted KL terms of VRM Eq. 14; free bits as in Kingma et al. 2016, arXiv:1606.04934, Eq. 15. Theirs is
+    a bound on a mini-batch mean. Ours is per sample, so sharding changes nothing (docs/method.md section 3).
 
     Args:
         kl_w: [B] divergence of the objective weights.
@@ -101,8 +101,8 @@ def sample_dirichlet(alpha: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
     w = g / sum_k g_k,  g_k ~ Gamma(alpha_k, 1) with implicit reparameterisation gradients
     (Figurnov et al. 2018, arXiv:1805.08498). The draw is clamped away from 0 and renormalised.
 
-    Each row has a generator of its own, so that the draw depends on its seed alone, not on the rows beside it:
-    neither sharding nor micro-batching changes it.
+    Each row has a generator of its own, so the draw depends on its seed and on no other row. Neither sharding nor
+    micro-batching changes it.
 
     Args:
         alpha: [B, K] float32, any device.
@@ -125,6 +125,7 @@ def dirichlet_draws(alpha: torch.Tensor, *, draws: int, seed: int) -> torch.Tens
 
 
 def _onto_the_simplex(gammas: torch.Tensor) -> torch.Tensor:
+    """Gamma draws [*, K] to weights [*, K] that sum to 1, none of them below about `SIMPLEX_FLOOR`."""
     weights = (gammas / gammas.sum(-1, keepdim=True).clamp(min=torch.finfo(gammas.dtype).tiny)).clamp(min=SIMPLEX_FLOOR)
     return weights / weights.sum(-1, keepdim=True)
 
@@ -181,8 +182,8 @@ def supervision_target(
         temperature: tau > 0.
 
     Returns:
-        target [B, K], 0 where masked, and the mask [B, K] with rows of fewer than two objectives switched off:
-        one score alone says nothing about relative weights (docs/method.md section 5).
+        target [B, K], 0 where masked, and the mask [B, K]. Rows with fewer than two objectives are masked: one score
+        alone says nothing about relative weights (docs/method.md section 5).
     """
     require_same_shape(standardised=standardised, mask=mask)
     mask = mask & (mask.sum(-1, keepdim=True) >= 2)
@@ -194,8 +195,8 @@ def supervision_target(
 def log_weights(weights: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """ln( w_k / sum_{j in mask} w_j ): log-weights renormalised over the annotated objectives.
 
-    A renormalised sub-vector of a Dirichlet is the Dirichlet of the sub-alpha, so `weights` may also be concentrations:
-    the result is then the logarithm of the sub-vector's posterior mean.
+    A renormalised sub-vector of a Dirichlet is the Dirichlet of the sub-alpha. So `weights` may also be concentrations,
+    and the result is then the logarithm of the sub-vector's posterior mean.
 
     Args:
         weights: [B, K] > 0, of any scale.
@@ -302,8 +303,9 @@ def sampled_reward_moments(
     u_l = g(w_l, mu + sigma * eps_l),  v_l = g(w_l, mu + sigma * eps'_l):  L draws of w, each with two of z
     E[r] = mean of u and v,   Var[r] = 1/2 (var u + var v)
 
-    All rows share one fixed set of noise: a score is the same whenever and beside whatever it is computed, and two
-    responses to a prompt meet the same weights. Their features are independent, so u of one goes with v of the other:
+    All rows share one fixed set of noise. So a score does not depend on when it is computed or with which other rows,
+    and two responses to a prompt get the same weights. Their features are independent, so u of one goes with v of the
+    other:
 
     Cov[r_a, r_b] = 1/2 ( cov(u_a, v_b) + cov(v_a, u_b) ),
     Var[r_a - r_b] = 1/2 ( var(u_a - v_b) + var(v_a - u_b) ) >= 0, without bias.
@@ -317,7 +319,7 @@ def sampled_reward_moments(
 
     Returns:
         mean [N], variance [N] >= 0, and the deviations [N, 2L] of u, then of v, from their means, divided by
-        sqrt(L - 1), so that covariances are sums of products (`objectives.comparison.reward_covariance`).
+        sqrt(L - 1), so that covariances are sums of products (`objectives.reward_comparison.reward_covariance`).
     """
     weights = dirichlet_draws(alpha, draws=draws, seed=INFERENCE_SEED)
     noise = gaussian_noise(torch.tensor([INFERENCE_SEED]), draws=2 * draws, dims=mu.shape[-1]).to(mu.device)

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a run: what came out, how it got there, what it cost."""
+"""One self-contained HTML page about a run: results, training curves, samples and costs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from pipeline.evaluation.correlation import pearson_correlation
 from pipeline.records import Answer, Metrics
 from pipeline.stages.metrics_log import as_clock
 
-Row = Mapping[str, Any]
+MetricsRow = Mapping[str, Any]
 
 BLUE, ORANGE, GREY = "#2563a8", "#d9772b", "#b8bec6"
 SAMPLES_SHOWN = 8
@@ -34,10 +35,10 @@ class StageSummary:
     name: str
     seconds: float
     node_peak_gib: float
-    """Most memory in use on the driver's node while the stage ran, all processes together."""
+    """Peak memory of all processes on the driver's node while the stage ran."""
     versions: Mapping[str, str]
     metrics: Metrics
-    """What the stage left; a training stage says in `memory/*` what one of its ranks or rollout workers needed."""
+    """Final metrics of the stage. `memory/*` is the peak of one rank or rollout worker of a training stage."""
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -48,29 +49,29 @@ class StageSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """All the report shows, as plain data."""
+    """All data of the report."""
 
     name: str
     recipe: Mapping[str, Any]
     objectives: tuple[str, ...]
     stages: Sequence[StageSummary]
-    reward_rows: Sequence[Row]
+    reward_rows: Sequence[MetricsRow]
     """metrics.jsonl of train_reward_model."""
-    alignment_rows: Sequence[Row]
+    alignment_rows: Sequence[MetricsRow]
     """metrics.jsonl of align_policy."""
     reward_metrics: Metrics
     benchmark_metrics: Metrics
     base: Sequence[Answer]
     aligned: Sequence[Answer]
-    """Answers to the same prompts, in the same order."""
+    """Answers to the same prompts as `base`, in the same order."""
     kinds: Mapping[str, str]
-    """Prompt id -> kind; empty where kinds are unknown."""
+    """Prompt id -> kind; empty if the kinds are unknown."""
     planted_weights: Mapping[str, Mapping[str, float]]
-    """Kind -> objective -> w*; empty where the truth is unknown."""
+    """Kind -> objective -> w*; empty if the truth is unknown."""
 
 
 def results_table(data: ReportData) -> list[tuple[str, str]]:
-    """(what, value) rows: the headline numbers, for the page and for the terminal."""
+    """(label, value) rows of the main numbers, for the page and for the terminal."""
     reward, benchmark = data.reward_metrics, data.benchmark_metrics
     rows = [
         ("reward model: held-out accuracy", f"{reward['eval/accuracy']:.3f}"),
@@ -83,13 +84,13 @@ def results_table(data: ReportData) -> list[tuple[str, str]]:
     if data.planted_weights:
         rows.append(("correlation of inferred with planted weights", f"{weight_correlation(data):.3f}"))
     rows += [
-        ("win rate over base, by the reward model", _interval(benchmark, "reward")),
+        ("win rate over base, by the reward model", _win_rate_text(benchmark, "reward")),
         ("mean reward, base to aligned", f"{benchmark['reward/base']:.3f} to {benchmark['reward/aligned']:.3f}"),
         ("mean length in words, base to aligned", f"{benchmark['words/base']:.1f} to {benchmark['words/aligned']:.1f}"),
     ]
     if "gold/win_rate" in benchmark:
         rows += [
-            ("win rate over base, by the gold annotator", _interval(benchmark, "gold")),
+            ("win rate over base, by the gold annotator", _win_rate_text(benchmark, "gold")),
             ("mean gold reward, base to aligned", f"{benchmark['gold/base']:.3f} to {benchmark['gold/aligned']:.3f}"),
         ]
     if data.alignment_rows:
@@ -112,24 +113,24 @@ def results_table(data: ReportData) -> list[tuple[str, str]]:
 
 
 def weight_correlation(data: ReportData) -> float:
-    """Pearson correlation of inferred objective weights with the planted ones over (prompt, objective)."""
+    """Pearson correlation of inferred and planted objective weights over all (prompt, objective)."""
     inferred, planted = [], []
     for answer in data.base:
-        truth = data.planted_weights[data.kinds[answer.prompt_id]]
+        planted_by_name = data.planted_weights[data.kinds[answer.prompt_id]]
         for name, weight in zip(data.objectives, answer.score.objective_weights, strict=False):
             inferred.append(weight)
-            planted.append(truth[name])
-    return _pearson(inferred, planted)
+            planted.append(planted_by_name[name])
+    return pearson_correlation(inferred, planted)
 
 
-def render(data: ReportData) -> str:
-    """The page."""
+def report_page(data: ReportData) -> str:
+    """The page as HTML."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((Path(__file__).parent / "report.html.j2").read_text())
     samples = sorted(
         zip(data.base, data.aligned, strict=True), key=lambda pair: pair[1].score.mean - pair[0].score.mean
     )
-    # Worst losses first: they teach the most. Then the other end.
+    # The largest losses first, because they teach the most. Then the largest gains.
     shown = samples[: SAMPLES_SHOWN // 2] + samples[-SAMPLES_SHOWN // 2 :] if len(samples) > SAMPLES_SHOWN else samples
     return template.render(
         name=data.name,
@@ -137,7 +138,9 @@ def render(data: ReportData) -> str:
         reward_figure=_reward_figure(data.reward_rows),
         alignment_figure=_alignment_figure(data.alignment_rows),
         weights_figure=_weights_figure(data),
-        samples=[(base, aligned, _contributions(data, base), _contributions(data, aligned)) for base, aligned in shown],
+        samples=[
+            (base, aligned, _objective_parts(data, base), _objective_parts(data, aligned)) for base, aligned in shown
+        ],
         stages=[stage.cells for stage in data.stages],
         versions=data.stages[-1].versions if data.stages else {},
         recipe=json.dumps(data.recipe, indent=2),
@@ -147,7 +150,7 @@ def render(data: ReportData) -> str:
 # ----------------------------------------------------------------------------- figures
 
 
-def _reward_figure(rows: Sequence[Row]) -> str:
+def _reward_figure(rows: Sequence[MetricsRow]) -> str:
     panels = {
         "accuracy": ("train/accuracy", "eval/accuracy"),
         "NLL": ("train/nll", "eval/nll"),
@@ -159,7 +162,7 @@ def _reward_figure(rows: Sequence[Row]) -> str:
     return _grid(rows, panels, ("training", "held out"))
 
 
-def _alignment_figure(rows: Sequence[Row]) -> str:
+def _alignment_figure(rows: Sequence[MetricsRow]) -> str:
     panels = {
         "reward": ("reward/mean", ""),
         "KL per response, nats": ("kl/per_response", ""),
@@ -178,7 +181,7 @@ def _alignment_figure(rows: Sequence[Row]) -> str:
     return _grid(rows, panels, ("sampling", "gate, or whole step"))
 
 
-def _grid(rows: Sequence[Row], panels: Mapping[str, tuple[str, str]], labels: tuple[str, str]) -> str:
+def _grid(rows: Sequence[MetricsRow], panels: Mapping[str, tuple[str, str]], labels: tuple[str, str]) -> str:
     columns = len(panels) // 2
     figure, axes = plt.subplots(2, columns, figsize=(3.4 * columns, 5.0), squeeze=False)
     for axis, (title, names) in zip(axes.flat, panels.items(), strict=True):
@@ -203,7 +206,7 @@ def _grid(rows: Sequence[Row], panels: Mapping[str, tuple[str, str]], labels: tu
 
 
 def _weights_figure(data: ReportData) -> str | None:
-    """Mean inferred weights by kind of prompt, the planted ones beside them; None without objective weights."""
+    """Bars of inferred and planted weights by kind of prompt; None without objective weights."""
     if not data.base or not data.base[0].score.objective_weights:
         return None
     by_kind: dict[str, list[tuple[float, ...]]] = defaultdict(list)
@@ -243,7 +246,8 @@ def _png(figure: Any) -> str:
 # ----------------------------------------------------------------------------- numbers
 
 
-def _contributions(data: ReportData, answer: Answer) -> list[tuple[str, float]]:
+def _objective_parts(data: ReportData, answer: Answer) -> list[tuple[str, float]]:
+    """(objective, weight x score); the values add up to the reward."""
     score = answer.score
     return [
         (name, weight * value)
@@ -251,16 +255,6 @@ def _contributions(data: ReportData, answer: Answer) -> list[tuple[str, float]]:
     ]
 
 
-def _interval(metrics: Metrics, prefix: str) -> str:
+def _win_rate_text(metrics: Metrics, prefix: str) -> str:
     rate, low, high = (metrics[f"{prefix}/{name}"] for name in ("win_rate", "low", "high"))
     return f"{rate:.3f}  [{low:.3f}, {high:.3f}]"
-
-
-def _pearson(x: Sequence[float], y: Sequence[float]) -> float:
-    n = len(x)
-    if n == 0:
-        return float("nan")
-    mean_x, mean_y = sum(x) / n, sum(y) / n
-    covariance = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-    variance = sum((a - mean_x) ** 2 for a in x) * sum((b - mean_y) ** 2 for b in y)
-    return covariance / variance**0.5 if variance else float("nan")

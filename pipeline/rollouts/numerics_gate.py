@@ -19,14 +19,15 @@ PROMPT_TOKENS = 64
 RANDOM_TOKENS = 8
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.2}
-"""Default gate tolerance, nats: float32 engines agree to 2e-5. A bfloat16 engine rounds what passes from layer to
-layer, which a learner under autocast does not: 0.05 apart with equal weights (SmolLM2-135M)."""
+"""Default gate tolerance, nats. Float32 engines agree to 2e-5. A bfloat16 engine rounds the states between its layers
+and a learner under autocast does not: with equal weights the two are 0.05 apart (SmolLM2-135M)."""
 
 
 def choose_probes(prompts: Sequence[Prompt], *, vocabulary_size: int, seed: int, count: int = 8) -> list[PromptGroup]:
-    """Sequences to compare: beginnings of real prompts cut in half, the second half as a response that ends at random.
+    """Sequences to compare: the first tokens of real prompts, of which the second half counts as the response.
 
-    The halves exercise the states a policy really visits, the random tokens rows of the output layer it rarely does.
+    Random tokens follow as its end. The prompts exercise states that a policy really visits; the random tokens exercise
+    rows of the output layer that it rarely visits.
     """
     rng = np.random.default_rng(seed)
     probes = []
@@ -55,8 +56,8 @@ def check_engine(
         tolerance: largest mean absolute difference, nats.
         engine: name of the engine for the message.
         version: the policy version that should be loaded.
-        differing_groups: asked only on failure: parameter group -> largest relative difference between what the engine
-            holds and what was published, for the groups that differ at all.
+        differing_groups: called only on failure. Parameter group -> largest relative difference between the engine's
+            and the published parameters, for the groups that differ at all.
 
     Returns:
         `gate/mean` and `gate/max` absolute differences.
@@ -70,9 +71,9 @@ def check_engine(
             "Publish at least one probe sequence with every version."
         )
     differences = [
-        abs(ours - theirs)
+        abs(learner_logprob - engine_logprob)
         for probe, engine_row in zip(probes, engine_logprobs, strict=True)
-        for ours, theirs in zip(probe.logprobs, engine_row, strict=True)
+        for learner_logprob, engine_logprob in zip(probe.logprobs, engine_row, strict=True)
     ]
     mean, largest = sum(differences) / len(differences), max(differences)
     if mean <= tolerance and math.isfinite(largest):

@@ -15,46 +15,48 @@ from pathlib import Path
 import torch
 
 from pipeline.errors import CheckpointError, ResourceError
+from pipeline.records import POLICY_FILE
 
-WEIGHTS_FILE = "model.safetensors"
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Names that safetensors gives them."""
 LENGTH = struct.Struct("<Q")
 VERSIONS = 2
-"""On a node at a time: the one that is read, and the one that is written meanwhile."""
+"""Files on a node: engines read one while the learner writes the other."""
 
 
 class PolicyFiles:
     """Writes and reads safetensors files through mappings of them, which it keeps.
 
     In a virtual machine a page of shared memory costs more to find than to fill, for a file as for a mapping of it. So
-    a new version is written over the pages of one that nobody reads any more, and every process goes on using the
-    mappings it has: there are `VERSIONS` files for ever, in turns.
+    a new version is written over the pages of a version that no process reads any more, and every process keeps its
+    mappings. There are never more than `VERSIONS` files, used in turn.
     """
 
     def __init__(self) -> None:
         self._mapped: dict[tuple[int, int, int], torch.Tensor] = {}
 
-    def write(self, state: dict[str, torch.Tensor], location: str | Path, *, over: str | Path | None = None) -> float:
+    def write(
+        self, state: dict[str, torch.Tensor], location: str | Path, *, replaced: str | Path | None = None
+    ) -> float:
         """One safetensors file with the state's names, appearing whole or not at all.
 
         Every tensor is copied once, from the device it is on to the file.
 
         Args:
-            over: directory of an outdated version, which this one replaces.
+            replaced: directory of an outdated version; the file takes over its pages.
 
         Returns:
-            GB/s.
+            How fast the file was written, GB/s.
 
         Raises:
             ResourceError: the file system has too little room left, as /dev/shm in a container often has.
         """
         started, location = time.perf_counter(), Path(location)
-        if over is not None and Path(over).exists() and Path(over) != location:
+        if replaced is not None and Path(replaced).exists() and Path(replaced) != location:
             shutil.rmtree(location, ignore_errors=True)
-            Path(over).rename(location)
+            Path(replaced).rename(location)
         location.mkdir(parents=True, exist_ok=True)
-        whole, partial = location / WEIGHTS_FILE, location / f"{WEIGHTS_FILE}.partial"
+        whole, partial = location / POLICY_FILE, location / f"{POLICY_FILE}.partial"
         if whole.exists():
             whole.replace(partial)
         header = _header(state)
@@ -75,7 +77,7 @@ class PolicyFiles:
         Raises:
             CheckpointError: the file is not on this node.
         """
-        path = Path(location) / WEIGHTS_FILE
+        path = Path(location) / POLICY_FILE
         if not path.is_file():
             raise CheckpointError(
                 f"no published weights at {str(path)!r} on node {os.uname().nodename}. Rollout workers read "
@@ -90,7 +92,7 @@ class PolicyFiles:
     def _map(self, path: Path) -> torch.Tensor:
         """The file's bytes [size], shared with every process that maps it."""
         status = os.stat(path)
-        # Versions change their names; while a file is mapped, no other gets its number.
+        # By inode, not by name: versions change their names, and the inode of a mapped file is not given away.
         key = (status.st_dev, status.st_ino, status.st_size)
         mapped = self._mapped.pop(key, None)
         if mapped is None:
@@ -102,10 +104,10 @@ class PolicyFiles:
 
 
 def _make_room(file: Path, num_bytes: int) -> None:
-    """Gives the file its size, all of it backed by pages: where none are left, a write through a mapping would kill."""
+    """Gives the file its size, all of it backed by pages: without one, a write through a mapping kills the process."""
     status = file.stat() if file.exists() else None
-    lent = status.st_blocks * 512 if status else 0
-    if status and status.st_size == num_bytes <= lent:
+    allocated = status.st_blocks * 512 if status else 0
+    if status and status.st_size == num_bytes <= allocated:
         return
     free = shutil.disk_usage(file.parent).free
     full = ResourceError(
@@ -113,7 +115,7 @@ def _make_room(file: Path, num_bytes: int) -> None:
         f"{free / 2**20:,.0f} MiB free. Enlarge it to hold two versions of the policy (docker run --shm-size, "
         "or mount -o remount,size=... /dev/shm), or delete what else lies there."
     )
-    if num_bytes - lent > free:
+    if num_bytes - allocated > free:
         raise full
     file.touch()
     with open(file, "r+b", buffering=0) as opened:
@@ -127,11 +129,11 @@ def _make_room(file: Path, num_bytes: int) -> None:
 
 
 def _header(state: dict[str, torch.Tensor]) -> bytes:
-    """The length of a JSON text, and the text: where each tensor's bytes lie behind it.
+    """The length of a JSON text, and the text, which says where each tensor's bytes lie after it.
 
     Source: https://github.com/huggingface/safetensors#format; the text is padded so that tensors start aligned.
     """
-    names = {dtype: name for name, dtype in DTYPES.items()}
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     entries, end = {}, 0
     for name, tensor in state.items():
         begin, end = end, end + tensor.nbytes
@@ -142,6 +144,7 @@ def _header(state: dict[str, torch.Tensor]) -> bytes:
 
 
 def _view(data: torch.Tensor, *, dtype: str, shape: list[int], data_offsets: list[int]) -> torch.Tensor:
+    """One tensor of a file's data; the arguments are those of its entry in the header."""
     begin, end = data_offsets
-    assert end - begin == math.prod(shape) * DTYPES[dtype].itemsize, "not a file that PolicyFiles wrote"
-    return data[begin:end].view(DTYPES[dtype]).view(shape)
+    assert end - begin == math.prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize, "not a file that PolicyFiles wrote"
+    return data[begin:end].view(SAFETENSORS_DTYPES[dtype]).view(shape)

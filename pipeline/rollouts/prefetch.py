@@ -15,20 +15,20 @@ from pipeline.records import Metrics, Prompt, Rollout, SamplingParams
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """What to sample in each step: a pure function of (seed, step), whoever samples it and when."""
+    """What to sample in each step: a pure function of (seed of the prompts, step)."""
 
     prompts: PromptStream
     config: AlignmentConfig
-    seed: int
 
     def batch(self, step: int) -> tuple[list[Prompt], SamplingParams]:
+        """The prompts of a step, and how to sample from them."""
         config = self.config
         sampling = SamplingParams(
             temperature=config.temperature,
             top_p=config.top_p,
             max_response_tokens=config.max_response_tokens,
             samples_per_prompt=config.samples_per_prompt,
-            seed=stable_seed("step", self.seed, step),
+            seed=stable_seed("step", self.prompts.seed, step),
         )
         return self.prompts.batch(step, config.prompts_per_step), sampling
 
@@ -50,8 +50,8 @@ class PrefetchingRollouts:
     """Samples step n + 1 while the learner scores, evaluates and updates on step n: one step off-policy.
 
     Step n + 1 begins under policy version n and is collected under version n + 1, so a sample is never more than one
-    update old. The first step after a start or a resume has nothing before it to hide behind and is on policy; its
-    prompts are those of its number all the same.
+    update old. The first step after a start or a resume is on policy, because no step before it sampled for it. Its
+    prompts are the same as without prefetch.
 
     Source: Noukhovitch et al. 2024, arXiv:2410.18252 (one step off-policy); the importance weights of
     `truncated_importance_weights` correct for it. Responses that the next policy continues are Fu et al.'s
@@ -61,20 +61,22 @@ class PrefetchingRollouts:
     def __init__(self, source: BackgroundRolloutSource, plan: StepPlan) -> None:
         self._source = source
         self._plan = plan
-        self._begun: int | None = None
+        self._prefetched_step: int | None = None
 
     def collect(self, step: int) -> tuple[list[Rollout], Metrics]:
-        """The rollouts of a step, and `staleness` of them; those of the next step are begun before it returns."""
-        samples = self._source.collect() if self._begun == step else self._source.generate(*self._plan.batch(step))
+        """The rollouts of a step, and `staleness` of them; sampling of the next step starts before it returns."""
+        samples = (
+            self._source.collect() if self._prefetched_step == step else self._source.generate(*self._plan.batch(step))
+        )
         config = self._plan.config
         if step + 1 < config.num_steps:
             self._source.begin(*self._plan.batch(step + 1), resample_unfinished=config.prefetch == "discard")
-            self._begun = step + 1
+            self._prefetched_step = step + 1
         return samples, staleness(samples, step, at_most=1)
 
 
 def rollouts_by_step(source: BackgroundRolloutSource, plan: StepPlan) -> OnPolicyRollouts | PrefetchingRollouts:
-    """As the recipe says."""
+    """The rollouts of each step, on policy or one step ahead, as `alignment.prefetch` of the recipe says."""
     return OnPolicyRollouts(source, plan) if plan.config.prefetch is None else PrefetchingRollouts(source, plan)
 
 
@@ -84,11 +86,14 @@ def staleness(samples: Sequence[Rollout], step: int, *, at_most: int) -> Metrics
     Raises:
         StaleEngineError: a sample is older than `at_most` updates, or newer than the step.
     """
-    ages = [step - sample.policy_version for sample in samples]
-    if not 0 <= min(ages) <= max(ages) <= at_most:
+    updates_since = [step - sample.policy_version for sample in samples]
+    if not 0 <= min(updates_since) <= max(updates_since) <= at_most:
         versions = sorted({sample.policy_version for sample in samples})
         raise StaleEngineError(
             f"step {step} trains policy version {step}, but was given samples of versions {versions}; at most "
-            f"{at_most} update(s) may lie between them. Nothing was trained on them; restart the job."
+            f"{at_most} update(s) may lie between them. Nothing was trained on these samples. Restart the job."
         )
-    return {"rollout/staleness_mean": sum(ages) / len(ages), "rollout/staleness_max": float(max(ages))}
+    return {
+        "rollout/staleness_mean": sum(updates_since) / len(updates_since),
+        "rollout/staleness_max": float(max(updates_since)),
+    }

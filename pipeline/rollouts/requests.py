@@ -24,8 +24,8 @@ class RolloutRequest:
 def rollout_requests(prompts: Sequence[Prompt], sampling: SamplingParams) -> list[RolloutRequest]:
     """`samples_per_prompt` requests per prompt, ordered by (prompt, sample).
 
-    A prompt that occurs twice in one batch (at the seam of two epochs) goes on counting its samples, so its second
-    occurrence is not a copy of the first.
+    A prompt may occur twice in one batch, where one epoch ends and the next begins. The second occurrence continues the
+    count of samples, so it is no copy of the first.
     """
     n = sampling.samples_per_prompt
     occurrences: Counter[str] = Counter()

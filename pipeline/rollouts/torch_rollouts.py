@@ -1,4 +1,4 @@
-"""Rollouts in one process, as `TorchEngine` is training in one process: for models that sample in a moment."""
+"""Rollouts in one process, as `TorchEngine` trains in one process: for models that are small enough."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class TorchRollouts:
         self._tolerance = gate_tolerance or TOLERANCE[dtype]
         self._files = PolicyFiles()
         self._version: int | None = None
-        self._begun: list[Rollout] = []
+        self._prefetched: list[Rollout] = []
 
     def load_weights(self, weights: PolicyWeights) -> Metrics:
-        """Loads a published policy and passes the gate; until it has, nothing is sampled."""
+        """Loads a published policy and passes the gate. Nothing is sampled before that."""
         self._version = None
         self._model.load_state_dict(self._files.read(weights.location))
         gate = check_engine(
@@ -88,22 +88,23 @@ class TorchRollouts:
         ]
 
     def begin(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, resample_unfinished: bool) -> None:
-        """Samples at once: one process has no background, so nothing is unfinished when weights are loaded."""
-        self._begun = self.generate(prompts, sampling)
+        """Samples the whole batch now: one process has no background. So no response is unfinished at a load."""
+        self._prefetched = self.generate(prompts, sampling)
 
     def collect(self) -> list[Rollout]:
-        return self._begun
+        """The rollouts that `begin` sampled."""
+        return self._prefetched
 
     def sleep(self) -> None:
-        """Does nothing: between batches it holds nothing but the policy."""
+        """Does nothing: between batches this sampler holds nothing but the policy."""
 
     def _sample(
         self, requests: Sequence[RolloutRequest], sampling: SamplingParams
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, T] token ids and their log-probabilities; what follows the first end of turn means nothing.
+        """[B, T] token ids and their log-probabilities; tokens after the first end of turn mean nothing.
 
-        Inverse transform sampling: the t-th uniform number of a request's own generator picks its t-th token, so a
-        request's response is its own, whatever ends before it or shares the batch.
+        Inverse transform sampling: the t-th uniform number of a request's own generator picks its t-th token. So the
+        response depends neither on what shares the batch nor on when the others end.
         """
         num_tokens, device = sampling.max_response_tokens, self._model.device
         uniform = torch.from_numpy(np.stack([np.random.default_rng(r.seed).random(num_tokens) for r in requests])).to(

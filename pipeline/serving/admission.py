@@ -1,4 +1,4 @@
-"""How much a replica takes on: what it cannot score soon it refuses at once, instead of letting a queue grow."""
+"""How many rows a replica accepts: it refuses at once what it cannot score soon, so that no long queue grows."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ SMOOTHING = 0.2
 """Share of the newest observation in the running estimate of seconds per row."""
 
 LONGEST_RETRY_S = 60
+"""The longest time after which a refused client is told to try again."""
 
 
 class Admission:
-    """Counts the rows taken on and not yet scored."""
+    """Counts the rows that were accepted and are not scored yet."""
 
     def __init__(self, max_pending_rows: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.pending_rows = 0
@@ -30,10 +31,10 @@ class Admission:
 
     @contextmanager
     def admit(self, rows: int) -> Iterator[None]:
-        """Holds room for the rows while the block runs. An idle replica takes a request of any size.
+        """Counts the rows as pending while the block runs. An idle replica accepts a request of any size.
 
         Raises:
-            Overloaded: they do not fit beside those already pending.
+            Overloaded: the rows do not fit beside those already pending.
         """
         if self.pending_rows and self.pending_rows + rows > self._max_pending_rows:
             raise Overloaded(
@@ -41,17 +42,17 @@ class Admission:
                 f"Ask again in {self.retry_after_s} s, or serve with more replicas."
             )
         self.pending_rows += rows
-        ahead, began = self.pending_rows, self._clock()
+        rows_until_done, started = self.pending_rows, self._clock()
         try:
             yield
         finally:
             self.pending_rows -= rows
-            # These rows were done when everything ahead of them was.
-            observed = (self._clock() - began) / max(1, ahead)
-            known = self._seconds_per_row
-            self._seconds_per_row = observed if known == 0.0 else known + SMOOTHING * (observed - known)
+            # When these rows are scored, so are the rows that were pending before them.
+            observed = (self._clock() - started) / max(1, rows_until_done)
+            estimate = self._seconds_per_row
+            self._seconds_per_row = observed if estimate == 0.0 else estimate + SMOOTHING * (observed - estimate)
 
     @property
     def retry_after_s(self) -> int:
-        """When what is pending should be done: whole seconds, at least one."""
+        """In how many whole seconds, at least one, the pending rows should be scored."""
         return min(LONGEST_RETRY_S, max(1, math.ceil(self.pending_rows * self._seconds_per_row)))

@@ -1,4 +1,4 @@
-"""Scores already given: people and evaluation scripts ask the same thing twice."""
+"""A cache of scores: people and evaluation scripts often send the same response twice."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pipeline.records import Message, RewardScore
 
 
 def row_key(prompt: Sequence[Message], response: str) -> bytes:
-    """The identity of a (prompt, response): SHA-256 over who said what, in order."""
+    """The identity of a (prompt, response): SHA-256 over the role and the text of every turn, in order."""
     turns = [[message["role"], message["content"]] for message in prompt]
     return hashlib.sha256(json.dumps([turns, response]).encode()).digest()
 
 
 class ScoreCache:
-    """Least recently used scores go first. Texts are not kept, so an entry is small: about 1 KB at four objectives."""
+    """Keeps the most recently used scores. It keeps no texts, so an entry is small: about 1 KB at four objectives."""
 
     def __init__(self, max_entries: int) -> None:
         self.hits = 0

@@ -4,9 +4,9 @@
         answer = scorer.score("Why is the sky blue?", ["Rayleigh scattering.", "Because."])
         answer.scores[0].reward, answer.scores[0].reward_std, answer.scores[0].contributions
 
-Scoring is a pure function, so whatever fails on the way is simply asked again until the deadline. Both clients share
-their questions and one exchange, written as a generator that says what to send and how long to wait; they differ in
-how they do so.
+Scoring is a pure function, so a request that failed on its way is sent again until the deadline. Both clients share
+their calls and one exchange: a generator that says what to send and how long to wait. They differ only in how they send
+and wait.
 """
 
 from __future__ import annotations
@@ -28,34 +28,37 @@ from pipeline.errors import ConfigError, DataError, DeadlineExceeded, WorkerDied
 from pipeline.records import Message
 from pipeline.serving.protocol import (
     TOKEN_VARIABLE,
-    Answer,
     BestOfAnswer,
     CompareAnswer,
-    ModelAnswer,
+    ModelDescription,
     ScoreAnswer,
     ScoreManyAnswer,
+    ServiceAnswer,
 )
 
-Prompt = str | Sequence[Message]
-"""The words of one user, or every turn up to where the assistant speaks."""
+PromptInput = str | Sequence[Message]
+"""The text of one user, or every turn before the response of the assistant."""
 
 PATIENCE_S = 60.0
-"""How long a service that cannot be reached, or that fails, is asked: Ray Serve replaces a dead HTTP proxy within 40 s,
-a dead replica sooner. A busy one is asked until the deadline."""
+"""How long a client tries a service that it cannot reach, or that fails. Ray Serve replaces a dead HTTP proxy within
+40 s, and a dead replica sooner. A busy service is tried until the deadline."""
 
 BUSY = {429, 503}
+"""HTTP statuses of a service that works and takes no more at present."""
 FAILED = {500, 502, 504}
+"""HTTP statuses of a service that fails."""
 
 SWAP_PAUSE_S = 0.5
-"""Between two looks at whether a new model has been rolled in everywhere."""
+"""How long a call that saw two models waits before it scores everything again."""
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0
-CONNECT_S = 10.0
+CONNECTION_TIMEOUT_S = 10.0
+"""How long a connection to the service may take."""
 
 BATCH_BYTES = 4 * 2**20
-"""Half of what a service takes by default."""
+"""The size of a request's texts, at most: half of what a service takes by default."""
 
-AnswerType = TypeVar("AnswerType", bound=Answer)
+AnswerType = TypeVar("AnswerType", bound=ServiceAnswer)
 
 
 @dataclass(frozen=True)
@@ -73,80 +76,89 @@ class Pause:
 
 
 Outcome = httpx.Response | httpx.TransportError | None
-"""What came of a step; nothing of a pause, or before the first."""
+"""The result of a step; None after a pause, and before the first step."""
 
 Result = TypeVar("Result")
 Steps = Generator[Send | Pause, Outcome, Result]
+"""A generator that yields steps, is sent their outcomes and returns a result."""
 
 
 def exchange(
     url: str,
     deadline_s: float,
     *,
-    ends: float | None = None,
+    ends_at: float | None = None,
     clock: Callable[[], float] = time.monotonic,
     uniform: Callable[[float, float], float] = random.uniform,
 ) -> Steps[httpx.Response]:
-    """One question, asked until it is answered: yields what to do next, is sent what came of it, returns the answer.
+    """Sends one request until it is answered: yields the next step, is sent its outcome, returns the answer.
 
-    Pauses double, and each is drawn uniformly between nothing and its length ("full jitter"), so that workers which
-    failed together do not come back together; after 429 or 503, Retry-After is waited out first.
+    The longest pause doubles each time, and each pause is drawn uniformly between 0 and its longest ("full jitter"). So
+    workers that failed together do not come back together. After 429 or 503 the time of Retry-After comes first.
 
     Args:
-        deadline_s: for this question, or for all that share an end.
-        ends: on the clock; None is `deadline_s` from now.
+        deadline_s: for this request, or for all requests that share `ends_at`.
+        ends_at: the deadline on the clock; None is `deadline_s` from now.
 
     Raises:
         ConfigError: the token is wrong, or no request can be made with this token and URL.
-        DataError: the service refuses the question.
-        WorkerDied: it could not be reached for `PATIENCE_S`.
-        WorkerError: it failed for as long.
+        DataError: the service refuses the request.
+        WorkerDied: the service could not be reached for `PATIENCE_S`.
+        WorkerError: the service failed for `PATIENCE_S`.
         DeadlineExceeded: no answer after `deadline_s`.
     """
-    ends = clock() + deadline_s if ends is None else ends
-    pause_s, trouble = FIRST_PAUSE_S, "no question: those before it took the time"
+    ends_at = clock() + deadline_s if ends_at is None else ends_at
+    pause_s, problem = FIRST_PAUSE_S, "no question: those before it took the time"
     failing_since: float | None = None
-    while (left := ends - clock()) > 0:
+    while (left := ends_at - clock()) > 0:
         outcome = yield Send(left)
-        at_least_s = 0.0
-        if isinstance(outcome, httpx.Response):
-            if outcome.is_success:
-                return outcome
-            trouble = f"{outcome.status_code}: {_detail(outcome)}"
-            if outcome.status_code in {401, 403}:
-                raise ConfigError(f"{url} refuses the token ({trouble}). Pass token=..., or set {TOKEN_VARIABLE}.")
-            if outcome.status_code not in BUSY | FAILED:
-                raise DataError(f"{url} refuses the request ({trouble})")
-            at_least_s = _retry_after_s(outcome)
-        elif isinstance(outcome, httpx.UnsupportedProtocol | httpx.LocalProtocolError):
-            raise ConfigError(
-                f"{url} cannot be asked ({outcome}). A URL is http://host:port or https://..., a token one line."
-            )
-        else:
-            trouble = repr(outcome)
-        if isinstance(outcome, httpx.Response) and outcome.status_code in BUSY:
+        answer = outcome if isinstance(outcome, httpx.Response) else None
+        if answer is not None and answer.is_success:
+            return answer
+        problem = _problem(url, outcome)
+        if answer is not None and answer.status_code in BUSY:
             failing_since = None
         elif failing_since is None:
             failing_since = clock()
         elif clock() - failing_since >= PATIENCE_S:
-            kind = WorkerError if isinstance(outcome, httpx.Response) else WorkerDied
-            raise kind(f"{url} failed for {PATIENCE_S:g} s, at last with {trouble}. Is the service running there?")
-        wait_s = at_least_s + uniform(0.0, pause_s)
-        if clock() + wait_s >= ends:
+            kind = WorkerDied if answer is None else WorkerError
+            raise kind(f"{url} failed for {PATIENCE_S:g} s, at last with {problem}. Is the service running there?")
+        wait_s = (0.0 if answer is None else _retry_after_s(answer)) + uniform(0.0, pause_s)
+        if clock() + wait_s >= ends_at:
             break
         yield Pause(wait_s)
         pause_s = min(2.0 * pause_s, LONGEST_PAUSE_S)
     raise DeadlineExceeded(
-        f"{url} did not answer within {deadline_s:g} s, at last with {trouble}. Ask for less at once, "
+        f"{url} did not answer within {deadline_s:g} s, at last with {problem}. Ask for less at once, "
         "serve with more replicas (cluster.scoring.replicas), or raise deadline_s (cluster.deadlines.score_s)."
     )
 
 
-class Options(TypedDict, total=False):
-    """Of both clients, beside the URL of the service."""
+def _problem(url: str, outcome: Outcome) -> str:
+    """Why there is no answer, in words.
+
+    Raises:
+        ConfigError, DataError: another attempt would fail in the same way.
+    """
+    if isinstance(outcome, httpx.UnsupportedProtocol | httpx.LocalProtocolError):
+        raise ConfigError(
+            f"{url} cannot be asked ({outcome}). A URL is http://host:port or https://..., a token one line."
+        )
+    if not isinstance(outcome, httpx.Response):
+        return repr(outcome)
+    problem = f"{outcome.status_code}: {_detail(outcome)}"
+    if outcome.status_code in {401, 403}:
+        raise ConfigError(f"{url} refuses the token ({problem}). Pass token=..., or set {TOKEN_VARIABLE}.")
+    if outcome.status_code not in BUSY | FAILED:
+        raise DataError(f"{url} refuses the request ({problem})")
+    return problem
+
+
+class ClientOptions(TypedDict, total=False):
+    """Options of both clients, beside the URL of the service."""
 
     token: str | None
-    """Its bearer token; by default that of VRM_SERVICE_TOKEN."""
+    """The service's bearer token; by default that of VRM_SERVICE_TOKEN."""
     deadline_s: float
     """How long a call may take, over all its requests and retries; 600 by default."""
     batch_size: int
@@ -156,8 +168,8 @@ class Options(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What both clients are made of, and all that is left of one that was pickled."""
+class ClientSettings:
+    """The state of both clients, and all that is pickled of one."""
 
     url: str
     token: str | None = None
@@ -166,93 +178,97 @@ class Settings:
     concurrency: int = 4
 
     @classmethod
-    def of(cls, url: str, options: Options) -> Settings:
+    def of(cls, url: str, options: ClientOptions) -> ClientSettings:
         settings = cls(url.rstrip("/"), **options)
         return settings if settings.token is not None else replace(settings, token=os.environ.get(TOKEN_VARIABLE))
 
-    def client_options(self) -> dict[str, Any]:
+    def httpx_options(self) -> dict[str, Any]:
+        """The arguments of httpx's clients."""
         headers = {} if self.token is None else {"authorization": f"Bearer {self.token}"}
         return {"base_url": self.url, "headers": headers, "limits": httpx.Limits(max_connections=self.concurrency)}
 
 
 @dataclass(frozen=True)
-class Question(Generic[AnswerType]):
-    """One request, and what its answer is."""
+class ApiCall(Generic[AnswerType]):
+    """One request to the service, and the type of its answer."""
 
     method: str
     path: str
     kind: type[AnswerType]
     body: Any = None
 
-    def steps(self, settings: Settings, ends: float | None) -> Steps[AnswerType]:
-        """An exchange that returns the answer itself."""
-        response = yield from exchange(f"{settings.url}{self.path}", settings.deadline_s, ends=ends)
+    def steps(self, settings: ClientSettings, ends_at: float | None) -> Steps[AnswerType]:
+        """An exchange that returns the parsed answer."""
+        response = yield from exchange(f"{settings.url}{self.path}", settings.deadline_s, ends_at=ends_at)
         return _parse(response, self.kind, settings.url)
 
-    def request(self, step: Send) -> dict[str, Any]:
+    def httpx_request(self, step: Send) -> dict[str, Any]:
         """The arguments of httpx's `request`."""
-        timeout = httpx.Timeout(step.timeout_s, connect=min(step.timeout_s, CONNECT_S))
+        timeout = httpx.Timeout(step.timeout_s, connect=min(step.timeout_s, CONNECTION_TIMEOUT_S))
         return {"method": self.method, "url": self.path, "json": self.body, "timeout": timeout}
 
 
-def comparison(prompt: Prompt, a: str, b: str) -> Question[CompareAnswer]:
-    return Question("POST", "/v1/compare", CompareAnswer, {"prompt": _json_of(prompt), "a": a, "b": b})
+def compare_call(prompt: PromptInput, a: str, b: str) -> ApiCall[CompareAnswer]:
+    return ApiCall("POST", "/v1/compare", CompareAnswer, {"prompt": _json_of(prompt), "a": a, "b": b})
 
 
-def choice(prompt: Prompt, responses: Sequence[str], lcb: float) -> Question[BestOfAnswer]:
+def best_of_call(prompt: PromptInput, responses: Sequence[str], lcb: float) -> ApiCall[BestOfAnswer]:
     body = {"prompt": _json_of(prompt), "responses": list(responses), "lcb": lcb}
-    return Question("POST", "/v1/best_of", BestOfAnswer, body)
+    return ApiCall("POST", "/v1/best_of", BestOfAnswer, body)
 
 
-INTRODUCTION = Question("GET", "/v1/model", ModelAnswer)
+MODEL_CALL = ApiCall("GET", "/v1/model", ModelDescription)
 
 
 class VRMScorer:
-    """Blocking client; many threads may share one. It can be pickled; its connections stay behind."""
+    """Blocking client. Many threads may share one. It can be pickled; the copy opens its own connections."""
 
-    def __init__(self, url: str, *, transport: httpx.BaseTransport | None = None, **options: Unpack[Options]) -> None:
-        self._settings = Settings.of(url, options)
-        self._client = httpx.Client(transport=transport, **self._settings.client_options())
+    def __init__(
+        self, url: str, *, transport: httpx.BaseTransport | None = None, **options: Unpack[ClientOptions]
+    ) -> None:
+        self._settings = ClientSettings.of(url, options)
+        self._client = httpx.Client(transport=transport, **self._settings.httpx_options())
 
-    def score(self, prompt: Prompt, responses: Sequence[str]) -> ScoreAnswer:
+    def score(self, prompt: PromptInput, responses: Sequence[str]) -> ScoreAnswer:
         """The responses to one prompt, in order."""
         return self.score_rows([prompt] * len(responses), responses)
 
-    def score_rows(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> ScoreAnswer:
-        """One score per (prompt, response), in order, in as many requests as it takes.
+    def score_rows(self, prompts: Sequence[PromptInput], responses: Sequence[str]) -> ScoreAnswer:
+        """One score per (prompt, response), in order, in as many requests as needed.
 
         Raises:
-            DataError: not one prompt per response, none at all, or what the service refuses.
+            DataError: not one prompt per response, none at all, or the service refuses them.
             ConfigError, WorkerError, DeadlineExceeded: as `exchange`.
         """
-        questions = plan_requests(prompts, responses, self._settings.batch_size)
-        ends = time.monotonic() + self._settings.deadline_s
-        if len(questions) == 1:
-            return merge([self._ask(questions[0])])
+        calls = plan_calls(prompts, responses, self._settings.batch_size)
+        ends_at = time.monotonic() + self._settings.deadline_s
+        if len(calls) == 1:
+            return merge([self._send(calls[0])])
         with ThreadPoolExecutor(self._settings.concurrency) as threads:
             while True:
-                calls = [threads.submit(self._ask, question, ends) for question in questions]
+                # All requests share the deadline and the connections of this client, whichever thread sends them.
+                futures = [threads.submit(self._send, call, ends_at) for call in calls]
                 try:
-                    answers = [call.result() for call in calls]
+                    answers = [future.result() for future in futures]
                 except BaseException:
-                    for call in calls:
-                        call.cancel()
+                    for future in futures:
+                        future.cancel()
                     raise
-                if agree(answers):
+                if come_from_one_model(answers):
                     return merge(answers)
-                time.sleep(min(SWAP_PAUSE_S, max(0.0, ends - time.monotonic())))
+                time.sleep(min(SWAP_PAUSE_S, max(0.0, ends_at - time.monotonic())))
 
-    def compare(self, prompt: Prompt, a: str, b: str) -> CompareAnswer:
-        """P(a > b), and because of what."""
-        return self._ask(comparison(prompt, a, b))
+    def compare(self, prompt: PromptInput, a: str, b: str) -> CompareAnswer:
+        """P(a > b), and what each objective contributes to it."""
+        return self._send(compare_call(prompt, a, b))
 
-    def best_of(self, prompt: Prompt, responses: Sequence[str], *, lcb: float = 0.0) -> BestOfAnswer:
-        """The candidates from best to worst by reward - lcb * reward_std."""
-        return self._ask(choice(prompt, responses, lcb))
+    def best_of(self, prompt: PromptInput, responses: Sequence[str], *, lcb: float = 0.0) -> BestOfAnswer:
+        """The responses from best to worst by reward - lcb * reward_std."""
+        return self._send(best_of_call(prompt, responses, lcb))
 
-    def model(self) -> ModelAnswer:
+    def model(self) -> ModelDescription:
         """The model behind the service."""
-        return self._ask(INTRODUCTION)
+        return self._send(MODEL_CALL)
 
     def close(self) -> None:
         self._client.close()
@@ -263,15 +279,15 @@ class VRMScorer:
     def __exit__(self, *raised: object) -> None:
         self.close()
 
-    def __getstate__(self) -> Settings:
+    def __getstate__(self) -> ClientSettings:
         return self._settings
 
-    def __setstate__(self, settings: Settings) -> None:
+    def __setstate__(self, settings: ClientSettings) -> None:
         self._settings = settings
-        self._client = httpx.Client(**settings.client_options())
+        self._client = httpx.Client(**settings.httpx_options())
 
-    def _ask(self, question: Question[AnswerType], ends: float | None = None) -> AnswerType:
-        steps = question.steps(self._settings, ends)
+    def _send(self, call: ApiCall[AnswerType], ends_at: float | None = None) -> AnswerType:
+        steps = call.steps(self._settings, ends_at)
         outcome: Outcome = None
         while True:
             try:
@@ -283,51 +299,51 @@ class VRMScorer:
                 outcome = None
                 continue
             try:
-                outcome = self._client.request(**question.request(step))
+                outcome = self._client.request(**call.httpx_request(step))
             except httpx.TransportError as error:
                 outcome = error
 
 
 class AsyncVRMScorer:
-    """The same for asyncio."""
+    """The same client for asyncio: methods, results and errors are those of `VRMScorer`."""
 
     def __init__(
-        self, url: str, *, transport: httpx.AsyncBaseTransport | None = None, **options: Unpack[Options]
+        self, url: str, *, transport: httpx.AsyncBaseTransport | None = None, **options: Unpack[ClientOptions]
     ) -> None:
-        self._settings = Settings.of(url, options)
-        self._client = httpx.AsyncClient(transport=transport, **self._settings.client_options())
+        self._settings = ClientSettings.of(url, options)
+        self._client = httpx.AsyncClient(transport=transport, **self._settings.httpx_options())
 
-    async def score(self, prompt: Prompt, responses: Sequence[str]) -> ScoreAnswer:
+    async def score(self, prompt: PromptInput, responses: Sequence[str]) -> ScoreAnswer:
         return await self.score_rows([prompt] * len(responses), responses)
 
-    async def score_rows(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> ScoreAnswer:
-        questions = plan_requests(prompts, responses, self._settings.batch_size)
-        ends = time.monotonic() + self._settings.deadline_s
-        room = asyncio.Semaphore(self._settings.concurrency)
+    async def score_rows(self, prompts: Sequence[PromptInput], responses: Sequence[str]) -> ScoreAnswer:
+        calls = plan_calls(prompts, responses, self._settings.batch_size)
+        ends_at = time.monotonic() + self._settings.deadline_s
+        slots = asyncio.Semaphore(self._settings.concurrency)
 
-        async def ask(question: Question[ScoreManyAnswer]) -> ScoreManyAnswer:
-            async with room:
-                return await self._ask(question, ends)
+        async def send(call: ApiCall[ScoreManyAnswer]) -> ScoreManyAnswer:
+            async with slots:
+                return await self._send(call, ends_at)
 
         while True:
-            calls = [asyncio.ensure_future(ask(question)) for question in questions]
+            tasks = [asyncio.ensure_future(send(call)) for call in calls]
             try:
-                answers = await asyncio.gather(*calls)
+                answers = await asyncio.gather(*tasks)
             finally:
-                for call in calls:
-                    call.cancel()
-            if agree(answers):
+                for task in tasks:
+                    task.cancel()
+            if come_from_one_model(answers):
                 return merge(answers)
-            await asyncio.sleep(min(SWAP_PAUSE_S, max(0.0, ends - time.monotonic())))
+            await asyncio.sleep(min(SWAP_PAUSE_S, max(0.0, ends_at - time.monotonic())))
 
-    async def compare(self, prompt: Prompt, a: str, b: str) -> CompareAnswer:
-        return await self._ask(comparison(prompt, a, b))
+    async def compare(self, prompt: PromptInput, a: str, b: str) -> CompareAnswer:
+        return await self._send(compare_call(prompt, a, b))
 
-    async def best_of(self, prompt: Prompt, responses: Sequence[str], *, lcb: float = 0.0) -> BestOfAnswer:
-        return await self._ask(choice(prompt, responses, lcb))
+    async def best_of(self, prompt: PromptInput, responses: Sequence[str], *, lcb: float = 0.0) -> BestOfAnswer:
+        return await self._send(best_of_call(prompt, responses, lcb))
 
-    async def model(self) -> ModelAnswer:
-        return await self._ask(INTRODUCTION)
+    async def model(self) -> ModelDescription:
+        return await self._send(MODEL_CALL)
 
     async def close(self) -> None:
         await self._client.aclose()
@@ -338,8 +354,8 @@ class AsyncVRMScorer:
     async def __aexit__(self, *raised: object) -> None:
         await self.close()
 
-    async def _ask(self, question: Question[AnswerType], ends: float | None = None) -> AnswerType:
-        steps = question.steps(self._settings, ends)
+    async def _send(self, call: ApiCall[AnswerType], ends_at: float | None = None) -> AnswerType:
+        steps = call.steps(self._settings, ends_at)
         outcome: Outcome = None
         while True:
             try:
@@ -351,15 +367,15 @@ class AsyncVRMScorer:
                 outcome = None
                 continue
             try:
-                outcome = await self._client.request(**question.request(step))
+                outcome = await self._client.request(**call.httpx_request(step))
             except httpx.TransportError as error:
                 outcome = error
 
 
-def plan_requests(
-    prompts: Sequence[Prompt], responses: Sequence[str], batch_size: int
-) -> list[Question[ScoreManyAnswer]]:
-    """Questions to `POST /v1/score`, of at most `batch_size` responses and about `BATCH_BYTES` each, in order.
+def plan_calls(
+    prompts: Sequence[PromptInput], responses: Sequence[str], batch_size: int
+) -> list[ApiCall[ScoreManyAnswer]]:
+    """Calls of `POST /v1/score`, of at most `batch_size` responses and about `BATCH_BYTES` each, in order.
 
     Neighbours with the same prompt share it.
 
@@ -380,16 +396,16 @@ def plan_requests(
         }
         for batch in _batches(rows, batch_size)
     ]
-    return [Question("POST", "/v1/score", ScoreManyAnswer, body) for body in bodies]
+    return [ApiCall("POST", "/v1/score", ScoreManyAnswer, body) for body in bodies]
 
 
-def agree(answers: Sequence[Answer]) -> bool:
-    """Whether one model gave them all. Scores of two cannot be compared, so a call that saw a swap asks again."""
+def come_from_one_model(answers: Sequence[ServiceAnswer]) -> bool:
+    """Whether one model gave all answers. Scores of two models cannot be compared: a client then scores again."""
     return len({answer.model_fingerprint for answer in answers}) == 1
 
 
 def merge(answers: Sequence[ScoreManyAnswer]) -> ScoreAnswer:
-    """The scores of a call's requests, in order; they `agree`."""
+    """The scores of all answers, which come from one model, in order."""
     scores = [score for answer in answers for item in answer.items for score in item]
     return ScoreAnswer(model_fingerprint=answers[0].model_fingerprint, scores=scores)
 
@@ -407,8 +423,28 @@ def _batches(rows: Sequence[tuple[Any, str]], batch_size: int) -> Iterator[list[
     yield batch
 
 
-def _json_of(prompt: Prompt) -> str | list[dict[str, str]]:
+def _json_of(prompt: PromptInput) -> str | list[dict[str, str]]:
     return prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
+
+
+def _trouble_worth_retrying(url: str, outcome: Outcome) -> str:
+    """What went wrong with a request, in words.
+
+    Raises:
+        ConfigError, DataError: the same request would fail again.
+    """
+    if isinstance(outcome, httpx.UnsupportedProtocol | httpx.LocalProtocolError):
+        raise ConfigError(
+            f"{url} cannot be asked ({outcome}). A URL is http://host:port or https://..., a token one line."
+        )
+    if not isinstance(outcome, httpx.Response):
+        return repr(outcome)
+    trouble = f"{outcome.status_code}: {_detail(outcome)}"
+    if outcome.status_code in {401, 403}:
+        raise ConfigError(f"{url} refuses the token ({trouble}). Pass token=..., or set {TOKEN_VARIABLE}.")
+    if outcome.status_code not in BUSY | FAILED:
+        raise DataError(f"{url} refuses the request ({trouble})")
+    return trouble
 
 
 def _detail(response: httpx.Response) -> str:
@@ -419,8 +455,8 @@ def _detail(response: httpx.Response) -> str:
 
 
 def _retry_after_s(response: httpx.Response) -> float:
-    given = response.headers.get("retry-after", "")
-    return float(given) if given.isdigit() else 0.0  # the other form, a date, would need clocks that agree
+    seconds = response.headers.get("retry-after", "")
+    return float(seconds) if seconds.isdigit() else 0.0  # the other form, a date, would need two clocks that agree
 
 
 def _parse(response: httpx.Response, kind: type[AnswerType], url: str) -> AnswerType:

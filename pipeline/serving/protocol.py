@@ -1,6 +1,6 @@
-"""What the scoring service and its clients say to each other, as JSON. Imports neither torch nor ray.
+"""The JSON that the scoring service and its clients exchange. Imports neither torch nor ray.
 
-A request refuses fields it does not know; an answer may hold more than an older client knows.
+A request refuses fields that it does not know. An answer may have fields that an older client does not know.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 from pipeline.records import Message, Role
 
 TOKEN_VARIABLE = "VRM_SERVICE_TOKEN"
-"""Environment variable that both sides take the bearer token from."""
+"""Environment variable from which service and clients take the bearer token."""
 
 MAX_TEXT_CHARS = 1_000_000
 
 Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 
 
-class Request(BaseModel):
+class ServiceRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class Answer(BaseModel):
+class ServiceAnswer(BaseModel):
     """Every answer names the model that gave it."""
 
     model_config = ConfigDict(protected_namespaces=())
@@ -32,25 +32,25 @@ class Answer(BaseModel):
     """SHA-256 over the checkpoint's files."""
 
 
-class ChatMessage(Request):
+class ChatMessage(ServiceRequest):
     role: Role
     content: Text
 
 
 Conversation = Text | Annotated[list[ChatMessage], Field(min_length=1, max_length=256)]
-"""A prompt: the words of one user, or every turn up to where the assistant speaks."""
+"""A prompt: the text of one user, or every turn before the response of the assistant."""
 
 Responses = Annotated[list[Text], Field(min_length=1, max_length=1024)]
 
 
-class ScoreRequest(Request):
+class ScoreRequest(ServiceRequest):
     """One prompt and the responses to score."""
 
     prompt: Conversation
     responses: Responses
 
 
-class ScoreManyRequest(Request):
+class ScoreManyRequest(ServiceRequest):
     """Many prompts, each with its responses."""
 
     items: Annotated[list[ScoreRequest], Field(min_length=1, max_length=1024)]
@@ -65,10 +65,10 @@ EitherScoreRequest = Annotated[
 ]
 
 
-class ScoredResponse(BaseModel):
+class ExplainedReward(BaseModel):
     """The reward of one response with its error bar and, for a VRM model, its reasons.
 
-    reward = sum of contributions, contribution = weight * score. A Bradley-Terry model gives no reasons: its mappings
+    reward = sum of contributions, contribution = weight * score. A Bradley-Terry model gives no reasons: the mappings
     are empty, and `reward_std` and `concentration` are 0.
     """
 
@@ -77,7 +77,7 @@ class ScoredResponse(BaseModel):
     reward_std: float
     """Posterior standard deviation."""
     concentration: float
-    """Total concentration of the posterior over the weights: the larger, the surer."""
+    """Total concentration of the posterior over the weights: a larger one means more certainty."""
     objective_weights: dict[str, float]
     objective_scores: dict[str, float]
     contributions: dict[str, float]
@@ -86,17 +86,17 @@ class ScoredResponse(BaseModel):
     the covariance (u_a . v_b + v_a . u_b) / 2."""
 
 
-class ScoreAnswer(Answer):
-    scores: list[ScoredResponse]
+class ScoreAnswer(ServiceAnswer):
+    scores: list[ExplainedReward]
     """In the order of the responses."""
 
 
-class ScoreManyAnswer(Answer):
-    items: list[list[ScoredResponse]]
+class ScoreManyAnswer(ServiceAnswer):
+    items: list[list[ExplainedReward]]
     """In the order of the prompts and their responses."""
 
 
-class CompareRequest(Request):
+class CompareRequest(ServiceRequest):
     """Two responses to one prompt."""
 
     prompt: Conversation
@@ -104,7 +104,7 @@ class CompareRequest(Request):
     b: Text
 
 
-class CompareAnswer(Answer):
+class CompareAnswer(ServiceAnswer):
     probability: float
     """P(a > b) = sigmoid(E / sqrt(1 + pi/8 * Var)) of the margin r(a) - r(b)."""
     preferred: Literal["a", "b", "tie"]
@@ -113,51 +113,54 @@ class CompareAnswer(Answer):
     contributions: dict[str, float]
     """What each objective adds to the margin."""
     decided_by: str | None
-    """The objective that speaks loudest for the preferred response; null for a tie, or without objectives."""
-    a: ScoredResponse
-    b: ScoredResponse
+    """The objective with the largest contribution in favour of the preferred response; null for a tie, or without
+    objectives."""
+    a: ExplainedReward
+    b: ExplainedReward
 
 
-class BestOfRequest(Request):
-    """One prompt and the candidates to choose from."""
+class BestOfRequest(ServiceRequest):
+    """One prompt and the responses to choose from."""
 
     prompt: Conversation
     responses: Responses
     lcb: Annotated[float, Field(ge=0, le=100)] = 0.0
-    """Rank by reward - lcb * reward_std: a doubtful reward must be larger to win."""
+    """Rank by reward - lcb * reward_std: an uncertain reward must be larger to win."""
 
 
-class Candidate(ScoredResponse):
+class RankedResponse(ExplainedReward):
+    """The reward of a response, and what ranks it among the others."""
+
     index: int
     """Its place in the request."""
     bound: float
     """reward - lcb * reward_std."""
 
 
-class BestOfAnswer(Answer):
+class BestOfAnswer(ServiceAnswer):
     best: int
     """Index of the winner."""
-    ranking: list[Candidate]
-    """Best first; equal ones in the order given."""
+    ranking: list[RankedResponse]
+    """Best first; equal responses in the order of the request."""
 
 
 class ObjectiveStatistics(BaseModel):
-    """Of the annotated scores of the training split."""
+    """Statistics of the annotated scores of the training split."""
 
     mean: float
     std: float
 
 
-class Limits(BaseModel):
-    """Of one request."""
+class RequestLimits(BaseModel):
+    """What one request may contain at most."""
 
     max_request_bytes: int
     max_rows: int
-    """Responses, over all prompts."""
+    """Responses of all prompts together."""
     max_text_chars: int
 
 
-class ModelAnswer(Answer):
+class ModelDescription(ServiceAnswer):
     """The model behind the service."""
 
     model_config = ConfigDict(protected_namespaces=())
@@ -171,27 +174,27 @@ class ModelAnswer(Answer):
     max_length: int
     """Tokens of prompt and response together. A longer prompt is cut from the left, a longer response at its end."""
     reward_mean: float
-    """Over held-out chosen and rejected responses."""
+    """Mean reward of held-out chosen and rejected responses."""
     reward_std: float
     objective_statistics: dict[str, ObjectiveStatistics]
     """Empty without annotations."""
     metrics: dict[str, float]
     """Held-out metrics at the end of training."""
     versions: dict[str, str]
-    limits: Limits
+    limits: RequestLimits
 
 
 class Complaint(BaseModel):
     """One thing that is wrong with a request."""
 
     loc: list[str | int]
-    """The way to the field, from "body" on."""
+    """The path to the field, from "body" on."""
     msg: str
     type: str
 
 
 class Refusal(BaseModel):
-    """What every answer other than 200 says."""
+    """The body of every answer whose status is not 200."""
 
     detail: str | list[Complaint]
 
@@ -200,8 +203,8 @@ class Health(BaseModel):
     status: Literal["ok", "busy"]
 
 
-def as_messages(prompt: str | list[ChatMessage]) -> tuple[Message, ...]:
-    """The conversation a prompt stands for."""
+def prompt_messages(prompt: str | list[ChatMessage]) -> tuple[Message, ...]:
+    """The messages of a prompt in either form."""
     if isinstance(prompt, str):
         return ({"role": "user", "content": prompt},)
     return tuple({"role": message.role, "content": message.content} for message in prompt)

@@ -1,4 +1,4 @@
-"""Between HTTP and the model: the questions people ask of a reward, answered from scores."""
+"""The scoring service between HTTP and the model: answers the requests of the protocol from scores of one model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pipeline.config.cluster import ScoringConfig
 from pipeline.errors import DataError, DeadlineExceeded, NumericsError
 from pipeline.models.reward_model import RewardModelCard
-from pipeline.objectives.reward_comparison import compare, rank
+from pipeline.objectives.reward_comparison import compare_rewards, rank_by_lower_bound
 from pipeline.records import Message, RewardScore
 from pipeline.serving.admission import Admission
 from pipeline.serving.cache import ScoreCache, row_key
@@ -18,30 +18,30 @@ from pipeline.serving.protocol import (
     MAX_TEXT_CHARS,
     BestOfAnswer,
     BestOfRequest,
-    Candidate,
     CompareAnswer,
     CompareRequest,
-    Limits,
-    ModelAnswer,
+    ExplainedReward,
+    ModelDescription,
     ObjectiveStatistics,
+    RankedResponse,
+    RequestLimits,
     ScoreAnswer,
-    ScoredResponse,
     ScoreManyAnswer,
     ScoreManyRequest,
     ScoreRequest,
-    as_messages,
+    prompt_messages,
 )
 
 Row = tuple[tuple[Message, ...], str]
 """A prompt and its response."""
 
 Rows = tuple[list[tuple[Message, ...]], list[str]]
-"""Prompts and their responses, as many of one as of the other."""
+"""The same as columns: prompts, and one response for each."""
 
 
 @dataclass
 class Counts:
-    """Finite scores since the replica started; sums, so that a monitor can take rates and means."""
+    """Counts and sums of the finite scores since the replica started, from which a monitor takes rates and means."""
 
     rows: int = 0
     reward_sum: float = 0.0
@@ -54,12 +54,15 @@ class Counts:
 
 
 class ScoringService:
-    """Answers the requests of the protocol with one model."""
+    """Answers the requests of the protocol with one model.
+
+    It runs on the event loop of its replica: between two awaits no other request runs, so nothing here needs a lock.
+    """
 
     def __init__(
         self,
         score_rows: Callable[[Rows], Awaitable[list[RewardScore]]],
-        model: ModelAnswer,
+        model: ModelDescription,
         *,
         admission: Admission,
         cache: ScoreCache,
@@ -73,21 +76,21 @@ class ScoringService:
         self._deadline_s = deadline_s
 
     async def score(self, request: ScoreRequest) -> ScoreAnswer:
-        scores = await self.scores([(as_messages(request.prompt), response) for response in request.responses])
+        scores = await self.scores([(prompt_messages(request.prompt), response) for response in request.responses])
         return ScoreAnswer(model_fingerprint=self.fingerprint, scores=[self._scored(score) for score in scores])
 
     async def score_many(self, request: ScoreManyRequest) -> ScoreManyAnswer:
         scores = await self.scores(
-            [(as_messages(item.prompt), response) for item in request.items for response in item.responses]
+            [(prompt_messages(item.prompt), response) for item in request.items for response in item.responses]
         )
         left = iter(scores)
         items = [[self._scored(next(left)) for _ in item.responses] for item in request.items]
         return ScoreManyAnswer(model_fingerprint=self.fingerprint, items=items)
 
     async def compare(self, request: CompareRequest) -> CompareAnswer:
-        prompt = as_messages(request.prompt)
+        prompt = prompt_messages(request.prompt)
         a, b = await self.scores([(prompt, request.a), (prompt, request.b)])
-        result = compare(a, b)
+        result = compare_rewards(a, b)
         return CompareAnswer(
             model_fingerprint=self.fingerprint,
             probability=result.probability,
@@ -101,22 +104,22 @@ class ScoringService:
         )
 
     async def best_of(self, request: BestOfRequest) -> BestOfAnswer:
-        prompt = as_messages(request.prompt)
+        prompt = prompt_messages(request.prompt)
         scores = await self.scores([(prompt, response) for response in request.responses])
         ranking = [
-            Candidate(index=i, bound=bound, **self._scored(scores[i]).model_dump())
-            for i, bound in rank(scores, lcb=request.lcb)
+            RankedResponse(index=i, bound=bound, **self._scored(scores[i]).model_dump())
+            for i, bound in rank_by_lower_bound(scores, lcb=request.lcb)
         ]
         return BestOfAnswer(model_fingerprint=self.fingerprint, best=ranking[0].index, ranking=ranking)
 
     async def scores(self, rows: Sequence[Row]) -> list[RewardScore]:
-        """One score per row, in order; a row that occurs twice, or was scored before, costs nothing again.
+        """One score per row, in order. A row that occurs twice, or is in the cache, is not scored again.
 
         Raises:
-            DataError: a conversation that the chat template refuses, or too many rows.
+            DataError: the chat template refuses a conversation, or there are too many rows.
             Overloaded: the replica is full.
-            DeadlineExceeded: they were not scored in time.
-            NumericsError: a reward that is not finite.
+            DeadlineExceeded: the rows were not scored in time.
+            NumericsError: a reward is not finite.
         """
         if len(rows) > self.model.limits.max_rows:
             raise DataError(
@@ -144,18 +147,18 @@ class ScoringService:
                 self.counts.add(score)
                 self.cache.put(key, score)
                 known[key] = score
-        return [found for key in keys if (found := known[key]) is not None]
+        return [known_score for key in keys if (known_score := known[key]) is not None]
 
     @property
     def fingerprint(self) -> str:
         return self.model.model_fingerprint
 
-    def _scored(self, score: RewardScore) -> ScoredResponse:
+    def _scored(self, score: RewardScore) -> ExplainedReward:
         # A Bradley-Terry model gives no weights, a decoder that is a network no scores: those dicts are empty.
         names = self.model.objectives
         weights = dict(zip(names, score.objective_weights, strict=False))
         scores = dict(zip(names, score.objective_scores, strict=False))
-        return ScoredResponse(
+        return ExplainedReward(
             reward=score.mean,
             reward_std=score.std,
             concentration=score.concentration,
@@ -171,15 +174,16 @@ def _transposed(rows: Sequence[Row]) -> Rows:
 
 
 DECODERS = {"gate": "bilinear", "regression": "linear", "bt": "linear", "ensemble": "linear"}
-"""Of the heads that have no choice of it."""
+"""Decoders of the heads that have only one; a vrm head has the decoder of its config."""
 
 
-def describe(
+def describe_model(
     card: RewardModelCard, config: ScoringConfig, fingerprint: str, versions: Mapping[str, str]
-) -> ModelAnswer:
-    """What `GET /v1/model` says of a checkpoint."""
-    statistics = zip(card.objectives, card.score_mean, card.score_std, strict=False)  # no annotations, no statistics
-    return ModelAnswer(
+) -> ModelDescription:
+    """The answer to `GET /v1/model` for a checkpoint."""
+    # Without annotations there are objectives, but no statistics.
+    statistics = zip(card.objectives, card.score_mean, card.score_std, strict=False)
+    return ModelDescription(
         model_fingerprint=fingerprint,
         head=card.head,
         decoder=DECODERS.get(card.head, card.vrm.decoder),
@@ -191,7 +195,7 @@ def describe(
         objective_statistics={name: ObjectiveStatistics(mean=mean, std=std) for name, mean, std in statistics},
         metrics=dict(card.metrics),
         versions=dict(versions),
-        limits=Limits(
+        limits=RequestLimits(
             max_request_bytes=config.max_request_bytes,
             max_rows=config.max_rows_per_request,
             max_text_chars=MAX_TEXT_CHARS,

@@ -10,45 +10,45 @@ from typing import Any, Unpack
 
 from pipeline.errors import DataError
 from pipeline.records import Message
-from pipeline.serving.client import Options, Prompt, VRMScorer
+from pipeline.serving.client import ClientOptions, PromptInput, VRMScorer
 from pipeline.serving.protocol import ScoreAnswer
 
 
 class VRMReward:
     """A callable with the signature TRL calls: (prompts, completions, **columns) -> rewards.
 
-    Through TRL's `log_metric` and `log_extra` it logs the mean standard deviation of the reward and the mean
-    contribution of each objective, and adds both to the table of completions. It can be pickled.
+    It also gives TRL the standard deviation of each reward and the contribution of each objective. `log_metric` gets
+    the means, `log_extra` the columns for the table of completions. It can be pickled.
     """
 
     __name__ = "vrm"
     """What TRL calls the reward in its logs."""
 
-    def __init__(self, url: str, *, lcb: float = 0.0, **client_options: Unpack[Options]) -> None:
+    def __init__(self, url: str, *, lcb: float = 0.0, **client_options: Unpack[ClientOptions]) -> None:
         """
         Args:
             url: of the service.
-            lcb: gives reward - lcb * reward_std, so that a doubtful reward counts less.
-            client_options: of `VRMScorer`.
+            lcb: gives reward - lcb * reward_std, so that an uncertain reward counts less.
+            client_options: the other arguments of `VRMScorer`.
         """
         self._lcb = lcb
         self._scorer = VRMScorer(url, **client_options)
 
     def __call__(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[PromptInput],
         completions: Sequence[str | Sequence[Message]],
         *,
         log_metric: Callable[[str, float], None] | None = None,
         log_extra: Callable[[str, list[float]], None] | None = None,
         **columns: Any,
     ) -> list[float]:
-        """One reward per completion. Other columns of the data set, and what else TRL passes, are not looked at.
+        """One reward per completion. Other columns of the data set, and TRL's other arguments, are ignored.
 
         Raises:
-            DataError: a completion that does not end with words of the assistant.
+            DataError: a completion that does not end with text of the assistant.
         """
-        rows = [conversation(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        rows = [split_completion(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         answer = self._scorer.score_rows([prompt for prompt, _ in rows], [response for _, response in rows])
         for name, values in _columns(answer).items():
             if log_metric is not None:
@@ -58,18 +58,19 @@ class VRMReward:
         return [score.reward - self._lcb * score.reward_std for score in answer.scores]
 
 
-def conversation(prompt: Prompt, completion: str | Sequence[Message]) -> tuple[Prompt, str]:
-    """A TRL completion as (everything before the last turn, the last turn's text).
+def split_completion(prompt: PromptInput, completion: str | Sequence[Message]) -> tuple[PromptInput, str]:
+    """A prompt and its TRL completion as (everything before the last turn, the last turn's text).
 
-    Text data sets give both as strings, conversational ones as messages; a completion may run over several turns.
+    Text data sets give prompt and completion as strings, conversational ones as messages. A completion may have several
+    turns.
 
     Raises:
-        DataError: messages that are no text, or do not end with the assistant.
+        DataError: messages that are not text, or do not end with the assistant.
     """
     if isinstance(completion, str):
         return prompt, completion
-    begun: Sequence[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    turns = [*begun, *completion]
+    prompt_turns: Sequence[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    turns = [*prompt_turns, *completion]
     for turn in turns:
         if not isinstance(turn.get("content"), str):
             raise DataError(

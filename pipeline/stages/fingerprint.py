@@ -12,11 +12,11 @@ from typing import Any
 def fingerprint(name: str, version: int, config: Mapping[str, Any], inputs: Sequence[str]) -> str:
     """SHA-256 over a stage's name, code version, canonical JSON of its configuration, and inputs' fingerprints.
 
-    Where the stage runs is no part of it: rescaling workers never invalidates a result.
+    Where the stage runs does not count: rescaling workers never invalidates a result.
 
     Args:
         name: of the stage.
-        version: raised by hand whenever the stage's code computes something else.
+        version: increased by hand when a change of the stage's code changes its result.
         config: JSON-able slice of the recipe that the stage reads.
         inputs: fingerprints of earlier stages and of data files, in order.
     """
@@ -26,7 +26,7 @@ def fingerprint(name: str, version: int, config: Mapping[str, Any], inputs: Sequ
 
 
 def directory_fingerprint(directory: str) -> str:
-    """SHA-256 over the names and contents of all files below a directory; where it lies is no part of it."""
+    """SHA-256 over the names and contents of all files below a directory; the directory's own path does not count."""
     digest = hashlib.sha256()
     for path in sorted(path for path in Path(directory).rglob("*") if path.is_file()):
         with path.open("rb") as stream:

@@ -26,13 +26,13 @@ SHOWN = {
     "response/tokens": "length",
     "tokens_per_s/step": "tokens/s",
 }
-"""Metrics worth a place on the progress line, and what it calls them."""
+"""Metric -> its name on the progress line."""
 
 
 class MetricsLog:
     """Appends to a stage's metrics.
 
-    Rows of steps from `first_step` on are dropped first: a resumed run writes them anew.
+    Rows of steps from `first_step` on are dropped first: a resumed run writes them again.
     """
 
     def __init__(
@@ -53,9 +53,13 @@ class MetricsLog:
         self._started = time.monotonic()
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """Raises WorkspaceError when no space is left."""
+        """Writes the row of a step, its points in TensorBoard and its progress line.
+
+        Raises:
+            WorkspaceError: no space is left.
+        """
         row = {"stage": self.stage, "step": step, "time": time.time(), **metrics}
-        with storage.telling_when_full(self._rows.name):
+        with storage.explaining_full_disk(self._rows.name):
             self._rows.write(json.dumps(row) + "\n")
             self._rows.flush()
         for name, value in metrics.items():
@@ -63,11 +67,11 @@ class MetricsLog:
         self._print(step, metrics)
 
     def _print(self, step: int, metrics: Metrics) -> None:
-        done, left = step + 1 - self.first_step, self.num_steps - step - 1
-        remaining = (time.monotonic() - self._started) / max(1, done) * left
+        num_done, num_left = step + 1 - self.first_step, self.num_steps - step - 1
+        remaining_s = (time.monotonic() - self._started) / max(1, num_done) * num_left
         shown = "  ".join(f"{label} {as_number(metrics[name])}" for name, label in SHOWN.items() if name in metrics)
-        place = f"{step + 1}/{self.num_steps}"
-        print(f"{self.stage:<19} {place:>9}  {shown}  {as_clock(remaining)} left", file=self.console, flush=True)
+        position = f"{step + 1}/{self.num_steps}"
+        print(f"{self.stage:<19} {position:>9}  {shown}  {as_clock(remaining_s)} left", file=self.console, flush=True)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -75,7 +79,7 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with storage.telling_when_full(self._rows.name):  # a row that found no space is tried once more
+        with storage.explaining_full_disk(self._rows.name):  # a row that found no space is written once more
             self._rows.close()
         self._curves.close()
 
@@ -100,7 +104,7 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
 
 
 def parse_metrics(text: str) -> list[dict[str, Any]]:
-    """As `read_metrics`, of the file's contents."""
+    """The rows of a metrics file's contents, as `read_metrics` returns them."""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 

@@ -75,8 +75,8 @@ def read_owner(workspace: str) -> Owner | None:
 def take(workspace: str, job: str, *, take_over: bool) -> Owner:
     """Makes this process the owner. A dead owner is replaced silently, a living one only with `take_over`.
 
-    Two jobs that start at the same moment are told apart by a file lock on a local workspace; on a remote one the later
-    writer wins and the earlier one learns of it at its next commit.
+    On a local workspace a file lock lets one of two jobs that start at the same moment go first. On a remote one the
+    later writer wins, and the earlier one learns of it at its next commit.
 
     Raises:
         WorkspaceLocked: another job holds the workspace.
@@ -105,7 +105,7 @@ def require_ownership(workspace: str, owner: Owner) -> None:
 
 
 def release(workspace: str, owner: Owner) -> None:
-    """Lets go, unless another job took over meanwhile."""
+    """Removes the record of the owner, unless another job has taken over."""
     if read_owner(workspace) == owner:
         storage.delete_file(storage.join(workspace, OWNER_FILE))
 
@@ -126,7 +126,7 @@ def _machine() -> str:
 
 
 def _start_ticks(pid: int) -> int | None:
-    """None when there is no such process, or only its unreaped rest."""
+    """None when there is no such process, or it has ended and was not reaped yet."""
     try:
         # The second field is the command in parentheses, which may itself hold blanks.
         after_command = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -6,17 +6,16 @@ import platform
 import resource
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
-from typing import Any
 
 import psutil
 
 from pipeline.errors import Preempted, WorkerDied
 from pipeline.records import Metrics, StageResult
-from pipeline.stages.fingerprint import fingerprint
 from pipeline.stages.metrics_log import as_clock
+from pipeline.stages.stage_spec import StageSpec
 from pipeline.stages.workspace import StageDirectory, Workspace
 
 PACKAGES = (
@@ -42,41 +41,28 @@ class StageRunner:
         self.workspace = workspace
 
     def run(
-        self,
-        name: str,
-        version: int,
-        compute: Callable[[StageDirectory], Metrics],
-        *,
-        config: Mapping[str, Any],
-        inputs: Sequence[StageResult] = (),
-        data: Sequence[str] = (),
-        keep_checkpoints: int = 2,
-        keep_best: str | None = None,
-        max_restarts: int = 0,
+        self, spec: StageSpec, compute: Callable[[StageDirectory], Metrics], *, max_restarts: int = 0
     ) -> StageResult:
         """The stage's result: from the workspace if it is there, else computed from its last committed step.
 
         Args:
-            name, version: identity of the stage's code.
             compute: fills `stage.result_uri`, returns the metrics to keep. Called again after a worker's death.
-            config: JSON-able slice of the recipe that `compute` reads.
-            inputs: results of earlier stages that `compute` reads.
-            data: content fingerprints of files that `compute` reads.
-            keep_checkpoints, keep_best: as in `CheckpointStore`.
             max_restarts: how often a death of a worker is answered by starting again from the last commit.
         """
-        identity = fingerprint(name, version, config, [result.fingerprint for result in inputs] + list(data))
-        stage = self.workspace.stage(name, identity, keep_checkpoints=keep_checkpoints, keep_best=keep_best)
+        name = spec.name
+        stage = self.workspace.stage(
+            name, spec.fingerprint, keep_checkpoints=spec.keep_checkpoints, keep_best=spec.keep_best
+        )
         finished = stage.result()
         if finished is not None:
             stage.checkpoints.delete()
             print(f"{name:<19} finished before, skipped", flush=True)
             return finished
         if self.workspace.notice.is_given():
-            raise Preempted(f"asked to end: {name} was not begun. The same command resumes.")
+            raise Preempted(f"asked to end: {name} was not started. The same command resumes.")
         checkpoint = stage.checkpoints.latest()
-        begin = "starts" if checkpoint is None else f"resumes behind step {checkpoint.step + 1}"
-        print(f"{name:<19} {begin}", flush=True)
+        beginning = "starts" if checkpoint is None else f"resumes after step {checkpoint.step + 1}"
+        print(f"{name:<19} {beginning}", flush=True)
         started = time.monotonic()
         with PeakMemory() as memory:
             metrics = self._compute(name, compute, stage, max_restarts)
@@ -86,9 +72,9 @@ class StageRunner:
             "driver_peak_gib": driver_peak_gib(),
             "node_peak_gib": memory.peak_gib,
             "versions": installed_versions(),
-            "inputs": [result.fingerprint for result in inputs],
-            "data": list(data),
-            "config": dict(config),
+            "inputs": list(spec.inputs),
+            "data": list(spec.data),
+            "config": dict(spec.config),
         }
         result = stage.finish(metrics, details)
         print(f"{name:<19} finished in {as_clock(seconds)}", flush=True)
@@ -142,7 +128,7 @@ def driver_peak_gib() -> float:
 
 
 def installed_versions() -> dict[str, str]:
-    """What a manifest records of the software."""
+    """Versions of Python and of `PACKAGES`, as a manifest records them."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

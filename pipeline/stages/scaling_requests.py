@@ -1,4 +1,4 @@
-"""What a user asks of a running job, left in its workspace and read by the job between batches."""
+"""A user's requests to a running job: written into its workspace, read by the job between batches."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def request_rollout_workers(workspace: str, num_workers: int) -> None:
 
 
 def requested_rollout_workers(workspace: str) -> int | None:
-    """What was asked of the running job, if anything."""
+    """The number of rollout workers that the user requested of the running job; None without a request."""
     text = storage.read_text(storage.join(workspace, REQUEST_FILE))
     return None if text is None else int(json.loads(text)["rollout_workers"])
 
 
 def forget_requests(workspace: str) -> None:
-    """A request is for the job that runs; the next one starts as its recipe says."""
+    """Deletes a request: it is for the job that runs, and the next job starts as its recipe says."""
     storage.delete_file(storage.join(workspace, REQUEST_FILE))

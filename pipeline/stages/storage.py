@@ -29,27 +29,30 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def is_local(uri: str) -> bool:
+    """Whether the URI is a path of this machine."""
     return "://" not in uri or uri.startswith("file://")
 
 
 def local_path(uri: str) -> str:
+    """The path of a local URI."""
     return uri.removeprefix("file://")
 
 
 def join(uri: str, *parts: str) -> str:
+    """The URI of something below `uri`."""
     return "/".join([uri.rstrip("/"), *parts])
 
 
 @contextmanager
 def writing(uri: str) -> Iterator[str]:
-    """A local directory to fill; its contents stand at `uri` when the block ends without an error.
+    """A local directory to fill; its contents are at `uri` when the block ends without an error.
 
     Several ranks may write different files of one directory at the same time.
 
     Raises:
         WorkspaceError: no space is left.
     """
-    with telling_when_full(uri):
+    with explaining_full_disk(uri):
         if is_local(uri):
             os.makedirs(local_path(uri), exist_ok=True)
             yield local_path(uri)
@@ -60,8 +63,8 @@ def writing(uri: str) -> Iterator[str]:
 
 
 @contextmanager
-def telling_when_full(uri: str) -> Iterator[None]:
-    """Says what to do when the block, which writes to `uri`, finds no space.
+def explaining_full_disk(uri: str) -> Iterator[None]:
+    """Turns the error of a block that finds no space to write `uri` into one that says what to do.
 
     Raises:
         WorkspaceError: no space is left.
@@ -107,14 +110,14 @@ def read_text(uri: str) -> str | None:
 def write_text(uri: str, text: str) -> None:
     """Writes a small file so that a reader sees the old text or the new, never half of it.
 
-    Locally it also survives a power failure. A remote file system that can rename may show no file for a moment when
-    there was one before; commits are written once, so they are never in that state.
+    Locally it also survives a power failure. A remote file system that can rename may show no file for a moment
+    when there was one before. Commits are written once, so they are never in that state.
 
     Raises:
         WorkspaceError: no space is left.
     """
     if is_local(uri):
-        with telling_when_full(uri):
+        with explaining_full_disk(uri):
             _write_local(local_path(uri), text)
         return
     filesystem, path = _resolve(uri)
@@ -147,7 +150,7 @@ def make_durable(uri: str) -> None:
     """
     if not is_local(uri):
         return
-    with telling_when_full(uri):
+    with explaining_full_disk(uri):
         for directory, _, files in os.walk(local_path(uri)):
             for name in files:
                 _sync(os.path.join(directory, name))
@@ -167,7 +170,7 @@ def require_writable(uri: str, *, needs_bytes: int) -> None:
         delete_file(probe)
     except OSError as error:
         raise WorkspaceError(
-            f"{uri} cannot be written: {error}. Choose another --workspace, or mend its rights."
+            f"{uri} cannot be written: {error}. Choose another --workspace, or correct its permissions."
         ) from error
     if not is_local(uri):
         return
@@ -219,11 +222,11 @@ def _resolve(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 def _errno(error: OSError | SafetensorError) -> int | None:
-    """safetensors writes in Rust, and tells the number only in words: "... (os error 28)"."""
+    """The error number. Safetensors writes in Rust and has it only in the text: "... (os error 28)"."""
     if isinstance(error, OSError):
         return error.errno
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    return int(told[1]) if told else None
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return int(match[1]) if match else None
 
 
 def _sync(path: str) -> None:

@@ -34,6 +34,7 @@ from pipeline.stages import ownership, storage
 from pipeline.stages.metrics_log import METRICS_FILE, MetricsLog, parse_metrics, read_metrics
 from pipeline.stages.ownership import Owner
 from pipeline.stages.preemption import PreemptionNotice, WaitCutShort
+from pipeline.stages.stage_spec import StageSpec
 
 MANIFEST_FILE = "manifest.json"
 PROGRESS_FILE = "progress.json"
@@ -48,19 +49,19 @@ class Checkpoint:
     step: int
     uri: str
     state: dict[str, Any]
-    """What the loop itself needs to go on, such as the KL coefficient."""
+    """What the loop itself needs to continue, such as the KL coefficient."""
 
 
 def _always() -> None:
-    """A commit that asks nobody."""
+    """Allows every commit: the workspace has no owner to ask."""
 
 
 NO_NOTICE = PreemptionNotice()
-"""One that is never given: nobody watches."""
+"""A notice that is never given: no signal is watched."""
 
 
 class CheckpointStore:
-    """The checkpoints of one stage. A directory without a commit is the rest of a killed save and is never read."""
+    """The checkpoints of one stage. A directory without a commit is left over from a killed save and is never read."""
 
     def __init__(
         self, uri: str, *, keep: int, keep_best: str | None = None, before_commit: Callable[[], None] = _always
@@ -74,7 +75,7 @@ class CheckpointStore:
         self._keep = keep
         self._keep_best = keep_best
         self._before_commit = before_commit
-        self._under_way: threading.Thread | None = None
+        self._save_thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def uri(self, step: int) -> str:
@@ -82,9 +83,9 @@ class CheckpointStore:
         return storage.join(self._uri, f"step-{step:06d}")
 
     def save(self, step: int, snapshot: Callable[[], Snapshot], state: dict[str, Any]) -> None:
-        """Copies the state after `step`, and writes and commits it while training goes on.
+        """Copies the state after `step`, and writes and commits it while training continues.
 
-        One save at a time: it waits for the one before, so that host memory holds one copy.
+        Waits for the save before, so that host memory holds one copy at a time.
 
         Raises:
             PipelineError: the save before this one failed.
@@ -99,25 +100,25 @@ class CheckpointStore:
             except BaseException as error:
                 self._error = error
 
-        # Not waited for when the process ends: a save cut short has no commit.
-        self._under_way = threading.Thread(target=write_and_commit, name=f"save step {step}", daemon=True)
-        self._under_way.start()
+        # A daemon: the process may end without it, for a save that was cut short has no commit.
+        self._save_thread = threading.Thread(target=write_and_commit, name=f"save step {step}", daemon=True)
+        self._save_thread.start()
 
     def settle(self) -> None:
-        """Waits for the save under way; raises what made it fail."""
-        if self._under_way is not None:
-            self._under_way.join()
-            self._under_way = None
+        """Waits for a save that still runs; raises what made it fail."""
+        if self._save_thread is not None:
+            self._save_thread.join()
+            self._save_thread = None
         self.require_sound()
 
     def require_sound(self) -> None:
-        """Raises what made the last save fail, if that is known already. Asked at every step."""
+        """Raises what made the last save fail, if that is known already. To be called at every step."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
     def commit(self, step: int, state: dict[str, Any]) -> None:
-        """Makes the state after `step` the latest; then deletes all but the newest `keep`, the best, and every rest."""
+        """Makes the state after `step` the latest, then deletes all others but the newest `keep` and the best."""
         storage.make_durable(self.uri(step))
         self._before_commit()
         storage.write_text(f"{self.uri(step)}.json", json.dumps({"step": step, "state": state}))
@@ -126,26 +127,26 @@ class CheckpointStore:
         self._delete_all_but(kept if best is None else [best.step, *kept])
 
     def better_than(self, metrics: Metrics) -> Checkpoint | None:
-        """The best checkpoint, if `keep_best` prefers it to a model with these metrics; a save under way counts."""
+        """The best checkpoint, if `keep_best` prefers it to a model with these metrics. Waits for a save that runs."""
         self.settle()
         best = self._best()
         return best if best is not None and self._merit(best.state["metrics"]) > self._merit(metrics) else None
 
     def _best(self) -> Checkpoint | None:
-        """Of several that are equally good the newest."""
+        """The committed checkpoint that `keep_best` prefers; of equally good ones the newest."""
         if self._keep_best is None:
             return None
         commits = [self._read(step) for step in self._committed_steps()]
         return max(commits, key=lambda commit: (self._merit(commit.state["metrics"]), commit.step), default=None)
 
     def _merit(self, metrics: Metrics) -> float:
-        """A commit on short notice may not have been evaluated: nothing speaks for it."""
+        """Larger is better. A commit after a preemption notice may lack the metric: then it is the worst."""
         assert self._keep_best is not None
         sign = -1.0 if self._keep_best.startswith("-") else 1.0
         return sign * metrics.get(self._keep_best.removeprefix("-"), -sign * math.inf)
 
     def latest(self, *, before: int | None = None) -> Checkpoint | None:
-        """The newest committed checkpoint, of a step below `before` if given; a save under way is waited for.
+        """The newest committed checkpoint, of a step below `before` if given. Waits for a save that runs.
 
         Raises:
             CorruptManifest: its commit cannot be read.
@@ -158,17 +159,18 @@ class CheckpointStore:
 
     def _read(self, step: int) -> Checkpoint:
         commit = f"{self.uri(step)}.json"
-        cure = f"Delete {commit} to resume from the checkpoint before it."
-        values = _read_record(commit, keys=("step", "state"), cure=cure)
+        remedy = f"Delete {commit} to resume from the checkpoint before it."
+        values = _read_record(commit, keys=("step", "state"), remedy=remedy)
         return Checkpoint(step=values["step"], uri=self.uri(step), state=values["state"])
 
     def delete_uncommitted(self) -> None:
-        """Removes the rests of killed saves, so that a new save never mixes with an old one."""
+        """Removes what killed saves left, so that a new save never mixes with an old one."""
         with contextlib.suppress(Exception):  # why the last attempt failed is known, and it starts again
             self.settle()
         self._delete_all_but(self._committed_steps())
 
     def delete(self) -> None:
+        """Removes all checkpoints of the stage."""
         storage.delete_directory(self._uri)
 
     def _delete_all_but(self, kept: Sequence[int]) -> None:
@@ -212,6 +214,17 @@ class StageDirectory:
             before_commit=self._before_commit,
         )
 
+    @classmethod
+    def shared(cls, root: str, spec: StageSpec) -> StageDirectory:
+        """The place of a stage below a directory that no job holds."""
+        return cls(
+            stage_uri(root, spec.name, spec.fingerprint),
+            spec.name,
+            spec.fingerprint,
+            keep_checkpoints=spec.keep_checkpoints,
+            keep_best=spec.keep_best,
+        )
+
     def result(self) -> StageResult | None:
         """The finished result, or None.
 
@@ -227,26 +240,26 @@ class StageDirectory:
         )
 
     def is_commit_due(self, step: int, *, every: int) -> bool:
-        """Every so many steps, and when this process is about to be ended."""
+        """True every so many steps, and when this process was asked to end."""
         return (step + 1) % every == 0 or self._notice.is_given()
 
     def leave_if_preempted(self, step: int | None = None) -> None:
-        """To be called behind the save of `step`, or by a stage that saves nothing on its way.
+        """To be called after the save of `step`, or by a stage that saves nothing before its end.
 
         Raises:
             Preempted: this process was asked to end, and the step is committed.
         """
         if self._notice.is_given():
             self.checkpoints.settle()
-            kept = "begins anew" if step is None else f"is committed behind step {step + 1}"
-            raise Preempted(f"asked to end: {self.name} {kept}. The same command resumes.")
+            outcome = "starts again from its beginning" if step is None else f"is committed after step {step + 1}"
+            raise Preempted(f"asked to end: {self.name} {outcome}. The same command resumes.")
 
     @contextlib.contextmanager
     def given_up_if_preempted(self, step: int, save: Callable[[int], None]) -> Iterator[None]:
-        """Around the part of `step` that only reads the learner: a notice within it is the end of the step.
+        """Around the part of `step` that only reads the learner: a notice inside it ends the step.
 
         Args:
-            save: saves the state behind a step; asked for that of the step before, where it is not committed.
+            save: saves the state after a step; called for the step before, unless that is committed.
 
         Raises:
             Preempted: this process was asked to end, and the step before is committed.
@@ -260,11 +273,11 @@ class StageDirectory:
             self.leave_if_preempted(step - 1 if step > 0 else None)
 
     def cut_short_if_preempted(self) -> contextlib.AbstractContextManager[None]:
-        """Around the wait for rollouts, within `given_up_if_preempted`: it ends with the notice."""
+        """Around the wait for rollouts, inside `given_up_if_preempted`: the notice ends the wait."""
         return self._notice.cutting_short()
 
     def give_up_if_preempted(self) -> None:
-        """Between two calls within `given_up_if_preempted`: the second is not begun after the notice."""
+        """Between two calls inside `given_up_if_preempted`: after the notice the second is not made."""
         self._notice.end_if_given()
 
     def delete_uncommitted(self) -> None:
@@ -289,11 +302,11 @@ class StageDirectory:
             CorruptManifest: it cannot be read.
         """
         uri = storage.join(self.uri, MANIFEST_FILE)
-        cure = f"Delete {uri} to compute the stage again from its last checkpoint."
-        return _read_record(uri, keys=("name", "fingerprint", "metrics"), cure=cure)
+        remedy = f"Delete {uri} to compute the stage again from its last checkpoint."
+        return _read_record(uri, keys=("name", "fingerprint", "metrics"), remedy=remedy)
 
     def metrics_log(self, num_steps: int, first_step: int) -> MetricsLog:
-        """Opens the stage's metrics behind its last commit, and records how many steps there will be."""
+        """Opens the stage's metrics after its last commit, and records how many steps there will be."""
         storage.write_text(storage.join(self.uri, PROGRESS_FILE), json.dumps({"num_steps": num_steps}))
         if first_step > 0:
             # The copy of the last commit, not what another attempt may have left on this machine.
@@ -303,27 +316,27 @@ class StageDirectory:
     def metrics_rows(self) -> list[dict[str, Any]]:
         """The rows written so far; empty for a stage that has written none."""
         path = os.path.join(self.metrics_directory, METRICS_FILE)
-        here = read_metrics(path) if os.path.exists(path) else []
+        local = read_metrics(path) if os.path.exists(path) else []
         if storage.is_local(self.uri):
-            return here
-        # The copy of the last commit is behind the machine that writes, and ahead of one that wrote before.
+            return local
+        # The copy was made at the last commit: the machine that writes has more rows, one that wrote before has fewer.
         copy = parse_metrics(storage.read_text(storage.join(self.uri, "metrics", METRICS_FILE)) or "")
-        return max(here, copy, key=len)
+        return max(local, copy, key=len)
 
     def num_steps(self) -> int | None:
-        """How many steps the stage takes, once it has begun to take them."""
+        """How many steps the stage takes; None before its first step."""
         uri = storage.join(self.uri, PROGRESS_FILE)
         if storage.read_text(uri) is None:
             return None
-        return _read_record(uri, keys=("num_steps",), cure=f"Delete {uri}; it only serves the display.")["num_steps"]
+        return _read_record(uri, keys=("num_steps",), remedy=f"Delete {uri}; it only serves the display.")["num_steps"]
 
     @property
     def metrics_directory(self) -> str:
-        """Local, for object stores cannot append; a remote workspace gets a copy at every commit."""
+        """A local directory: object stores cannot append. A remote workspace gets a copy at every commit."""
         if storage.is_local(self.uri):
             return storage.local_path(self.uri)
-        place = hashlib.sha256(self.uri.encode()).hexdigest()[:16]
-        return os.path.join(os.path.expanduser("~/.cache/vrm-pipeline/metrics"), place)
+        name = hashlib.sha256(self.uri.encode()).hexdigest()[:16]
+        return os.path.join(os.path.expanduser("~/.cache/vrm-pipeline/metrics"), name)
 
     def _before_commit(self) -> None:
         self._require_ownership()
@@ -354,11 +367,11 @@ class Workspace:
         needs_bytes: int = LEAST_FREE_BYTES,
         notice: PreemptionNotice = NO_NOTICE,
     ) -> Workspace:
-        """Takes the workspace for this process, or says who has it.
+        """Takes the workspace for this process.
 
         Args:
             uri: a local path, or a URI that pyarrow.fs knows.
-            job: what to call this job in front of others.
+            job: the name of this job in messages to other jobs.
             take_over: take it from a living owner too.
             needs_bytes: estimate of what the run will write.
             notice: that this process is about to be ended.
@@ -373,7 +386,7 @@ class Workspace:
     def stage(
         self, name: str, fingerprint: str, *, keep_checkpoints: int = 2, keep_best: str | None = None
     ) -> StageDirectory:
-        uri = storage.join(self.uri, "stages", f"{name}-{fingerprint[:12]}")
+        uri = stage_uri(storage.join(self.uri, "stages"), name, fingerprint)
         return StageDirectory(
             uri,
             name,
@@ -385,7 +398,7 @@ class Workspace:
         )
 
     def close(self) -> None:
-        """Lets go, unless another job took over meanwhile."""
+        """Releases the workspace, unless another job has taken over."""
         ownership.release(self.uri, self._owner)
 
     def __enter__(self) -> Workspace:
@@ -397,16 +410,20 @@ class Workspace:
         self.close()
 
 
-def _read_record(uri: str, *, keys: Sequence[str], cure: str) -> dict[str, Any]:
-    """A JSON object with at least these keys, or a CorruptManifest with its cure."""
+def stage_uri(root: str, name: str, fingerprint: str) -> str:
+    return storage.join(root, f"{name}-{fingerprint[:12]}")
+
+
+def _read_record(uri: str, *, keys: Sequence[str], remedy: str) -> dict[str, Any]:
+    """A JSON object with at least these keys, or a CorruptManifest with its remedy."""
     text = storage.read_text(uri)
     try:
         values = json.loads(text or "")
     except json.JSONDecodeError as error:
-        raise CorruptManifest(f"{uri} cannot be read ({error}). {cure}") from error
+        raise CorruptManifest(f"{uri} cannot be read ({error}). {remedy}") from error
     if not isinstance(values, dict):
-        raise CorruptManifest(f"{uri} holds {values!r:.60}, not an object. {cure}")
+        raise CorruptManifest(f"{uri} holds {values!r:.60}, not an object. {remedy}")
     missing = [key for key in keys if key not in values]
     if missing:
-        raise CorruptManifest(f"{uri} lacks {', '.join(missing)}. {cure}")
+        raise CorruptManifest(f"{uri} lacks {', '.join(missing)}. {remedy}")
     return values

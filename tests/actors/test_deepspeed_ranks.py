@@ -17,17 +17,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 from actors.deepspeed_engine import zero_config
-from actors.ppo_learner import PPOLearnerSpec, build_ppo_learner, ppo_learner
+from actors.deepspeed_learners import deepspeed_ppo_learner, deepspeed_reward_trainer
 from actors.rank_group import RankGroup
 from actors.ranked_learner import RankedLearner, RankedPolicyLearner
-from actors.reward_trainer import RewardTrainerSpec, build_reward_trainer
 from pipeline.config.alignment import PPOConfig
 from pipeline.config.cluster import DeadlinesConfig, RanksConfig
 from pipeline.config.models import LoRAConfig, OptimiserConfig
 from pipeline.config.reward import RewardConfig
 from pipeline.errors import DeadlineExceeded, WorkerDied
+from pipeline.learning.builders import PPOLearnerSpec, RewardTrainerSpec, build_ppo_learner, reference_in_process
 from pipeline.learning.engine import TorchEngine
-from pipeline.learning.ppo_learner import frozen_reference
 from pipeline.models.lora import merged
 from pipeline.models.onednn_linear import OneDNNLinear
 from pipeline.rollouts.numerics_gate import choose_probes
@@ -49,29 +48,29 @@ CONFIG = RewardConfig(
 def start(tiny_policy, world, zero_stage, lora=None, offload=False):
     spec = RewardTrainerSpec(
         config=CONFIG.model_copy(update={"lora": lora}),
-        ranks=RanksConfig(ranks=2, cpus_per_rank=1, zero_stage=zero_stage, offload_optimiser=offload),
         backbone_uri=tiny_policy,
         statistics=statistics_of(world),
         num_steps=8,
         seed=0,
     )
-    group = RankGroup("test ranks", spec.ranks, start_s=240)
-    group.build(build_trainer, spec)
+    ranks = RanksConfig(ranks=2, cpus_per_rank=1, zero_stage=zero_stage, offload_optimiser=offload)
+    group = RankGroup("test ranks", ranks, start_s=240)
+    group.build(build_trainer, spec, ranks)
     return group
 
 
-def build_trainer(spec, device):
+def build_trainer(spec, ranks, device):
     """Runs on every rank, as `build_learner` does."""
-    return offloading_as_asked(build_reward_trainer(spec, device), spec)
+    return offloading_as_asked(deepspeed_reward_trainer(spec, ranks, device), ranks)
 
 
-def build_learner(spec, device):
-    return offloading_as_asked(build_ppo_learner(spec, device), spec)
+def build_learner(spec, ranks, device):
+    return offloading_as_asked(deepspeed_ppo_learner(spec, ranks, device), ranks)
 
 
-def offloading_as_asked(learner, spec):
+def offloading_as_asked(learner, ranks):
     """Where there is no GPU, only DeepSpeed itself can tell whether it offloads."""
-    assert learner.engine._engine.zero_cpu_offload() == spec.ranks.offload_optimiser
+    assert learner.engine._engine.zero_cpu_offload() == ranks.offload_optimiser
     return learner
 
 
@@ -154,7 +153,6 @@ def test_ppo_on_two_ranks_agrees_with_one_process_and_each_resumes_what_the_othe
     )
     spec = PPOLearnerSpec(
         config=ALIGNMENT.model_copy(update={"ppo": ppo}),
-        ranks=RanksConfig(ranks=2, cpus_per_rank=1, zero_stage=zero_stage, offload_optimiser=offload),
         policy_uri=tiny_policy,
         reward_model_uri=trained_reward_model,
         dtype="float32",
@@ -171,9 +169,10 @@ def test_ppo_on_two_ranks_agrees_with_one_process_and_each_resumes_what_the_othe
     metrics = alone.update(experience, 1)
     published = alone.publish_weights(2)
     policy = load_file(f"{published.location}/model.safetensors")
-    with RankGroup("test ranks", spec.ranks, start_s=240) as group:
+    ranks = RanksConfig(ranks=2, cpus_per_rank=1, zero_stage=zero_stage, offload_optimiser=offload)
+    with RankGroup("test ranks", ranks, start_s=240) as group:
         # Elsewhere than one process did: a policy that was read from a file may change when it is written over.
-        group.build(build_learner, replace(spec, publish_directory=str(tmp_path / "published by ranks")))
+        group.build(build_learner, replace(spec, publish_directory=str(tmp_path / "published by ranks")), ranks)
         learner = RankedPolicyLearner(group, DeadlinesConfig())
         learner.restore(str(tmp_path / "one process"))
         for ours, theirs in zip(learner.evaluate(samples), evaluations, strict=True):
@@ -195,8 +194,7 @@ def test_ppo_on_two_ranks_agrees_with_one_process_and_each_resumes_what_the_othe
 
 
 def in_one_process(spec):
-    cpu = torch.device("cpu")
-    return ppo_learner(spec, TorchEngine, lambda frozen: frozen_reference(frozen.eval(), dtype=spec.dtype, device=cpu))
+    return build_ppo_learner(spec, TorchEngine, reference_in_process(spec.dtype, "cpu"))
 
 
 def test_under_bfloat16_no_parameter_is_rounded_on_its_way_between_ranks():

@@ -1,17 +1,18 @@
 """What a rank builds its learner from: the policy of one checkpoint, the critic of another."""
 
-from functools import partial
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from actors.ppo_learner import PPOLearnerSpec, ppo_learner
-from actors.reward_trainer import RewardTrainerSpec, reward_trainer
-from pipeline.config.cluster import RanksConfig
 from pipeline.config.reward import RewardConfig
+from pipeline.learning.builders import (
+    PPOLearnerSpec,
+    RewardTrainerSpec,
+    build_ppo_learner,
+    build_reward_trainer,
+    reference_in_process,
+)
 from pipeline.learning.engine import TorchEngine
-from pipeline.learning.ppo_learner import frozen_reference
 from tests.support.learners import ALIGNMENT, HEAD, statistics_of
 
 
@@ -19,7 +20,6 @@ def built(policy, reward_model, critic, *, recomputed=False):
     ppo = ALIGNMENT.ppo.model_copy(update={"critic": critic})
     spec = PPOLearnerSpec(
         config=ALIGNMENT.model_copy(update={"ppo": ppo, "gradient_checkpointing": recomputed}),
-        ranks=RanksConfig(),
         policy_uri=policy,
         reward_model_uri=reward_model,
         dtype="float32",
@@ -27,7 +27,7 @@ def built(policy, reward_model, critic, *, recomputed=False):
         publish_directory="",
         seed=0,
     )
-    return ppo_learner(spec, TorchEngine, partial(frozen_reference, dtype="float32", device=torch.device("cpu")))
+    return build_ppo_learner(spec, TorchEngine, reference_in_process("float32", "cpu"))
 
 
 def test_a_separate_critic_starts_from_the_reward_models_backbone(tiny_policy, trained_reward_model):
@@ -58,10 +58,9 @@ def test_activations_are_recomputed_in_every_trained_backbone_where_the_recipe_s
     assert aligned.critic.is_gradient_checkpointing == recomputed
     spec = RewardTrainerSpec(
         config=RewardConfig(vrm=HEAD, gradient_checkpointing=recomputed),
-        ranks=RanksConfig(),
         backbone_uri=tiny_policy,
         statistics=statistics_of(world),
         num_steps=1,
         seed=0,
     )
-    assert reward_trainer(spec, TorchEngine).engine.module.backbone.is_gradient_checkpointing == recomputed
+    assert build_reward_trainer(spec, TorchEngine).engine.module.backbone.is_gradient_checkpointing == recomputed

@@ -435,7 +435,7 @@ def test_what_serve_build_writes_deploys_and_sleeps_while_nobody_asks(
     schema = yaml.safe_load((tmp_path / "built.yaml").read_text())
     [application] = schema["applications"]
     [deployment] = application["deployments"]
-    assert deployment["name"] == "VRMService"
+    assert deployment["name"] == "RewardService"
     assert deployment["max_surge_percent"] == 1
     del schema["http_options"], schema["proxy_location"]  # of the Serve that runs already
     application |= {"name": "built", "route_prefix": "/built"}

@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from actors.rollout_pool import RolloutPool
+from actors.worker_handle import EngineSettings, WorkerActors
 from cluster.autoscaler import Autoscaler
 from cluster.placement import pack_bundles
 from cluster.rollout_plan import THROUGH_FILES, RolloutPlan
@@ -177,17 +178,12 @@ def open_pool(tmp_path):
         deadlines = DeadlinesConfig(start_s=120, generate_s=generate_s, weights_s=weights_s)
         pools.append(
             RolloutPool(
-                str(tmp_path),
+                EngineSettings(
+                    model_uri=str(tmp_path), dtype="float32", max_model_len=16, gate_tolerance=1e-4, seed=0, plan=plan
+                ),
                 config,
                 deadlines,
-                dtype="float32",
-                max_model_len=16,
-                gate_tolerance=1e-4,
-                seed=0,
-                plan=plan,
-                placement=placement,
-                worker=ScriptedWorker,
-                workspace=workspace,
+                actors=WorkerActors(worker=ScriptedWorker, placement=placement, workspace=workspace),
                 requested_workers=requested_workers,
                 autoscaler=autoscaler,
             )
@@ -296,7 +292,7 @@ def test_a_hanging_worker_is_replaced_within_the_budget(open_pool, tmp_path):
     (tmp_path / "hang while loading").touch()
     assert pool.load_weights(weights(0))["rollout/workers"] == 1
     assert pool.generate(PROMPTS, SAMPLING) == untroubled
-    assert [worker.name for worker in pool._workers] == ["rollout worker 2"]
+    assert [worker.name for worker in pool._fleet.workers] == ["rollout worker 2"]
 
 
 def test_a_worker_that_cannot_fetch_the_weights_is_replaced_within_the_budget_and_its_own_words_are_told(
@@ -318,12 +314,12 @@ def test_workers_that_answered_a_batch_nobody_wanted_are_not_taken_for_hanging(o
     pool.load_weights(weights(0))
     pool.begin(PROMPTS * 20, SAMPLING)
     while True:
-        with pool._turn:  # under which answers are taken
-            if len(pool._calls) == 2:
-                pool._abandon()
+        with pool._sampler.turn:  # under which answers are taken
+            if len(pool._sampler.calls) == 2:
+                pool._sampler.abandon()
                 break
     time.sleep(3.5)
-    assert [call.deadline < time.monotonic() for call in pool._calls.values()] == [True, True]
+    assert [call.deadline < time.monotonic() for call in pool._sampler.calls.values()] == [True, True]
     assert len(pool.generate(PROMPTS, SAMPLING)) == 14
 
 
@@ -387,7 +383,7 @@ def test_weights_do_not_wait_for_a_chunk_and_what_was_begun_goes_on_or_begins_an
 
     (tmp_path / "be busy").touch()
     pool.begin(PROMPTS, SAMPLING, resample_unfinished=resample)
-    assert until(lambda: pool._calls)
+    assert until(lambda: pool._sampler.calls)
     assert pool.load_weights(weights(1))["rollout/answers_dropped"] == dropped  # it came back though nothing finished
     (tmp_path / "be busy").unlink()
     rollouts = pool.collect()
@@ -402,11 +398,11 @@ def test_of_a_chunk_that_two_workers_are_at_one_goes_on_after_an_update(open_poo
     pool.load_weights(weights(0))
     (tmp_path / "be busy").write_text("prompt 0")
     pool.begin(PROMPTS, SAMPLING)
-    assert until(lambda: [call.chunk.number for call in [*pool._calls.values()]] == [0, 0])
+    assert until(lambda: [call.chunk.number for call in [*pool._sampler.calls.values()]] == [0, 0])
     metrics = pool.load_weights(weights(1))
     time.sleep(1)  # each of the other chunks took a moment, and this one would be late again
-    with pool._turn:
-        assert len(pool._calls) == 1
+    with pool._sampler.turn:
+        assert len(pool._sampler.calls) == 1
     (tmp_path / "be busy").unlink()
     rollouts = pool.collect()
 
@@ -434,12 +430,12 @@ def test_what_a_worker_had_begun_is_sampled_by_another_when_it_dies_between_two_
     untroubled = pool.generate(PROMPTS, SAMPLING)
     (tmp_path / "be busy").touch()
     pool.begin(PROMPTS, SAMPLING)
-    assert until(lambda: pool._calls)
+    assert until(lambda: pool._sampler.calls)
     (tmp_path / "die while loading").touch()
     pool.load_weights(weights(1))
     (tmp_path / "be busy").unlink()
     assert [r.response_ids for r in pool.collect()] == [r.response_ids for r in untroubled]
-    assert [worker.name for worker in pool._workers] == ["rollout worker 1"]
+    assert [worker.name for worker in pool._fleet.workers] == ["rollout worker 1"]
 
 
 def test_a_worker_leaves_a_chunk_that_another_has_answered(open_pool, tmp_path):
@@ -513,8 +509,8 @@ def test_a_running_job_follows_requests_up_and_down_without_waiting_for_those_wh
         latest.append(wish)
         sizes.append(pool.load_weights(weights(0))["rollout/workers"])
         rollouts.append(pool.generate(PROMPTS, SAMPLING))
-        if pool._joining:
-            until(lambda: len(ray.wait([w.started for w in pool._joining], num_returns=2, timeout=0)[0]) == 2)
+        if pool._fleet.joining:
+            until(lambda: len(ray.wait([w.started for w in pool._fleet.joining], num_returns=2, timeout=0)[0]) == 2)
 
     assert sizes[0] == 1
     assert sizes[2:] == [3, 1]
@@ -532,7 +528,7 @@ def test_a_prefetched_run_that_is_resized_and_loses_a_worker_has_every_sample_of
         prefetch="continue",
         ppo=PPOConfig(mini_batch_size=14, tis_cap=2.0),
     )
-    plan = StepPlan(prompts=PromptStream(prompts=tuple(PROMPTS), seed=0), config=config, seed=0)
+    plan = StepPlan(prompts=PromptStream(prompts=tuple(PROMPTS), seed=0), config=config)
 
     def run(pool, rollouts, before_update=lambda step: None):
         samples, sizes = [], []
@@ -557,7 +553,7 @@ def test_a_prefetched_run_that_is_resized_and_loses_a_worker_has_every_sample_of
             if step == 1:
                 request_rollout_workers(workspace.uri, 3)
             if step == 2:  # the two are asked for; they join at the next load after they are up
-                for worker in pool._joining:
+                for worker in pool._fleet.joining:
                     ray.get(worker.started)
             if step == 3:
                 (tmp_path / "die while sampling").touch()
@@ -604,10 +600,10 @@ def test_the_autoscaler_is_followed_until_an_operator_speaks(open_pool):
     operator = []
     pool = open_pool(workers=1, requested_workers=lambda: operator[-1] if operator else None, autoscaler=AlwaysTwo())
     pool.load_weights(weights(0))
-    assert len(pool._joining) == 1
+    assert len(pool._fleet.joining) == 1
     operator.append(1)
     pool.load_weights(weights(1))
-    assert pool._joining == []
+    assert pool._fleet.joining == []
 
 
 def test_a_pool_grows_while_the_learner_waits_and_shrinks_while_rollouts_wait_for_it(open_pool, tmp_path):
@@ -620,7 +616,7 @@ def test_a_pool_grows_while_the_learner_waits_and_shrinks_while_rollouts_wait_fo
         time.sleep(seconds)
         pool.collect()
         pool.load_weights(weights(0))
-        for worker in pool._joining:  # they join at the next load after they are up
+        for worker in pool._fleet.joining:  # they join at the next load after they are up
             ray.get(worker.started)
         pool.load_weights(weights(0))
         return pool.num_workers
@@ -638,7 +634,7 @@ def test_a_request_that_cannot_be_met_does_not_end_the_run(open_pool, tmp_path):
 
     assert until(lambda: pool.load_weights(weights(0)) and pool._given_up == 2)
 
-    assert not pool._joining
+    assert not pool._fleet.joining
     assert pool.load_weights(weights(1))["rollout/workers"] == 1
 
 
@@ -649,7 +645,7 @@ def test_a_worker_that_fails_as_it_joins_a_run_is_given_up_and_one_that_serves_e
     untroubled = pool.generate(PROMPTS, SAMPLING)
     wish.append(4)
     pool.load_weights(weights(0))
-    stale, dying, _ = joining = list(pool._joining)
+    stale, dying, _ = joining = list(pool._fleet.joining)
     ray.get([worker.started for worker in joining], timeout=120)
 
     (tmp_path / "be stale, rollout worker 1").touch()
@@ -657,7 +653,7 @@ def test_a_worker_that_fails_as_it_joins_a_run_is_given_up_and_one_that_serves_e
     sizes = [pool.load_weights(weights(0))["rollout/workers"] for _ in range(2)]
 
     assert sizes == [2, 2]
-    assert pool._joining == []  # nor are others tried
+    assert pool._fleet.joining == []  # nor are others tried
     assert f"{stale.name}, asked for from outside, did not join: {stale.name} is stale" in caplog.text
     assert f"{dying.name}, asked for from outside, did not join: The actor died" in caplog.text
     with pytest.raises(RayActorError):  # it leaves its place to others
@@ -677,14 +673,14 @@ def test_a_worker_that_finds_no_room_is_given_up_at_its_deadline(open_pool, capl
     pool.load_weights(weights(0))
     wish.append(2)
     pool.load_weights(weights(0))
-    assert len(pool._joining) == 1
+    assert len(pool._fleet.joining) == 1
 
     pool._deadlines = pool._deadlines.model_copy(update={"start_s": 1e-3})
     time.sleep(0.01)
     sizes = [pool.load_weights(weights(0))["rollout/workers"] for _ in range(2)]
 
     assert sizes == [1, 1]
-    assert pool._joining == []
+    assert pool._fleet.joining == []
     assert "rollout worker 1, asked for from outside, did not join: rollout worker 1: start() did not" in caplog.text
     assert "it needs 3 CPU and 0 GPU; 1 and 0 are free" in caplog.text
 
@@ -769,24 +765,24 @@ def test_shared_gpus_hold_one_worker_each_which_sleeps_until_the_next_weights(op
     placement = pack_bundles(2, cpus=0.2, gpus=0.0, timeout_s=30, name="shared", tenants=2)
     plan = RolloutPlan(placement="colocated", weight_transfer="ipc")
     pool, sender = open_pool(workers=1, plan=plan, placement=placement, requested_workers=lambda: 5), ScriptedSender()
-    [first] = pool._workers
+    [first] = pool._fleet.workers
 
     def asleep():
-        return ray.get([worker.actor.is_asleep.remote() for worker in pool._workers], timeout=60)
+        return ray.get([worker.actor.is_asleep.remote() for worker in pool._fleet.workers], timeout=60)
 
     pool.sleep()  # before there are weights: the learner is about to be built
     assert asleep() == [True]
     with pool.fed_by(sender):
         # Five are asked for, and two GPUs hold one each.
         assert until(lambda: pool.load_weights(weights(0))["rollout/workers"] == 2)
-        assert [worker.bundle for worker in pool._workers] == [0, 1]
+        assert [worker.bundle for worker in pool._fleet.workers] == [0, 1]
         assert asleep() == [False, False]
         pool.sleep()
         assert asleep() == [True, True]
         pool.load_weights(weights(1))
         assert asleep() == [False, False]
         assert sender.sent[0] == (first.name,)
-        assert sender.sent[-1] == tuple(worker.name for worker in pool._workers)
+        assert sender.sent[-1] == tuple(worker.name for worker in pool._fleet.workers)
 
         # One dies asleep: the transfer fails, all read the file, and its successor gets its place.
         (tmp_path / "die on the way to bed").touch()
@@ -795,7 +791,7 @@ def test_shared_gpus_hold_one_worker_each_which_sleeps_until_the_next_weights(op
         metrics = pool.load_weights(weights(2))
         assert metrics["weights/sent_between_gpus"] == 0
         assert asleep() == [False, False]
-        assert [worker.bundle for worker in pool._workers] == [0, 1]
+        assert [worker.bundle for worker in pool._fleet.workers] == [0, 1]
     with pytest.raises(ConfigError, match=r"3 rollout workers do not fit the learner's 2 GPUs, which hold one each"):
         pool.resize(3)
     pool.close()
@@ -807,6 +803,6 @@ def test_engines_that_only_know_files_are_never_sent_to(open_pool):
     with pool.fed_by(sender):
         assert "weights/sent_between_gpus" not in pool.load_weights(weights(0))
         pool.sleep()  # has a GPU, or none, of its own
-        [worker] = pool._workers
+        [worker] = pool._fleet.workers
         assert not ray.get(worker.actor.is_asleep.remote(), timeout=60)
     assert sender.sent == []

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from actors.ranked_learner import RankedSender
 from actors.rollout_pool import RolloutPool
+from actors.worker_handle import EngineSettings, WorkerActors
 from cluster.placement import pack_bundles
 from cluster.rollout_plan import RolloutPlan
 from pipeline.config.cluster import DeadlinesConfig, RolloutConfig
@@ -51,15 +52,17 @@ def pool(learner, tiny_policy):
 
 def cpu_engines(directory, backend, *, workers):
     return RolloutPool(
-        directory,
+        EngineSettings(
+            model_uri=directory,
+            dtype="float32",
+            max_model_len=128,
+            gate_tolerance=TOLERANCE,
+            seed=0,
+            plan=RolloutPlan(placement="disaggregated", weight_transfer=backend),
+        ),
         RolloutConfig(workers=workers, cpus_per_worker=1, chunk_size=8, max_sequences=64, max_restarts=1),
         DeadlinesConfig(),
-        dtype="float32",
-        max_model_len=128,
-        gate_tolerance=TOLERANCE,
-        seed=0,
-        plan=RolloutPlan(placement="disaggregated", weight_transfer=backend),
-        worker=CpuWorker,
+        actors=WorkerActors(worker=CpuWorker),
     )
 
 
@@ -131,7 +134,7 @@ def test_engines_agree_with_the_learner_after_every_update(pool, policy, publish
         assert before is None or (now - before).abs().mean() > 0.1
         before = now
     # The first went through vLLM's loader, and showed that the others need not.
-    assert ray.get([worker.actor.loader.remote() for worker in pool._workers], timeout=60) == ["ours"] * 2
+    assert ray.get([worker.actor.loader.remote() for worker in pool._fleet.workers], timeout=60) == ["ours"] * 2
 
 
 FAMILIES = {
@@ -169,7 +172,7 @@ def test_a_policy_that_vllm_loads_by_other_rules_stays_with_its_loader(families,
     policy, pool = families[family]
     for version in (1, 2):
         assert pool.load_weights(publish(another(policy, version), version=version))["gate/max"] <= TOLERANCE
-        assert ray.get(pool._workers[0].actor.loader.remote(), timeout=60) == loader
+        assert ray.get(pool._fleet.workers[0].actor.loader.remote(), timeout=60) == loader
 
 
 def on_gpus(backend, count):
@@ -203,15 +206,17 @@ def fed_pool(request, pool, learner, policy, tiny_policy):
     own = {"num_gpus": 1} if shared is None else {"num_gpus": 0.5, "scheduling_strategy": shared.strategy(0)}
     group = GroupOfOne(PolicyRank, **own)
     gpu_pool = RolloutPool(
-        tiny_policy,
+        EngineSettings(
+            model_uri=tiny_policy,
+            dtype="float32",
+            max_model_len=128,
+            gate_tolerance=GATE_TOLERANCE["float32"],
+            seed=0,
+            plan=RolloutPlan(placement="colocated" if shared else "disaggregated", weight_transfer=backend),
+        ),
         RolloutConfig(workers=1, gpus_per_worker=1, gpu_memory_fraction=0.2, max_sequences=64),
         DeadlinesConfig(),
-        dtype="float32",
-        max_model_len=128,
-        gate_tolerance=GATE_TOLERANCE["float32"],
-        seed=0,
-        plan=RolloutPlan(placement="colocated" if shared else "disaggregated", weight_transfer=backend),
-        placement=shared,
+        actors=WorkerActors(placement=shared),
     )
     with gpu_pool, gpu_pool.fed_by(RankedSender(group, backend, dtype="float32", deadline_s=60.0)):
         yield policy, gpu_pool, group
@@ -255,7 +260,7 @@ def test_an_engine_gives_up_all_of_its_gpu_and_takes_its_cache_back_when_the_wei
     policy, pool, learner = on_one_gpu
     model = another(policy, 4)
     learner.hold(model.state_dict())
-    [worker] = pool._workers
+    [worker] = pool._fleet.workers
     ray.get(worker.actor.calls.remote(), timeout=60)
     for _ in range(2):
         ray.get(worker.actor.sleep.remote(), timeout=60)
@@ -299,7 +304,7 @@ def test_the_learner_sends_its_policy_and_the_file_stands_in_where_that_fails(po
             assert all(bucket <= 2 * max(sizes) for bucket in buckets)
 
         # A worker fails half way: no engine may be taken to hold the policy, and all read the file.
-        ray.get(pool._workers[1].actor.fail_next.remote(), timeout=60)
+        ray.get(pool._fleet.workers[1].actor.fail_next.remote(), timeout=60)
         metrics, _ = update(3, sends=False)
         assert metrics["weights/sent_between_gpus"] == 0
         assert "MemoryError: no room for the next bucket" in caplog.text
@@ -336,7 +341,7 @@ def test_rollouts_carry_the_logprobs_of_the_distribution_they_were_sampled_from(
 
 
 def wait_until_both_sample(pool):
-    while sum(call.batch is pool._batch[0] for call in list(pool._calls.values())) < 2:
+    while sum(call.batch is pool._sampler._batch[0] for call in list(pool._sampler.calls.values())) < 2:
         time.sleep(0.001)
     time.sleep(0.1)
 
@@ -344,7 +349,7 @@ def wait_until_both_sample(pool):
 @pytest.fixture
 def interrupt(pool, policy, publish, prompts, monkeypatch):
     """Loads policy 7 in the middle of responses of policy 6; gives both models and the rollouts."""
-    monkeypatch.setattr("actors.rollout_pool.SLICE_S", 0.02)
+    monkeypatch.setattr("actors.rollout_sampler.SLICE_S", 0.02)
     models = {version: another(policy, version) for version in (6, 7)}
     old, new = (publish(model, version=version) for version, model in models.items())
 
@@ -416,7 +421,7 @@ def test_an_engine_with_one_stale_parameter_is_refused_by_the_name_of_its_group(
     old, new = another(policy, 3), another(policy, 4)
     mixed = copy.deepcopy(new)
     mixed.load_state_dict(new.state_dict() | {stale: old.state_dict()[stale]})
-    [worker, *_] = pool._workers
+    [worker, *_] = pool._fleet.workers
     ray.get(worker.actor.load_weights.remote(publish(mixed), TOLERANCE), timeout=60)
 
     with pytest.raises(
@@ -470,23 +475,23 @@ def assert_same_samples(rollouts, others):
 def test_an_engine_killed_in_the_middle_of_responses_leaves_every_sample_as_it_was(
     pool, policy, publish, prompts, monkeypatch
 ):
-    monkeypatch.setattr("actors.rollout_pool.SLICE_S", 0.02)
+    monkeypatch.setattr("actors.rollout_sampler.SLICE_S", 0.02)
     long = replace(SAMPLING, max_response_tokens=64)
     weights = publish(another(policy, 5))
     pool.load_weights(weights)
     undisturbed = pool.generate(prompts, long)
-    killed = pool._workers[0]
+    killed = pool._fleet.workers[0]
     pid = ray.get(killed.actor.pid.remote(), timeout=60)
 
     pool.begin(prompts, long)
     wait_until_both_sample(pool)
     os.kill(pid, signal.SIGKILL)
-    assert killed in [call.worker for call in list(pool._calls.values())]
+    assert killed in [call.worker for call in list(pool._sampler.calls.values())]
     after_death = pool.collect()
 
-    assert killed not in pool._workers
+    assert killed not in pool._fleet.workers
     assert_same_samples(after_death, undisturbed)
-    assert len(ray.get([w.actor.check.remote(weights, TOLERANCE) for w in pool._workers], timeout=300)) == 2
+    assert len(ray.get([w.actor.check.remote(weights, TOLERANCE) for w in pool._fleet.workers], timeout=300)) == 2
 
 
 def test_an_engine_that_would_join_with_old_weights_is_refused_and_two_engines_sample_what_one_does(

@@ -77,7 +77,7 @@ def test_a_node_that_does_not_hand_out_its_weights_is_named_with_how_long_it_was
     here, other = two_nodes
     readable_here(publish_on(other, tmp_path, 6, b"while all is well"))
     weights = publish_on(other, tmp_path, 7, b"weights")
-    monkeypatch.setattr(actors.weight_relay, "BUCKET_S", 3.0)
+    monkeypatch.setattr(actors.weight_relay, "FETCH_TIMEOUT_S", 3.0)
     monkeypatch.setattr(actors.weight_relay, hanging, ray.remote(num_cpus=0)(lambda *_: time.sleep(60)))
     started = time.monotonic()
     with pytest.raises(

@@ -133,17 +133,24 @@ def test_importing_the_light_modules_loads_nothing_heavy():
         "pipeline.serving.client",
         "pipeline.serving.trl_reward",
         "pipeline.stages.workspace",
+        "cluster.engine_build",
         "cluster.resources",
+        "cluster.rollout_plan",
         "cluster.submission",
         "actors.rollout_worker",
         "jobs.command_line",
+        "jobs.compare_policies",
         "jobs.evaluate_reward_model",
         "jobs.experiments",
         "jobs.full_pipeline",
+        "jobs.generate_answers",
         "jobs.judge_benchmark",
         "jobs.score_benchmark",
         "jobs.pac_bayes",
+        "jobs.scale_rollouts",
+        "jobs.serve_reward_model",
         "jobs.status",
+        "jobs.vrm",
     )
     code = (
         f"import importlib, sys\nfor module in {modules}:\n"
@@ -151,6 +158,17 @@ def test_importing_the_light_modules_loads_nothing_heavy():
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert run.stdout.splitlines() == [*modules]
+
+
+@pytest.mark.parametrize("source", [s for s in SOURCES if s.startswith("pipeline/config/")])
+def test_a_recipe_does_not_depend_on_the_machine_that_reads_it(source):
+    assert set(imports(source)) & {"importlib.metadata", "multiprocessing", "os", "platform", "psutil", "sys"} == set()
+
+
+def test_the_jobs_end_in_one_way():
+    """Errors become exit codes in one file. A judge that leaves requests unanswered has a code of its own."""
+    leaving = {s for s in SOURCES if s.startswith("jobs/") and "sys.exit(" in (ROOT / s).read_text()}
+    assert leaving == {"jobs/exit_codes.py", "jobs/judge_benchmark.py"}
 
 
 def test_no_files_import_each_other_in_a_circle():

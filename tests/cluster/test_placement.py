@@ -14,6 +14,6 @@ def test_bundles_are_reserved_and_given_back(local_ray):
 
 
 @pytest.mark.components
-def test_what_is_not_free_in_time_is_a_letter(local_ray):
+def test_what_is_not_free_in_time_is_an_error_message(local_ray):
     with pytest.raises(ResourceError, match=r"PPO learner needs 2 x 1000 CPU and 0 GPU; after 1 s the cluster has \d"):
         pack_bundles(2, cpus=1000, gpus=0, timeout_s=1, name="PPO learner")

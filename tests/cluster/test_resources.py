@@ -65,21 +65,21 @@ def test_what_the_refusal_proposes_does_fit():
 
 
 def test_when_no_single_change_fits_one_of_each_is_proposed():
-    letter = refusal([node(4, 2)])
-    assert "cluster.alignment.ranks=1 cluster.rollout.workers=1 cluster.scoring.replicas=1 would fit" in letter
+    message = refusal([node(4, 2)])
+    assert "cluster.alignment.ranks=1 cluster.rollout.workers=1 cluster.scoring.replicas=1 would fit" in message
 
 
 def test_when_not_even_one_of_each_fits_the_shares_are_named():
-    letter = refusal([node(4, 1)])
-    assert "Not even one of each fits: training rank 1 CPU and 1 GPU (cluster.alignment)" in letter
-    assert "rollout worker 2 CPU and 1 GPU (cluster.rollout)" in letter
+    message = refusal([node(4, 1)])
+    assert "Not even one of each fits: training rank 1 CPU and 1 GPU (cluster.alignment)" in message
+    assert "rollout worker 2 CPU and 1 GPU (cluster.rollout)" in message
 
 
 def test_an_actor_never_spans_nodes():
     cluster = ClusterConfig(rollout=RolloutConfig(workers=1, cpus_per_worker=3))
-    letter = refusal([node(2), node(2)], cluster)
-    assert "there are 4 CPU and 0 GPU on 2 node(s)" in letter
-    assert "Not even one of each fits" in letter
+    message = refusal([node(2), node(2)], cluster)
+    assert "there are 4 CPU and 0 GPU on 2 node(s)" in message
+    assert "Not even one of each fits" in message
 
 
 def test_the_first_stage_that_does_not_fit_is_named():

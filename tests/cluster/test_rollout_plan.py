@@ -76,7 +76,7 @@ def test_shared_gpus_are_counted_once():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "letter"),
+    ("overrides", "message"),
     [
         (
             ["cluster.rollout.placement=colocated", "cluster.rollout.weight_transfer=nccl"],
@@ -104,8 +104,8 @@ def test_shared_gpus_are_counted_once():
         ),
     ],
 )
-def test_what_no_cluster_could_do_is_refused_with_the_cure(overrides, letter):
-    with pytest.raises(ConfigError, match=letter):
+def test_what_no_cluster_could_do_is_refused_with_the_cure(overrides, message):
+    with pytest.raises(ConfigError, match=message):
         on_gpus(*overrides)
 
 

@@ -82,7 +82,7 @@ def test_open_cluster(script, address):
     assert run.returncode == 0, run.stderr
 
 
-def test_a_ray_that_does_not_come_up_is_a_letter(monkeypatch):
+def test_a_ray_that_does_not_come_up_is_an_error_message(monkeypatch):
     def too_busy(**options):
         raise Exception("The current node timed out during startup.")
 

@@ -1,4 +1,4 @@
-"""A recipe becomes a frozen configuration, or a letter that says what is wrong with it."""
+"""A recipe becomes a frozen configuration, or an error that says what is wrong with it."""
 
 from typing import get_args
 
@@ -72,7 +72,7 @@ def test_recipes_that_extend_each_other_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("override", "letter"),
+    ("override", "message"),
     [
         ("alignment.num_stps=50", "alignment.num_stps: unknown key; did you mean alignment.num_steps?"),
         ("alignment.ppo.clip=0.1", "alignment.ppo.clip: unknown key; did you mean alignment.ppo.clip_range?"),
@@ -104,10 +104,10 @@ def test_recipes_that_extend_each_other_are_refused(tmp_path):
         ("data.prompts=[a", "overrides ['data.prompts=[a']: while parsing"),
     ],
 )
-def test_a_bad_override_is_a_letter(override, letter):
+def test_a_bad_override_is_an_error_message(override, message):
     with pytest.raises(ConfigError) as error:
         load_recipe("tiny", [override])
-    assert letter in str(error.value)
+    assert message in str(error.value)
 
 
 def test_all_mistakes_are_named_at_once():
@@ -118,7 +118,7 @@ def test_all_mistakes_are_named_at_once():
 
 
 @pytest.mark.parametrize(
-    ("text", "letter"),
+    ("text", "message"),
     [
         ("name: [unclosed", r"mine\.yaml is no YAML"),
         ("- a\n- b\n", r"mine\.yaml holds a list"),
@@ -128,12 +128,12 @@ def test_all_mistakes_are_named_at_once():
         ("extends: nosuch\n", "there is no recipe 'nosuch'"),
     ],
 )
-def test_a_bad_recipe_is_a_letter(tmp_path, text, letter):
-    with pytest.raises(ConfigError, match=letter):
+def test_a_bad_recipe_is_an_error_message(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
         load_recipe(write(tmp_path, text))
 
 
-def test_a_file_that_is_no_text_is_a_letter(tmp_path):
+def test_a_file_that_is_no_text_is_an_error_message(tmp_path):
     (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe\x00name")
     with pytest.raises(ConfigError, match="is no YAML"):
         load_recipe(str(tmp_path / "mine.yaml"))
@@ -203,7 +203,7 @@ def test_ppo_and_reinforce_need_no_group():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "letter"),
+    ("overrides", "message"),
     [
         (["alignment.algorithm=ppoo"], "alignment.algorithm = 'ppoo': input should be 'ppo', 'grpo', 'dr_grpo'"),
         (["alignment.algorithm=[ppo]"], "alignment.algorithm = ['ppo']: input should be 'ppo'"),
@@ -226,7 +226,7 @@ def test_ppo_and_reinforce_need_no_group():
         (["cluster.rollout.autoscale.max_workers=4"], "autoscale compares who waits for whom"),
     ],
 )
-def test_choices_that_cannot_go_together_are_a_letter(overrides, letter):
+def test_choices_that_cannot_go_together_are_an_error_message(overrides, message):
     with pytest.raises(ConfigError) as error:
         load_recipe("tiny", overrides)
-    assert letter in str(error.value)
+    assert message in str(error.value)

@@ -5,7 +5,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.evaluation_examples import prompt_key, read_comparisons
+from pipeline.data.evaluation_examples import prompt_key, read_examples
 from pipeline.errors import DataError
 from tests.support.paths import SHARED_DATA
 
@@ -19,7 +19,7 @@ def file_of(tmp_path, *rows):
 
 
 def read(tmp_path, *rows, **options):
-    return list(read_comparisons([file_of(tmp_path, *rows)], **options))
+    return list(read_examples([file_of(tmp_path, *rows)], **options))
 
 
 def row(**changes):
@@ -120,7 +120,7 @@ def test_a_missing_subset_field_names_those_that_are_there(tmp_path):
 def test_rows_are_read_one_by_one(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row()) + "\nthis is no JSON\n")
-    rows = read_comparisons([str(path)])
+    rows = read_examples([str(path)])
     assert next(rows).chosen == ("because",)  # the second line has not been looked at
     with pytest.raises(DataError, match=r"line 2: no JSON"):
         next(rows)
@@ -138,7 +138,7 @@ def test_published_files_are_read_as_they_are(file, rows, shape):
     path = SHARED_DATA / file
     if not path.exists():
         pytest.skip(f"{path} is not here: a published benchmark")
-    comparisons = list(read_comparisons([str(path)]))
+    comparisons = list(read_examples([str(path)]))
     assert len(comparisons) == rows
     assert {(len(c.chosen), len(c.rejected)) for c in comparisons} == {shape}
     # The data sets name a prompt by the same rule; code rows by their problem number instead.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import ShapeError
-from pipeline.evaluation.bootstrap import bootstrap_intervals, difference
+from pipeline.evaluation.bootstrap import bootstrap_intervals, difference_of_statistics
 
 
 def mean_of(values):
@@ -53,7 +53,9 @@ def test_two_models_that_err_on_the_same_rows_are_told_apart():
     ours = [1.0] * 630 + [0.0] * 370
     separate = [bootstrap_intervals(mean_of(v), range(1000), seed=0)["mean"] for v in (theirs, ours)]
     assert separate[0][1] > separate[1][0]
-    low, high = bootstrap_intervals(difference(mean_of(ours), mean_of(theirs)), range(1000), seed=0)["mean"]
+    low, high = bootstrap_intervals(difference_of_statistics(mean_of(ours), mean_of(theirs)), range(1000), seed=0)[
+        "mean"
+    ]
     assert 0.015 < low < 0.03 < high < 0.045
 
 

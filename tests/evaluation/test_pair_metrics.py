@@ -9,11 +9,11 @@ import pytest
 from pipeline.errors import ShapeError
 from pipeline.evaluation.pair_metrics import (
     ScoredPairs,
+    accuracy_metrics,
     calibration,
     calibration_error,
     length_correlation,
     longer_is_better,
-    pair_accuracy,
     pair_diagnostics,
     prefers_longer,
     probit_margins,
@@ -29,7 +29,7 @@ def numbers(*values):
 
 
 def test_a_tie_is_wrong_or_one_half():
-    assert pair_accuracy(numbers(1.0, 0.0, -2.0, 3.0)) == {"accuracy": 0.5, "accuracy_tie_half": 0.625, "ties": 0.25}
+    assert accuracy_metrics(numbers(1.0, 0.0, -2.0, 3.0)) == {"accuracy": 0.5, "accuracy_tie_half": 0.625, "ties": 0.25}
 
 
 def test_accuracy_reproduces_the_published_judgebench_numbers():
@@ -40,7 +40,7 @@ def test_accuracy_reproduces_the_published_judgebench_numbers():
     for row in pq.read_table(file).to_pylist():
         sign = 1.0 if row["label"] == "A>B" else -1.0
         margins.setdefault(row["judge_model"], []).append(sign * (row["score_A"] - row["score_B"]))
-    accuracy = {name: pair_accuracy(np.array(values)) for name, values in margins.items()}
+    accuracy = {name: accuracy_metrics(np.array(values)) for name, values in margins.items()}
     published = {
         "Ray2333/GRM-Gemma-2B-rewardmodel-ft": 59.43,
         "Skywork/Skywork-Reward-Llama-3.1-8B": 62.29,

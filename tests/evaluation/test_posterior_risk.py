@@ -130,5 +130,5 @@ def test_pairs_of_one_prompt_count_once_among_the_prompts(model, world, tokenize
 
 
 def test_a_single_draw_has_no_standard_error(model, world, tokenizer):
-    with pytest.raises(ConfigError, match=r"samples = 1: .* at least 2 draws a pair"):
+    with pytest.raises(ConfigError, match=r"samples = 1: .* at least 2 draws per pair"):
         measure(model, tokenised(world, tokenizer), samples=1)

@@ -7,12 +7,12 @@ import math
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.evaluation_examples import Comparison, read_comparisons
+from pipeline.data.evaluation_examples import EvaluationExample, read_examples
 from pipeline.errors import DataError
 from pipeline.evaluation import reward_evaluation
-from pipeline.evaluation.reward_evaluation import as_json, as_table, survey
+from pipeline.evaluation.reward_evaluation import as_json, evaluation_table, survey
 from pipeline.evaluation.rewardbench import SUBSETS_2
-from pipeline.evaluation.scored_rows import ScoredComparison, ScoredResponse, ScoredRows, key_number
+from pipeline.evaluation.scored_rows import RewardedResponse, ScoredComparison, ScoredRows, key_number
 from tests.support.paths import SHARED_DATA
 
 
@@ -26,8 +26,8 @@ def scored(chosen, rejected, *, subset="all", name="r", prompt="p", std=0.0, len
         "prompt_key": as_key(prompt),
         "cut": False,
         "annotators_tie": False,
-        "chosen": tuple(ScoredResponse(reward=r, characters=lengths[0]) for r in chosen),
-        "rejected": tuple(ScoredResponse(reward=r, characters=lengths[1]) for r in rejected),
+        "chosen": tuple(RewardedResponse(reward=r, characters=lengths[0]) for r in chosen),
+        "rejected": tuple(RewardedResponse(reward=r, characters=lengths[1]) for r in rejected),
         "margin_std": std,
     }
     return ScoredComparison(**{**fields, **changes})
@@ -41,8 +41,8 @@ def evaluate(rows, benchmark, **options):
     return reward_evaluation.evaluate(ScoredRows.of(rows), benchmark, **options)
 
 
-def compare(rows, others, benchmark, **options):
-    return reward_evaluation.compare(ScoredRows.of(rows), ScoredRows.of(others), benchmark, **options)
+def differences_of(rows, others, benchmark, **options):
+    return reward_evaluation.metric_differences(ScoredRows.of(rows), ScoredRows.of(others), benchmark, **options)
 
 
 def values(estimates):
@@ -120,16 +120,16 @@ def test_rm_bench_by_hand():
 def test_two_models_are_compared_on_the_same_draws():
     ours = [scored(1.0 if n < 630 else -1.0, 0.0, prompt=str(n)) for n in range(1000)]
     theirs = [scored(1.0 if n < 600 else -1.0, 0.0, prompt=str(n)) for n in range(1000)]
-    differences = compare(ours, theirs, "pairs", seed=0)
+    differences = differences_of(ours, theirs, "pairs", seed=0)
     assert differences["accuracy"].value == pytest.approx(0.03)
     assert 0.015 < differences["accuracy"].low < differences["accuracy"].high < 0.045
     assert differences["nll"].high < 0
-    with_itself = compare(ours[:20], ours[:20], "pairs", seed=0)["accuracy"]
+    with_itself = differences_of(ours[:20], ours[:20], "pairs", seed=0)["accuracy"]
     assert (with_itself.value, with_itself.low, with_itself.high) == (0.0, 0.0, 0.0)
 
 
 def test_a_model_with_a_posterior_is_compared_with_one_without():
-    differences = compare([scored(2, 1, std=0.3)], [scored(0, 1)], "pairs", seed=0)
+    differences = differences_of([scored(2, 1, std=0.3)], [scored(0, 1)], "pairs", seed=0)
     assert differences["accuracy"].value == 1.0
     assert "aurc/std" not in differences
 
@@ -137,14 +137,14 @@ def test_a_model_with_a_posterior_is_compared_with_one_without():
 def test_the_other_models_file_may_name_its_subsets_otherwise():
     ours = [scored(2, 1, subset="hep-go"), scored(0, 1, subset="donotanswer", prompt="q")]
     theirs = [scored(0, 1, subset="code"), scored(0, 1, subset="safety", prompt="q")]
-    differences = compare(ours, theirs, "rewardbench", seed=0)
+    differences = differences_of(ours, theirs, "rewardbench", seed=0)
     assert (differences["Reasoning"].value, differences["Safety"].value) == (1.0, 0.0)
 
 
 def test_the_table_names_what_matters():
     rows = [scored(2, 1, subset="a", lengths=(9, 4)), scored(0, 1, subset="b", prompt="q", lengths=(9, 4))]
     evaluation = evaluate(rows, "pairs", seed=0)
-    table = as_table(evaluation, compare(rows, rows, "pairs", seed=0))
+    table = evaluation_table(evaluation, differences_of(rows, rows, "pairs", seed=0))
     assert "2 rows of 2 prompts, 4 responses; 0 rows longer than the model reads" in table
     accuracy = next(line for line in table.splitlines() if line.startswith("accuracy "))
     assert accuracy.split() == ["accuracy", "0.500", "[0.000,", "1.000]", "1.000"]  # the last: longer is better
@@ -160,7 +160,7 @@ def test_numbers_that_are_not_there_are_null_in_json():
 
 
 def comparison(chosen, rejected, *, subset="all", name="r"):
-    return Comparison(
+    return EvaluationExample(
         id=name,
         subset=subset,
         place="f.jsonl, line 3",
@@ -203,7 +203,7 @@ def test_the_survey_says_what_makes_a_score_incomparable():
 
 def rated_by_length(row):
     def side(texts):
-        return tuple(ScoredResponse(reward=float(len(t)), characters=len(t)) for t in texts)
+        return tuple(RewardedResponse(reward=float(len(t)), characters=len(t)) for t in texts)
 
     return ScoredComparison(
         id=row.id,
@@ -222,7 +222,7 @@ def published(file, **options):
     path = SHARED_DATA / file
     if not path.exists():
         pytest.skip(f"{path} is not here: a published benchmark")
-    return [rated_by_length(row) for row in read_comparisons([str(path)], **options)]
+    return [rated_by_length(row) for row in read_examples([str(path)], **options)]
 
 
 def test_length_alone_passes_the_easy_third_of_rm_bench_and_fails_the_hard_one():
@@ -250,7 +250,7 @@ def test_best_of_n_on_published_lists_agrees_with_a_plain_count(tmp_path):
     ]
     file = tmp_path / "rmb.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluation = evaluate([rated_by_length(row) for row in read_comparisons([str(file)])], "best_of_n", seed=0)
+    evaluation = evaluate([rated_by_length(row) for row in read_examples([str(file)])], "best_of_n", seed=0)
 
     longest = sum(len(row["chosen"]) > max(map(len, row["rejected"])) for row in rows)
     assert evaluation.accuracies["accuracy"].value == pytest.approx(longest / 785)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from pipeline.benchmark.answers import read_answers, write_answers
+from pipeline.benchmark.scored_answers import read_scored_answers, write_scored_answers
 from pipeline.errors import DataError, ShapeError
 from pipeline.evaluation.win_rate import wilson_interval, win_rate
 from pipeline.records import Answer, RewardScore
@@ -34,8 +34,8 @@ def answer(output, objective_weights=(0.25, 0.75), objective_scores=(0.0, 2.0)):
 def test_answers_round_trip_in_alpaca_evals_form(tmp_path):
     path = tmp_path / "model_outputs.json"
     answers = [answer("because"), answer("ünïcode", (), ()), answer("", tuple(range(12)), tuple(range(12)))]
-    write_answers(path, answers, dataset="tiny")
-    assert read_answers(path) == answers
+    write_scored_answers(path, answers, dataset="tiny")
+    assert read_scored_answers(path) == answers
     rows = json.loads(path.read_text())
     assert (rows[0]["instruction"], rows[0]["output"], rows[0]["generator"]) == ("why ?", "because", "tiny-base")
     # alpaca_eval drops repeated rows, and cannot compare nested ones.
@@ -47,4 +47,4 @@ def test_a_file_without_answers_is_refused(text, tmp_path):
     path = tmp_path / "model_outputs.json"
     path.write_text(text)
     with pytest.raises(DataError, match="holds no scored answers"):
-        read_answers(path)
+        read_scored_answers(path)

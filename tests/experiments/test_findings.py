@@ -9,9 +9,15 @@ import pytest
 
 from pipeline.errors import ShapeError
 from pipeline.experiments.figures import write_figures
-from pipeline.experiments.findings import FinishedRun, by_variant, compare, in_words, results_csv, spread
+from pipeline.experiments.findings import (
+    FinishedRun,
+    by_variant,
+    findings_text,
+    paired_differences,
+    results_csv,
+    spread,
+)
 from pipeline.experiments.grid import EXPERIMENTS, plan_runs
-from pipeline.experiments.reward_run import weight_correlation
 
 HEADS = EXPERIMENTS["heads"]
 
@@ -56,7 +62,7 @@ def test_the_interval_over_seeds_is_students():
 def test_a_comparison_pairs_the_rows_of_each_seed_and_pools_the_seeds():
     vrm = [result([1.0, -1.0, 1.0, -1.0]), result([1.0, 1.0, 1.0, 1.0])]
     bt = [result([1.0, 1.0, 1.0, -1.0]), result([1.0, 1.0, 1.0, 0.0])]
-    (one,) = compare(finished({"vrm": vrm, "bt": bt}), "vrm")
+    (one,) = paired_differences(finished({"vrm": vrm, "bt": bt}), "vrm")
     assert (one.variant, one.reading, one.by_seed) == ("bt", "mean", (0.25, -0.125))
     assert one.accuracy[0] == pytest.approx(0.0625)
     assert one.accuracy[1] < 0.0 < one.accuracy[2]
@@ -65,7 +71,8 @@ def test_a_comparison_pairs_the_rows_of_each_seed_and_pools_the_seeds():
 def test_a_model_has_no_difference_from_itself_and_a_better_one_excludes_zero():
     good, bad = [1.0] * 40, [1.0, -1.0] * 20
     equal, better = (
-        compare(finished({"vrm": [result(ours)] * 2, "bt": [result(bad)] * 2}), "vrm")[0] for ours in (bad, good)
+        paired_differences(finished({"vrm": [result(ours)] * 2, "bt": [result(bad)] * 2}), "vrm")[0]
+        for ours in (bad, good)
     )
     assert equal.accuracy == equal.nll == (0.0, 0.0, 0.0)
     assert better.accuracy[0] == -0.5
@@ -74,14 +81,14 @@ def test_a_model_has_no_difference_from_itself_and_a_better_one_excludes_zero():
 
 def test_another_reading_of_the_same_run_is_compared_too():
     vrm = result([1.0, -1.0]) | {"margins": {"mean": [1.0, -1.0], "lcb": [1.0, 1.0]}}
-    (lcb,) = compare(finished({"vrm": [vrm]}, seeds=(0,)), "vrm")
+    (lcb,) = paired_differences(finished({"vrm": [vrm]}, seeds=(0,)), "vrm")
     assert (lcb.variant, lcb.reading, lcb.accuracy[0]) == ("vrm", "lcb", 0.5)
 
 
 def test_runs_on_other_rows_are_not_compared():
     other = result([1.0], prompts=["another prompt"])
     with pytest.raises(ShapeError, match="bt was measured on other held-out pairs"):
-        compare(finished({"vrm": [result([1.0])], "bt": [other]}, seeds=(0,)), "vrm")
+        paired_differences(finished({"vrm": [result([1.0])], "bt": [other]}, seeds=(0,)), "vrm")
 
 
 def test_the_table_has_a_row_per_run_and_an_empty_cell_where_a_head_knows_nothing():
@@ -97,7 +104,7 @@ def test_the_table_has_a_row_per_run_and_an_empty_cell_where_a_head_knows_nothin
     assert [row["kl_z"] for row in rows] == ["0", "", "0", ""]
     assert [row["accuracy"] for row in rows] == ["0.5", "1", "0.5", "1"]
     assert {row["config_hash"] for row in rows} == {run.run.config_hash for run in runs}
-    words = in_words(HEADS, runs, compare(runs, "vrm"))
+    words = findings_text(HEADS, runs, paired_differences(runs, "vrm"))
     assert "longer is better" in words
     assert "+0.500 [" in words
     assert list(by_variant(runs, "active_units")) == ["vrm"]
@@ -110,10 +117,3 @@ def test_figures_are_drawn_even_while_runs_are_missing(name, tmp_path):
     written = write_figures(name, experiment, finished(some, seeds=(0,), experiment=experiment), tmp_path)
     assert [path.name for path in written] == [f"{name}.png", f"{name}_curves.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
-
-
-def test_weight_correlation_by_hand():
-    planted = np.array([[0.75, 0.25], [0.25, 0.75]])
-    assert weight_correlation(0.5 + 0.1 * (planted - 0.5), planted) == pytest.approx(1.0)  # flat, but in order
-    assert weight_correlation(planted[::-1], planted) == pytest.approx(-1.0)
-    assert weight_correlation(np.full((2, 2), 0.5), planted) == 0.0

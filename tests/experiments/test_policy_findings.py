@@ -9,13 +9,13 @@ from pipeline.experiments.figures import write_figures
 from pipeline.experiments.findings import POLICY_COLUMNS, FinishedRun, results_csv
 from pipeline.experiments.grid import EXPERIMENTS, plan_runs
 from pipeline.experiments.policy_findings import (
-    CURVES,
-    contrasts,
+    POLICY_CURVE_METRICS,
+    arm_contrasts,
     curves_csv,
     fall_from_peak,
     gold_win_rate,
     moving_average,
-    policies_in_words,
+    policy_findings_text,
 )
 
 OVEROPTIMIZATION = EXPERIMENTS["overoptimization"]
@@ -31,7 +31,7 @@ def aligned(*, gold=(2.0, 3.0), fall=0.0, gap=0.5, steps=7):
     }
     return {
         "metrics": metrics,
-        "curve": [{"step": float(s)} | dict.fromkeys(CURVES, s / 4) for s in range(steps)],
+        "curve": [{"step": float(s)} | dict.fromkeys(POLICY_CURVE_METRICS, s / 4) for s in range(steps)],
         "prompts": ["a", "b"],
         "margins": {"gold": [0.0, 1.0], "reward": [1.0, 1.0]},
         "seconds": 60.0,
@@ -63,7 +63,7 @@ def test_a_fall_is_from_the_highest_average_to_the_last():
 def test_a_contrast_is_the_difference_on_each_seed():
     held = [aligned(gap=0.1), aligned(gap=0.3), aligned(gap=0.2)]
     free = [aligned(gap=1.1, gold=(2.0, 2.5)), aligned(gap=1.5), aligned(gap=1.3)]
-    (one,) = contrasts(OVEROPTIMIZATION, finished({"bt": held, "bt, KL 0": free}, [0, 1, 2]))
+    (one,) = arm_contrasts(OVEROPTIMIZATION, finished({"bt": held, "bt, KL 0": free}, [0, 1, 2]))
     assert (one.variant, one.reference) == ("bt, KL 0", "bt")
     gap = one.by_column["gap_growth"]
     assert gap.values == pytest.approx((1.0, 1.2, 1.1))
@@ -78,7 +78,7 @@ def test_the_words_say_what_rose_what_stayed_up_and_what_the_seeds_do_not_tell()
         "vrm": [aligned(gap=0.1), aligned(gap=0.2)],
         "vrm lcb": [aligned(gap=0.3), aligned(gap=0.1)],
     }
-    words = policies_in_words(OVEROPTIMIZATION, finished(arms, [0, 1]))
+    words = policy_findings_text(OVEROPTIMIZATION, finished(arms, [0, 1]))
     assert (
         "bt: the gold reward goes from 2.00 to 3.00; it rose in 2 and stayed up in 2 of 2 seeds. 75% [50%, 100%]"
         in words
@@ -90,7 +90,7 @@ def test_the_words_say_what_rose_what_stayed_up_and_what_the_seeds_do_not_tell()
     assert "+1.050 [+0.415, +1.685]*" in words  # 1.05 +- 12.706 * 0.0707 / sqrt 2
     assert "minus vrm, KL 0" not in words  # not run
     alone = finished({name: runs[:1] for name, runs in arms.items()}, [0])
-    assert "bt, KL 0: the gap grows by 1.00 sd more than with bt, in one seed." in policies_in_words(
+    assert "bt, KL 0: the gap grows by 1.00 sd more than with bt, in one seed." in policy_findings_text(
         OVEROPTIMIZATION, alone
     )
 

@@ -90,7 +90,6 @@ def run(root, policy, misfortune=None):
         stage,
         ALIGNMENT,
         reward_scale=RewardScale(mean=0.0, std=1.0),
-        seed=0,
     )
     return rollouts
 

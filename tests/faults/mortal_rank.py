@@ -4,7 +4,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from actors.ppo_learner import build_ppo_learner
+from actors.deepspeed_learners import deepspeed_ppo_learner
 from pipeline.data.planted import build_tokenizer
 from pipeline.learning.engine import TorchEngine
 from tests.conftest import small_world
@@ -31,9 +31,9 @@ def build_learner(policy, publish_directory, fate, device=None):
     return ppo_learner(policy, small_world(), build_tokenizer(), publish_directory, config=CONFIG, make_engine=engine)
 
 
-def build_ranks(spec, fate, device):
+def build_ranks(spec, ranks, fate, device):
     """Runs on every rank of DeepSpeed; the last is mortal."""
-    learner = build_ppo_learner(spec, device)
+    learner = deepspeed_ppo_learner(spec, ranks, device)
     engine = learner.engine
     backward = engine.backward
 

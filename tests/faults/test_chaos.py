@@ -23,21 +23,23 @@ import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 from safetensors.torch import load_file
 
-from actors.ppo_learner import PPOLearnerSpec
 from actors.rank_group import RankGroup, gather
 from actors.ranked_learner import RankedPolicyLearner
 from actors.reward_service import start_service, stop_service
 from actors.rollout_pool import RolloutPool
+from actors.worker_handle import EngineSettings, WorkerActors
 from pipeline.config.cluster import DeadlinesConfig, RanksConfig, RolloutConfig, ScoringConfig
 from pipeline.data.prompts import PromptStream
 from pipeline.errors import DeadlineExceeded, WorkerDied
 from pipeline.evaluation.reward_scale import RewardScale
+from pipeline.learning.builders import PPOLearnerSpec
 from pipeline.loops.alignment import align
 from pipeline.models.backbone import load_backbone
 from pipeline.models.reward_model import RewardModel, make_head, save_reward_model
 from pipeline.rollouts.numerics_gate import choose_probes
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from pipeline.stages.runner import StageRunner
+from pipeline.stages.stage_spec import StageSpec
 from pipeline.stages.workspace import StageDirectory, Workspace
 from tests.faults.driver import MISFORTUNES, SECOND_SAVE, run
 from tests.faults.mortal_rank import CONFIG, build_learner, build_ranks
@@ -51,6 +53,7 @@ pytestmark = pytest.mark.components
 
 DEADLINES = DeadlinesConfig(start_s=240, update_s=120, generate_s=120, score_s=120, weights_s=120)
 SCALE = RewardScale(mean=0.0, std=1.0)
+ALIGN_POLICY = StageSpec(name="align_policy", version=1, config={})
 
 
 def weights(directory):
@@ -151,7 +154,6 @@ def test_a_rank_killed_in_its_backward_pass_is_named_in_seconds_and_its_run_ends
     config = CONFIG.model_copy(update={"num_steps": 4})
     spec = PPOLearnerSpec(
         config=config,
-        ranks=RanksConfig(ranks=2, cpus_per_rank=1, zero_stage=3),
         policy_uri=tiny_policy,
         reward_model_uri="no critic of its own",
         dtype="float32",
@@ -167,23 +169,24 @@ def test_a_rank_killed_in_its_backward_pass_is_named_in_seconds_and_its_run_ends
 
     def run_ranks(stage):
         groups.close()  # of the attempt before
-        group = groups.enter_context(RankGroup("PPO learner", spec.ranks, start_s=240))
-        group.build(build_ranks, spec, str(fate))
+        ranks = RanksConfig(ranks=2, cpus_per_rank=1, zero_stage=3)
+        group = groups.enter_context(RankGroup("PPO learner", ranks, start_s=240))
+        group.build(build_ranks, spec, ranks, str(fate))
         learners.append(RankedPolicyLearner(group, DEADLINES))
         if len(learners) == 1:
             learners[0].snapshot().write(str(tmp_path / "start"))
         try:
-            return align(rollouts, rollouts, learners[-1], prompts, stage, config, reward_scale=SCALE, seed=0)
+            return align(rollouts, rollouts, learners[-1], prompts, stage, config, reward_scale=SCALE)
         except WorkerDied as error:
             notices.append((str(error), time.time() - (fate / "time of death").stat().st_mtime))
             raise
 
     with ExitStack() as groups, Workspace.open(str(tmp_path / "ws"), job="disturbed", needs_bytes=0) as workspace:
-        result = StageRunner(workspace).run("align_policy", 1, run_ranks, config={}, max_restarts=1)
+        result = StageRunner(workspace).run(ALIGN_POLICY, run_ranks, max_restarts=1)
         rows = workspace.stage("align_policy", result.fingerprint).metrics_rows()
         learners[-1].restore(str(tmp_path / "start"))
         quiet = StageDirectory(str(tmp_path / "quiet"), "align_policy", "0" * 64)
-        align(rollouts, rollouts, learners[-1], prompts, quiet, config, reward_scale=SCALE, seed=0)
+        align(rollouts, rollouts, learners[-1], prompts, quiet, config, reward_scale=SCALE)
     [(letter, seconds)] = notices
     assert "PPO learner: rank 1 of 2 died while updating at step 2, after" in letter
     assert seconds < 30
@@ -247,14 +250,10 @@ def test_a_run_that_loses_a_node_two_workers_a_rank_and_a_replica_ends_as_if_not
     ray.get(filler.ready(), timeout=60)
     node = Node(num_cpus=4)
     pool = RolloutPool(
-        str(fate),
+        EngineSettings(model_uri=str(fate), dtype="float32", max_model_len=64, gate_tolerance=1e-4, seed=0),
         RolloutConfig(workers=2, cpus_per_worker=1, chunk_size=3, max_restarts=4),
         DEADLINES,
-        dtype="float32",
-        max_model_len=64,
-        gate_tolerance=1e-4,
-        seed=0,
-        worker=MortalWorker,
+        actors=WorkerActors(worker=MortalWorker),
     )
 
     def the_node_loses_power():
@@ -276,15 +275,15 @@ def test_a_run_that_loses_a_node_two_workers_a_rank_and_a_replica_ends_as_if_not
             learner = RankedPolicyLearner(group, DEADLINES)
             eventful = Eventful(pool, scorer, events)
             wire.step = lambda: eventful.step
-            return align(eventful, eventful, learner, prompts, stage, CONFIG, reward_scale=SCALE, seed=0)
+            return align(eventful, eventful, learner, prompts, stage, CONFIG, reward_scale=SCALE)
 
     try:
         with Workspace.open(str(tmp_path / "ws"), job="disturbed", needs_bytes=0) as workspace:
-            result = StageRunner(workspace).run("align_policy", 1, disturbed, config={}, max_restarts=2)
+            result = StageRunner(workspace).run(ALIGN_POLICY, disturbed, max_restarts=2)
             rows = workspace.stage("align_policy", result.fingerprint).metrics_rows()
         alone = build_learner(tiny_policy, tmp_path / "published alone", str(tmp_path / "no fate"))
         quiet = StageDirectory(str(tmp_path / "quiet"), "align_policy", "0" * 64)
-        align(pool, scorer, alone, prompts, quiet, CONFIG, reward_scale=SCALE, seed=0)
+        align(pool, scorer, alone, prompts, quiet, CONFIG, reward_scale=SCALE)
     finally:
         pool.close()
         stop_service("chaos")

@@ -7,7 +7,8 @@ import time
 import pytest
 
 from cluster.submission import JOB_CONFIG
-from jobs.command_line import dry_run, parse, place
+from jobs.command_line import absolute_place, job_options, print_dry_run
+from jobs.run_job import job_command
 from pipeline.errors import ConfigError
 from tests.support.paths import ROOT
 
@@ -19,6 +20,11 @@ JOBS = (
     "generate_benchmark",
     "write_report",
 )
+
+
+def parse(arguments):
+    """The options of a job that does nothing."""
+    return job_options(job_command("", lambda job: None).options(arguments))
 
 
 def run(*arguments, **variables):
@@ -43,7 +49,7 @@ def test_dry_runs_of_the_pipeline_and_of_every_stage_print_recipe_and_plan_witho
 
 
 @pytest.mark.parametrize(
-    ("override", "letter"),
+    ("override", "message"),
     [
         ("alignment.num_stps=7", "alignment.num_stps: unknown key; did you mean alignment.num_steps?"),
         ("alignment.num_steps=many", "alignment.num_steps = 'many'"),
@@ -51,11 +57,11 @@ def test_dry_runs_of_the_pipeline_and_of_every_stage_print_recipe_and_plan_witho
         ("num_steps", "is no override; write key.path=value"),
     ],
 )
-def test_a_bad_override_is_a_letter_and_costs_nothing(override, letter):
+def test_a_bad_override_is_an_error_message_and_costs_nothing(override, message):
     started = time.monotonic()
     done = run(override)
     assert done.returncode == 2
-    assert letter in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert time.monotonic() - started < 10
 
@@ -97,7 +103,7 @@ def test_a_dry_run_refuses_a_plan_this_machine_cannot_hold():
 )
 def test_a_dry_run_says_where_the_rollout_engines_stand(overrides, sentence, role, monkeypatch, capsys):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    dry_run(parse("", ["--recipe", "paper_qwen2.5_7b", *overrides]))
+    print_dry_run(parse(["--recipe", "paper_qwen2.5_7b", *overrides]))
     printed = capsys.readouterr().out
     assert sentence in printed
     assert f"align_policy        {role}" in printed
@@ -110,7 +116,7 @@ def test_a_dry_run_leaves_the_plan_to_the_cluster_it_is_meant_for():
 
 
 def test_options_and_overrides_may_be_mixed():
-    options = parse("", ["seed=3", "--recipe", "tiny", "alignment.num_steps=7", "--workspace", "/ws", "--take-over"])
+    options = parse(["seed=3", "--recipe", "tiny", "alignment.num_steps=7", "--workspace", "/ws", "--take-over"])
     assert (options.recipe.seed, options.recipe.alignment.num_steps) == (3, 7)
     assert (options.workspace, options.take_over, options.dry_run) == ("/ws", True, False)
 
@@ -118,14 +124,14 @@ def test_options_and_overrides_may_be_mixed():
 def test_the_workspace_comes_from_option_then_variable_then_home(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.delenv("VRM_WORKSPACE", raising=False)
-    assert parse("", []).workspace == "/home/me/vrm-runs/tiny"
+    assert parse([]).workspace == "/home/me/vrm-runs/tiny"
     monkeypatch.setenv("VRM_WORKSPACE", "s3://bucket/ws")
-    assert parse("", []).workspace == "s3://bucket/ws"
-    assert parse("", ["--workspace", "runs/x"]).workspace == os.path.abspath("runs/x")
+    assert parse([]).workspace == "s3://bucket/ws"
+    assert parse(["--workspace", "runs/x"]).workspace == os.path.abspath("runs/x")
 
 
 def test_a_submitted_job_refuses_a_workspace_that_would_be_thrown_away(monkeypatch):
     monkeypatch.setenv(JOB_CONFIG, "{}")
-    assert place("/data/ws") == "/data/ws"
+    assert absolute_place("/data/ws") == "/data/ws"
     with pytest.raises(ConfigError, match=r'Write --workspace "\$PWD/runs/x"'):
-        place("runs/x")
+        absolute_place("runs/x")

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from jobs.evaluate_reward_model import evaluate_reward_model, main, options
+from jobs.evaluate_reward_model import evaluate_reward_model, evaluate_reward_model_command
 from pipeline.config.reward import VRMHeadConfig
 from pipeline.data.planted import OBJECTIVES
 from pipeline.errors import CheckpointError, ConfigError, DataError
@@ -16,6 +16,8 @@ from pipeline.models.backbone import load_backbone
 from pipeline.models.reward_model import RewardModel, RewardModelCard, make_head, save_reward_model
 from tests.support.learners import collator, reward_trainer, tokenised
 from tests.support.paths import ROOT
+
+parse = evaluate_reward_model_command.options
 
 HEAD = VRMHeadConfig(semantic_dims=6, hidden_size=32)
 
@@ -65,7 +67,7 @@ def write(path, rows):
 
 
 def run(*arguments):
-    return evaluate_reward_model(options([*map(str, arguments), "--device", "cpu"]))
+    return evaluate_reward_model(parse([*map(str, arguments), "--device", "cpu"]))
 
 
 def rewards(directory):
@@ -211,7 +213,7 @@ def test_what_is_wrong_with_the_input_is_said_before_anything_is_scored(models, 
     with pytest.raises(CheckpointError, match="it is no reward model"):
         run("--model", tmp_path, "--pairs", bad, "--out", out)
     good = write(tmp_path / "good.jsonl", pairs)
-    with pytest.raises(DataError, match="no scored comparison"):
+    with pytest.raises(DataError, match="not a scored row"):
         run("--model", models["vrm"], "--pairs", good, "--out", out, "--compare", good)
     assert not out.exists()
 
@@ -221,7 +223,7 @@ def test_a_gpu_that_is_not_there_is_named(models, pairs, tmp_path):
     file = write(tmp_path / "pairs.jsonl", pairs)
     with pytest.raises(ConfigError, match="torch sees no GPU"):
         evaluate_reward_model(
-            options(["--model", models["vrm"], "--pairs", file, "--out", str(tmp_path / "o"), "--device", "cuda"])
+            parse(["--model", models["vrm"], "--pairs", file, "--out", str(tmp_path / "o"), "--device", "cuda"])
         )
 
 
@@ -229,7 +231,7 @@ def test_help_answers_without_torch():
     code = (
         "import sys; sys.argv = ['job', '--help']\n"
         "import jobs.evaluate_reward_model as job\n"
-        "try: job.main()\n"
+        "try: job.evaluate_reward_model_command()\n"
         "except SystemExit: print('torch' in sys.modules, 'transformers' in sys.modules, 'ray' in sys.modules)"
     )
     done = subprocess.run(
@@ -239,8 +241,10 @@ def test_help_answers_without_torch():
     assert done.stdout.strip().endswith("False False False")
 
 
-def test_an_error_is_a_letter_and_status_2(tmp_path, capsys):
+def test_an_error_is_an_error_message_and_status_2(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
-        main(["--model", str(tmp_path), "--pairs", "nothing.jsonl", "--out", str(tmp_path / "out")])
+        evaluate_reward_model_command(
+            ["--model", str(tmp_path), "--pairs", "nothing.jsonl", "--out", str(tmp_path / "out")]
+        )
     assert end.value.code == 2
     assert capsys.readouterr().err.startswith(f"CheckpointError: {tmp_path} holds no reward_model.json")

@@ -5,13 +5,15 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from actors.experiment_tasks import Place, backbone_key, compute_missing_states, keep_states, train_one
-from jobs.experiments import compute_on_the_cluster, demand_of, main, parse, run_experiment
+from actors.experiment_tasks import ProcessResources, backbone_key, compute_missing_states, keep_states, train_one
+from jobs.experiments import compute_on_the_cluster, demand_of, experiment_command, run_experiment
 from pipeline.config.load import load_recipe
 from pipeline.errors import CheckpointError, ConfigError, CorruptManifest, NumericsError, WorkerError
 from pipeline.experiments.grid import EXPERIMENTS
 from tests.experiments.test_findings import result
 from tests.experiments.test_policy_findings import aligned
+
+parse = experiment_command.options
 
 SMALL = (
     "data.planted.num_train_pairs=64",
@@ -24,7 +26,7 @@ SMALL = (
     "cluster.reward.cpus_per_rank=2",
 )
 
-ONE_CORE = Place(cpus=1.0, gpus=0.0, data_root="")
+ONE_CORE = ProcessResources(cpus=1.0, gpus=0.0, data_root="")
 BFLOAT16 = "reward.backbone_dtype=bfloat16"
 
 
@@ -37,7 +39,7 @@ SMALL_ALIGNMENT = (
 )
 
 
-def asked(name, out, *more):
+def options_of(name, out, *more):
     return parse([name, "--out", str(out), "--seeds", "0", "1", *more])
 
 
@@ -60,13 +62,13 @@ class Fake:
 def test_a_second_call_computes_only_what_is_missing(tmp_path):
     first, second, third = Fake(failing=[("gate", 1)]), Fake(), Fake()
     with pytest.raises(WorkerError, match=r"(?s)1 of 10 runs failed.*gate, seed 1: NumericsError: a gradient"):
-        run_experiment(asked("heads", tmp_path), first)
+        run_experiment(options_of("heads", tmp_path), first)
     assert len(first.computed) == 10
     assert len((tmp_path / "heads.csv").read_text().splitlines()) == 1 + 9
-    told = run_experiment(asked("heads", tmp_path), second)
+    table = run_experiment(options_of("heads", tmp_path), second)
     assert second.computed == [("gate", 1)]
-    assert "10 runs, seeds 0, 1" in told
-    run_experiment(asked("label_noise", tmp_path), third)
+    assert "10 runs, seeds 0, 1" in table
+    run_experiment(options_of("label_noise", tmp_path), third)
     assert len(third.computed) == 20 - 4  # vrm and bt without noise stand in heads
     assert {path.name for path in tmp_path.iterdir()} >= {
         "heads.csv",
@@ -78,7 +80,7 @@ def test_a_second_call_computes_only_what_is_missing(tmp_path):
 
 
 def test_a_committed_run_says_what_it_was(tmp_path):
-    run_experiment(asked("collapse", tmp_path), Fake())
+    run_experiment(options_of("collapse", tmp_path), Fake())
     for path in (tmp_path / "runs").iterdir():
         record = json.loads(path.read_text())
         assert path.stem == record["config_hash"]
@@ -88,27 +90,27 @@ def test_a_committed_run_says_what_it_was(tmp_path):
 
 
 def test_a_result_that_cannot_be_read_is_named(tmp_path):
-    run_experiment(asked("collapse", tmp_path), Fake())
+    run_experiment(options_of("collapse", tmp_path), Fake())
     broken = next((tmp_path / "runs").iterdir())
     broken.write_text("{}")
     with pytest.raises(CorruptManifest, match=f"{broken.name} is no result of a run .*Delete it"):
-        run_experiment(asked("collapse", tmp_path), Fake())
+        run_experiment(options_of("collapse", tmp_path), Fake())
 
 
 def test_a_dry_run_lists_the_runs_and_what_each_holds(tmp_path):
-    told = run_experiment(asked("heads", tmp_path, "--dry-run", "reward.num_steps=3"), Fake())
-    assert told.count("seed 1  ensemble") == 1
-    assert "training run" in told
+    table = run_experiment(options_of("heads", tmp_path, "--dry-run", "reward.num_steps=3"), Fake())
+    assert table.count("seed 1  ensemble") == 1
+    assert "training run" in table
     assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_input_ends_before_anything_is_computed(tmp_path, capsys):
     with pytest.raises(ConfigError, match="varies it itself"):
-        run_experiment(asked("heads", tmp_path, "reward.head=bt"), Fake())
+        run_experiment(options_of("heads", tmp_path, "reward.head=bt"), Fake())
     with pytest.raises(ConfigError, match="seeds are whole numbers"):
-        asked("heads", tmp_path, "two")
+        options_of("heads", tmp_path, "two")
     with pytest.raises(SystemExit, match="2"):
-        main(["heads", "--recipe", "tinny", "--out", str(tmp_path)])
+        experiment_command(["heads", "--recipe", "tinny", "--out", str(tmp_path)])
     assert "Did you mean 'tiny'?" in capsys.readouterr().err
 
 
@@ -138,7 +140,7 @@ def test_alignments_are_reported_by_their_gold_reward(tmp_path, capsys):
             yield index, NumericsError("a gradient is not finite") if failed else aligned()
 
     with pytest.raises(WorkerError, match="2 of 16 runs failed"):
-        run_experiment(asked("overoptimization", tmp_path), one_arm_fails)
+        run_experiment(options_of("overoptimization", tmp_path), one_arm_fails)
     assert "16/16  vrm lcb, KL 0, seed 1  gold win rate 0.500" in capsys.readouterr().out
     assert "vrm lcb, KL 0" in (tmp_path / "overoptimization.txt").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -154,8 +156,8 @@ def test_alignments_are_reported_by_their_gold_reward(tmp_path, capsys):
 
 
 def test_alignments_without_a_known_truth_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="holds the reward against the planted truth"):
-        run_experiment(asked("overoptimization", tmp_path, "data.source=files"), Fake())
+    with pytest.raises(ConfigError, match="compares the reward with the planted truth"):
+        run_experiment(options_of("overoptimization", tmp_path, "data.source=files"), Fake())
 
 
 def test_states_of_a_frozen_backbone_are_computed_once_for_all_seeds_and_labels(tiny_policy, tmp_path, monkeypatch):
@@ -195,8 +197,8 @@ def test_a_small_grid_trains_for_real_over_the_cluster(tmp_path, local_ray, monk
     whole = EXPERIMENTS["heads"]
     two = replace(whole, variants=tuple(v for v in whole.variants if v.name in ("vrm", "ensemble")))
     monkeypatch.setitem(EXPERIMENTS, "heads", two)
-    told = run_experiment(parse(["heads", "--out", str(tmp_path), "--seeds", "0", *SMALL]), compute_on_the_cluster)
-    assert "ensemble min" in told
+    table = run_experiment(parse(["heads", "--out", str(tmp_path), "--seeds", "0", *SMALL]), compute_on_the_cluster)
+    assert "ensemble min" in table
     records = {r["variant"]: r for r in (json.loads(p.read_text()) for p in (tmp_path / "runs").iterdir())}
     assert set(records) == {"vrm", "ensemble"}
     vrm, ensemble = records["vrm"], records["ensemble"]
@@ -217,12 +219,12 @@ def test_a_small_grid_trains_for_real_over_the_cluster(tmp_path, local_ray, monk
 def test_a_pass_over_frozen_states_tells_how_far_it_is(tiny_policy, tmp_path, local_ray):
     overrides = [*SMALL, f"policy.checkpoint={tiny_policy}", "reward.trainable_layers=0"]
     recipe = load_recipe("experiments_tiny", overrides)
-    told = []
-    keep_states([recipe], demand_of(recipe), str(tmp_path), max_restarts=0, report=told.append)
-    assert told[-1] == "states of the frozen backbone  80/80 pairs  0:00 left"
-    told.clear()
-    keep_states([recipe], demand_of(recipe), str(tmp_path), max_restarts=0, report=told.append)
-    assert told == []
+    lines = []
+    keep_states([recipe], demand_of(recipe), str(tmp_path), max_restarts=0, report=lines.append)
+    assert lines[-1] == "states of the frozen backbone  80/80 pairs  0:00 left"
+    lines.clear()
+    keep_states([recipe], demand_of(recipe), str(tmp_path), max_restarts=0, report=lines.append)
+    assert lines == []
 
 
 @pytest.mark.components

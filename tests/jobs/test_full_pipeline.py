@@ -10,14 +10,18 @@ import time
 
 import pytest
 
-from jobs import compare_policies, judge_benchmark, score_benchmark
-from jobs.command_line import PREEMPTED
-from pipeline.benchmark.alpaca_eval.win_rates import read_annotations
-from pipeline.benchmark.answers import read_answers
-from pipeline.benchmark.policy_comparison import contest as comparison
-from pipeline.benchmark.policy_comparison.contest_files import read_policy, read_questions
+from jobs.compare_policies import compare_policies, compare_policies_command
+from jobs.exit_codes import PREEMPTED
+from jobs.judge_benchmark import judge_benchmark, judge_benchmark_command
+from jobs.score_benchmark import score_benchmark, score_benchmark_command
+from pipeline.benchmark.alpaca_eval.annotations import read_annotations
+from pipeline.benchmark.policy_comparison.contest import build_contest
+from pipeline.benchmark.policy_comparison.policy_answers import read_policy_answers, read_questions
+from pipeline.benchmark.policy_comparison.verdicts import judged_verdicts, reward_verdicts
+from pipeline.benchmark.policy_comparison.win_matrix import win_matrix
+from pipeline.benchmark.scored_answers import read_scored_answers
 from pipeline.data.planted import GoldAnnotator
-from pipeline.objectives.reward_comparison import compare
+from pipeline.objectives.reward_comparison import compare_rewards
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from tests.support.paths import ROOT
 
@@ -154,24 +158,24 @@ def test_base_and_aligned_are_judged_scored_and_compared_and_every_number_agrees
     result = stage_directory(finished[0], "generate_benchmark") / "result"
     reward_model = stage_directory(finished[0], "train_reward_model") / "result"
     base, aligned = files = [result / generator / "model_outputs.json" for generator in ("base", "aligned")]
-    pairs = list(zip(read_answers(aligned), read_answers(base), strict=True))
+    pairs = list(zip(read_scored_answers(aligned), read_scored_answers(base), strict=True))
     assert [a.instruction for a, _ in pairs] == [b.instruction for _, b in pairs]
 
     annotations, scores = {}, {}
     for name, judge in (("vrm", f"vrm:{reward_model}"), ("gold", "gold:planted")):
         out = tmp_path / name / "annotations.json"
         judging = ["--answers", str(aligned), "--baseline", str(base), "--judge", judge, "--out", str(out)]
-        costs = judge_benchmark.judge_benchmark(judge_benchmark.parse(["--benchmark", "alpaca_eval", *judging]))
+        costs = judge_benchmark(judge_benchmark_command.options(["--benchmark", "alpaca_eval", *judging]))
         assert (costs.unanswered, costs.unparsed) == ({}, 0)
         annotations[name] = read_annotations(out)
         scoring = ["--benchmark", "alpaca_eval", "--judgments", str(out), "--out", str(tmp_path / name)]
-        score_benchmark.score(score_benchmark.parse(scoring))
+        score_benchmark(score_benchmark_command.options(scoring))
         [scores[name]] = json.loads((tmp_path / name / "alpaca_eval.json").read_text())["models"].values()
         preferences = annotations[name].preferences
         assert scores[name]["win_rate"] == pytest.approx(100 * (sum(preferences) / len(pairs) - 1))
 
     # The judge scores one pair at a time where the benchmark scored batches: equal to rounding.
-    from_rewards = [1.0 + compare(a.score, b.score).probability for a, b in pairs]
+    from_rewards = [1.0 + compare_rewards(a.score, b.score).probability for a, b in pairs]
     assert annotations["vrm"].preferences == pytest.approx(from_rewards, abs=1e-3)
     gold = GoldAnnotator()
     gaps = [
@@ -185,19 +189,19 @@ def test_base_and_aligned_are_judged_scored_and_compared_and_every_number_agrees
     page = tmp_path / "comparison.html"
     options = ["--judgments", *(str(tmp_path / name / "annotations.json") for name in scores)]
     options += ["--scores", str(tmp_path / "gold" / "alpaca_eval.json"), "--questions", str(result / "planted.json")]
-    compare_policies.compare_policies(
-        compare_policies.parse([*map(str, files), *options, "--objectives", "a,b,c,d", "--out", str(page)])
+    compare_policies(
+        compare_policies_command.options([*map(str, files), *options, "--objectives", "a,b,c,d", "--out", str(page)])
     )
     assert f"{scores['gold']['win_rate']:.2f} ± {scores['gold']['standard_error']:.2f}" in page.read_text()
-    contest = comparison.contest([read_policy(file, read_questions([])) for file in files])
-    [rewards] = comparison.reward_verdicts(contest)
+    contest = build_contest([read_policy_answers(file, read_questions([])) for file in files])
+    [rewards] = reward_verdicts(contest)
     first, second = contest.policies
     reported = manifest(finished[0], "generate_benchmark")["metrics"]["reward/win_rate"]
-    assert comparison.win_matrix(contest, rewards)[second][first]["win_rate"] == pytest.approx(reported)
+    assert win_matrix(contest, rewards)[second][first]["win_rate"] == pytest.approx(reported)
     for (name, judged), verdicts in zip(
-        annotations.items(), comparison.judged_verdicts(contest, list(annotations.values())), strict=True
+        annotations.items(), judged_verdicts(contest, list(annotations.values())), strict=True
     ):
-        cell = comparison.win_matrix(contest, verdicts)[judged.model][judged.baseline]
+        cell = win_matrix(contest, verdicts)[judged.model][judged.baseline]
         assert 100 * cell["win_rate"] == pytest.approx(scores[name]["win_rate"])
         assert f">{100 * cell['win_rate']:.1f} <" in page.read_text()
 
@@ -214,16 +218,16 @@ def test_a_driver_killed_in_two_stages_and_preempted_once_resumes_to_the_same_re
     killed_behind = last_commit(workspace, "align_policy")
     assert end_by(signal.SIGTERM, workspace, "align_policy", grace_s=GRACE_S) == PREEMPTED
     preempted_behind = last_commit(workspace, "align_policy")
-    assert f"align_policy is committed behind step {preempted_behind + 1}" in (tmp_path / "killed.log").read_text()
+    assert f"align_policy is committed after step {preempted_behind + 1}" in (tmp_path / "killed.log").read_text()
     # A checkpoint of one rank, sampled for by one worker, goes on in two of each.
     driver = start(workspace, *MORE_PROCESSES)
     assert driver.wait(timeout=600) == 0, (tmp_path / "killed.log").read_text()[-4000:]
     log = (tmp_path / "killed.log").read_text()
-    assert "sft      finished before, skipped" in log
-    assert "train_reward_model  resumes behind step" in log
+    assert f"{'sft':<19} finished before, skipped" in log
+    assert "train_reward_model  resumes after step" in log
     assert 0 <= killed_behind < preempted_behind
     for behind in (killed_behind, preempted_behind):
-        assert log.count(f"align_policy        resumes behind step {behind + 1}\n") == 1
+        assert log.count(f"align_policy        resumes after step {behind + 1}\n") == 1
     # Two DeepSpeed ranks on the same data: equal to rounding.
     one, other = (manifest(w, "train_reward_model")["metrics"] for w in (whole, workspace))
     assert one.keys() == other.keys()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.judge_benchmark import judge_benchmark, main, parse
+from jobs.judge_benchmark import judge_benchmark, judge_benchmark_command
 from pipeline.data.planted import GoldAnnotator
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.models.backbone import load_backbone
@@ -21,6 +21,8 @@ from pipeline.models.reward_model import RewardModel, make_head, save_reward_mod
 from tests.support.judge_server import completion, judge_server, refusal
 from tests.support.learners import HEAD, reward_card, statistics_of
 from tests.support.paths import ROOT
+
+parse = judge_benchmark_command.options
 
 KEY = "VRM_JUDGE_API_KEY"
 
@@ -59,8 +61,8 @@ def alpaca(tmp_path):
 @pytest.fixture
 def arena(tmp_path):
     """Arguments for three Arena-Hard questions."""
-    asked = WORDS[:3]
-    questions = [{"uid": word, "category": "c", "prompt": f"explain the {word} ?"} for word in asked]
+    words = WORDS[:3]
+    questions = [{"uid": word, "category": "c", "prompt": f"explain the {word} ?"} for word in words]
     answers = {
         model: write(
             tmp_path / f"{model}.jsonl",
@@ -71,7 +73,7 @@ def arena(tmp_path):
                     "messages": [{"role": "assistant", "content": {"answer": answer.format(word=word)}}],
                     "metadata": {"token_len": 5},
                 }
-                for word in asked
+                for word in words
             ],
         )
         for model, answer in ANSWERS.items()
@@ -169,7 +171,7 @@ def test_unanswered_requests_end_with_1_and_alone_are_asked_again(alpaca, monkey
     with judge_server(answer) as server:
         monkeypatch.setattr(sys, "argv", ["judge_benchmark", *alpaca, *endpoint(server)])
         with pytest.raises(SystemExit) as caught:
-            main()
+            judge_benchmark_command()
         assert caught.value.code == 1
         assert "2 unanswered" in capsys.readouterr().err
         assert [row["instruction"] for row in rows_of(alpaca) if row["preference"] is None] == [
@@ -177,7 +179,7 @@ def test_unanswered_requests_end_with_1_and_alone_are_asked_again(alpaca, monkey
             "explain the town ?",
         ]
         down.clear()
-        main()
+        judge_benchmark_command()
     assert len(server.questions) == 14
     assert all(row["preference"] is not None for row in rows_of(alpaca))
 
@@ -267,10 +269,10 @@ def without_templates(arguments):
 def test_a_judge_that_scores_answers_needs_no_prompt(alpaca, arena, reward_model):
     for arguments in (alpaca, arena):
         judge_benchmark(parse([*arguments, "--judge", f"vrm:{reward_model}"]))
-        told = rows_of(arguments)
+        with_templates = rows_of(arguments)
         shutil.rmtree(Path(arguments[-1]).parent)
         judge_benchmark(parse([*without_templates(arguments), "--judge", f"vrm:{reward_model}"]))
-        for row, same in zip(rows_of(arguments), told, strict=True):
+        for row, same in zip(rows_of(arguments), with_templates, strict=True):
             if "games" in row:
                 assert [game["score"] for game in row["games"]] == [game["score"] for game in same["games"]]
             else:
@@ -305,18 +307,18 @@ def test_the_reward_model_does_not_grade(mt_bench, reward_model):
 
 
 @pytest.mark.parametrize(
-    ("judge", "kind", "letter"),
+    ("judge", "kind", "message"),
     [
         (["--judge", "gpt-4"], ConfigError, "give an endpoint"),
         (["--judge", "https://api.openai.com/v1"], ConfigError, "needs --model"),
         (["--judge", "replay:/nowhere.cache"], DataError, "nowhere"),
         (["--judge", "vrm:/nowhere"], CheckpointError, "no reward model"),
-        (["--judge", "http://127.0.0.1:9/v1", "--model", "m", "--concurrency", "0"], ConfigError, "start at 1"),
+        (["--judge", "http://127.0.0.1:9/v1", "--model", "m", "--concurrency", "0"], ConfigError, "at least 1"),
         (["--judge", "http://127.0.0.1:9/v1", "--model", "m", "--prices", "/nowhere"], DataError, "no price"),
     ],
 )
-def test_a_judge_that_cannot_judge_is_refused_before_anything_is_asked_or_written(alpaca, judge, kind, letter):
-    with pytest.raises(kind, match=letter):
+def test_a_judge_that_cannot_judge_is_refused_before_anything_is_asked_or_written(alpaca, judge, kind, message):
+    with pytest.raises(kind, match=message):
         judge_benchmark(parse([*alpaca, *judge]))
     assert not Path(alpaca[-1]).exists()
 
@@ -329,7 +331,7 @@ def test_a_judge_that_reads_prompts_needs_them(capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "letter"),
+    ("arguments", "message"),
     [
         (["--benchmark", "alpaca_eval"], "written to a .json file, not to o.jsonl"),
         (["--benchmark", "arena_hard"], "arena_hard needs --baseline"),
@@ -338,7 +340,7 @@ def test_a_judge_that_reads_prompts_needs_them(capsys):
         (["--benchmark", "mt_bench", "--baseline", "b"], "mt_bench has no --baseline"),
     ],
 )
-def test_files_a_benchmark_needs_or_does_not_know_are_named(arguments, letter, capsys):
+def test_files_a_benchmark_needs_or_does_not_know_are_named(arguments, message, capsys):
     with pytest.raises(SystemExit):
         parse([*arguments, "--answers", "a", "--templates", "t", "--judge", "j", "--out", "o.jsonl"])
-    assert letter in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -14,11 +14,13 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from jobs.judge_benchmark import judge_benchmark, parse
+from jobs.judge_benchmark import judge_benchmark, judge_benchmark_command
 from pipeline.benchmark.alpaca_eval.judging import is_switched
 from pipeline.data.planted import CHAT_TEMPLATE
 from pipeline.models.backbone import create_tiny_causal_lm, load_causal_lm, save_causal_lm
 from tests.conftest import SMALLEST
+
+parse = judge_benchmark_command.options
 
 pytestmark = [pytest.mark.components, pytest.mark.long]
 
@@ -97,9 +99,9 @@ def test_verdicts_of_a_vllm_server_are_weighed_as_its_model_weighs_them(judge_mo
     for row, ours, base in zip(rows, outputs["ours"], outputs["base"], strict=True):
         switched = is_switched(row["instruction"])
         first, second = (ours["output"], base["output"]) if switched else (base["output"], ours["output"])
-        said = f"<|im_start|> user {row['instruction']} m {first} M {second} <|im_end|> <|im_start|> assistant"
+        conversation = f"<|im_start|> user {row['instruction']} m {first} M {second} <|im_end|> <|im_start|> assistant"
         with torch.no_grad():
-            logits = model(torch.tensor([tokenizer(said, add_special_tokens=False).input_ids])).logits[0, -1]
+            logits = model(torch.tensor([tokenizer(conversation, add_special_tokens=False).input_ids])).logits[0, -1]
         seen = logits.topk(5)
         for_first, for_second = (seen.values.exp()[seen.indices == verdict].sum().item() for verdict in verdicts)
         share = for_second / (for_first + for_second)

@@ -6,8 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from jobs.pac_bayes import measure, parse
-from pipeline.config.load import load_recipe
+from jobs.pac_bayes import measure_model, pac_bayes_command
 from pipeline.data.planted import OBJECTIVES
 from pipeline.data.preferences import normalised_prompt
 from pipeline.errors import CheckpointError, ConfigError, DataError
@@ -15,6 +14,8 @@ from pipeline.models.backbone import load_backbone
 from pipeline.models.reward_model import RewardModel, make_head, save_reward_model
 from tests.support.learners import HEAD, reward_card, statistics_of
 from tests.support.paths import ROOT
+
+parse = pac_bayes_command.options
 
 SMALL = [
     "data.planted.num_train_pairs=40",
@@ -44,9 +45,7 @@ def model(tiny_policy, world, tokenizer, tmp_path_factory):
 
 
 def run(*arguments):
-    options = parse([*arguments, "--samples", "2"])
-    recipe = load_recipe(options.recipe, options.overrides) if options.recipe else None
-    return measure(options, recipe)
+    return measure_model(parse([*arguments, "--samples", "2"]))
 
 
 def write_pairs(path, pairs):
@@ -74,11 +73,11 @@ def test_files_are_measured_and_the_report_may_have_a_bare_name(model, world, tm
     record = json.loads((tmp_path / "bare.json").read_text())
     assert record["training"]["num_pairs"] == 64
     assert record["heldout"]["num_pairs"] == len({normalised_prompt(p.prompt) for p in world.heldout_pairs()}) + 1
-    assert "some held-out prompts (1) also stand in training" in text
+    assert "some held-out prompts (1) are also in training" in text
 
 
 @pytest.mark.parametrize(
-    ("arguments", "letter"),
+    ("arguments", "message"),
     [
         ([], "name the data once"),
         (["--train", "a.jsonl"], "name the data once"),
@@ -88,8 +87,8 @@ def test_files_are_measured_and_the_report_may_have_a_bare_name(model, world, tm
         (["--recipe", "tiny", "--samples", "1"], r"--samples 1: .* at least 2 draws"),
     ],
 )
-def test_options_that_make_no_sense_are_a_letter(arguments, letter):
-    with pytest.raises(ConfigError, match=letter):
+def test_options_that_make_no_sense_are_an_error_message(arguments, message):
+    with pytest.raises(ConfigError, match=message):
         parse(["--model", "m", *arguments])
 
 
@@ -119,7 +118,7 @@ def test_a_recipe_of_other_objectives_is_refused(model):
         run("--model", model, "--recipe", "tiny", "objectives=[helpfulness,honesty]")
 
 
-def test_help_needs_no_torch_and_a_missing_model_is_a_letter(tmp_path):
+def test_help_needs_no_torch_and_a_missing_model_is_an_error_message(tmp_path):
     code = (
         "import runpy, sys; sys.argv = ['job', '--help']\n"
         "try: runpy.run_path('jobs/pac_bayes.py', run_name='__main__')\n"

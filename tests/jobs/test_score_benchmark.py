@@ -6,9 +6,11 @@ import sys
 
 import pytest
 
-from jobs.score_benchmark import SCORERS, parse, score
+from jobs.score_benchmark import SCORERS, score_benchmark, score_benchmark_command
 from pipeline.errors import DataError
 from tests.support.paths import ROOT
+
+parse = score_benchmark_command.options
 
 
 def jsonl(path, rows):
@@ -41,7 +43,7 @@ def arguments(tmp_path, benchmark, judgments, *more):
 
 def test_arena_hard_ranks_the_models_and_keeps_what_the_numbers_depend_on(tmp_path):
     options = arguments(tmp_path, "arena_hard", arena_games(tmp_path), "--baseline", "base")
-    header, first, second = score(parse([*options, "--answers", arena_answers(tmp_path)])).splitlines()
+    header, first, second = score_benchmark(parse([*options, "--answers", arena_answers(tmp_path)])).splitlines()
     assert header.split()[-5:] == ["questions", "failed", "games", "sc_upstream", "sc_uncentred"]
     assert first.split()[:2] == ["x", "75.00"]
     assert first.split()[-4:-2] == ["2", "0"]
@@ -56,7 +58,7 @@ def test_mt_bench_shows_turns_and_categories(tmp_path):
     common = {"model": "m", "judge": ["gpt-4", "single-v1"], "user_prompt": "?", "judgment": "[[..]]"}
     grades = [(81, 1, 8), (81, 2, 6), (101, 1, 1), (102, 1, -1)]
     rows = [{**common, "question_id": q, "turn": turn, "score": s} for q, turn, s in grades]
-    table = score(parse(arguments(tmp_path, "mt_bench", jsonl(tmp_path / "j.jsonl", rows))))
+    table = score_benchmark(parse(arguments(tmp_path, "mt_bench", jsonl(tmp_path / "j.jsonl", rows))))
     header, line = table.splitlines()
     assert header.split()[-3:] == ["humanities", "turns", "failed"]
     # model, average, its interval, turn 1, turn 2, writing, reasoning; the other categories are empty.
@@ -82,7 +84,7 @@ def test_alpaca_eval_ranks_models_by_their_length_controlled_rate(tmp_path):
     ]
     annotations = tmp_path / "annotations.json"
     annotations.write_text(json.dumps(rows))
-    header, line, *notes = score(parse(arguments(tmp_path, "alpaca_eval", str(annotations)))).splitlines()
+    header, line, *notes = score_benchmark(parse(arguments(tmp_path, "alpaca_eval", str(annotations)))).splitlines()
     assert header.split() == ["model", "win", "rate", "SE", "discrete", "length-controlled", "instructions", "unparsed"]
     assert line.split()[:2] == ["long", "75.00"]
     assert "fitted without instruction difficulty and gamed rows" in " ".join(notes)
@@ -102,23 +104,23 @@ def annotations_of(path, model, baseline):
 
 
 @pytest.mark.parametrize(
-    ("model", "baseline", "letter"),
+    ("model", "baseline", "message"),
     [
         ("b", "gpt-4o", r"2\.json: judged against 'gpt-4o', the files before it against 'gpt-4'"),
         ("a", "gpt-4", r"2\.json: 'a' is judged in a file before it"),
     ],
 )
-def test_alpaca_eval_files_that_do_not_make_one_table_are_refused(tmp_path, model, baseline, letter):
+def test_alpaca_eval_files_that_do_not_make_one_table_are_refused(tmp_path, model, baseline, message):
     files = [annotations_of(tmp_path / "1.json", "a", "gpt-4"), annotations_of(tmp_path / "2.json", model, baseline)]
-    with pytest.raises(DataError, match=letter):
-        score(parse(["--benchmark", "alpaca_eval", "--judgments", *files, "--out", str(tmp_path / "scores")]))
+    with pytest.raises(DataError, match=message):
+        score_benchmark(parse(["--benchmark", "alpaca_eval", "--judgments", *files, "--out", str(tmp_path / "scores")]))
 
 
 def test_the_same_judgments_give_the_same_file(tmp_path):
     options = parse(arguments(tmp_path, "arena_hard", arena_games(tmp_path), "--baseline", "base"))
     files = []
     for _ in range(2):
-        score(options)
+        score_benchmark(options)
         files.append((tmp_path / "scores" / "arena_hard.json").read_text())
     assert files[0] == files[1]
 
@@ -130,7 +132,7 @@ def test_a_flag_of_another_benchmark_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("benchmark", sorted(SCORERS))
-def test_a_bad_file_is_a_letter_and_writes_nothing(benchmark, tmp_path):
+def test_a_bad_file_is_an_error_message_and_writes_nothing(benchmark, tmp_path):
     command = [sys.executable, "-m", "jobs.score_benchmark"]
     command += arguments(tmp_path, benchmark, jsonl(tmp_path / "j.jsonl", [{"uid": "q"}]))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

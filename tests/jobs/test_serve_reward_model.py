@@ -16,8 +16,8 @@ from tests.support.learners import reward_card, statistics_of
 SERVE = """
 import os, sys
 import ray
-from actors import vrm_service
-from jobs.serve_reward_model import main
+from actors import reward_service
+from jobs.serve_reward_model import serve_reward_model_command
 from ray._private.utils import read_ray_address
 
 def start_service(*settings, **named):
@@ -26,10 +26,10 @@ def start_service(*settings, **named):
     assert ray.get_runtime_context().gcs_address != "127.0.0.1:9"
     assert ray.get_runtime_context().namespace.startswith("local-")
 
-vrm_service.start_service = start_service
-vrm_service.swap_model = lambda model, previous, *settings, **named: print("swapped", previous, "for", model)
-vrm_service.leave_service = lambda: print("stopped", flush=True)
-main()
+reward_service.start_service = start_service
+reward_service.swap_model = lambda model, previous, *settings, **named: print("swapped", previous, "for", model)
+reward_service.leave_service = lambda: print("stopped", flush=True)
+serve_reward_model_command()
 assert not ray.is_initialized(), "what was started must be shut down"
 """
 
@@ -47,13 +47,13 @@ def test_the_job_swaps_when_told_and_stops_when_interrupted(world, tmp_path):
     current.symlink_to(old)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     # Ray's own folder is everybody's; and the path of a socket must be short.
-    with tempfile.TemporaryDirectory() as directory, open(tmp_path / "told", "w+", encoding="utf-8") as told:
+    with tempfile.TemporaryDirectory() as directory, open(tmp_path / "log", "w+", encoding="utf-8") as log:
         (Path(directory) / "ray").mkdir()
         (Path(directory) / "ray" / "ray_current_cluster").write_text("127.0.0.1:9")
         job = subprocess.Popen(
             [sys.executable, "-c", SERVE, "--model", str(current), "--port", "0", "--no-token"],
             env=environment | {"RAY_TMPDIR": directory},
-            stdout=told,
+            stdout=log,
             stderr=subprocess.STDOUT,
         )
 
@@ -65,9 +65,9 @@ def test_the_job_swaps_when_told_and_stops_when_interrupted(world, tmp_path):
 
         def wait_for(words):
             gives_up = time.monotonic() + 180
-            while words not in (said := Path(told.name).read_text(encoding="utf-8")):
-                assert job.poll() is None, said
-                assert time.monotonic() < gives_up, said
+            while words not in (printed := Path(log.name).read_text(encoding="utf-8")):
+                assert job.poll() is None, printed
+                assert time.monotonic() < gives_up, printed
                 time.sleep(0.05)
 
         try:
@@ -81,4 +81,4 @@ def test_the_job_swaps_when_told_and_stops_when_interrupted(world, tmp_path):
         finally:
             job.kill()
             job.wait()
-        assert Path(told.name).read_text(encoding="utf-8").count("swapped") == 2
+        assert Path(log.name).read_text(encoding="utf-8").count("swapped") == 2

@@ -1,19 +1,20 @@
 """PPO alignment where ranks and engines share GPUs: what the plan decides reaches the actors that are to do it."""
 
 from contextlib import ExitStack
-from functools import partial
+from dataclasses import replace
 
 import pytest
 import ray
 
 import actors.rank_group
 import actors.rollout_pool
-import pipeline.loops.alignment
+import pipeline.loops.align_policy
 from cluster.rollout_plan import RolloutPlan, plan_rollouts
 from jobs.align_policy import align_policy
-from jobs.job_context import JobContext
+from jobs.shared_actors import SharedActors
 from pipeline.config.load import load_recipe
 from pipeline.data.planted import OBJECTIVES
+from pipeline.data.run_data import load_data
 from pipeline.models.reward_model import CARD_FILE, RewardModelCard
 from pipeline.records import PolicyWeights, StageResult
 from pipeline.stages.runner import StageRunner
@@ -54,22 +55,26 @@ def test_a_rank_and_an_engine_share_each_gpu_and_weights_pass_within_it(
 ):
     """Bundles of 0.75 + 0.25 CPU and a GPU, of which either has half."""
     monkeypatch.setattr(actors.rank_group, "Rank", IdleRank)
-    pool_of = partial(actors.rollout_pool.RolloutPool, worker=IdleWorker)
+    open_pool = actors.rollout_pool.RolloutPool
+
+    def pool_of(*arguments, actors, **settings):
+        return open_pool(*arguments, actors=replace(actors, worker=IdleWorker), **settings)
+
     monkeypatch.setattr(actors.rollout_pool, "RolloutPool", pool_of)
-    monkeypatch.setattr(JobContext, "scorer", lambda *_: None)
+    monkeypatch.setattr(SharedActors, "scorer", lambda *_: None)
     seen = {}
 
     def align(rollouts, scorer, learner, prompts, stage, config, **_):
         weights = PolicyWeights(version=0, location="nowhere", probes=())
         metrics = rollouts.load_weights(weights)
-        ranks, workers = learner._group._ranks, [worker.actor for worker in rollouts._workers]
+        ranks, workers = learner._group._ranks, [worker.actor for worker in rollouts._fleet.workers]
         places = [actor.__ray_call__.remote(gpu) for actor in (*ranks, *workers)]
         seen["places"] = ray.get(places, timeout=60)
         seen["asked"] = ray.get([rank.asked.remote() for rank in ranks], timeout=60)
         seen["calls"] = ray.get([worker.calls.remote() for worker in workers], timeout=60)
         return metrics
 
-    monkeypatch.setattr(pipeline.loops.alignment, "align", align)
+    monkeypatch.setattr(pipeline.loops.align_policy, "align", align)
     recipe = load_recipe("tiny", SHARED)
     plan = plan_rollouts(recipe, [{"CPU": 2.0, "GPU": 2.0}])
     assert plan == RolloutPlan(placement="colocated", weight_transfer="ipc")
@@ -84,10 +89,11 @@ def test_a_rank_and_an_engine_share_each_gpu_and_weights_pass_within_it(
         Workspace.open(str(tmp_path / "run"), job="test", needs_bytes=0) as workspace,
         ExitStack() as exits,
     ):
-        rooms = JobContext(recipe, StageRunner(workspace), plan, exits)
-        rooms.publish_directory = str(tmp_path / "published")
-        result = align_policy(rooms, policy, reward_model)
-        placement = rooms.shared_gpus()
+        shared = SharedActors(recipe, plan, workspace.uri, exits)
+        shared.publish_directory = str(tmp_path / "published")
+        stages = StageRunner(workspace)
+        result = align_policy(stages, recipe, lambda: load_data(recipe), shared, policy, reward_model)
+        placement = shared.shared_gpus()
         assert placement.group.bundle_specs == [{"CPU": 1.0, "GPU": 1.0}] * 2
     ranks, engines = seen["places"][:2], seen["places"][2:]
     assert ranks == engines

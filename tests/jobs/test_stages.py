@@ -8,20 +8,24 @@ from pathlib import Path
 
 import pytest
 
-import actors.rank_group
+import actors.deepspeed_learners
 import actors.rollout_pool
-import jobs.align_policy
-import jobs.job_context
-import jobs.train_reward_model
+import jobs.open_job
+import pipeline.loops.align_policy
+import pipeline.loops.reward
 from cluster.autoscaler import RolloutWaits
 from cluster.rollout_plan import THROUGH_FILES
 from jobs.align_policy import align_policy
-from jobs.command_line import PREEMPTED, Options
-from jobs.job_context import JobContext
-from jobs.sft import sft, split_texts
+from jobs.command_line import JobOptions
+from jobs.exit_codes import PREEMPTED
+from jobs.open_job import Job
+from jobs.sft import sft
+from jobs.shared_actors import SharedActors
 from jobs.train_reward_model import train_reward_model
 from pipeline.config.load import load_recipe
+from pipeline.data.run_data import load_data
 from pipeline.errors import ConfigError, DataError
+from pipeline.loops.sft import split_texts
 from pipeline.records import StageResult
 from pipeline.stages.ownership import read_owner
 from pipeline.stages.runner import StageRunner
@@ -38,31 +42,43 @@ SMALL = (
 
 
 @pytest.fixture
-def rooms_of(tmp_path, monkeypatch):
+def job_of(tmp_path, monkeypatch):
     def no_rank(*arguments, **options):
         raise AssertionError("a rank was about to start")
 
-    monkeypatch.setattr(actors.rank_group, "RankGroup", no_rank)
+    monkeypatch.setattr(actors.deepspeed_learners, "RankGroup", no_rank)
     with ExitStack() as exits:
         workspace = exits.enter_context(Workspace.open(str(tmp_path / "run"), job="test"))
-        yield lambda *settings: JobContext(
-            load_recipe("tiny", (*SMALL, *settings)), StageRunner(workspace), THROUGH_FILES, exits
-        )
+
+        def job_of(*settings):
+            recipe = load_recipe("tiny", (*SMALL, *settings))
+            return Job(
+                recipe=recipe,
+                stages=StageRunner(workspace),
+                read_data=lambda: load_data(recipe),
+                actors=SharedActors(recipe, THROUGH_FILES, workspace.uri, exits),
+            )
+
+        yield job_of
 
 
-def test_input_that_is_right_comes_as_far_as_the_ranks(rooms_of):
+def fine_tune(job):
+    return sft(job.stages, job.recipe, job.read_data)
+
+
+def test_input_that_is_right_comes_as_far_as_the_ranks(job_of):
     with pytest.raises(AssertionError, match="a rank was about to start"):
-        sft(rooms_of())
+        fine_tune(job_of())
 
 
-def test_adapters_on_layers_that_the_policy_does_not_have(rooms_of):
+def test_adapters_on_layers_that_the_policy_does_not_have(job_of):
     with pytest.raises(ConfigError, match=r"sft\.lora\.targets: a qwen3 model has no linear layer named c_attn"):
-        sft(rooms_of("sft.lora={targets: [c_attn]}"))
+        fine_tune(job_of("sft.lora={targets: [c_attn]}"))
 
 
-def test_texts_of_which_none_fits(rooms_of):
+def test_texts_of_which_none_fits(job_of):
     with pytest.raises(DataError, match=r"none of 300 texts fits in sft\.max_length = 2 tokens"):
-        sft(rooms_of("sft.max_length=2"))
+        fine_tune(job_of("sft.max_length=2"))
 
 
 @pytest.mark.parametrize(("texts", "heldout"), [(2, 1), (19, 1), (200, 20), (2560, 256), (9000, 256)])
@@ -71,20 +87,18 @@ def test_of_few_texts_a_tenth_is_held_out(texts, heldout):
     assert (held, trained_on) == (list(range(heldout)), list(range(heldout, texts)))
 
 
-def test_a_single_text_is_not_split(rooms_of):
+def test_a_single_text_is_not_split(job_of):
     with pytest.raises(DataError, match=r"1 text to fine-tune on, .*\(sft\.num_steps=0\)"):
-        sft(rooms_of("data.planted.num_sft_texts=1"))
+        fine_tune(job_of("data.planted.num_sft_texts=1"))
 
 
-def test_other_objectives_are_another_fine_tuned_policy_and_the_same_adopted_one(rooms_of, monkeypatch):
+def test_other_objectives_are_another_fine_tuned_policy_and_the_same_adopted_one(job_of, monkeypatch):
     """The best of several rated completions, which is imitated, depends on what rates it."""
     begun = []
-    monkeypatch.setattr(
-        StageRunner, "run", lambda self, name, version, compute, *, config, **rest: begun.append(config)
-    )
+    monkeypatch.setattr(StageRunner, "run", lambda self, spec, compute, **rest: begun.append(spec.config))
     for steps in (1, 0):
         for objectives in ("[a, b]", "[c, d]"):
-            sft(rooms_of(f"objectives={objectives}", f"sft.num_steps={steps}"))
+            fine_tune(job_of(f"objectives={objectives}", f"sft.num_steps={steps}"))
     assert begun[0] != begun[1]
     assert begun[2] == begun[3]
 
@@ -100,11 +114,11 @@ def test_other_objectives_are_another_fine_tuned_policy_and_the_same_adopted_one
     ],
 )
 def test_a_stage_keeps_the_commits_that_the_recipe_asks_for(
-    settings, aligning, training, rooms_of, tmp_path, monkeypatch
+    settings, aligning, training, job_of, tmp_path, monkeypatch
 ):
     found = {}
 
-    def commit_four_times(stage, *_):
+    def commit_four_times(stage, *_, **__):
         for step, merit in enumerate((0.9, 0.1, 0.2, 0.3)):
             os.makedirs(stage.checkpoints.uri(step))
             stage.checkpoints.commit(step, {"metrics": {"reward/mean": merit, "eval/accuracy": merit}})
@@ -112,12 +126,13 @@ def test_a_stage_keeps_the_commits_that_the_recipe_asks_for(
         found[stage.name] = [int(path.stem.removeprefix("step-")) for path in sorted(checkpoints.glob("*.json"))]
         return {}
 
-    monkeypatch.setattr(jobs.align_policy, "_align", commit_four_times)
-    monkeypatch.setattr(jobs.train_reward_model, "_train", commit_four_times)
+    monkeypatch.setattr(pipeline.loops.align_policy, "run_alignment", commit_four_times)
+    monkeypatch.setattr(pipeline.loops.reward, "run_reward_training", commit_four_times)
     before = StageResult(name="before", location=str(tmp_path), fingerprint="0", metrics={})
-    rooms = rooms_of(*settings)
-    align_policy(rooms, before, before)
-    train_reward_model(rooms, before)
+    job = job_of(*settings)
+    job.actors.publish_directory = str(tmp_path / "published")
+    align_policy(job.stages, job.recipe, job.read_data, job.actors, before, before)
+    train_reward_model(job.stages, job.recipe, job.read_data, before)
     assert found == {"align_policy": aligning, "train_reward_model": training}
 
 
@@ -133,23 +148,23 @@ def test_a_job_forgets_what_was_asked_of_the_last_one_and_hears_what_is_asked_fr
 
     with Workspace.open(place, job="the last one"):
         request_rollout_workers(place, 7)
-    monkeypatch.setattr(jobs.job_context, "open_cluster", cluster_that_comes_up)
-    monkeypatch.setattr(jobs.job_context, "node_resources", lambda: [{"CPU": 64.0}])
+    monkeypatch.setattr(jobs.open_job, "open_cluster", cluster_that_comes_up)
+    monkeypatch.setattr(jobs.open_job, "node_resources", lambda: [{"CPU": 64.0}])
     monkeypatch.setattr(
         actors.rollout_pool, "RolloutPool", lambda *_, requested_workers, **__: asked(requested_workers)
     )
-    options = Options(recipe=load_recipe("tiny"), workspace=place, dry_run=False, take_over=False)
+    options = JobOptions(recipe=load_recipe("tiny"), workspace=place, dry_run=False, take_over=False)
 
     @contextmanager
     def asked(requested_workers):
         yield requested_workers()
 
-    with jobs.job_context.open_job(options) as rooms:
-        assert rooms.rollouts(StageResult(name="policy", location=place, fingerprint="0", metrics={})) == 3
+    with jobs.open_job.open_job(options) as job:
+        assert job.actors.rollouts(StageResult(name="policy", location=place, fingerprint="0", metrics={})) == 3
 
 
 @pytest.fixture
-def autoscaler_of(rooms_of, monkeypatch):
+def autoscaler_of(job_of, monkeypatch):
     """What the pool is given, by the settings."""
     given = []
 
@@ -161,7 +176,7 @@ def autoscaler_of(rooms_of, monkeypatch):
     monkeypatch.setattr(actors.rollout_pool, "RolloutPool", pool)
 
     def autoscaler_of(*settings):
-        rooms_of(*settings).rollouts(StageResult(name="policy", location="", fingerprint="0", metrics={}))
+        job_of(*settings).actors.rollouts(StageResult(name="policy", location="", fingerprint="0", metrics={}))
         return given.pop()
 
     return autoscaler_of
@@ -178,14 +193,16 @@ def test_a_recipe_with_autoscaling_gives_the_pool_an_autoscaler_of_its_bounds(au
 
 CANNOT_BE_INTERRUPTED = """
 import contextlib, os, signal, sys, time
-import jobs.job_context
+import jobs.open_job
 from cluster.rollout_plan import THROUGH_FILES
 from cluster.autoscaler import RolloutWaits
-from jobs.command_line import parse
+from jobs.command_line import job_options
+from jobs.run_job import job_command
 
-jobs.job_context.open_cluster = lambda *_: contextlib.nullcontext()
-jobs.job_context.node_resources = lambda: [{"CPU": 64.0}]
-with jobs.job_context.open_job(parse("", ["--workspace", sys.argv[1], "cluster.deadlines.grace_s=1"])):
+options = job_options(job_command("", None).options(["--workspace", sys.argv[1], "cluster.deadlines.grace_s=1"]))
+jobs.open_job.open_cluster = lambda *_: contextlib.nullcontext()
+jobs.open_job.node_resources = lambda: [{"CPU": 64.0}]
+with jobs.open_job.open_job(options):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(100)  # goes on behind a signal, as Ray's waits do
 """
@@ -200,9 +217,8 @@ def test_a_job_that_is_not_done_within_the_grace_leaves_with_its_code_and_lets_i
     assert read_owner(str(tmp_path)) is None
 
 
-def test_pairs_of_which_none_fits(rooms_of, tiny_policy):
+def test_pairs_of_which_none_fits(job_of, tiny_policy):
+    policy = StageResult(name="sft", location=tiny_policy, fingerprint="0", metrics={})
+    job = job_of("reward.max_length=2")
     with pytest.raises(DataError, match=r"none of 16 pairs fits in max_length = 2 tokens"):
-        train_reward_model(
-            rooms_of("reward.max_length=2"),
-            StageResult(name="sft", location=tiny_policy, fingerprint="0", metrics={}),
-        )
+        train_reward_model(job.stages, job.recipe, job.read_data, policy)

@@ -6,11 +6,12 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from jobs.status import describe
+from jobs.status import describe_workspace
 from pipeline.errors import WorkspaceError
 from pipeline.stages import storage
 from pipeline.stages.ownership import Owner
 from pipeline.stages.runner import StageRunner
+from pipeline.stages.stage_spec import StageSpec
 from pipeline.stages.workspace import Workspace
 
 
@@ -32,31 +33,31 @@ def finish_one_and_interrupt_the_next(path):
 
     with Workspace.open(str(path), job="job-1", needs_bytes=0) as workspace:
         stages = StageRunner(workspace)
-        stages.run("sft", 1, prepare, config={})
+        stages.run(StageSpec(name="sft", version=1, config={}), prepare)
         with pytest.raises(KeyboardInterrupt):
-            stages.run("train_reward_model", 1, train, config={})
+            stages.run(StageSpec(name="train_reward_model", version=1, config={}), train)
 
 
 def test_every_stage_has_its_line_in_order(tmp_path):
     finish_one_and_interrupt_the_next(tmp_path)
-    header, prepared, trained, aligned, benchmark, held = describe(str(tmp_path)).splitlines()
+    header, prepared, trained, aligned, benchmark, ownership = describe_workspace(str(tmp_path)).splitlines()
     assert header.split() == ["stage", "fingerprint", "state", "steps", "time", "size", "MiB"]
     assert re.fullmatch(r"sft +[0-9a-f]{12} +finished +2/2 +0:00 +1\.0", prepared)
     assert re.fullmatch(r"train_reward_model +[0-9a-f]{12} +unfinished +12/40 +0:00 +0\.0  committed step 10", trained)
     assert aligned.split() == ["align_policy", "not", "started"]
     assert benchmark.split() == ["generate_benchmark", "not", "started"]
-    assert held == "No job holds it."
+    assert ownership == "No job holds it."
 
 
 def test_the_owner_is_named_and_whether_it_lives(tmp_path):
     with Workspace.open(str(tmp_path), job="raysubmit_1", needs_bytes=0):
-        assert re.search(r"Held by job raysubmit_1 \(process \d+ on ", describe(str(tmp_path)))
+        assert re.search(r"Held by job raysubmit_1 \(process \d+ on ", describe_workspace(str(tmp_path)))
     dead = replace(Owner.here("raysubmit_1"), start_ticks=1)
     (tmp_path / "owner.json").write_text(json.dumps(asdict(dead)))
-    assert "is dead; the next job takes it" in describe(str(tmp_path))
+    assert "is dead; the next job takes it" in describe_workspace(str(tmp_path))
 
 
 def test_a_place_without_a_workspace_is_named(tmp_path):
     with pytest.raises(WorkspaceError, match=r"nowhere holds no workspace"):
-        describe(str(tmp_path / "nowhere"))
+        describe_workspace(str(tmp_path / "nowhere"))
     assert list(tmp_path.iterdir()) == []

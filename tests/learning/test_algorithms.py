@@ -13,7 +13,7 @@ from pipeline.config.alignment import AlignmentConfig, KLConfig, PPOConfig
 from pipeline.config.models import OptimiserConfig
 from pipeline.errors import NumericsError, ShapeError
 from pipeline.evaluation.reward_scale import RewardScale
-from pipeline.learning.algorithm import ADVANTAGES, AVERAGES, RATIOS, SURROGATES, policy_loss
+from pipeline.learning.algorithm import ADVANTAGES, AVERAGES, RATIOS, SURROGATES, SampledTokens, policy_loss
 from pipeline.learning.experience import build_experience
 from pipeline.objectives.aggregation import MiniBatchSize
 from pipeline.objectives.policy import clipped_policy_loss
@@ -46,11 +46,9 @@ def build(samples, scores, evaluations, config):
         samples,
         scores,
         evaluations,
-        ppo=config.ppo,
-        kl=config.kl,
+        config,
         kl_coefficient=config.kl.coefficient,
         reward_scale=RewardScale(mean=0.0, std=1.0),
-        max_response_tokens=config.max_response_tokens,
     )
 
 
@@ -213,7 +211,10 @@ def random_tokens(seed=0, rows=4, columns=5):
 
 def loss_of(config, logprobs, old, reference, advantages, mask, size, weights=None):
     weights = torch.ones_like(old) if weights is None else weights
-    return policy_loss(logprobs, old, reference, advantages, weights, mask, ppo=config.ppo, kl=config.kl, size=size)
+    tokens = SampledTokens(
+        logprobs=old, reference_logprobs=reference, advantages=advantages, importance_weights=weights, mask=mask
+    )
+    return policy_loss(logprobs, tokens, ppo=config.ppo, kl=config.kl, size=size)
 
 
 def test_the_default_loss_is_the_clipped_policy_loss_to_the_bit():

@@ -6,14 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from pipeline.config.models import OptimiserConfig
+from pipeline.config.sft import SFTConfig
 from pipeline.data.collate import tokenise_texts
+from pipeline.learning.builders import SFTTrainerSpec, build_sft_trainer
 from pipeline.learning.micro_batches import own_micro_batches
-from pipeline.learning.parameter_groups import parameter_groups
-from pipeline.learning.sft_trainer import SFTTrainer
-from pipeline.models.critic import Policy
 from pipeline.models.packing import pack
 from pipeline.records import PromptGroup
 from tests.learning.test_updates import experience_from, experience_of, samples_of
@@ -73,22 +71,13 @@ def test_supervised_fine_tuning_in_step(tiny_policy, world, tokenizer):
     texts = tokenise_texts(world.sft_texts()[:9], tokenizer, max_length=128)
 
     def build(make_engine):
-        policy = AutoModelForCausalLM.from_pretrained(tiny_policy)
-        optimiser = OptimiserConfig(learning_rate=1e-4)
-        engine = make_engine(
-            Policy(policy),
-            parameter_groups(policy, None, optimiser, head_learning_rate=1e-4),
-            betas=optimiser.betas,
-            max_grad_norm=1.0,
-        )
-        return SFTTrainer(
-            engine,
-            model_config=policy.config,
-            tokenizer=tokenizer,
+        config = SFTConfig(
             num_steps=4,
-            warmup_fraction=0.0,
+            optimiser=OptimiserConfig(learning_rate=1e-4, warmup_fraction=0.0),
             max_tokens_per_micro_batch=80,
         )
+        spec = SFTTrainerSpec(config=config, policy_uri=tiny_policy, dtype="float32", seed=0)
+        return build_sft_trainer(spec, make_engine)
 
     def work(learner):
         metrics = [learner.update(texts[first : first + 3], step) for step, first in enumerate((0, 3))]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.errors import CheckpointError
-from pipeline.learning.training_state import Fragment, SavedState, Snapshot
+from pipeline.learning.training_state import Fragment, SavedState, TrainingStatePart
 
 SHAPES = {"a.weight": (2, 3), "b": (4,)}
 WHOLE = {"a.weight": torch.arange(6.0), "b": torch.tensor([10.0, 20.0, 30.0, 40.0])}
@@ -19,7 +19,7 @@ def fragment(name, start, stop, *, fill=True, step=7.0):
 
 def write(directory, *parts):
     for part, fragments in enumerate(parts):
-        Snapshot.take(fragments, SHAPES, part=part, num_parts=len(parts)).write(str(directory))
+        TrainingStatePart.take(fragments, SHAPES, part=part, num_parts=len(parts)).write(str(directory))
 
 
 THREE = (
@@ -45,7 +45,7 @@ def test_three_writers_are_read_by_any_number_of_readers(cuts, tmp_path):
 
 def test_a_snapshot_keeps_what_was_while_the_learner_goes_on(tmp_path):
     live = fragment("b", 0, 4)
-    snapshot = Snapshot.take([live], {"b": (4,)}, part=0, num_parts=1)
+    snapshot = TrainingStatePart.take([live], {"b": (4,)}, part=0, num_parts=1)
     live.tensors["weight"].zero_()
     live.step.add_(1)
     snapshot.write(str(tmp_path))

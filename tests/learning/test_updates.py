@@ -1,6 +1,5 @@
 import math
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -179,11 +178,9 @@ def experience_from(learner, samples):
         samples,
         scores,
         learner.evaluate(samples),
-        ppo=ALIGNMENT.ppo,
-        kl=ALIGNMENT.kl,
+        ALIGNMENT.model_copy(update={"max_response_tokens": 12}),
         kl_coefficient=0.05,
         reward_scale=RewardScale(mean=0.0, std=1.0),
-        max_response_tokens=12,
     )
     return experience
 
@@ -240,7 +237,7 @@ def test_the_learner_divides_logits_by_the_temperature_that_the_engine_sampled_a
     rollouts = TorchRollouts(tiny_policy, dtype="float32")
     rollouts.load_weights(learner.publish_weights(0))
     stream = PromptStream(prompts=tuple(prompts_of(world, tokenizer)), seed=0)
-    prompts, sampling = StepPlan(prompts=stream, config=config, seed=0).batch(0)
+    prompts, sampling = StepPlan(prompts=stream, config=config).batch(0)
     assert sampling.temperature == 0.7
     samples = rollouts.generate(prompts, sampling)
     for sample, evaluation in zip(samples, learner.evaluate(samples), strict=True):
@@ -310,11 +307,9 @@ def test_experience_by_hand(gae_lambda, discount, first_advantage):
         [rollout((7, 8), logprobs=(-1.0, -1.1)), rollout((9,), finish="length", logprobs=(-3.0,))],
         scores,
         evaluations,
-        ppo=ppo,
-        kl=ALIGNMENT.kl,
+        ALIGNMENT.model_copy(update={"ppo": ppo, "max_response_tokens": 2}),
         kl_coefficient=0.1,
         reward_scale=RewardScale(mean=1.0, std=2.0),
-        max_response_tokens=2,
     )
     # z-scores 1 and 50 -> 2 (clipped); the second was cut: 2 - 1 = 1.
     # row 0: R = (-.1 * 1, -.1 * .5 + 1) = (-.1, .95); gamma = 1: delta = (-.1 + .25 - .5, .95 - .25) = (-.35, .7)
@@ -331,15 +326,14 @@ def test_experience_by_hand(gae_lambda, discount, first_advantage):
 
 
 def test_of_two_equal_rewards_the_uncertain_one_pays_less_where_the_recipe_asks_for_the_lower_bound():
+    ppo = ALIGNMENT.ppo.model_copy(update={"reward_transform": "lcb", "lcb_coefficient": 2.0})
     experience, metrics = build_experience(
         [rollout((7,)), rollout((8,))],
         [scored(mean=3.0, std=0.5), scored(mean=3.0)],
         [evaluated(), evaluated()],
-        ppo=ALIGNMENT.ppo.model_copy(update={"reward_transform": "lcb", "lcb_coefficient": 2.0}),
-        kl=ALIGNMENT.kl,
+        ALIGNMENT.model_copy(update={"ppo": ppo, "max_response_tokens": 2}),
         kl_coefficient=0.1,
         reward_scale=RewardScale(mean=1.0, std=2.0),
-        max_response_tokens=2,
     )
     # (3 - 2 * .5 - 1) / 2 and (3 - 1) / 2
     assert experience.critic.returns.flatten().tolist() == [0.5, 1.0]
@@ -488,20 +482,16 @@ def test_a_batch_that_would_poison_the_update_is_refused_by_name(rollouts, score
             rollouts,
             scores,
             evaluations,
-            ppo=ALIGNMENT.ppo,
-            kl=ALIGNMENT.kl,
+            ALIGNMENT.model_copy(update={"max_response_tokens": 2}),
             kl_coefficient=0.1,
             reward_scale=RewardScale(mean=0.0, std=1.0),
-            max_response_tokens=2,
         )
 
 
 def test_a_policy_is_published_in_the_dtype_it_computes_in_and_exported_as_it_is_trained(
     tiny_policy, world, tokenizer, tmp_path
 ):
-    learner = ppo_learner(
-        tiny_policy, world, tokenizer, tmp_path / "published", make_engine=partial(TorchEngine, dtype="bfloat16")
-    )
+    learner = ppo_learner(tiny_policy, world, tokenizer, tmp_path / "published", dtype="bfloat16")
     published = load_file(f"{learner.publish_weights(0).location}/model.safetensors")
     learner.export(str(tmp_path / "result"))
     exported = load_file(tmp_path / "result" / "model.safetensors")

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import pipeline.loops.alignment
+import pipeline.loops.alignment_run
 from pipeline.data.prompts import PromptStream
 from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.loops.alignment import align
@@ -46,7 +46,6 @@ def test_engines_sleep_from_the_last_sample_to_the_new_weights(tiny_policy, worl
         StageDirectory(str(tmp_path), "align_policy", "0" * 64),
         config,
         reward_scale=RewardScale(mean=0.0, std=1.0),
-        seed=0,
     )
     step = ["generate", "sleep", "evaluate", "update", "publish_weights", "load_weights"]
     assert events == ["publish_weights", "load_weights", *step, *step]
@@ -72,7 +71,7 @@ def test_every_phase_of_a_step_is_timed_and_the_save_that_it_waited_for(
             setattr(target, name, slow(getattr(target, name), duration))
         return target
 
-    monkeypatch.setattr(pipeline.loops.alignment, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(pipeline.loops.alignment_run, "time", SimpleNamespace(perf_counter=lambda: now))
     config = ALIGNMENT.model_copy(update={"num_steps": 4, "checkpoint_every": 2})
     learner = ppo_learner(tiny_policy, world, tokenizer, tmp_path / "published", config=config)
     align(
@@ -83,7 +82,6 @@ def test_every_phase_of_a_step_is_timed_and_the_save_that_it_waited_for(
         StageDirectory(str(tmp_path), "align_policy", "0" * 64),
         config,
         reward_scale=RewardScale(mean=0.0, std=1.0),
-        seed=0,
     )
     rows = read_metrics(tmp_path / METRICS_FILE)
     phases = {"rollout": 1.0, "score": 2.0, "evaluate": 4.0, "update": 8.0, "weights": 16.0}

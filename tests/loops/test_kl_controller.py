@@ -52,7 +52,6 @@ def test_the_coefficient_of_a_step_follows_the_kl_measured_before_it(
         StageDirectory(str(tmp_path), "align_policy", "0" * 64),
         config,
         reward_scale=RewardScale(mean=0.0, std=1.0),
-        seed=0,
     )
     rows = read_metrics(tmp_path / METRICS_FILE)
     assert [row["kl/per_response"] for row in rows] == pytest.approx(KL_OF_STEPS, rel=1e-5)

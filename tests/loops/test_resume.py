@@ -84,7 +84,7 @@ def test_a_preempted_run_commits_the_step_it_is_in_and_its_successor_ends_with_t
     step, tiny_policy, world, tokenizer, tmp_path
 ):
     whole = run_reward_training(tiny_policy, world, tokenizer, tmp_path / "whole")
-    with pytest.raises(Preempted, match=rf"train_reward_model is committed behind step {step + 1}\. The same command"):
+    with pytest.raises(Preempted, match=rf"train_reward_model is committed after step {step + 1}\. The same command"):
         run_reward_training(tiny_policy, world, tokenizer, tmp_path / "preempted", preempt_in_update=step)
     committed = stage_at(tmp_path / "preempted", "train_reward_model").checkpoints.latest()
     assert committed.step == step
@@ -126,7 +126,6 @@ def run_alignment(
         stage_at(path, "align_policy", **options),
         config,
         reward_scale=RewardScale(mean=0.0, std=1.0),
-        seed=0,
     )
     return metrics, rollouts
 
@@ -220,7 +219,7 @@ def test_a_notice_during_rollouts_that_would_outlast_the_grace_commits_the_step_
 
     metrics, policy = undisturbed
     notice = PreemptionNotice()
-    told = "begins anew" if committed is None else rf"is committed behind step {committed + 1}\."
+    told = "starts again from its beginning" if committed is None else rf"is committed after step {committed + 1}\."
     with notice.watching(), pytest.raises(Preempted, match=f"align_policy {told}"):
         run_alignment(tiny_policy, world, tokenizer, tmp_path / "cut", change=make_slow, notice=notice)
     found = stage_at(tmp_path / "cut", "align_policy").checkpoints.latest()
@@ -251,7 +250,7 @@ def test_a_notice_before_the_update_gives_the_step_up_and_one_from_there_on_has_
 
     metrics, policy = undisturbed
     notice = PreemptionNotice()
-    with notice.watching(), pytest.raises(Preempted, match=rf"is committed behind step {committed + 1}\."):
+    with notice.watching(), pytest.raises(Preempted, match=rf"is committed after step {committed + 1}\."):
         run_alignment(tiny_policy, world, tokenizer, tmp_path / "preempted", change=notify, notice=notice)
     assert stage_at(tmp_path / "preempted", "align_policy").checkpoints.latest().step == committed
     resumed, _ = run_alignment(tiny_policy, world, tokenizer, tmp_path / "preempted")
@@ -276,7 +275,7 @@ def test_behind_a_notice_in_scoring_the_step_is_not_evaluated_any_more(
 
     monkeypatch.setattr(FakeScorer, "score", notified)
     notice = PreemptionNotice()
-    with notice.watching(), pytest.raises(Preempted, match=r"is committed behind step 1\."):
+    with notice.watching(), pytest.raises(Preempted, match=r"is committed after step 1\."):
         run_alignment(tiny_policy, world, tokenizer, tmp_path, change=count, notice=notice)
     assert (len(scored), len(evaluated)) == (2, 1)
 
@@ -367,7 +366,6 @@ def run_until_the_kl_limit(
         stage,
         config,
         reward_scale=RewardScale(mean=0.0, std=1.0),
-        seed=0,
     )
     return metrics, stage
 

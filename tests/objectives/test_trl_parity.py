@@ -9,7 +9,7 @@ import torch
 
 from pipeline.config.alignment import AlignmentConfig
 from pipeline.evaluation.reward_scale import RewardScale
-from pipeline.learning.algorithm import policy_loss
+from pipeline.learning.algorithm import SampledTokens, policy_loss
 from pipeline.learning.experience import build_experience
 from pipeline.models.critic import Policy
 from pipeline.models.packing import pack
@@ -97,17 +97,14 @@ def trl_loss(
 
 def our_loss(new, old, reference, advantages, mask, config, *, weights=None):
     size = MiniBatchSize(num_tokens=int(mask.sum()), num_responses=8, max_response_tokens=config.max_response_tokens)
-    terms = policy_loss(
-        new,
-        old,
-        reference,
-        advantages.unsqueeze(-1).expand_as(new),
-        torch.ones_like(old) if weights is None else weights,
-        mask,
-        ppo=config.ppo,
-        kl=config.kl,
-        size=size,
+    tokens = SampledTokens(
+        logprobs=old,
+        reference_logprobs=reference,
+        advantages=advantages.unsqueeze(-1).expand_as(new),
+        importance_weights=torch.ones_like(old) if weights is None else weights,
+        mask=mask,
     )
+    terms = policy_loss(new, tokens, ppo=config.ppo, kl=config.kl, size=size)
     return terms.surrogate + (config.kl.coefficient * terms.kl if config.kl.place == "loss" else 0.0)
 
 
@@ -250,6 +247,7 @@ def test_the_advantages_of_rewards_with_a_kl_are_the_rloo_trainers(trl, tiny_pol
         logprobs, reference = (
             Policy(model)(packed, max(lengths), 1.0).tolist() for model in (trainer.model, trainer.ref_model)
         )
+    plain_rewards = config.ppo.model_copy(update={"reward_transform": "none", "reward_clip": None})
     experience, metrics = build_experience(
         samples,
         [RewardScore(mean=r, std=0.0, objective_weights=(), objective_scores=()) for row in REWARDS for r in row],
@@ -257,11 +255,9 @@ def test_the_advantages_of_rewards_with_a_kl_are_the_rloo_trainers(trl, tiny_pol
             TokenEvaluation(logprobs=tuple(p[:n]), reference_logprobs=tuple(q[:n]), values=(0.0,) * n)
             for p, q, n in zip(logprobs, reference, lengths, strict=True)
         ],
-        ppo=config.ppo.model_copy(update={"reward_transform": "none", "reward_clip": None}),
-        kl=config.kl,
+        config.model_copy(update={"ppo": plain_rewards, "max_response_tokens": 4}),
         kl_coefficient=config.kl.coefficient,
         reward_scale=RewardScale(mean=0.0, std=1.0),
-        max_response_tokens=4,
     )
     torch.testing.assert_close(experience.advantages[:, 0], theirs["advantages"], atol=1e-4, rtol=1e-4)
     assert abs(metrics["kl/per_response"]) > 0.1

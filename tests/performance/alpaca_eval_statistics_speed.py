@@ -12,12 +12,8 @@ import time
 
 import numpy as np
 
-from pipeline.benchmark.alpaca_eval.win_rates import (
-    OFFICIAL_BASELINE,
-    Annotations,
-    GamedRows,
-    length_controlled_win_rate,
-)
+from pipeline.benchmark.alpaca_eval.annotations import Annotations
+from pipeline.benchmark.alpaca_eval.win_rates import ALPACA_EVAL_BASELINE, GamedRows, length_controlled_win_rate
 
 INSTRUCTIONS = 805
 
@@ -47,7 +43,7 @@ def annotations(model: str, difficulty: np.ndarray, rng: np.random.Generator) ->
     gap = (lengths - ours) / np.std(lengths - ours, ddof=1)
     logits = -1.2 * np.tanh(gap) + 0.7 * difficulty + 2.0 * rng.normal(size=INSTRUCTIONS) - rng.uniform(0, 3)
     return Annotations(
-        baseline=OFFICIAL_BASELINE,
+        baseline=ALPACA_EVAL_BASELINE,
         model=model,
         instructions=[f"instruction {i}" for i in range(INSTRUCTIONS)],
         preferences=(1.0 + sigmoid(logits)).tolist(),

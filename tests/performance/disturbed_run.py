@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from pipeline.benchmark.answers import read_answers
+from pipeline.benchmark.scored_answers import read_scored_answers
 from pipeline.data.planted import GoldAnnotator
 from pipeline.experiments.findings import spread
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
@@ -107,10 +107,11 @@ def run_recorded_job(options: argparse.Namespace) -> None:
     from actors import rollout_pool
     from jobs import generate_benchmark
     from jobs.run_job import run_job
+    from pipeline.rollouts.requests import rollout_requests
 
     class RecordingPool(rollout_pool.RolloutPool):
         def begin(self, prompts: Any, sampling: Any, **how: Any) -> None:
-            self._asked = rollout_pool.rollout_requests(prompts, sampling)
+            self._asked = rollout_requests(prompts, sampling)
             super().begin(prompts, sampling, **how)
 
         def collect(self) -> Any:
@@ -122,7 +123,7 @@ def run_recorded_job(options: argparse.Namespace) -> None:
                 log.write(json.dumps(asked) + "\n")
             return rollouts
 
-    rollout_pool.RolloutPool = RecordingPool  # type: ignore[misc]  # where jobs/job_context.py takes it from
+    rollout_pool.RolloutPool = RecordingPool  # type: ignore[misc]  # where jobs/shared_actors.py takes it from
     overrides = [override for override in options.set if override]
     sys.argv = ["disturbed_run", "--recipe", options.recipe, "--workspace", options.job, *overrides]
     run_job(generate_benchmark.__doc__ or "", generate_benchmark.main)
@@ -247,7 +248,7 @@ def read_finished(workspace: Path) -> Finished:
     [benchmark] = (workspace / "stages").glob("generate_benchmark-*")
     rows = read_metrics(str(aligned / METRICS_FILE))
     gold = GoldAnnotator()
-    answers = read_answers(benchmark / "result" / "aligned" / "model_outputs.json")
+    answers = read_scored_answers(benchmark / "result" / "aligned" / "model_outputs.json")
     golds = np.array([gold.reward([{"role": "user", "content": a.instruction}], a.output) for a in answers])
     metrics = json.loads((benchmark / "manifest.json").read_text())["metrics"]
     return Finished(

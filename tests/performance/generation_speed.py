@@ -17,7 +17,7 @@ from pathlib import Path
 from cluster.resources import plan_generation
 from cluster.session import open_cluster
 from pipeline.benchmark.answer_log import AnswerLog
-from pipeline.benchmark.questions import BENCHMARKS, read_questions
+from pipeline.benchmark.generated_benchmark import GENERATED_BENCHMARKS, read_benchmark_questions
 from pipeline.config.cluster import ClusterConfig, RolloutConfig
 from pipeline.data.prompts import tokenise_prompts
 from pipeline.loops.generation import answer_questions, conversation, require_room_for_all
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
 
-    questions = read_questions(BENCHMARKS["alpaca_eval"], options.questions)[: options.count]
+    questions = read_benchmark_questions(GENERATED_BENCHMARKS["alpaca_eval"], options.questions)[: options.count]
     tokenizer = load_tokenizer(options.model)
     sampling = SamplingParams(
         temperature=0.7, top_p=1.0, max_response_tokens=options.max_response_tokens, samples_per_prompt=1, seed=0
@@ -60,6 +60,7 @@ def main() -> None:
         open_cluster(cluster, plan_generation(cluster)),
     ):
         from actors.rollout_pool import RolloutPool
+        from actors.worker_handle import EngineSettings
 
         longest = require_room_for_all(
             questions,
@@ -71,13 +72,9 @@ def main() -> None:
         prompts = tokenise_prompts(named, tokenizer, max_prompt_tokens=longest)
         probes = choose_probes(prompts, vocabulary_size=len(tokenizer), seed=0)
         with RolloutPool(
-            directory,
+            EngineSettings(model_uri=directory, dtype=options.dtype, max_model_len=longest, gate_tolerance=0.1, seed=0),
             rollout,
             cluster.deadlines,
-            dtype=options.dtype,
-            max_model_len=longest,
-            gate_tolerance=0.1,
-            seed=0,
         ) as pool:
             weights = publish_checkpoint(directory, f"{scratch}/weights", probes, dtype=options.dtype, version=0)
             pool.load_weights(weights)

@@ -312,11 +312,9 @@ def random_experience(learner: PPOLearner, options: argparse.Namespace) -> Exper
         rollouts,
         scores,
         learner.evaluate(rollouts),
-        ppo=config.ppo,
-        kl=config.kl,
+        config,
         kl_coefficient=config.kl.coefficient,
         reward_scale=RewardScale(mean=0.0, std=1.0),
-        max_response_tokens=config.max_response_tokens,
     )
     return experience
 

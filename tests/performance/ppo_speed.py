@@ -31,11 +31,12 @@ import psutil
 import ray
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Qwen3Config, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 from trl.experimental.ppo import PPOConfig as TRLConfig
 from trl.experimental.ppo import PPOTrainer
 
 from actors.rollout_pool import RolloutPool
+from actors.worker_handle import EngineSettings
 from pipeline.config.alignment import AlignmentConfig, KLConfig, PPOConfig
 from pipeline.config.cluster import DeadlinesConfig, RolloutConfig
 from pipeline.config.models import OptimiserConfig
@@ -55,6 +56,7 @@ from pipeline.rollouts.numerics_gate import choose_probes
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from pipeline.stages.workspace import StageDirectory
 from tests.support.learners import reference_of
+from tests.support.qwen import small_qwen3
 
 LEARNING_RATE = 1e-6
 KL_COEFFICIENT = 0.05
@@ -82,17 +84,7 @@ def main() -> None:
     tokenizer = load_tokenizer(options.tokenizer)
     read = list(islice(read_prompts([options.prompts]), 4 * options.batch * (options.iterations + 1)))
     prompts = tuple(tokenise_prompts(read, tokenizer, max_prompt_tokens=options.max_prompt_tokens))
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=options.hidden_size,
-        intermediate_size=3 * options.hidden_size,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.hidden_size // 64,
-        num_key_value_heads=max(1, options.hidden_size // 128),
-        head_dim=64,
-        pad_token_id=tokenizer.pad_token_id,
-        num_labels=1,
-    )
+    config = small_qwen3(tokenizer, hidden_size=options.hidden_size, layers=options.layers)
     print(f"{options.batch} prompts of up to {options.max_prompt_tokens} tokens, responses of up to", end=" ")
     print(f"{options.response_tokens}, {options.epochs} epochs of {options.mini_batches} mini-batches,", end=" ")
     print(f"{torch.get_num_threads()} threads, float32", flush=True)
@@ -184,13 +176,15 @@ def ours(directory, prompts, options, stage: Path) -> tuple[list[dict[str, float
     ray.init(address="local", include_dashboard=False, object_store_memory=300 * 2**20, log_to_driver=False)
     try:
         with MeteredPool(
-            directory,
+            EngineSettings(
+                model_uri=directory,
+                dtype="float32",
+                max_model_len=options.max_prompt_tokens + options.response_tokens,
+                gate_tolerance=1e-4,
+                seed=0,
+            ),
             RolloutConfig(cpus_per_worker=1, threads_per_worker=torch.get_num_threads(), max_sequences=options.batch),
             DeadlinesConfig(),
-            dtype="float32",
-            max_model_len=options.max_prompt_tokens + options.response_tokens,
-            gate_tolerance=1e-4,
-            seed=0,
         ) as pool:
             pool.marks = []
             align(
@@ -201,7 +195,6 @@ def ours(directory, prompts, options, stage: Path) -> tuple[list[dict[str, float
                 StageDirectory(str(stage), "align_policy", "0" * 64),
                 alignment,
                 reward_scale=RewardScale(mean=0.0, std=1.0),
-                seed=0,
             )
     finally:
         ray.shutdown()

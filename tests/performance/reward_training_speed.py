@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 import trl
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, Qwen3Config, TrainerCallback
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from pipeline.config.models import OptimiserConfig
 from pipeline.config.reward import PairLossConfig, VariationalLossConfig, VRMHeadConfig
@@ -28,8 +28,10 @@ from pipeline.learning.engine import TorchEngine
 from pipeline.learning.memory import keep_freed_memory
 from pipeline.learning.parameter_groups import parameter_groups
 from pipeline.learning.reward_trainer import RewardTrainer
+from pipeline.learning.schedule import LearningRateSchedule
 from pipeline.models.backbone import load_tokenizer
 from pipeline.models.reward_model import RewardModel, RewardModelCard, make_head
+from tests.support.qwen import small_qwen3
 
 OBJECTIVES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 LEARNING_RATE = 1e-5
@@ -54,17 +56,7 @@ def main() -> None:
     pairs = pairs[: options.batch_pairs * (options.steps + 1)]
     if len(pairs) < options.batch_pairs * (options.steps + 1):
         raise SystemExit(f"only {len(pairs)} pairs fit in {options.max_length} tokens; lower --steps or --batch-pairs")
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=options.hidden_size,
-        intermediate_size=3 * options.hidden_size,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.hidden_size // 64,
-        num_key_value_heads=max(1, options.hidden_size // 128),
-        head_dim=64,
-        pad_token_id=tokenizer.pad_token_id,
-        num_labels=1,
-    )
+    config = small_qwen3(tokenizer, hidden_size=options.hidden_size, layers=options.layers)
     contestants = {
         "TRL RewardTrainer": lambda: time_trl(config, pairs, tokenizer, options),
         "ours, head bt": lambda: time_ours(config, pairs, tokenizer, options, "bt"),
@@ -103,13 +95,11 @@ def time_ours(config, pairs, tokenizer, options, head) -> list[float]:
             reward_std=1.0,
             metrics={},
         ),
-        statistics=statistics,
         backbone_config=config,
         tokenizer=tokenizer,
         loss=VariationalLossConfig(),
         pair_loss=PairLossConfig(),
-        num_steps=options.steps + 1,
-        warmup_fraction=0.0,
+        schedule=LearningRateSchedule(num_steps=options.steps + 1, warmup_fraction=0.0),
         max_tokens_per_micro_batch=8192,
     )
     collate = PairCollator(statistics=statistics, temperature=1.0, seed=0)

@@ -33,6 +33,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from actors.rollout_pool import RolloutPool
+from actors.worker_handle import EngineSettings
 from pipeline.config.alignment import AlignmentConfig, PPOConfig
 from pipeline.config.cluster import DeadlinesConfig, RolloutConfig
 from pipeline.config.models import OptimiserConfig
@@ -47,9 +48,9 @@ from pipeline.loops.alignment import align
 from pipeline.models.backbone import load_causal_lm, load_config, load_tokenizer, save_causal_lm
 from pipeline.models.critic import PolicyWithCritic
 from pipeline.models.wheel_checkpoints import unpacked
-from pipeline.records import PolicyWeights, Prompt, SamplingParams
+from pipeline.records import POLICY_FILE, PolicyWeights, Prompt, SamplingParams
 from pipeline.rollouts.numerics_gate import choose_probes
-from pipeline.rollouts.policy_files import WEIGHTS_FILE, PolicyFiles
+from pipeline.rollouts.policy_files import PolicyFiles
 from pipeline.rollouts.publishing import publish_checkpoint
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from pipeline.stages.workspace import StageDirectory
@@ -160,7 +161,7 @@ def measure_rollouts(
 
     probes = choose_probes(prompts, vocabulary_size=shape.vocab_size, seed=0, count=4)
     weights = publish_checkpoint(model, os.path.join(published, "policy"), probes, dtype="float32", version=0)
-    num_bytes = os.path.getsize(os.path.join(weights.location, WEIGHTS_FILE))
+    num_bytes = os.path.getsize(os.path.join(weights.location, POLICY_FILE))
     with (
         open_pool(model, options, workers=1, response_tokens=options.response_tokens) as one,
         open_pool(model, options, workers=2, response_tokens=options.response_tokens) as two,
@@ -254,13 +255,15 @@ def tokens_per_s(pool: RolloutPool, prompts: list[Prompt], seed: int, options: a
 def open_pool(model: str, options: argparse.Namespace, *, workers: int, response_tokens: int) -> RolloutPool:
     config = RolloutConfig(workers=workers, cpus_per_worker=1)
     return RolloutPool(
-        model,
+        EngineSettings(
+            model_uri=model,
+            dtype="float32",
+            max_model_len=options.prompt_tokens + response_tokens,
+            gate_tolerance=GATE_TOLERANCE,
+            seed=0,
+        ),
         config,
         DeadlinesConfig(),
-        dtype="float32",
-        max_model_len=options.prompt_tokens + response_tokens,
-        gate_tolerance=GATE_TOLERANCE,
-        seed=0,
     )
 
 
@@ -343,7 +346,6 @@ def run_alignment(
         StageDirectory(directory, "align_policy", "0" * 64),
         config,
         reward_scale=RewardScale(mean=0.0, std=1.0),
-        seed=0,
     )
     rows = read_metrics(os.path.join(directory, METRICS_FILE))[1:]
     return {

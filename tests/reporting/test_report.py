@@ -1,7 +1,7 @@
 import pytest
 
 from pipeline.records import Answer, RewardScore
-from pipeline.reporting.report import ReportData, StageSummary, render, results_table, weight_correlation
+from pipeline.reporting.report import ReportData, StageSummary, report_page, results_table, weight_correlation
 
 
 def answer(prompt_id, output, mean, weights=(0.7, 0.3)):
@@ -46,7 +46,7 @@ def report(**changes):
 
 
 def test_the_page_is_self_contained_and_escapes_what_models_say():
-    page = render(report())
+    page = report_page(report())
     assert "<b>" not in page.replace("<body>", "")
     assert "question a &lt;b&gt;" in page
     assert 'src="http' not in page
@@ -54,7 +54,7 @@ def test_the_page_is_self_contained_and_escapes_what_models_say():
 
 
 def test_the_worst_loss_stands_first():
-    samples = render(report()).split("Samples, before and after")[1]
+    samples = report_page(report()).split("Samples, before and after")[1]
     assert samples.index("forfeited") < samples.index(">gained<")
 
 
@@ -73,7 +73,7 @@ def test_the_gap_to_the_truth_is_told_and_drawn_where_the_truth_is_known():
     ]
     known = report(alignment_rows=rows)
     assert dict(results_table(known))["gold-proxy gap in sd, first to last step"] == "-0.25 to +1.75"
-    assert len(render(known)) > 0
+    assert len(report_page(known)) > 0
 
 
 def test_the_weight_correlation_by_hand():
@@ -83,7 +83,7 @@ def test_the_weight_correlation_by_hand():
 
 def test_a_bradley_terry_run_has_no_weights_to_show():
     plain = [answer("a", "x", 1.0, ())]
-    page = render(report(base=plain, aligned=plain, kinds={}, planted_weights={}))
+    page = report_page(report(base=plain, aligned=plain, kinds={}, planted_weights={}))
     assert "Objective weights by kind" not in page
 
 
@@ -92,4 +92,4 @@ def test_the_cost_of_a_stage_holds_the_peak_memory_of_its_ranks_where_it_has_any
     needed = {"memory/rank_peak_gib": 3.0, "memory/device_peak_gib": 61.55, "memory/rollout_worker_peak_gib": 5.5}
     on_gpu = stage(**needed)
     assert on_gpu.cells == ("align_policy", "1:05", "7.2", "3.0", "61.5", "5.5")
-    assert "<td>61.5</td>" in render(report(stages=[on_gpu]))
+    assert "<td>61.5</td>" in report_page(report(stages=[on_gpu]))

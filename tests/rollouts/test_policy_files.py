@@ -29,7 +29,7 @@ def test_published_weights_are_read_by_safetensors_as_they_were(tmp_path):
     state["tied"] = state["a"]
     longer = {"a": torch.zeros(100, 100)}
     PolicyFiles().write(longer, tmp_path / "policy-000000")
-    PolicyFiles().write(state, tmp_path / "policy-000002", over=tmp_path / "policy-000000")
+    PolicyFiles().write(state, tmp_path / "policy-000002", replaced=tmp_path / "policy-000000")
     assert [path.name for path in tmp_path.iterdir()] == ["policy-000002"]
     published = load_file(tmp_path / "policy-000002" / "model.safetensors")
     assert published.keys() == state.keys()
@@ -43,7 +43,7 @@ def test_versions_lie_in_two_files_by_turns_and_readers_keep_their_mappings(tmp_
     files, addresses = [], []
     for version in range(6):
         location = tmp_path / f"policy-{version}"
-        learner.write({"w": torch.full((1000,), float(version))}, location, over=tmp_path / f"policy-{version - 2}")
+        learner.write({"w": torch.full((1000,), float(version))}, location, replaced=tmp_path / f"policy-{version - 2}")
         read = engine.read(location)["w"]
         assert read.unique().tolist() == [version]
         files.append(os.stat(location / FILE).st_ino)

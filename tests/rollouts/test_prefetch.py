@@ -84,7 +84,6 @@ def run(tiny_policy, world, tokenizer, path, config, *, kill_in_update=None):
             stage,
             config,
             reward_scale=RewardScale(mean=0.0, std=1.0),
-            seed=0,
         )
     return trained, stage
 

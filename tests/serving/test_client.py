@@ -15,7 +15,7 @@ from pipeline.serving.client import (
     Send,
     VRMScorer,
     exchange,
-    plan_requests,
+    plan_calls,
 )
 
 URL = "http://vrm"
@@ -109,10 +109,10 @@ def test_a_request_that_cannot_be_made_is_not_tried_again(outcome):
 
 
 def test_questions_of_one_call_share_its_end_and_its_deadline_is_the_one_told():
-    steps = exchange(URL, 600.0, ends=3.0, clock=Clock())
+    steps = exchange(URL, 600.0, ends_at=3.0, clock=Clock())
     assert next(steps) == Send(3.0)
     with pytest.raises(DeadlineExceeded, match=r"within 600 s, at last with no question: those before it took"):
-        next(exchange(URL, 600.0, ends=-1.0, clock=Clock()))
+        next(exchange(URL, 600.0, ends_at=-1.0, clock=Clock()))
 
 
 def scored(reward):
@@ -204,8 +204,8 @@ def test_rows_that_do_not_pair_up_are_refused_before_they_are_sent(scores, promp
 
 def test_neighbours_share_their_prompt():
     chat = [{"role": "user", "content": "yes"}]
-    [question] = plan_requests(["hi", "hi", chat, chat, "hi"], ["a", "b", "c", "d", "e"], batch_size=8)
-    assert question.body["items"] == [
+    [call] = plan_calls(["hi", "hi", chat, chat, "hi"], ["a", "b", "c", "d", "e"], batch_size=8)
+    assert call.body["items"] == [
         {"prompt": "hi", "responses": ["a", "b"]},
         {"prompt": chat, "responses": ["c", "d"]},
         {"prompt": "hi", "responses": ["e"]},
@@ -213,8 +213,8 @@ def test_neighbours_share_their_prompt():
 
 
 def test_long_texts_make_small_requests():
-    questions = plan_requests(["hi"] * 3, ["é" * 1_000_000] * 3, batch_size=64)
-    assert [len(question.body["items"][0]["responses"]) for question in questions] == [2, 1]
+    calls = plan_calls(["hi"] * 3, ["é" * 1_000_000] * 3, batch_size=64)
+    assert [len(call.body["items"][0]["responses"]) for call in calls] == [2, 1]
 
 
 @pytest.mark.parametrize("scores", [sync_scores, async_scores])

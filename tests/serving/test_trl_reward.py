@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from pipeline.errors import DataError
-from pipeline.serving.trl_reward import VRMReward, conversation
+from pipeline.serving.trl_reward import VRMReward, split_completion
 
 CHAT = [{"role": "user", "content": "hi"}]
 
@@ -59,7 +59,7 @@ def test_the_last_turn_of_a_long_completion_is_the_response():
         {"role": "user", "content": "this"},
         {"role": "assistant", "content": "so"},
     ]
-    assert conversation("hi", turns) == ([CHAT[0], *turns[:2]], "so")
+    assert split_completion("hi", turns) == ([CHAT[0], *turns[:2]], "so")
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_the_last_turn_of_a_long_completion_is_the_response():
 )
 def test_what_is_no_answer_of_the_assistant_is_refused(completion, reason):
     with pytest.raises(DataError, match=reason):
-        conversation(CHAT, completion)
+        split_completion(CHAT, completion)
 
 
 def test_it_can_be_sent_to_another_process():

@@ -8,6 +8,7 @@ import pytest
 from pipeline.errors import Preempted
 from pipeline.stages.preemption import PreemptionNotice, WaitCutShort
 from pipeline.stages.runner import StageRunner
+from pipeline.stages.stage_spec import StageSpec
 from pipeline.stages.workspace import Workspace
 
 
@@ -55,11 +56,11 @@ def test_after_the_notice_no_stage_is_begun_and_a_finished_one_is_still_found(tm
         Workspace.open(str(tmp_path), job="mine", needs_bytes=0, notice=notice) as workspace,
     ):
         stages = StageRunner(workspace)
-        done = stages.run("done", 1, lambda stage: {"x": 1.0}, config={})
+        done = stages.run(StageSpec(name="done", version=1, config={}), lambda stage: {"x": 1.0})
         signal.raise_signal(signal.SIGTERM)
-        assert stages.run("done", 1, lambda stage: {"x": 2.0}, config={}) == done
-        with pytest.raises(Preempted, match="next was not begun"):
-            stages.run("next", 1, lambda stage: {}, config={})
+        assert stages.run(StageSpec(name="done", version=1, config={}), lambda stage: {"x": 2.0}) == done
+        with pytest.raises(Preempted, match="next was not started"):
+            stages.run(StageSpec(name="next", version=1, config={}), lambda stage: {})
 
 
 def test_a_stage_that_saves_nothing_on_its_way_leaves_where_it_asks_and_begins_anew(tmp_path):
@@ -71,5 +72,7 @@ def test_a_stage_that_saves_nothing_on_its_way_leaves_where_it_asks_and_begins_a
         stage = workspace.stage("generate_benchmark", "0" * 64)
         stage.leave_if_preempted()
         signal.raise_signal(signal.SIGTERM)
-        with pytest.raises(Preempted, match=r"generate_benchmark begins anew\. The same command resumes"):
+        with pytest.raises(
+            Preempted, match=r"generate_benchmark starts again from its beginning\. The same command resumes"
+        ):
             stage.leave_if_preempted()

@@ -5,6 +5,7 @@ import pytest
 from pipeline.errors import WorkerDied
 from pipeline.stages import storage
 from pipeline.stages.runner import StageRunner
+from pipeline.stages.stage_spec import StageSpec
 from pipeline.stages.workspace import Workspace
 
 
@@ -12,6 +13,10 @@ from pipeline.stages.workspace import Workspace
 def stages(tmp_path):
     with Workspace.open(str(tmp_path), job="job-1", needs_bytes=0) as workspace:
         yield StageRunner(workspace)
+
+
+def spec(name, version, config, **read):
+    return StageSpec(name=name, version=version, config=config, **read)
 
 
 class Counting:
@@ -37,8 +42,8 @@ class Counting:
 
 def test_a_finished_stage_is_skipped(stages, capsys):
     compute = Counting(3)
-    first = stages.run("train", 1, compute, config={"lr": 0.1})
-    second = stages.run("train", 1, compute, config={"lr": 0.1})
+    first = stages.run(spec("train", 1, {"lr": 0.1}), compute)
+    second = stages.run(spec("train", 1, {"lr": 0.1}), compute)
     assert first == second
     assert compute.steps == [0, 1, 2]
     assert capsys.readouterr().out.splitlines()[-1].split() == ["train", "finished", "before,", "skipped"]
@@ -47,23 +52,23 @@ def test_a_finished_stage_is_skipped(stages, capsys):
 def test_what_a_stage_reads_decides_whether_it_runs_again(stages):
     def runs(**changed):
         compute = Counting(1)
-        arguments = {"version": 1, "config": {"lr": 0.1}, "data": ["hash-a"]} | changed
-        stages.run("train", compute=compute, **arguments)
+        arguments = {"version": 1, "config": {"lr": 0.1}, "data": ("hash-a",)} | changed
+        stages.run(StageSpec(name="train", **arguments), compute)
         return bool(compute.steps)
 
     assert runs()
     assert not runs()
     assert runs(version=2)
     assert runs(config={"lr": 0.2})
-    assert runs(data=["hash-b"])
+    assert runs(data=("hash-b",))
     assert not runs()
 
 
 def test_another_input_is_another_result(stages):
-    one = stages.run("prepare", 1, Counting(1), config={"seed": 1})
-    other = stages.run("prepare", 1, Counting(1), config={"seed": 2})
-    first = stages.run("train", 1, Counting(1), config={}, inputs=[one])
-    second = stages.run("train", 1, Counting(1), config={}, inputs=[other])
+    one = stages.run(spec("prepare", 1, {"seed": 1}), Counting(1))
+    other = stages.run(spec("prepare", 1, {"seed": 2}), Counting(1))
+    first = stages.run(spec("train", 1, {}, inputs=(one.fingerprint,)), Counting(1))
+    second = stages.run(spec("train", 1, {}, inputs=(other.fingerprint,)), Counting(1))
     assert first.fingerprint != second.fingerprint
     assert first.location != second.location
 
@@ -71,18 +76,18 @@ def test_another_input_is_another_result(stages):
 def test_an_interrupted_stage_resumes_behind_its_last_commit(stages, capsys):
     compute = Counting(5, dies_before=[3])
     with pytest.raises(WorkerDied):
-        stages.run("train", 1, compute, config={})
-    stages.run("train", 1, compute, config={})
+        stages.run(spec("train", 1, {}), compute)
+    stages.run(spec("train", 1, {}), compute)
     assert compute.steps == [0, 1, 2, 3, 4]
-    assert "resumes behind step 3" in capsys.readouterr().out
+    assert "resumes after step 3" in capsys.readouterr().out
 
 
 def test_a_dead_worker_is_answered_by_restarts_until_the_budget_is_spent(stages):
     compute = Counting(5, dies_before=[1, 3])
-    stages.run("train", 1, compute, config={}, max_restarts=2)
+    stages.run(spec("train", 1, {}), compute, max_restarts=2)
     assert compute.steps == [0, 1, 2, 3, 4]
     with pytest.raises(WorkerDied, match="before step 2"):
-        stages.run("train", 2, Counting(5, dies_before=[1, 2]), config={}, max_restarts=1)
+        stages.run(spec("train", 2, {}), Counting(5, dies_before=[1, 2]), max_restarts=1)
 
 
 def test_other_errors_are_not_retried(stages):
@@ -93,7 +98,7 @@ def test_other_errors_are_not_retried(stages):
         raise ValueError("a bug")
 
     with pytest.raises(ValueError, match="a bug"):
-        stages.run("train", 1, fail, config={}, max_restarts=3)
+        stages.run(spec("train", 1, {}), fail, max_restarts=3)
     assert len(attempts) == 1
 
 
@@ -108,13 +113,13 @@ def test_a_restart_does_not_see_what_was_not_committed(stages):
             raise WorkerDied("gone")
         return {}
 
-    stages.run("train", 1, compute, config={}, max_restarts=1)
+    stages.run(spec("train", 1, {}), compute, max_restarts=1)
     assert seen == [None, None]
 
 
 def test_the_manifest_tells_what_the_result_was_made_of(stages):
-    base = stages.run("prepare", 1, Counting(1), config={})
-    result = stages.run("train", 1, Counting(1), config={"lr": 0.1}, inputs=[base], data=["hash-a"])
+    base = stages.run(spec("prepare", 1, {}), Counting(1))
+    result = stages.run(spec("train", 1, {"lr": 0.1}, inputs=(base.fingerprint,), data=("hash-a",)), Counting(1))
     manifest = stages.workspace.stage("train", result.fingerprint).manifest()
     assert manifest["inputs"] == [base.fingerprint]
     assert manifest["data"] == ["hash-a"]

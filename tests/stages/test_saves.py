@@ -62,7 +62,7 @@ def test_a_failed_save_surfaces_at_the_next_step_once_and_leaves_the_commit_befo
     store.save(3, lambda: good, {})
     store.save(7, lambda: bad, {})
     bad.may_end.set()
-    store._under_way.join()
+    store._save_thread.join()
     with pytest.raises(WorkspaceError, match="no space is left"):
         store.require_sound()
     store.require_sound()

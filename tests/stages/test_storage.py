@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.errors import WorkspaceError
-from pipeline.learning.training_state import Snapshot
+from pipeline.learning.training_state import TrainingStatePart
 from pipeline.stages import storage
 from tests.support.disks import on_a_small_disk
 
@@ -90,7 +90,7 @@ def test_a_disk_that_is_full_when_a_commit_is_written_or_synced_is_the_same_lett
 
 def test_a_checkpoint_that_fills_a_real_disk_is_the_same_letter_and_the_commit_before_stays(tmp_path):
     weights = {"weight/0/linear": torch.ones(100_000)}  # 400 kB
-    snapshot = Snapshot(part=0, num_parts=1, shapes={"linear": (100_000,)}, tensors=weights)
+    snapshot = TrainingStatePart(part=0, num_parts=1, shapes={"linear": (100_000,)}, tensors=weights)
     disk = tmp_path / "disk"
     disk.mkdir()
 

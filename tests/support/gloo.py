@@ -181,7 +181,7 @@ class PolicyRank(Rank):
     def hold(self, state):
         from actors import weight_sender
 
-        weight_sender.BUCKET_BYTES = 1  # so that one holds no more than the largest tensor
+        weight_sender.SENT_BYTES = 1  # so that one holds no more than the largest tensor
         self._learner = self
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._state = {name: tensor.to(device) for name, tensor in state.items()}

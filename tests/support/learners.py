@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import torch
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 from pipeline.config.alignment import AlignmentConfig, KLConfig, PPOConfig
 from pipeline.config.models import OptimiserConfig
-from pipeline.config.reward import PairLossConfig, VariationalLossConfig, VRMHeadConfig
+from pipeline.config.reward import PairLossConfig, RewardConfig, VariationalLossConfig, VRMHeadConfig
 from pipeline.data.collate import PairCollator, tokenise_pairs
 from pipeline.data.planted import OBJECTIVES
 from pipeline.data.prompts import tokenise_prompts
 from pipeline.data.score_statistics import ScoreStatistics
+from pipeline.learning.builders import (
+    PPOLearnerSpec,
+    RewardTrainerSpec,
+    build_ppo_learner,
+    build_reward_trainer,
+    reference_in_process,
+)
 from pipeline.learning.engine import TorchEngine
-from pipeline.learning.parameter_groups import parameter_groups, policy_parameter_groups
-from pipeline.learning.ppo_learner import PPOLearner, frozen_reference, reference_without_adapters
-from pipeline.learning.reward_trainer import RewardTrainer
-from pipeline.models.backbone import load_backbone, load_causal_lm
-from pipeline.models.critic import Policy, PolicyWithCritic
-from pipeline.models.lora import add_lora
-from pipeline.models.reward_model import RewardModel, RewardModelCard, make_head
+from pipeline.models.backbone import load_backbone, load_causal_lm, load_tokenizer
+from pipeline.models.critic import Policy
+from pipeline.models.reward_model import RewardModel, RewardModelCard, make_head, save_reward_model
 from pipeline.rollouts.numerics_gate import choose_probes
 
 HEAD = VRMHeadConfig(semantic_dims=8, hidden_size=64)
@@ -83,30 +87,21 @@ def reward_trainer(
     lr=1e-3,
     lora=None,
 ):
-    backbone = load_backbone(tiny_policy, dtype="float32")
-    add_lora(backbone, lora, seed=0)
-    torch.manual_seed(0)
-    module = make_head(head, backbone.config.hidden_size, len(OBJECTIVES), vrm)
-    optimiser = OptimiserConfig(learning_rate=lr)
-    engine = make_engine(
-        RewardModel(backbone, module),
-        parameter_groups(backbone, module, optimiser, head_learning_rate=2 * lr),
-        betas=optimiser.betas,
-        max_grad_norm=1.0,
-    )
-    statistics = statistics_of(world)
-    return RewardTrainer(
-        engine,
-        card=reward_card(head, statistics, vrm),
-        statistics=statistics,
-        backbone_config=backbone.config,
-        tokenizer=tokenizer,
+    config = RewardConfig(
+        head=head,
+        vrm=vrm,
         loss=loss or VariationalLossConfig(),
         pair_loss=pair_loss or PairLossConfig(),
-        num_steps=num_steps,
-        warmup_fraction=0.1,
+        optimiser=OptimiserConfig(learning_rate=lr, warmup_fraction=0.1),
+        head_learning_rate=2 * lr,
+        max_length=128,
         max_tokens_per_micro_batch=max_tokens,
+        lora=lora,
     )
+    spec = RewardTrainerSpec(
+        config=config, backbone_uri=tiny_policy, statistics=statistics_of(world), num_steps=num_steps, seed=0
+    )
+    return build_reward_trainer(spec, make_engine)
 
 
 def prompts_of(world, tokenizer):
@@ -116,31 +111,44 @@ def prompts_of(world, tokenizer):
 def reference_of(directory):
     """The policy of a directory, frozen, as PPOLearner wants it."""
     policy, _ = load_causal_lm(directory, dtype="float32")
-    frozen = Policy(policy).eval().requires_grad_(False)
-    return frozen_reference(frozen, dtype="float32", device=torch.device("cpu"))
+    return reference_in_process("float32", "cpu")(Policy(policy))
 
 
-def ppo_learner(tiny_policy, world, tokenizer, publish_directory, *, config=ALIGNMENT, make_engine=TorchEngine):
-    policy, _ = load_causal_lm(tiny_policy, dtype="float32")
-    torch.manual_seed(0)
-    separate = config.ppo.trains_a_critic and config.ppo.critic == "separate"
-    critic = load_backbone(tiny_policy, dtype="float32") if separate else None
-    for backbone in (policy, critic):
-        if backbone is not None:
-            add_lora(backbone, config.ppo.lora, seed=0)
-            if config.gradient_checkpointing:
-                backbone.gradient_checkpointing_enable()
-    model = PolicyWithCritic(policy, critic)
-    model.value_head.requires_grad_(config.ppo.trains_a_critic)
-    groups = policy_parameter_groups(model, config.ppo)
-    engine = make_engine(model, groups, betas=(0.9, 0.95), max_grad_norm=1.0)
-    return PPOLearner(
-        engine,
-        reference_of(tiny_policy) if config.ppo.lora is None else reference_without_adapters(engine),
-        config=config,
-        model_config=policy.config,
-        tokenizer=tokenizer,
-        probes=choose_probes(prompts_of(world, tokenizer), vocabulary_size=len(tokenizer), seed=0, count=3),
-        publish_directory=str(publish_directory),
-        seed=0,
+def untrained_reward_model(policy, directory):
+    """A reward model whose backbone is the policy's decoder: what a separate critic then starts from."""
+    backbone = load_backbone(policy, dtype="float32")
+    head = make_head("bt", backbone.config.hidden_size, len(OBJECTIVES), HEAD)
+    unknown = (0.0,) * len(OBJECTIVES)
+    save_reward_model(
+        directory,
+        state_dict=RewardModel(backbone, head).state_dict(),
+        backbone_config=backbone.config.to_dict(),
+        tokenizer=load_tokenizer(policy),
+        card=reward_card("bt", SimpleNamespace(mean=unknown, std=unknown)),
     )
+
+
+def ppo_learner(
+    tiny_policy,
+    world,
+    tokenizer,
+    publish_directory,
+    *,
+    config=ALIGNMENT,
+    make_engine=TorchEngine,
+    dtype="float32",
+):
+    with TemporaryDirectory() as reward_model:
+        if config.ppo.critic_reads_policy_tokens:
+            untrained_reward_model(tiny_policy, reward_model)
+        probes = choose_probes(prompts_of(world, tokenizer), vocabulary_size=len(tokenizer), seed=0, count=3)
+        spec = PPOLearnerSpec(
+            config=config,
+            policy_uri=tiny_policy,
+            reward_model_uri=reward_model,
+            dtype=dtype,
+            probes=tuple(probes),
+            publish_directory=str(publish_directory),
+            seed=0,
+        )
+        return build_ppo_learner(spec, make_engine, reference_in_process(dtype, "cpu"))

@@ -1,102 +1,49 @@
-"""AlpacaEval 2: which of two answers is better, by the first token a judge writes (docs/method.md section 12)."""
+"""AlpacaEval 2: a judge prefers one of two answers by the first token that it writes (docs/method.md section 12)."""
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.benchmark.judges.judging import (
-    Comparison,
+from pipeline.benchmark.alpaca_eval.model_outputs import ModelOutput, pair_by_instruction
+from pipeline.benchmark.judges.judge import (
+    AnswerPair,
     Judge,
-    JudgedRows,
+    JudgeOutcome,
     JudgeRequest,
     JudgeSampling,
     Judgment,
-    Outcome,
     Unanswered,
-    fill,
-    require_fields,
 )
-from pipeline.data.files import read_rows
+from pipeline.benchmark.judges.judge_prompt import fill_template, require_fields
+from pipeline.benchmark.judges.judged_benchmark import JudgedRows
 from pipeline.errors import DataError
 from pipeline.records import Message
-from pipeline.stages.storage import write_text
 
 FIRST, SECOND = "m", "M"
-"""What the prompt of alpaca_eval_clf calls the answers it shows first and second."""
+"""Names of the first and the second answer in the prompt of alpaca_eval_clf."""
 
-SAMPLING = JudgeSampling(temperature=1.0, max_tokens=1, top_logprobs=5)
-"""Of the annotator weighted_alpaca_eval_gpt4_turbo."""
+ANNOTATOR_SAMPLING = JudgeSampling(temperature=1.0, max_tokens=1, top_logprobs=5)
+"""Settings of the annotator weighted_alpaca_eval_gpt4_turbo."""
 
-SEED = 0
-"""Of the annotator, and so of its coin."""
+ANNOTATOR_SEED = 0
+"""Seed of the annotator; it decides which answer is shown first."""
 
-UNREAD: tuple[Message, ...] = ({"role": "user", "content": "{instruction}\n\n{output_1}\n\n{output_2}"},)
-"""The prompt for a judge that scores answers, and is told nothing."""
+ANSWERS_ONLY_MESSAGES: tuple[Message, ...] = ({"role": "user", "content": "{instruction}\n\n{output_1}\n\n{output_2}"},)
+"""Prompt for a judge that scores answers and needs no instructions."""
 
 CHATML = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.DOTALL)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelOutput:
-    """One row of a `model_outputs.json`."""
-
-    instruction: str
-    output: str
-    generator: str
-    dataset: str | None
-    place: str = field(default="an answer", compare=False, repr=False)
-    """File and row it was read from."""
-
-
-def read_model_outputs(path: Path) -> list[ModelOutput]:
-    """The answers of one model.
-
-    Raises:
-        DataError: names file and row: no {instruction, output, generator}, a second generator, or an instruction
-            answered twice; or the list is empty.
-    """
-    outputs: dict[str, ModelOutput] = {}
-    generator = ""
-    for row in read_rows(str(path)):
-        output = ModelOutput(
-            instruction=row.require("instruction", str),
-            output=row.require("output", str),
-            generator=row.require("generator", str),
-            dataset=row.values.get("dataset"),
-            place=row.place,
-        )
-        generator = generator or output.generator
-        if output.generator != generator:
-            raise DataError(f"{row.place}: {output.generator!r} in a file of {generator!r}; give one model's answers")
-        if output.instruction in outputs:
-            raise DataError(f"{row.place}: {generator!r} answers {output.instruction!r:.80} again; keep one answer")
-        outputs[output.instruction] = output
-    if not outputs:
-        raise DataError(f"{path} holds no AlpacaEval answers; give a model_outputs.json")
-    return list(outputs.values())
-
-
-def write_model_outputs(path: Path, outputs: Sequence[ModelOutput]) -> None:
-    """A JSON list of {instruction, output, generator, dataset}, whole or not at all."""
-    rows = [
-        {"instruction": o.instruction, "output": o.output, "generator": o.generator, "dataset": o.dataset}
-        for o in outputs
-    ]
-    write_text(str(path), json.dumps(rows, indent=1, ensure_ascii=False))
-
-
 def read_chatml(path: Path) -> tuple[Message, ...]:
-    """The messages of a ChatML prompt file, as alpaca_eval_clf.txt.
+    """The messages of a ChatML prompt file such as alpaca_eval_clf.txt.
 
     Raises:
-        DataError: it cannot be read, or lacks {instruction}, {output_1} or {output_2}.
+        DataError: the file cannot be read, or lacks {instruction}, {output_1} or {output_2}.
     """
     try:
         text = path.read_text()
@@ -112,8 +59,8 @@ def read_chatml(path: Path) -> tuple[Message, ...]:
 
 
 def is_switched(instruction: str) -> bool:
-    """Whether the model's answer is shown first: AlpacaEval's coin, a function of the instruction alone."""
-    return random.Random(f"is_switched_outputs{instruction}{SEED}").choices([False, True])[0]
+    """Whether the model's answer is shown first. AlpacaEval draws this at random from the instruction alone."""
+    return random.Random(f"is_switched_outputs{instruction}{ANNOTATOR_SEED}").choices([False, True])[0]
 
 
 def parse_identifier(text: str) -> float | None:
@@ -122,10 +69,10 @@ def parse_identifier(text: str) -> float | None:
 
 
 def shown_preference(judgment: Judgment, parse: Callable[[str], float | None]) -> float | None:
-    """The preference in [1, 2] between the answers as shown, 1 for the first; None where the judgment has none.
+    """The preference in [1, 2] between the answers in the order shown; 1 means the first. None without a preference.
 
-    2 - p(m) / (p(m) + p(M)) over the alternatives to the first token, an absent one having p = 0; without
-    log-probabilities, what the text says.
+    preference = 2 - p(m) / (p(m) + p(M)) over the alternatives to the first token; a token that is not among the
+    alternatives has p = 0. Without log-probabilities, the text decides.
 
     Source: `logprob_parser` of alpaca_eval 0.6.6.
     """
@@ -149,35 +96,38 @@ class AlpacaEvalJudging:
     ) -> None:
         """
         Args:
-            annotator: name of the prompt, for the rows.
-            parse: preference from a judgment's text, where it has no log-probabilities.
+            annotator: name of the prompt; each output row contains it.
+            parse: reads the preference from a judgment's text when the judgment has no log-probabilities.
 
         Raises:
-            DataError: the two do not answer the same instructions.
+            DataError: the model and the baseline do not answer the same instructions.
         """
         self._pairs = pair_by_instruction(answers, baseline)
         self._annotator = annotator
         self._parse = parse
-        differing = [(ours, theirs) for ours, theirs in self._pairs if ours.output != theirs.output]
-        self.requests = [_request(ours, theirs, template) for ours, theirs in differing]
+        self.requests = [
+            _request(answer, baseline_answer, template)
+            for answer, baseline_answer in self._pairs
+            if answer.output != baseline_answer.output
+        ]
 
-    def rows(self, outcomes: Sequence[Outcome], judge: Judge) -> JudgedRows:
-        """annotations.json: output_1 is the baseline's, and 1 + P(the model's is better) the preference."""
+    def rows(self, outcomes: Sequence[JudgeOutcome], judge: Judge) -> JudgedRows:
+        """annotations.json: output_1 is the baseline's answer, and the preference is 1 + P(the model's is better)."""
         remaining = iter(outcomes)
         rows = []
         unparsed = 0
-        for ours, theirs in self._pairs:
+        for answer, baseline_answer in self._pairs:
             row: dict[str, Any] = {
-                "instruction": ours.instruction,
-                "output_1": theirs.output,
-                "generator_1": theirs.generator,
-                "output_2": ours.output,
-                "generator_2": ours.generator,
+                "instruction": answer.instruction,
+                "output_1": baseline_answer.output,
+                "generator_1": baseline_answer.generator,
+                "output_2": answer.output,
+                "generator_2": answer.generator,
                 "annotator": f"{self._annotator}/{judge.model}",
             }
-            if ours.dataset is not None:
-                row["dataset"] = ours.dataset
-            if ours.output == theirs.output:
+            if answer.dataset is not None:
+                row["dataset"] = answer.dataset
+            if answer.output == baseline_answer.output:
                 rows.append(row | {"preference": 1.5, "preference_raw_completion": None})
                 continue
             match next(remaining):
@@ -187,43 +137,24 @@ class AlpacaEvalJudging:
                     preference = shown_preference(judgment, self._parse)
                     if preference is None:
                         unparsed += 1
-                    elif is_switched(ours.instruction):
+                    elif is_switched(answer.instruction):
                         preference = 3.0 - preference
                     rows.append(row | {"preference": preference, "preference_raw_completion": judgment.text})
         return JudgedRows(rows=rows, unparsed=unparsed)
 
 
-def pair_by_instruction(
-    answers: Sequence[ModelOutput], baseline: Sequence[ModelOutput]
-) -> list[tuple[ModelOutput, ModelOutput]]:
-    """Each answer with the baseline's to the same instruction, in the order of the answers.
-
-    Raises:
-        DataError: one of them does not answer an instruction that the other answers.
-    """
-    theirs = {output.instruction: output for output in baseline}
-    for lacking, asked in ((baseline, answers), (answers, baseline)):
-        known = {output.instruction for output in lacking}
-        missing = [output for output in asked if output.instruction not in known]
-        if missing:
-            raise DataError(
-                f"{missing[0].place}: {lacking[0].generator} has no answer to {missing[0].instruction!r:.80}, nor to "
-                f"{len(missing) - 1} others of the {len(asked)} instructions that {asked[0].generator} answers. Judge "
-                f"answers to the same instructions; those of {lacking[0].generator} end at {lacking[-1].place}."
-            )
-    return [(answer, theirs[answer.instruction]) for answer in answers]
-
-
-def _request(ours: ModelOutput, theirs: ModelOutput, template: Sequence[Message]) -> JudgeRequest:
-    shown = (ours.output, theirs.output) if is_switched(ours.instruction) else (theirs.output, ours.output)
-    fields = {"instruction": ours.instruction, "output_1": shown[0], "output_2": shown[1]}
+def _request(answer: ModelOutput, baseline_answer: ModelOutput, template: Sequence[Message]) -> JudgeRequest:
+    first, second = baseline_answer.output, answer.output
+    if is_switched(answer.instruction):
+        first, second = second, first
+    fields = {"instruction": answer.instruction, "output_1": first, "output_2": second}
     return JudgeRequest(
-        messages=tuple({"role": turn["role"], "content": fill(turn["content"], fields)} for turn in template),
-        sampling=SAMPLING,
-        comparison=Comparison(
-            prompt=({"role": "user", "content": ours.instruction},),
-            answer_a=shown[0],
-            answer_b=shown[1],
+        messages=tuple({"role": turn["role"], "content": fill_template(turn["content"], fields)} for turn in template),
+        sampling=ANNOTATOR_SAMPLING,
+        pair=AnswerPair(
+            prompt=({"role": "user", "content": answer.instruction},),
+            answer_a=first,
+            answer_b=second,
             verdict_a=FIRST,
             verdict_b=SECOND,
             verdict_tie="",

@@ -1,4 +1,4 @@
-"""What judging cost: what was asked, answered, understood and paid."""
+"""The account of a judging run: requests, answers, verdicts, tokens and cost."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.benchmark.judges.judging import Collected, Judge, Judgment, Unanswered
+from pipeline.benchmark.judges.collect_outcomes import CollectedOutcomes
+from pipeline.benchmark.judges.judge import Judge, Judgment, Unanswered
 from pipeline.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Price:
-    """Of one judge model, per million tokens, in whatever currency the price list uses."""
+    """Price of one judge model per million tokens, in the currency of the price list."""
 
     prompt: float
     completion: float
@@ -39,29 +40,29 @@ def read_price(path: Path, model: str) -> Price:
 
 @dataclass(frozen=True, kw_only=True)
 class JudgingAccount:
-    """What was asked, answered, understood and paid."""
+    """Requests, answers, verdicts, tokens and cost of one run."""
 
     judge: str
     model: str
     requests: int
-    """Of the benchmark, each counted once, however often it occurs."""
+    """Distinct requests of the benchmark."""
     asked: int
-    """Sent by this run; the others were known."""
+    """Requests that this run sent to the judge; the cache knew the others."""
     unanswered: Mapping[str, int]
     """Reason -> number of requests without a judgment."""
     unparsed: int
-    """Judgments without a readable verdict."""
+    """Judgments in which the parser found no verdict."""
     prompt_tokens: int
-    """Of all judgments, asked now or earlier."""
+    """Of all judgments, from this run or an earlier one."""
     completion_tokens: int
     uncounted: int
-    """Judgments whose tokens nobody counted: tokens and cost are at least what is said here."""
+    """Judgments without token counts. With any, the true tokens and cost are higher than reported here."""
     cost: float | None
-    """Of all judgments; None without a price."""
+    """Cost of all judgments; None without a price."""
     cost_of_this_run: float | None
 
     def lines(self) -> list[tuple[str, str]]:
-        """(what, value), for the terminal."""
+        """(label, value) pairs for the terminal."""
         lines = [
             ("judge", f"{self.model} ({self.judge})"),
             ("requests", f"{self.requests}, of which {self.asked} asked now and {self.requests - self.asked} known"),
@@ -78,18 +79,20 @@ class JudgingAccount:
         return lines
 
 
-def account(judge: Judge, collected: Collected, *, unparsed: int, price: Price | None) -> JudgingAccount:
-    """The account of a run; equal requests count once."""
+def judging_account(
+    judge: Judge, collected: CollectedOutcomes, *, unparsed: int, price: Price | None
+) -> JudgingAccount:
+    """The account of a run. Equal requests count once."""
     outcomes = dict(zip(collected.keys, collected.outcomes, strict=True))
     judgments = {key: outcome for key, outcome in outcomes.items() if isinstance(outcome, Judgment)}
-    new = [judgment for key, judgment in judgments.items() if key in collected.asked]
+    new = [judgment for key, judgment in judgments.items() if key in collected.sent]
     prompt_tokens, completion_tokens = _tokens(judgments.values())
     reasons = Counter(outcome.reason for outcome in outcomes.values() if isinstance(outcome, Unanswered))
     return JudgingAccount(
         judge=judge.name,
         model=judge.model,
         requests=len(outcomes),
-        asked=len(collected.asked),
+        asked=len(collected.sent),
         unanswered=dict(reasons.most_common()),
         unparsed=unparsed,
         prompt_tokens=prompt_tokens,
@@ -101,8 +104,8 @@ def account(judge: Judge, collected: Collected, *, unparsed: int, price: Price |
 
 
 def _tokens(judgments: Iterable[Judgment]) -> tuple[int, int]:
-    counted = [(j.prompt_tokens or 0, j.completion_tokens or 0) for j in judgments]
-    return sum(prompt for prompt, _ in counted), sum(completion for _, completion in counted)
+    counts = [(j.prompt_tokens or 0, j.completion_tokens or 0) for j in judgments]
+    return sum(prompt for prompt, _ in counts), sum(completion for _, completion in counts)
 
 
 def _cost(judgments: Iterable[Judgment], price: Price) -> float:

@@ -1,4 +1,4 @@
-"""Judgments on disk: one JSON object a line, appended as they come and never rewritten."""
+"""Judgments on disk: one JSON object per line, appended as soon as the judge answers, never rewritten."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.benchmark.judges.judging import Judge, JudgeRequest, Judgment
+from pipeline.benchmark.judges.judge import Judge, JudgeRequest, Judgment
 from pipeline.data.files import AppendedLines
 from pipeline.errors import DataError
 
 
 class JudgmentCache:
-    """Implements `Store` in a file: {key, judge, model, messages, sampling, judgment} a line.
+    """Implements `JudgmentStore` in a file; each line is {key, judge, model, messages, sampling, judgment}.
 
-    Each judgment is in the file before the next one is waited for, so a killed run has kept all it was told. A line
-    that a kill cut short is dropped at the next start.
+    Each judgment is written before the judge's next answer arrives, so a killed run loses none of them. The next start
+    drops a line that the kill cut short.
     """
 
     def __init__(self, lines: AppendedLines, judgments: dict[str, Judgment]) -> None:
@@ -28,13 +28,13 @@ class JudgmentCache:
     @classmethod
     @contextmanager
     def open(cls, path: Path) -> Iterator[JudgmentCache]:
-        """The judgments a file holds, and the file itself for more; made where it does not exist.
+        """Reads the judgments of a file and opens it for appending; creates the file if it does not exist.
 
         Raises:
-            WorkspaceLocked: another run appends to it.
-            DataError: a line is no judgment.
+            WorkspaceLocked: another run appends to the file.
+            DataError: a line is not a judgment.
         """
-        with AppendedLines.open(path, elsewhere="--cache") as lines:
+        with AppendedLines.open(path, option="--cache") as lines:
             rows = read_judgment_rows(lines.content, place=str(path))
             yield cls(lines, {row["key"]: judgment for row, judgment in rows if "key" in row})
 
@@ -55,10 +55,10 @@ class JudgmentCache:
 
 
 def read_judgment_rows(content: bytes, *, place: str) -> list[tuple[dict[str, Any], Judgment]]:
-    """The rows of a cache, each with its judgment. Of a judgment, only its text must be there.
+    """The rows of a cache, each with its judgment. Only the text of a judgment is required.
 
     Raises:
-        DataError: a line is no such row; names file and line.
+        DataError: a line is not such a row; names file and line.
     """
     rows = []
     for number, line in enumerate(content.splitlines(), start=1):

@@ -1,4 +1,4 @@
-"""The paper's Table 1: a row for each policy, from the files that score_benchmark wrote (docs/method.md section 15)."""
+"""The paper's Table 1, one row per policy, from the files that score_benchmark wrote (docs/method.md section 15)."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from pipeline.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Leaderboard:
-    """Policies by benchmarks; each cell is a number with what is known of its error, empty where there is none."""
+    """A table of policies by benchmarks. A cell is a number with its error where that is known, or is empty."""
 
     columns: tuple[tuple[str, str], ...]
-    """(benchmark, what of it)"""
+    """(benchmark, metric)"""
     rows: tuple[tuple[str, tuple[str, ...]], ...]
-    """(policy, its cells)"""
+    """(policy, cells)"""
     notes: tuple[str, ...]
-    """What the numbers depend on, as sentences."""
+    """Sentences that say what the numbers depend on."""
 
 
 def read_scores(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """Benchmark -> the content of its <benchmark>.json.
+    """Benchmark -> the content of <benchmark>.json.
 
     Raises:
-        DataError: a file that score_benchmark did not write, or two of one benchmark.
+        DataError: score_benchmark did not write a file, or two files are of one benchmark.
     """
-    found: dict[str, dict[str, Any]] = {}
+    by_benchmark: dict[str, dict[str, Any]] = {}
     for file in files:
         try:
             scores = json.loads(file.read_text())
             benchmark, models = scores["benchmark"], scores["models"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{file} holds no scores ({error!r}); give a file that score_benchmark wrote") from error
-        if benchmark not in COLUMNS or not isinstance(models, dict):
+        if benchmark not in LEADERBOARD_COLUMNS or not isinstance(models, dict):
             raise DataError(f"{file} holds scores of {benchmark!r}, which has no column in the table")
-        if benchmark in found:
+        if benchmark in by_benchmark:
             raise DataError(f"{file} is a second file of {benchmark}; score all models together, into one")
-        found[benchmark] = scores
-    return found
+        by_benchmark[benchmark] = scores
+    return by_benchmark
 
 
 def leaderboard(
@@ -49,14 +49,14 @@ def leaderboard(
     scores: Mapping[str, Mapping[str, Any]],
     words: Mapping[str, Mapping[str, float]],
 ) -> Leaderboard | None:
-    """One row for each policy, in their order, over the benchmarks that have scores; None without any.
+    """One row per policy, in the order given, over the benchmarks that have scores; None without scores.
 
     Args:
         scores: as `read_scores`.
-        words: benchmark -> policy -> mean words of its answers, to stand beside its win rate.
+        words: benchmark -> policy -> mean number of words per answer, shown beside the win rate.
 
     Raises:
-        DataError: a benchmark whose scores are those of none of the policies.
+        DataError: a benchmark has scores, but of none of the policies.
     """
     if not scores:
         return None
@@ -68,7 +68,7 @@ def leaderboard(
             )
     columns: list[tuple[str, str]] = []
     cells: dict[str, list[str]] = {policy: [] for policy in policies}
-    for benchmark, (title, names, cells_of) in COLUMNS.items():
+    for benchmark, (title, names, cells_of) in LEADERBOARD_COLUMNS.items():
         if benchmark not in scores:
             continue
         columns += [(title, name) for name in names]
@@ -82,40 +82,40 @@ def leaderboard(
     return Leaderboard(
         columns=tuple(columns),
         rows=tuple((policy, tuple(row)) for policy, row in cells.items()),
-        notes=tuple(notes(scores)),
+        notes=tuple(leaderboard_notes(scores)),
     )
 
 
-def notes(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What the numbers of each benchmark depend on, as sentences."""
-    found = []
+def leaderboard_notes(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Sentences that say what the numbers of each benchmark depend on."""
+    notes = []
     if "alpaca_eval" in scores:
         models = scores["alpaca_eval"]["models"].values()
-        against = ", ".join(sorted({m["baseline"] for m in models}))
-        found.append(f"AlpacaEval 2 against {against}, ± standard error; LC is the win rate at equal length.")
-        found += sorted({note for m in models for note in m["notes"]})
+        baselines = ", ".join(sorted({m["baseline"] for m in models}))
+        notes.append(f"AlpacaEval 2 against {baselines}, ± standard error; LC is the win rate at equal length.")
+        notes += sorted({note for m in models for note in m["notes"]})
     if "arena_hard" in scores:
         arena = scores["arena_hard"]
         pool = ", ".join(sorted(arena["models"]))
-        found.append(
+        notes.append(
             f"Arena-Hard against {arena['baseline']}, judged by {', '.join(arena['judges']) or 'an unnamed judge'}, "
             "95% intervals over questions."
         )
         if arena["style_control"]:
-            found.append(
-                f"SC holds length and markdown equal, fitted over {pool} together, as upstream; in brackets the "
-                "uncentred one, which also takes out by how much the average answer is longer than the baseline's."
+            notes.append(
+                f"SC holds length and markdown equal, fitted over {pool} together, as upstream. The uncentred rate in "
+                "brackets also removes the effect of the average answer being longer than the baseline's."
             )
     if "mt_bench" in scores:
-        found.append(f"MT-Bench graded by {', '.join(scores['mt_bench']['judges'])}, 95% intervals over questions.")
-    return found
+        notes.append(f"MT-Bench graded by {', '.join(scores['mt_bench']['judges'])}, 95% intervals over questions.")
+    return notes
 
 
 def _alpaca_eval(scores: Mapping[str, Any], policy: str) -> tuple[str, ...]:
     m = scores["models"].get(policy)
     if m is None:
         return (_baseline(scores, policy), "")
-    # Without difficulties every instruction is predicted alike, and the standard error says nothing.
+    # Without difficulties, all instructions have the same prediction, and the standard error means nothing.
     error = f" ± {m['lc_standard_error']:.2f}" if m["lc_standard_error"] >= 0.005 else ""
     return (
         f"{m['win_rate']:.2f} ± {m['standard_error']:.2f}",
@@ -146,12 +146,12 @@ def _baseline(scores: Mapping[str, Any], policy: str) -> str:
     return "baseline" if policy in _baselines(scores) else ""
 
 
-COLUMNS = {
+LEADERBOARD_COLUMNS = {
     "alpaca_eval": ("AlpacaEval 2", ("WR", "LC"), _alpaca_eval),
     "arena_hard": ("Arena-Hard", ("WR", "SC"), _arena_hard),
     "mt_bench": ("MT-Bench", ("average", "turn 1", "turn 2"), _mt_bench),
 }
-"""Benchmark -> its title, its columns, and what a policy has in them."""
+"""Benchmark -> (title, columns, function for the cells of a policy)."""
 
 
 def _baselines(content: Mapping[str, Any]) -> set[str]:

@@ -28,16 +28,16 @@ STATUS_OF: tuple[tuple[type[PipelineError], int], ...] = (
     (NumericsError, 500),
     (DeadlineExceeded, 504),
 )
-"""What the asker should know of; every other error is told to the service's log only."""
+"""Errors whose message the client reads. The message of every other error goes to the service's log only."""
 
 
 def build_api(service: ScoringService, *, token: str | None, replica: str) -> FastAPI:
-    """The application; asks for `token` wherever the model is used, or for none when None.
+    """The HTTP application. It asks for `token` wherever the model is used; for no token if None.
 
     Args:
-        replica: its name in the metrics.
+        replica: name of the replica in the metrics.
     """
-    # No docs pages: they would fetch their scripts from elsewhere. /openapi.json is there.
+    # No docs pages: they would load their scripts from other hosts. /openapi.json is there.
     api = FastAPI(title="VRM scoring service", version="1", docs_url=None, redoc_url=None)
     api.state.service = service
     api.state.token = token
@@ -50,7 +50,7 @@ def build_api(service: ScoringService, *, token: str | None, replica: str) -> Fa
     for router in (routes, compat_routes):
         api.include_router(router, **guard)
     api.exception_handler(RequestValidationError)(_refuse_body)
-    api.exception_handler(PipelineError)(_tell_pipeline_error)
+    api.exception_handler(PipelineError)(_answer_pipeline_error)
     api.add_middleware(BoundedBody, max_bytes=service.model.limits.max_request_bytes)
     api.add_middleware(NoTracebacks)
     api.add_middleware(Measured, metrics=metrics)
@@ -62,7 +62,7 @@ Basic = Annotated[HTTPBasicCredentials | None, Depends(HTTPBasic(auto_error=Fals
 
 
 def require_token(request: Request, bearer: Bearer, basic: Basic) -> None:
-    """Bearer token, or the password of basic authentication: OpenRLHF can only put it into the URL.
+    """Takes the bearer token, or the password of basic authentication: OpenRLHF can only put a token into the URL.
 
     Raises:
         HTTPException: 401.
@@ -73,7 +73,7 @@ def require_token(request: Request, bearer: Bearer, basic: Basic) -> None:
 
 
 class BoundedBody:
-    """Stops reading a request that is larger than `max_bytes`, whatever length it declared."""
+    """Stops reading a request that is larger than `max_bytes`, whatever length it declares."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
@@ -102,9 +102,9 @@ class BoundedBody:
 
 
 class NoTracebacks:
-    """The outermost layer: what nobody foresaw is logged here, and the asker learns only that it happened.
+    """The outermost layer: logs unexpected errors, and tells the client only that there was one.
 
-    Without it Starlette would raise the error again behind its answer, and Serve would send its traceback out.
+    Without it Starlette would raise the error again after its answer, and Serve would send the traceback to the client.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -128,12 +128,15 @@ class NoTracebacks:
 
 
 def _error(status: int, detail: Any, headers: dict[str, str] | None = None) -> Response:
-    # ASCII: what a request smuggled in (half a surrogate pair as a field name) must not break the answer.
+    # json.dumps writes ASCII, so text from the request (half a surrogate pair in a field name) cannot break the answer.
     return Response(json.dumps({"detail": detail}), status, headers=headers, media_type="application/json")
 
 
 async def _refuse_body(request: Request, error: RequestValidationError) -> Response:
-    """Where and what, without the input: it may be huge, secret, or no JSON (NaN); so may a field's name."""
+    """Says what is wrong and where, without the input, which may be huge, secret, or no JSON (NaN).
+
+    Names of fields come from the input as well, so they are cut.
+    """
     complaints = [
         {
             "loc": [place if isinstance(place, int) else place[:100] for place in e["loc"]],
@@ -145,7 +148,7 @@ async def _refuse_body(request: Request, error: RequestValidationError) -> Respo
     return _error(422, complaints)
 
 
-async def _tell_pipeline_error(request: Request, error: PipelineError) -> Response:
+async def _answer_pipeline_error(request: Request, error: PipelineError) -> Response:
     for kind, status in STATUS_OF:
         if isinstance(error, kind):
             wait = {"retry-after": str(service_of(request).admission.retry_after_s)} if status == 429 else None

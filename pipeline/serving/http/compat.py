@@ -1,11 +1,11 @@
-"""The scoring service in the forms that other trainers already speak, so that changing a URL is all there is to do.
+"""The scoring service in the forms that other trainers use, so that their users need to change only a URL.
 
     POST /get_reward   OpenRLHF's remote reward model (`--reward.remote_url`)
     POST /classify     vLLM serving a sequence-classification reward model; verl's reward loop reads it
     POST /pooling      the same, as a vector of one number
     POST /score        the same, for pairs of prompt and response
 
-Shapes are those of OpenRLHF 0.11.2 and vLLM 0.32; fields of theirs that mean nothing here (`labels`, `priority`, a chat
+The forms are those of OpenRLHF 0.11.2 and vLLM 0.32. Fields that have no meaning here (`labels`, `priority`, a chat
 template) are ignored. Prompts given as token ids are refused: they are the policy's tokens, not the reward model's.
 """
 
@@ -26,7 +26,7 @@ from pipeline.data.rendered_chat import split_rendered, without_ending
 from pipeline.errors import DataError
 from pipeline.records import RewardScore
 from pipeline.serving.http.routes import REFUSALS, Service
-from pipeline.serving.protocol import ChatMessage, Text, as_messages
+from pipeline.serving.protocol import ChatMessage, Text, prompt_messages
 from pipeline.serving.scoring_service import Row, ScoringService
 
 compat_routes = APIRouter(responses=REFUSALS)
@@ -35,6 +35,8 @@ Texts = Annotated[list[Text], Field(min_length=1, max_length=1024)]
 
 
 class Lenient(BaseModel):
+    """A request of another trainer, whose unknown fields are ignored."""
+
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=())
 
 
@@ -42,7 +44,7 @@ class Lenient(BaseModel):
 
 
 class RemoteRewardRequest(Lenient):
-    """Prompt and response in one text, as the policy saw them; `prompts` is how each text begins."""
+    """Prompt and response in one text, as the policy saw them; `prompts` are the beginnings of these texts."""
 
     query: Texts
     prompts: Texts | None = None
@@ -51,9 +53,9 @@ class RemoteRewardRequest(Lenient):
 class RemoteRewardAnswer(Lenient):
     rewards: list[float]
     scores: list[float]
-    """The same: OpenRLHF filters prompts by it."""
+    """The rewards again: OpenRLHF filters prompts by this field."""
     extra_logs: dict[str, list[float]]
-    """Standard deviation, and the contribution of each objective: OpenRLHF logs their means."""
+    """Standard deviation, and the contribution of each objective. OpenRLHF logs the means."""
     model_fingerprint: str
 
 
@@ -77,7 +79,7 @@ async def get_reward(request: RemoteRewardRequest, service: Service) -> RemoteRe
 
 
 class Usage(BaseModel):
-    """Not counted here; vLLM's clients expect the fields."""
+    """Token counts. Always 0: vLLM's clients expect the fields, and this service does not count."""
 
     prompt_tokens: int = 0
     total_tokens: int = 0
@@ -91,7 +93,7 @@ UseActivation = Annotated[bool | None, Field(validation_alias=AliasChoices("use_
 
 
 class PoolingRequest(Lenient):
-    """A conversation that ends with the response: rendered (`input`, one or many) or as `messages`."""
+    """A conversation that ends with the response: rendered texts (`input`, one or many), or `messages`."""
 
     input: Text | Texts | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=2, max_length=256)] | None = None
@@ -105,13 +107,13 @@ class PoolingRequest(Lenient):
         if self.messages is not None:
             if self.messages[-1].role != "assistant":
                 raise DataError(f"a conversation to score ends with the assistant, not with {self.messages[-1].role!r}")
-            return [(as_messages(self.messages[:-1]), self.messages[-1].content)]
+            return [(prompt_messages(self.messages[:-1]), self.messages[-1].content)]
         texts = [self.input] if isinstance(self.input, str) else self.input or []
         return [split_rendered(text) for text in texts]
 
 
 class PairRequest(Lenient):
-    """Prompts and responses under any of vLLM's names for them: one with one, one with many, or many with as many."""
+    """Prompts and responses under any of vLLM's names: one with one, one with many, or equally many of both."""
 
     queries: Text | Texts | None = None
     documents: Text | Texts | None = None
@@ -140,7 +142,7 @@ class PairRequest(Lenient):
         if len(prompts) != len(responses):
             raise DataError(f"{len(prompts)} prompts for {len(responses)} responses: one, or one each")
         rows = zip(prompts, responses, strict=True)
-        return [(as_messages(prompt), without_ending(response)) for prompt, response in rows]
+        return [(prompt_messages(prompt), without_ending(response)) for prompt, response in rows]
 
 
 class ListAnswer(BaseModel):

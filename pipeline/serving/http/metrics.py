@@ -1,7 +1,7 @@
-"""The scoring service for Prometheus, at `GET /metrics`.
+"""Metrics of the scoring service for Prometheus, at `GET /metrics`.
 
-A scrape reaches one replica, so every series carries the replica's name: each is then a counter of its own, whichever
-replica answers next.
+A scrape reaches one replica, and the next scrape perhaps another. So every series carries the replica's name, and the
+counters of two replicas are never mixed.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 
 
 class ServiceMetrics:
-    """What one replica has to tell a monitor."""
+    """The metrics of one replica."""
 
     def __init__(self, service: ScoringService, *, replica: str) -> None:
         self.replica = replica
         self._registry = CollectorRegistry()
-        self._registry.register(DeskCollector(service, replica))
+        self._registry.register(ServiceCollector(service, replica))
         self.requests = Counter(
             "vrm_requests", "HTTP requests.", ["route", "status", "replica"], registry=self._registry
         )
@@ -39,12 +39,12 @@ class ServiceMetrics:
         )
 
     def text(self) -> str:
-        """In Prometheus's text format."""
+        """All metrics in Prometheus's text format."""
         return generate_latest(self._registry).decode()
 
 
-class DeskCollector(Collector):
-    """Reads the service's own counts when it is scraped, so that scoring knows nothing of monitors."""
+class ServiceCollector(Collector):
+    """Reads the service's own counts at each scrape, so that the scoring code need not know of Prometheus."""
 
     def __init__(self, service: ScoringService, replica: str) -> None:
         self._service = service
@@ -81,7 +81,7 @@ class DeskCollector(Collector):
 
 
 class Measured:
-    """Counts and times each HTTP request by its route's pattern; paths that nobody serves are one route."""
+    """Counts and times each HTTP request under the pattern of its route; all unknown paths are one route."""
 
     def __init__(self, app: ASGIApp, metrics: ServiceMetrics) -> None:
         self._app = app
@@ -91,7 +91,7 @@ class Measured:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status, began = "none", time.perf_counter()
+        status, started = "none", time.perf_counter()
 
         async def watched_send(message: Message) -> None:
             nonlocal status
@@ -104,4 +104,4 @@ class Measured:
         finally:
             route = scope["route"].path if "route" in scope else "other"
             self._metrics.requests.labels(route, status, self._metrics.replica).inc()
-            self._metrics.seconds.labels(route, self._metrics.replica).observe(time.perf_counter() - began)
+            self._metrics.seconds.labels(route, self._metrics.replica).observe(time.perf_counter() - started)

@@ -1,4 +1,4 @@
-"""The service's own routes: health, and the questions of `pipeline/serving/protocol.py`."""
+"""The service's own routes: page, health, metrics, and the requests of `pipeline/serving/protocol.py`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.serving.protocol import (
     CompareRequest,
     EitherScoreRequest,
     Health,
-    ModelAnswer,
+    ModelDescription,
     Refusal,
     ScoreAnswer,
     ScoreManyAnswer,
@@ -50,7 +50,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         (504, "The responses were not scored in time."),
     )
 }
-"""Answers to a question that are none, for the OpenAPI document."""
+"""Statuses of refused requests, for the OpenAPI document."""
 
 open_routes = APIRouter()
 routes = APIRouter(prefix="/v1")
@@ -58,7 +58,7 @@ routes = APIRouter(prefix="/v1")
 
 @open_routes.get("/", include_in_schema=False)
 async def page() -> Response:
-    """Paste a prompt and two responses. It asks for the token itself, and loads nothing from elsewhere."""
+    """The page for people: a prompt and two responses. It asks for the token, and loads nothing from other hosts."""
     return Response(PAGE.read_text(), media_type="text/html", headers=PAGE_HEADERS)
 
 
@@ -70,7 +70,7 @@ async def healthz() -> Health:
 
 @open_routes.get("/readyz", responses={503: {"model": Health, "description": "It is full."}})
 async def readyz(service: Service, response: Response) -> Health:
-    """The model is loaded (there is no service before it is) and would take a request now; 503 when it is full."""
+    """The model is loaded (before that there is no service) and would accept a request now; 503 when it is full."""
     if service.admission.is_full:
         response.status_code = 503
         return Health(status="busy")
@@ -84,7 +84,7 @@ async def metrics(request: Request) -> Response:
 
 
 @routes.get("/model")
-async def model(service: Service) -> ModelAnswer:
+async def model(service: Service) -> ModelDescription:
     """The model behind the service: objectives, decoder, statistics, versions."""
     return service.model
 
@@ -103,5 +103,5 @@ async def compare(request: CompareRequest, service: Service) -> CompareAnswer:
 
 @routes.post("/best_of", responses=REFUSALS)
 async def best_of(request: BestOfRequest, service: Service) -> BestOfAnswer:
-    """The candidates from best to worst, by reward or by its lower confidence bound."""
+    """The responses from best to worst, by reward or by its lower confidence bound."""
     return await service.best_of(request)

@@ -9,13 +9,12 @@ import pytest
 from pipeline.benchmark.alpaca_eval.judging import (
     AlpacaEvalJudging,
     is_switched,
-    pair_by_instruction,
     parse_identifier,
     read_chatml,
-    read_model_outputs,
     shown_preference,
 )
-from pipeline.benchmark.judges.judging import Judgment, Unanswered
+from pipeline.benchmark.alpaca_eval.model_outputs import pair_by_instruction, read_model_outputs
+from pipeline.benchmark.judges.judge import Judgment, Unanswered
 from pipeline.errors import DataError
 from tests.support.paths import SHARED_DATA
 
@@ -56,7 +55,7 @@ def judging(tmp_path, ours, theirs, **options):
     return AlpacaEvalJudging(*answers, read_chatml(template), annotator="clf", **options)
 
 
-def said(text, **logprobs):
+def judgment_of(text, **logprobs):
     return Judgment(
         text=text,
         first_token_logprobs=logprobs,
@@ -100,21 +99,21 @@ def test_the_prompt_shows_the_two_answers_as_the_coin_fell(tmp_path):
         {"role": "user", "content": '{ "instruction": """What is 2+2?""" }\nm: four\nM: 4'},
     )
     assert switches.messages[1]["content"].endswith("m: {output_2} ha\nM: no")
-    assert (stays.comparison.answer_a, switches.comparison.answer_a) == ("four", "{output_2} ha")
+    assert (stays.pair.answer_a, switches.pair.answer_a) == ("four", "{output_2} ha")
     assert (stays.sampling.temperature, stays.sampling.max_tokens, stays.sampling.top_logprobs) == (1.0, 1, 5)
 
 
 @pytest.mark.parametrize(
     ("judgment", "preference"),
     [
-        (said("m", m=math.log(0.6), M=math.log(0.2), Both=math.log(0.1)), 1.25),
-        (said("M", M=-0.3), 2.0),
-        (said("m", m=-0.3, The=-2.0), 1.0),
-        (said("The", The=-0.1), None),
-        (said("m"), 1.0),
-        (said(" M\n"), 2.0),
-        (said("model m"), None),
-        (said(""), None),
+        (judgment_of("m", m=math.log(0.6), M=math.log(0.2), Both=math.log(0.1)), 1.25),
+        (judgment_of("M", M=-0.3), 2.0),
+        (judgment_of("m", m=-0.3, The=-2.0), 1.0),
+        (judgment_of("The", The=-0.1), None),
+        (judgment_of("m"), 1.0),
+        (judgment_of(" M\n"), 2.0),
+        (judgment_of("model m"), None),
+        (judgment_of(""), None),
     ],
 )
 def test_the_preference_is_the_share_of_the_second_identifier(judgment, preference):
@@ -125,7 +124,7 @@ def test_the_preference_is_the_share_of_the_second_identifier(judgment, preferen
 def test_annotations_prefer_the_model_with_2_whichever_was_shown_first(tmp_path):
     judged = judging(tmp_path, {STAYS: "4", SWITCHES: "ha"}, {STAYS: "four", SWITCHES: "no"})
     p = {"m": math.log(0.75), "M": math.log(0.25)}
-    stays, switches = judged.rows([said("m", **p), said("m", **p)], GPT()).rows
+    stays, switches = judged.rows([judgment_of("m", **p), judgment_of("m", **p)], GPT()).rows
     assert stays == {
         "instruction": STAYS,
         "output_1": "four",
@@ -143,13 +142,13 @@ def test_annotations_prefer_the_model_with_2_whichever_was_shown_first(tmp_path)
 def test_equal_answers_are_a_draw_that_nobody_is_asked_about(tmp_path):
     judged = judging(tmp_path, {STAYS: "4", SWITCHES: "ha"}, {STAYS: "4", SWITCHES: "no"})
     assert len(judged.requests) == 1
-    draw, decided = judged.rows([said("m")], GPT()).rows
+    draw, decided = judged.rows([judgment_of("m")], GPT()).rows
     assert (draw["preference"], decided["preference"]) == (1.5, 2.0)
 
 
 def test_failures_are_rows_without_a_preference(tmp_path):
     judged = judging(tmp_path, {STAYS: "4", SWITCHES: "ha"}, {STAYS: "four", SWITCHES: "no"})
-    result = judged.rows([Unanswered(reason="HTTP 502"), said("neither")], GPT())
+    result = judged.rows([Unanswered(reason="HTTP 502"), judgment_of("neither")], GPT())
     assert [row["preference"] for row in result.rows] == [None, None]
     assert result.rows[0]["failure"] == "HTTP 502"
     assert result.unparsed == 1
@@ -157,7 +156,7 @@ def test_failures_are_rows_without_a_preference(tmp_path):
 
 def test_answers_are_paired_by_instruction_whatever_their_order(tmp_path):
     judged = judging(tmp_path, {"a": "1", "b": "2"}, {"b": "20", "a": "10"})
-    rows = judged.rows([said("m"), said("m")], GPT()).rows
+    rows = judged.rows([judgment_of("m"), judgment_of("m")], GPT()).rows
     assert [(row["output_1"], row["output_2"]) for row in rows] == [("10", "1"), ("20", "2")]
 
 

@@ -12,20 +12,19 @@ import sklearn
 import yaml
 from scipy.optimize import brentq, least_squares
 
-from pipeline.benchmark.alpaca_eval.judging import ModelOutput, write_model_outputs
+from pipeline.benchmark.alpaca_eval.annotations import Annotations, read_annotations
+from pipeline.benchmark.alpaca_eval.model_outputs import ModelOutput, write_model_outputs
 from pipeline.benchmark.alpaca_eval.win_rates import (
-    Annotations,
     Coefficients,
     GamedRows,
     fit_coefficients,
     is_extreme_change,
     length_controlled_win_rate,
     preferences_at_equal_length,
-    read_annotations,
+    raw_win_rate,
     read_gamed_rows,
-    win_rate,
 )
-from pipeline.benchmark.answers import write_answers
+from pipeline.benchmark.scored_answers import write_scored_answers
 from pipeline.errors import DataError, ShapeError
 from pipeline.records import Answer, RewardScore
 from tests.support.paths import SHARED_DATA
@@ -55,7 +54,7 @@ def sigmoid(x):
 
 def test_the_win_rate_is_the_mean_preference_and_a_draw_counts_half():
     # p = 0, 1, 1/2, 1/4: mean 7/16, sum of squared deviations 35/64, standard error sqrt(35/64 / 3 / 4)
-    result = win_rate([1.0, 2.0, 1.5, 1.25])
+    result = raw_win_rate([1.0, 2.0, 1.5, 1.25])
     assert result["win_rate"] == pytest.approx(100 * 7 / 16)
     assert result["standard_error"] == pytest.approx(100 * math.sqrt(35 / 64 / 12))
     assert (result["n_wins"], result["n_wins_base"], result["n_draws"], result["n_total"]) == (1, 2, 1, 4)
@@ -63,23 +62,23 @@ def test_the_win_rate_is_the_mean_preference_and_a_draw_counts_half():
 
 
 def test_a_zero_is_an_old_draw():
-    assert win_rate([0.0, 2.0, 1.0]) == win_rate([1.5, 2.0, 1.0])
+    assert raw_win_rate([0.0, 2.0, 1.0]) == raw_win_rate([1.5, 2.0, 1.0])
 
 
 def test_an_unparsed_verdict_is_left_out_and_counted():
-    assert win_rate([None, 2.0, math.nan, 1.0]) == win_rate([2.0, 1.0]) | {"n_unparsed": 2}
+    assert raw_win_rate([None, 2.0, math.nan, 1.0]) == raw_win_rate([2.0, 1.0]) | {"n_unparsed": 2}
 
 
 @pytest.mark.parametrize("value", [0.7, -1.0, 2.5])
 def test_what_is_no_preference_is_refused_by_its_row(value):
     with pytest.raises(DataError, match=rf"preference {value:g} in row 1"):
-        win_rate([1.0, value])
+        raw_win_rate([1.0, value])
 
 
 @pytest.mark.parametrize("preferences", [[], [None, math.nan]])
 def test_no_verdict_has_no_win_rate(preferences):
     with pytest.raises(DataError, match="at least one"):
-        win_rate(preferences)
+        raw_win_rate(preferences)
 
 
 # ----------------------------------------------------------------------------- length control, by hand
@@ -382,7 +381,7 @@ def official_lc(leaderboard, models):
 def test_every_win_rate_is_the_official_one(official, leaderboard):
     assert len(official) == 29
     for model, rows in official.items():
-        result = win_rate(rows.preferences)
+        result = raw_win_rate(rows.preferences)
         for name in ("win_rate", "standard_error", "discrete_win_rate"):
             assert result[name] == pytest.approx(float(leaderboard[model][name]), abs=1e-9), (model, name)
         for name in ("n_wins", "n_wins_base", "n_draws", "n_total"):
@@ -629,7 +628,7 @@ def test_the_baseline_against_itself_is_that_of_alpaca_eval(upstream, tmp_path):
 
 
 def written_by_the_stage(path, answers):
-    write_answers(path, answers, dataset="tiny")
+    write_scored_answers(path, answers, dataset="tiny")
 
 
 def written_by_the_job(path, answers):
@@ -685,7 +684,7 @@ def test_alpaca_eval_judges_our_model_outputs_and_we_read_its_annotations(upstre
     assert (rows.baseline, rows.model) == ("base", "aligned")
     lengths = {f"why {i} ?": len(f"ünïcode {i}\n\nfor a reason") if i > 1 else len("because") for i in range(12)}
     assert dict(zip(rows.instructions, rows.model_lengths, strict=True)) == lengths
-    ours, theirs = win_rate(rows.preferences), leaderboard.loc["aligned"].to_dict()
+    ours, theirs = raw_win_rate(rows.preferences), leaderboard.loc["aligned"].to_dict()
     assert ours["n_draws"] == 2
     assert {name: theirs[name] for name in ours.keys() & theirs.keys()} == pytest.approx(
         {name: ours[name] for name in ours.keys() & theirs.keys()}

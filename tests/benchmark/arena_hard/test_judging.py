@@ -6,21 +6,19 @@ from functools import partial
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.benchmark.arena_hard.files import ModelAnswer, read_answers, read_games
-from pipeline.benchmark.arena_hard.judging import (
-    ArenaHardJudging,
-    ArenaQuestion,
-    read_arena_questions,
-    read_arena_template,
-)
-from pipeline.benchmark.arena_hard.win_rates import parse_verdict
-from pipeline.benchmark.judges.judging import JudgePrompt, Judgment, Unanswered
+from pipeline.benchmark.arena_hard.answers import ArenaAnswer, read_arena_answers
+from pipeline.benchmark.arena_hard.battles import parse_verdict
+from pipeline.benchmark.arena_hard.games import read_games
+from pipeline.benchmark.arena_hard.judging import ArenaHardJudging, read_arena_template
+from pipeline.benchmark.arena_hard.questions import ArenaQuestion, read_arena_questions
+from pipeline.benchmark.judges.judge import Judgment, Unanswered
+from pipeline.benchmark.judges.judge_prompt import JudgePrompt
 from pipeline.errors import DataError
 from tests.support.paths import SHARED_DATA
 
 SHARED = SHARED_DATA / "arena_hard"
 TEMPLATE = JudgePrompt(system="Be fair.", user="Q {QUESTION} A {ANSWER_A} B {ANSWER_B}")
-QUESTIONS = [ArenaQuestion(uid="u1", category="arena-hard-v0.1", prompt="why ?")]
+QUESTIONS = [ArenaQuestion(question_id="u1", category="arena-hard-v0.1", prompt="why ?")]
 
 
 class GPT:
@@ -28,7 +26,7 @@ class GPT:
 
 
 def answer(model, uid="u1", output="because"):
-    return ModelAnswer(question_id=uid, model=model, output=output, num_tokens=1)
+    return ArenaAnswer(question_id=uid, model=model, output=output, num_tokens=1)
 
 
 def judging(questions=QUESTIONS, ours=None, theirs=None):
@@ -41,7 +39,7 @@ def judging(questions=QUESTIONS, ours=None, theirs=None):
     )
 
 
-def said(text):
+def judgment_of(text):
     return Judgment(
         text=text, first_token_logprobs={}, finish_reason="stop", prompt_tokens=1, completion_tokens=1, time=0.0
     )
@@ -54,13 +52,13 @@ def test_both_orders_are_played_the_baseline_first():
         {"role": "user", "content": "Q why ? A for B {ANSWER_A} since"},
     )
     assert second.messages[1]["content"] == "Q why ? A {ANSWER_A} since B for"
-    assert (first.comparison.answer_a, second.comparison.answer_a) == ("for", "{ANSWER_A} since")
+    assert (first.pair.answer_a, second.pair.answer_a) == ("for", "{ANSWER_A} since")
     assert (first.sampling.temperature, first.sampling.max_tokens) == (0.0, 4096)
 
 
 def test_judgments_have_upstreams_layout():
     judged = judging()
-    result = judged.rows([said("I say [[B>>A]]"), said("[[a=b]]")], GPT())
+    result = judged.rows([judgment_of("I say [[B>>A]]"), judgment_of("[[a=b]]")], GPT())
     [row] = result.rows
     assert {name: row[name] for name in row if name != "games"} == {
         "uid": "u1",
@@ -79,7 +77,7 @@ def test_judgments_have_upstreams_layout():
 
 
 def test_failed_games_stay_in_the_file_without_a_score():
-    result = judging().rows([Unanswered(reason="HTTP 502"), said("no idea")], GPT())
+    result = judging().rows([Unanswered(reason="HTTP 502"), judgment_of("no idea")], GPT())
     failed, unclear = result.rows[0]["games"]
     assert (failed["score"], failed["judgment"], failed["failure"]) == (None, None, "HTTP 502")
     assert (unclear["score"], unclear["judgment"]) == (None, {"answer": "no idea"})
@@ -87,15 +85,15 @@ def test_failed_games_stay_in_the_file_without_a_score():
 
 
 def test_the_scorer_reads_what_is_written(tmp_path):
-    questions = [ArenaQuestion(uid=f"u{i}", category="c", prompt=str(i)) for i in range(3)]
+    questions = [ArenaQuestion(question_id=f"u{i}", category="c", prompt=str(i)) for i in range(3)]
     judged = judging(
         questions,
-        [answer("ours", q.uid, f"o{q.uid}") for q in questions],
-        [answer("base", q.uid, f"b{q.uid}") for q in questions],
+        [answer("ours", q.question_id, f"o{q.question_id}") for q in questions],
+        [answer("base", q.question_id, f"b{q.question_id}") for q in questions],
     )
     texts = ["[[B>>A]]", "[[A>B]]", "[[A>B]]", "[[A=B]]", "none", "[[A>B]]"]
     path = tmp_path / "ours.jsonl"
-    rows = judged.rows([said(text) for text in texts], GPT()).rows
+    rows = judged.rows([judgment_of(text) for text in texts], GPT()).rows
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     games = read_games([str(path)], baseline="base")
     assert [(b.question_id, b.outcome, b.weight) for b in games.battles] == [
@@ -112,7 +110,7 @@ def test_a_question_without_an_answer_is_named():
         DataError, match=r"the baseline's answers of base, which end at .*, lack 1 of 2 questions, as u1"
     ):
         judging(
-            [*QUESTIONS, ArenaQuestion(uid="u2", category="c", prompt="how ?")],
+            [*QUESTIONS, ArenaQuestion(question_id="u2", category="c", prompt="how ?")],
             ours=[answer("ours"), answer("ours", "u2")],
             theirs=[answer("base", "u2")],
         )
@@ -135,7 +133,7 @@ def answer_line(uid="u1", model="ours"):
 def test_an_answer_that_does_not_belong_is_named_by_its_line(tmp_path, second, letter):
     (tmp_path / "a.jsonl").write_text(f"{answer_line()}\n{second}\n")
     with pytest.raises(DataError, match=rf"a\.jsonl, {letter}"):
-        judging(ours=read_answers([str(tmp_path / "a.jsonl")]))
+        judging(ours=read_arena_answers([str(tmp_path / "a.jsonl")]))
 
 
 def test_no_answers_are_refused():
@@ -155,7 +153,7 @@ def test_questions_of_both_editions_are_read(tmp_path):
     old = tmp_path / "old.jsonl"
     old.write_text('{"question_id": "u", "category": "arena-hard-v0.1", "turns": [{"content": "why ?"}]}\n')
     [question] = read_arena_questions(new)
-    assert question == ArenaQuestion(uid="u", category="hard_prompt", prompt="why ?")
+    assert question == ArenaQuestion(question_id="u", category="hard_prompt", prompt="why ?")
     assert read_arena_questions(old)[0].prompt == "why ?"
 
 
@@ -187,8 +185,8 @@ def test_templates_of_both_editions_are_read(tmp_path):
         ('prompt_template: "{QUESTION} {ANSWER_A} {ANSWER_B}"', "system_prompt"),
         ('system_prompt: a\nprompt_template: "{QUESTION} {ANSWER_A}"', r"\{ANSWER_B\}"),
         ("system_prompt: a\nprompt_template: [a, b]", "one text each"),
-        ("[", "no template"),
-        ("3", "no template"),
+        ("[", "not a template"),
+        ("3", "not a template"),
     ],
 )
 def test_a_template_that_cannot_be_used_is_refused(tmp_path, text, letter):
@@ -214,5 +212,5 @@ def test_the_public_questions_and_answers_make_a_thousand_games():
     )
     assert len(judged.requests) == 1000
     for first, second in zip(judged.requests[::2], judged.requests[1::2], strict=True):
-        assert first.comparison.answer_a == second.comparison.answer_b
-        assert first.comparison.answer_b == second.comparison.answer_a
+        assert first.pair.answer_a == second.pair.answer_b
+        assert first.pair.answer_b == second.pair.answer_a

@@ -4,28 +4,28 @@ import types
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.benchmark.mt_bench.grades import (
-    FAILED,
+from pipeline.benchmark.mt_bench.answers import (
     TEMPERATURES,
-    Judgment,
-    ModelAnswer,
+)
+from pipeline.benchmark.mt_bench.grades import (
+    NO_GRADE,
+    TurnGrade,
     category_of,
-    parse_score,
-    read_answers,
-    read_judgments,
-    scores,
-    write_answers,
-    write_judgments,
+    mean_grades,
+    parse_grade,
+    read_grades,
+    write_grades,
 )
 from pipeline.errors import DataError
 from tests.support.paths import SHARED_DATA
 
 SHARED = SHARED_DATA / "mt_bench"
+
 needs_public_data = pytest.mark.skipif(not SHARED.exists(), reason="needs the public data folder beside the checkout")
 
 
 def grade(score, question_id=81, turn=1, model="m"):
-    return Judgment(
+    return TurnGrade(
         question_id=question_id,
         model=model,
         judge="gpt-4",
@@ -44,19 +44,19 @@ def grade(score, question_id=81, turn=1, model="m"):
         ("Rating: [[8.5]], not [[9]]", 8.5),
         ("Rating: [6]", 6.0),
         ("item [1] earns [[4]]", 4.0),
-        ("Rating: 7", FAILED),
-        ("Rating: [[seven]]", FAILED),
-        ("Rating: [[7/10]]", FAILED),
+        ("Rating: 7", NO_GRADE),
+        ("Rating: [[seven]]", NO_GRADE),
+        ("Rating: [[7/10]]", NO_GRADE),
     ],
 )
 def test_the_first_double_bracket_is_the_score_else_the_first_single(judgment, score):
-    assert parse_score(judgment) == score
+    assert parse_grade(judgment) == score
 
 
 def test_the_average_is_over_judgments_not_over_turns():
     # Turn 1: 8, 6, 4; turn 2: 2 and a failure. (8 + 6 + 4 + 2) / 4 = 5, where the mean of turns would be 4.
-    judgments = [grade(8.0), grade(6.0, 82), grade(4.0, 91), grade(2.0, 81, turn=2), grade(FAILED, 82, turn=2)]
-    metrics = scores(judgments)["m"]
+    judgments = [grade(8.0), grade(6.0, 82), grade(4.0, 91), grade(2.0, 81, turn=2), grade(NO_GRADE, 82, turn=2)]
+    metrics = mean_grades(judgments)["m"]
     assert (metrics["turn_1"], metrics["turn_2"], metrics["average"]) == (6.0, 2.0, 5.0)
     assert metrics["category/writing"] == pytest.approx((8 + 6 + 2) / 3)
     assert metrics["category/roleplay"] == 4.0
@@ -65,35 +65,35 @@ def test_the_average_is_over_judgments_not_over_turns():
 
 
 def test_models_are_graded_apart():
-    result = scores([grade(8.0, model="x"), grade(2.0, model="y")])
+    result = mean_grades([grade(8.0, model="x"), grade(2.0, model="y")])
     assert (result["x"]["average"], result["y"]["average"]) == (8.0, 2.0)
 
 
 def test_the_interval_draws_questions_with_both_their_turns():
     # Two questions, (10, 10) and (1, 1): a draw of two questions averages 1, 5.5 or 10 and nothing between.
-    metrics = scores([grade(s, q, turn) for s, q in ((10.0, 81), (1.0, 82)) for turn in (1, 2)])["m"]
+    metrics = mean_grades([grade(s, q, turn) for s, q in ((10.0, 81), (1.0, 82)) for turn in (1, 2)])["m"]
     assert (metrics["low"], metrics["average"], metrics["high"]) == (1.0, 5.5, 10.0)
 
 
 def test_the_interval_has_the_width_of_the_normal_one_and_comes_again():
     # 80 questions, half 4 and half 8: sd of the mean = 2 / sqrt(80) = 0.2236
     judgments = [grade(4.0 if n % 2 else 8.0, 81 + n) for n in range(80)]
-    metrics = scores(judgments, seed=5)["m"]
+    metrics = mean_grades(judgments, seed=5)["m"]
     assert metrics["high"] - metrics["low"] == pytest.approx(2 * 1.96 * 0.2236, abs=0.08)
-    assert scores(judgments, seed=5)["m"] == metrics
+    assert mean_grades(judgments, seed=5)["m"] == metrics
 
 
 @pytest.mark.parametrize(
     ("judgments", "letter"),
     [
         ([], "no judgments to average"),
-        ([grade(FAILED), grade(FAILED, 82)], "none of the 2 judgments of 'm' holds a score"),
+        ([grade(NO_GRADE), grade(NO_GRADE, 82)], "none of the 2 judgments of 'm' holds a score"),
         ([grade(5.0, 161)], "questions 81 to 160, not 161"),
     ],
 )
 def test_judgments_without_a_mean_are_refused(judgments, letter):
     with pytest.raises(DataError, match=letter):
-        scores(judgments)
+        mean_grades(judgments)
 
 
 @needs_public_data
@@ -107,14 +107,12 @@ def test_the_questions_have_the_categories_of_the_public_file():
 
 
 # ----------------------------------------------------------------------------- real judgments
-
-
 @pytest.fixture(scope="module")
 def real_judgments():
     """GPT-4's judgments of two models, with one of them failed by hand."""
     rows = pq.read_table(SHARED / "judgment_gpt-4_single.parquet").to_pylist()
     return [
-        Judgment(
+        TurnGrade(
             question_id=row["question_id"],
             model=row["model"],
             judge=row["judge"],
@@ -130,13 +128,13 @@ def real_judgments():
 
 def with_one_failure(judgments):
     [place] = [n for n, j in enumerate(judgments) if (j.model, j.question_id, j.turn) == ("mistral-orpo-mix", 82, 1)]
-    failed = Judgment(**{**vars(judgments[place]), "score": FAILED})
+    failed = TurnGrade(**{**vars(judgments[place]), "score": NO_GRADE})
     return [*judgments[:place], failed, *judgments[place + 1 :]]
 
 
 @needs_public_data
 def test_real_judgments_have_their_published_means(real_judgments):
-    result = scores(real_judgments)
+    result = mean_grades(real_judgments)
     published = {"mistral-orpo-mix": (6.431, 5.575), "mistral-orpo-trl": (7.731, 6.600)}
     for model, (first, second) in published.items():
         assert result[model]["turn_1"] == pytest.approx(first, abs=0.001)
@@ -148,14 +146,14 @@ def test_real_judgments_have_their_published_means(real_judgments):
 @needs_public_data
 def test_a_failed_judgment_leaves_the_mean(real_judgments):
     # It was a 1 among 160 that sum to 6.43125 * 80 + 5.575 * 80 = 960.5.
-    metrics = scores(with_one_failure(real_judgments))["mistral-orpo-mix"]
+    metrics = mean_grades(with_one_failure(real_judgments))["mistral-orpo-mix"]
     assert metrics["average"] == pytest.approx((960.5 - 1) / 159)
     assert metrics["failures"] == 1
 
 
 @needs_public_data
 def test_the_scores_of_real_judgments_are_parsed_again(real_judgments):
-    assert [parse_score(j.judgment) for j in real_judgments] == [j.score for j in real_judgments]
+    assert [parse_grade(j.judgment) for j in real_judgments] == [j.score for j in real_judgments]
 
 
 @needs_public_data
@@ -164,7 +162,7 @@ def test_fastchat_prints_the_same_means_of_the_file_we_write(real_judgments, tmp
     show_result = pytest.importorskip("fastchat.llm_judge.show_result", reason=reason)
     judgments = with_one_failure(real_judgments)
     path = tmp_path / "gpt-4_single.jsonl"
-    write_judgments(path, judgments)
+    write_grades(path, judgments)
     printed = []
     monkeypatch.setattr("builtins.print", lambda *values: printed.extend(values))
     show_result.display_result_single(
@@ -172,39 +170,20 @@ def test_fastchat_prints_the_same_means_of_the_file_we_write(real_judgments, tmp
     )
     monkeypatch.undo()
     first, second, average = (value["score"] for value in printed if not isinstance(value, str))
-    for model, metrics in scores(judgments).items():
+    for model, metrics in mean_grades(judgments).items():
         assert metrics["turn_1"] == pytest.approx(first[model, 1])
         assert metrics["turn_2"] == pytest.approx(second[model, 2])
         assert metrics["average"] == pytest.approx(average[model])
 
 
 # ----------------------------------------------------------------------------- files
-
-
 def test_judgments_round_trip_through_fastchats_file(tmp_path):
     path = tmp_path / "model_judgment" / "gpt-4_single.jsonl"
-    judgments = [grade(8.5), grade(FAILED, 82, turn=2)]
-    write_judgments(path, judgments)
-    assert read_judgments([str(path)]) == judgments
+    judgments = [grade(8.5), grade(NO_GRADE, 82, turn=2)]
+    write_grades(path, judgments)
+    assert read_grades([str(path)]) == judgments
     row = json.loads(path.read_text().splitlines()[0])
     assert row["judge"] == ["gpt-4", "single-v1"]
-
-
-def test_answers_round_trip_through_fastchats_file(tmp_path):
-    path = tmp_path / "model_answer" / "m.jsonl"
-    answers = [ModelAnswer(question_id=81, model="m", turns=("Alöha", "again"))]
-    write_answers(path, answers)
-    assert read_answers([str(path)]) == answers
-    row = json.loads(path.read_text())
-    assert row["choices"] == [{"index": 0, "turns": ["Alöha", "again"]}]
-
-
-@needs_public_data
-def test_the_reference_answers_are_read():
-    references = read_answers([str(SHARED / "reference_answer_gpt-4.jsonl")])
-    assert len(references) == 30
-    assert {category_of(r.question_id) for r in references} == {"math", "reasoning", "coding"}
-    assert all(len(r.turns) == 2 for r in references)
 
 
 GOOD = {
@@ -223,7 +202,7 @@ GOOD = {
     [
         ({"judge": ["gpt-4"]}, r"j.jsonl, line 1, field 'judge': \['gpt-4'\] is not"),
         ({"turn": 3}, "field 'turn': 3 is neither 1 nor 2"),
-        ({"score": "5"}, "field 'score': '5' is no number"),
+        ({"score": "5"}, "field 'score': '5' is not a number"),
         ({"question_id": "81"}, "field 'question_id': '81' is no int"),
         ({"question_id": 161}, r"j.jsonl, line 1, field 'question_id': MT-Bench has questions 81 to 160, not 161"),
     ],
@@ -232,7 +211,7 @@ def test_a_row_that_is_no_judgment_is_named(change, letter, tmp_path):
     path = tmp_path / "j.jsonl"
     path.write_text(json.dumps(GOOD | change))
     with pytest.raises(DataError, match=letter):
-        read_judgments([str(path)])
+        read_grades([str(path)])
 
 
 def test_a_turn_graded_twice_is_named_by_both_lines(tmp_path):
@@ -240,4 +219,4 @@ def test_a_turn_graded_twice_is_named_by_both_lines(tmp_path):
     rows = [{**common, "judge": [judge, "single-v1"]} for judge in ("gpt-4", "claude")]
     (tmp_path / "j.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match=r"j.jsonl, line 2: turn 1 of question 81 by 'm' is graded again.*line 1"):
-        read_judgments([str(tmp_path / "j.jsonl")])
+        read_grades([str(tmp_path / "j.jsonl")])

@@ -5,15 +5,14 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.benchmark.judges.judging import JudgePrompt, Judgment, Unanswered, collect
-from pipeline.benchmark.judges.replay import ReplayJudge
-from pipeline.benchmark.mt_bench.grades import ModelAnswer, parse_score, read_answers, read_judgments
-from pipeline.benchmark.mt_bench.judging import (
-    MTBenchJudging,
-    MTBenchQuestion,
-    read_grading_templates,
-    read_mt_bench_questions,
-)
+from pipeline.benchmark.judges.collect_outcomes import collect_outcomes
+from pipeline.benchmark.judges.judge import Judgment, Unanswered
+from pipeline.benchmark.judges.judge_prompt import JudgePrompt
+from pipeline.benchmark.judges.replay_judge import ReplayJudge
+from pipeline.benchmark.mt_bench.answers import MTBenchAnswer, read_mt_bench_answers
+from pipeline.benchmark.mt_bench.grades import parse_grade, read_grades
+from pipeline.benchmark.mt_bench.judging import MTBenchJudging, read_grading_templates
+from pipeline.benchmark.mt_bench.questions import MTBenchQuestion, read_mt_bench_questions
 from pipeline.errors import DataError
 from tests.support.paths import SHARED_DATA
 
@@ -31,10 +30,10 @@ QUESTIONS = [
     MTBenchQuestion(question_id=111, category="math", turns=("p1", "p2")),
 ]
 ANSWERS = [
-    ModelAnswer(question_id=81, model="ours", turns=("a1", "{question_1}")),
-    ModelAnswer(question_id=111, model="ours", turns=("b1", "b2")),
+    MTBenchAnswer(question_id=81, model="ours", turns=("a1", "{question_1}")),
+    MTBenchAnswer(question_id=111, model="ours", turns=("b1", "b2")),
 ]
-REFERENCES = [ModelAnswer(question_id=111, model="gpt-4", turns=("r1", "r2"))]
+REFERENCES = [MTBenchAnswer(question_id=111, model="gpt-4", turns=("r1", "r2"))]
 
 
 class GPT:
@@ -42,10 +41,10 @@ class GPT:
 
 
 def judging(questions=QUESTIONS, answers=ANSWERS, references=REFERENCES):
-    return MTBenchJudging(questions, answers, references, TEMPLATES, parse=parse_score)
+    return MTBenchJudging(questions, answers, references, TEMPLATES, parse=parse_grade)
 
 
-def said(text, time=0.0):
+def judgment_of(text, time=0.0):
     return Judgment(
         text=text, first_token_logprobs={}, finish_reason="stop", prompt_tokens=1, completion_tokens=1, time=time
     )
@@ -60,12 +59,12 @@ def test_each_turn_has_its_prompt_and_mathematics_its_reference():
         "p1=r1 p2=r2 b1 | b2",
     ]
     assert requests[3].messages[0] == {"role": "system", "content": "system of single-math-v1-multi-turn"}
-    assert all(request.comparison is None for request in requests)
+    assert all(request.pair is None for request in requests)
     assert (requests[0].sampling.temperature, requests[0].sampling.max_tokens) == (0.0, 2048)
 
 
 def test_judgments_have_fastchats_layout():
-    outcomes = [said("good [[8.5]]", 3.0), said("bad"), Unanswered(reason="HTTP 502"), said("[3]")]
+    outcomes = [judgment_of("good [[8.5]]", 3.0), judgment_of("bad"), Unanswered(reason="HTTP 502"), judgment_of("[3]")]
     result = judging().rows(outcomes, GPT())
     assert result.rows[0] == {
         "question_id": 81,
@@ -88,10 +87,14 @@ def test_judgments_have_fastchats_layout():
 
 
 def test_the_scorer_reads_what_is_written(tmp_path):
-    rows = judging().rows([said("[[8]]"), said("?"), Unanswered(reason="x"), said("[[2]]")], GPT()).rows
+    rows = (
+        judging()
+        .rows([judgment_of("[[8]]"), judgment_of("?"), Unanswered(reason="x"), judgment_of("[[2]]")], GPT())
+        .rows
+    )
     path = tmp_path / "gpt-x_single.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [(j.judge, j.template, j.turn, j.score) for j in read_judgments([str(path)])] == [
+    assert [(j.judge, j.template, j.turn, j.score) for j in read_grades([str(path)])] == [
         ("gpt-x", "single-v1", 1, 8.0),
         ("gpt-x", "single-v1-multi-turn", 2, -1.0),
         ("gpt-x", "single-math-v1", 1, -1.0),
@@ -103,14 +106,14 @@ def test_a_missing_reference_is_named():
     with pytest.raises(
         DataError, match=r"the reference answers of gpt-4, which end at .*, lack 1 of 1 questions, as 111"
     ):
-        judging(references=[ModelAnswer(question_id=112, model="gpt-4", turns=("r1", "r2"))])
+        judging(references=[MTBenchAnswer(question_id=112, model="gpt-4", turns=("r1", "r2"))])
 
 
 def test_an_answer_to_an_unknown_question_is_named_by_its_line(tmp_path):
     rows = [{"question_id": i, "model_id": "ours", "choices": [{"turns": ["a", "b"]}]} for i in (81, 82)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match=r"a\.jsonl, line 2: ours answers question 82, which is not among the 2"):
-        judging(answers=read_answers([str(tmp_path / "a.jsonl")]))
+        judging(answers=read_mt_bench_answers([str(tmp_path / "a.jsonl")]))
 
 
 def test_a_question_given_twice_is_refused(tmp_path):
@@ -120,7 +123,7 @@ def test_a_question_given_twice_is_refused(tmp_path):
 
 
 def test_an_answer_to_one_turn_is_refused():
-    short = [ANSWERS[0], ModelAnswer(question_id=111, model="ours", turns=("b1",))]
+    short = [ANSWERS[0], MTBenchAnswer(question_id=111, model="ours", turns=("b1",))]
     with pytest.raises(DataError, match="ours answers question 111 in 1 turns, not in 2"):
         judging(answers=short)
 
@@ -173,18 +176,18 @@ def test_gpt4s_public_judgments_replay_to_their_public_grades(public, tmp_path, 
             line = {"model": "gpt-4", "messages": messages, "judgment": {"text": row["judgment"]}}
             file.write(json.dumps(line) + "\n")
     answers = [
-        ModelAnswer(question_id=row["question_id"], model=model, turns=tuple(row["turns"]))
+        MTBenchAnswer(question_id=row["question_id"], model=model, turns=tuple(row["turns"]))
         for row in pq.read_table(public / "model_answer_mistral-orpo.parquet").to_pylist()
         if row["model"] == model
     ]
     judged = MTBenchJudging(
         read_mt_bench_questions(public / "question.jsonl"),
         list({a.question_id: a for a in answers}.values()),
-        read_answers([str(public / "reference_answer_gpt-4.jsonl")]),
+        read_mt_bench_answers([str(public / "reference_answer_gpt-4.jsonl")]),
         templates,
-        parse=parse_score,
+        parse=parse_grade,
     )
     judge = ReplayJudge(replay)
-    outcomes = collect(judge, judged.requests, None).outcomes
+    outcomes = collect_outcomes(judge, judged.requests, None).outcomes
     ours = {(r["question_id"], r["turn"]): (r["judge"][1], r["score"]) for r in judged.rows(outcomes, judge).rows}
     assert ours == {(r["question_id"], r["turn"]): (r["judge_template"], r["score"]) for r in rows}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pipeline.benchmark.policy_comparison.leaderboard import leaderboard, notes, read_scores
+from pipeline.benchmark.policy_comparison.leaderboard import leaderboard, leaderboard_notes, read_scores
 from pipeline.errors import DataError
 
 ALPACA = {
@@ -64,7 +64,7 @@ def test_benchmarks_without_scores_have_no_column():
 
 
 def test_what_the_numbers_depend_on_is_said():
-    said = " ".join(notes(ALL))
+    said = " ".join(leaderboard_notes(ALL))
     for part in ("against base", "difficulty is AlpacaEval's", "gpt-4-0314", "judged by gpt-4o", "graded by gpt-4"):
         assert part in said
 

@@ -9,7 +9,7 @@ from pipeline.evaluation.reward_scorer import RewardModelScorer
 from pipeline.serving.admission import Admission
 from pipeline.serving.cache import ScoreCache
 from pipeline.serving.http.app import build_api
-from pipeline.serving.scoring_service import ScoringService, describe
+from pipeline.serving.scoring_service import ScoringService, describe_model
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,7 @@ def trained_api(trained_reward_model):
     config = ScoringConfig(cache_entries=0)
     service = ScoringService(
         score_rows,
-        describe(scorer.card, config, "f00d", {}),
+        describe_model(scorer.card, config, "f00d", {}),
         admission=Admission(config.max_pending_rows),
         cache=ScoreCache(config.cache_entries),
         deadline_s=60.0,

@@ -16,7 +16,7 @@ from pipeline.records import RewardScore
 from pipeline.serving.admission import Admission
 from pipeline.serving.cache import ScoreCache
 from pipeline.serving.http.app import build_api
-from pipeline.serving.scoring_service import ScoringService, describe
+from pipeline.serving.scoring_service import ScoringService, describe_model
 
 CARD = RewardModelCard(
     head="vrm",
@@ -61,7 +61,7 @@ def api(token=None, rows=score_rows, deadline_s=5.0, **limits):
     config = ScoringConfig(**limits)
     service = ScoringService(
         rows,
-        describe(CARD, config, "f00d", {"torch": "2"}),
+        describe_model(CARD, config, "f00d", {"torch": "2"}),
         admission=Admission(config.max_pending_rows),
         cache=ScoreCache(config.cache_entries),
         deadline_s=deadline_s,

@@ -1,0 +1,85 @@
+"""How a job of the pipeline opens: workspace, cluster, and what its stages are given from there."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import NoReturn
+
+from cluster.engine_build import require_engine_for
+from cluster.resources import check_plan, plan_resources
+from cluster.rollout_plan import plan_rollouts
+from cluster.session import node_resources, open_cluster
+from cluster.submission import job_id
+from jobs.command_line import JobOptions
+from jobs.exit_codes import PREEMPTED
+from jobs.shared_actors import SharedActors
+from pipeline.config.recipe import Recipe
+from pipeline.data.run_data import RunData, load_data
+from pipeline.stages.preemption import PreemptionNotice
+from pipeline.stages.runner import StageRunner
+from pipeline.stages.scaling_requests import forget_requests
+from pipeline.stages.workspace import Workspace
+
+ReadData = Callable[[], RunData]
+"""Reads the data of the recipe: once, and only for a stage that is not finished."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """An open job. A stage is given the parts that it uses."""
+
+    recipe: Recipe
+    stages: StageRunner
+    read_data: ReadData
+    actors: SharedActors
+
+
+@contextmanager
+def open_job(options: JobOptions) -> Iterator[Job]:
+    """Workspace first, then the cluster: a locked workspace costs nothing."""
+    recipe = options.recipe
+    # The progress lines are the stages' own. Read as transformers is imported, which only some stages do.
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    with ExitStack() as exits:
+        notice = PreemptionNotice(recipe.cluster.deadlines.grace_s, lambda: leave_at_once(workspace, recipe))
+        workspace = exits.enter_context(
+            Workspace.open(options.workspace, job=job_id(), take_over=options.take_over, notice=notice)
+        )
+        require_engine_for(recipe.cluster.rollout.gpus_per_worker)
+        forget_requests(workspace.uri)  # of the job before; this one hears them from now on
+        exits.enter_context(open_cluster(recipe.cluster, ()))
+        nodes = node_resources()
+        rollout_plan = plan_rollouts(recipe, nodes)
+        check_plan(plan_resources(recipe.cluster, rollout_plan.placement), nodes)
+        actors = SharedActors(recipe, rollout_plan, workspace.uri, exits)
+        exits.enter_context(notice.watching())  # behind ray.init, which handles SIGTERM by leaving at once
+        exits.callback(actors.leave_service)
+        yield Job(
+            recipe=recipe, stages=StageRunner(workspace), read_data=cache(lambda: load_data(recipe)), actors=actors
+        )
+
+
+def leave_at_once(workspace: Workspace, recipe: Recipe) -> NoReturn:
+    """The end of a grace time that was too short, whatever the main thread is in.
+
+    A Ray of our own ends with its driver. On a cluster that others run the scoring service may stay until the job that
+    resumes takes its place.
+    """
+    try:
+        print(
+            "asked to end, and not ready to within cluster.deadlines.grace_s = "
+            f"{recipe.cluster.deadlines.grace_s:g} s: what came after the last commit, if anything, is lost. The same "
+            "command resumes.",
+            file=sys.stderr,
+            flush=True,
+        )
+        workspace.close()
+    finally:
+        os._exit(PREEMPTED)

@@ -1,0 +1,144 @@
+"""Engines and scoring service that the stages of one job share.
+
+Actors are imported where a stage starts them: the first stage need not wait for what the third one brings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from cluster.autoscaler import Autoscaler
+from cluster.placement import Placement, pack_bundles
+from cluster.rollout_plan import RolloutPlan
+from cluster.session import remove_from_nodes
+from pipeline.config.recipe import Recipe
+from pipeline.records import StageResult
+from pipeline.stages.scaling_requests import requested_rollout_workers
+
+if TYPE_CHECKING:
+    from actors.rollout_pool import RolloutPool
+    from actors.served_scorer import ServedScorer
+
+
+class SharedActors:
+    """Starts engines and service when a stage first asks, and keeps them for the stages after it."""
+
+    def __init__(self, recipe: Recipe, rollout_plan: RolloutPlan, workspace: str, exits: ExitStack) -> None:
+        """
+        Args:
+            workspace: where the job's results go.
+            exits: of the job; what is started ends with it.
+        """
+        self.rollout_plan = rollout_plan
+        self._recipe = recipe
+        self._workspace = workspace
+        self._exits = exits
+        self._shared_gpus: Placement | None = None
+        self._pool: RolloutPool | None = None
+        self._scorer: ServedScorer | None = None
+
+    def rollouts(self, policy: StageResult) -> RolloutPool:
+        """The pool, with engines of the policy's architecture; it holds whatever weights it was last given."""
+        if self._pool is None:
+            from actors.rollout_pool import RolloutPool
+            from actors.worker_handle import EngineSettings, WorkerActors
+            from pipeline.rollouts.numerics_gate import TOLERANCE
+
+            recipe = self._recipe
+            alignment, benchmark = recipe.alignment, recipe.benchmark
+            autoscale = recipe.cluster.rollout.autoscale
+            self._pool = self._exits.enter_context(
+                RolloutPool(
+                    EngineSettings(
+                        model_uri=policy.location,
+                        dtype=recipe.policy.dtype,
+                        max_model_len=max(
+                            alignment.max_prompt_tokens + alignment.max_response_tokens,
+                            benchmark.max_prompt_tokens + benchmark.max_response_tokens,
+                        ),
+                        gate_tolerance=alignment.gate_tolerance or TOLERANCE[recipe.policy.dtype],
+                        seed=recipe.seed,
+                        plan=self.rollout_plan,
+                    ),
+                    recipe.cluster.rollout,
+                    recipe.cluster.deadlines,
+                    actors=WorkerActors(placement=self.shared_gpus(), workspace=self._workspace),
+                    requested_workers=lambda: requested_rollout_workers(self._workspace),
+                    autoscaler=None if autoscale is None else Autoscaler(autoscale),
+                )
+            )
+        return self._pool
+
+    def shared_gpus(self) -> Placement | None:
+        """The learner's GPUs with room for an engine on each, where the plan says so; kept as long as the engines."""
+        if self._shared_gpus is None and self.rollout_plan.placement == "colocated":
+            cluster = self._recipe.cluster
+            self._shared_gpus = pack_bundles(
+                cluster.alignment.ranks,
+                cpus=cluster.alignment.cpus_per_rank + cluster.rollout.cpus_per_worker,
+                gpus=cluster.alignment.gpus_per_rank,
+                timeout_s=cluster.deadlines.start_s,
+                name="PPO learner with rollout engines",
+                tenants=2,
+            )
+            self._exits.callback(self._shared_gpus.remove)
+        return self._shared_gpus
+
+    def scorer(self, reward_model: StageResult) -> ServedScorer:
+        """The scoring service of this job's reward model."""
+        if self._scorer is None:
+            from actors.reward_service import start_service
+
+            cluster = self._recipe.cluster
+            self._scorer = start_service(
+                reward_model.location,
+                # Whether a row had been asked for before would decide with which others it shares a batch, and so its
+                # last digits: a resumed run would not repeat an uninterrupted one.
+                cluster.scoring.model_copy(update={"cache_entries": 0}),
+                start_s=cluster.deadlines.start_s,
+                deadline_s=cluster.deadlines.score_s,
+                name=self._service_name,
+            )
+        return self._scorer
+
+    def leave_service(self) -> None:
+        """The last thing before the cluster is left."""
+        if self._scorer is not None:
+            from actors.reward_service import leave_service
+
+            leave_service(self._service_name)
+
+    @cached_property
+    def publish_directory(self) -> str:
+        """Shared memory for published weights, removed with the job."""
+        return self._exits.enter_context(shared_memory(self._workspace))
+
+    @property
+    def _service_name(self) -> str:
+        """Of the workspace: what a killed job left on the cluster, its successor finds under the same name."""
+        return f"vrm-{identity(self._workspace)}"
+
+
+@contextmanager
+def shared_memory(owner: str) -> Iterator[str]:
+    """A directory for published weights, on every node removed at the end; a killed job's successor reuses its place.
+
+    Args:
+        owner: where the job's results go.
+    """
+    base = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
+    directory = os.path.join(base, f"vrm-weights-{os.getuid()}-{identity(owner)}")
+    try:
+        yield directory
+    finally:
+        remove_from_nodes(directory)
+
+
+def identity(owner: str) -> str:
+    return hashlib.sha256(owner.encode()).hexdigest()[:12]

@@ -1,0 +1,122 @@
+"""Stage 4: answers of the base and the aligned policy on held-out prompts, scored, and their win rate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.benchmark.scored_answers import write_scored_answers
+from pipeline.config.recipe import ExperimentConfig
+from pipeline.data.planted import GoldAnnotator
+from pipeline.data.prompts import read_prompts, tokenise_prompts
+from pipeline.data.run_data import RunData, data_fingerprints, resolve
+from pipeline.evaluation.win_rate import compare_answers
+from pipeline.loops.generation import answer_prompts
+from pipeline.models.backbone import load_tokenizer, require_context
+from pipeline.ports import RewardScorer, RolloutSource
+from pipeline.records import Answer, Metrics, Prompt, PromptGroup
+from pipeline.rollouts.numerics_gate import choose_probes
+from pipeline.rollouts.publishing import publish_checkpoint
+from pipeline.stages import storage
+from pipeline.stages.stage_spec import StageSpec
+from pipeline.stages.workspace import StageDirectory
+
+VERSION = 2
+BASE, ALIGNED = "base", "aligned"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkPorts:
+    """The outside world of a benchmark."""
+
+    rollouts: RolloutSource
+    scorer: RewardScorer
+
+
+def benchmark_stage(experiment: ExperimentConfig, policy: str, aligned: str, reward_model: str) -> StageSpec:
+    """
+    Args:
+        policy, aligned, reward_model: fingerprints.
+    """
+    return StageSpec(
+        name="generate_benchmark",
+        version=VERSION,
+        config=experiment.model_dump(mode="json", include={"seed", "data", "benchmark"}),
+        inputs=(policy, aligned, reward_model),
+        data=tuple(data_fingerprints(experiment)),
+    )
+
+
+def run_benchmark(
+    stage: StageDirectory,
+    experiment: ExperimentConfig,
+    data: RunData,
+    *,
+    policy_uri: str,
+    aligned_uri: str,
+    publish_directory: str,
+    open_ports: Callable[[], BenchmarkPorts],
+) -> Metrics:
+    """Writes the answers of each policy, and with a known truth `planted.json`, what the prompts ask for.
+
+    Args:
+        policy_uri, aligned_uri: the policy before and after alignment.
+        publish_directory: where the rollout engines read weights.
+        open_ports: engines of the policy's architecture, and the reward model.
+
+    Raises:
+        ConfigError: prompts and answers exceed the policy's context.
+        DataError: a prompt file cannot be used, or a prompt is not of the planted world.
+        Preempted: the process is about to be ended.
+    """
+    prompts, probes = benchmark_prompts(experiment, data, policy_uri)
+    ports = open_ports()
+    answers: dict[str, list[Answer]] = {}
+    with storage.writing(stage.result_uri) as result:
+        for version, (name, uri) in enumerate({BASE: policy_uri, ALIGNED: aligned_uri}.items()):
+            stage.leave_if_preempted()
+            location = storage.join(publish_directory, f"benchmark-{name}")
+            with storage.reading(uri) as checkpoint:
+                weights = publish_checkpoint(
+                    checkpoint, location, probes, dtype=experiment.policy.dtype, version=version
+                )
+            ports.rollouts.load_weights(weights)
+            answers[name] = answer_prompts(
+                ports.rollouts,
+                ports.scorer,
+                prompts,
+                experiment.benchmark,
+                generator=f"{experiment.name}-{name}",
+                seed=experiment.seed,
+            )
+            write_scored_answers(answers_file(result, name), answers[name], dataset=experiment.name)
+        if data.gold is not None:
+            (Path(result) / "planted.json").write_text(json.dumps(planted_truth(prompts, data.gold)))
+    return compare_answers(answers[ALIGNED], answers[BASE], prompts, data.gold)
+
+
+def benchmark_prompts(
+    experiment: ExperimentConfig, data: RunData, policy_uri: str
+) -> tuple[list[Prompt], list[PromptGroup]]:
+    """The prompts as the policy's tokens, and probes of the numerics gate from them. Raises as `run_benchmark`."""
+    config = experiment.benchmark
+    with storage.reading(policy_uri) as directory:
+        tokenizer = load_tokenizer(directory)
+        require_context(directory, config.max_prompt_tokens + config.max_response_tokens, "benchmark")
+    named = list(read_prompts([resolve(file) for file in config.prompts])) if config.prompts else data.heldout_prompts
+    prompts = tokenise_prompts(named, tokenizer, max_prompt_tokens=config.max_prompt_tokens)[: config.num_prompts]
+    return prompts, choose_probes(prompts, vocabulary_size=len(tokenizer), seed=experiment.seed)
+
+
+def answers_file(result: str, name: str) -> Path:
+    """Where a finished stage has the answers of a policy, `BASE` or `ALIGNED`."""
+    return Path(result) / name / "model_outputs.json"
+
+
+def planted_truth(prompts: Sequence[Prompt], gold: GoldAnnotator) -> Mapping[str, Mapping]:
+    """Id of a prompt -> its kind, and kind -> the weights of the objectives."""
+    kinds = {prompt.id: gold.kind(prompt.messages) for prompt in prompts}
+    weights = {kinds[prompt.id]: gold.objective_weights(prompt.messages) for prompt in prompts}
+    return {"kinds": kinds, "weights": weights}

@@ -1,0 +1,116 @@
+"""Stage 2: the reward model, trained on preference pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from pipeline.config.recipe import ExperimentConfig
+from pipeline.data.run_data import RunData, data_fingerprints
+from pipeline.evaluation.reward_alarms import alarm_messages
+from pipeline.learning.builders import RewardTrainerSpec
+from pipeline.learning.reward_data import RewardData
+from pipeline.loops.training import train
+from pipeline.models.backbone import load_tokenizer, require_lora_targets
+from pipeline.ports import Learner
+from pipeline.records import Metrics, PreferenceBatch
+from pipeline.stages import storage
+from pipeline.stages.stage_spec import StageSpec
+from pipeline.stages.workspace import StageDirectory
+
+VERSION = 2
+
+OpenRewardTrainer = Callable[[RewardTrainerSpec], AbstractContextManager[Learner[PreferenceBatch]]]
+
+
+def reward_stage(experiment: ExperimentConfig, policy: str) -> StageSpec:
+    """
+    Args:
+        policy: fingerprint of the policy before alignment.
+    """
+    return StageSpec(
+        name="train_reward_model",
+        version=VERSION,
+        config=experiment.model_dump(mode="json", include={"seed", "objectives", "data", "reward"}),
+        inputs=(policy,),
+        data=tuple(data_fingerprints(experiment)),
+        keep_best=experiment.reward.keep_best,
+    )
+
+
+def run_reward_training(
+    stage: StageDirectory,
+    experiment: ExperimentConfig,
+    data: RunData,
+    policy_uri: str,
+    open_trainer: OpenRewardTrainer,
+) -> Metrics:
+    """
+    Args:
+        policy_uri: its decoder is the backbone, where the recipe names no other.
+        open_trainer: the trainer of a specification, on whatever it trains on.
+
+    Raises:
+        ConfigError: adapters on layers that the model does not have.
+        DataError: no pair fits, or pairs lack annotations that the head or the loss needs.
+    """
+    training = RewardTraining.prepare(experiment, data, experiment.reward.backbone or policy_uri)
+    with open_trainer(training.spec) as trainer:
+        return training.run(trainer, stage)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardTraining:
+    """A reward training that is checked and has its data, but no trainer yet."""
+
+    spec: RewardTrainerSpec
+    data: RewardData
+    num_pairs_read: int
+    """Training pairs before those that are too long were left out."""
+    contamination: Metrics
+
+    @classmethod
+    def prepare(cls, experiment: ExperimentConfig, data: RunData, backbone_uri: str) -> RewardTraining:
+        """Raises what `run_reward_training` raises."""
+        with storage.reading(backbone_uri) as directory:
+            require_lora_targets(directory, experiment.reward.lora, "reward")
+            tokenizer = load_tokenizer(directory)
+        training = RewardData.of(experiment, data, tokenizer)
+        spec = RewardTrainerSpec(
+            config=experiment.reward,
+            backbone_uri=backbone_uri,
+            statistics=training.statistics,
+            num_steps=training.num_steps,
+            seed=experiment.seed,
+        )
+        return cls(
+            spec=spec,
+            data=training,
+            num_pairs_read=len(data.train_pairs),
+            contamination=data.contamination.metrics() if data.contamination else {},
+        )
+
+    def run(self, trainer: Learner[PreferenceBatch], stage: StageDirectory) -> Metrics:
+        """Trains from the last commit; returns the held-out metrics of the finished model, memory, and the data's."""
+        about_the_data = self.data.metrics()
+        print(
+            f"{stage.name}  {len(self.data.pairs)} of {self.num_pairs_read} training pairs fit in "
+            f"{self.spec.config.max_length} tokens, {len(self.data.heldout_pairs)} pairs held out, "
+            f"{about_the_data['data/shared_prompts']:.0f} prompts on both sides",
+            flush=True,
+        )
+        for name, count in self.contamination.items():
+            print(f"{stage.name}  {name} {count:.0f}", flush=True)
+        metrics = train(
+            trainer,
+            stage,
+            batch_of=self.data.batch,
+            heldout=self.data.heldout,
+            num_steps=self.data.num_steps,
+            eval_every=self.spec.config.eval_every,
+            checkpoint_every=self.spec.config.checkpoint_every,
+        )
+        for message in alarm_messages(metrics):
+            print(f"{stage.name}  {message}", flush=True)
+        return metrics | trainer.peak_memory() | self.contamination | about_the_data

@@ -1,0 +1,137 @@
+"""A stage is defined once: a job over actors and an experiment in one process compute the same from the same recipe."""
+
+from contextlib import ExitStack, contextmanager, nullcontext
+
+import pytest
+
+import actors.deepspeed_learners
+import jobs.align_policy
+from actors.alignment_tasks import align_one, prepare_policy, train_shared_reward_model
+from actors.deepspeed_learners import deepspeed_reward_trainer, deepspeed_sft_trainer
+from actors.experiment_tasks import ProcessResources
+from cluster.rollout_plan import THROUGH_FILES
+from jobs.align_policy import align_policy
+from jobs.generate_benchmark import generate_benchmark
+from jobs.open_job import Job
+from jobs.sft import sft
+from jobs.shared_actors import SharedActors
+from jobs.train_reward_model import train_reward_model
+from pipeline.config.load import load_recipe
+from pipeline.data.run_data import load_data
+from pipeline.errors import ConfigError
+from pipeline.evaluation.reward_scorer import RewardModelScorer
+from pipeline.experiments.grid import READS
+from pipeline.learning.builders import build_ppo_learner, build_reward_trainer, build_sft_trainer, reference_in_process
+from pipeline.learning.engine import TorchEngine
+from pipeline.loops.align_policy import AlignmentPorts, alignment_stage
+from pipeline.loops.benchmark import benchmark_stage
+from pipeline.loops.reward import reward_stage
+from pipeline.loops.sft import sft_stage
+from pipeline.rollouts.torch_rollouts import TorchRollouts
+from pipeline.stages.runner import StageRunner
+from pipeline.stages.workspace import Workspace
+
+ONE_CORE = ProcessResources(cpus=1.0, gpus=0.0, data_root="")
+SMALL = (
+    *("data.planted.num_train_pairs=48", "data.planted.num_heldout_pairs=8", "data.planted.num_sft_texts=40"),
+    *("data.planted.num_train_prompts=8", "data.planted.num_heldout_prompts=4"),
+    *("policy.tiny.hidden_size=16", "policy.tiny.intermediate_size=16"),
+    *("sft.num_steps=2", "sft.batch_size=8", "sft.eval_every=1"),
+    *("reward.num_steps=2", "reward.batch_pairs=8", "reward.eval_every=1"),
+    # The better of two models is the result, and it may be the first.
+    *("reward.checkpoint_every=1", "reward.keep_best=eval/accuracy"),
+    *("alignment.num_steps=2", "alignment.prompts_per_step=4", "alignment.ppo.mini_batch_size=4"),
+    *("alignment.checkpoint_every=1", "alignment.keep_best=reward/mean"),
+    *("alignment.max_response_tokens=8", "benchmark.max_response_tokens=8"),
+)
+
+MEASURED_ANEW = ("memory/", "seconds/", "tokens_per_s/", "weights/")
+"""Metrics of where a stage ran, not of what it computed."""
+
+
+def recipe_of(*settings):
+    return load_recipe("experiments_alignment_tiny", (*SMALL, *settings))
+
+
+def computed(metrics):
+    return {name: value for name, value in metrics.items() if not name.startswith(MEASURED_ANEW)}
+
+
+class OneProcess(SharedActors):
+    """The engines and the scorer of a job, without actors."""
+
+    def rollouts(self, policy):
+        return TorchRollouts(policy.location, dtype="float32")
+
+    def scorer(self, reward_model):
+        budget = self._recipe.alignment.max_tokens_per_micro_batch
+        return RewardModelScorer.load(reward_model.location, max_tokens_per_batch=budget)
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """A real job on learners in this process."""
+    builders = {deepspeed_sft_trainer: build_sft_trainer, deepspeed_reward_trainer: build_reward_trainer}
+
+    def open_learner(name, build, ranks, deadlines, spec):
+        return nullcontext(builders[build](spec, TorchEngine))
+
+    @contextmanager
+    def open_ports(recipe, actors, policy, reward_model, spec):
+        learner = build_ppo_learner(spec, TorchEngine, reference_in_process(spec.dtype, "cpu"))
+        yield AlignmentPorts(rollouts=actors.rollouts(policy), scorer=actors.scorer(reward_model), learner=learner)
+
+    monkeypatch.setattr(actors.deepspeed_learners, "open_ranked_learner", open_learner)
+    monkeypatch.setattr(jobs.align_policy, "_open_ports", open_ports)
+    recipe = recipe_of()
+    with ExitStack() as exits:
+        workspace = exits.enter_context(Workspace.open(str(tmp_path / "run"), job="test", needs_bytes=0))
+        engines = OneProcess(recipe, THROUGH_FILES, workspace.uri, exits)
+        engines.publish_directory = str(tmp_path / "published")
+        yield Job(recipe=recipe, stages=StageRunner(workspace), read_data=lambda: load_data(recipe), actors=engines)
+
+
+def test_job_and_experiment_have_the_same_stages_with_the_same_numbers(job, tmp_path):
+    stages, recipe, read_data = job.stages, job.recipe, job.read_data
+    policy = sft(stages, recipe, read_data)
+    reward_model = train_reward_model(stages, recipe, read_data, policy)
+    aligned = align_policy(stages, recipe, read_data, job.actors, policy, reward_model)
+    benchmark = generate_benchmark(stages, recipe, read_data, job.actors, policy, aligned, reward_model)
+
+    shared = str(tmp_path / "shared")
+    shared_policy = prepare_policy(recipe, shared, ONE_CORE)
+    shared_reward_model = train_shared_reward_model(recipe, shared_policy, shared, ONE_CORE)
+    for ours, theirs in ((policy, shared_policy), (reward_model, shared_reward_model)):
+        assert (ours.name, ours.fingerprint) == (theirs.name, theirs.fingerprint)
+        assert ours.metrics.keys() == theirs.metrics.keys()
+        assert computed(ours.metrics) == pytest.approx(computed(theirs.metrics), rel=1e-6)
+
+    run = align_one(recipe, shared_policy, shared_reward_model, ONE_CORE)["metrics"]
+    of_the_stages = aligned.metrics | benchmark.metrics
+    assert of_the_stages.keys() <= run.keys()
+    assert {name: run[name] for name in computed(of_the_stages)} == pytest.approx(computed(of_the_stages), rel=1e-6)
+
+
+def test_an_experiments_run_is_told_apart_by_all_that_its_stages_read():
+    recipe = recipe_of()
+    stages = (
+        sft_stage(recipe),
+        reward_stage(recipe, "policy"),
+        alignment_stage(recipe, "policy", "reward model"),
+        benchmark_stage(recipe, "policy", "aligned", "reward model"),
+    )
+    assert set().union(*(stage.config for stage in stages)) <= READS["policy"]
+    assert set(stages[1].config) <= READS["reward_model"]
+
+
+def test_an_experiment_refuses_what_a_job_refuses(tmp_path):
+    with pytest.raises(ConfigError, match=r"sft\.lora\.targets: a qwen3 model has no linear layer named c_attn"):
+        prepare_policy(recipe_of("sft.lora={targets: [c_attn]}"), str(tmp_path), ONE_CORE)
+    policy = prepare_policy(recipe_of(), str(tmp_path), ONE_CORE)
+    with pytest.raises(ConfigError, match=r"reward\.lora\.targets: .* no linear layer named c_attn"):
+        train_shared_reward_model(recipe_of("reward.lora={targets: [c_attn]}"), policy, str(tmp_path), ONE_CORE)
+    reward_model = train_shared_reward_model(recipe_of(), policy, str(tmp_path), ONE_CORE)
+    for section in ("alignment", "benchmark"):
+        too_long = recipe_of(f"{section}.max_response_tokens=400")
+        with pytest.raises(ConfigError, match=rf"{section}\.max_prompt_tokens .* exceeds the model's context of 256"):
+            align_one(too_long, policy, reward_model, ONE_CORE)
