@@ -12,7 +12,7 @@ FEW = ("reward.num_steps=3",)
     ("name", "variants"),
     [
         ("supervision", 10),
-        ("heads", 5),
+        ("heads", 6),
         ("supervision_weight", 5),
         ("collapse", 6),
         ("overoptimization", 8),

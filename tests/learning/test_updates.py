@@ -155,7 +155,7 @@ def test_supervising_the_sample_supervises_the_weights_that_made_the_reward(tiny
     sampled = VariationalLossConfig(supervision_on="sample")
     metrics = reward_trainer(tiny_policy, world, tokenizer, loss=sampled).update(batch, 3)
     # At the start alpha is the prior's for every prompt, so the draws are those of the seeds alone.
-    weights = sample_dirichlet(torch.full((6, 4), 10.0), batch.noise_seeds)
+    weights = sample_dirichlet(torch.full((6, 4), 30.0), batch.noise_seeds)
     loss = weight_supervision(batch.target, batch.target_mask, weights.log(), "kl")
     assert metrics["train/supervision"] == pytest.approx(loss.mean().item(), rel=1e-3)
 
@@ -388,19 +388,28 @@ def test_training_lowers_the_loss_and_exposes_no_collapse_at_the_default_weight(
 
 def test_the_literal_objective_collapses_and_the_default_weight_does_not(tiny_policy, world, tokenizer):
     """docs/method.md section 3: at KL weight 1 the optimum is a constant reward. Accuracy alone would not tell."""
-    literal = load_recipe("paper_literal").reward.loss
+    paper = load_recipe("paper_literal").reward
+    literal = paper.loss
     assert (literal.kl_weight_w, literal.kl_weight_z, literal.kl_warmup_fraction) == (1.0, 1.0, 0.0)
     batch = collator(world, tokenizer)(tokenised(world, tokenizer)[:32], step=0)
 
-    def trained(loss):
-        loss = loss.model_copy(update={"supervision_weight": 0.0, "score_weight": 0.0})
-        learner = reward_trainer(tiny_policy, world, tokenizer, num_steps=60, loss=loss, max_tokens=100_000, lr=3e-3)
+    def trained(loss, vrm):
+        learner = reward_trainer(
+            tiny_policy,
+            world,
+            tokenizer,
+            num_steps=60,
+            loss=loss.model_copy(update={"supervision_weight": 0.0, "score_weight": 0.0}),
+            vrm=vrm.model_copy(update={"semantic_dims": HEAD.semantic_dims, "hidden_size": HEAD.hidden_size}),
+            max_tokens=100_000,
+            lr=3e-3,
+        )
         for step in range(60):
             # Fresh noise each step, as in training: with one fixed draw the model would memorise the noise.
             metrics = learner.update(replace(batch, noise_seeds=batch.noise_seeds + 1000 * step), step)
         return metrics | learner.evaluate(batch)
 
-    collapsed, useful = trained(literal), trained(VariationalLossConfig())
+    collapsed, useful = trained(literal, paper.vrm), trained(VariationalLossConfig(), HEAD)
     assert collapsed["train/kl_w"] + collapsed["train/kl_z"] < 0.1
     assert collapsed["eval/nll"] == pytest.approx(math.log(2), abs=0.01)
     assert collapsed["eval/sampled_nll"] == pytest.approx(math.log(2), abs=0.05)  # one draw of 32 pairs

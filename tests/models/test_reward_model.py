@@ -24,8 +24,10 @@ from pipeline.models.reward_model import RewardModel, RewardModelCard, load_rewa
 from pipeline.objectives.variational import dirichlet_kl
 from pipeline.records import PromptGroup
 
-PAPER = VRMHeadConfig(weight_param="softplus", prior_alpha=1.0, learned_scale=False, semantic_dims=6, hidden_size=32)
-HEAD = VRMHeadConfig(weight_param="softplus", prior_alpha=1.0, semantic_dims=6, hidden_size=32)
+PAPER = VRMHeadConfig(
+    weight_param="softplus", prior_alpha=1.0, initial_logvar=-2.0, learned_scale=False, semantic_dims=6, hidden_size=32
+)
+HEAD = PAPER.model_copy(update={"learned_scale": True})
 HADAMARD = HEAD.model_copy(update={"decoder": "hadamard", "semantic_dims": 4})
 MLP = HEAD.model_copy(update={"decoder": "mlp", "decoder_hidden_size": 16})
 FILM = HEAD.model_copy(update={"decoder": "film", "decoder_hidden_size": 16})
