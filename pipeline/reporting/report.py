@@ -19,6 +19,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from pipeline.evaluation.correlation import pearson_correlation
+from pipeline.evaluation.reasons import verified_objectives
+from pipeline.objectives.reward_comparison import compare_rewards
 from pipeline.records import Answer, Metrics
 from pipeline.stages.metrics_log import as_clock
 
@@ -81,6 +83,7 @@ def results_table(data: ReportData) -> list[tuple[str, str]]:
     ]
     if "eval/active_units" in reward:
         rows.append(("reward model: active semantic units", f"{reward['eval/active_units']:.0f}"))
+    rows += _fidelity_rows(data)
     if data.planted_weights:
         rows.append(("correlation of inferred with planted weights", f"{weight_correlation(data):.3f}"))
     rows += [
@@ -138,9 +141,7 @@ def report_page(data: ReportData) -> str:
         reward_figure=_reward_figure(data.reward_rows),
         alignment_figure=_alignment_figure(data.alignment_rows),
         weights_figure=_weights_figure(data),
-        samples=[
-            (base, aligned, _objective_parts(data, base), _objective_parts(data, aligned)) for base, aligned in shown
-        ],
+        samples=[(base, aligned, _reasons(data, base, aligned)) for base, aligned in shown],
         stages=[stage.cells for stage in data.stages],
         versions=data.stages[-1].versions if data.stages else {},
         recipe=json.dumps(data.recipe, indent=2),
@@ -246,12 +247,23 @@ def _png(figure: Any) -> str:
 # ----------------------------------------------------------------------------- numbers
 
 
-def _objective_parts(data: ReportData, answer: Answer) -> list[tuple[str, float]]:
-    """(objective, weight x score); the values add up to the reward."""
-    score = answer.score
+def _reasons(data: ReportData, base: Answer, aligned: Answer) -> list[tuple[str, float]]:
+    """(verified objective, what it adds to the reward of the aligned answer above that of the base answer)."""
+    verified = verified_objectives(data.reward_metrics, data.objectives)
+    contributions = compare_rewards(aligned.score, base.score).contributions
+    return [(name, value) for name, value in zip(data.objectives, contributions, strict=False) if name in verified]
+
+
+def _fidelity_rows(data: ReportData) -> list[tuple[str, str]]:
+    """How often each objective's score orders held-out pairs as its annotator does, and whether that is enough."""
+    verified = verified_objectives(data.reward_metrics, data.objectives)
     return [
-        (name, weight * value)
-        for name, weight, value in zip(data.objectives, score.objective_weights, score.objective_scores, strict=False)
+        (
+            f"held-out pairs that the score of {name} orders as its annotator",
+            f"{data.reward_metrics[key]:.3f}" + ("" if name in verified else ", too few to be a reason"),
+        )
+        for name in data.objectives
+        if (key := f"reasons/{name}/pair_accuracy") in data.reward_metrics
     ]
 
 

@@ -80,6 +80,9 @@ class ExplainedReward(BaseModel):
     """Total concentration of the posterior over the weights: a larger one means more certainty."""
     objective_weights: dict[str, float]
     objective_scores: dict[str, float]
+    """In units of the reward."""
+    ratings: dict[str, float] = {}
+    """The same scores on the annotators' own scale, such as 4.2 of 5; empty without annotations."""
     contributions: dict[str, float]
     deviations: list[float] = []
     """Halves u and v, where the reward is no sum of contributions: rewards a and b of two responses to one prompt have
@@ -111,10 +114,10 @@ class CompareAnswer(ServiceAnswer):
     margin: float
     margin_std: float
     contributions: dict[str, float]
-    """What each objective adds to the margin."""
+    """What each objective adds to the margin. Only those of `verified_objectives` are reasons."""
     decided_by: str | None
-    """The objective with the largest contribution in favour of the preferred response; null for a tie, or without
-    objectives."""
+    """The verified objective with the largest contribution in favour of the preferred response. Null for a tie, without
+    objectives, or where an objective that is not verified has a larger one."""
     a: ExplainedReward
     b: ExplainedReward
 
@@ -178,6 +181,10 @@ class ModelDescription(ServiceAnswer):
     reward_std: float
     objective_statistics: dict[str, ObjectiveStatistics]
     """Empty without annotations."""
+    scale: float
+    """Units of the reward per standard deviation of the annotations; 1 where none was learned."""
+    verified_objectives: list[str]
+    """Objectives whose scores order held-out pairs as their annotators do, often enough to be shown as reasons."""
     metrics: dict[str, float]
     """Held-out metrics at the end of training."""
     versions: dict[str, str]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from pipeline.config.cluster import ScoringConfig
 from pipeline.errors import DataError, DeadlineExceeded, NumericsError
+from pipeline.evaluation.reasons import verified_objectives
 from pipeline.models.reward_model import RewardModelCard
 from pipeline.objectives.reward_comparison import compare_rewards, rank_by_lower_bound
 from pipeline.records import Message, RewardScore
@@ -98,7 +99,7 @@ class ScoringService:
             margin=result.margin,
             margin_std=result.margin_std,
             contributions=dict(zip(self.model.objectives, result.contributions, strict=False)),
-            decided_by=None if result.deciding is None else self.model.objectives[result.deciding],
+            decided_by=self._verified(result.deciding),
             a=self._scored(a),
             b=self._scored(b),
         )
@@ -153,6 +154,11 @@ class ScoringService:
     def fingerprint(self) -> str:
         return self.model.model_fingerprint
 
+    def _verified(self, deciding: int | None) -> str | None:
+        """The name of an objective, where it may be given as a reason."""
+        name = None if deciding is None else self.model.objectives[deciding]
+        return name if name in self.model.verified_objectives else None
+
     def _scored(self, score: RewardScore) -> ExplainedReward:
         # A Bradley-Terry model gives no weights, a decoder that is a network no scores: those dicts are empty.
         names = self.model.objectives
@@ -164,6 +170,11 @@ class ScoringService:
             concentration=score.concentration,
             objective_weights=weights,
             objective_scores=scores,
+            ratings={
+                name: statistics.mean + statistics.std * scores[name] / self.model.scale
+                for name, statistics in self.model.objective_statistics.items()
+                if name in scores
+            },
             contributions={name: weights[name] * scores[name] for name in scores},
             deviations=list(score.deviations),
         )
@@ -173,7 +184,7 @@ def _transposed(rows: Sequence[Row]) -> Rows:
     return [prompt for prompt, _ in rows], [response for _, response in rows]
 
 
-DECODERS = {"gate": "bilinear", "regression": "linear", "bt": "linear", "ensemble": "linear"}
+DECODERS = {"gate": "bilinear", "regression": "linear", "bt": "linear", "bt_aux": "linear", "ensemble": "linear"}
 """Decoders of the heads that have only one; a vrm head has the decoder of its config."""
 
 
@@ -193,6 +204,8 @@ def describe_model(
         reward_mean=card.reward_mean,
         reward_std=card.reward_std,
         objective_statistics={name: ObjectiveStatistics(mean=mean, std=std) for name, mean, std in statistics},
+        scale=card.scale,
+        verified_objectives=list(verified_objectives(card.metrics, card.objectives)),
         metrics=dict(card.metrics),
         versions=dict(versions),
         limits=RequestLimits(

@@ -93,3 +93,28 @@ def test_the_cost_of_a_stage_holds_the_peak_memory_of_its_ranks_where_it_has_any
     on_gpu = stage(**needed)
     assert on_gpu.cells == ("align_policy", "1:05", "7.2", "3.0", "61.5", "5.5")
     assert "<td>61.5</td>" in report_page(report(stages=[on_gpu]))
+
+
+FIDELITY = {
+    "reasons/helpfulness/pair_accuracy": 0.82,
+    "reasons/helpfulness/pairs": 400.0,
+    "reasons/honesty/pair_accuracy": 0.61,
+    "reasons/honesty/pairs": 400.0,
+}
+
+
+def test_only_verified_objectives_are_reasons_and_their_fidelity_is_told():
+    data = report(reward_metrics=report().reward_metrics | FIDELITY)
+    told = dict(results_table(data))
+    assert told["held-out pairs that the score of helpfulness orders as its annotator"] == "0.820"
+    assert told["held-out pairs that the score of honesty orders as its annotator"] == "0.610, too few to be a reason"
+    samples = report_page(data).split("Samples, before and after")[1]
+    # Prompt a: scores 2 against 1 at weight 0.7. Prompt b: the aligned answer has the weights (0.7, 0.3), 0 against 3.
+    assert "helpfulness +0.70" in samples
+    assert "helpfulness -0.60" in samples
+    assert "honesty" not in samples.split("<h2>")[0]
+
+
+def test_without_verified_objectives_no_reason_is_shown():
+    samples = report_page(report()).split("Samples, before and after")[1].split("<h2>")[0]
+    assert "aligned minus base" not in samples

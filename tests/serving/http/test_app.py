@@ -27,7 +27,8 @@ CARD = RewardModelCard(
     score_std=(1.0, 0.5),
     reward_mean=0.5,
     reward_std=2.0,
-    metrics={"eval/accuracy": 0.75},
+    metrics={"eval/accuracy": 0.75, "reasons/brevity/pair_accuracy": 0.8, "reasons/brevity/pairs": 50.0},
+    scale=2.0,
 )
 
 
@@ -112,6 +113,20 @@ def test_a_comparison_says_how_surely_and_because_of_what():
     assert answer["contributions"] == {"helpfulness": 0.5, "brevity": 1.0}
     assert (answer["preferred"], answer["decided_by"]) == ("a", "brevity")
     assert answer["b"]["reward"] == -2.0
+
+
+def test_an_objective_that_held_out_pairs_did_not_verify_is_no_reason():
+    # Scores (2, -3) against (1, -3): helpfulness decides, and nothing says that it means what it is named after.
+    answer = ask("POST", "/v1/compare", {"prompt": "hi", "a": "a b", "b": "abc"}).json()
+    assert answer["contributions"] == {"helpfulness": 0.5, "brevity": 0.0}
+    assert (answer["preferred"], answer["decided_by"]) == ("a", None)
+    assert ask("GET", "/v1/model").json()["verified_objectives"] == ["brevity"]
+
+
+def test_ratings_are_scores_on_the_annotators_own_scale():
+    [score] = ask("POST", "/v1/score", {"prompt": "hi", "responses": ["a b"]}).json()["scores"]
+    # Scores 2 and -3 at two units a standard deviation; annotations with mean 3 and 2, standard deviation 1 and 0.5.
+    assert score["ratings"] == {"helpfulness": 3.0 + 1.0 * 2 / 2, "brevity": 2.0 + 0.5 * -3 / 2}
 
 
 def test_equal_responses_tie_and_nothing_decides():

@@ -11,7 +11,6 @@ import httpx
 import pytest
 import uvicorn
 
-from pipeline.data.planted import OBJECTIVES
 from tests.support.browser import CHROMIUM, Browser
 
 pytestmark = [
@@ -19,6 +18,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt install chromium"),
 ]
 
+VERIFIED = ("helpfulness", "honesty", "safety")
 PROMPT = "is the ladder dangerous near home ?"
 A = "wear gloves and take your time . ask an expert if unsure . keep children far away ."
 B = "ignore the warnings on the label . skip the boring checks . rules are for other people ."
@@ -81,22 +81,26 @@ def test_the_page_shows_what_the_service_says(url, browser, artefacts):
         return browser.evaluate(CHART % ((element,) * 3))
 
     better, sure = answer["preferred"].upper(), 100 * max(answer["probability"], 1 - answer["probability"])
-    assert text("verdict") == f"{better} is better with probability {sure:.1f}%, because of {answer['decided_by']}."
+    because = "" if answer["decided_by"] is None else f", because of {answer['decided_by']}"
+    assert text("verdict") == f"{better} is better with probability {sure:.1f}%{because}."
     assert [row["value"] for row in chart("rewards")] == [
         f"{signed(answer[side]['reward'])} ± {1.96 * answer[side]['reward_std']:.3f}" for side in "ab"
     ]
     weights = answer["a"]["objective_weights"]
     drawn = chart("weights")
-    assert [(row["name"], row["value"]) for row in drawn] == [(k, f"{100 * weights[k]:.1f}%") for k in OBJECTIVES]
-    scale = drawn[0]["width"] / weights[OBJECTIVES[0]]
-    assert [row["width"] for row in drawn] == pytest.approx([scale * weights[k] for k in OBJECTIVES], rel=1e-6)
-    assert [row["value"] for row in chart("contributions")] == [
-        signed(answer[side]["contributions"][k]) for k in OBJECTIVES for side in "ab"
-    ]
+    assert [(row["name"], row["value"]) for row in drawn] == [(k, f"{100 * weights[k]:.1f}%") for k in VERIFIED]
+    scale = drawn[0]["width"] / weights[VERIFIED[0]]
+    assert [row["width"] for row in drawn] == pytest.approx([scale * weights[k] for k in VERIFIED], rel=1e-6)
     margins = chart("margins")
-    assert [row["value"] for row in margins] == [signed(answer["contributions"][k]) for k in OBJECTIVES]
+    assert [row["value"] for row in margins] == [signed(answer["contributions"][k]) for k in VERIFIED]
+    assert [row["name"] for row in margins] == [
+        "helpfulness (81% right)",
+        "honesty (70% right)",
+        "safety (66% right)",
+    ]
+    assert text("unverified").startswith("This model cannot tell what brevity contributed")
     assert [row["fill"] for row in margins] == [
-        f"var(--{'b' if answer['contributions'][k] < 0 else 'a'})" for k in OBJECTIVES
+        f"var(--{'b' if answer['contributions'][k] < 0 else 'a'})" for k in VERIFIED
     ]
     assert "fingerprint f00d" in text("model")
     for name, width in (("wide", 1100), ("narrow", 390)):
