@@ -270,7 +270,7 @@ def test_annotations_json_is_read_with_lengths_in_characters(tmp_path):
         (json.dumps(official_rows(1.0, 0.7), indent=1), r"row 2 \(line 10\), field 'preference': 0.7"),
         (json.dumps(official_rows(1.0, "2")), r"row 2 \(line 1\), field 'preference': '2' is no int or float"),
         (json.dumps(official_rows(1.0, 2.0), indent=1)[:-30], r"row 2 \(line 10\): no JSON .* cut short"),
-        (json.dumps(official_rows(1.0))[:-1], r"row 1 \(line 1\): no comma or \] behind it"),
+        (json.dumps(official_rows(1.0))[:-1], r"row 1 \(line 1\): no comma or \] follows it"),
         (json.dumps(official_rows(1.0) * 2), r"row 2 \(line 1\): 'why 0 \?' is annotated already, in .* row 1"),
         (
             json.dumps(official_rows(1.0) + official_rows(1.0, 2.0, generator_1="other")[1:]),
