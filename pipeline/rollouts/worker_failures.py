@@ -102,7 +102,7 @@ def deadline_exceeded(
     """
     return DeadlineExceeded(
         f"{worker}: {doing} did not return within {deadline_s:g} s. It hangs, is slow, or waits for a place "
-        f"(it needs {config.cpus_per_worker:g} CPU and {config.gpus_per_worker:g} GPU; "
+        f"(it needs {config.cpus_per_worker:g} CPU and {config.gpus_per_worker or 0:g} GPU; "
         f"{free.get('CPU', 0):g} and {free.get('GPU', 0):g} are free). See its log; lower "
         "cluster.rollout.chunk_size or workers, or raise cluster.deadlines."
     )
