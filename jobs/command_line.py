@@ -19,6 +19,7 @@ from jobs.exit_codes import exit_codes
 from pipeline.config.load import load_recipe, recipe_keys, recipe_names
 from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError
+from pipeline.models.native_dtype import with_native_dtype
 
 CLUSTERS = {"RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"}
 """Environment variables that name a cluster other than one the job would start itself."""
@@ -181,6 +182,9 @@ def print_dry_run(options: JobOptions) -> None:
     reasons = resolution_reasons(rollout)
     if reasons:
         print("\n".join([*reasons, "A job decides this by the vLLM that is installed where it runs."]))
+    if recipe.reward.backbone_dtype == "auto":
+        dtype = with_native_dtype(recipe).reward.backbone_dtype
+        print(f"reward.backbone_dtype = {dtype}, by the instructions of this processor. A job asks where it runs.")
     if elsewhere:
         print("Whether the cluster has it is checked when the job connects, before any actor starts.")
     elif not here["GPU"] and any(stage.total("GPU") for stage in plan):

@@ -21,6 +21,7 @@ from jobs.exit_codes import PREEMPTED
 from jobs.shared_actors import SharedActors
 from pipeline.config.recipe import Recipe
 from pipeline.data.run_data import RunData, load_data
+from pipeline.models.native_dtype import with_native_dtype
 from pipeline.stages.preemption import PreemptionNotice
 from pipeline.stages.runner import StageRunner
 from pipeline.stages.scaling_requests import forget_requests
@@ -43,7 +44,7 @@ class Job:
 @contextmanager
 def open_job(options: JobOptions) -> Iterator[Job]:
     """Workspace first, then the cluster: a locked workspace costs nothing."""
-    recipe = options.recipe
+    recipe = with_native_dtype(options.recipe)
     # The progress lines are the stages' own. Read as transformers is imported, which only some stages do.
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     logging.getLogger("ray.serve").setLevel(logging.WARNING)

@@ -133,7 +133,8 @@ class RewardConfig(Frozen):
     """What each objective's score counts in the reward of "regression"; empty is the mean."""
     backbone: str | None = None
     """A checkpoint for the backbone; None starts from the prepared policy."""
-    backbone_dtype: Literal["float32", "bfloat16"] = "float32"
+    backbone_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """"auto" is bfloat16 where the processor of the job's driver multiplies it natively, else float32."""
     trainable_layers: Annotated[int, Field(ge=0)] | None = None
     """Train only the last n transformer layers (and the final norm); None trains all, 0 freezes the backbone."""
     lora: LoRAConfig | None = None

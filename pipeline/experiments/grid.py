@@ -13,6 +13,7 @@ from typing import Literal
 from pipeline.config.load import load_recipe
 from pipeline.config.recipe import ExperimentConfig, Recipe
 from pipeline.errors import ConfigError
+from pipeline.models.native_dtype import with_native_dtype
 from pipeline.stages.fingerprint import fingerprint
 
 RUN_VERSION = 3
@@ -211,7 +212,7 @@ def plan_runs(
     runs = []
     for seed in dict.fromkeys(seeds):
         for variant in experiment.variants:
-            loaded = load_recipe(recipe, [*overrides, *variant.overrides, f"seed={seed}"])
+            loaded = with_native_dtype(load_recipe(recipe, [*overrides, *variant.overrides, f"seed={seed}"]))
             if experiment.trains == "policy" and loaded.data.source != "planted":
                 raise ConfigError(
                     f'data.source = "{loaded.data.source}": this experiment compares the reward with the planted '
