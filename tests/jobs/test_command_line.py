@@ -2,7 +2,6 @@ import os
 import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -48,6 +47,11 @@ def test_dry_runs_of_the_pipeline_and_of_every_stage_print_recipe_and_plan_witho
     assert done.stdout.splitlines()[-1].strip() == "loaded"
 
 
+def processor_seconds_of_children():
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -58,12 +62,12 @@ def test_dry_runs_of_the_pipeline_and_of_every_stage_print_recipe_and_plan_witho
     ],
 )
 def test_a_bad_override_is_an_error_message_and_costs_nothing(override, message):
-    started = time.monotonic()
+    before = processor_seconds_of_children()
     done = run(override)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-    assert time.monotonic() - started < 10
+    assert processor_seconds_of_children() - before < 5  # torch and ray together take longer to import
 
 
 def test_an_unknown_recipe_names_its_neighbour():
