@@ -67,7 +67,7 @@ def test_a_bad_override_is_an_error_message_and_costs_nothing(override, message)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-    assert processor_seconds_of_children() - before < 5  # torch and ray together take longer to import
+    assert processor_seconds_of_children() - before < 1.5  # 0.4 here; importing torch and ray alone takes 2
 
 
 def test_an_unknown_recipe_names_its_neighbour():
