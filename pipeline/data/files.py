@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,12 @@ class Row:
     """Number of the row in its file, from 1."""
     values: dict[str, Any]
 
+    @property
+    def identity(self) -> str:
+        """Its `id`, or its place where the `id` is absent, null, NaN or empty: never one value for many rows."""
+        value = self.values.get("id")
+        return self.place if value is None or value == "" or value != value else str(value)
+
     def require(self, field: str, kind: type[T] | tuple[type[T], ...]) -> T:
         """The value of a field.
 
@@ -64,6 +70,14 @@ class Row:
 
 def _name(kind: type | tuple[type, ...]) -> str:
     return " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
+
+
+def distinct(identities: Iterable[str]) -> Iterator[str]:
+    """The identities in their order; one that occurs again gets the number of its occurrence."""
+    seen: Counter[str] = Counter()
+    for identity in identities:
+        seen[identity] += 1
+        yield identity if seen[identity] == 1 else f"{identity} ({seen[identity]})"
 
 
 def read_rows(path: str) -> Iterator[Row]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from pipeline.data.batching import stable_seed
-from pipeline.data.files import Row, read_hub_rows, read_rows
+from pipeline.data.files import Row, distinct, read_hub_rows, read_rows
 from pipeline.data.prompts import parse_messages
 from pipeline.errors import DataError
 from pipeline.records import Message, PreferencePair
@@ -47,7 +46,10 @@ def read_pairs(
     pairs = [pair for source in sources for pair in adapt(_rows(source, hub), tuple(objectives), seed)]
     if not pairs:
         raise DataError(f"no preference pair in {', '.join(sources) or 'data.preferences = ()'}")
-    return pairs
+    # Publishers give one id to all pairs of a prompt, or one to all rows. What follows from an id, such as a flipped
+    # label, must not be the same for all of them.
+    identities = distinct(pair.id for pair in pairs)
+    return [replace(pair, id=identity) for pair, identity in zip(pairs, identities, strict=True)]
 
 
 def split_by_prompt(
@@ -128,7 +130,7 @@ def _from_pairs(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> 
     for row in rows:
         margin = row.values.get("margin")
         yield PreferencePair(
-            id=str(row.values.get("id", row.place)),
+            id=row.identity,
             prompt=parse_messages(row.values.get("prompt"), place=f"{row.place}, field 'prompt'"),
             chosen=_text(row, "chosen"),
             rejected=_text(row, "rejected"),
@@ -379,7 +381,7 @@ def _pair(
     row: Row, prompt: tuple[Message, ...], chosen: Annotated, rejected: Annotated, *, source: str
 ) -> PreferencePair:
     return PreferencePair(
-        id=_identity(row, prompt, source),
+        id=row.identity,
         prompt=prompt,
         chosen=chosen.response,
         rejected=rejected.response,
@@ -394,7 +396,7 @@ def _unrated_pair(
     row: Row, prompt: Sequence[Message], chosen: str, rejected: str, *, margin: float | None, source: str
 ) -> PreferencePair:
     return PreferencePair(
-        id=_identity(row, tuple(prompt), source),
+        id=row.identity,
         prompt=tuple(prompt),
         chosen=chosen,
         rejected=rejected,
@@ -403,11 +405,6 @@ def _unrated_pair(
         source=source,
         margin=margin,
     )
-
-
-def _identity(row: Row, prompt: tuple[Message, ...], source: str) -> str:
-    digest = hashlib.sha256(normalised_prompt(prompt).encode()).hexdigest()[:12]
-    return str(row.values.get("id", f"{source}-{digest}"))
 
 
 def _text(row: Row, field: str) -> str:

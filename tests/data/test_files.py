@@ -13,6 +13,7 @@ from pipeline.data.evaluation_examples import read_examples
 from pipeline.data.files import read_json, read_rows
 from pipeline.data.preferences import read_pairs
 from pipeline.data.prompts import read_prompts
+from pipeline.data.run_data import with_flipped_labels
 from pipeline.errors import DataError
 
 OBJECTIVES = ("helpfulness",)
@@ -59,6 +60,35 @@ def test_a_byte_order_mark_is_no_content(tmp_path):
     assert values(one) == values(two) == [PAIR]
     assert values(three) == [PAIR, PAIR]
     assert read_json(two) == [PAIR]
+
+
+@pytest.mark.parametrize("no_identity", [None, "", float("nan"), "absent"])
+@pytest.mark.parametrize(
+    ("read", "row"),
+    [READERS[name] for name in READERS if name != "evaluation prompts"],  # these are their texts
+)
+def test_a_row_without_an_identity_is_known_by_its_place(tmp_path, read, row, no_identity):
+    again = {**row, "id": "7"}
+    path = lines(tmp_path, *2 * [row if no_identity == "absent" else {**row, "id": no_identity}], again)
+    identities = [item[0] if isinstance(item, tuple) else item.id for item in read(path)]
+    assert identities == [f"{path}, line 1", f"{path}, line 2", "7"]
+
+
+@pytest.mark.parametrize("identity", [{"id": None}, {"id": "constant"}, {}])
+def test_the_share_of_flipped_labels_is_the_one_asked_for(tmp_path, identity):
+    path = lines(tmp_path, *({**PAIR, "prompt": f"q {i}", **identity} for i in range(200)))
+    pairs = read_pairs([path], "pairs", OBJECTIVES, hub=False, seed=0)
+    assert len({pair.id for pair in pairs}) == 200
+    for seed in range(6):
+        flipped = sum(pair.chosen == "no" for pair in with_flipped_labels(pairs, 0.3, seed))
+        assert 40 <= flipped <= 80  # 60, three standard deviations of 6.5
+
+
+def test_prompts_that_share_an_identity_or_a_directory_are_told_apart(tmp_path):
+    for part in ("a", "b"):
+        (tmp_path / f"{part}.jsonl").write_text('{"prompt": "why ?"}\n{"prompt": "how ?", "id": "p"}\n')
+    identities = [identity for identity, _ in read_prompts([str(tmp_path)])]
+    assert identities == [f"{tmp_path}/a.jsonl, line 1", "p", f"{tmp_path}/b.jsonl, line 1", "p (2)"]
 
 
 TWICE = '"note": {"a": 1, "b": 2, "a": 3}'
