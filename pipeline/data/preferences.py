@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
@@ -16,6 +17,12 @@ from pipeline.data.files import Row, distinct, read_hub_rows, read_rows
 from pipeline.data.prompts import parse_messages
 from pipeline.errors import DataError
 from pipeline.records import Message, PreferencePair
+
+INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+"""Unicode's Default_Ignorable_Code_Point: zero-width characters, soft hyphens, marks of direction and variation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +109,16 @@ def shared_prompts(left: Iterable[Sequence[Message]], right: Iterable[Sequence[M
 
 
 def normalised_prompt(messages: Sequence[Message]) -> str:
-    """Lower case, white space collapsed: the identity of a prompt for splitting and decontamination."""
-    return " ".join(" ".join(m["content"] for m in messages).lower().split())
+    """The identity of a prompt for splitting, decontamination and overlap; the text that is trained on stays as it is.
+
+    Lower case, white space collapsed, characters that show nothing removed, and composed (Unicode's NFC), since the
+    same word can be written with one accented letter or with a letter and an accent.
+    """
+    text = " ".join(m["content"] for m in messages)
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", INVISIBLE.sub("", text))
+    # Lowering may take a composed letter apart.
+    return " ".join(unicodedata.normalize("NFC", text.lower()).split())
 
 
 def take_pairs(pairs: Sequence[PreferencePair], max_pairs: int | None, seed: int) -> list[PreferencePair]:
