@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.files import read_json
 from pipeline.errors import DataError
 from pipeline.records import Answer, RewardScore
 
@@ -44,7 +45,7 @@ def read_scored_answers(path: Path) -> list[Answer]:
         DataError: the file is not a JSON list, or a row lacks a field.
     """
     try:
-        rows = json.loads(path.read_text())
+        rows = read_json(path)
         return [
             Answer(
                 prompt_id=row["prompt_id"],
@@ -61,7 +62,7 @@ def read_scored_answers(path: Path) -> list[Answer]:
             )
             for row in rows
         ]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (DataError, KeyError, TypeError) as error:
         raise DataError(f"{path} holds no scored answers: {error!r}") from error
 
 

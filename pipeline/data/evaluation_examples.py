@@ -69,7 +69,7 @@ def read_examples(files: Sequence[str], *, subset_field: str | None = None) -> I
 
 
 def _example(row: Row, subset_field: str | None) -> EvaluationExample:
-    identity, score = row.values.get("id"), row.values.get("score_chosen")
+    score = row.values.get("score_chosen")
     chosen, chosen_prompt = _responses(row, "chosen")
     rejected, rejected_prompt = _responses(row, "rejected")
     if chosen_prompt != rejected_prompt:
@@ -78,7 +78,7 @@ def _example(row: Row, subset_field: str | None) -> EvaluationExample:
             "different prompts. Give the prompt once, in the field 'prompt', and the last turns alone."
         )
     return EvaluationExample(
-        id=str(row.place if identity is None else identity),
+        id=row.identity,
         subset=_subset(row, subset_field),
         place=row.place,
         prompt=chosen_prompt or parse_messages(row.values.get("prompt"), place=f"{row.place}, field 'prompt'"),

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import pyarrow.parquet as pq
-from pyarrow import ArrowInvalid
+from pyarrow import ArrowInvalid, RecordBatch
 
 from pipeline.errors import DataError, WorkspaceError, WorkspaceLocked
 
 T = TypeVar("T")
 
-DECODER = json.JSONDecoder()
 WHITE = re.compile(r"\s*")
+
+
+class RepeatedKey(Exception):
+    """A JSON object names one key twice; a parser would keep the last value without a word."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        [(key, count)] = Counter(key for key, _ in pairs).most_common(1)
+        raise RepeatedKey(f"the key {key!r:.80} stands {count} times in one object. Keep one of them.")
+    return values
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +49,12 @@ class Row:
     number: int
     """Number of the row in its file, from 1."""
     values: dict[str, Any]
+
+    @property
+    def identity(self) -> str:
+        """Its `id`, or its place where the `id` is absent, null, NaN or empty: never one value for many rows."""
+        value = self.values.get("id")
+        return self.place if value is None or value == "" or value != value else str(value)
 
     def require(self, field: str, kind: type[T] | tuple[type[T], ...]) -> T:
         """The value of a field.
@@ -49,11 +72,20 @@ def _name(kind: type | tuple[type, ...]) -> str:
     return " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
 
 
+def distinct(identities: Iterable[str]) -> Iterator[str]:
+    """The identities in their order; one that occurs again gets the number of its occurrence."""
+    seen: Counter[str] = Counter()
+    for identity in identities:
+        seen[identity] += 1
+        yield identity if seen[identity] == 1 else f"{identity} ({seen[identity]})"
+
+
 def read_rows(path: str) -> Iterator[Row]:
     """Streams the rows of a .jsonl or .parquet file, or of every such file in a directory; or of a .json list.
 
     Raises:
-        DataError: the file is missing, of another kind, or a line is no JSON object in UTF-8.
+        DataError: the file is missing, of another kind, or a line is no JSON object in UTF-8, has a key twice, or a
+            text that cannot be encoded.
     """
     file = Path(path)
     if file.is_dir():
@@ -97,7 +129,66 @@ def read_hub_rows(name: str, split: str, *, remedy: str) -> Iterator[Row]:
             f"it and {remedy}."
         ) from error
     for number, values in enumerate(dataset, start=1):
-        yield Row(place=f"{name}, row {number}", number=number, values=values)
+        yield _row(f"{name}, row {number}", number, values)
+
+
+def read_json(file: Path) -> Any:
+    """The value of a whole JSON file.
+
+    Raises:
+        DataError: it is no JSON in UTF-8, has a key twice in one object, or a text that cannot be encoded.
+    """
+    try:
+        value = DECODER.decode(_decoded(file))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}: no JSON ({error.msg} at line {error.lineno})") from error
+    except RepeatedKey as error:
+        raise DataError(f"{file}: {error}") from error
+    _require_whole_characters(str(file), value)
+    return value
+
+
+def _decoded(file: Path) -> str:
+    try:
+        return file.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: no UTF-8 ({error.reason} at byte {error.start + 1})") from error
+
+
+def _row(place: str, number: int, values: dict[str, Any]) -> Row:
+    """Every reader makes its rows here.
+
+    Raises:
+        DataError: a text holds half a surrogate pair.
+    """
+    _require_whole_characters(place, values)
+    return Row(place=place, number=number, values=values)
+
+
+def _require_whole_characters(place: str, value: Any) -> None:
+    """Refuses half a surrogate pair: JSON can spell it, but no tokenizer and no file can take it."""
+    for name, text in _texts("", value):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{place}, field {name!r}: character {error.start + 1} is half a surrogate pair "
+                f"({text[error.start]!r}), as where an emoji was cut in two. Remove it."
+            ) from error
+
+
+def _texts(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Every text in a value, keys too, with the field that it stands in."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            inner = f"{name}.{key}" if name else str(key)
+            yield inner, str(key)
+            yield from _texts(inner, item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(name, item)
 
 
 def _read_jsonl(file: Path) -> Iterator[Row]:
@@ -105,28 +196,28 @@ def _read_jsonl(file: Path) -> Iterator[Row]:
         for number, raw in enumerate(lines, start=1):
             place = f"{file}, line {number}"
             try:
-                line = raw.decode("utf-8")
+                # Some editors begin a file with a byte-order mark; joined files have marks in between.
+                line = raw.removeprefix(codecs.BOM_UTF8).decode("utf-8")
             except UnicodeDecodeError as error:
                 raise DataError(f"{place}: no UTF-8 ({error.reason} at byte {error.start + 1})") from error
             if not line.strip():
                 continue
             try:
-                values = json.loads(line)
+                values = DECODER.decode(line)
             except json.JSONDecodeError as error:
                 raise DataError(
                     f"{place}: no JSON ({error.msg} at column {error.colno}): {line.strip():.60}"
                 ) from error
+            except RepeatedKey as error:
+                raise DataError(f"{place}: {error}") from error
             if not isinstance(values, dict):
                 raise DataError(f"{place}: {line.strip():.60} is JSON but no object")
-            yield Row(place=place, number=number, values=values)
+            yield _row(place, number, values)
 
 
 def _read_json(file: Path) -> Iterator[Row]:
     """The objects of a list. One after the other, so that each knows its line, and a cut file where it ends."""
-    try:
-        text = file.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: no UTF-8 ({error.reason} at byte {error.start + 1})") from error
+    text = _decoded(file)
     at, line, counted = _skip_white_space(text, 0), 1, 0
     if not text.startswith("[", at):
         raise DataError(f"{file}: a .json file must hold a list of objects, not {text[at : at + 20]!r}")
@@ -142,9 +233,11 @@ def _read_json(file: Path) -> Iterator[Row]:
             raise DataError(
                 f"{place}: no JSON ({error.msg} at line {error.lineno}). Was the file cut short?"
             ) from error
+        except RepeatedKey as error:
+            raise DataError(f"{place}: {error}") from error
         if not isinstance(values, dict):
             raise DataError(f"{place}: {values!r:.60} is JSON but no object")
-        yield Row(place=place, number=number, values=values)
+        yield _row(place, number, values)
         at = _skip_white_space(text, at)
         if text.startswith(",", at):
             at = _skip_white_space(text, at + 1)
@@ -164,9 +257,27 @@ def _read_parquet(file: Path) -> Iterator[Row]:
         raise DataError(f"{file}: no Parquet file: {error}") from error
     number = 0
     for batch in table.iter_batches(batch_size=1024):
-        for values in batch.to_pylist():
+        try:
+            rows = batch.to_pylist()
+        except UnicodeDecodeError as error:  # the format asks for UTF-8, but not every writer looks
+            raise DataError(_undecodable(file, number, batch)) from error
+        for values in rows:
             number += 1
-            yield Row(place=f"{file}, row {number}", number=number, values=values)
+            yield _row(f"{file}, row {number}", number, values)
+
+
+def _undecodable(file: Path, before: int, batch: RecordBatch) -> str:
+    """Names the first text of a batch that is no UTF-8; `before` rows stand before the batch."""
+    for index, (name, column) in itertools.product(
+        range(batch.num_rows), zip(batch.schema.names, batch.columns, strict=True)
+    ):
+        try:
+            column[index].as_py()
+        except UnicodeDecodeError as error:
+            return (
+                f"{file}, row {before + index + 1}, field {name!r}: no UTF-8 ({error.reason} at byte {error.start + 1})"
+            )
+    return f"{file}: no UTF-8 after row {before}"
 
 
 class AppendedLines:

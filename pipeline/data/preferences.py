@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
@@ -13,10 +13,16 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from pipeline.data.batching import stable_seed
-from pipeline.data.files import Row, read_hub_rows, read_rows
+from pipeline.data.files import Row, distinct, read_hub_rows, read_rows
 from pipeline.data.prompts import parse_messages
 from pipeline.errors import DataError
 from pipeline.records import Message, PreferencePair
+
+INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+"""Unicode's Default_Ignorable_Code_Point: zero-width characters, soft hyphens, marks of direction and variation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +53,10 @@ def read_pairs(
     pairs = [pair for source in sources for pair in adapt(_rows(source, hub), tuple(objectives), seed)]
     if not pairs:
         raise DataError(f"no preference pair in {', '.join(sources) or 'data.preferences = ()'}")
-    return pairs
+    # Publishers give one id to all pairs of a prompt, or one to all rows. What follows from an id, such as a flipped
+    # label, must not be the same for all of them.
+    identities = distinct(pair.id for pair in pairs)
+    return [replace(pair, id=identity) for pair, identity in zip(pairs, identities, strict=True)]
 
 
 def split_by_prompt(
@@ -100,8 +109,16 @@ def shared_prompts(left: Iterable[Sequence[Message]], right: Iterable[Sequence[M
 
 
 def normalised_prompt(messages: Sequence[Message]) -> str:
-    """Lower case, white space collapsed: the identity of a prompt for splitting and decontamination."""
-    return " ".join(" ".join(m["content"] for m in messages).lower().split())
+    """The identity of a prompt for splitting, decontamination and overlap; the text that is trained on stays as it is.
+
+    Lower case, white space collapsed, characters that show nothing removed, and composed (Unicode's NFC), since the
+    same word can be written with one accented letter or with a letter and an accent.
+    """
+    text = " ".join(m["content"] for m in messages)
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", INVISIBLE.sub("", text))
+    # Lowering may take a composed letter apart.
+    return " ".join(unicodedata.normalize("NFC", text.lower()).split())
 
 
 def take_pairs(pairs: Sequence[PreferencePair], max_pairs: int | None, seed: int) -> list[PreferencePair]:
@@ -128,7 +145,7 @@ def _from_pairs(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> 
     for row in rows:
         margin = row.values.get("margin")
         yield PreferencePair(
-            id=str(row.values.get("id", row.place)),
+            id=row.identity,
             prompt=parse_messages(row.values.get("prompt"), place=f"{row.place}, field 'prompt'"),
             chosen=_text(row, "chosen"),
             rejected=_text(row, "rejected"),
@@ -379,7 +396,7 @@ def _pair(
     row: Row, prompt: tuple[Message, ...], chosen: Annotated, rejected: Annotated, *, source: str
 ) -> PreferencePair:
     return PreferencePair(
-        id=_identity(row, prompt, source),
+        id=row.identity,
         prompt=prompt,
         chosen=chosen.response,
         rejected=rejected.response,
@@ -394,7 +411,7 @@ def _unrated_pair(
     row: Row, prompt: Sequence[Message], chosen: str, rejected: str, *, margin: float | None, source: str
 ) -> PreferencePair:
     return PreferencePair(
-        id=_identity(row, tuple(prompt), source),
+        id=row.identity,
         prompt=tuple(prompt),
         chosen=chosen,
         rejected=rejected,
@@ -403,11 +420,6 @@ def _unrated_pair(
         source=source,
         margin=margin,
     )
-
-
-def _identity(row: Row, prompt: tuple[Message, ...], source: str) -> str:
-    digest = hashlib.sha256(normalised_prompt(prompt).encode()).hexdigest()[:12]
-    return str(row.values.get("id", f"{source}-{digest}"))
 
 
 def _text(row: Row, field: str) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import tee
 from typing import TYPE_CHECKING, Any, get_args
 
 from pipeline.data.batching import step_indices
 from pipeline.data.chat import encode_prompt
-from pipeline.data.files import read_rows
+from pipeline.data.files import distinct, read_rows
 from pipeline.errors import DataError
 from pipeline.records import Message, Prompt, Role
 
@@ -57,13 +58,12 @@ def _is_turn(value: Any) -> bool:
 
 def read_prompts(files: Sequence[str]) -> Iterator[tuple[str, tuple[Message, ...]]]:
     """Streams (id, messages) of JSONL or Parquet files with a field `messages`, `prompt` or `instruction`."""
-    for file in files:
-        for row in read_rows(file):
-            field = next((name for name in PROMPT_FIELDS if row.values.get(name) is not None), None)
-            if field is None:
-                raise DataError(f"{row.place}: none of the fields {', '.join(PROMPT_FIELDS)} is there")
-            identity = str(row.values.get("id", f"{file}#{row.number}"))
-            yield identity, parse_messages(row.values[field], place=f"{row.place}, field {field!r}")
+    rows, again = tee(row for file in files for row in read_rows(file))
+    for row, identity in zip(rows, distinct(row.identity for row in again), strict=True):
+        field = next((name for name in PROMPT_FIELDS if row.values.get(name) is not None), None)
+        if field is None:
+            raise DataError(f"{row.place}: none of the fields {', '.join(PROMPT_FIELDS)} is there")
+        yield identity, parse_messages(row.values[field], place=f"{row.place}, field {field!r}")
 
 
 def tokenise_prompts(

@@ -1,4 +1,5 @@
 import json
+import unicodedata
 
 import pytest
 
@@ -37,6 +38,15 @@ def test_case_and_white_space_do_not_hide_a_repeated_prompt(tmp_path):
     assert example == SharedPrompt(
         evaluation=f"{tmp_path}/evaluation.jsonl, line 1", training_id="t0", shared="why is the sky blue?"
     )
+
+
+def test_unicode_forms_do_not_hide_a_repeated_prompt_or_an_overlap(tmp_path):
+    asked = "Where is the café in this town ?"
+    decomposed, marked = unicodedata.normalize("NFD", asked), asked.replace("café", "ca\u200bfé\ufeff")
+    assert counts(contamination(tmp_path, [asked], decomposed, marked)) == (1, 0, 2, 0)
+    accented = THIRTEEN.replace("seven", "säven")
+    found = contamination(tmp_path, [f"Count: {accented}."], unicodedata.normalize("NFD", f"say {accented} slowly"))
+    assert counts(found) == (0, 1, 0, 1)
 
 
 def test_thirteen_words_in_a_row_overlap_and_twelve_do_not(tmp_path):

@@ -82,6 +82,13 @@ def test_the_content_key_is_of_the_texts_alone(tmp_path):
     assert len(set(keys)) == 3
 
 
+def test_the_prompt_key_forgives_unicode_forms():
+    composed, decomposed, marked = (
+        ({"role": "user", "content": t},) for t in ("\u00e9t\u00e9", "e\u0301te\u0301", "\u00e9\u200bt\u00e9")
+    )
+    assert prompt_key(composed) == prompt_key(decomposed) == prompt_key(marked) != prompt_key(QUESTION)
+
+
 def test_the_prompt_key_forgives_case_and_white_space():
     assert prompt_key(QUESTION) == prompt_key([{"role": "user", "content": " Why  ?\n"}])
     assert prompt_key(QUESTION) != prompt_key([{"role": "user", "content": "why not ?"}])

@@ -1,4 +1,5 @@
 import json
+import unicodedata
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -92,6 +93,28 @@ def test_all_pairs_of_a_prompt_stand_on_one_side(tmp_path):
     assert len(training) + len(heldout) == 100
     assert shared_prompts((p.prompt for p in training), (p.prompt for p in heldout)) == 0
     assert shared_prompts((p.prompt for p in training), (p.prompt for p in training)) > 5
+
+
+def spellings(number):
+    """One prompt as two keyboards and a web page write it: composed, decomposed, with characters that show nothing."""
+    text = f"Où est le café numéro {number} ?"
+    return [
+        unicodedata.normalize("NFC", text),
+        unicodedata.normalize("NFD", text),
+        text.replace(" ", " \u200b").replace("fé", "f\u200d\u00ade\u0301") + "\ufeff",
+    ]
+
+
+def test_unicode_forms_are_one_prompt_for_the_split_and_stay_as_they_are_for_training(tmp_path):
+    texts = [text for number in range(60) for text in spellings(number)]
+    pairs = read(pairs_file(tmp_path, *(row(prompt=text) for text in texts)))
+    training, heldout = split_by_prompt(pairs, 0.2, seed=0)
+    assert len(training) % 3 == len(heldout) % 3 == 0
+    assert shared_prompts((p.prompt for p in training), (p.prompt for p in heldout)) == 0
+    assert [pair.prompt[0]["content"] for pair in pairs] == texts
+    composed, *others = ([pair.prompt for pair in pairs[start::3]] for start in range(3))
+    assert [shared_prompts(composed, other) for other in others] == [60, 60]
+    assert shared_prompts([({"role": "user", "content": "cafe"},)], [({"role": "user", "content": "café"},)]) == 0
 
 
 def test_an_empty_split_is_refused(tmp_path):

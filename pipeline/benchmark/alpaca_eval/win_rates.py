@@ -104,9 +104,10 @@ def read_gamed_rows(path: Path) -> tuple[GamedRows, list[float]]:
     Raises:
         DataError: a column or an instruction number is missing, or a cell is not a number.
     """
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
     try:
+        # "utf-8-sig": a byte-order mark, as spreadsheets write it, is no part of the first column's name.
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
         difficulty = {int(row["index"]): float(row["instruction_difficulty"]) for row in reversed(rows)}
         gamed = GamedRows(
             win_probabilities=[float(row["preference"] or "nan") for row in rows],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from pipeline.benchmark.judges.collect_outcomes import CollectedOutcomes
 from pipeline.benchmark.judges.judge import Judge, Judgment, Unanswered
+from pipeline.data.files import read_json
 from pipeline.errors import DataError
 
 
@@ -28,9 +28,9 @@ def read_price(path: Path, model: str) -> Price:
         DataError: the list cannot be read, or does not name the model.
     """
     try:
-        prices = json.loads(path.read_text())
+        prices = read_json(path)
         price = Price(prompt=float(prices[model]["prompt"]), completion=float(prices[model]["completion"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (DataError, OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} has no price for {model!r} ({error!r}). "
             f'Add {{"{model}": {{"prompt": 2.5, "completion": 10.0}}}}, per million tokens.'

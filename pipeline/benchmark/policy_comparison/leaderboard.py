@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.files import read_json
 from pipeline.errors import DataError
 
 
@@ -32,9 +32,9 @@ def read_scores(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
     by_benchmark: dict[str, dict[str, Any]] = {}
     for file in files:
         try:
-            scores = json.loads(file.read_text())
+            scores = read_json(file)
             benchmark, models = scores["benchmark"], scores["models"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (DataError, OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{file} holds no scores ({error!r}); give a file that score_benchmark wrote") from error
         if benchmark not in LEADERBOARD_COLUMNS or not isinstance(models, dict):
             raise DataError(f"{file} holds scores of {benchmark!r}, which has no column in the table")

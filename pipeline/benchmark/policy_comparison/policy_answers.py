@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from pipeline.benchmark.judges.judged_benchmark import answers_of_one_model
 from pipeline.benchmark.mt_bench.answers import read_mt_bench_answers
 from pipeline.benchmark.mt_bench.questions import mt_bench_question
 from pipeline.benchmark.scored_answers import read_scored_answers
-from pipeline.data.files import read_rows
+from pipeline.data.files import read_json, read_rows
 from pipeline.errors import DataError
 from pipeline.records import RewardScore
 
@@ -80,9 +79,9 @@ def read_questions(files: Sequence[Path]) -> Questions:
 
 def _planted_kinds(file: Path) -> dict[str, str]:
     try:
-        kinds = json.loads(file.read_text())["kinds"]
+        kinds = read_json(file)["kinds"]
         return {str(prompt_id): str(kind) for prompt_id, kind in kinds.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (DataError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{file} holds no kinds of prompts ({error!r}); give the planted.json of generate_benchmark"
         ) from error

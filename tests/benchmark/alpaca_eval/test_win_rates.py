@@ -1,3 +1,4 @@
+import codecs
 import csv
 import dataclasses
 import importlib
@@ -307,6 +308,17 @@ def test_gamed_rows_are_read_with_the_difficulty_of_each_instruction(tmp_path):
     assert by_index == [0.5, -1.0]
     assert gamed.length_differences == [-1.0, -0.5, 1.0, 2.0]
     assert gamed.win_probabilities == pytest.approx([0.7, math.nan, 0.2, 0.1], nan_ok=True)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
+    path = tmp_path / "df_gamed.csv"
+    header = "index,instruction_difficulty,preference,std_delta_len"
+    path.write_bytes(codecs.BOM_UTF8 + f"{header}\n0,0.5,0.7,1.0\n".encode())
+    gamed, by_index = read_gamed_rows(path)
+    assert (by_index, gamed.win_probabilities) == ([0.5], [0.7])
+    path.write_bytes(f"{header}\n0,0.5,0.7,\xff\n".encode("latin-1"))
+    with pytest.raises(DataError, match="is no df_gamed"):
+        read_gamed_rows(path)
 
 
 @pytest.mark.parametrize(

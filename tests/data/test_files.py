@@ -1,0 +1,153 @@
+"""Whatever reads rows reads them by one set of rules."""
+
+import codecs
+import json
+import re
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.data.decontamination import EvaluationPrompts
+from pipeline.data.evaluation_examples import read_examples
+from pipeline.data.files import read_json, read_rows
+from pipeline.data.preferences import read_pairs
+from pipeline.data.prompts import read_prompts
+from pipeline.data.run_data import with_flipped_labels
+from pipeline.errors import DataError
+
+OBJECTIVES = ("helpfulness",)
+PAIR = {"prompt": "why ?", "chosen": "because", "rejected": "no"}
+RATINGS = [{"helpfulness": 4}, {"helpfulness": 1}]
+TURNS = {side: f"\n\nHuman: why ?\n\nAssistant: {text}" for side, text in (("chosen", "because"), ("rejected", "no"))}
+
+READERS = {
+    **{
+        data_format: (lambda path, f=data_format: read_pairs([path], f, OBJECTIVES, hub=False, seed=0), row)
+        for data_format, row in {
+            "pairs": PAIR,
+            "helpsteer2": {"prompt": "why ?", "responses": ["because", "no"], "labels": RATINGS},
+            "ultrafeedback": PAIR,
+            "hh_rlhf": TURNS,
+            "webgpt": {**PAIR, "score": [1.0, -1.0]},
+            "pku_saferlhf": PAIR,
+        }.items()
+    },
+    "prompts": (lambda path: list(read_prompts([path])), {"prompt": "why ?"}),
+    "evaluation examples": (lambda path: list(read_examples([path])), PAIR),
+    "evaluation prompts": (lambda path: EvaluationPrompts([path]).prompts, {"prompt": "why ?"}),
+}
+
+every_reader = pytest.mark.parametrize(("read", "row"), READERS.values(), ids=READERS.keys())
+
+
+def lines(tmp_path, *rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    return str(path)
+
+
+def values(path):
+    return [row.values for row in read_rows(str(path))]
+
+
+def test_a_byte_order_mark_is_no_content(tmp_path):
+    one, two, three = tmp_path / "one.jsonl", tmp_path / "two.json", tmp_path / "joined.jsonl"
+    line = json.dumps(PAIR).encode() + b"\n"
+    one.write_bytes(codecs.BOM_UTF8 + line)
+    two.write_bytes(codecs.BOM_UTF8 + b"[" + line + b"]")
+    three.write_bytes(2 * (codecs.BOM_UTF8 + line))
+    assert values(one) == values(two) == [PAIR]
+    assert values(three) == [PAIR, PAIR]
+    assert read_json(two) == [PAIR]
+
+
+@pytest.mark.parametrize("no_identity", [None, "", float("nan"), "absent"])
+@pytest.mark.parametrize(
+    ("read", "row"),
+    [READERS[name] for name in READERS if name != "evaluation prompts"],  # these are their texts
+)
+def test_a_row_without_an_identity_is_known_by_its_place(tmp_path, read, row, no_identity):
+    again = {**row, "id": "7"}
+    path = lines(tmp_path, *2 * [row if no_identity == "absent" else {**row, "id": no_identity}], again)
+    identities = [item[0] if isinstance(item, tuple) else item.id for item in read(path)]
+    assert identities == [f"{path}, line 1", f"{path}, line 2", "7"]
+
+
+@pytest.mark.parametrize("identity", [{"id": None}, {"id": "constant"}, {}])
+def test_the_share_of_flipped_labels_is_the_one_asked_for(tmp_path, identity):
+    path = lines(tmp_path, *({**PAIR, "prompt": f"q {i}", **identity} for i in range(200)))
+    pairs = read_pairs([path], "pairs", OBJECTIVES, hub=False, seed=0)
+    assert len({pair.id for pair in pairs}) == 200
+    for seed in range(6):
+        flipped = sum(pair.chosen == "no" for pair in with_flipped_labels(pairs, 0.3, seed))
+        assert 40 <= flipped <= 80  # 60, three standard deviations of 6.5
+
+
+def test_prompts_that_share_an_identity_or_a_directory_are_told_apart(tmp_path):
+    for part in ("a", "b"):
+        (tmp_path / f"{part}.jsonl").write_text('{"prompt": "why ?"}\n{"prompt": "how ?", "id": "p"}\n')
+    identities = [identity for identity, _ in read_prompts([str(tmp_path)])]
+    assert identities == [f"{tmp_path}/a.jsonl, line 1", "p", f"{tmp_path}/b.jsonl, line 1", "p (2)"]
+
+
+TWICE = '"note": {"a": 1, "b": 2, "a": 3}'
+
+
+@every_reader
+def test_a_key_twice_in_one_object_is_refused(tmp_path, read, row):
+    assert len(read(lines(tmp_path, row))) == 1
+    repeated = json.dumps(row).replace("{", f'{{"{next(iter(row))}": "other", ', 1)
+    with pytest.raises(DataError, match=rf"rows\.jsonl, line 2: the key '{next(iter(row))}' stands 2 times"):
+        read(lines(tmp_path, row, repeated))
+    with pytest.raises(DataError, match=r"line 1: the key 'a' stands 2 times in one object\. Keep one"):
+        read(lines(tmp_path, json.dumps(row)[:-1] + f", {TWICE}}}"))
+
+
+def test_a_key_twice_is_named_in_a_list_and_in_a_single_value(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(f'[{{"prompt": "why ?"}},\n{{{TWICE}}}]')
+    with pytest.raises(DataError, match=r"row 2 \(line 2\): the key 'a' stands 2 times"):
+        values(path)
+    with pytest.raises(DataError, match=r"rows\.json: the key 'a' stands 2 times"):
+        read_json(path)
+
+
+@every_reader
+def test_half_a_surrogate_pair_is_named_by_line_and_field(tmp_path, read, row):
+    field = next(name for name, value in row.items() if isinstance(value, str))
+    cut = {**row, field: row[field] + "\ud83d"}
+    letter = (
+        rf"rows\.jsonl, line 2, field '{field}': character {len(row[field]) + 1} is half a surrogate pair \('\\ud83d'"
+    )
+    with pytest.raises(DataError, match=letter):
+        read(lines(tmp_path, row, cut))
+    # A whole emoji is written as two halves that follow each other.
+    assert len(read(lines(tmp_path, {**row, field: row[field] + "\ud83d\ude00"}))) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"prompt": [{"role": "user", "content": "cut \ud83d"}]}, "prompt.content"),
+        ({"scores_chosen": {"\ude00": 1}}, "scores_chosen.\ude00"),
+    ],
+)
+def test_half_a_surrogate_pair_is_found_in_turns_and_in_keys(tmp_path, changes, field):
+    row = {**PAIR, **changes}
+    with pytest.raises(DataError, match=re.escape(f"line 1, field {field!r}: character")):
+        values(lines(tmp_path, row))
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([row]))
+    with pytest.raises(DataError, match=re.escape(f"row 1 (line 1), field {field!r}: character")):
+        values(path)
+    with pytest.raises(DataError, match=re.escape(f"rows.json, field {field!r}: character")):
+        read_json(path)
+
+
+def test_bytes_that_are_no_text_in_parquet_are_named_by_row_and_field(tmp_path):
+    path = tmp_path / "rows.parquet"
+    half = pa.array([b"fine", b"cut \xed\xa0\xbd"]).view(pa.string())  # "\ud83d" as some writers encode it
+    pq.write_table(pa.table({"prompt": ["a", "b"], "chosen": half}), path)
+    with pytest.raises(DataError, match=r"rows\.parquet, row 2, field 'chosen': no UTF-8 \(.* at byte 5\)"):
+        values(path)
