@@ -1,6 +1,7 @@
 """The table and the file of a judge's verdicts."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -114,6 +115,15 @@ def test_alpaca_eval_files_that_do_not_make_one_table_are_refused(tmp_path, mode
     files = [annotations_of(tmp_path / "1.json", "a", "gpt-4"), annotations_of(tmp_path / "2.json", model, baseline)]
     with pytest.raises(DataError, match=message):
         score_benchmark(parse(["--benchmark", "alpaca_eval", "--judgments", *files, "--out", str(tmp_path / "scores")]))
+
+
+def test_an_alpaca_eval_file_counts_once_however_it_is_named(tmp_path):
+    file, link = annotations_of(tmp_path / "1.json", "a", "gpt-4"), tmp_path / "link.json"
+    link.symlink_to(file)
+    for again in (file, os.path.relpath(file), str(link)):
+        options = parse(["--benchmark", "alpaca_eval", "--judgments", file, again, "--out", str(tmp_path / "scores")])
+        with pytest.raises(DataError, match="'a' is judged in a file before it"):
+            score_benchmark(options)
 
 
 def test_the_same_judgments_give_the_same_file(tmp_path):

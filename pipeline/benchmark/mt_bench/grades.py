@@ -123,18 +123,21 @@ def read_grades(files: Sequence[str]) -> list[TurnGrade]:
     """The grades in files model_judgment/<judge>_single.jsonl.
 
     Raises:
-        DataError: a row is not a grade, or a turn is graded twice. Names file, line and field.
+        DataError: a row is not a grade; or a turn is graded twice, also where a file is named twice. Names file, line
+            and field.
     """
     grades = []
     places: dict[tuple[str, int, int], str] = {}
     for row in (row for file in files for row in read_rows(file)):
         grade = _turn_grade(row)
-        place = places.setdefault((grade.model, grade.question_id, grade.turn), row.place)
-        if place != row.place:
+        graded = (grade.model, grade.question_id, grade.turn)
+        if graded in places:
             raise DataError(
                 f"{row.place}: turn {grade.turn} of question {grade.question_id} by {grade.model!r} is graded "
-                f"again, as in {place}. Keep one: grades of two judges are two tables."
+                f"again, as in {places[graded]}. Keep one, and name each file once: grades of two judges are two "
+                "tables."
             )
+        places[graded] = row.place
         grades.append(grade)
     return grades
 

@@ -1,4 +1,5 @@
 import json
+import os
 import types
 
 import pyarrow.parquet as pq
@@ -220,3 +221,12 @@ def test_a_turn_graded_twice_is_named_by_both_lines(tmp_path):
     (tmp_path / "j.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match=r"j.jsonl, line 2: turn 1 of question 81 by 'm' is graded again.*line 1"):
         read_grades([str(tmp_path / "j.jsonl")])
+
+
+def test_a_grade_counts_once_however_its_file_is_named(tmp_path):
+    file, link = tmp_path / "j.jsonl", tmp_path / "link.jsonl"
+    file.write_text(json.dumps(GOOD))
+    link.symlink_to(file)
+    for again in (str(file), os.path.relpath(file), str(link)):
+        with pytest.raises(DataError, match=r"line 1: turn 1 of question 81 by 'm' is graded again, as in .*line 1"):
+            read_grades([str(file), again])
