@@ -60,12 +60,14 @@ def test_mt_bench_shows_turns_and_categories(tmp_path):
     grades = [(81, 1, 8), (81, 2, 6), (101, 1, 1), (102, 1, -1)]
     rows = [{**common, "question_id": q, "turn": turn, "score": s} for q, turn, s in grades]
     table = score_benchmark(parse(arguments(tmp_path, "mt_bench", jsonl(tmp_path / "j.jsonl", rows))))
-    header, line = table.splitlines()
+    header, line, note = table.splitlines()
+    assert note.startswith("A judgment without a verdict (null, NaN, MT-Bench's -1, an unknown label) counts as failed")
     assert header.split()[-3:] == ["humanities", "turns", "failed"]
     # model, average, its interval, turn 1, turn 2, writing, reasoning; the other categories are empty.
     assert line.split() == ["m", "5.00", "[1.00,", "7.00]", "4.50", "6.00", "7.00", "1.00", "4", "1"]
     metrics = json.loads((tmp_path / "scores" / "mt_bench.json").read_text())
     assert metrics["models"]["m"]["failures"] == 1
+    assert metrics["verdict_rule"] == note
     assert metrics["judges"] == ["gpt-4"]
 
 
