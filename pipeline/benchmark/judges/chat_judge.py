@@ -12,8 +12,16 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
+import numpy as np
 
-from pipeline.benchmark.judges.judge import JudgeOutcome, JudgeRequest, Judgment, RecordOutcome, Unanswered
+from pipeline.benchmark.judges.judge import (
+    LARGEST_LOGPROB,
+    JudgeOutcome,
+    JudgeRequest,
+    Judgment,
+    RecordOutcome,
+    Unanswered,
+)
 from pipeline.errors import ConfigError, PipelineError, WorkerError
 
 CONNECT_TIMEOUT_S = 10.0
@@ -240,8 +248,15 @@ def _judgment(response: httpx.Response) -> Judgment:
 
 
 def _first_token_logprobs(logprobs: Mapping[str, Any] | None) -> dict[str, float]:
+    """The alternatives to the first token. Several tokens may read the same; then their probabilities are added."""
     content = (logprobs or {}).get("content") or []
-    return {top["token"]: float(top["logprob"]) for top in content[0]["top_logprobs"]} if content else {}
+    sums: dict[str, float] = {}
+    for top in content[0]["top_logprobs"] if content else ():
+        token, logprob = top["token"], float(top["logprob"])
+        if not logprob <= LARGEST_LOGPROB:
+            raise ValueError(f"{logprob} is no log-probability")
+        sums[token] = float(np.logaddexp(sums[token], logprob)) if token in sums else logprob
+    return sums
 
 
 def _retry_after_s(headers: httpx.Headers) -> float:

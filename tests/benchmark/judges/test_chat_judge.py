@@ -1,12 +1,14 @@
 """The chat-completions judge against a real HTTP server that misbehaves."""
 
 import json
+import math
 import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
 
+from pipeline.benchmark.alpaca_eval.judging import parse_identifier, shown_preference
 from pipeline.benchmark.judges.chat_judge import FAILURES_IN_A_ROW, ChatJudge, ChatLimits
 from pipeline.benchmark.judges.judge import JudgeRequest, JudgeSampling, Judgment, Unanswered
 from pipeline.errors import ConfigError, WorkerError
@@ -248,3 +250,26 @@ def test_a_redirect_is_not_followed_with_the_key():
     ):
         outcomes_of(server, [ask("a")], api_key="sk-secret")
     assert len(server.seen) == 1
+
+
+def test_the_probabilities_of_tokens_that_read_the_same_are_added():
+    tops = [{"token": "m", "logprob": -0.1}, {"token": "M", "logprob": -3.0}, {"token": "m", "logprob": -9.0}]
+    choice = {"message": {"content": "m"}, "logprobs": {"content": [{"token": "m", "top_logprobs": tops}]}}
+    with judge_server(lambda body, n: (200, {}, json.dumps({"choices": [choice]}).encode())) as server:
+        [judgment] = outcomes_of(server, [ask("which ?", LABELS)])
+    # p(m) = e^-0.1 + e^-9 = 0.904837 + 0.000123 = 0.904961, p(M) = e^-3 = 0.049787, p(m) / (p(m) + p(M)) = 0.947853.
+    # The last entry alone would be p(m) = 0.000123, and 0.002473 for the share: the other verdict.
+    assert judgment.first_token_logprobs == pytest.approx({"m": math.log(0.904961), "M": -3.0}, abs=1e-6)
+    shown = shown_preference(judgment, parse_identifier)
+    assert shown == pytest.approx(2 - 0.947853, abs=1e-6)
+    assert 3 - shown == pytest.approx(1.948, abs=5e-4)  # the model's answer was shown first
+
+
+@pytest.mark.parametrize("value", [float("nan"), 3.0])
+def test_an_answer_without_real_log_probabilities_is_asked_for_again(value):
+    def answer(body, n):
+        return completion("m", logprobs={"m": value if n == 0 else -0.5})
+
+    with judge_server(answer) as server:
+        [judgment] = outcomes_of(server, [ask("which ?", LABELS)])
+    assert (judgment.first_token_logprobs, len(server.seen)) == ({"m": -0.5}, 2)
