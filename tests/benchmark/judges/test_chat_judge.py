@@ -273,3 +273,66 @@ def test_an_answer_without_real_log_probabilities_is_asked_for_again(value):
     with judge_server(answer) as server:
         [judgment] = outcomes_of(server, [ask("which ?", LABELS)])
     assert (judgment.first_token_logprobs, len(server.seen)) == ({"m": -0.5}, 2)
+
+
+def ok_with(**body):
+    return 200, {}, json.dumps(body).encode()
+
+
+def error_of_a_choice(error):
+    return ok_with(choices=[{"message": {"role": "assistant", "content": ""}, "error": error}])
+
+
+@pytest.mark.parametrize("answer", [lambda error: ok_with(error=error), error_of_a_choice])
+@pytest.mark.parametrize(
+    ("error", "reason", "times"),
+    [
+        ({"code": 502, "message": "upstream is\n overloaded"}, "HTTP 200 with an error: upstream is overloaded", 3),
+        ({"message": "try later"}, "HTTP 200 with an error: try later", 3),
+        ("plain words", "HTTP 200 with an error: plain words", 3),
+        ({"code": 400, "message": "context too long"}, 'HTTP 400: {"code": 400, "message": "context too long"}', 1),
+    ],
+)
+def test_an_error_inside_an_http_200_keeps_the_providers_words(answer, error, reason, times):
+    with judge_server(lambda body, n: answer(error)) as server:
+        limits = ChatLimits(attempts=3, first_wait_s=0.01)
+        assert outcomes_of(server, [ask("a")], limits=limits) == [Unanswered(reason=reason)]
+    assert len(server.seen) == times
+
+
+def test_an_error_inside_an_http_200_ends_the_run_as_its_code_does():
+    with (
+        judge_server(lambda body, n: ok_with(error={"code": 401, "message": "bad key sk-secret"})) as server,
+        pytest.raises(ConfigError, match=r"the key was refused .*bad key \*\*\*"),
+    ):
+        outcomes_of(server, [ask("a")], api_key="sk-secret")
+    assert len(server.seen) == 1
+    with (
+        judge_server(lambda body, n: ok_with(error={"code": "insufficient_quota"})) as server,
+        pytest.raises(WorkerError, match="no credit"),
+    ):
+        outcomes_of(server, [ask("a")])
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"content": [{"type": "text", "text": "[[A"}, {"type": "text", "text": ">B]]"}]}, "[[A>B]]"),
+        ({"content": [{"type": "thinking", "thinking": "[[B>A]] ?"}, {"type": "text", "text": "[[A>B]]"}]}, "[[A>B]]"),
+        ({"content": [{"type": "refusal", "refusal": "I will not."}]}, "I will not."),
+        ({"content": None, "refusal": "I will not."}, "I will not."),
+    ],
+)
+def test_the_words_of_an_answer_are_read_from_its_parts(message, text):
+    with judge_server(lambda body, n: ok_with(choices=[{"message": message}])) as server:
+        [judgment] = outcomes_of(server, [ask("a")])
+    assert (judgment.text, len(server.seen)) == (text, 1)
+
+
+def test_parts_without_words_are_asked_for_again():
+    def answer(body, n):
+        return ok_with(choices=[{"message": {"content": [{"type": "image"}]}}]) if n == 0 else completion("ok")
+
+    with judge_server(answer) as server:
+        [judgment] = outcomes_of(server, [ask("a")])
+    assert (judgment.text, len(server.seen)) == ("ok", 2)
