@@ -27,6 +27,7 @@ from pipeline.benchmark.arena_hard.games import ARENA_HARD_BASELINE, read_games
 from pipeline.benchmark.arena_hard.style_control import style_controlled_win_rates
 from pipeline.benchmark.arena_hard.win_rates import bradley_terry_win_rates
 from pipeline.benchmark.mt_bench import grades as mt_bench
+from pipeline.benchmark.verdict_number import VERDICT_RULE
 from pipeline.data.files import content_fingerprint
 from pipeline.errors import DataError
 
@@ -40,6 +41,8 @@ class Scored:
     rows: list[tuple[str, ...]]
     notes: list[str]
     """What to know of the numbers, to stand below them."""
+    num_failed: int
+    """Judgments and games without a verdict, of all models."""
 
 
 def score_arena_hard(options: argparse.Namespace) -> Scored:
@@ -76,7 +79,13 @@ def score_arena_hard(options: argparse.Namespace) -> Scored:
         "style_control": {name: asdict(control) for name, control in controlled.items()},
     }
     ranked = sorted(columns, key=lambda model: -models[model]["win_rate"])
-    return Scored(metrics=metrics, header=tuple(header), rows=[(model, *columns[model]) for model in ranked], notes=[])
+    return Scored(
+        metrics=metrics,
+        header=tuple(header),
+        rows=[(model, *columns[model]) for model in ranked],
+        notes=[],
+        num_failed=sum(games.failures.values()),
+    )
 
 
 def score_mt_bench(options: argparse.Namespace) -> Scored:
@@ -105,6 +114,7 @@ def score_mt_bench(options: argparse.Namespace) -> Scored:
         ),
         rows=rows,
         notes=[],
+        num_failed=int(sum(m["failures"] for m in models.values())),
     )
 
 
@@ -146,6 +156,7 @@ def score_alpaca_eval(options: argparse.Namespace) -> Scored:
         header=("model", "win rate", "SE", "discrete", "length-controlled", "", "instructions", "unparsed"),
         rows=sorted(rows, key=lambda row: -models[row[0]]["length_controlled_winrate"]),
         notes=sorted({note for m in models.values() for note in m["notes"]}),
+        num_failed=sum(m["n_unparsed"] for m in models.values()),
     )
 
 
@@ -163,10 +174,18 @@ def score_benchmark(options: argparse.Namespace) -> str:
         file: content_fingerprint(file)
         for file in (*options.judgments, *(options.answers or ()), *_given(options.gamed))
     }
-    metrics = {"benchmark": options.benchmark, **scored.metrics, "seed": options.seed, "inputs": inputs}
+    metrics = {
+        "benchmark": options.benchmark,
+        **scored.metrics,
+        "verdict_rule": VERDICT_RULE,
+        "seed": options.seed,
+        "inputs": inputs,
+    }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"{options.benchmark}.json").write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
-    return "\n".join([as_table(scored.header, scored.rows), *scored.notes])
+    return "\n".join(
+        [as_table(scored.header, scored.rows), *scored.notes, *([VERDICT_RULE] if scored.num_failed else [])]
+    )
 
 
 def as_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

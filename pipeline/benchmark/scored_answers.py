@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def read_scored_answers(path: Path) -> list[Answer]:
     """Reads the answers that `write_scored_answers` wrote.
 
     Raises:
-        DataError: the file is not a JSON list, or a row lacks a field.
+        DataError: the file is not a JSON list, a row lacks a field, or a reward is not a finite number.
     """
     try:
         rows = read_json(path)
@@ -53,18 +54,26 @@ def read_scored_answers(path: Path) -> list[Answer]:
                 output=row["output"],
                 generator=row["generator"],
                 score=RewardScore(
-                    mean=row["reward_mean"],
-                    std=row["reward_std"],
+                    mean=_finite(row, "reward_mean"),
+                    std=_finite(row, "reward_std"),
                     objective_weights=_numbered(row, WEIGHT_PREFIX),
                     objective_scores=_numbered(row, SCORE_PREFIX),
-                    concentration=row["reward_concentration"],
+                    concentration=_finite(row, "reward_concentration"),
                 ),
             )
             for row in rows
         ]
-    except (DataError, KeyError, TypeError) as error:
+    except (DataError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} holds no scored answers: {error!r}") from error
 
 
 def _numbered(row: Mapping[str, Any], prefix: str) -> tuple[float, ...]:
-    return tuple(row[f"{prefix}{k}"] for k in range(sum(name.startswith(prefix) for name in row)))
+    return tuple(_finite(row, f"{prefix}{k}") for k in range(sum(name.startswith(prefix) for name in row)))
+
+
+def _finite(row: Mapping[str, Any], field: str) -> float:
+    """The value of a field. A NaN would make every comparison with it a tie."""
+    value = row[field]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{field!r} of the answer to {row['instruction']!r:.60} is {value!r:.40}, no finite number")
+    return value

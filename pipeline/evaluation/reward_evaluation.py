@@ -185,11 +185,15 @@ def survey(comparisons: Iterable[EvaluationExample], benchmark: str) -> Survey:
     """Reads every row once, so that a bad row is found before a model is loaded.
 
     Raises:
-        DataError: the benchmark cannot use a row, there are no rows, or none of its subsets is there.
+        DataError: the benchmark cannot use a row, there are no rows, none of its subsets is there, or an id pairs
+            two rows of Ties with one.
     """
     content_key, prompt_key, subsets = array("Q"), array("Q"), set()
+    ties: dict[tuple[str, int], str] = {}
     for row in comparisons:
         _require_fit(row, benchmark)
+        if benchmark == "rewardbench2":
+            _require_new_ties_id(row, ties)
         content_key.append(key_number(row.content_key))
         prompt_key.append(key_number(row.prompt_key))
         subsets.add(row.subset)
@@ -215,6 +219,16 @@ def _require_fit(row: EvaluationExample, benchmark: str) -> None:
             f"{row.place}: {len(row.chosen)} chosen and {len(row.rejected)} rejected responses in subset "
             f"{row.subset!r}, but the benchmark {benchmark!r} takes {REWARD_BENCHMARKS[benchmark].responses}. {hint}"
         )
+
+
+def _require_new_ties_id(row: EvaluationExample, places: dict[tuple[str, int], str]) -> None:
+    """Refuses a second row of an id, which would silently take the first one's part in its pair."""
+    number = ties_number(row.id) if row.subset == TIES else None
+    if number is None:
+        return
+    if number in places:
+        raise DataError(f"{row.place}: the id {row.id!r} of {TIES} is there already, in {places[number]}. Keep one.")
+    places[number] = row.place
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -143,7 +143,7 @@ def ties_statistic(
         A statistic with the single metric "Ties".
 
     Raises:
-        DataError: an id has another form.
+        DataError: an id has another form, or occurs twice.
     """
     margin = np.array([min(good) - max(bad) for good, bad in zip(correct, incorrect, strict=True)])
     spread = np.array([max(good) - min(good) if len(good) > 1 else np.nan for good in correct])
@@ -152,6 +152,8 @@ def ties_statistic(
         number = ties_number(identity)
         if number is None:
             raise DataError(f"the Ties row {identity!r} must be named ref:<n> or tied:<n>, or nothing pairs the rows")
+        if number in numbers:
+            raise DataError(f"the Ties row {identity!r} is there twice, so its pair is not known. Keep one.")
         numbers.append(number)
     is_ref = np.array([kind == "ref" for kind, _ in numbers], dtype=bool)
     ref_margin = {n: m for (kind, n), m in zip(numbers, margin, strict=True) if kind == "ref"}

@@ -175,6 +175,8 @@ def _as_json(row: EvaluationExample, response: str, score: RewardScore) -> dict[
 
 
 def _response(values: dict[str, Any]) -> RewardedResponse:
+    if isinstance(values["mean"], bool) or not math.isfinite(values["mean"]):
+        raise ValueError(f"the reward {values['mean']!r:.40} is no finite number")
     return RewardedResponse(reward=float(values["mean"]), characters=int(values["characters"]))
 
 

@@ -263,3 +263,19 @@ def test_length_alone_is_worse_than_a_coin_on_the_adversarial_pairs_of_llmbar():
     assert evaluation.diagnostics["length_correlation"].value == pytest.approx(1.0)
     assert evaluation.diagnostics["prefers_longer"].value == 1.0
     assert math.isclose(evaluation.subsets["llmbar-natural"]["rows"], 64)
+
+
+TIES_PAIR = (("ref:1", ["sky"]), ("tied:1", ["red", "blue"]))
+
+
+@pytest.mark.parametrize("identity", ["ref:1", "tied:1", "ref:01"])
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_repeated_id_of_ties_is_refused_in_every_order(identity, place, tmp_path):
+    rows = [{"id": name, "subset": "Ties", "prompt": name, "chosen": c, "rejected": ["cat"]} for name, c in TIES_PAIR]
+    rows.insert(place, rows[0] | {"id": identity, "prompt": "again", "chosen": ["a chosen one"]})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(
+        DataError, match=r"rows.jsonl, line [23]: the id '(ref|tied):0?1' of Ties .* line [12]\. Keep one"
+    ):
+        survey(read_examples([str(path)], subset_field="subset"), "rewardbench2")

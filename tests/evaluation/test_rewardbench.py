@@ -147,3 +147,8 @@ def test_domains_weigh_the_same_and_safety_is_the_mean_of_its_halves():
 def test_a_row_without_three_styles_is_refused():
     with pytest.raises(ShapeError, match="compares 3 with 3 responses"):
         style_wins(np.ones((2, 2)), np.ones((2, 2)))
+
+
+def test_a_ties_row_that_is_there_twice_is_refused():
+    with pytest.raises(DataError, match="the Ties row 'ref:01' is there twice"):
+        ties_score(["ref:1", "tied:1", "ref:01"], [[1.0]] * 3, [[0.0]] * 3)

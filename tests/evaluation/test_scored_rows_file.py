@@ -225,3 +225,14 @@ def test_rows_of_two_models_in_one_file_are_refused(tmp_path):
     both.write_text((tmp_path / "a.jsonl").read_text() + (tmp_path / "b.jsonl").read_text())
     with pytest.raises(DataError, match="rows of 2 models"):
         read_scored_rows(both)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, True])
+def test_a_row_whose_reward_is_no_finite_number_is_named(value, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    score([comparison(1), comparison(2)], path)
+    first, second = (json.loads(line) for line in path.read_text().splitlines())
+    second["rejected"][0]["mean"] = value
+    path.write_text("".join(json.dumps(row) + "\n" for row in (first, second)))
+    with pytest.raises(DataError, match=r"rows.jsonl, line 2: not a scored row .* is no finite number"):
+        read_scored_rows(path)

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 
@@ -47,4 +48,15 @@ def test_a_file_without_answers_is_refused(text, tmp_path):
     path = tmp_path / "model_outputs.json"
     path.write_text(text)
     with pytest.raises(DataError, match="holds no scored answers"):
+        read_scored_answers(path)
+
+
+@pytest.mark.parametrize("field", ["reward_mean", "reward_std", "objective_score_1"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, True, "1"])
+def test_an_answer_without_a_finite_reward_is_refused(field, value, tmp_path):
+    path = tmp_path / "model_outputs.json"
+    write_scored_answers(path, [answer("because")], dataset="tiny")
+    [row] = json.loads(path.read_text())
+    path.write_text(json.dumps([row | {field: value}]))
+    with pytest.raises(DataError, match=f"{field}.*'why \\?' is .*, no finite number"):
         read_scored_answers(path)

@@ -184,6 +184,23 @@ def test_unanswered_requests_end_with_1_and_alone_are_asked_again(alpaca, monkey
     assert all(row["preference"] is not None for row in rows_of(alpaca))
 
 
+def test_half_an_emoji_leaves_one_row_without_a_verdict_in_each_run(alpaca):
+    def answer(body, n):
+        is_kite = body["messages"][0]["content"].startswith("explain the kite ?")
+        return completion("\ud83d" if is_kite else "m", logprobs={"m": -0.1, "M": -2.0})
+
+    with judge_server(answer) as server:
+        for asked in (12, 1):
+            account = judge_benchmark(parse([*alpaca, *endpoint(server)]))
+            assert account.asked == asked
+            assert list(account.unanswered.values()) == [1]
+            [row] = [row for row in rows_of(alpaca) if row["preference"] is None]
+            assert (row["instruction"], row["failure"][:34]) == (
+                "explain the kite ?",
+                "the judge's answer is no Unicode t",
+            )
+
+
 def test_the_summary_says_who_judged_what_with_which_prompt_and_for_how_much(alpaca, tmp_path, monkeypatch):
     monkeypatch.delenv(KEY, raising=False)
     prices = write(tmp_path / "prices.json", {"gpt-x": {"prompt": 10, "completion": 30}})

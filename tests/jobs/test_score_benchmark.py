@@ -1,6 +1,7 @@
 """The table and the file of a judge's verdicts."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -59,12 +60,14 @@ def test_mt_bench_shows_turns_and_categories(tmp_path):
     grades = [(81, 1, 8), (81, 2, 6), (101, 1, 1), (102, 1, -1)]
     rows = [{**common, "question_id": q, "turn": turn, "score": s} for q, turn, s in grades]
     table = score_benchmark(parse(arguments(tmp_path, "mt_bench", jsonl(tmp_path / "j.jsonl", rows))))
-    header, line = table.splitlines()
+    header, line, note = table.splitlines()
+    assert note.startswith("A judgment without a verdict (null, NaN, MT-Bench's -1, an unknown label) counts as failed")
     assert header.split()[-3:] == ["humanities", "turns", "failed"]
     # model, average, its interval, turn 1, turn 2, writing, reasoning; the other categories are empty.
     assert line.split() == ["m", "5.00", "[1.00,", "7.00]", "4.50", "6.00", "7.00", "1.00", "4", "1"]
     metrics = json.loads((tmp_path / "scores" / "mt_bench.json").read_text())
     assert metrics["models"]["m"]["failures"] == 1
+    assert metrics["verdict_rule"] == note
     assert metrics["judges"] == ["gpt-4"]
 
 
@@ -114,6 +117,15 @@ def test_alpaca_eval_files_that_do_not_make_one_table_are_refused(tmp_path, mode
     files = [annotations_of(tmp_path / "1.json", "a", "gpt-4"), annotations_of(tmp_path / "2.json", model, baseline)]
     with pytest.raises(DataError, match=message):
         score_benchmark(parse(["--benchmark", "alpaca_eval", "--judgments", *files, "--out", str(tmp_path / "scores")]))
+
+
+def test_an_alpaca_eval_file_counts_once_however_it_is_named(tmp_path):
+    file, link = annotations_of(tmp_path / "1.json", "a", "gpt-4"), tmp_path / "link.json"
+    link.symlink_to(file)
+    for again in (file, os.path.relpath(file), str(link)):
+        options = parse(["--benchmark", "alpaca_eval", "--judgments", file, again, "--out", str(tmp_path / "scores")])
+        with pytest.raises(DataError, match="'a' is judged in a file before it"):
+            score_benchmark(options)
 
 
 def test_the_same_judgments_give_the_same_file(tmp_path):

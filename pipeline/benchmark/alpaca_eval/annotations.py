@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.benchmark.verdict_number import read_verdict_number
 from pipeline.data.files import Row, read_rows
 from pipeline.errors import DataError, ShapeError
 
@@ -95,13 +96,10 @@ def _compared_models(row: Row) -> tuple[str, str, str]:
 
 
 def _preference(row: Row) -> float | None:
-    """The preference of a row; None or NaN where the judge's verdict could not be parsed."""
-    if row.values.get("preference", "") is None:
-        return None
-    value = float(row.require("preference", (int, float)))
-    if value == 0.0 or 1.0 <= value <= 2.0 or math.isnan(value):
-        return value
-    raise DataError(f"{row.place}, field 'preference': {value:g} is not in [1, 2]. Add 1 to win probabilities.")
+    """The preference of a row, or 0 for an old draw; None where the judge's verdict could not be parsed."""
+    return read_verdict_number(
+        row, "preference", lowest=1.0, highest=2.0, marks=(0.0,), remedy="Add 1 to win probabilities."
+    )
 
 
 def preferences_as_probabilities(preferences: Sequence[float | None]) -> np.ndarray:

@@ -102,7 +102,8 @@ def read_gamed_rows(path: Path) -> tuple[GamedRows, list[float]]:
     """`df_gamed.csv` of the data set tatsu-lab/alpaca_eval: the rows, and the difficulties of instructions 0, 1, ...
 
     Raises:
-        DataError: a column or an instruction number is missing, or a cell is not a number.
+        DataError: a column or an instruction number is missing, or a cell is not a number or out of its range. Names
+            the line of such a cell.
     """
     try:
         # "utf-8-sig": a byte-order mark, as spreadsheets write it, is no part of the first column's name.
@@ -114,9 +115,17 @@ def read_gamed_rows(path: Path) -> tuple[GamedRows, list[float]]:
             length_differences=[float(row["std_delta_len"]) for row in rows],
             difficulty=[float(row["instruction_difficulty"]) for row in rows],
         )
-        return gamed, [difficulty[index] for index in range(len(difficulty))]
+        by_index = [difficulty[index] for index in range(len(difficulty))]
     except (KeyError, ValueError) as error:
         raise DataError(f"{path} is no df_gamed.csv of AlpacaEval: {error!r}") from error
+    columns = (gamed.win_probabilities, gamed.length_differences, gamed.difficulty)
+    for line, (p, *finite) in enumerate(zip(*columns, strict=True), start=2):
+        if not (math.isnan(p) or 0.0 <= p <= 1.0) or not all(map(math.isfinite, finite)):
+            raise DataError(
+                f"{path}, line {line}: preference {p:g} is not in [0, 1], or one of std_delta_len and "
+                f"instruction_difficulty is not finite ({', '.join(f'{value:g}' for value in finite)})"
+            )
+    return gamed, by_index
 
 
 class Coefficients(NamedTuple):

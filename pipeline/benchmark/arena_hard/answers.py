@@ -124,7 +124,7 @@ def _answer(row: Row) -> ArenaAnswer:
             f"{row.place}: no answer with its number of tokens ({error!r}). Give choices[0].turns[0].content with "
             "conv_metadata.token_len, or messages[-1].content.answer with metadata.token_len."
         ) from error
-    if not isinstance(output, str) or not isinstance(num_tokens, int):
+    if not isinstance(output, str) or not isinstance(num_tokens, int) or isinstance(num_tokens, bool):
         raise DataError(f"{row.place}: {output!r:.40} is no answer, or {num_tokens!r:.40} no number of tokens")
     return ArenaAnswer(
         question_id=question_id_of(row),

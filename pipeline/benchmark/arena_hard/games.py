@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pipeline.benchmark.arena_hard.answers import question_id_of
 from pipeline.benchmark.arena_hard.battles import Battle, GamePair, Rules, count_failures, to_battles
-from pipeline.data.files import Row, read_rows
+from pipeline.data.files import Row, content_fingerprint, read_rows
 from pipeline.errors import DataError
 
 ARENA_HARD_BASELINE = "gpt-4-0314"
@@ -35,28 +35,43 @@ def read_games(files: Sequence[str], *, baseline: str) -> Games:
     winner}, and repeats a clear win three times.
 
     Raises:
-        DataError: a judgment was made against another baseline, or occurs twice. Names file, line and field.
+        DataError: a judgment was made against another baseline or occurs twice, also where a file is named twice; or
+            two battle files are equal. Names file, line and field.
     """
     battles: list[Battle] = []
     judges: set[str] = set()
     failures: Counter[str] = Counter()
     places: dict[tuple[str, str], str] = {}
-    for row in (row for file in files for row in read_rows(file)):
+    battle_files: dict[int, str] = {}
+    for n, row in ((n, row) for n, file in enumerate(files) for row in read_rows(file)):
         if "winner" in row.values:
+            battle_files[n] = files[n]
             battles.append(_battle(row))
             continue
         rules: Rules = "v2" if "uid" in row.values else "v0.1"
         pair = _game_pair(row, baseline)
-        place = places.setdefault((pair.model, pair.question_id), row.place)
-        if place != row.place:
+        judged = (pair.model, pair.question_id)
+        if judged in places:
             raise DataError(
-                f"{row.place}: {pair.model!r} is judged on question {pair.question_id} again, as in {place}. "
-                "Keep one: judgments of two judges are two tables."
+                f"{row.place}: {pair.model!r} is judged on question {pair.question_id} again, as in {places[judged]}. "
+                "Keep one, and name each file once: judgments of two judges are two tables."
             )
+        places[judged] = row.place
         battles += to_battles([pair], rules)
         judges.add(pair.judge)
         failures.update(count_failures([pair], rules))
+    _require_distinct(list(battle_files.values()))
     return Games(battles=battles, judges=tuple(sorted(judges)), failures=dict(failures))
+
+
+def _require_distinct(battle_files: Sequence[str]) -> None:
+    """Battle files repeat rows on purpose, so a battle that counts twice shows only where two whole files are equal."""
+    first: dict[str, str] = {}
+    for file in battle_files:
+        content = content_fingerprint(file)
+        if content in first:
+            raise DataError(f"{file} holds the same battles as {first[content]}. Name each file of battles once.")
+        first[content] = file
 
 
 def _battle(row: Row) -> Battle:

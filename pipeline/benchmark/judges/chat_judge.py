@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -12,13 +13,23 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
+import numpy as np
 
-from pipeline.benchmark.judges.judge import JudgeOutcome, JudgeRequest, Judgment, RecordOutcome, Unanswered
+from pipeline.benchmark.judges.judge import (
+    LARGEST_LOGPROB,
+    JudgeOutcome,
+    JudgeRequest,
+    Judgment,
+    RecordOutcome,
+    Unanswered,
+)
 from pipeline.errors import ConfigError, PipelineError, WorkerError
 
 CONNECT_TIMEOUT_S = 10.0
 LONGEST_WAIT_S = 60.0
 """Longest wait between two attempts, unless the endpoint asks for a longer one."""
+WORDS_OF_PARTS = ("text", "refusal")
+"""Types of the parts of a message that hold words of the answer; the field has the name of the type."""
 FAILURES_IN_A_ROW = 10
 """After this many requests failed in a row, the endpoint counts as down."""
 
@@ -159,24 +170,48 @@ class ChatJudge:
             response = await client.post(f"{self.name}/chat/completions", json=body)
         except httpx.RequestError as error:
             raise _Transient(type(error).__name__) from error
-        if response.is_success:
-            return _judgment(response)
-        raise self._refusal(response)
+        if not response.is_success:
+            raise self._refusal(response.status_code, response.text, response.headers)
+        try:
+            body = response.json()
+            choice, error = _choice_or_error(body)
+            if error is None:
+                return _judgment(choice, body.get("usage") or {})
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as malformed:
+            raise _Transient(f"malformed answer ({type(malformed).__name__})") from malformed
+        raise self._error_in_answer(error, response.headers)
 
-    def _refusal(self, response: httpx.Response) -> Exception:
+    def _error_in_answer(self, error: Any, headers: httpx.Headers) -> Exception:
+        """The error for an HTTP 200 whose body says that the provider failed; its code counts as the HTTP status.
+
+        An error without such a code is tried again. The provider's words are kept.
+        """
+        text = json.dumps(error, ensure_ascii=False)
+        code, message = (error.get("code"), error.get("message")) if isinstance(error, dict) else (None, error)
+        status = int(code) if str(code).isdecimal() and 400 <= int(code) < 600 else 500
+        refusal = self._refusal(429 if "insufficient_quota" in text else status, text, headers)
+        if isinstance(refusal, _Transient):
+            words = self._shown(message if isinstance(message, str) else text)
+            return _Transient(f"HTTP 200 with an error: {words}", retry_after_s=refusal.retry_after_s)
+        return refusal
+
+    def _shown(self, text: str) -> str:
+        """The beginning of a provider's text on one line, without the key."""
+        hidden = text if self._api_key is None else text.replace(self._api_key, "***")
+        return f"{' '.join(hidden.split()):.200}"
+
+    def _refusal(self, status: int, body: str, headers: httpx.Headers) -> Exception:
         """The error for an HTTP status: it ends the attempt, the request or the whole run."""
-        status = response.status_code
-        body = response.text if self._api_key is None else response.text.replace(self._api_key, "***")
-        message = f"HTTP {status}: {' '.join(body.split()):.200}"
+        message = f"HTTP {status}: {self._shown(body)}"
         if status == 429 and "insufficient_quota" in body:
             return WorkerError(f"{self.name}: the account has no credit left ({message}). Judgments so far are kept.")
         if status == 429 or status >= 500:
             # The body may contain a request id. Without the body, equal failures are counted together.
-            return _Transient(f"HTTP {status}", retry_after_s=_retry_after_s(response.headers))
+            return _Transient(f"HTTP {status}", retry_after_s=_retry_after_s(headers))
         if status in (401, 403):
             problem = "no key was given" if self._api_key is None else "the key was refused"
             return ConfigError(f"{self.name}: {problem} ({message}). Set the environment variable of --api-key-env.")
-        if status in (404, 405) or response.is_redirect:
+        if status in (404, 405) or 300 <= status < 400:
             return ConfigError(
                 f"{self.name}/chat/completions with model {self.model!r}: {message}. Give the base URL of the "
                 "endpoint, as in https://api.openai.com/v1, and a model that it serves."
@@ -219,29 +254,52 @@ class _Refused(Exception):
     """The endpoint refused to answer this request."""
 
 
-def _judgment(response: httpx.Response) -> Judgment:
-    try:
-        body = response.json()
-        choice = body["choices"][0]
-        text = choice["message"]["content"]
-        if not isinstance(text, str | None):
-            raise TypeError(f"content is a {type(text).__name__}")
-        usage = body.get("usage") or {}
-        return Judgment(
-            text=text or "",
-            first_token_logprobs=_first_token_logprobs(choice.get("logprobs")),
-            finish_reason=str(choice.get("finish_reason")),
-            prompt_tokens=usage.get("prompt_tokens"),
-            completion_tokens=usage.get("completion_tokens"),
-            time=time.time(),
-        )
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise _Transient(f"malformed answer ({type(error).__name__})") from error
+def _choice_or_error(body: Mapping[str, Any]) -> tuple[Mapping[str, Any], Any]:
+    """The first choice of a body, and the error that the body or the choice holds; None without one."""
+    if error := body.get("error"):
+        return {}, error
+    choice = body["choices"][0]
+    return choice, choice.get("error") or None
+
+
+def _judgment(choice: Mapping[str, Any], usage: Mapping[str, Any]) -> Judgment:
+    return Judgment(
+        text=_text_of(choice["message"]),
+        first_token_logprobs=_first_token_logprobs(choice.get("logprobs")),
+        finish_reason=str(choice.get("finish_reason")),
+        prompt_tokens=usage.get("prompt_tokens"),
+        completion_tokens=usage.get("completion_tokens"),
+        time=time.time(),
+    )
+
+
+def _text_of(message: Mapping[str, Any]) -> str:
+    """The judge's words: a text, a list of parts, or the refusal in their place. Parts of thought are left out.
+
+    Raises:
+        KeyError, TypeError: there are no words.
+    """
+    content = message["content"]
+    if content is None:
+        content = message.get("refusal") or ""
+    elif isinstance(content, list):
+        words = [part[part["type"]] for part in content if part["type"] in WORDS_OF_PARTS]
+        content = "".join(words) if words else None
+    if not isinstance(content, str):
+        raise TypeError(f"content is a {type(content).__name__}")
+    return content
 
 
 def _first_token_logprobs(logprobs: Mapping[str, Any] | None) -> dict[str, float]:
+    """The alternatives to the first token. Several tokens may read the same; then their probabilities are added."""
     content = (logprobs or {}).get("content") or []
-    return {top["token"]: float(top["logprob"]) for top in content[0]["top_logprobs"]} if content else {}
+    sums: dict[str, float] = {}
+    for top in content[0]["top_logprobs"] if content else ():
+        token, logprob = top["token"], float(top["logprob"])
+        if not logprob <= LARGEST_LOGPROB:
+            raise ValueError(f"{logprob} is no log-probability")
+        sums[token] = float(np.logaddexp(sums[token], logprob)) if token in sums else logprob
+    return sums
 
 
 def _retry_after_s(headers: httpx.Headers) -> float:

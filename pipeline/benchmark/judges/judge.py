@@ -12,6 +12,9 @@ from typing import Protocol
 
 from pipeline.records import Message
 
+LARGEST_LOGPROB = 0.01
+"""Rounding may leave a log-probability slightly above 0. A larger value, or NaN, is no log-probability."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeSampling:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.benchmark.judges.judge import Judge, JudgeRequest, Judgment
+from pipeline.benchmark.judges.judge import LARGEST_LOGPROB, Judge, JudgeRequest, Judgment
 from pipeline.data.files import AppendedLines
 from pipeline.errors import DataError
 
@@ -69,7 +69,7 @@ def read_judgment_rows(content: bytes, *, place: str) -> list[tuple[dict[str, An
             values = row["judgment"]
             judgment = Judgment(
                 text=values["text"],
-                first_token_logprobs=values.get("first_token_logprobs", {}),
+                first_token_logprobs=_logprobs(values.get("first_token_logprobs", {})),
                 finish_reason=values.get("finish_reason", "stop"),
                 prompt_tokens=values.get("prompt_tokens"),
                 completion_tokens=values.get("completion_tokens"),
@@ -82,3 +82,10 @@ def read_judgment_rows(content: bytes, *, place: str) -> list[tuple[dict[str, An
             ) from error
         rows.append((row, judgment))
     return rows
+
+
+def _logprobs(values: dict[str, Any]) -> dict[str, float]:
+    for token, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value <= LARGEST_LOGPROB:
+            raise ValueError(f"{value!r:.40} is no log-probability of {token!r:.40}")
+    return values

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.benchmark.verdict_number import read_verdict_number
 from pipeline.data.files import Row, read_rows
 from pipeline.errors import DataError
 from pipeline.records import Metrics
@@ -24,6 +25,8 @@ MT_BENCH_CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "ex
 """Each category has ten questions, in this order, starting at FIRST_QUESTION."""
 
 FIRST_QUESTION, QUESTIONS_PER_CATEGORY = 81, 10
+
+LOWEST_GRADE, HIGHEST_GRADE = 1.0, 10.0
 
 NO_GRADE = -1.0
 """The score of a judgment without a grade."""
@@ -51,9 +54,13 @@ class TurnGrade:
 
 
 def parse_grade(judgment: str) -> float:
-    """The first [[number]], otherwise the first [number], otherwise NO_GRADE."""
+    """The first [[number]], otherwise the first [number]; NO_GRADE without one, or where it is not from 1 to 10.
+
+    Upstream takes any number. Then one [[85]] moves the mean of 160 grades by half a point.
+    """
     match = GRADE.search(judgment) or GRADE_IN_SINGLE_BRACKETS.search(judgment)
-    return float(match.group(1)) if match else NO_GRADE
+    grade = float(match.group(1)) if match else NO_GRADE
+    return grade if LOWEST_GRADE <= grade <= HIGHEST_GRADE else NO_GRADE
 
 
 def category_of(question_id: int) -> str:
@@ -123,18 +130,21 @@ def read_grades(files: Sequence[str]) -> list[TurnGrade]:
     """The grades in files model_judgment/<judge>_single.jsonl.
 
     Raises:
-        DataError: a row is not a grade, or a turn is graded twice. Names file, line and field.
+        DataError: a row is not a grade; or a turn is graded twice, also where a file is named twice. Names file, line
+            and field.
     """
     grades = []
     places: dict[tuple[str, int, int], str] = {}
     for row in (row for file in files for row in read_rows(file)):
         grade = _turn_grade(row)
-        place = places.setdefault((grade.model, grade.question_id, grade.turn), row.place)
-        if place != row.place:
+        graded = (grade.model, grade.question_id, grade.turn)
+        if graded in places:
             raise DataError(
                 f"{row.place}: turn {grade.turn} of question {grade.question_id} by {grade.model!r} is graded "
-                f"again, as in {place}. Keep one: grades of two judges are two tables."
+                f"again, as in {places[graded]}. Keep one, and name each file once: grades of two judges are two "
+                "tables."
             )
+        places[graded] = row.place
         grades.append(grade)
     return grades
 
@@ -158,13 +168,19 @@ def write_grades(path: Path, grades: Sequence[TurnGrade]) -> None:
 
 
 def _turn_grade(row: Row) -> TurnGrade:
-    judge, turn, score = row.require("judge", list), row.require("turn", int), row.values.get("score")
+    judge, turn = row.require("judge", list), row.require("turn", int)
     if len(judge) != 2 or not all(isinstance(name, str) for name in judge):
         raise DataError(f"{row.place}, field 'judge': {judge!r:.60} is not [judge, prompt template]")
-    if turn not in (1, 2):
+    if turn not in (1, 2) or isinstance(turn, bool):
         raise DataError(f"{row.place}, field 'turn': {turn} is neither 1 nor 2")
-    if not isinstance(score, int | float):
-        raise DataError(f"{row.place}, field 'score': {score!r:.40} is not a number")
+    score = read_verdict_number(
+        row,
+        "score",
+        lowest=LOWEST_GRADE,
+        highest=HIGHEST_GRADE,
+        marks=(NO_GRADE,),
+        remedy=f"Write {NO_GRADE:g} for a judgment that gives no grade; it then counts as failed.",
+    )
     question_id = row.require("question_id", int)
     try:
         category_of(question_id)
@@ -178,5 +194,5 @@ def _turn_grade(row: Row) -> TurnGrade:
         turn=turn,
         user_prompt=row.require("user_prompt", str),
         judgment=row.require("judgment", str),
-        score=float(score),
+        score=NO_GRADE if score is None else score,
     )

@@ -269,7 +269,10 @@ def test_annotations_json_is_read_with_lengths_in_characters(tmp_path):
         (json.dumps(official_rows(1.0, output_2=None)), r"row 1 \(line 1\), field 'output_2'"),
         ('[{"preference": 1}]', r"row 1 \(line 1\), field 'generator_1'"),
         (json.dumps(official_rows(1.0, 0.7), indent=1), r"row 2 \(line 10\), field 'preference': 0.7"),
-        (json.dumps(official_rows(1.0, "2")), r"row 2 \(line 1\), field 'preference': '2' is no int or float"),
+        (json.dumps(official_rows(1.0, "2")), r"row 2 \(line 1\), field 'preference': '2' is not a number"),
+        (json.dumps(official_rows(1.0, True)), r"row 2 \(line 1\), field 'preference': True is not a number"),
+        (json.dumps(official_rows(1.0, 2.5)), r"row 2 \(line 1\), field 'preference': 2.5 is not in \[1, 2\]"),
+        (json.dumps(official_rows(1.0, math.inf)), r"row 2 \(line 1\), field 'preference': inf is not in \[1, 2\]"),
         (json.dumps(official_rows(1.0, 2.0), indent=1)[:-30], r"row 2 \(line 10\): no JSON .* cut short"),
         (json.dumps(official_rows(1.0))[:-1], r"row 1 \(line 1\): no comma or \] follows it"),
         (json.dumps(official_rows(1.0) * 2), r"row 2 \(line 1\): 'why 0 \?' is annotated already, in .* row 1"),
@@ -288,6 +291,14 @@ def test_a_file_of_other_things_is_refused_by_row_and_line(text, letter, tmp_pat
     path.write_text(text)
     with pytest.raises(DataError, match=rf"annotations\.json.*{letter}"):
         read_annotations(path)
+
+
+@pytest.mark.parametrize("mark", [None, math.nan])
+def test_a_row_without_a_preference_counts_as_failed(mark, tmp_path):
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(official_rows(1.0, mark, 2.0)))
+    result = raw_win_rate(read_annotations(path).preferences)
+    assert (result["win_rate"], result["n_total"], result["n_unparsed"]) == (50.0, 2, 1)
 
 
 GAMED_COLUMNS = ("model", "index", "instruction_difficulty", "preference", "std_delta_len", "not_gamed_baseline")
@@ -328,6 +339,14 @@ def test_a_file_that_is_no_df_gamed_is_refused(text, tmp_path):
     path = tmp_path / "df_gamed.csv"
     path.write_text(text)
     with pytest.raises(DataError, match="is no df_gamed"):
+        read_gamed_rows(path)
+
+
+@pytest.mark.parametrize("row", ["0.5,85,0.5", "0.5,-0.1,0.5", "nan,0.5,0.5", "0.5,0.5,inf"])
+def test_a_gamed_row_out_of_range_is_refused_by_its_line(row, tmp_path):
+    path = tmp_path / "df_gamed.csv"
+    path.write_text(f"index,instruction_difficulty,preference,std_delta_len\n0,0.5,0.5,0.5\n0,{row}\n")
+    with pytest.raises(DataError, match=r"df_gamed.csv, line 3: preference"):
         read_gamed_rows(path)
 
 

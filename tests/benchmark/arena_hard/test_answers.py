@@ -57,6 +57,7 @@ def test_answers_are_written_as_either_edition_reads_them(tmp_path):
     [
         ({"content": "x"}, r"a.jsonl, line 1: no answer with its number of tokens \(KeyError"),
         ({"content": "x", "token_len": "7"}, "line 1: 'x' is no answer, or '7' no number of tokens"),
+        ({"content": "x", "token_len": True}, "line 1: 'x' is no answer, or True no number of tokens"),
     ],
 )
 def test_an_answer_without_its_length_is_refused(turn, letter, tmp_path):

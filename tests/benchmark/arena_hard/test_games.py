@@ -1,6 +1,8 @@
 """Judgment files of both layouts hold the same games."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -57,6 +59,36 @@ def test_a_question_judged_twice_is_named_by_both_lines(tmp_path):
     files = [written(tmp_path, name, GOOD) for name in ("gpt.jsonl", "claude.jsonl")]
     with pytest.raises(DataError, match=r"claude.jsonl, line 1: 'm' is judged on question q again, as in .*gpt.jsonl"):
         read_games(files, baseline="base")
+
+
+def names_of_one_file(path):
+    """The path itself, the path from the working directory, and a link to it."""
+    link = Path(path).with_name("link.jsonl")
+    link.symlink_to(path)
+    return [path, os.path.relpath(path), str(link)]
+
+
+def test_a_judgment_counts_once_however_its_file_is_named(tmp_path):
+    file = written(tmp_path, "x.jsonl", GOOD)
+    for again in names_of_one_file(file):
+        with pytest.raises(DataError, match=r"line 1: 'm' is judged on question q again, as in .*x.jsonl, line 1"):
+            read_games([file, again], baseline="base")
+
+
+def test_a_file_of_battles_counts_once_however_it_is_named(tmp_path):
+    row = {"question_id": "q", "model_a": "base", "model_b": "m", "winner": "model_b"}
+    file = written(tmp_path, "battles.jsonl", row, row, row)
+    assert len(read_games([file], baseline="base").battles) == 3
+    for again in names_of_one_file(file):
+        with pytest.raises(DataError, match=r"holds the same battles as .*battles.jsonl"):
+            read_games([file, again], baseline="base")
+
+
+def test_the_files_of_a_directory_are_one_source_of_battles(tmp_path):
+    row = {"question_id": "q", "model_a": "base", "model_b": "m", "winner": "model_b"}
+    for name in ("1.jsonl", "2.jsonl"):
+        written(tmp_path, name, row | {"question_id": name})
+    assert len(read_games([str(tmp_path)], baseline="base").battles) == 2
 
 
 def test_a_line_that_a_kill_cut_short_is_named(tmp_path):

@@ -1,12 +1,14 @@
 """The chat-completions judge against a real HTTP server that misbehaves."""
 
 import json
+import math
 import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
 
+from pipeline.benchmark.alpaca_eval.judging import parse_identifier, shown_preference
 from pipeline.benchmark.judges.chat_judge import FAILURES_IN_A_ROW, ChatJudge, ChatLimits
 from pipeline.benchmark.judges.judge import JudgeRequest, JudgeSampling, Judgment, Unanswered
 from pipeline.errors import ConfigError, WorkerError
@@ -248,3 +250,89 @@ def test_a_redirect_is_not_followed_with_the_key():
     ):
         outcomes_of(server, [ask("a")], api_key="sk-secret")
     assert len(server.seen) == 1
+
+
+def test_the_probabilities_of_tokens_that_read_the_same_are_added():
+    tops = [{"token": "m", "logprob": -0.1}, {"token": "M", "logprob": -3.0}, {"token": "m", "logprob": -9.0}]
+    choice = {"message": {"content": "m"}, "logprobs": {"content": [{"token": "m", "top_logprobs": tops}]}}
+    with judge_server(lambda body, n: (200, {}, json.dumps({"choices": [choice]}).encode())) as server:
+        [judgment] = outcomes_of(server, [ask("which ?", LABELS)])
+    # p(m) = e^-0.1 + e^-9 = 0.904837 + 0.000123 = 0.904961, p(M) = e^-3 = 0.049787, p(m) / (p(m) + p(M)) = 0.947853.
+    # The last entry alone would be p(m) = 0.000123, and 0.002473 for the share: the other verdict.
+    assert judgment.first_token_logprobs == pytest.approx({"m": math.log(0.904961), "M": -3.0}, abs=1e-6)
+    shown = shown_preference(judgment, parse_identifier)
+    assert shown == pytest.approx(2 - 0.947853, abs=1e-6)
+    assert 3 - shown == pytest.approx(1.948, abs=5e-4)  # the model's answer was shown first
+
+
+@pytest.mark.parametrize("value", [float("nan"), 3.0])
+def test_an_answer_without_real_log_probabilities_is_asked_for_again(value):
+    def answer(body, n):
+        return completion("m", logprobs={"m": value if n == 0 else -0.5})
+
+    with judge_server(answer) as server:
+        [judgment] = outcomes_of(server, [ask("which ?", LABELS)])
+    assert (judgment.first_token_logprobs, len(server.seen)) == ({"m": -0.5}, 2)
+
+
+def ok_with(**body):
+    return 200, {}, json.dumps(body).encode()
+
+
+def error_of_a_choice(error):
+    return ok_with(choices=[{"message": {"role": "assistant", "content": ""}, "error": error}])
+
+
+@pytest.mark.parametrize("answer", [lambda error: ok_with(error=error), error_of_a_choice])
+@pytest.mark.parametrize(
+    ("error", "reason", "times"),
+    [
+        ({"code": 502, "message": "upstream is\n overloaded"}, "HTTP 200 with an error: upstream is overloaded", 3),
+        ({"message": "try later"}, "HTTP 200 with an error: try later", 3),
+        ("plain words", "HTTP 200 with an error: plain words", 3),
+        ({"code": 400, "message": "context too long"}, 'HTTP 400: {"code": 400, "message": "context too long"}', 1),
+    ],
+)
+def test_an_error_inside_an_http_200_keeps_the_providers_words(answer, error, reason, times):
+    with judge_server(lambda body, n: answer(error)) as server:
+        limits = ChatLimits(attempts=3, first_wait_s=0.01)
+        assert outcomes_of(server, [ask("a")], limits=limits) == [Unanswered(reason=reason)]
+    assert len(server.seen) == times
+
+
+def test_an_error_inside_an_http_200_ends_the_run_as_its_code_does():
+    with (
+        judge_server(lambda body, n: ok_with(error={"code": 401, "message": "bad key sk-secret"})) as server,
+        pytest.raises(ConfigError, match=r"the key was refused .*bad key \*\*\*"),
+    ):
+        outcomes_of(server, [ask("a")], api_key="sk-secret")
+    assert len(server.seen) == 1
+    with (
+        judge_server(lambda body, n: ok_with(error={"code": "insufficient_quota"})) as server,
+        pytest.raises(WorkerError, match="no credit"),
+    ):
+        outcomes_of(server, [ask("a")])
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"content": [{"type": "text", "text": "[[A"}, {"type": "text", "text": ">B]]"}]}, "[[A>B]]"),
+        ({"content": [{"type": "thinking", "thinking": "[[B>A]] ?"}, {"type": "text", "text": "[[A>B]]"}]}, "[[A>B]]"),
+        ({"content": [{"type": "refusal", "refusal": "I will not."}]}, "I will not."),
+        ({"content": None, "refusal": "I will not."}, "I will not."),
+    ],
+)
+def test_the_words_of_an_answer_are_read_from_its_parts(message, text):
+    with judge_server(lambda body, n: ok_with(choices=[{"message": message}])) as server:
+        [judgment] = outcomes_of(server, [ask("a")])
+    assert (judgment.text, len(server.seen)) == (text, 1)
+
+
+def test_parts_without_words_are_asked_for_again():
+    def answer(body, n):
+        return ok_with(choices=[{"message": {"content": [{"type": "image"}]}}]) if n == 0 else completion("ok")
+
+    with judge_server(answer) as server:
+        [judgment] = outcomes_of(server, [ask("a")])
+    assert (judgment.text, len(server.seen)) == ("ok", 2)

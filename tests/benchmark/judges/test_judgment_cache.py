@@ -68,3 +68,14 @@ def test_two_runs_do_not_share_a_cache(tmp_path):
         JudgmentCache.open(tmp_path / "c"),
     ):
         pass
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "true", '"-1"', "3"])
+def test_what_is_no_log_probability_is_named_by_its_line(value, tmp_path):
+    path = tmp_path / "c"
+    path.write_text(f'{{"judgment": {{"text": "m", "first_token_logprobs": {{"m": {value}}}}}}}\n')
+    with (
+        pytest.raises(DataError, match=r"c, line 1: no judgment .* is no log-probability of 'm'"),
+        JudgmentCache.open(path),
+    ):
+        pass

@@ -1,4 +1,6 @@
 import json
+import math
+import os
 import types
 
 import pyarrow.parquet as pq
@@ -47,6 +49,11 @@ def grade(score, question_id=81, turn=1, model="m"):
         ("Rating: 7", NO_GRADE),
         ("Rating: [[seven]]", NO_GRADE),
         ("Rating: [[7/10]]", NO_GRADE),
+        ("Rating: [[85]]", NO_GRADE),
+        ("Rating: [[0]]", NO_GRADE),
+        ("Rating: [[10.5]]", NO_GRADE),
+        ("Rating: [[1]]", 1.0),
+        ("Rating: [[10]]", 10.0),
     ],
 )
 def test_the_first_double_bracket_is_the_score_else_the_first_single(judgment, score):
@@ -203,6 +210,12 @@ GOOD = {
         ({"judge": ["gpt-4"]}, r"j.jsonl, line 1, field 'judge': \['gpt-4'\] is not"),
         ({"turn": 3}, "field 'turn': 3 is neither 1 nor 2"),
         ({"score": "5"}, "field 'score': '5' is not a number"),
+        ({"score": True}, r"j.jsonl, line 1, field 'score': True is not a number"),
+        ({"score": 85}, r"j.jsonl, line 1, field 'score': 85 is not in \[1, 10\]. Write -1"),
+        ({"score": 0}, r"line 1, field 'score': 0 is not in \[1, 10\]"),
+        ({"score": -0.5}, r"line 1, field 'score': -0.5 is not in \[1, 10\]"),
+        ({"score": math.inf}, r"line 1, field 'score': inf is not in \[1, 10\]"),
+        ({"turn": True}, "line 1, field 'turn': True is neither 1 nor 2"),
         ({"question_id": "81"}, "field 'question_id': '81' is no int"),
         ({"question_id": 161}, r"j.jsonl, line 1, field 'question_id': MT-Bench has questions 81 to 160, not 161"),
     ],
@@ -214,9 +227,26 @@ def test_a_row_that_is_no_judgment_is_named(change, letter, tmp_path):
         read_grades([str(path)])
 
 
+@pytest.mark.parametrize("mark", [-1, None, math.nan])
+def test_a_file_says_in_three_ways_that_there_is_no_grade(mark, tmp_path):
+    path = tmp_path / "j.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"turn": 2, "score": mark}))
+    metrics = mean_grades(read_grades([str(path)]))["m"]
+    assert (metrics["average"], metrics["failures"], metrics["judgments"]) == (5.0, 1, 2)
+
+
 def test_a_turn_graded_twice_is_named_by_both_lines(tmp_path):
     common = {"question_id": 81, "model": "m", "user_prompt": "?", "judgment": "[[8]]", "score": 8, "turn": 1}
     rows = [{**common, "judge": [judge, "single-v1"]} for judge in ("gpt-4", "claude")]
     (tmp_path / "j.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match=r"j.jsonl, line 2: turn 1 of question 81 by 'm' is graded again.*line 1"):
         read_grades([str(tmp_path / "j.jsonl")])
+
+
+def test_a_grade_counts_once_however_its_file_is_named(tmp_path):
+    file, link = tmp_path / "j.jsonl", tmp_path / "link.jsonl"
+    file.write_text(json.dumps(GOOD))
+    link.symlink_to(file)
+    for again in (str(file), os.path.relpath(file), str(link)):
+        with pytest.raises(DataError, match=r"line 1: turn 1 of question 81 by 'm' is graded again, as in .*line 1"):
+            read_grades([str(file), again])
