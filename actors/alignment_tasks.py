@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from actors.experiment_tasks import Outcome, ProcessResources, as_remote_tasks, outcomes_as_they_end
+from actors.experiment_tasks import ProcessResources, RunOutcome, as_remote_tasks, outcomes_as_they_end
 from cluster.resources import Demand
 from pipeline.config.recipe import Recipe
 from pipeline.records import StageResult
@@ -17,7 +17,7 @@ from pipeline.records import StageResult
 
 def align_everywhere(
     recipes: Sequence[Recipe], demand: Demand, shared: str, *, max_restarts: int
-) -> Iterator[tuple[int, Outcome]]:
+) -> Iterator[tuple[int, RunOutcome]]:
     """Aligns the policy of every recipe against its own reward model, as many at a time as there is room for.
 
     The policies to start from and the reward models are trained first, one for all recipes that agree on it, and
@@ -73,7 +73,7 @@ def align_one(
         policy, reward_model: what it starts from, and what it is aligned against.
     """
     from pipeline.data.run_data import load_data
-    from pipeline.experiments.alignment_run import align_and_measure
+    from pipeline.experiments.policy_run import align_and_measure
 
     resources.apply()
     with tempfile.TemporaryDirectory() as directory:

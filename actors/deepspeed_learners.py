@@ -55,7 +55,7 @@ def open_ranked_learner(
     """Ranks that each hold the learner of `spec`, as one learner; they end with the block.
 
     Args:
-        name: of the group, for messages.
+        name: names the group in messages.
         build: one of the functions above.
     """
     with RankGroup(name, ranks, start_s=deadlines.start_s) as group:

@@ -115,9 +115,9 @@ def _parameter(values: torch.Tensor) -> torch.nn.Parameter:
     return torch.nn.Parameter(values, requires_grad=False)
 
 
-def _relative_gap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    largest = theirs.float().abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    return ((ours.float() - theirs.float()).abs().max() / largest).item()
+def _relative_gap(values: torch.Tensor, expected: torch.Tensor) -> float:
+    largest = expected.float().abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    return ((values.float() - expected.float()).abs().max() / largest).item()
 
 
 def _product_gap(layer: LinearBase | ParallelLMHead, weight: torch.Tensor) -> float:
@@ -127,6 +127,6 @@ def _product_gap(layer: LinearBase | ParallelLMHead, weight: torch.Tensor) -> fl
         return math.inf  # published transposed, as GPT-2 is: the product would read beyond the vector
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(1, weight.shape[1], generator=generator).to(weight)
-    ours = layer.quant_method.apply(layer, vector)[:, : len(weight)]
-    gap = _relative_gap(ours, vector @ weight.T)
+    product = layer.quant_method.apply(layer, vector)[:, : len(weight)]
+    gap = _relative_gap(product, vector @ weight.T)
     return gap if gap > ROUNDING * torch.finfo(weight.dtype).eps else 0.0

@@ -41,7 +41,7 @@ PAIRS_PER_FILE = 32
 STATES_VERSION = 1
 """Raised when states are computed otherwise."""
 
-Outcome = dict[str, Any] | PipelineError
+RunOutcome = dict[str, Any] | PipelineError
 """Plain data that a task returned, or the error that ended it."""
 
 
@@ -71,7 +71,7 @@ class ProcessResources:
 
 def train_everywhere(
     recipes: Sequence[Recipe], demand: Demand, states_uri: str, *, max_restarts: int
-) -> Iterator[tuple[int, Outcome]]:
+) -> Iterator[tuple[int, RunOutcome]]:
     """Trains the reward model of every recipe, as many at a time as the cluster has room for.
 
     Args:
@@ -136,7 +136,7 @@ def as_remote_tasks(demand: Demand, max_restarts: int) -> tuple[Callable[..., An
     return lambda function, **others: ray.remote(function).options(**options, **others), resources
 
 
-def outcomes_as_they_end(tasks: dict[ray.ObjectRef, int]) -> Iterator[tuple[int, Outcome]]:
+def outcomes_as_they_end(tasks: dict[ray.ObjectRef, int]) -> Iterator[tuple[int, RunOutcome]]:
     """(index of a task, its outcome), the task that ends first is the first. Tasks that are not read are cancelled."""
     try:
         while tasks:
@@ -164,7 +164,7 @@ def outcomes_of_streams(streams: dict[ray.ObjectRefGenerator, int]) -> Iterator[
             ray.cancel(stream, force=True)
 
 
-def _outcome(finished: ray.ObjectRef) -> Outcome:
+def _outcome(finished: ray.ObjectRef) -> RunOutcome:
     try:
         return ray.get(finished, timeout=WAIT_S)
     except RayTaskError as error:

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 DISK = "disk"
 WATCH = "watch"
 CONCURRENCY_GROUPS = {DISK: 1, WATCH: 1}
-"""Two calls run in threads of their own, beside a rank's other calls, which run one after the other: a rank writes a
-snapshot while it updates, and reports its position while another call hangs."""
+"""Two calls run in threads of their own; a rank's other calls run one after the other. So a rank can write a snapshot
+while it updates, and report its position while another call hangs."""
 
 DEATH_NOTICE_S = 5.0
 """How long a failed call waits for news that a peer's death caused it; measured, the news was 0.1 s late at most."""

@@ -3,4 +3,5 @@
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError
 
 ACTOR_DIED = (RayActorError, OutOfMemoryError, NodeDiedError)
-"""For `except`. Three unrelated classes: the process ended, Ray's memory monitor ended it, or its node was lost."""
+"""The three errors of a dead actor: its process ended, Ray's memory monitor ended it, or its node was lost. The
+classes have no common base."""

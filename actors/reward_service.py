@@ -52,7 +52,7 @@ from pipeline.stages.fingerprint import directory_fingerprint
 from pipeline.stages.runner import installed_versions
 
 APPLICATION = "vrm"
-POLL_S = 0.2
+STATUS_POLL_S = 0.2
 ROUTES_S = 10.0
 """How long the HTTP proxy may take to list the applications that it serves."""
 DRAIN_S = 60.0
@@ -60,17 +60,17 @@ DRAIN_S = 60.0
 OWN_ERROR = re.compile(r"^pipeline\.errors\.(\w+: .+)$", re.MULTILINE)
 """The last line of a traceback that ends with one of our errors."""
 LOOK_BACK_S = 11.0
-"""Over this time Serve averages the length of the queue. It samples the length every 10 s and needs a longer window."""
+"""Serve averages the length of the queue over this time. Serve samples it every 10 s, and needs a longer window."""
 
 
 class BatchSettings(Protocol):
     """What Serve adds to a batched method; its stubs leave these two out."""
 
     def set_max_batch_size(self, new_max_batch_size: int) -> None:
-        """In calls."""
+        """Sets how many calls a batch holds at most."""
 
     def set_batch_wait_timeout_s(self, new_batch_wait_timeout_s: float) -> None:
-        """How long an incomplete batch waits for more calls."""
+        """Sets how long an incomplete batch waits for more calls."""
 
 
 @serve.deployment
@@ -172,7 +172,7 @@ def start_service(
                     f"Serve's HTTP proxy did not answer for the scoring service on port {config.port} within "
                     f"{start_s:g} s. Raise cluster.deadlines.start_s, or choose cluster.scoring.port=0."
                 )
-            time.sleep(POLL_S)
+            time.sleep(STATUS_POLL_S)
     return ServedScorer(handle, config, deadline_s=deadline_s, token=token)
 
 
@@ -246,7 +246,7 @@ def stop_service(name: str = APPLICATION) -> None:
 
 
 def leave_service(name: str = APPLICATION) -> None:
-    """As `stop_service`, but does not wait until Serve has ended: for a process that leaves the cluster next.
+    """Does what `stop_service` does, without waiting until Serve has ended: for a process that leaves the cluster next.
 
     Serve ends by killing its controller. A process that stayed would read that its calls in flight failed.
     """
@@ -295,7 +295,7 @@ def _wait_until_running(name: str, start_s: float) -> None:
                 f"the scoring service was not up after {start_s:g} s: {_reason(application)}. "
                 "Free the CPUs or GPUs of cluster.scoring, or raise cluster.deadlines.start_s."
             )
-        time.sleep(POLL_S)
+        time.sleep(STATUS_POLL_S)
 
 
 def _reason(application: ApplicationStatusOverview) -> str:

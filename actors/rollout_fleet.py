@@ -57,11 +57,11 @@ class RolloutFleet:
     ) -> None:
         """Holds no worker yet; `resize` starts the first ones."""
         self.workers: list[WorkerHandle] = []
-        """Those that serve."""
+        """The workers that serve."""
         self.joining: list[WorkerHandle] = []
-        """Those that start while the others sample. They hold no policy yet."""
+        """The workers that start while the others sample. They hold no policy yet."""
         self.policy: PolicyWeights | None = None
-        """What the engines hold."""
+        """The policy that the engines hold."""
         self._engine = engine
         self._config = config
         self._deadlines = deadlines

@@ -69,7 +69,7 @@ class RolloutPool:
         self._given_up: int | None = None
         """The size that a worker could not be found for; not tried again until another one is asked for."""
         self._waits: RolloutWaits | None = None
-        """Of the last batch that was sampled while the learner worked."""
+        """Who waited for whom in the last batch that was sampled while the learner worked."""
         self.resize(resolved.workers)
 
     # ------------------------------------------------------------------ workers
@@ -172,10 +172,10 @@ class RolloutPool:
         self.close()
 
     def _wanted_workers(self) -> int | None:
-        """As an operator or the autoscaler asks for, and as there is room."""
+        """The number that an operator or the autoscaler asks for, as far as there is room; None changes nothing."""
         wanted = self._requested_workers()
         if wanted is None and self._autoscaler is not None:
-            wanted = self._autoscaler.wanted(self.num_workers, self._waits)
+            wanted = self._autoscaler.target_workers(self.num_workers, self._waits)
         if wanted is None or self._most_workers is None:
             return wanted
         return min(wanted, self._most_workers)
@@ -252,8 +252,6 @@ class RolloutPool:
         if self._fleet.policy is None:
             raise StaleEngineError(f"the rollout pool holds no policy yet: call load_weights before {before}.")
 
-    # ------------------------------------------------------------------ what is going on inside, for the pool's tests
-
 
 def _wait_metrics(waits: RolloutWaits) -> Metrics:
     return {
@@ -264,7 +262,7 @@ def _wait_metrics(waits: RolloutWaits) -> Metrics:
 
 
 def _load_metrics(weights: PolicyWeights, workers: Sequence[Metrics]) -> Metrics:
-    """Of a load by these workers: the widest gap, the slowest engine, the most memory."""
+    """Metrics of a load by these workers: the widest gap, the slowest engine, the most memory."""
     return {
         "gate/mean": max(m["gate/mean"] for m in workers),
         "gate/max": max(m["gate/max"] for m in workers),

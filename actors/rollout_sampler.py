@@ -25,10 +25,10 @@ from pipeline.rollouts.chunks import Chunk, ChunkLedger
 from pipeline.rollouts.requests import rollout_requests
 
 CHUNKS_PER_WORKER = 2
-"""At least: one to answer and one to go on with."""
+"""The least number: while a worker's answer travels, the worker samples another chunk."""
 
 PausePoint = Literal["chunks", "tokens"]
-"""Between what the engines stop: before the next chunk begins, or before the next token of a chunk."""
+"""Where the engines stop: before the next chunk begins, or before the next token of a chunk."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -39,7 +39,7 @@ class SamplingBatch:
     sampling: SamplingParams
     resample_unfinished: bool
     reserved: dict[str, Chunk] = field(default_factory=dict)
-    """By a worker's name, the chunk that it may begin beside the one it was called for."""
+    """Name of a worker -> the chunk that it may begin beside the one it was called for."""
     begun_at: float = field(default_factory=time.monotonic)
     finished_at: float = 0.0
     is_abandoned: bool = False
@@ -56,7 +56,7 @@ class SamplingBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkCall:
-    """A worker's work on one chunk, from `sample` over any number of `go_on` to its answer."""
+    """A worker's work on one chunk, from `sample` over any number of `continue_sampling` to its answer."""
 
     worker: WorkerHandle
     batch: SamplingBatch
@@ -106,14 +106,14 @@ class BatchSampler:
         # notifies after every look at the answers, and when it fails.
         self.turn = threading.Condition()
         self.calls: dict[Any, ChunkCall] = {}
-        """By Ray's reference to the answer. A batch that was abandoned leaves its calls here until they come back."""
+        """Reference to an answer -> its call. Calls of an abandoned batch stay here until they come back."""
         self._pause_point: PausePoint | None = None
         """Where the sampling thread is held back; None where it may hand out."""
         self._paused_calls: list[ChunkCall] = []
-        """Of workers that stand between two tokens and have not been called again, for new weights come first."""
+        """Calls of workers that stand between two tokens. They go on once the new weights have come."""
         self._counts = Counter[str]()
         self._response_tokens: dict[str, float] = {}
-        """By prompt id, the length of its last response: what a chunk is expected to take."""
+        """Id of a prompt -> the length of its last response, which predicts what a chunk will take."""
 
         # Set by the caller's thread alone, so without `turn`.
         self._batch: tuple[SamplingBatch, Future[None]] | None = None
@@ -149,19 +149,19 @@ class BatchSampler:
         """
         if self._batch is None:
             raise StaleEngineError("no batch was begun: call begin before collect.")
-        asked_at = time.monotonic()
+        called_at = time.monotonic()
         batch, sampled = self._batch
         sampled.result()
         self._batch = None
         waits = RolloutWaits(
             rollout_s=batch.finished_at - batch.begun_at,
-            learner_wait_s=max(0.0, batch.finished_at - asked_at),
-            queue_wait_s=max(0.0, asked_at - batch.finished_at),
+            learner_wait_s=max(0.0, batch.finished_at - called_at),
+            queue_wait_s=max(0.0, called_at - batch.finished_at),
         )
         return batch.ledger.rollouts(), waits
 
     def abandon(self) -> None:
-        """Nobody will collect the batch: no more of it is handed out, and what is out is dropped when it comes back.
+        """Drops the batch: no more of its chunks are handed out, and answers to those that are out are dropped.
 
         Does not wait: the sampling thread leaves the batch after at most a slice.
         """
@@ -177,7 +177,7 @@ class BatchSampler:
         of one. At the end the batch goes on where it stopped, or what had begun begins anew if the batch wants that.
 
         Waits until the engines have stopped. Unblocked by their answers, by the deadline of a worker that hangs and is
-        replaced, and by a sampling thread that fails: its error is for `collect` to raise.
+        replaced, and by a sampling thread that fails. `collect` raises the error of the sampling thread.
         """
         with self.turn:
             self._pause_point = between
@@ -205,7 +205,7 @@ class BatchSampler:
         self._executor.shutdown()
 
     def _expect_slices(self) -> None:
-        """A chunk may take long, but the learner waits now, and a worker that does not pause soon hangs."""
+        """Brings the deadlines forward: the learner waits now, so a worker that does not pause soon hangs."""
         now = time.monotonic()
         for reply, call in self.calls.items():
             allowed_s = min(call.allowed_s, now + self._weights_s - call.issued_at)
@@ -228,8 +228,8 @@ class BatchSampler:
                     if not self.calls:
                         continue
                 # New weights bring deadlines forward: no wait is longer than a slice.
-                left = min(wake_at - time.monotonic(), SLICE_S)
-                ready, _ = ray.wait(list(self.calls), num_returns=1, timeout=max(0.0, left))
+                timeout_s = min(wake_at - time.monotonic(), SLICE_S)
+                ready, _ = ray.wait(list(self.calls), num_returns=1, timeout=max(0.0, timeout_s))
                 with self.turn:
                     if not batch.is_abandoned:
                         now = time.monotonic()
@@ -256,7 +256,7 @@ class BatchSampler:
             return min(call.deadline for call in self.calls.values())
         while self._paused_calls:
             call = self._paused_calls.pop(0)
-            self._go_on(batch, replace(call, issued_at=now, allowed_s=self._generate_s))
+            self._continue(batch, replace(call, issued_at=now, allowed_s=self._generate_s))
         for name in batch.reserved.keys() - {worker.name for worker in self._fleet.workers}:
             batch.ledger.release(batch.reserved.pop(name))
         busy = {call.worker.name for call in self.calls.values()}
@@ -271,7 +271,7 @@ class BatchSampler:
         return min(next_deadline, batch.ledger.next_late_at()) if len(handed) < len(idle) else next_deadline
 
     def _chunks_for(self, batch: SamplingBatch, idle: Sequence[WorkerHandle], now: float) -> dict[WorkerHandle, Chunk]:
-        """New chunks, unless the thread is held back; and late ones once more for who would have nothing to do."""
+        """New chunks, unless the thread is held back; then backup tasks for workers that would have nothing to do."""
         handed = {}
         for worker in idle:
             chunk = None if self._pause_point else batch.ledger.issue(now, batch.reserved.pop(worker.name, None))
@@ -299,12 +299,12 @@ class BatchSampler:
             worker=worker, batch=batch, chunk=chunk, issued_at=now, allowed_s=self._generate_s
         )
 
-    def _go_on(self, batch: SamplingBatch, call: ChunkCall) -> None:
+    def _continue(self, batch: SamplingBatch, call: ChunkCall) -> None:
         """Lets a worker decode on, if it is still there and somebody waits for its chunk."""
         if call.worker not in self._fleet.workers or not self._is_wanted(batch, call):
             self._put_back(call)
         else:
-            self.calls[call.worker.actor.go_on.remote(seconds=SLICE_S)] = call
+            self.calls[call.worker.actor.continue_sampling.remote(seconds=SLICE_S)] = call
 
     def _is_wanted(self, batch: SamplingBatch, call: ChunkCall) -> bool:
         """Whether the call's chunk has no answer yet, and none that new weights would outdate."""
@@ -315,7 +315,7 @@ class BatchSampler:
         return call.batch is batch and batch.ledger.wants(call.chunk)
 
     def _take_answers(self, batch: SamplingBatch, ready: Sequence[Any], now: float) -> None:
-        """Of the calls that came back: rollouts, word that the worker has more to decode, or its failure."""
+        """Takes what the finished calls bring: rollouts, None from a worker that has more to decode, or a failure."""
         for reply in ready:
             call = self.calls.pop(reply)
             try:
@@ -338,7 +338,7 @@ class BatchSampler:
             elif self._pause_point == "tokens":
                 self._keep_paused(call)
             else:
-                self._go_on(batch, call)
+                self._continue(batch, call)
 
     def _keep_paused(self, call: ChunkCall) -> None:
         # Two copies would go on as different samples, of which the first is the one with shorter responses.

@@ -38,9 +38,9 @@ class StreamSampler:
         self._generate_s = generate_s
         self._numbers = count()
         self._submitted: dict[str, dict[int, PromptToSample]] = {worker.name: {} for worker in fleet.workers}
-        """By a worker's name and a request's number, what is in its engine."""
+        """Name of a worker -> number of a request -> the prompt in the worker's engine."""
         self._running: dict[Any, tuple[WorkerHandle, float]] = {}
-        """By Ray's reference to the answer, who was called and when; at most one call a worker."""
+        """Ray's reference to the answer -> the worker and the time of the call; at most one call a worker."""
 
     def rollouts(self, waiting: deque[PromptToSample]) -> Iterator[Rollout]:
         """One rollout for each prompt that waits, as it finishes.

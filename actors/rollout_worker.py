@@ -147,7 +147,7 @@ class RolloutWorker:
     ) -> list[Rollout] | None:
         return self._sampler.sample(requests, sampling, ahead, seconds=seconds, resample_unfinished=resample_unfinished)
 
-    def go_on(self, *, seconds: float = math.inf) -> list[Rollout] | None:
+    def continue_sampling(self, *, seconds: float = math.inf) -> list[Rollout] | None:
         return self._sampler.continue_sampling(seconds=seconds)
 
     def advance(

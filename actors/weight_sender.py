@@ -132,8 +132,8 @@ class WeightSender:
             tensors: the policy, tensor by tensor (`PPOLearner.policy_tensors`).
             workers: Ray handles of rollout workers, idle.
             address: where the first rank waits for the workers, "host:port".
-            dtype: of the engines.
-            deadline_s: for the meeting, and for each sending.
+            dtype: dtype of the engines.
+            deadline_s: how long the meeting may take, and each sending.
 
         Raises:
             TransferFailed: a worker did not come; only the first rank raises it.

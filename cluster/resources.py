@@ -41,11 +41,11 @@ class StageDemand:
 
 
 def plan_resources(cluster: ClusterConfig, placement: RolloutPlacement = "disaggregated") -> tuple[StageDemand, ...]:
-    """Stage by stage, in order. Rollout workers and scoring replicas stay up from alignment through the benchmark.
+    """What each stage holds, in the order of the stages. Rollout workers and scoring replicas stay up from alignment through the benchmark.
 
     Args:
-        placement: of the rollout workers (`cluster/rollout_plan.py`). Those that share the learner's GPUs keep them
-            reserved for both.
+        placement: where the rollout workers stand (`cluster/rollout_plan.py`). Workers that share the learner's GPUs
+            keep them reserved for both.
     """
     scoring = Demand(
         role="scoring replica",
@@ -99,7 +99,7 @@ def _ranks(section: str, ranks: RanksConfig) -> Demand:
     )
 
 
-def as_table(plan: Sequence[StageDemand]) -> str:
+def plan_table(plan: Sequence[StageDemand]) -> str:
     """The plan for a terminal."""
     lines = [f"{'stage':<20}{'role':<18}{'count':>6}{'CPU each':>10}{'GPU each':>10}"]
     for stage in plan:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.engine_build import resolution_reasons, resolve_rollout
-from cluster.resources import as_table, check_plan, plan_resources, this_machine
+from cluster.resources import check_plan, plan_resources, plan_table, this_machine
 from cluster.rollout_plan import plan_rollouts
 from cluster.submission import is_submitted_job
 from jobs.exit_codes import exit_codes
@@ -62,7 +62,8 @@ class Command:
     """Checks what one option alone cannot tell; may raise ConfigError or call `parser.error`."""
 
     def parser(self, prog: str | None = None) -> argparse.ArgumentParser:
-        """
+        """A parser with all options of the command.
+
         Args:
             prog: how the user called it, as in "vrm run"; None takes the name of the file.
         """
@@ -137,7 +138,8 @@ class JobOptions:
 
 
 def add_job_options(parser: argparse.ArgumentParser, recipe_flag: str = "--recipe") -> None:
-    """
+    """Adds the options that every job with a recipe has.
+
     Args:
         recipe_flag: "recipe" takes the recipe as the first word instead of as an option.
     """
@@ -174,7 +176,7 @@ def print_dry_run(options: JobOptions) -> None:
     rollouts = plan_rollouts(recipe, [] if elsewhere or not here["GPU"] else [here])
     plan = plan_resources(recipe.cluster, rollouts.placement)
     print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    print(f"workspace: {options.workspace}\n\n{as_table(plan)}\n\n{rollouts}")
+    print(f"workspace: {options.workspace}\n\n{plan_table(plan)}\n\n{rollouts}")
     rollout = recipe.cluster.rollout
     may_share = recipe.could_share_gpus(resolve_rollout(rollout).gpus_per_worker)
     if rollouts.placement == "disaggregated" and rollout.placement is None and may_share:

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.resources import Demand, StageDemand, as_table
+from cluster.resources import Demand, StageDemand, plan_table
 from jobs.command_line import Command, absolute_place, add_overrides, add_recipe
 from pipeline.config.load import load_recipe
 from pipeline.config.recipe import Recipe
@@ -79,7 +79,7 @@ def demand_of(recipe: Recipe) -> Demand:
 
 
 def compute_on_the_cluster(runs: Sequence[Run], out: str) -> Iterable[tuple[int, dict[str, Any] | PipelineError]]:
-    """On the cluster this job was submitted to, or one of its own; states of a frozen backbone once for all runs."""
+    """Computes runs on the cluster this job was submitted to, or on its own. Frozen backbones run once for all runs."""
     from actors.alignment_tasks import align_everywhere
     from actors.experiment_tasks import keep_states, train_everywhere
     from cluster.session import open_cluster
@@ -198,7 +198,7 @@ def run_experiment(options: argparse.Namespace, compute: Compute = compute_on_th
     runs = plan_runs(experiment, options.recipe, options.overrides, options.seeds, data_fingerprints(recipe))
     if options.dry_run:
         listed = "\n".join(f"{run.config_hash}  seed {run.seed}  {run.variant.name}" for run in runs)
-        return f"{listed}\n\n{as_table([StageDemand(stage='one run', demands=(demand_of(recipe),))])}"
+        return f"{listed}\n\n{plan_table([StageDemand(stage='one run', demands=(demand_of(recipe),))])}"
     finished, failures = finish_runs(runs, out, compute)
     words = report(options.experiment, finished, out) if finished else ""
     if failures:

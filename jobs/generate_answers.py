@@ -56,7 +56,7 @@ def open_pool(
     from jobs.shared_actors import shared_memory
     from pipeline.data.prompts import tokenise_prompts
     from pipeline.loops.generation import conversation
-    from pipeline.rollouts.numerics_gate import TOLERANCE, choose_probes
+    from pipeline.rollouts.numerics_gate import GATE_TOLERANCE, choose_probes
     from pipeline.rollouts.publishing import publish_checkpoint
 
     dtype = recipe.policy.dtype
@@ -72,7 +72,7 @@ def open_pool(
                 model_uri=policy.directory,
                 dtype=dtype,
                 max_model_len=policy.max_model_len,
-                gate_tolerance=recipe.alignment.gate_tolerance or TOLERANCE[dtype],
+                gate_tolerance=recipe.alignment.gate_tolerance or GATE_TOLERANCE[dtype],
                 seed=recipe.seed,
             ),
             recipe.cluster.rollout,

@@ -58,7 +58,7 @@ UNANSWERED = 1
 """Exit code: some requests have no judgment yet."""
 PROGRESS_S = 10.0
 SCORING_JUDGES = ("vrm:", "gold:")
-"""They score answers and compare the scores, and so read no prompt."""
+"""Judges that score answers and compare the scores. They read no judge prompt."""
 SCORING_TOKENS = 8192
 """Tokens the reward model scores at once."""
 
@@ -103,7 +103,7 @@ class JudgingSetup(NamedTuple):
     needs: set[str]
     """Files besides answers and templates."""
     suffix: str
-    """Of the file its scorer reads: .json holds a list, .jsonl one row a line."""
+    """Suffix of the file that the upstream scorer reads: .json holds a list, .jsonl one row a line."""
 
 
 BENCHMARKS = {

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING
 
 from jobs.command_line import Command, add_overrides, add_recipe
@@ -84,8 +85,6 @@ def load_pairs(
 
 def measure_model(options: argparse.Namespace) -> str:
     """Writes the report, returns it in words."""
-    from functools import partial
-
     import torch
 
     from pipeline.data.files import content_fingerprint

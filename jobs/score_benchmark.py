@@ -172,7 +172,7 @@ def score_benchmark(options: argparse.Namespace) -> str:
     scored = SCORERS[options.benchmark](options)
     inputs = {
         file: content_fingerprint(file)
-        for file in (*options.judgments, *(options.answers or ()), *_given(options.gamed))
+        for file in (*options.judgments, *(options.answers or ()), *_as_list(options.gamed))
     }
     metrics = {
         "benchmark": options.benchmark,
@@ -184,11 +184,11 @@ def score_benchmark(options: argparse.Namespace) -> str:
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"{options.benchmark}.json").write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
     return "\n".join(
-        [as_table(scored.header, scored.rows), *scored.notes, *([VERDICT_RULE] if scored.num_failed else [])]
+        [aligned_columns(scored.header, scored.rows), *scored.notes, *([VERDICT_RULE] if scored.num_failed else [])]
     )
 
 
-def as_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def aligned_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Names to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     return "\n".join(
@@ -197,7 +197,7 @@ def as_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _given(file: Path | None) -> list[str]:
+def _as_list(file: Path | None) -> list[str]:
     return [] if file is None else [str(file)]
 
 

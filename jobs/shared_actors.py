@@ -30,10 +30,11 @@ class SharedActors:
     """Starts engines and service when a stage first asks, and keeps them for the stages after it."""
 
     def __init__(self, recipe: Recipe, rollout_plan: RolloutPlan, workspace: str, exits: ExitStack) -> None:
-        """
+        """Starts nothing yet.
+
         Args:
             workspace: where the job's results go.
-            exits: of the job; what is started ends with it.
+            exits: the exit stack of the job; closing it ends the actors.
         """
         self.rollout_plan = rollout_plan
         self._recipe = recipe
@@ -48,7 +49,7 @@ class SharedActors:
         if self._pool is None:
             from actors.rollout_pool import RolloutPool
             from actors.worker_handle import EngineSettings, WorkerActors
-            from pipeline.rollouts.numerics_gate import TOLERANCE
+            from pipeline.rollouts.numerics_gate import GATE_TOLERANCE
 
             recipe = self._recipe
             alignment, benchmark = recipe.alignment, recipe.benchmark
@@ -62,7 +63,7 @@ class SharedActors:
                             alignment.max_prompt_tokens + alignment.max_response_tokens,
                             benchmark.max_prompt_tokens + benchmark.max_response_tokens,
                         ),
-                        gate_tolerance=alignment.gate_tolerance or TOLERANCE[recipe.policy.dtype],
+                        gate_tolerance=alignment.gate_tolerance or GATE_TOLERANCE[recipe.policy.dtype],
                         seed=recipe.seed,
                         plan=self.rollout_plan,
                     ),
@@ -98,8 +99,8 @@ class SharedActors:
             cluster = self._recipe.cluster
             self._scorer = start_service(
                 reward_model.location,
-                # Whether a row had been asked for before would decide with which others it shares a batch, and so its
-                # last digits: a resumed run would not repeat an uninterrupted one.
+                # No cache: a cached row would leave its batch, and the rows of a batch decide each other's last digits.
+                # A resumed run would then not repeat an uninterrupted one.
                 cluster.scoring.model_copy(update={"cache_entries": 0}),
                 start_s=cluster.deadlines.start_s,
                 deadline_s=cluster.deadlines.score_s,
@@ -121,7 +122,7 @@ class SharedActors:
 
     @property
     def _service_name(self) -> str:
-        """Of the workspace: what a killed job left on the cluster, its successor finds under the same name."""
+        """A name made from the workspace, so that a job finds the service that its killed predecessor left."""
         return f"vrm-{identity(self._workspace)}"
 
 

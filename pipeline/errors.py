@@ -19,7 +19,7 @@
     └── Preempted            asked to leave, and left behind a commit
 
 Each error carries its message alone, so it survives pickling across a Ray boundary unchanged.
-A message is a short letter: what happened, with which values, and what to do next.
+A message says what happened, with which values, and what to do next.
 """
 
 

@@ -51,7 +51,7 @@ class Learner(Protocol[Batch]):
         """Writes the model alone, as safetensors and json."""
 
     def peak_memory(self) -> Metrics:
-        """The most memory that a process of it has taken so far, `memory/*`."""
+        """The most memory that a process of the learner has taken so far, `memory/*`."""
 
 
 class PolicyLearner(Protocol):
@@ -97,9 +97,9 @@ class BackgroundRolloutSource(RolloutSource, Protocol):
     def begin(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, resample_unfinished: bool) -> None:
         """Starts what `generate` does and returns at once; a batch begun before and not collected is abandoned.
 
-        When weights are loaded meanwhile, what is not yet begun is sampled from the new policy, and with
-        `resample_unfinished` also what is begun and has not ended; without it the new policy ends what the old one
-        began. Every rollout says which policy its first token is from.
+        Weights may be loaded meanwhile. Responses that have not begun are then sampled from the new policy. Unfinished
+        responses are continued by the new policy, or with `resample_unfinished` sampled again from their beginning.
+        Every rollout names the policy of its first token.
         """
 
     def collect(self) -> list[Rollout]:

@@ -1,7 +1,7 @@
 """The nouns that travel between rooms.
 
-Every record is frozen, keyword-only and complete when it is created: a rollout gains a score by
-becoming part of an `Experience`, never by having a field filled in later.
+Every record is frozen, keyword-only and complete when it is created. A rollout gains a score by becoming part of an
+`Experience`, never by having a field filled in later.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Message = Mapping[str, str]
 Metrics = dict[str, float]
 
 POLICY_FILE = "model.safetensors"
-"""What a published policy's directory holds (`PolicyWeights`)."""
+"""The file in the directory of a published policy (`PolicyWeights`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class PromptGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceBatch:
-    """B tokenised pairs. Where rows are spoken of, rows [0, B) are the chosen responses, rows [B, 2B) the rejected."""
+    """B tokenised pairs. Rows [0, B) are the chosen responses, rows [B, 2B) the rejected ones."""
 
     pairs: tuple[PromptGroup, ...]
     """Two responses each: the chosen, then the rejected."""
@@ -116,7 +116,8 @@ class Rollout:
     """Natural log-probabilities of `response_ids` under the engine, in the distribution it sampled from (temperature
     applied)."""
     policy_version: int
-    """Of the first token's policy. A later one may have gone on with the response; `logprobs` are of each its own."""
+    """Version of the policy that sampled the first token. A later policy may have sampled the rest. Each logprob comes
+    from the policy that sampled its token."""
     finish_reason: FinishReason
 
     @property
@@ -139,8 +140,8 @@ class RewardScore:
     concentration: float = 0.0
     """A = sum_k alpha_k of the Dirichlet over the weights; 0 where the weights are not random."""
     deviations: tuple[float, ...] = ()
-    """`RewardOutput.deviations`: what correlates it with the rewards of other responses to the prompt, where `mean` is
-    no sum over objectives."""
+    """`RewardOutput.deviations`: what correlates this reward with those of other responses to the prompt, where `mean`
+    is no sum over objectives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +182,7 @@ class Experience:
     advantages: torch.Tensor
     """[B, T]; PPO and REINFORCE++ whiten them over the masked tokens of the whole batch."""
     importance_weights: torch.Tensor
-    """[B, T] of each token in the policy loss: 1, unless the recipe corrects for the engine's own distribution."""
+    """[B, T]: weight of each token in the policy loss; 1 unless the recipe corrects for the engine's distribution."""
     kl_loss_coefficient: float
     """Weight of the KL term of the loss in this step; 0 where the KL is part of the reward."""
     critic: CriticTargets | None

@@ -133,7 +133,7 @@ def _arena_question(row: Row) -> BenchmarkQuestion:
 
 
 def _write_arena(out: Path, answered: AnsweredBenchmark) -> dict[str, Any]:
-    """Both layouts, each with the token counts of its own edition."""
+    """Writes the files of both editions, each with the token counts of its edition."""
     prompts = {str(answer.question.id): answer.question.turns[0] for answer in answered.answers}
     editions: tuple[Rules, Rules] = ("v0.1", "v2")
     files, tokens = [], {}

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 Algorithm = Literal["ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_plus_plus"]
 
 _CRITIC_FREE_POLICY = {"learning_rate": 1e-6}
-"""Of DeepSeekMath, DAPO, Dr. GRPO and TRL's trainers."""
+"""Values that DeepSeekMath, DAPO, Dr. GRPO and TRL's trainers share."""
 
 STANDARD_VALUES: Mapping[str, Mapping[str, Any]] = {
     # Schulman et al. 2017, arXiv:1707.06347. The defaults of the schema.

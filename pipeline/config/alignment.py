@@ -63,7 +63,7 @@ class PPOConfig(Frozen):
     """Where advantages come from: "gae" a critic; "rewards_to_go" the token rewards alone; the other three the rewards
     of the other responses to the same prompt. Only "gae" trains a critic."""
     ratio: Literal["token", "geometric_mean", "product"] = "token"
-    """Of pi to pi_old: of each token, or of the whole response, per token or in full."""
+    """The ratio pi / pi_old of each token, or of the whole response: its geometric mean per token, or its product."""
     surrogate: Literal["clip", "cispo"] = "clip"
     """"clip" bounds what a token can gain; "cispo" bounds its weight and keeps its gradient."""
     aggregation: Literal["token_mean", "sequence_mean", "fixed_length"] = "token_mean"
@@ -72,7 +72,7 @@ class PPOConfig(Frozen):
     clip_range: Positive = 0.2
     """The ratio is clipped to [1 - clip_range, 1 + clip_range_high] (Schulman et al. 2017, Eq. 7: epsilon)."""
     clip_range_high: Positive | None = None
-    """None is clip_range."""
+    """Upper bound of the clip; None takes clip_range."""
     dual_clip_ratio: Annotated[float, Field(gt=1)] | None = None
     """Bounds the surrogate of a token with a negative advantage A at dual_clip_ratio * A; 3 is usual, None no bound."""
     tis_cap: Annotated[float, Field(ge=1)] | None = None
@@ -95,7 +95,7 @@ class PPOConfig(Frozen):
     whiten_advantages: bool = True
     """Mean 0 and standard deviation 1 over all response tokens of the step."""
     reward_transform: Literal["none", "zscore", "lcb", "log_sigmoid"] = "zscore"
-    """Of the reward model's mean and standard deviation, in units of held-out rewards (docs/method.md section 11)."""
+    """How mean and standard deviation become the reward, in units of held-out rewards (docs/method.md section 11)."""
     lcb_coefficient: NonNegative = 1.0
     """lcb subtracts this many posterior standard deviations before the z-score. They differ little between responses: 1
     hardly changes what a policy learns (overoptimization in docs/LOG.md)."""
@@ -110,7 +110,7 @@ class PPOConfig(Frozen):
     drop_uniform_groups: bool = False
     """Leave out prompts whose responses all have the same reward."""
     policy: OptimiserConfig = OptimiserConfig(learning_rate=5e-7)
-    """Of the policy; but for its learning rate, of the critic too (docs/method.md section 14)."""
+    """Optimiser of the policy, and of the critic but for the learning rate (docs/method.md section 14)."""
     critic_learning_rate: Positive = 9e-6
     """Peak rate of the critic and its value head; warm-up and decay are the policy's (docs/method.md section 14)."""
     critic: Literal["separate", "value_head"] = "separate"
@@ -120,7 +120,7 @@ class PPOConfig(Frozen):
     """Steps at the beginning that train a separate critic alone, so that the policy's first advantages mean something;
     they are part of `num_steps`."""
     trainable_layers: Annotated[int, Field(ge=0)] | None = None
-    """As in reward; of the policy and of a separate critic."""
+    """Train only the last n layers of the policy and of a separate critic, as `reward.trainable_layers` does."""
     lora: LoRAConfig | None = None
     """Train adapters of the policy and of a separate critic. The reference is then the policy with its adapters off,
     no second model; results and rollout engines hold the adapters merged."""

@@ -1,4 +1,4 @@
-"""Where a run runs; never hashed into a stage's identity."""
+"""Where a run takes place: nodes, workers, deadlines. Never hashed into a stage's identity."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ class RolloutConfig(Frozen):
     """None lets the plan decide (`cluster/rollout_plan.py`), by the vLLM that is installed where the job runs. Its CPU
     build needs no GPU. With its CUDA build, all workers together share one GPU."""
     threads_per_worker: Count | None = None
-    """As `threads_per_rank`."""
+    """Threads of one engine; None takes the worker's whole CPUs, at least one."""
     kv_cache_gib: Count = 1
-    """Of engines without a GPU of their own, the KV cache's size at most; no more is taken than `max_sequences` of full
+    """Largest size of the KV cache of an engine without a GPU. An engine takes no more than `max_sequences` of full
     length need."""
     gpu_memory_fraction: Fraction | None = None
-    """Of each GPU, for weights and KV cache. None takes 0.9 of what `gpus_per_worker` gives an engine. On a GPU shared
-    with the learner it takes 0.45: the learner's parameters and optimizer stay there while the engine samples."""
+    """Share of each GPU for weights and KV cache. None takes 0.9 of what `gpus_per_worker` gives an engine. On a GPU
+    shared with the learner it takes 0.45: the learner's parameters and optimizer stay there while the engine samples."""
     max_sequences: Count = 256
     enforce_eager: bool = True
     chunk_size: Count | None = None
@@ -104,7 +104,7 @@ class ScoringConfig(Frozen):
     """The VRM scoring service on Ray Serve."""
 
     replicas: Annotated[int, Field(ge=0)] = 1
-    """With `max_replicas`, the fewest; 0 lets the service sleep, and its next request waits for a replica to start."""
+    """Number of replicas, at least with `max_replicas`. With 0 the service may sleep; the next request then waits."""
     max_replicas: Count | None = None
     """Replicas follow the queue up to this many; None keeps their number fixed."""
     requests_per_replica: Positive = 4.0
@@ -112,14 +112,14 @@ class ScoringConfig(Frozen):
     upscale_delay_s: NonNegative = 5.0
     """How long the queue must ask for more replicas before they start; the first one starts at once."""
     downscale_delay_s: NonNegative = 300.0
-    """How long the queue must do with fewer replicas before they end."""
+    """How long fewer replicas must suffice for the queue before the others end."""
     cpus_per_replica: NonNegative = 1.0
     gpus_per_replica: NonNegative = 0.0
     threads_per_replica: Count | None = None
-    """As `threads_per_rank`."""
+    """Threads of one replica; None takes its whole CPUs, at least one."""
     max_tokens_per_batch: Count = 16384
     batch_wait_s: NonNegative = 0.0
-    """How long an idle replica waits for company. What arrives while it scores shares its next batch anyhow."""
+    """How long an idle replica waits for more requests. Requests that arrive while it scores share its next batch."""
     max_batch_size: Count = 64
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """HTTP port; 0 serves the Ray handle only."""
@@ -151,12 +151,12 @@ class DeadlinesConfig(Frozen):
     score_s: Positive = 600.0
     weights_s: Positive = 600.0
     grace_s: Positive = 30.0
-    """From SIGTERM to SIGKILL, as the platform has it. Kubernetes, Slurm and most clouds' spot machines leave 30 s.
+    """Seconds from SIGTERM to SIGKILL on this platform. Kubernetes, Slurm and most clouds' spot machines leave 30 s.
     Raise it on a platform that leaves more: a checkpoint that takes longer to save is lost."""
 
 
 class ClusterConfig(Frozen):
-    """Where it runs. Never part of a stage's identity."""
+    """Where a run takes place. Never part of a stage's identity."""
 
     sft: RanksConfig = RanksConfig()
     reward: RanksConfig = RanksConfig()
@@ -168,14 +168,14 @@ class ClusterConfig(Frozen):
     """Only used when the job starts its own local cluster."""
 
     def takes_whole_gpus(self, gpus_per_worker: float) -> bool:
-        """One for every rank of the PPO learner, and one for every engine."""
+        """Whether every rank of the PPO learner and every engine gets one whole GPU."""
         return self.alignment.gpus_per_rank == gpus_per_worker == 1
 
     def why_gpus_do_not_suffice(self, gpus_per_worker: float) -> str:
         """Why placement or weight transfer cannot be as written, with the cure; empty where they can.
 
         Args:
-            gpus_per_worker: of each rollout worker, decided.
+            gpus_per_worker: GPUs of each rollout worker, as the plan resolved them.
         """
         rollout = self.rollout
         if not (rollout.asks_for_shared_gpus or rollout.weight_transfer == "nccl"):

@@ -36,12 +36,12 @@ class DataConfig(Frozen):
     """Files of prompts for alignment and benchmarks: JSONL or Parquet with a column `prompt`,
     `messages` or `instruction`."""
     evaluation_prompts: tuple[str, ...] = ()
-    """Prompt files that results will be reported on, besides `benchmark.prompts`. Training leaves out what stands in
-    one of them word for word, and reports that and looser overlap."""
+    """Prompt files that results will be reported on, besides `benchmark.prompts`. Training leaves out prompts that
+    stand in one of them word for word. It reports their number, and the number of looser matches."""
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.03
     """Share of the prompts kept for evaluation; the split is by prompt, never by row."""
     max_pairs: Count | None = None
     """Use at most this many pairs, chosen by seed; None uses all."""
     label_flips: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Share of the training pairs whose chosen and rejected response change places, to measure what wrong labels
-    cost. Which ones depends on the seed alone, and those of a smaller share are among those of a larger one."""
+    cost. The seed alone decides which pairs. A larger share contains the pairs of a smaller one."""

@@ -65,7 +65,7 @@ def _read(path: Path, *, below: tuple[Path, ...]) -> DictConfig:
 
 
 def recipe_names() -> list[str]:
-    """Those that come with the package, sorted."""
+    """Names of the recipes that come with the package, sorted."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 

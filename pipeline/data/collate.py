@@ -59,7 +59,7 @@ class PairCollator:
     """B tokenised pairs to one batch."""
 
     statistics: ScoreStatistics
-    """Of the training split; they standardise the responses' scores (Eq. 13)."""
+    """Score statistics of the training split. They standardise the responses' scores (Eq. 13)."""
     temperature: float
     """tau of the supervision target."""
     seed: int

@@ -51,9 +51,9 @@ class FileContamination:
     prompts: int
     """Distinct prompts of the file."""
     exact: int
-    """Of these, how many are a training prompt, word for word."""
+    """How many of them equal a training prompt, word for word."""
     overlapping: int
-    """How many are not, but share 13 words in a row with a training prompt."""
+    """How many others share 13 words in a row with a training prompt."""
     examples: tuple[SharedPrompt, ...]
     """The first few, exact ones before overlapping ones."""
 

@@ -279,7 +279,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 @lru_cache(maxsize=2)
 def _gold_scores(topic: str, response: str) -> tuple[float, ...]:
-    """In the order of `OBJECTIVES`. Caches the two responses of a pair: each is scored twice."""
+    """The scores in the order of `OBJECTIVES`. The cache holds both responses of a pair, for each is scored twice."""
     words = [word for word in response.lower().split() if word not in ".,?:"]
     padded = f" {' '.join(response.lower().split())} "
     found = {

@@ -122,7 +122,7 @@ def normalised_prompt(messages: Sequence[Message]) -> str:
 
 
 def take_pairs(pairs: Sequence[PreferencePair], max_pairs: int | None, seed: int) -> list[PreferencePair]:
-    """At most `max_pairs` of them, chosen by seed, in their original order."""
+    """At most `max_pairs` of the pairs, chosen by seed, in their original order."""
     if max_pairs is None or max_pairs >= len(pairs):
         return list(pairs)
     chosen = np.random.default_rng(seed).choice(len(pairs), size=max_pairs, replace=False)
@@ -175,7 +175,7 @@ def _from_helpsteer2(rows: Iterable[Row], objectives: tuple[str, ...], seed: int
 def _helpsteer2_groups(
     rows: Iterable[Row], objectives: tuple[str, ...]
 ) -> Iterator[tuple[Row, tuple[Message, ...], tuple[Annotated | None, Annotated | None]]]:
-    """Both responses of each prompt; None for one whose helpfulness is not annotated."""
+    """Yields row, prompt and both responses; a response is None if its helpfulness is not annotated."""
     waiting: tuple[Any, Annotated | None] | None = None
     for row in rows:
         prompt = row.values.get("prompt")

@@ -25,7 +25,7 @@ class PromptStream:
 
     prompts: tuple[Prompt, ...]
     seed: int
-    """Of the run. The seeds of the samples follow from it too."""
+    """Seed of the run. The seeds of the samples follow from it too."""
 
     def batch(self, step: int, size: int) -> list[Prompt]:
         """`size` prompts of a step; every prompt is used once per epoch."""

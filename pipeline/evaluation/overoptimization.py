@@ -22,7 +22,7 @@ class GoldReward:
 
     @classmethod
     def of(cls, annotator: GoldAnnotator, heldout: Sequence[PreferencePair]) -> GoldReward:
-        """With the scale of the gold rewards of all held-out responses, as for the reward model."""
+        """Takes the scale from the gold rewards of all held-out responses, as the reward model does with its own."""
         rewards = [annotator.reward(p.prompt, response) for p in heldout for response in (p.chosen, p.rejected)]
         return cls(annotator=annotator, scale=RewardScale(mean=float(np.mean(rewards)), std=float(np.std(rewards))))
 

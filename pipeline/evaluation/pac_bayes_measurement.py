@@ -33,7 +33,7 @@ class MeasuredPairs:
         *,
         max_length: int,
     ) -> MeasuredPairs:
-        """As in training: pairs that are too long were not trained on; held-out ones lose the start of their prompt."""
+        """Tokenises as training did: drops training pairs that are too long, and cuts the prompt of held-out pairs."""
         return cls(
             training=tokenise_pairs(training, tokenizer, max_length=max_length, drop_too_long=True),
             heldout=tokenise_pairs(
@@ -43,7 +43,8 @@ class MeasuredPairs:
 
 
 def require_posterior(card: RewardModelCard, place: str) -> None:
-    """
+    """Checks that the reward model is a VRM.
+
     Raises:
         CheckpointError: the model has no posterior to bound.
     """

@@ -10,7 +10,7 @@ from pipeline.evaluation.correlation import correlation_or_zero
 from pipeline.objectives.masked import require_same_shape
 from pipeline.records import Metrics
 
-PREFIX = "reasons/"
+REASON_PREFIX = "reasons/"
 
 TRUSTED_PAIR_ACCURACY = 0.65
 """A score that orders fewer of the annotator's held-out pairs than this is not shown as a reason. Chance is 0.5."""
@@ -44,7 +44,7 @@ def reason_fidelity(
         return {}
     require_same_shape(scores=scores, annotations=annotations)
     num_pairs = len(scores) // 2
-    metrics = {f"{PREFIX}collinearity": score_collinearity(scores)}
+    metrics = {f"{REASON_PREFIX}collinearity": score_collinearity(scores)}
     for k, objective in enumerate(objectives):
         s, t, known = scores[:, k].double(), annotations[:, k].double(), mask[:, k]
         truth = torch.sign(t[:num_pairs] - t[num_pairs:])
@@ -53,9 +53,11 @@ def reason_fidelity(
             continue
         agreement = torch.sign(s[:num_pairs] - s[num_pairs:])[ordered] * truth[ordered]
         metrics |= {
-            f"{PREFIX}{objective}/correlation": correlation_or_zero(s[known].cpu().numpy(), t[known].cpu().numpy()),
-            f"{PREFIX}{objective}/pair_accuracy": float(0.5 + 0.5 * agreement.mean()),
-            f"{PREFIX}{objective}/pairs": float(ordered.sum()),
+            f"{REASON_PREFIX}{objective}/correlation": correlation_or_zero(
+                s[known].cpu().numpy(), t[known].cpu().numpy()
+            ),
+            f"{REASON_PREFIX}{objective}/pair_accuracy": float(0.5 + 0.5 * agreement.mean()),
+            f"{REASON_PREFIX}{objective}/pairs": float(ordered.sum()),
         }
     return metrics
 
@@ -65,8 +67,8 @@ def verified_objectives(metrics: Mapping[str, float], objectives: Sequence[str])
     return tuple(
         objective
         for objective in objectives
-        if metrics.get(f"{PREFIX}{objective}/pairs", 0.0) >= LEAST_PAIRS
-        and metrics.get(f"{PREFIX}{objective}/pair_accuracy", 0.0) >= TRUSTED_PAIR_ACCURACY
+        if metrics.get(f"{REASON_PREFIX}{objective}/pairs", 0.0) >= LEAST_PAIRS
+        and metrics.get(f"{REASON_PREFIX}{objective}/pair_accuracy", 0.0) >= TRUSTED_PAIR_ACCURACY
     )
 
 

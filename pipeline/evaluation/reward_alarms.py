@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pipeline.records import Metrics
 
-PREFIX = "alarm/"
+ALARM_PREFIX = "alarm/"
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def check_alarms(metrics: Metrics) -> Metrics:
         metrics: those of one evaluation, and of the update before it if there was one.
     """
     checked = {
-        PREFIX + alarm.name: float(alarm.is_raised(*(metrics[signal] for signal in alarm.signals)))
+        ALARM_PREFIX + alarm.name: float(alarm.is_raised(*(metrics[signal] for signal in alarm.signals)))
         for alarm in ALARMS
         if all(signal in metrics for signal in alarm.signals)
     }
@@ -124,5 +124,5 @@ def alarm_messages(metrics: Metrics) -> list[str]:
         + ", ".join(f"{signal} = {metrics[signal]:.3g}" for signal in alarm.signals if signal in metrics)
         + f"): {alarm.advice}"
         for alarm in ALARMS
-        if metrics.get(PREFIX + alarm.name)
+        if metrics.get(ALARM_PREFIX + alarm.name)
     ]

@@ -127,7 +127,7 @@ class ScoredRows:
         return bool((self.num_responses == 2).all() and (self.num_chosen == 1).all())
 
     def scored_as(self, others: ScoredRows) -> ScoredRows:
-        """These rows with the rewards of `others`, which are the same rows."""
+        """These rows with the rewards of `others`: the same rows, scored by another model."""
         return replace(self, rewards=others.rewards, margin_std=others.margin_std)
 
     def scored_by_length(self) -> ScoredRows:

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from pipeline.experiments.findings import FinishedRun, Spread, by_variant
 from pipeline.experiments.grid import NO_KL, Experiment, Variant
 from pipeline.experiments.policy_findings import moving_average
+from pipeline.reporting.axis_style import style_axis
 
 COLOURS = ("#2563a8", "#d9772b", "#3a8f5c", "#8b5fbf", "#b0413e", "#6b7280")
 COLUMN_TITLES = {
@@ -81,7 +82,7 @@ def _reward_panels(experiment: Experiment, finished: Sequence[FinishedRun]) -> F
             if baseline:
                 level = float(np.mean([s.mean for s in baseline.values()]))
                 axis.set_xlabel(f"{axis.get_xlabel()}\nlonger is better: {level:.3f}".strip(), fontsize=8)
-        _style(axis, COLUMN_TITLES[column])
+        style_axis(axis, COLUMN_TITLES[column])
     return _finished(figure, experiment, finished)
 
 
@@ -133,7 +134,7 @@ def _reward_curves(experiment: Experiment, finished: Sequence[FinishedRun]) -> F
             values = [[point[metric] for point in curve if metric in point] for curve in curves]
             axis.plot(steps, np.mean(values, axis=0), color=colour, linewidth=1.3, label=variant.name)
         axis.set_xlabel("step", fontsize=8)
-        _style(axis, title)
+        style_axis(axis, title)
     axes[1].legend(frameon=False, fontsize=7)
     return _finished(figure, experiment, finished)
 
@@ -158,14 +159,14 @@ def _over_optimisation(experiment: Experiment, finished: Sequence[FinishedRun]) 
             axis.plot(kl, reward, **style, label=variant.name)
             axis.plot(kl[-1:], reward[-1:], **style | {"marker": "o", "markersize": 4})
         axis.set_xlabel("KL to the start, nats a response", fontsize=8)
-        _style(axis, title)
+        style_axis(axis, title)
     _share_y(against_kl)
     against_kl[0].legend(frameon=False, fontsize=7)
     for axis, (column, found) in zip(ends, spreads.items(), strict=True):
         colours = {v.name: _arm_style(experiment, v)["color"] for v in experiment.variants if v.name in found}
         _by_name(axis, colours, found)
         axis.axhline(0.5 if column == "gold_win_rate" else 0.0, color="#9aa1ab", linewidth=0.8, linestyle=":")
-        _style(axis, COLUMN_TITLES[column])
+        style_axis(axis, COLUMN_TITLES[column])
     return _finished(figure, experiment, finished)
 
 
@@ -178,7 +179,7 @@ def _policy_curves(experiment: Experiment, finished: Sequence[FinishedRun]) -> F
             mean = np.mean([moving_average(curve[metric]) for curve in curves], axis=0)
             axis.plot(steps, mean, **_arm_style(experiment, variant), label=variant.name)
         axis.set_xlabel("step", fontsize=8)
-        _style(axis, title)
+        style_axis(axis, title)
     _share_y(axes[:2])
     axes[0].legend(frameon=False, fontsize=7)
     return _finished(figure, experiment, finished)
@@ -229,12 +230,3 @@ def _finished(figure: Figure, experiment: Experiment, finished: Sequence[Finishe
 def _half(found: Spread) -> float:
     """Half the width of the interval; 0 for a single seed."""
     return 0.0 if np.isnan(found.high) else found.high - found.mean
-
-
-def _style(axis: Axes, title: str) -> None:
-    axis.set_title(title, fontsize=10, loc="left")
-    axis.grid(axis="y", color="#e6e8eb")
-    axis.set_axisbelow(True)
-    axis.tick_params(labelsize=8)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)

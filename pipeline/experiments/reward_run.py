@@ -48,7 +48,7 @@ def train_and_measure(
     """Trains as the pipeline's stage does, from the first step to the last.
 
     Args:
-        trainer: of `training.spec`, in this process.
+        trainer: the trainer of `training.spec`, in this process.
         gold: the truth, or None if unknown. It adds `weight_correlation` if the head has objective weights.
         directory: where the stage writes its metrics and the exported model.
     """

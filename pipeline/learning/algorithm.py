@@ -154,7 +154,7 @@ def policy_loss(
     Args:
         logprobs: [B, T] under the current policy; carries gradient.
         tokens: what is fixed, of the same B responses.
-        size: of the whole mini-batch, over all shards.
+        size: size of the whole mini-batch, over all shards.
     """
     average = AVERAGES[ppo.aggregation]
     ratio = RATIOS[ppo.ratio](logprobs, tokens.logprobs, tokens.mask)

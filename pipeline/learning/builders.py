@@ -151,15 +151,16 @@ class PPOLearnerSpec:
     """A separate critic starts from the backbone of this reward model."""
     dtype: str
     probes: tuple[PromptGroup, ...]
-    """Of the numerics gate."""
+    """Probes of the numerics gate."""
     publish_directory: str
     seed: int
 
 
 def build_ppo_learner(spec: PPOLearnerSpec, make_engine: MakeEngine, make_reference: MakeReference) -> PPOLearner:
-    """
+    """The learner of a PPO alignment: policy, reference policy and, where the algorithm has one, critic.
+
     Args:
-        make_reference: the frozen policy as a function; not called where adapters train.
+        make_reference: turns the frozen policy into a function; not called where adapters train.
     """
     config, ppo = spec.config, spec.config.ppo
     with storage.reading(spec.policy_uri) as directory:

@@ -23,7 +23,7 @@ def parameter_groups(
     """The trainable parameters: the backbone's with weight decay, the heads' at their own rate without.
 
     Args:
-        name: of the backbone's group.
+        name: names the backbone's group.
     """
     groups = [
         ParameterGroup(

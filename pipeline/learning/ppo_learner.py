@@ -154,9 +154,9 @@ class PPOLearner:
         """Adds up the gradients of this rank's share of a mini-batch, micro-batch by micro-batch.
 
         Args:
-            rows: of the mini-batch.
-            size: of the mini-batch, over all ranks.
-            sums: of the whole update; this rank's share of the metrics is added to them.
+            rows: rows of the mini-batch.
+            size: size of the mini-batch, over all ranks.
+            sums: sums over the whole update; this rank's share of the metrics is added to them.
 
         Returns:
             This rank's share of `approximate_kl`: the sum over the mini-batch's tokens of r - 1 - ln r, r the ratio of

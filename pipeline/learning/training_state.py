@@ -81,8 +81,10 @@ class SavedState:
     """Reads the parts that all ranks wrote. A context manager: the files stay open inside."""
 
     def __init__(self, directory: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Args:
-            shapes: of every trained parameter of the model that is to be restored.
+        """Opens the parts.
+
+        Args:
+            shapes: shape of every trained parameter of the model that is to be restored.
 
         Raises:
             CheckpointError: a file is missing or cannot be read, or they hold another model.

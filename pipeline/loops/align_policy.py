@@ -27,7 +27,7 @@ VERSION = 2
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentPorts:
-    """The outside world of an alignment."""
+    """What an alignment needs from the outside world."""
 
     rollouts: BackgroundRolloutSource
     scorer: RewardScorer
@@ -38,9 +38,10 @@ OpenAlignment = Callable[[PPOLearnerSpec], AbstractContextManager[AlignmentPorts
 
 
 def alignment_stage(experiment: ExperimentConfig, policy: str, reward_model: str) -> StageSpec:
-    """
+    """The identity of the alignment stage.
+
     Args:
-        policy, reward_model: fingerprints.
+        policy, reward_model: fingerprints of the stages whose results it reads.
     """
     return StageSpec(
         name="align_policy",
@@ -63,11 +64,12 @@ def run_alignment(
     publish_directory: str,
     open_ports: OpenAlignment,
 ) -> Metrics:
-    """
+    """Aligns the policy against the reward model and writes it to the stage's result. Returns the metrics of `align`.
+
     Args:
-        policy_uri, reward_model_uri: what it starts from, and what it is aligned against.
+        policy_uri, reward_model_uri: what the policy starts from, and what it is aligned against.
         publish_directory: where the learner leaves its weights for the rollout engines.
-        open_ports: the learner of a specification, with the engines and the scorer it works with.
+        open_ports: opens the learner of a specification, with the engines and the scorer it works with.
 
     Raises:
         ConfigError: adapters on layers that the policy does not have, prompts and responses that exceed its context, or

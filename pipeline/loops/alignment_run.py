@@ -143,7 +143,7 @@ def next_kl_coefficient(coefficient: float, kl: KLConfig, *, measured: float, nu
 
     Args:
         measured: mean KL per response in this step, nats.
-        num_responses: of this step.
+        num_responses: responses of this step.
     """
     if kl.target is None:
         return coefficient

@@ -29,16 +29,17 @@ BASE, ALIGNED = "base", "aligned"
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkPorts:
-    """The outside world of a benchmark."""
+    """What a benchmark needs from the outside world."""
 
     rollouts: RolloutSource
     scorer: RewardScorer
 
 
 def benchmark_stage(experiment: ExperimentConfig, policy: str, aligned: str, reward_model: str) -> StageSpec:
-    """
+    """The identity of the benchmark stage.
+
     Args:
-        policy, aligned, reward_model: fingerprints.
+        policy, aligned, reward_model: fingerprints of the stages whose results it reads.
     """
     return StageSpec(
         name="generate_benchmark",
@@ -59,7 +60,7 @@ def run_benchmark(
     publish_directory: str,
     open_ports: Callable[[], BenchmarkPorts],
 ) -> Metrics:
-    """Writes the answers of each policy, and with a known truth `planted.json`, what the prompts ask for.
+    """Writes the answers of each policy; where the truth is known, also `planted.json` with what the prompts ask for.
 
     Args:
         policy_uri, aligned_uri: the policy before and after alignment.
@@ -111,7 +112,7 @@ def benchmark_prompts(
 
 
 def answers_file(result: str, name: str) -> Path:
-    """Where a finished stage has the answers of a policy, `BASE` or `ALIGNED`."""
+    """The file of a finished stage with the answers of a policy, `BASE` or `ALIGNED`."""
     return Path(result) / name / "model_outputs.json"
 
 

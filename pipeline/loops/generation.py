@@ -75,7 +75,7 @@ def answer_questions(
     answered, while the other conversations go on.
 
     Args:
-        sampling: for every turn, at its question's own temperature.
+        sampling: how every turn is sampled; the temperature is that of the question.
         max_model_len: tokens of a conversation. An answer that encodes to more tokens than were sampled can leave the
             next turn less room than `sampling` allows; it is then cut there.
     """

@@ -25,7 +25,8 @@ OpenRewardTrainer = Callable[[RewardTrainerSpec], AbstractContextManager[Learner
 
 
 def reward_stage(experiment: ExperimentConfig, policy: str) -> StageSpec:
-    """
+    """The identity of the reward-training stage.
+
     Args:
         policy: fingerprint of the policy before alignment.
     """
@@ -46,10 +47,11 @@ def run_reward_training(
     policy_uri: str,
     open_trainer: OpenRewardTrainer,
 ) -> Metrics:
-    """
+    """Trains the reward model and writes it to the stage's result. Returns the metrics of `RewardTraining.run`.
+
     Args:
-        policy_uri: its decoder is the backbone, where the recipe names no other.
-        open_trainer: the trainer of a specification, on whatever it trains on.
+        policy_uri: the policy whose decoder is the backbone, where the recipe names no other.
+        open_trainer: opens the trainer of a specification, in this process or on Ray actors.
 
     Raises:
         ConfigError: adapters on layers that the model does not have.

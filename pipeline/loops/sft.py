@@ -23,7 +23,7 @@ from pipeline.stages.workspace import StageDirectory
 
 VERSION = 2
 HELDOUT_TEXTS = 256
-"""At most; of few texts a tenth."""
+"""Texts held out at most; of few texts, a tenth is held out."""
 
 OpenSFTTrainer = Callable[[SFTTrainerSpec], AbstractContextManager[Learner[Sequence[PromptGroup]]]]
 
@@ -43,10 +43,11 @@ def sft_stage(experiment: ExperimentConfig) -> StageSpec:
 def run_sft(
     stage: StageDirectory, experiment: ExperimentConfig, read_data: Callable[[], RunData], open_trainer: OpenSFTTrainer
 ) -> Metrics:
-    """
+    """Writes the policy before alignment to the stage's result: the checkpoint as it is, or fine-tuned.
+
     Args:
         read_data: not called where the checkpoint is used as it is.
-        open_trainer: the trainer of a specification, on whatever it trains on.
+        open_trainer: opens the trainer of a specification, in this process or on Ray actors.
 
     Raises:
         ConfigError: adapters on layers that the model does not have.

@@ -9,15 +9,15 @@ from pipeline.ports import Learner
 from pipeline.records import Metrics
 from pipeline.stages.workspace import StageDirectory
 
-Batch = TypeVar("Batch")
+TrainingBatch = TypeVar("TrainingBatch")
 
 
 def train(
-    learner: Learner[Batch],
+    learner: Learner[TrainingBatch],
     stage: StageDirectory,
     *,
-    batch_of: Callable[[int], Batch],
-    heldout: Batch,
+    batch_of: Callable[[int], TrainingBatch],
+    heldout: TrainingBatch,
     num_steps: int,
     eval_every: int,
     checkpoint_every: int,

@@ -29,7 +29,7 @@ def add_lora(model: PreTrainedModel, config: LoRAConfig | None, *, seed: int) ->
     Args:
         model: a decoder, with or without language-model head.
         config: rank, alpha, dropout, and the names of the layers (`require_lora_targets`).
-        seed: of A; equal on every rank.
+        seed: seed of A; equal on every rank.
     """
     if config is None:
         return
@@ -77,7 +77,7 @@ def merged_tensors(tensors: Iterable[tuple[str, torch.Tensor]], model: nn.Module
     holds one tensor, and the parts of the layers that are not complete yet.
 
     Args:
-        tensors: of `model`, with their names.
+        tensors: tensors of `model`, with their names.
         model: says where adapters are and how they are scaled; without any, `tensors` pass as they are.
     """
     layers = dict(_adapted_layers(model))

@@ -37,7 +37,7 @@ class PackedTokens:
     """
 
     lengths: tuple[tuple[int, ...], ...]
-    """Of each group: tokens of its prompt, then of each response; they lie in this order."""
+    """For each group the number of tokens of its prompt, then of each response; the tokens lie in this order."""
     token_ids: torch.Tensor
     """[T] int64."""
     positions: torch.Tensor

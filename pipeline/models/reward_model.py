@@ -79,7 +79,7 @@ class RewardModel(nn.Module):
         self.backbone = backbone
         self.head = head
         self.frozen_states: FrozenStates | None = None
-        """Of a backbone that does not train. States that are known are not computed again."""
+        """States of a backbone that does not train. Known states are not computed again."""
 
     def forward(self, packed: PackedTokens, noise_seeds: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """Scores the R responses of packed groups; the weights of a response are those of its prompt.
@@ -188,7 +188,7 @@ def load_reward_model(
     """The model in eval mode, its tokenizer and its card; no hub is asked.
 
     Args:
-        dtype: of the backbone; the head is float32 always.
+        dtype: dtype of the backbone; the head is always float32.
 
     Raises:
         CheckpointError: files are missing or damaged, or the weights belong to another architecture.

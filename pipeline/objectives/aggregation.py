@@ -33,7 +33,7 @@ def token_mean(x: torch.Tensor, mask: torch.Tensor, size: MiniBatchSize) -> torc
     Args:
         x: [B, T]; anything on padding.
         mask: [B, T] bool, True on response tokens.
-        size: of the whole mini-batch, of which these B rows are a part.
+        size: size of the whole mini-batch, of which these B rows are a part.
     """
     return masked_sum(x, mask) / size.num_tokens
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 BLOCK_BYTES = 2**24
-"""Of logits that pass through the softmax together: they stay in the last cache of a CPU and in the L2 of a GPU."""
+"""Bytes of logits in one softmax: so many stay in the last cache of a CPU and in the L2 cache of a GPU."""
 
 
 def token_logprobs_and_entropy(

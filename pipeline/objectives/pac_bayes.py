@@ -23,7 +23,7 @@ import numpy as np
 from pipeline.errors import NumericsError
 
 HALVINGS = 60
-"""Of [0, 1]: the bracket is then below the rounding of a double."""
+"""How often [0, 1] is halved: the bracket is then below the rounding of a double."""
 
 LARGEST_N = 2**62
 

@@ -16,12 +16,12 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 
 from pipeline.evaluation.correlation import pearson_correlation
 from pipeline.evaluation.reasons import verified_objectives
 from pipeline.objectives.reward_comparison import compare_rewards
 from pipeline.records import Answer, Metrics
+from pipeline.reporting.axis_style import style_axis
 from pipeline.stages.metrics_log import as_clock
 
 MetricsRow = Mapping[str, Any]
@@ -196,7 +196,7 @@ def _grid(rows: Sequence[MetricsRow], panels: Mapping[str, tuple[str, str]], lab
                     marker="o" if len(points) < 12 else None,
                     ms=3,
                 )
-        _style(axis, title)
+        style_axis(axis, title)
     handles = {
         label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
@@ -222,19 +222,10 @@ def _weights_figure(data: ReportData) -> str | None:
             truth = [data.planted_weights[kind][name] for name in data.objectives]
             axis.bar([p + 0.2 for p in places], truth, 0.4, color=GREY, label="planted")
         axis.set_xticks(list(places), data.objectives, rotation=30, ha="right", fontsize=8)
-        _style(axis, kind)
+        style_axis(axis, kind)
     axes.flat[0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     return _png(figure)
-
-
-def _style(axis: Axes, title: str) -> None:
-    axis.set_title(title, fontsize=10, loc="left")
-    axis.grid(axis="y", color="#e6e8eb")
-    axis.set_axisbelow(True)
-    axis.tick_params(labelsize=8)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
 
 
 def _png(figure: Any) -> str:

@@ -81,7 +81,7 @@ class ChunkLedger:
         return chunk
 
     def reserve(self, now: float, running: Sequence[Chunk], num_workers: int) -> dict[Chunk, Chunk]:
-        """For each of the running chunks the one that its worker shall sample next, and may start once it has room.
+        """Running chunk -> the chunk that its worker shall sample next, and may begin once its engine has room.
 
         The shortest chunk follows the longest. Nothing is reserved where fewer chunks wait than there are workers: the
         last chunks are for the workers that end first.
@@ -94,7 +94,7 @@ class ChunkLedger:
         return dict(zip(running, reserved, strict=True))
 
     def release(self, reserved: Chunk) -> None:
-        """Its worker has lost the chunk. It is the next to be issued, unless another worker was asked for it."""
+        """Frees a chunk whose worker is gone. It is issued next, unless it was issued to another worker already."""
         if self._reserved_after.pop(reserved, None) is not None:
             self._wait_again(reserved)
 
@@ -115,7 +115,7 @@ class ChunkLedger:
         return chunk
 
     def next_late_at(self) -> float:
-        """When the next chunk will be late; infinite if none can be."""
+        """The time at which the next chunk will be late; infinite if none can be."""
         return min(map(self._late_at, self._issued_at), default=math.inf)
 
     def interrupt(self) -> None:

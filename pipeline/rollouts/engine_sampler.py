@@ -24,7 +24,7 @@ class Sample:
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    """Of the distribution that was sampled from: temperature applied."""
+    """Log-probabilities in the distribution that was sampled from: temperature applied."""
     finish_reason: FinishReason
 
 
@@ -55,7 +55,7 @@ class OpenRequest:
     request: RolloutRequest
     sampling: SamplingParams
     version: int
-    """Of the policy that sampled the first token."""
+    """Version of the policy that sampled the first token."""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
 
@@ -71,7 +71,7 @@ class EngineSampler:
         """
         Args:
             decode: response tokens -> text.
-            name: of the engine, for messages.
+            name: names the engine in messages.
         """
         self._engine = engine
         self._decode = decode

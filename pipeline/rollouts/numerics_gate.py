@@ -15,10 +15,10 @@ from pipeline.errors import StaleEngineError
 from pipeline.records import Metrics, ProbeSequence, Prompt, PromptGroup
 
 PROMPT_TOKENS = 64
-"""Of a prompt: enough to tell one set of weights from another. Probes are computed twice with every new version."""
+"""Tokens of a probe's prompt: enough to tell weights apart. Probes are computed twice with every new version."""
 RANDOM_TOKENS = 8
 
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.2}
+GATE_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.2}
 """Default gate tolerance, nats. Float32 engines agree to 2e-5. A bfloat16 engine rounds the states between its layers
 and a learner under autocast does not: with equal weights the two are 0.05 apart (SmolLM2-135M)."""
 

@@ -12,7 +12,7 @@ from pipeline.data.chat import decode_response
 from pipeline.errors import ConfigError, StaleEngineError
 from pipeline.models.backbone import load_causal_lm
 from pipeline.records import Metrics, PolicyWeights, ProbeSequence, Prompt, Rollout, SamplingParams
-from pipeline.rollouts.numerics_gate import TOLERANCE, check_engine
+from pipeline.rollouts.numerics_gate import GATE_TOLERANCE, check_engine
 from pipeline.rollouts.policy_files import PolicyFiles
 from pipeline.rollouts.requests import RolloutRequest, require_room, rollout_requests
 
@@ -26,12 +26,12 @@ class TorchRollouts:
     def __init__(self, directory: str, *, dtype: str, gate_tolerance: float | None = None, device: str = "cpu") -> None:
         """
         Args:
-            directory: of the policy's architecture and tokenizer; its weights are never sampled from.
+            directory: holds the policy's architecture and tokenizer; its weights are never sampled from.
             gate_tolerance: largest mean difference to the learner's log-probabilities, nats; None is the dtype's.
         """
         model, self._tokenizer = load_causal_lm(directory, dtype=dtype)
         self._model = model.eval().requires_grad_(False).to(device)
-        self._tolerance = gate_tolerance or TOLERANCE[dtype]
+        self._tolerance = gate_tolerance or GATE_TOLERANCE[dtype]
         self._files = PolicyFiles()
         self._version: int | None = None
         self._prefetched: list[Rollout] = []

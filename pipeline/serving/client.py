@@ -75,11 +75,11 @@ class Pause:
     seconds: float
 
 
-Outcome = httpx.Response | httpx.TransportError | None
+HttpOutcome = httpx.Response | httpx.TransportError | None
 """The result of a step; None after a pause, and before the first step."""
 
 Result = TypeVar("Result")
-Steps = Generator[Send | Pause, Outcome, Result]
+Steps = Generator[Send | Pause, HttpOutcome, Result]
 """A generator that yields steps, is sent their outcomes and returns a result."""
 
 
@@ -97,7 +97,7 @@ def exchange(
     workers that failed together do not come back together. After 429 or 503 the time of Retry-After comes first.
 
     Args:
-        deadline_s: for this request, or for all requests that share `ends_at`.
+        deadline_s: seconds for this request, or for all requests that share `ends_at`.
         ends_at: the deadline on the clock; None is `deadline_s` from now.
 
     Raises:
@@ -134,7 +134,7 @@ def exchange(
     )
 
 
-def _problem(url: str, outcome: Outcome) -> str:
+def _problem(url: str, outcome: HttpOutcome) -> str:
     """Why there is no answer, in words.
 
     Raises:
@@ -288,7 +288,7 @@ class VRMScorer:
 
     def _send(self, call: ApiCall[AnswerType], ends_at: float | None = None) -> AnswerType:
         steps = call.steps(self._settings, ends_at)
-        outcome: Outcome = None
+        outcome: HttpOutcome = None
         while True:
             try:
                 step = steps.send(outcome)
@@ -356,7 +356,7 @@ class AsyncVRMScorer:
 
     async def _send(self, call: ApiCall[AnswerType], ends_at: float | None = None) -> AnswerType:
         steps = call.steps(self._settings, ends_at)
-        outcome: Outcome = None
+        outcome: HttpOutcome = None
         while True:
             try:
                 step = steps.send(outcome)
@@ -425,26 +425,6 @@ def _batches(rows: Sequence[tuple[Any, str]], batch_size: int) -> Iterator[list[
 
 def _json_of(prompt: PromptInput) -> str | list[dict[str, str]]:
     return prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
-
-
-def _trouble_worth_retrying(url: str, outcome: Outcome) -> str:
-    """What went wrong with a request, in words.
-
-    Raises:
-        ConfigError, DataError: the same request would fail again.
-    """
-    if isinstance(outcome, httpx.UnsupportedProtocol | httpx.LocalProtocolError):
-        raise ConfigError(
-            f"{url} cannot be asked ({outcome}). A URL is http://host:port or https://..., a token one line."
-        )
-    if not isinstance(outcome, httpx.Response):
-        return repr(outcome)
-    trouble = f"{outcome.status_code}: {_detail(outcome)}"
-    if outcome.status_code in {401, 403}:
-        raise ConfigError(f"{url} refuses the token ({trouble}). Pass token=..., or set {TOKEN_VARIABLE}.")
-    if outcome.status_code not in BUSY | FAILED:
-        raise DataError(f"{url} refuses the request ({trouble})")
-    return trouble
 
 
 def _detail(response: httpx.Response) -> str:

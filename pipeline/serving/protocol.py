@@ -80,7 +80,7 @@ class ExplainedReward(BaseModel):
     """Total concentration of the posterior over the weights: a larger one means more certainty."""
     objective_weights: dict[str, float]
     objective_scores: dict[str, float]
-    """In units of the reward."""
+    """Scores in units of the reward."""
     ratings: dict[str, float] = {}
     """The same scores on the annotators' own scale, such as 4.2 of 5; empty without annotations."""
     contributions: dict[str, float]
@@ -91,12 +91,12 @@ class ExplainedReward(BaseModel):
 
 class ScoreAnswer(ServiceAnswer):
     scores: list[ExplainedReward]
-    """In the order of the responses."""
+    """Scores in the order of the responses."""
 
 
 class ScoreManyAnswer(ServiceAnswer):
     items: list[list[ExplainedReward]]
-    """In the order of the prompts and their responses."""
+    """Scored items in the order of the prompts and their responses."""
 
 
 class CompareRequest(ServiceRequest):
@@ -135,7 +135,7 @@ class RankedResponse(ExplainedReward):
     """The reward of a response, and what ranks it among the others."""
 
     index: int
-    """Its place in the request."""
+    """Place of the response in the request."""
     bound: float
     """reward - lcb * reward_std."""
 

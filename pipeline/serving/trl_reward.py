@@ -27,7 +27,7 @@ class VRMReward:
     def __init__(self, url: str, *, lcb: float = 0.0, **client_options: Unpack[ClientOptions]) -> None:
         """
         Args:
-            url: of the service.
+            url: URL of the service.
             lcb: gives reward - lcb * reward_std, so that an uncertain reward counts less.
             client_options: the other arguments of `VRMScorer`.
         """

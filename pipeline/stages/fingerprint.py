@@ -15,7 +15,7 @@ def fingerprint(name: str, version: int, config: Mapping[str, Any], inputs: Sequ
     Where the stage runs does not count: rescaling workers never invalidates a result.
 
     Args:
-        name: of the stage.
+        name: name of the stage.
         version: increased by hand when a change of the stage's code changes its result.
         config: JSON-able slice of the recipe that the stage reads.
         inputs: fingerprints of earlier stages and of data files, in order.

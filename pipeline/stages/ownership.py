@@ -84,10 +84,10 @@ def take(workspace: str, job: str, *, take_over: bool) -> Owner:
     """
     owner = Owner.here(job)
     with _one_at_a_time(workspace):
-        holder = None if take_over else read_owner(workspace)
-        if holder is not None and not holder.is_gone():
+        current = None if take_over else read_owner(workspace)
+        if current is not None and not current.is_gone():
             raise WorkspaceLocked(
-                f"{workspace} is held by {holder}. Wait for it, choose another --workspace, or, if it is dead, "
+                f"{workspace} is held by {current}. Wait for it, choose another --workspace, or, if it is dead, "
                 "start again with --take-over."
             )
         storage.write_text(storage.join(workspace, OWNER_FILE), json.dumps(asdict(owner)))
@@ -96,10 +96,10 @@ def take(workspace: str, job: str, *, take_over: bool) -> Owner:
 
 def require_ownership(workspace: str, owner: Owner) -> None:
     """Raises WorkspaceLocked when another job has taken over since."""
-    holder = read_owner(workspace)
-    if holder != owner:
+    current = read_owner(workspace)
+    if current != owner:
         raise WorkspaceLocked(
-            f"{workspace} was taken over by {holder or 'someone who removed its owner.json'}; "
+            f"{workspace} was taken over by {current or 'someone who removed its owner.json'}; "
             f"job {owner.job} stops here without committing."
         )
 

@@ -13,7 +13,7 @@ from types import FrameType
 LEAVING_S = 5.0
 LEAVING_SHARE = 0.2
 """The part of the grace time that is reserved for leaving: at most so many seconds, and at most such a share."""
-POLL_S = 0.1
+NOTICE_POLL_S = 0.1
 
 
 class WaitCutShort(Exception):
@@ -34,9 +34,10 @@ class PreemptionNotice:
     """
 
     def __init__(self, grace_s: float = math.inf, too_late: Callable[[], None] = lambda: None) -> None:
-        """Args:
-        grace_s: from SIGTERM to SIGKILL.
-        too_late: called from another thread, shortly before SIGKILL; should end the process.
+        """
+        Args:
+            grace_s: seconds from SIGTERM to SIGKILL.
+            too_late: called from another thread, shortly before SIGKILL; should end the process.
         """
         self._grace_s = grace_s
         self._too_late = too_late
@@ -89,7 +90,7 @@ class PreemptionNotice:
 
     def _watch_the_grace(self, ended: threading.Event) -> None:
         usable_s = self._grace_s - min(LEAVING_S, LEAVING_SHARE * self._grace_s)
-        while not ended.wait(POLL_S):
+        while not ended.wait(NOTICE_POLL_S):
             given_at = self._given_at
             if given_at is not None and time.monotonic() - given_at > usable_s:
                 self._too_late()

@@ -15,7 +15,7 @@ class StageSpec:
 
     name: str
     version: int
-    """Of the stage's code: raised by hand whenever it computes something else."""
+    """Version of the stage's code, raised by hand whenever the stage computes something else."""
     config: Mapping[str, Any]
     """JSON-able slice of the recipe that the stage reads."""
     inputs: tuple[str, ...] = ()
@@ -23,8 +23,9 @@ class StageSpec:
     data: tuple[str, ...] = ()
     """Content fingerprints of files that the stage reads."""
     keep_checkpoints: int = 2
+    """How many of the newest commits are kept."""
     keep_best: str | None = None
-    """Both as in `CheckpointStore`."""
+    """The metric by which the best commit is kept too, as `CheckpointStore` reads it."""
 
     @property
     def fingerprint(self) -> str:

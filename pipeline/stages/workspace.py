@@ -66,10 +66,11 @@ class CheckpointStore:
     def __init__(
         self, uri: str, *, keep: int, keep_best: str | None = None, before_commit: Callable[[], None] = _always
     ) -> None:
-        """Args:
-        keep: how many of the newest commits are kept.
-        keep_best: a metric of `state["metrics"]`; the commit where it is highest is kept as well. With a minus in
-            front, where it is lowest.
+        """
+        Args:
+            keep: how many of the newest commits are kept.
+            keep_best: a metric of `state["metrics"]`; the commit where it is highest is kept as well. With a minus in
+                front, the commit where it is lowest.
         """
         self._uri = uri
         self._keep = keep

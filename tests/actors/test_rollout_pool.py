@@ -104,7 +104,7 @@ class ScriptedWorker:
         self._is_stuck = self._told("get stuck")
         return None if self._is_busy() else self._answer(requests)
 
-    def go_on(self, *, seconds):
+    def continue_sampling(self, *, seconds):
         if self._told("die while sampling"):
             os._exit(1)
         time.sleep(0.05)

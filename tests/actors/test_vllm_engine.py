@@ -26,8 +26,7 @@ from pipeline.data.chat import encode_prompt
 from pipeline.errors import CheckpointError, StaleEngineError
 from pipeline.models.backbone import load_causal_lm, save_causal_lm
 from pipeline.records import PolicyWeights, ProbeSequence, Prompt, SamplingParams
-from pipeline.rollouts.numerics_gate import TOLERANCE as GATE_TOLERANCE
-from pipeline.rollouts.numerics_gate import choose_probes
+from pipeline.rollouts.numerics_gate import GATE_TOLERANCE, choose_probes
 from pipeline.rollouts.policy_files import PolicyFiles
 from tests.support.gloo import CpuWorker, GroupOfOne, PolicyRank
 

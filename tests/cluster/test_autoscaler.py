@@ -70,9 +70,9 @@ def test_a_worker_that_takes_longer_to_start_than_the_cool_down_is_asked_for_onc
     autoscaler = Autoscaler(BOUNDS, clock=lambda: now[0])
     with caplog.at_level(logging.WARNING, logger="cluster.autoscaler"):
         for _ in range(3):
-            assert autoscaler.wanted(2, waits(30.0, 20.0)) == 3
+            assert autoscaler.target_workers(2, waits(30.0, 20.0)) == 3
             now[0] += 61
-        assert autoscaler.wanted(3, waits(10.0, 20.0)) == 2
+        assert autoscaler.target_workers(3, waits(10.0, 20.0)) == 2
     said = [record.getMessage().partition(":")[0] for record in caplog.records]
     assert said == ["rollout workers 2 -> 3", "rollout workers 3 -> 2"]
 
@@ -81,14 +81,14 @@ def test_a_change_starts_the_cool_down_and_is_logged_with_its_reason(caplog):
     now = [1000.0]
     autoscaler = Autoscaler(BOUNDS, clock=lambda: now[0])
     with caplog.at_level(logging.WARNING, logger="cluster.autoscaler"):
-        assert autoscaler.wanted(2, None) is None
-        assert autoscaler.wanted(2, waits(20.0, 20.0)) is None
-        assert autoscaler.wanted(2, waits(30.0, 20.0)) == 3
+        assert autoscaler.target_workers(2, None) is None
+        assert autoscaler.target_workers(2, waits(20.0, 20.0)) is None
+        assert autoscaler.target_workers(2, waits(30.0, 20.0)) == 3
         now[0] += 59
-        assert autoscaler.wanted(2, waits(30.0, 20.0)) == 3  # the third is still starting
-        assert autoscaler.wanted(3, waits(10.0, 20.0)) == 3
+        assert autoscaler.target_workers(2, waits(30.0, 20.0)) == 3  # the third is still starting
+        assert autoscaler.target_workers(3, waits(10.0, 20.0)) == 3
         now[0] += 1
-        assert autoscaler.wanted(3, waits(10.0, 20.0)) == 2
+        assert autoscaler.target_workers(3, waits(10.0, 20.0)) == 2
     assert [record.getMessage() for record in caplog.records] == [
         "rollout workers 2 -> 3: the learner waited 10.0 s for rollouts and they 0.0 s for it "
         "(rollout 30.0 s, learner 20.0 s)",

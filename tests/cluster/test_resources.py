@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.resources import Demand, StageDemand, as_table, check_plan, plan_resources, this_machine
+from cluster.resources import Demand, StageDemand, check_plan, plan_resources, plan_table, this_machine
 from pipeline.config.cluster import ClusterConfig, RanksConfig, RolloutConfig, ScoringConfig
 from pipeline.config.load import load_recipe
 from pipeline.errors import ResourceError
@@ -92,7 +92,7 @@ def test_thousands_of_workers_are_refused_quickly():
 
 
 def test_the_table_shows_every_role_and_the_peak():
-    lines = as_table(plan_resources(CLUSTER)).splitlines()
+    lines = plan_table(plan_resources(CLUSTER)).splitlines()
     assert "align_policy        rollout worker         3         2         1" in lines
     assert lines[-1].split() == ["at", "most", "at", "once", "8.5", "5"]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.resources import as_table, check_plan, plan_resources
+from cluster.resources import check_plan, plan_resources, plan_table
 from cluster.rollout_plan import THROUGH_FILES, RolloutPlan, plan_rollouts
 from pipeline.config.load import load_recipe
 from pipeline.errors import ConfigError
@@ -72,7 +72,7 @@ def test_shared_gpus_are_counted_once():
     plan = plan_resources(on_gpus().cluster, "colocated")
     check_plan(plan, [node(8)])
     assert [stage.total("GPU") for stage in plan if stage.stage in ("align_policy", "generate_benchmark")] == [5, 5]
-    assert "align_policy        rank and engine        4         8         1" in as_table(plan).splitlines()
+    assert "align_policy        rank and engine        4         8         1" in plan_table(plan).splitlines()
 
 
 @pytest.mark.parametrize(

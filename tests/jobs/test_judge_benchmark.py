@@ -153,7 +153,7 @@ def test_a_killed_run_resumes_without_asking_twice(alpaca):
     assert set(server.questions[5:]).isdisjoint(answered)
     assert len(set(server.questions)) == 12
     assert [row["preference"] is not None for row in rows_of(alpaca)] == [True] * 12
-    assert (summary_of(alpaca)["requests"], summary_of(alpaca)["asked"]) == (12, 7)
+    assert (summary_of(alpaca)["requests"], summary_of(alpaca)["sent"]) == (12, 7)
     assert server.seen[0].authorization == "Bearer sk-of-this-test"
     written = [path.read_bytes() for path in Path(alpaca[-1]).parent.iterdir()]
     assert not any(
@@ -267,8 +267,8 @@ def test_the_reward_model_judges_arena_hard_the_same_in_either_order(arena, rewa
         first, second = (game["score"] for game in row["games"])
         assert second == mirrored[first]
         assert row["judge"].startswith("vrm-")
-    assert (costs.requests, costs.asked) == (6, 6)
-    assert judge_benchmark(parse([*arena, "--judge", f"vrm:{reward_model}"])).asked == 0
+    assert (costs.requests, costs.sent) == (6, 6)
+    assert judge_benchmark(parse([*arena, "--judge", f"vrm:{reward_model}"])).sent == 0
 
 
 def test_the_reward_models_preferences_in_alpaca_eval_are_probabilities(alpaca, reward_model):

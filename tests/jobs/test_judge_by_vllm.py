@@ -108,5 +108,5 @@ def test_verdicts_of_a_vllm_server_are_weighed_as_its_model_weighs_them(judge_mo
         assert row["preference"] == pytest.approx(1.0 + (1.0 - share if switched else share), abs=1e-4)
     assert len({round(row["preference"], 6) for row in rows}) > 1
     summary = json.loads(out.with_suffix(".summary.json").read_text())
-    assert (summary["requests"], summary["asked"]) == (4, 4)
+    assert (summary["requests"], summary["sent"]) == (4, 4)
     assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.iterdir() if path.is_file())

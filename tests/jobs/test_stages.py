@@ -186,8 +186,8 @@ def test_a_recipe_with_autoscaling_gives_the_pool_an_autoscaler_of_its_bounds(au
     prefetch = ("alignment.prefetch=continue", "alignment.ppo.tis_cap=2")
     waits = RolloutWaits(rollout_s=1.0, learner_wait_s=0.0, queue_wait_s=0.0)
     bounds = "cluster.rollout.autoscale={min_workers: 2, max_workers: 5}"
-    assert autoscaler_of(*prefetch, bounds).wanted(1, waits) == 2
-    assert autoscaler_of(*prefetch, bounds).wanted(9, waits) == 5
+    assert autoscaler_of(*prefetch, bounds).target_workers(1, waits) == 2
+    assert autoscaler_of(*prefetch, bounds).target_workers(9, waits) == 5
     assert autoscaler_of(*prefetch) is None
 
 

@@ -165,7 +165,7 @@ class Job:
         for process in psutil.Process(self.process.pid).children(recursive=True):
             try:
                 call = " ".join(process.cmdline())
-                if process.name().startswith("ray::Roll") and ("sample" in call or "go_on" in call):
+                if process.name().startswith("ray::Roll") and ("sample" in call or "continue_sampling" in call):
                     found.append(process)
             except psutil.NoSuchProcess:
                 continue

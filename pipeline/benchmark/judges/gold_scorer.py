@@ -15,7 +15,8 @@ class GoldScorer:
         self._gold = GoldAnnotator()
 
     def score(self, prompts: Sequence[Sequence[Message]], responses: Sequence[str]) -> list[RewardScore]:
-        """
+        """The gold reward of each response.
+
         Raises:
             DataError: a prompt does not come from the planted world.
         """

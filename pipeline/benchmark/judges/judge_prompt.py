@@ -31,9 +31,10 @@ def fill_template(template: str, fields: Mapping[str, str]) -> str:
 
 
 def require_fields(template: str, names: Sequence[str], *, place: str) -> None:
-    """
+    """Checks that a template has every one of these fields.
+
     Raises:
-        DataError: the template lacks one of these fields; names `place`, the file of the template.
+        DataError: the template lacks one of them; names `place`, the file of the template.
     """
     missing = [name for name in names if f"{{{name}}}" not in template]
     if missing:

@@ -46,14 +46,14 @@ class JudgingAccount:
     model: str
     requests: int
     """Distinct requests of the benchmark."""
-    asked: int
+    sent: int
     """Requests that this run sent to the judge; the cache knew the others."""
     unanswered: Mapping[str, int]
     """Reason -> number of requests without a judgment."""
     unparsed: int
     """Judgments in which the parser found no verdict."""
     prompt_tokens: int
-    """Of all judgments, from this run or an earlier one."""
+    """Tokens of all judgments, from this run or an earlier one."""
     completion_tokens: int
     uncounted: int
     """Judgments without token counts. With any, the true tokens and cost are higher than reported here."""
@@ -65,7 +65,7 @@ class JudgingAccount:
         """(label, value) pairs for the terminal."""
         lines = [
             ("judge", f"{self.model} ({self.judge})"),
-            ("requests", f"{self.requests}, of which {self.asked} asked now and {self.requests - self.asked} known"),
+            ("requests", f"{self.requests}, of which {self.sent} sent now and {self.requests - self.sent} known"),
             ("unanswered", str(sum(self.unanswered.values()))),
             *((f"  {reason}", str(count)) for reason, count in self.unanswered.items()),
             ("without a readable verdict", str(self.unparsed)),
@@ -92,7 +92,7 @@ def judging_account(
         judge=judge.name,
         model=judge.model,
         requests=len(outcomes),
-        asked=len(collected.sent),
+        sent=len(collected.sent),
         unanswered=dict(reasons.most_common()),
         unparsed=unparsed,
         prompt_tokens=prompt_tokens,

@@ -21,7 +21,7 @@ class Contest:
 
     benchmark: str
     policies: tuple[str, ...]
-    """In the order given. The other policies are compared with the first one."""
+    """Names in the order of the files. The other policies are compared with the first one."""
     prompts: tuple[str, ...]
     """Question ids; in AlpacaEval the instructions."""
     turns: tuple[tuple[str, ...], ...]

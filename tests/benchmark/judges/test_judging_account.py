@@ -19,7 +19,7 @@ def test_tokens_and_cost_count_every_judgment_once_and_tell_the_new_ones(tmp_pat
         collect_outcomes(EchoJudge(), [ask("a")], cache)
         collected = collect_outcomes(EchoJudge(refuses={"d", "e"}), [ask(t) for t in "abcbde"], cache)
     costs = judging_account(EchoJudge(), collected, unparsed=1, price=price)
-    assert (costs.requests, costs.asked, costs.unparsed) == (5, 4, 1)
+    assert (costs.requests, costs.sent, costs.unparsed) == (5, 4, 1)
     assert costs.unanswered == {"busy": 2}
     assert (costs.prompt_tokens, costs.completion_tokens, costs.uncounted) == (300, 21, 0)
     # 100 x 2.5 + 7 x 10 = 320 millionths a judgment.

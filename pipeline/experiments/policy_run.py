@@ -45,8 +45,8 @@ def align_and_measure(
     """Aligns and answers held-out prompts as the pipeline's stages do, then compares reward and truth.
 
     Args:
-        policy, reward_model: what it starts from, and what it is aligned against.
-        directory: for the results of the two stages.
+        policy, reward_model: what the alignment starts from, and what it is aligned against.
+        directory: where the results of the two stages go.
 
     Returns:
         metrics: the last step's; those of `compare_answers` on held-out prompts; `gap/base`, `gap/aligned` and their
@@ -54,7 +54,7 @@ def align_and_measure(
         margins: [prompts] aligned minus base, by "gold" and by "reward".
 
     Raises:
-        ConfigError: nobody knows the truth, or as `run_alignment` and `run_benchmark`.
+        ConfigError: the data has no known truth, or as `run_alignment` and `run_benchmark`.
     """
     if data.gold is None:
         raise ConfigError(
@@ -89,7 +89,7 @@ def _align_and_answer(
     directory: str,
     device: str,
 ) -> tuple[StageDirectory, StageDirectory, Metrics]:
-    """Both stages in this process: where the alignment lies, where the benchmark lies, and the metrics of both."""
+    """Runs both stages in this process. Returns the directories of alignment and benchmark, and the metrics of both."""
     dtype = experiment.policy.dtype
     spec = alignment_stage(experiment, policy.fingerprint, reward_model.fingerprint)
     alignment = StageDirectory.shared(directory, spec)
@@ -135,10 +135,12 @@ def _scorer(experiment: ExperimentConfig, reward_model: StageResult, device: str
 def _against_the_truth(
     result: str, conversations: Sequence[Sequence[Message]], gold: GoldReward, reward_scale: RewardScale
 ) -> tuple[Metrics, dict[str, list[float]]]:
-    """Of the finished benchmark in `result`: the gaps between reward and truth, and what alignment changed in both."""
+    """The gaps between reward and truth in the finished benchmark `result`, and what alignment changed in both."""
     answers = {name: read_scored_answers(answers_file(result, name)) for name in (BASE, ALIGNED)}
-    rewards = {name: [answer.score.mean for answer in given] for name, given in answers.items()}
-    truths = {name: gold.rewards(conversations, [answer.output for answer in given]) for name, given in answers.items()}
+    rewards = {name: [answer.score.mean for answer in scored] for name, scored in answers.items()}
+    truths = {
+        name: gold.rewards(conversations, [answer.output for answer in scored]) for name, scored in answers.items()
+    }
     gaps = {
         f"gap/{name}": gold_proxy_gap(rewards[name], truths[name], reward_scale, gold.scale)["gold/gap"]
         for name in answers
@@ -152,5 +154,5 @@ def alignment_curve(rows: Sequence[Mapping[str, float]]) -> list[Metrics]:
     return [{"step": float(row["step"])} | {name: row[name] for name in POLICY_CURVE_METRICS} for row in rows]
 
 
-def _differences(of: Mapping[str, Sequence[float]]) -> list[float]:
-    return [after - before for after, before in zip(of[ALIGNED], of[BASE], strict=True)]
+def _differences(values: Mapping[str, Sequence[float]]) -> list[float]:
+    return [after - before for after, before in zip(values[ALIGNED], values[BASE], strict=True)]
