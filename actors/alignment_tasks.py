@@ -57,7 +57,7 @@ def prepare_policy(recipe: Recipe, shared: str, resources: ProcessResources) -> 
 def train_shared_reward_model(
     recipe: Recipe, policy: StageResult, shared: str, resources: ProcessResources
 ) -> StageResult:
-    """The reward model on top of it, trained in this process, or as it lies in `shared`."""
+    """The reward model on the backbone of `policy`, trained in this process, or as it lies in `shared`."""
     from pipeline.experiments.shared_stages import shared_reward_model
 
     resources.apply()
@@ -70,7 +70,7 @@ def align_one(
     """Plain data of the `RunResult` of one recipe, aligned in this process.
 
     Args:
-        policy, reward_model: what it starts from, and what it is aligned against.
+        policy, reward_model: what the alignment starts from, and what it is aligned against.
     """
     from pipeline.data.run_data import load_data
     from pipeline.experiments.policy_run import align_and_measure

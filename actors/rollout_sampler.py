@@ -76,11 +76,11 @@ class BatchSampler:
     holds the sampling thread back (`paused`) while it changes workers or weights. What always holds under `turn`:
 
     - A worker has at most one call in `calls`, and a chunk that is out is in `calls` or among the paused calls.
-    - No chunk is begun while the caller's thread waits or works. Before a pause between chunks, workers finish what
-      they have, and copies of late chunks help. Before one between tokens, calls come back after at most a slice, and
-      are kept as paused calls.
-    - Paused calls go on as soon as the sampling thread may hand out again. No chunk has two of them: its copies would
-      go on as different samples.
+    - No chunk is begun while the caller's thread waits or works. Before a pause between chunks, workers finish their
+      chunks, and backup tasks of late chunks help. Before a pause between tokens, calls come back after at most a
+      slice, and are kept as paused calls.
+    - Paused calls continue as soon as the sampling thread may hand out again. No chunk has two paused calls: they would
+      continue it with different samples.
     - A reserved chunk is with a worker that serves. It waits again when its worker is gone, and before a pause after
       which it must begin anew or with another worker.
     """
@@ -91,7 +91,7 @@ class BatchSampler:
         Args:
             chunk_size: requests handed to a worker at a time, at most.
             generate_s: how long a worker may take for a chunk before it counts as hanging.
-            weights_s: the same once new weights wait for it.
+            weights_s: how long it may take once new weights wait for the worker.
         """
         self._fleet = fleet
         self._chunk_size = chunk_size

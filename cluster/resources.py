@@ -41,7 +41,9 @@ class StageDemand:
 
 
 def plan_resources(cluster: ClusterConfig, placement: RolloutPlacement = "disaggregated") -> tuple[StageDemand, ...]:
-    """What each stage holds, in the order of the stages. Rollout workers and scoring replicas stay up from alignment through the benchmark.
+    """What each stage holds, in the order of the stages.
+
+    Rollout workers and scoring replicas stay up from alignment through the benchmark.
 
     Args:
         placement: where the rollout workers stand (`cluster/rollout_plan.py`). Workers that share the learner's GPUs

@@ -57,7 +57,7 @@ class RolloutConfig(Frozen):
     length need."""
     gpu_memory_fraction: Fraction | None = None
     """Share of each GPU for weights and KV cache. None takes 0.9 of what `gpus_per_worker` gives an engine. On a GPU
-    shared with the learner it takes 0.45: the learner's parameters and optimizer stay there while the engine samples."""
+    shared with the learner it takes 0.45, for the learner's parameters and optimiser stay there."""
     max_sequences: Count = 256
     enforce_eager: bool = True
     chunk_size: Count | None = None
@@ -104,7 +104,7 @@ class ScoringConfig(Frozen):
     """The VRM scoring service on Ray Serve."""
 
     replicas: Annotated[int, Field(ge=0)] = 1
-    """Number of replicas, at least with `max_replicas`. With 0 the service may sleep; the next request then waits."""
+    """Number of replicas; with `max_replicas` the fewest. At 0 the service may sleep, and its next request waits."""
     max_replicas: Count | None = None
     """Replicas follow the queue up to this many; None keeps their number fixed."""
     requests_per_replica: Positive = 4.0

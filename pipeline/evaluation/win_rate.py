@@ -87,8 +87,9 @@ def _prefixed(prefix: str, metrics: Metrics) -> Metrics:
     return {f"{prefix}/{name}": value for name, value in metrics.items()}
 
 
-def wilson_interval(rate: float, n: float, z: float = NORMAL_QUANTILE_95) -> tuple[float, float]:
+def wilson_interval(rate: float, n: float) -> tuple[float, float]:
     """centre +- half, with centre = (p + z^2/2n) / (1 + z^2/n), half = z / (1 + z^2/n) sqrt(p(1-p)/n + z^2/4n^2)."""
+    z = NORMAL_QUANTILE_95
     scale = 1.0 + z * z / n
     centre = (rate + z * z / (2 * n)) / scale
     half = z / scale * math.sqrt(rate * (1.0 - rate) / n + z * z / (4 * n * n))

@@ -16,11 +16,11 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Where tensors are in host memory, makes the process keep the memory that they free, for the next tensors.
+    """Makes a process with tensors in host memory keep the memory that they free, for the next tensors.
 
     glibc maps a large block at its allocation and unmaps it when it is freed. So the kernel has to find and zero the
-    pages of every activation of every layer: on a virtual machine a third of the time of a small model. After this call
-    blocks come from the heap, which never shrinks. Other C libraries are not changed.
+    pages of every activation of every layer. On a virtual machine this takes a third of the time of a small model.
+    After this call blocks come from the heap, which never shrinks. Other C libraries are not changed.
     """
     if device.type != "cpu":
         return  # only whole models pass through host memory there, and only once

@@ -25,7 +25,7 @@ def train(
     """Restores the last commit, trains to `num_steps`, evaluates once more and exports the model.
 
     Consumes batches `batch_of(step)`, a pure function, so a resumed run sees the same data. The commit of step s holds
-    the state after step s; a run killed anywhere resumes behind its last commit and ends with the same weights.
+    the state after step s; a run killed anywhere resumes after its last commit and ends with the same weights.
 
     Returns:
         The held-out metrics of the finished model: the last, or the one that `keep_best` prefers.

@@ -88,13 +88,13 @@ def kv_bytes_per_token(config: PretrainedConfig, dtype: str) -> int:
     return 2 * model.num_hidden_layers * heads * head_dim * DTYPES[dtype].itemsize
 
 
-def load_backbone(checkpoint: str, *, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_backbone(checkpoint: str, *, dtype: str) -> PreTrainedModel:
     """The decoder without its language-model head.
 
     Raises:
         CheckpointError: it cannot be loaded whole, or is no causal decoder.
     """
-    model = _from_pretrained(AutoModel, checkpoint, dtype, trust_remote_code)
+    model = _from_pretrained(AutoModel, checkpoint, dtype, trust_remote_code=False)
     require_causal(model, checkpoint)
     return with_onednn(model)
 

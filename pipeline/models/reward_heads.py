@@ -321,7 +321,7 @@ class BradleyTerryHead(nn.Module):
 class BradleyTerryAuxiliaryHead(nn.Module):
     """Bradley-Terry with an auxiliary task: K linear scores beside the reward, fitted to the same annotations.
 
-    The fair baseline of heads with supervised scores: the backbone learns from the annotations here too, but the
+    The fair baseline of heads with supervised scores: here too the backbone learns from the annotations. But the
     reward is one linear output and has no reasons (docs/method.md section 2).
     """
 

@@ -61,13 +61,13 @@ class Fake:
 
 def test_a_second_call_computes_only_what_is_missing(tmp_path):
     first, second, third = Fake(failing=[("gate", 1)]), Fake(), Fake()
-    with pytest.raises(WorkerError, match=r"(?s)1 of 10 runs failed.*gate, seed 1: NumericsError: a gradient"):
+    with pytest.raises(WorkerError, match=r"(?s)1 of 12 runs failed.*gate, seed 1: NumericsError: a gradient"):
         run_experiment(options_of("heads", tmp_path), first)
-    assert len(first.computed) == 10
-    assert len((tmp_path / "heads.csv").read_text().splitlines()) == 1 + 9
+    assert len(first.computed) == 12
+    assert len((tmp_path / "heads.csv").read_text().splitlines()) == 1 + 11
     table = run_experiment(options_of("heads", tmp_path), second)
     assert second.computed == [("gate", 1)]
-    assert "10 runs, seeds 0, 1" in table
+    assert "12 runs, seeds 0, 1" in table
     run_experiment(options_of("label_noise", tmp_path), third)
     assert len(third.computed) == 20 - 4  # vrm and bt without noise stand in heads
     assert {path.name for path in tmp_path.iterdir()} >= {

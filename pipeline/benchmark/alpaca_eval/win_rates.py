@@ -295,8 +295,8 @@ def preferences_at_equal_length(coefficients: Coefficients, difficulty: np.ndarr
 def is_extreme_change(raw: float, length_controlled: float) -> bool:
     """Whether the correction is suspiciously large.
 
-    The two win rates, in percent, must differ by more than 10 points, and by more than a quarter of the range between
-    the raw win rate and 0 or 100.
+    Two win rates in percent change extremely if they differ by more than 10 points, and by more than a quarter of the
+    room that the raw win rate had, up to 100 or down to 0.
     """
     room = raw if length_controlled < raw else 100.0 - raw
     return abs(length_controlled - raw) > max(10.0, room / 4.0)

@@ -31,6 +31,9 @@ LOWEST_GRADE, HIGHEST_GRADE = 1.0, 10.0
 NO_GRADE = -1.0
 """The score of a judgment without a grade."""
 
+RESAMPLES = 1000
+"""Draws of the bootstrap over questions."""
+
 GRADE = re.compile(r"\[\[(\d+\.?\d*)\]\]")
 
 GRADE_IN_SINGLE_BRACKETS = re.compile(r"\[(\d+\.?\d*)\]")
@@ -75,7 +78,7 @@ def category_of(question_id: int) -> str:
     return MT_BENCH_CATEGORIES[number // QUESTIONS_PER_CATEGORY]
 
 
-def mean_grades(judgments: Sequence[TurnGrade], *, seed: int = 0, num_resamples: int = 1000) -> dict[str, Metrics]:
+def mean_grades(judgments: Sequence[TurnGrade], *, seed: int = 0) -> dict[str, Metrics]:
     """Mean grades of every model over its judgments that have a grade.
 
     Returns:
@@ -93,10 +96,10 @@ def mean_grades(judgments: Sequence[TurnGrade], *, seed: int = 0, num_resamples:
     by_model: dict[str, list[TurnGrade]] = defaultdict(list)
     for judgment in judgments:
         by_model[judgment.model].append(judgment)
-    return {model: _mean_grades_of_model(model, rows, seed, num_resamples) for model, rows in by_model.items()}
+    return {model: _mean_grades_of_model(model, rows, seed) for model, rows in by_model.items()}
 
 
-def _mean_grades_of_model(model: str, judgments: list[TurnGrade], seed: int, num_resamples: int) -> Metrics:
+def _mean_grades_of_model(model: str, judgments: list[TurnGrade], seed: int) -> Metrics:
     groups: dict[str, list[float]] = defaultdict(list)
     by_question: dict[int, list[float]] = defaultdict(list)
     graded = [judgment for judgment in judgments if judgment.score != NO_GRADE]
@@ -106,7 +109,7 @@ def _mean_grades_of_model(model: str, judgments: list[TurnGrade], seed: int, num
         by_question[judgment.question_id].append(judgment.score)
         groups[f"turn_{judgment.turn}"].append(judgment.score)
         groups[f"category/{category_of(judgment.question_id)}"].append(judgment.score)
-    low, high = _question_bootstrap(list(by_question.values()), seed, num_resamples)
+    low, high = _question_bootstrap(list(by_question.values()), seed)
     return {
         "average": float(np.mean([judgment.score for judgment in graded])),
         "low": low,
@@ -117,11 +120,11 @@ def _mean_grades_of_model(model: str, judgments: list[TurnGrade], seed: int, num
     }
 
 
-def _question_bootstrap(grades: Sequence[Sequence[float]], seed: int, num_resamples: int) -> tuple[float, float]:
+def _question_bootstrap(grades: Sequence[Sequence[float]], seed: int) -> tuple[float, float]:
     """95% interval of the mean grade. It resamples questions, each with all its grades."""
     sums, counts = np.array([sum(g) for g in grades]), np.array([len(g) for g in grades])
     rng = np.random.default_rng(seed)
-    resampled = rng.multinomial(len(grades), np.full(len(grades), 1 / len(grades)), size=num_resamples)
+    resampled = rng.multinomial(len(grades), np.full(len(grades), 1 / len(grades)), size=RESAMPLES)
     low, high = np.percentile((resampled @ sums) / (resampled @ counts), (2.5, 97.5))
     return float(low), float(high)
 
