@@ -18,6 +18,7 @@ from pipeline.benchmark.generated_benchmark import GENERATED_BENCHMARKS, read_be
 from pipeline.benchmark.mt_bench.answers import TEMPERATURES, read_mt_bench_answers
 from pipeline.errors import ConfigError, DataError, WorkspaceLocked
 from pipeline.models.backbone import create_tiny_causal_lm, save_causal_lm
+from pipeline.stages.fingerprint import directory_fingerprint
 from tests.conftest import SMALLEST
 from tests.support.fakes import FakeRollouts
 from tests.support.paths import SHARED_DATA
@@ -246,7 +247,11 @@ def test_answers_of_another_model_or_other_settings_are_not_mixed(answer, more, 
 
 def test_answers_of_other_weights_are_not_mixed(answer, tmp_path, tiny_policy):
     answer("mt_bench", QUESTIONS)
-    with pytest.raises(DataError, match=r"mt_bench.answers, line 1: .* sampled with checkpoint = '[0-9a-f]{64}', this"):
+    other = directory_fingerprint(tiny_policy)
+    with pytest.raises(
+        DataError,
+        match=rf"mt_bench.answers, line 1: .* sampled with checkpoint = '[0-9a-f]{{64}}', this run has '{other}'",
+    ):
         answer("mt_bench", QUESTIONS, "--model", tiny_policy)
 
 

@@ -18,6 +18,7 @@ from pipeline.data.planted import GoldAnnotator
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.models.backbone import load_backbone
 from pipeline.models.reward_model import RewardModel, make_head, save_reward_model
+from pipeline.stages.fingerprint import directory_fingerprint
 from tests.support.judge_server import completion, judge_server, refusal
 from tests.support.learners import HEAD, reward_card, statistics_of
 from tests.support.paths import ROOT
@@ -266,7 +267,7 @@ def test_the_reward_model_judges_arena_hard_the_same_in_either_order(arena, rewa
     for row in rows_of(arena):
         first, second = (game["score"] for game in row["games"])
         assert second == mirrored[first]
-        assert row["judge"].startswith("vrm-")
+        assert row["judge"] == f"vrm-{directory_fingerprint(reward_model)[:12]}"
     assert (costs.requests, costs.asked) == (6, 6)
     assert judge_benchmark(parse([*arena, "--judge", f"vrm:{reward_model}"])).asked == 0
 
