@@ -15,12 +15,11 @@ from ray.exceptions import RayTaskError, WorkerCrashedError
 from actors.ray_errors import ACTOR_DIED
 from cluster.resources import Demand
 from pipeline.config.recipe import Recipe
-from pipeline.data.files import content_fingerprint
 from pipeline.data.run_data import DATA_ROOT
 from pipeline.errors import PipelineError, WorkerDied
 from pipeline.records import PromptGroup
 from pipeline.stages import storage
-from pipeline.stages.fingerprint import fingerprint
+from pipeline.stages.fingerprint import directory_fingerprint, fingerprint
 from pipeline.stages.metrics_log import as_clock
 
 if TYPE_CHECKING:
@@ -181,7 +180,7 @@ def backbone_key(recipe: Recipe) -> str | None:
     uri = config.backbone or recipe.policy.checkpoint
     if config.trainable_layers != 0 or uri is None:
         return None
-    inputs = [content_fingerprint(uri) if os.path.isdir(uri) else uri]
+    inputs = [directory_fingerprint(uri) if os.path.isdir(uri) else uri]
     return fingerprint("frozen_states", STATES_VERSION, {"dtype": config.backbone_dtype}, inputs)[:16]
 
 

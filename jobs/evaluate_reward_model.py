@@ -29,6 +29,7 @@ from pipeline.evaluation.reward_evaluation import (
     metric_differences,
     survey,
 )
+from pipeline.stages.fingerprint import directory_fingerprint
 from pipeline.stages.metrics_log import as_clock
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -55,7 +56,7 @@ def evaluate_reward_model(options: argparse.Namespace) -> str:
         other_rows, other = read_scored_rows(options.compare)
         other_rows = other_rows.in_order_of(found.content_key, place=str(options.compare))
 
-    scored_by = f"{content_fingerprint(options.model)[:16]}/{device}"
+    scored_by = f"{directory_fingerprint(options.model)[:16]}/{device}"
     options.out.mkdir(parents=True, exist_ok=True)
     rows_file, metrics_file = options.out / "rows.jsonl", options.out / "metrics.json"
     write_scored_rows(

@@ -53,6 +53,7 @@ from pipeline.benchmark.mt_bench.questions import read_mt_bench_questions
 from pipeline.data.files import content_fingerprint
 from pipeline.errors import ConfigError
 from pipeline.stages import storage
+from pipeline.stages.fingerprint import directory_fingerprint
 
 UNANSWERED = 1
 """Exit code: some requests have no judgment yet."""
@@ -152,7 +153,7 @@ def open_reward_model(directory: str) -> Judge:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     scorer = RewardModelScorer.load(directory, max_tokens_per_batch=SCORING_TOKENS, device=device)
-    return RewardModelJudge(scorer, model=f"vrm-{content_fingerprint(directory)[:12]}")
+    return RewardModelJudge(scorer, model=f"vrm-{directory_fingerprint(directory)[:12]}")
 
 
 def open_gold() -> Judge:

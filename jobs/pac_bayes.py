@@ -87,13 +87,13 @@ def measure_model(options: argparse.Namespace) -> str:
     """Writes the report, returns it in words."""
     import torch
 
-    from pipeline.data.files import content_fingerprint
     from pipeline.data.score_statistics import ScoreStatistics
     from pipeline.evaluation.pac_bayes_measurement import MeasuredPairs, measure_pac_bayes, require_posterior
     from pipeline.evaluation.pac_bayes_report import pac_bayes_text
     from pipeline.evaluation.posterior_risk import posterior_risk
     from pipeline.models.reward_model import load_reward_model, read_card
     from pipeline.stages import storage
+    from pipeline.stages.fingerprint import directory_fingerprint
     from pipeline.stages.runner import installed_versions
 
     recipe = load_recipe(options.recipe, options.overrides) if options.recipe else None
@@ -106,7 +106,7 @@ def measure_model(options: argparse.Namespace) -> str:
         )
         dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
         model, tokenizer, _ = load_reward_model(directory, dtype=dtype)
-        model_fingerprint = content_fingerprint(directory)
+        model_fingerprint = directory_fingerprint(directory)
     pairs = MeasuredPairs.of(training, heldout, tokenizer, max_length=card.max_length)
     print(
         f"measuring {len(pairs.training):,} of {len(training):,} training pairs, "

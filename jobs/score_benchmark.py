@@ -145,7 +145,7 @@ def score_alpaca_eval(options: argparse.Namespace) -> Scored:
                 _number(m["win_rate"]),
                 _number(m["standard_error"]),
                 _number(m["discrete_win_rate"]),
-                _number(m["length_controlled_winrate"]),
+                "withheld" if m["length_controlled_winrate"] is None else _number(m["length_controlled_winrate"]),
                 "far from the raw one" if m["extreme_change"] else "",
                 str(len(annotations.instructions)),
                 str(m["n_unparsed"]),
@@ -154,10 +154,16 @@ def score_alpaca_eval(options: argparse.Namespace) -> Scored:
     return Scored(
         metrics={"models": models},
         header=("model", "win rate", "SE", "discrete", "length-controlled", "", "instructions", "unparsed"),
-        rows=sorted(rows, key=lambda row: -models[row[0]]["length_controlled_winrate"]),
+        rows=sorted(rows, key=lambda row: _alpaca_eval_rank(models[row[0]])),
         notes=sorted({note for m in models.values() for note in m["notes"]}),
         num_failed=sum(m["n_unparsed"] for m in models.values()),
     )
+
+
+def _alpaca_eval_rank(model: dict[str, Any]) -> tuple[bool, float]:
+    """By the length-controlled win rate; models without one come last, by the win rate."""
+    length_controlled = model["length_controlled_winrate"]
+    return length_controlled is None, -(model["win_rate"] if length_controlled is None else length_controlled)
 
 
 SCORERS: dict[str, Callable[[argparse.Namespace], Scored]] = {

@@ -20,6 +20,7 @@ from pipeline.benchmark.scored_answers import read_scored_answers
 from pipeline.config.recipe import Recipe
 from pipeline.records import StageResult
 from pipeline.stages import storage
+from pipeline.stages.fingerprint import directory_fingerprint
 from pipeline.stages.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ def write_report(
         answers = {name: read_scored_answers(answers_file(directory, name)) for name in (BASE, ALIGNED)}
         planted_file = Path(directory) / "planted.json"
         planted = json.loads(planted_file.read_text()) if planted_file.exists() else {"kinds": {}, "weights": {}}
+    with storage.reading(reward_model.location) as directory:
+        reward_model_fingerprint = directory_fingerprint(directory)
     manifests = [stage.manifest() for stage in stages]
     data = ReportData(
         name=recipe.name,
@@ -62,6 +65,7 @@ def write_report(
         reward_rows=stages[1].metrics_rows(),
         alignment_rows=stages[2].metrics_rows(),
         reward_metrics=reward_model.metrics,
+        reward_model_fingerprint=reward_model_fingerprint,
         benchmark_metrics=benchmark.metrics,
         base=answers[BASE],
         aligned=answers[ALIGNED],

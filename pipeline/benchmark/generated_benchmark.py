@@ -46,6 +46,8 @@ class GeneratedBenchmark:
     """Size of the official set."""
     max_response_tokens: int
     """Token limit of the answer to one turn."""
+    answers_are_paired_by_text: bool
+    """Whether the evaluator finds a question by its text, so that a repeated text would be two answers to one."""
     write: Callable[[Path, AnsweredBenchmark], dict[str, Any]]
     """Writes the benchmark's answer files below a directory; returns entries for the summary."""
 
@@ -57,10 +59,11 @@ def read_benchmark_questions(benchmark: GeneratedBenchmark, source: str) -> list
         source: a file, a directory that holds one of `benchmark.files`, or "hub:<data set>[:<split>]".
 
     Raises:
-        DataError: the source has no questions, a question has an empty turn, or an id occurs twice. Names file and
-            line.
+        DataError: the source has no questions, a question has an empty turn, or an id occurs twice; or a text does
+            where the benchmark pairs answers by it. Names file and line.
     """
     questions: dict[int | str, BenchmarkQuestion] = {}
+    places: dict[tuple[str, ...], str] = {}
     for row in _rows(benchmark, source):
         question = benchmark.parse(row)
         if not all(turn.strip() for turn in question.turns):
@@ -68,7 +71,12 @@ def read_benchmark_questions(benchmark: GeneratedBenchmark, source: str) -> list
         if question.id in questions:
             first = questions[question.id].place
             raise DataError(f"{row.place}: question {question.id} is already at {first}. Keep one of them.")
-        questions[question.id] = question
+        if benchmark.answers_are_paired_by_text and question.turns in places:
+            raise DataError(
+                f"{row.place}: {question.turns[0]!r:.80} is already at {places[question.turns]}. Answers are paired by "
+                "this text: keep one of the two."
+            )
+        questions[question.id], places[question.turns] = question, row.place
     if not questions:
         raise DataError(f"{source} holds no questions")
     return list(questions.values())
@@ -185,6 +193,7 @@ GENERATED_BENCHMARKS = {
         files=("instructions.jsonl", "alpaca_eval.json"),
         num_questions=805,
         max_response_tokens=2048,
+        answers_are_paired_by_text=True,
         write=_write_alpaca,
     ),
     "arena_hard": GeneratedBenchmark(
@@ -192,6 +201,7 @@ GENERATED_BENCHMARKS = {
         files=("question.jsonl",),
         num_questions=500,
         max_response_tokens=4096,
+        answers_are_paired_by_text=False,
         write=_write_arena,
     ),
     "mt_bench": GeneratedBenchmark(
@@ -199,6 +209,7 @@ GENERATED_BENCHMARKS = {
         files=("question.jsonl",),
         num_questions=80,
         max_response_tokens=1024,
+        answers_are_paired_by_text=False,
         write=_write_mt_bench,
     ),
 }

@@ -17,7 +17,6 @@ from pipeline.benchmark.answer_log import AnsweredTurn, AnswerLog
 from pipeline.benchmark.benchmark_question import AnsweredQuestion, BenchmarkQuestion
 from pipeline.benchmark.generated_benchmark import GENERATED_BENCHMARKS, AnsweredBenchmark, GeneratedBenchmark
 from pipeline.data.chat import require_chat_template
-from pipeline.data.files import content_fingerprint
 from pipeline.errors import ConfigError
 from pipeline.loops.generation import answer_questions, require_room_for_all
 from pipeline.models.backbone import load_config, load_tokenizer
@@ -25,6 +24,7 @@ from pipeline.models.wheel_checkpoints import unpacked
 from pipeline.ports import RolloutStream
 from pipeline.records import SamplingParams
 from pipeline.stages import storage
+from pipeline.stages.fingerprint import directory_fingerprint
 from pipeline.stages.metrics_log import as_clock, as_number
 
 PROGRESS_S = 10.0
@@ -114,7 +114,7 @@ class AnsweringRun:
         return {
             "benchmark": self.benchmark_name,
             "model": self.model_name,
-            "checkpoint": content_fingerprint(self.directory),
+            "checkpoint": directory_fingerprint(self.directory),
             "dtype": self.dtype,
             "top_p": self.sampling.top_p,
             "max_response_tokens": self.sampling.max_response_tokens,

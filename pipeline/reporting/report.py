@@ -62,6 +62,8 @@ class ReportData:
     alignment_rows: Sequence[MetricsRow]
     """metrics.jsonl of align_policy."""
     reward_metrics: Metrics
+    reward_model_fingerprint: str
+    """Identity of the reward model's content, as the service and the other jobs give it."""
     benchmark_metrics: Metrics
     base: Sequence[Answer]
     aligned: Sequence[Answer]
@@ -76,6 +78,7 @@ def results_table(data: ReportData) -> list[tuple[str, str]]:
     """(label, value) rows of the main numbers, for the page and for the terminal."""
     reward, benchmark = data.reward_metrics, data.benchmark_metrics
     rows = [
+        ("reward model: fingerprint", data.reward_model_fingerprint[:12]),
         ("reward model: held-out accuracy", f"{reward['eval/accuracy']:.3f}"),
         ("longer is better, same pairs", f"{reward['eval/longer_is_better']:.3f}"),
         ("reward model: held-out NLL (ln 2 = 0.693 says nothing)", f"{reward['eval/nll']:.3f}"),

@@ -14,6 +14,7 @@ from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.evaluation.reward_scorer import RewardModelScorer
 from pipeline.models.backbone import load_backbone
 from pipeline.models.reward_model import RewardModel, RewardModelCard, make_head, save_reward_model
+from pipeline.stages.fingerprint import directory_fingerprint
 from tests.support.learners import collator, reward_trainer, tokenised
 from tests.support.paths import ROOT
 
@@ -87,6 +88,7 @@ def test_pairs_from_file_to_metrics(models, pairs, tmp_path):
         assert rewards(out)[row["id"]][0] == pytest.approx((chosen.mean, chosen.std), abs=1e-4)
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["accuracies"]["accuracy"]["value"] == pytest.approx(right / len(pairs))
+    assert metrics["scored_by"] == f"{directory_fingerprint(models['vrm'])[:16]}/cpu"
     assert metrics["rows"] == len(pairs) == 16
     assert metrics["cut"] == 0
     assert metrics["subsets"]["s0"]["rows"] == 8

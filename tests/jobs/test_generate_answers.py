@@ -14,9 +14,11 @@ from jobs.generate_answers import generate_answers, generate_answers_command
 from jobs.generate_benchmark import command
 from pipeline.benchmark.alpaca_eval.model_outputs import read_model_outputs
 from pipeline.benchmark.arena_hard.answers import read_arena_answers
+from pipeline.benchmark.generated_benchmark import GENERATED_BENCHMARKS, read_benchmark_questions
 from pipeline.benchmark.mt_bench.answers import TEMPERATURES, read_mt_bench_answers
 from pipeline.errors import ConfigError, DataError, WorkspaceLocked
 from pipeline.models.backbone import create_tiny_causal_lm, save_causal_lm
+from pipeline.stages.fingerprint import directory_fingerprint
 from tests.conftest import SMALLEST
 from tests.support.fakes import FakeRollouts
 from tests.support.paths import SHARED_DATA
@@ -196,6 +198,11 @@ TWICE = [QUESTIONS[0], QUESTIONS[1], QUESTIONS[0]]
             [{"instruction": "?", "index": n} for n in (4, 4)],
             r"line 2: question 4 is already at .*line 1",
         ),
+        (
+            "alpaca_eval",
+            [INSTRUCTIONS[0], INSTRUCTIONS[1], INSTRUCTIONS[0] | {"dataset": "other"}],
+            r"eval.jsonl, line 3: 'why the boat 0 \?' is already at .*eval.jsonl, line 1. Answers are paired by this",
+        ),
         ("mt_bench", TWICE, r"bench.jsonl, line 3: question 81 is already at .*bench.jsonl, line 1"),
         ("mt_bench", [{"question_id": 81, "category": "math"}], r"bench.jsonl, line 1, field 'turns': None is no list"),
         ("mt_bench", [{**QUESTIONS[0], "turns": []}], r"line 1, field 'turns': 0 turns"),
@@ -217,6 +224,13 @@ def test_questions_that_cannot_be_used_are_named_before_any_engine_starts(answer
         answer(benchmark, rows)
 
 
+def test_questions_with_ids_may_have_the_same_text(tmp_path):
+    """Arena-Hard and MT-Bench find a question by its id."""
+    rows = [{**QUESTIONS[0], "question_id": number} for number in (81, 82)]
+    questions = read_benchmark_questions(GENERATED_BENCHMARKS["mt_bench"], str(write(tmp_path / "q.jsonl", rows)))
+    assert [question.id for question in questions] == [81, 82]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -233,7 +247,11 @@ def test_answers_of_another_model_or_other_settings_are_not_mixed(answer, more, 
 
 def test_answers_of_other_weights_are_not_mixed(answer, tmp_path, tiny_policy):
     answer("mt_bench", QUESTIONS)
-    with pytest.raises(DataError, match=r"mt_bench.answers, line 1: .* sampled with checkpoint = '[0-9a-f]{64}', this"):
+    other = directory_fingerprint(tiny_policy)
+    with pytest.raises(
+        DataError,
+        match=rf"mt_bench.answers, line 1: .* sampled with checkpoint = '[0-9a-f]{{64}}', this run has '{other}'",
+    ):
         answer("mt_bench", QUESTIONS, "--model", tiny_policy)
 
 

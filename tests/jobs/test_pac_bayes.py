@@ -12,6 +12,7 @@ from pipeline.data.preferences import normalised_prompt
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.models.backbone import load_backbone
 from pipeline.models.reward_model import RewardModel, make_head, save_reward_model
+from pipeline.stages.fingerprint import directory_fingerprint
 from tests.support.learners import HEAD, reward_card, statistics_of
 from tests.support.paths import ROOT
 
@@ -57,6 +58,7 @@ def test_the_data_of_a_recipe_is_measured_with_one_heldout_pair_a_prompt(model, 
     output = tmp_path / "report.json"
     text = run("--model", model, "--output", str(output), "--recipe", "tiny", *SMALL)
     record = json.loads(output.read_text())
+    assert record["model_fingerprint"] == directory_fingerprint(model)
     assert record["training"]["num_pairs"] == 40
     assert record["heldout"]["num_pairs"] == record["heldout"]["num_prompts"] <= 10
     assert record["shared_prompts"] == 0

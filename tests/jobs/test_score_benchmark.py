@@ -119,6 +119,21 @@ def test_alpaca_eval_files_that_do_not_make_one_table_are_refused(tmp_path, mode
         score_benchmark(parse(["--benchmark", "alpaca_eval", "--judgments", *files, "--out", str(tmp_path / "scores")]))
 
 
+def test_a_withheld_rate_is_said_and_ranked_last(tmp_path):
+    decided = annotations_of(tmp_path / "1.json", "decided", "gpt-4")
+    rows = json.loads((tmp_path / "1.json").read_text())
+    draws = [row | {"generator_2": "draws", "preference": 1.5} for row in rows]
+    (tmp_path / "2.json").write_text(json.dumps(draws))
+    files = [str(tmp_path / "2.json"), decided]
+    options = parse(["--benchmark", "alpaca_eval", "--judgments", *files, "--out", str(tmp_path / "scores")])
+    _, first, second, *notes = score_benchmark(options).splitlines()
+    assert (first.split()[0], second.split()[0]) == ("decided", "draws")
+    assert second.split()[4] == "withheld"
+    assert "The length-controlled win rate of draws is withheld" in " ".join(notes)
+    models = json.loads((tmp_path / "scores" / "alpaca_eval.json").read_text())["models"]
+    assert models["draws"]["length_controlled_winrate"] is None
+
+
 def test_an_alpaca_eval_file_counts_once_however_it_is_named(tmp_path):
     file, link = annotations_of(tmp_path / "1.json", "a", "gpt-4"), tmp_path / "link.json"
     link.symlink_to(file)

@@ -31,6 +31,7 @@ def report(**changes):
             "eval/accuracy": 0.9, "eval/longer_is_better": 0.4, "eval/nll": 0.3, "eval/margin": 2.0,
             "eval/active_units": 7.0,
         },
+        "reward_model_fingerprint": "0123456789abcdef",
         "benchmark_metrics": {
             "reward/win_rate": 0.75, "reward/low": 0.5, "reward/high": 0.9, "reward/base": 1.0, "reward/aligned": 2.0,
             "words/base": 10.0, "words/aligned": 12.0,
@@ -60,6 +61,7 @@ def test_the_worst_loss_stands_first():
 
 def test_the_table_names_the_headline_numbers():
     table = dict(results_table(report()))
+    assert table["reward model: fingerprint"] == "0123456789ab"
     assert table["reward model: held-out accuracy"] == "0.900"
     assert table["win rate over base, by the reward model"] == "0.750  [0.500, 0.900]"
     assert table["time"] == "1:05"

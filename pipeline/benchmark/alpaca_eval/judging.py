@@ -100,9 +100,16 @@ class AlpacaEvalJudging:
             parse: reads the preference from a judgment's text when the judgment has no log-probabilities.
 
         Raises:
-            DataError: the model and the baseline do not answer the same instructions.
+            DataError: the model and the baseline do not answer the same instructions; or they have the same name and
+                different answers.
         """
         self._pairs = pair_by_instruction(answers, baseline)
+        for answer, other in self._pairs:
+            if answer.generator == other.generator and answer.output != other.output:
+                raise DataError(
+                    f"{answer.place}: {answer.generator!r} gives another answer than in {other.place}. A model and its "
+                    "baseline with one name count as the same model, whose rate is 50: rename one of the two."
+                )
         self._annotator = annotator
         self._parse = parse
         self.requests = [

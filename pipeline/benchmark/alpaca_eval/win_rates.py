@@ -38,6 +38,9 @@ INVERSE_PENALTIES = np.logspace(-4, 4, 10)
 # Each fold has one random stream over the penalties in order, as in scikit-learn's LogisticRegressionCV.
 SOLVER_SEED = 123
 
+SAME_PREDICTION = 1e-9
+"""Probabilities that differ by less are the same up to rounding."""
+
 FITTED_WITHOUT = {
     "length_controlled_minimal": "instruction difficulty and gamed rows (df_gamed.csv), which moves the 29 public "
     "models by 6.7 points on average and one by 27",
@@ -158,7 +161,9 @@ def length_controlled_win_rate(
     Returns:
         All entries of `raw_win_rate`, and
         `length_controlled_winrate` and `lc_standard_error` in percent. The error is that of the mean over instructions.
-        As on the leaderboard, it does not contain the error of the coefficients;
+        As on the leaderboard, it does not contain the error of the coefficients. The error is None where the fit
+        predicts the same for every instruction, and both are None where every coefficient of the fit is 0: such a fit
+        says nothing of the model, and its 50 is no measurement;
         `variant`: AlpacaEval's name for the terms of the fit, or "given" for given coefficients;
         `coefficients`: by name;
         `extreme_change`: whether the correction is so large that the fit may have failed;
@@ -174,9 +179,22 @@ def length_controlled_win_rate(
     gamma = None if difficulty is None else _difficulty_of(annotations, difficulty)
     variant, coefficients = _variant_and_coefficients(annotations, gamma, gamed, coefficients)
     p = preferences_at_equal_length(coefficients, np.zeros(len(annotations.instructions)) if gamma is None else gamma)
-    length_controlled = 100.0 * float(p.mean())
-    is_extreme = is_extreme_change(raw["win_rate"], length_controlled)
+    length_controlled: float | None = 100.0 * float(p.mean())
+    error: float | None = 100.0 * _standard_error(p)
+    is_extreme = is_extreme_change(raw["win_rate"], 100.0 * float(p.mean()))
     notes = _notes(variant, annotations.baseline, has_difficulty=gamma is not None)
+    if variant != "given" and not any(coefficients):
+        length_controlled, error, is_extreme = None, None, False
+        notes.append(
+            f"The length-controlled win rate of {annotations.model} is withheld: the fit set every coefficient to 0, "
+            "so it found nothing in these preferences. Annotate more, or report the win rate alone."
+        )
+    elif variant != "given" and np.ptp(p) < SAME_PREDICTION:
+        error = None
+        notes.append(
+            f"The length-controlled win rate of {annotations.model} has no standard error: the fit predicts the same "
+            "for every instruction."
+        )
     if is_extreme:
         notes.append(
             f"The length-controlled win rate {length_controlled:.1f} is far from the raw one, {raw['win_rate']:.1f}: "
@@ -185,7 +203,7 @@ def length_controlled_win_rate(
     return {
         **raw,
         "length_controlled_winrate": length_controlled,
-        "lc_standard_error": 100.0 * _standard_error(p),
+        "lc_standard_error": error,
         "variant": variant,
         "coefficients": coefficients._asdict(),
         "extreme_change": is_extreme,

@@ -25,6 +25,11 @@ class BattleTable:
                 f"{len(battles)} battles do not compare {', '.join(sorted(players - connected)) or 'any model'} with "
                 f"the baseline {baseline!r}. Give the baseline that the judge saw, and judgments with verdicts."
             )
+        if players == {baseline}:
+            raise DataError(
+                f"all {len(battles)} battles compare the baseline {baseline!r} with itself, so there is no win rate. "
+                "Give judgments of another model."
+            )
         self.models = [baseline, *sorted(players - {baseline})]
         number = {model: n for n, model in enumerate(self.models)}
         self.a = np.array([number[battle.model_a] for battle in battles])

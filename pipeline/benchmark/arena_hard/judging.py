@@ -66,12 +66,17 @@ class ArenaHardJudging:
             parse: reads the verdict ("A>B", "B>>A", ...) from a judgment's text; None if there is none.
 
         Raises:
-            DataError: as `answers_of_one_model`.
+            DataError: as `answers_of_one_model`; or the model is the baseline itself.
         """
         self._questions, self._parse = questions, parse
         ids = [question.question_id for question in questions]
         self._model, model_answers = answers_of_one_model(answers, ids, known=ids, what="answers")
         self._baseline, baseline_answers = answers_of_one_model(baseline, ids, known=ids, what="baseline's answers")
+        if self._model == self._baseline:
+            raise DataError(
+                f"the answers and the baseline's answers are both of {self._model!r}: a model has no win rate over "
+                "itself. Give the answers of another model, or rename one of the two."
+            )
         self.requests = []
         for question in questions:
             by_model = model_answers[question.question_id].output

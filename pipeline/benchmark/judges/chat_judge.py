@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -174,12 +175,12 @@ class ChatJudge:
             raise self._refusal(response.status_code, response.text, response.headers)
         try:
             body = response.json()
-            choice, error = _choice_or_error(body)
-            if error is None:
+            choice, failure = _choice_or_error(body)
+            if failure is None:
                 return _judgment(choice, body.get("usage") or {})
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as malformed:
             raise _Transient(f"malformed answer ({type(malformed).__name__})") from malformed
-        raise self._error_in_answer(error, response.headers)
+        raise self._error_in_answer(failure, response.headers)
 
     def _error_in_answer(self, error: Any, headers: httpx.Headers) -> Exception:
         """The error for an HTTP 200 whose body says that the provider failed; its code counts as the HTTP status.
@@ -188,7 +189,7 @@ class ChatJudge:
         """
         text = json.dumps(error, ensure_ascii=False)
         code, message = (error.get("code"), error.get("message")) if isinstance(error, dict) else (None, error)
-        status = int(code) if str(code).isdecimal() and 400 <= int(code) < 600 else 500
+        status = int(str(code)) if re.fullmatch(r"[45]\d\d", str(code), re.ASCII) else 500
         refusal = self._refusal(429 if "insufficient_quota" in text else status, text, headers)
         if isinstance(refusal, _Transient):
             words = self._shown(message if isinstance(message, str) else text)

@@ -115,11 +115,11 @@ def _alpaca_eval(scores: Mapping[str, Any], policy: str) -> tuple[str, ...]:
     m = scores["models"].get(policy)
     if m is None:
         return (_baseline(scores, policy), "")
-    # Without difficulties, all instructions have the same prediction, and the standard error means nothing.
-    error = f" ± {m['lc_standard_error']:.2f}" if m["lc_standard_error"] >= 0.005 else ""
+    error = "" if m["lc_standard_error"] is None else f" ± {m['lc_standard_error']:.2f}"
+    controlled = m["length_controlled_winrate"]
     return (
         f"{m['win_rate']:.2f} ± {m['standard_error']:.2f}",
-        f"{m['length_controlled_winrate']:.2f}{error}",
+        "withheld" if controlled is None else f"{controlled:.2f}{error}",
     )
 
 

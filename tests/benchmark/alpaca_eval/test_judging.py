@@ -198,3 +198,15 @@ def test_a_template_that_is_no_chatml_or_hides_an_answer_is_refused(tmp_path, te
     (tmp_path / "t.txt").write_text(text)
     with pytest.raises(DataError, match=r"t\.txt"):
         read_chatml(tmp_path / "t.txt")
+
+
+def test_one_name_for_two_models_is_refused(tmp_path):
+    template = tmp_path / "clf.txt"
+    template.write_text(CHATML)
+    first, second = (
+        read_model_outputs(write(tmp_path / name, [{"instruction": "a", "output": output, "generator": "base"}]))
+        for name, output in (("1.json", "1"), ("2.json", "2"))
+    )
+    with pytest.raises(DataError, match=r"1\.json, row 1 .*'base' gives another answer than in .*2\.json, row 1"):
+        AlpacaEvalJudging(first, second, read_chatml(template), annotator="clf")
+    assert AlpacaEvalJudging(first, first, read_chatml(template), annotator="clf").requests == []

@@ -145,8 +145,22 @@ def test_without_difficulty_the_minimal_model_is_fitted():
     result = length_controlled_win_rate(rows, None)
     assert result["variant"] == "length_controlled_minimal"
     assert result["length_controlled_winrate"] == pytest.approx(100 * sigmoid(-0.6), abs=0.3)
-    [note] = result["notes"]
+    note, other = result["notes"]
     assert "fitted without instruction difficulty and gamed rows" in note
+    # Every instruction has the same prediction, so a standard error over instructions says nothing.
+    assert result["lc_standard_error"] is None
+    assert "has no standard error: the fit predicts the same for every instruction" in other
+
+
+@pytest.mark.parametrize("difficulty", [None, [0.0] * 8])
+def test_a_fit_that_finds_nothing_is_withheld(difficulty):
+    # Four long answers win and lose as often as four short ones: the penalty leaves no coefficient.
+    rows = annotations([2.0, 1.0] * 4, baseline_lengths=[100] * 8, model_lengths=[150, 150, 50, 50, 160, 160, 40, 40])
+    result = length_controlled_win_rate(rows, difficulty)
+    assert set(result["coefficients"].values()) == {0.0}
+    assert (result["length_controlled_winrate"], result["lc_standard_error"]) == (None, None)
+    assert "is withheld: the fit set every coefficient to 0" in result["notes"][-1]
+    assert result["win_rate"] == 50.0
 
 
 def test_the_result_says_whose_difficulty_it_stands_on():
@@ -636,6 +650,9 @@ def test_every_number_is_that_of_alpaca_eval(upstream, gamed_csv, monkeypatch, t
     theirs = upstream.get_length_controlled_winrate(rows, glm_name=variant, save_weights_dir=tmp_path)
     [weights] = csv.DictReader((tmp_path / variant / f"baseline_{BASELINE}.csv").open())
     assert ours["variant"] == variant
+    if variant.endswith("minimal"):  # every prediction is the same: what upstream reports is rounding
+        assert ours["lc_standard_error"] is None
+        assert theirs.pop("lc_standard_error") < 1e-12
     assert {name: ours[name] for name in theirs} == pytest.approx(theirs, abs=1e-6)
     coefficients = [value for value in ours["coefficients"].values() if value != 0.0]
     assert coefficients == pytest.approx([float(value) for value in list(weights.values())[1:]], abs=1e-6)

@@ -214,3 +214,8 @@ def test_the_public_questions_and_answers_make_a_thousand_games():
     for first, second in zip(judged.requests[::2], judged.requests[1::2], strict=True):
         assert first.pair.answer_a == second.pair.answer_b
         assert first.pair.answer_b == second.pair.answer_a
+
+
+def test_a_baseline_is_not_judged_against_itself():
+    with pytest.raises(DataError, match="are both of 'gpt-4-0314': a model has no win rate over itself"):
+        judging(ours=[answer("gpt-4-0314", output="since")])

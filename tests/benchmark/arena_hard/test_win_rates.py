@@ -118,3 +118,11 @@ def test_the_fit_solves_its_normal_equation():
     [theta] = fit_logistic(np.ones((2, 1)), np.array([1.0, 0.5]), np.array([2.0, 2.0]), ridge=0.5)
     p = 1 / (1 + math.exp(-theta))
     assert 4 * (p - 0.75) + 0.5 * theta == pytest.approx(0, abs=1e-7)
+
+
+def test_the_baseline_against_itself_alone_is_refused():
+    battles = [battle(0.5, model_b="base"), battle(1.0, model_b="base")]
+    with pytest.raises(DataError, match="all 2 battles compare the baseline 'base' with itself"):
+        bradley_terry_win_rates(battles, "base", num_resamples=2)
+    rates = bradley_terry_win_rates([*battles, battle(0.0), battle(1.0)], "base", num_resamples=2)
+    assert rates["m"]["win_rate"] == pytest.approx(50.0, abs=1e-4)

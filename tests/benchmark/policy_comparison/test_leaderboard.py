@@ -93,3 +93,12 @@ def test_files_that_are_no_scores_are_refused(contents, letter, tmp_path):
         file.write_text(json.dumps(content))
     with pytest.raises(DataError, match=letter):
         read_scores(files)
+
+
+@pytest.mark.parametrize(
+    ("rate", "error", "cell"), [(50.38, 0.4, "50.38 ± 0.40"), (50.38, None, "50.38"), (None, None, "withheld")]
+)
+def test_a_rate_or_an_error_that_was_withheld_is_not_shown(rate, error, cell):
+    model = ALPACA["models"]["aligned"] | {"length_controlled_winrate": rate, "lc_standard_error": error}
+    table = leaderboard(["aligned"], {"alpaca_eval": ALPACA | {"models": {"aligned": model}}}, {})
+    assert table.rows == (("aligned", ("45.30 ± 1.50", cell)),)
