@@ -17,7 +17,7 @@ import numpy as np
 from pipeline.data.batching import stable_seed
 from pipeline.data.chat import strip_thinking
 from pipeline.data.files import Row, distinct, read_hub_rows, read_rows
-from pipeline.data.prompts import parse_messages
+from pipeline.data.prompts import parse_messages, split_conversation
 from pipeline.errors import DataError
 from pipeline.records import Message, PreferencePair
 
@@ -213,12 +213,17 @@ Adapted = Iterator[PreferencePair | LeftOut]
 def _from_pairs(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> Adapted:
     """The project's own schema: prompt, chosen, rejected and optionally scores, source, margin, id."""
     for row in rows:
+        conversations = _conversations(row)
+        if isinstance(conversations, LeftOut):
+            yield conversations
+            continue
+        prompt, chosen, rejected = conversations
         margin = row.values.get("margin")
         yield PreferencePair(
             id=row.identity,
-            prompt=parse_messages(row.values.get("prompt"), place=f"{row.place}, field 'prompt'"),
-            chosen=_text(row, "chosen"),
-            rejected=_text(row, "rejected"),
+            prompt=prompt,
+            chosen=chosen,
+            rejected=rejected,
             scores_chosen=_scores(row, "scores_chosen", row.values.get("scores_chosen"), objectives),
             scores_rejected=_scores(row, "scores_rejected", row.values.get("scores_rejected"), objectives),
             source=str(row.values.get("source", "pairs")),
@@ -352,10 +357,10 @@ def _binarized_pair(row: Row) -> PreferencePair | LeftOut:
 
     Without objective scores nothing supervises the weights. Equal scores are left out.
     """
-    prompt, prompt_field = row.values.get("prompt"), "prompt"
-    if prompt is None and _is_list(row.values["chosen"]):
-        prompt, prompt_field = row.values["chosen"][:-1], "chosen"
-    chosen, rejected = _last_text(row, "chosen"), _last_text(row, "rejected")
+    conversations = _conversations(row)
+    if isinstance(conversations, LeftOut):
+        return conversations
+    prompt, chosen, rejected = conversations
     high, low = row.values.get("score_chosen"), row.values.get("score_rejected")
     margin = None
     if not _is_missing(high) and not _is_missing(low):
@@ -364,8 +369,7 @@ def _binarized_pair(row: Row) -> PreferencePair | LeftOut:
         return LeftOut.TIE
     if margin is not None and margin < 0 and chosen != rejected:
         raise DataError(f"{row.place}: score_chosen = {high} is below score_rejected = {low}")
-    messages = parse_messages(prompt, place=f"{row.place}, field {prompt_field!r}")
-    return _unrated_pair(row, messages, chosen, rejected, margin=margin, source="ultrafeedback")
+    return _unrated_pair(row, prompt, chosen, rejected, margin=margin, source="ultrafeedback")
 
 
 def _from_hh_rlhf(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> Adapted:
@@ -508,12 +512,28 @@ def _text(row: Row, field: str) -> str:
     return value
 
 
-def _last_text(row: Row, field: str) -> str:
-    """A text, or the last turn of a conversation."""
+def _conversations(row: Row) -> tuple[tuple[Message, ...], str, str] | LeftOut:
+    """(prompt, chosen response, rejected response). Each side is a text, or a conversation that ends with it.
+
+    A conversation brings the turns before the response, which a field `prompt` may repeat in part or in whole.
+    """
+    (history, chosen), (other_history, rejected) = (_history_and_response(row, side) for side in ("chosen", "rejected"))
+    if history != other_history:
+        return LeftOut.OTHER_PROMPT
+    given = row.values.get("prompt")
+    if history and given is None:
+        return history, chosen, rejected
+    prompt = parse_messages(given, place=f"{row.place}, field 'prompt'")
+    # UltraFeedback's `prompt` is the first user turn; other publishers' is the whole history, with the system turn.
+    repeats = not history or prompt[-len(history) :] == history
+    return prompt if repeats else history, chosen, rejected
+
+
+def _history_and_response(row: Row, field: str) -> tuple[tuple[Message, ...], str]:
     value = row.values.get(field)
-    if _is_list(value):
-        return parse_messages(value, place=f"{row.place}, field {field!r}")[-1]["content"]
-    return _text(row, field)
+    if _is_list(value) and value:
+        return split_conversation(value, place=f"{row.place}, field {field!r}")
+    return (), _text(row, field)
 
 
 def _is_list(value: Any, kind: type = object) -> TypeGuard[list[Any]]:

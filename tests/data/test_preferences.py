@@ -155,7 +155,7 @@ def published(data_format, chosen, rejected):
     "layout",
     [
         *("pairs", "helpsteer2", "ultrafeedback", "raw ultrafeedback"),
-        *("hh_rlhf", "webgpt", "pku_saferlhf"),
+        *("conversations", "hh_rlhf", "webgpt", "pku_saferlhf"),
     ],
 )
 def test_identical_and_empty_responses_are_left_out_and_counted(tmp_path, layout):
@@ -264,6 +264,50 @@ def test_binarized_ultrafeedback_as_conversations(tmp_path):
     }
     [pair] = read(pairs_file(tmp_path, record), "ultrafeedback")
     assert (pair.prompt, pair.chosen, pair.rejected) == ((asked,), "because", "no")
+
+
+def says(text):
+    return {"role": "assistant", "content": text}
+
+
+def both_sides(*history, chosen="because", rejected="no", **changes):
+    return {"chosen": [*history, says(chosen)], "rejected": [*history, says(rejected)], **changes}
+
+
+SYSTEM = {"role": "system", "content": "Answer in German"}
+LONG = (SYSTEM, USER, says("so"), {"role": "user", "content": "really ?"})
+
+
+@pytest.mark.parametrize("data_format", ["ultrafeedback", "pairs"])
+@pytest.mark.parametrize(
+    ("record", "prompt"),
+    [
+        (both_sides(*LONG, prompt="why ?"), LONG),
+        (both_sides(*LONG[1:], prompt="why ?"), LONG[1:]),
+        (both_sides(*LONG), LONG),
+        (both_sides(*LONG[1:], prompt=list(LONG)), LONG),
+        (both_sides(*LONG[:2], prompt="why ?"), LONG[:2]),
+        (both_sides(prompt=list(LONG)), LONG),
+        (both_sides(prompt="why ?"), (USER,)),
+    ],
+)
+def test_a_prompt_keeps_its_history_and_its_system_turn(tmp_path, data_format, record, prompt):
+    [pair] = read(pairs_file(tmp_path, record), data_format)
+    assert (pair.prompt, pair.chosen, pair.rejected) == (prompt, "because", "no")
+
+
+@pytest.mark.parametrize("data_format", ["ultrafeedback", "pairs"])
+def test_conversations_that_differ_before_the_responses_are_left_out_and_counted(tmp_path, data_format):
+    good, empty = both_sides(*LONG), both_sides(USER, chosen="", prompt="why ?")
+    other = {**good, "rejected": [SYSTEM, *LONG[2:], says("no")]}
+    text = {**good, "rejected": "no"}
+    found = read_all(pairs_file(tmp_path, good, other, text, empty), data_format)
+    assert len(found.pairs) == 1
+    assert found.left_out == {LeftOut.OTHER_PROMPT: 2, LeftOut.EMPTY: 1}
+    with pytest.raises(
+        DataError, match="field 'chosen': the conversation must end with a turn of the role 'assistant'"
+    ):
+        read(pairs_file(tmp_path, {**good, "chosen": list(LONG)}), data_format)
 
 
 @pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs the public data folder beside the checkout")
