@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections import Counter
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
@@ -22,8 +23,9 @@ from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from pipeline.data.preferences import LeftOut
     from pipeline.models.reward_model import RewardModelCard
     from pipeline.records import PreferencePair
 
@@ -63,30 +65,39 @@ def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace)
 
 def load_pairs(
     options: argparse.Namespace, recipe: Recipe | None, card: RewardModelCard
-) -> tuple[Sequence[PreferencePair], Sequence[PreferencePair]]:
-    """(training, held-out) pairs."""
+) -> tuple[Sequence[PreferencePair], Sequence[PreferencePair], Mapping[LeftOut, int]]:
+    """(training pairs, held-out pairs, comparisons of the files that gave no pair by reason)."""
+    from pipeline.config.data import DataConfig
     from pipeline.data.preferences import read_pairs
     from pipeline.data.run_data import load_data
 
     if recipe is None:
         train, heldout = (
-            read_pairs(files, options.format or "pairs", card.objectives, hub=False, seed=options.seed)
+            read_pairs(
+                files,
+                options.format or "pairs",
+                card.objectives,
+                hub=False,
+                seed=options.seed,
+                max_left_out=DataConfig().max_left_out,
+            )
             for files in (options.train, options.heldout)
         )
-        return train, heldout
+        return train.pairs, heldout.pairs, Counter(train.left_out) + Counter(heldout.left_out)
     if recipe.objectives != card.objectives:
         raise ConfigError(
             f"{options.model} was trained on the objectives {', '.join(card.objectives)}, recipe {recipe.name} has "
             f"{', '.join(recipe.objectives)}: it is not the recipe of this model."
         )
     data = load_data(recipe)
-    return data.train_pairs, data.heldout_pairs
+    return data.train_pairs, data.heldout_pairs, data.left_out
 
 
 def measure_model(options: argparse.Namespace) -> str:
     """Writes the report, returns it in words."""
     import torch
 
+    from pipeline.data.preferences import left_out_counts
     from pipeline.data.score_statistics import ScoreStatistics
     from pipeline.evaluation.pac_bayes_measurement import MeasuredPairs, measure_pac_bayes, require_posterior
     from pipeline.evaluation.pac_bayes_report import pac_bayes_text
@@ -100,7 +111,7 @@ def measure_model(options: argparse.Namespace) -> str:
     with storage.reading(options.model) as directory:
         card = read_card(directory)
         require_posterior(card, options.model)
-        training, heldout = load_pairs(options, recipe, card)
+        training, heldout, left_out = load_pairs(options, recipe, card)
         ScoreStatistics.of(training, card.objectives).require_scale_of(
             card.score_mean, card.score_std, place=", ".join(options.train) or f"the data of recipe {options.recipe}"
         )
@@ -113,6 +124,8 @@ def measure_model(options: argparse.Namespace) -> str:
         f"and one of the {len(heldout):,} held-out pairs for each of {len(pairs.heldout):,} prompts\n",
         flush=True,
     )
+    if left_out:
+        print(f"left out of the files: {left_out_counts(left_out)}\n", flush=True)
     risk_of = partial(
         posterior_risk,
         model,

@@ -42,6 +42,10 @@ class DataConfig(Frozen):
     """Share of the prompts kept for evaluation; the split is by prompt, never by row."""
     max_pairs: Count | None = None
     """Use at most this many pairs, chosen by seed; None uses all."""
+    max_left_out: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Share of the comparisons that may be left out because a response is empty, both are the same, they answer
+    different conversations, or one stands alone. With more, the data is refused. Ties are left out and not counted
+    here."""
     label_flips: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Share of the training pairs whose chosen and rejected response change places, to measure what wrong labels
     cost. The seed alone decides which pairs. A larger share contains the pairs of a smaller one."""

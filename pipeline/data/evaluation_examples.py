@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.data.files import Row, read_rows
 from pipeline.data.preferences import normalised_prompt
-from pipeline.data.prompts import parse_messages
+from pipeline.data.prompts import parse_messages, split_conversation
 from pipeline.errors import DataError
 from pipeline.records import Message
 
@@ -96,10 +96,8 @@ def _responses(row: Row, field: str) -> tuple[tuple[str, ...], tuple[Message, ..
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         return tuple(value), ()
     if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
-        *prompt, response = value
-        if response.get("role") != "assistant" or not isinstance(response.get("content"), str):
-            raise DataError(f"{place}: the conversation must end with a turn of the role 'assistant'")
-        return (response["content"],), parse_messages(prompt, place=place) if prompt else ()
+        prompt, response = split_conversation(value, place=place)
+        return (response,), prompt
     raise DataError(
         f"{place}: {value!r:.60} is no response; give a text, a non-empty list of texts, or a conversation of "
         "{role, content}. Rename the columns of a file that calls its responses otherwise."

@@ -6,15 +6,18 @@ import difflib
 import math
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Any, TypeGuard
 
 import numpy as np
 
 from pipeline.data.batching import stable_seed
+from pipeline.data.chat import strip_thinking
 from pipeline.data.files import Row, distinct, read_hub_rows, read_rows
-from pipeline.data.prompts import parse_messages
+from pipeline.data.prompts import parse_messages, split_conversation
 from pipeline.errors import DataError
 from pipeline.records import Message, PreferencePair
 
@@ -23,6 +26,31 @@ INVISIBLE = re.compile(
     "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
 """Unicode's Default_Ignorable_Code_Point: zero-width characters, soft hyphens, marks of direction and variation."""
+
+
+class LeftOut(StrEnum):
+    """Why a comparison of a file gives no pair."""
+
+    EMPTY = "an empty response"
+    IDENTICAL = "identical responses"
+    OTHER_PROMPT = "responses to different conversations"
+    ALONE = "one response alone"
+    TIE = "responses rated alike"
+    UNRATED = "a response without a rating"
+    TRUTHFUL_QA = "a prompt of TruthfulQA"
+
+
+FAULTS = {LeftOut.EMPTY, LeftOut.IDENTICAL, LeftOut.OTHER_PROMPT, LeftOut.ALONE}
+"""What no annotator meant. Many of them say that the file is read as something else than it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsRead:
+    """What the files of a run hold."""
+
+    pairs: list[PreferencePair]
+    left_out: Mapping[LeftOut, int]
+    """Comparisons that gave no pair, by reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,27 +64,67 @@ class Annotated:
 
 
 def read_pairs(
-    sources: Sequence[str], data_format: str, objectives: Sequence[str], *, hub: bool, seed: int
-) -> list[PreferencePair]:
-    """Reads every source and maps it to pairs.
+    sources: Sequence[str], data_format: str, objectives: Sequence[str], *, hub: bool, seed: int, max_left_out: float
+) -> PairsRead:
+    """Reads every source and maps it to pairs. Pairs with an empty response, or twice the same, are left out.
 
     Args:
         sources: files or directories, or hub data sets when `hub`.
         data_format: a key of `ADAPTERS`.
         objectives: the K objectives of the run, in order.
         seed: decides ties and the choice of the rejected response.
+        max_left_out: share of the comparisons that may be left out for one of `FAULTS`.
 
     Raises:
-        DataError: names file, line and field.
+        DataError: names file, line and field; or no pair is left, or too many are left out.
     """
     adapt = ADAPTERS[data_format]
-    pairs = [pair for source in sources for pair in adapt(_rows(source, hub), tuple(objectives), seed)]
-    if not pairs:
-        raise DataError(f"no preference pair in {', '.join(sources) or 'data.preferences = ()'}")
+    pairs: list[PreferencePair] = []
+    left_out: Counter[LeftOut] = Counter()
+    for source in sources:
+        for read in adapt(_rows(source, hub), tuple(objectives), seed):
+            outcome = read if isinstance(read, LeftOut) else _fault(read) or read
+            if isinstance(outcome, LeftOut):
+                left_out[outcome] += 1
+            else:
+                pairs.append(outcome)
+    _require_enough(pairs, left_out, sources, max_left_out)
     # Publishers give one id to all pairs of a prompt, or one to all rows. What follows from an id, such as a flipped
     # label, must not be the same for all of them.
     identities = distinct(pair.id for pair in pairs)
-    return [replace(pair, id=identity) for pair, identity in zip(pairs, identities, strict=True)]
+    return PairsRead(
+        pairs=[replace(pair, id=identity) for pair, identity in zip(pairs, identities, strict=True)], left_out=left_out
+    )
+
+
+def left_out_counts(left_out: Mapping[LeftOut, int]) -> str:
+    """The reasons with their counts, the most frequent first."""
+    ordered = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} with {reason}" for reason, count in ordered)
+
+
+def _fault(pair: PreferencePair) -> LeftOut | None:
+    """Thoughts are not trained on, so a response that is nothing else is empty."""
+    chosen, rejected = (strip_thinking(text).strip() for text in (pair.chosen, pair.rejected))
+    if not chosen or not rejected:
+        return LeftOut.EMPTY
+    return LeftOut.IDENTICAL if chosen == rejected else None
+
+
+def _require_enough(
+    pairs: Sequence[PreferencePair], left_out: Mapping[LeftOut, int], sources: Sequence[str], max_left_out: float
+) -> None:
+    names = ", ".join(sources) or "data.preferences = ()"
+    if not pairs:
+        counts = f"; left out: {left_out_counts(left_out)}" if left_out else ""
+        raise DataError(f"no preference pair in {names}{counts}")
+    faults = {reason: count for reason, count in left_out.items() if reason in FAULTS}
+    num_faults, num_read = sum(faults.values()), len(pairs) + sum(left_out.values())
+    if num_faults > max_left_out * num_read:
+        raise DataError(
+            f"{names}: {num_faults} of {num_read} comparisons cannot be used ({left_out_counts(faults)}), more than "
+            f"data.max_left_out = {max_left_out} allows. Correct the data or its format, or raise the setting."
+        )
 
 
 def split_by_prompt(
@@ -139,16 +207,23 @@ def first_of_each_prompt(pairs: Iterable[PreferencePair]) -> list[PreferencePair
 
 # ----------------------------------------------------------------------------- adapters
 
+Adapted = Iterator[PreferencePair | LeftOut]
 
-def _from_pairs(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> Iterator[PreferencePair]:
+
+def _from_pairs(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> Adapted:
     """The project's own schema: prompt, chosen, rejected and optionally scores, source, margin, id."""
     for row in rows:
+        conversations = _conversations(row)
+        if isinstance(conversations, LeftOut):
+            yield conversations
+            continue
+        prompt, chosen, rejected = conversations
         margin = row.values.get("margin")
         yield PreferencePair(
             id=row.identity,
-            prompt=parse_messages(row.values.get("prompt"), place=f"{row.place}, field 'prompt'"),
-            chosen=_text(row, "chosen"),
-            rejected=_text(row, "rejected"),
+            prompt=prompt,
+            chosen=chosen,
+            rejected=rejected,
             scores_chosen=_scores(row, "scores_chosen", row.values.get("scores_chosen"), objectives),
             scores_rejected=_scores(row, "scores_rejected", row.values.get("scores_rejected"), objectives),
             source=str(row.values.get("source", "pairs")),
@@ -156,7 +231,7 @@ def _from_pairs(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> 
         )
 
 
-def _from_helpsteer2(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> Iterator[PreferencePair]:
+def _from_helpsteer2(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> Adapted:
     """HelpSteer2: two responses a prompt; the one with the higher human helpfulness is chosen.
 
     Helpfulness alone decides: complexity and verbosity describe a response and do not praise it, so a weighted sum
@@ -164,17 +239,23 @@ def _from_helpsteer2(rows: Iterable[Row], objectives: tuple[str, ...], seed: int
     Two layouts: one row a prompt with lists `responses` and `labels`, or NVIDIA's one row a response. Scores are 0-4
     or any smaller unit (0-1 in some copies); do not mix units in one run, statistics are taken over all of it.
     """
-    for row, prompt, responses in _helpsteer2_groups(rows, objectives):
-        first, second = responses
-        if first is None or second is None or first.overall == second.overall:
+    for group in _helpsteer2_groups(rows, objectives):
+        if isinstance(group, LeftOut):
+            yield group
             continue
-        chosen, rejected = (first, second) if first.overall > second.overall else (second, first)
-        yield _pair(row, prompt, chosen, rejected, source="helpsteer2")
+        row, prompt, (first, second) = group
+        if first is None or second is None:
+            yield LeftOut.UNRATED
+        elif first.overall == second.overall:
+            yield LeftOut.TIE
+        else:
+            chosen, rejected = (first, second) if first.overall > second.overall else (second, first)
+            yield _pair(row, prompt, chosen, rejected, source="helpsteer2")
 
 
 def _helpsteer2_groups(
     rows: Iterable[Row], objectives: tuple[str, ...]
-) -> Iterator[tuple[Row, tuple[Message, ...], tuple[Annotated | None, Annotated | None]]]:
+) -> Iterator[tuple[Row, tuple[Message, ...], tuple[Annotated | None, Annotated | None]] | LeftOut]:
     """Yields row, prompt and both responses; a response is None if its helpfulness is not annotated."""
     waiting: tuple[Any, Annotated | None] | None = None
     for row in rows:
@@ -194,7 +275,11 @@ def _helpsteer2_groups(
             yield row, messages, (waiting[1], rated)
             waiting = None
         else:
+            if waiting is not None:
+                yield LeftOut.ALONE
             waiting = (prompt, rated)
+    if waiting is not None:
+        yield LeftOut.ALONE
 
 
 def _helpsteer2_rated(
@@ -213,21 +298,20 @@ def _helpsteer2_rated(
     )
 
 
-def _from_ultrafeedback(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> Iterator[PreferencePair]:
+def _from_ultrafeedback(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> Adapted:
     """UltraFeedback, raw (four rated completions a prompt) or binarized (chosen and rejected); one pair a prompt.
 
     Prompts taken from TruthfulQA are left out: they are an evaluation set (docs/method.md section 8).
     """
     for row in rows:
         if str(row.values.get("source", "")).startswith("truthful_qa"):
+            yield LeftOut.TRUTHFUL_QA
             continue
         binarized = "chosen" in row.values and "completions" not in row.values
-        pair = _binarized_pair(row) if binarized else _pair_of_completions(row, objectives, seed)
-        if pair is not None:
-            yield pair
+        yield _binarized_pair(row) if binarized else _pair_of_completions(row, objectives, seed)
 
 
-def _pair_of_completions(row: Row, objectives: tuple[str, ...], seed: int) -> PreferencePair | None:
+def _pair_of_completions(row: Row, objectives: tuple[str, ...], seed: int) -> PreferencePair | LeftOut:
     """Each completion has `annotations.<objective>.Rating`, "1".."5" or "N/A" (docs/method.md section 8).
 
     Chosen is the best mean rating (ties: most fives, then by seed), rejected is drawn by seed among the strictly lower.
@@ -239,12 +323,12 @@ def _pair_of_completions(row: Row, objectives: tuple[str, ...], seed: int) -> Pr
         raise DataError(f"{row.place}, field 'completions': {completions!r:.60} is no list of rated completions")
     rated = [a for a in (_ultrafeedback_rated(row, c, objectives) for c in completions) if a is not None]
     if not rated:
-        return None
+        return LeftOut.UNRATED
     rng = np.random.default_rng(stable_seed("ultrafeedback", seed, normalised_prompt(prompt)))
     order = [rated[i] for i in rng.permutation(len(rated))]
     best = max(order, key=lambda a: (a.overall, list(a.scores.values()).count(5.0)))
     lower = [a for a in order if a.overall < best.overall]
-    return _pair(row, prompt, best, lower[0], source="ultrafeedback") if lower else None
+    return _pair(row, prompt, best, lower[0], source="ultrafeedback") if lower else LeftOut.TIE
 
 
 def _ultrafeedback_rated(row: Row, completion: Mapping[str, Any], objectives: tuple[str, ...]) -> Annotated | None:
@@ -268,41 +352,40 @@ def _ultrafeedback_rated(row: Row, completion: Mapping[str, Any], objectives: tu
     return Annotated(response=response, scores=scores, overall=sum(scores.values()) / len(scores))
 
 
-def _binarized_pair(row: Row) -> PreferencePair | None:
+def _binarized_pair(row: Row) -> PreferencePair | LeftOut:
     """`chosen` and `rejected` as texts next to a `prompt`, or as conversations; overall scores, no objective scores.
 
-    Without objective scores nothing supervises the weights. Equal scores and equal texts are left out.
+    Without objective scores nothing supervises the weights. Equal scores are left out.
     """
-    prompt, prompt_field = row.values.get("prompt"), "prompt"
-    if prompt is None and _is_list(row.values["chosen"]):
-        prompt, prompt_field = row.values["chosen"][:-1], "chosen"
-    chosen, rejected = _last_text(row, "chosen"), _last_text(row, "rejected")
+    conversations = _conversations(row)
+    if isinstance(conversations, LeftOut):
+        return conversations
+    prompt, chosen, rejected = conversations
     high, low = row.values.get("score_chosen"), row.values.get("score_rejected")
     margin = None
     if not _is_missing(high) and not _is_missing(low):
         margin = _number(row, "score_chosen", high, 0.0, 10.0) - _number(row, "score_rejected", low, 0.0, 10.0)
-    if chosen == rejected or margin == 0:
-        return None
-    if margin is not None and margin < 0:
+    if margin == 0:
+        return LeftOut.TIE
+    if margin is not None and margin < 0 and chosen != rejected:
         raise DataError(f"{row.place}: score_chosen = {high} is below score_rejected = {low}")
-    messages = parse_messages(prompt, place=f"{row.place}, field {prompt_field!r}")
-    return _unrated_pair(row, messages, chosen, rejected, margin=margin, source="ultrafeedback")
+    return _unrated_pair(row, prompt, chosen, rejected, margin=margin, source="ultrafeedback")
 
 
-def _from_hh_rlhf(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> Iterator[PreferencePair]:
+def _from_hh_rlhf(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> Adapted:
     """HH-RLHF: dialogues of "\\n\\nHuman: ..." and "\\n\\nAssistant: ..." that differ in the last answer.
 
     `chosen` and `rejected` are whole dialogues, as Anthropic publishes them, or the answers next to a `prompt`. A pair
-    is left out if its dialogues differ earlier, for then they answer different prompts. So is one with an empty answer
-    or with equal answers.
+    is left out if its dialogues differ earlier, for then they answer different prompts.
     """
     for row in rows:
         prompt = "" if _is_missing(row.values.get("prompt")) else _text(row, "prompt")
         dialogues = [_dialogue(row, field, prompt) for field in ("chosen", "rejected")]
         (*prompt_turns, chosen), (*other_turns, rejected) = dialogues
-        answers = chosen["content"], rejected["content"]
-        if prompt_turns == other_turns and all(answers) and answers[0] != answers[1]:
-            yield _unrated_pair(row, prompt_turns, *answers, margin=None, source="hh_rlhf")
+        if prompt_turns != other_turns:
+            yield LeftOut.OTHER_PROMPT
+            continue
+        yield _unrated_pair(row, prompt_turns, chosen["content"], rejected["content"], margin=None, source="hh_rlhf")
 
 
 def _dialogue(row: Row, field: str, prompt: str) -> list[Message]:
@@ -319,7 +402,7 @@ def _dialogue(row: Row, field: str, prompt: str) -> list[Message]:
     return messages
 
 
-def _from_webgpt(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> Iterator[PreferencePair]:
+def _from_webgpt(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> Adapted:
     """WebGPT comparisons: two answers with preference scores, whose difference is the margin. Ties are left out.
 
     As OpenAI publishes them (`question.full_text`, `answer_0`, `answer_1`, `score_0`, `score_1`), or as `prompt`,
@@ -337,7 +420,8 @@ def _from_webgpt(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) ->
             if not _is_list(both) or len(both) != 2:
                 raise DataError(f"{row.place}, field 'score': {both!r:.60} is no list of two scores")
             scores = [_number(row, "score", score) for score in both]
-        if scores[0] == scores[1] or not all(answer.strip() for answer in answers):
+        if scores[0] == scores[1]:
+            yield LeftOut.TIE
             continue
         best = int(scores[1] > scores[0])
         field = "question" if "question" in row.values else "prompt"
@@ -346,7 +430,7 @@ def _from_webgpt(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) ->
         yield _unrated_pair(row, messages, answers[best], answers[1 - best], margin=margin, source="webgpt")
 
 
-def _from_pku_saferlhf(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> Iterator[PreferencePair]:
+def _from_pku_saferlhf(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> Adapted:
     """PKU-SafeRLHF: the safer of two responses is chosen. Its score `safety` is 3 - severity, if that is an objective.
 
     As PKU-Alignment publishes it (`response_0`, `response_1`, `safer_response_id`, `response_0_severity_level`, ...),
@@ -366,14 +450,13 @@ def _from_pku_saferlhf(rows: Iterable[Row], objectives: tuple[str, ...], seed: i
             scores = {"safety": 3.0 - _number(row, name, severity, 0.0, 3.0)} if rated else None
             sides.append((_text(row, f"response_{side}"), scores))
         (chosen, scores_chosen), (rejected, scores_rejected) = sides
-        if chosen != rejected:
-            pair = _unrated_pair(row, messages, chosen, rejected, margin=None, source="pku")
-            yield replace(pair, scores_chosen=scores_chosen, scores_rejected=scores_rejected)
+        pair = _unrated_pair(row, messages, chosen, rejected, margin=None, source="pku")
+        yield replace(pair, scores_chosen=scores_chosen, scores_rejected=scores_rejected)
 
 
 DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
 
-ADAPTERS: dict[str, Callable[[Iterable[Row], tuple[str, ...], int], Iterator[PreferencePair]]] = {
+ADAPTERS: dict[str, Callable[[Iterable[Row], tuple[str, ...], int], Adapted]] = {
     "pairs": _from_pairs,
     "helpsteer2": _from_helpsteer2,
     "ultrafeedback": _from_ultrafeedback,
@@ -429,12 +512,28 @@ def _text(row: Row, field: str) -> str:
     return value
 
 
-def _last_text(row: Row, field: str) -> str:
-    """A text, or the last turn of a conversation."""
+def _conversations(row: Row) -> tuple[tuple[Message, ...], str, str] | LeftOut:
+    """(prompt, chosen response, rejected response). Each side is a text, or a conversation that ends with it.
+
+    A conversation brings the turns before the response, which a field `prompt` may repeat in part or in whole.
+    """
+    (history, chosen), (other_history, rejected) = (_history_and_response(row, side) for side in ("chosen", "rejected"))
+    if history != other_history:
+        return LeftOut.OTHER_PROMPT
+    given = row.values.get("prompt")
+    if history and given is None:
+        return history, chosen, rejected
+    prompt = parse_messages(given, place=f"{row.place}, field 'prompt'")
+    # UltraFeedback's `prompt` is the first user turn; other publishers' is the whole history, with the system turn.
+    repeats = not history or prompt[-len(history) :] == history
+    return prompt if repeats else history, chosen, rejected
+
+
+def _history_and_response(row: Row, field: str) -> tuple[tuple[Message, ...], str]:
     value = row.values.get(field)
-    if _is_list(value):
-        return parse_messages(value, place=f"{row.place}, field {field!r}")[-1]["content"]
-    return _text(row, field)
+    if _is_list(value) and value:
+        return split_conversation(value, place=f"{row.place}, field {field!r}")
+    return (), _text(row, field)
 
 
 def _is_list(value: Any, kind: type = object) -> TypeGuard[list[Any]]:

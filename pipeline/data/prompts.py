@@ -52,6 +52,18 @@ def parse_messages(value: Any, *, place: str) -> tuple[Message, ...]:
     raise DataError(f"{place}: {value!r:.80} is no prompt; give a non-empty string or a list of {{role, content}}")
 
 
+def split_conversation(value: Sequence[Any], *, place: str) -> tuple[tuple[Message, ...], str]:
+    """(prompt, response) of a conversation that ends with the response; of the response alone the prompt is empty.
+
+    Raises:
+        DataError: it does not end with a turn of the assistant, or the turns before are no prompt.
+    """
+    *prompt, response = value
+    if not _is_turn(response) or response["role"] != "assistant":
+        raise DataError(f"{place}: the conversation must end with a turn of the role 'assistant'")
+    return parse_messages(prompt, place=place) if prompt else (), response["content"]
+
+
 def _is_turn(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(value.get(field), str) for field in ("role", "content"))
 

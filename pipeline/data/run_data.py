@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.config.recipe import ExperimentConfig
@@ -11,7 +11,7 @@ from pipeline.data.batching import stable_seed
 from pipeline.data.decontamination import Contamination, EvaluationPrompts, find_contamination
 from pipeline.data.files import content_fingerprint
 from pipeline.data.planted import GoldAnnotator, PlantedWorld
-from pipeline.data.preferences import normalised_prompt, read_pairs, split_by_prompt, take_pairs
+from pipeline.data.preferences import LeftOut, normalised_prompt, read_pairs, split_by_prompt, take_pairs
 from pipeline.data.prompts import read_prompts
 from pipeline.errors import ConfigError, DataError
 from pipeline.records import Message, PreferencePair
@@ -30,6 +30,8 @@ class RunData:
     train_prompts: Sequence[NamedPrompt]
     heldout_prompts: Sequence[NamedPrompt]
     sft_texts: Sequence[tuple[tuple[Message, ...], str]]
+    left_out: Mapping[LeftOut, int]
+    """Comparisons of the preference files that gave no pair, by reason."""
     gold: GoldAnnotator | None
     """The truth, where it is known."""
     contamination: Contamination | None
@@ -92,6 +94,7 @@ def _planted(experiment: ExperimentConfig) -> RunData:
         train_prompts=[(prompt.id, prompt.messages) for prompt in world.train_prompts],
         heldout_prompts=[(prompt.id, prompt.messages) for prompt in world.heldout_prompts],
         sft_texts=world.sft_texts(),
+        left_out={},
         gold=world.gold,
         contamination=None,
     )
@@ -103,7 +106,15 @@ def _from_files(experiment: ExperimentConfig) -> RunData:
         raise ConfigError(f'data.preferences = (): data.source = "{data.source}" needs at least one data set')
     hub = data.source == "hub"
     sources = data.preferences if hub else [resolve(path) for path in data.preferences]
-    pairs = read_pairs(sources, data.preferences_format, experiment.objectives, hub=hub, seed=seed)
+    read = read_pairs(
+        sources,
+        data.preferences_format,
+        experiment.objectives,
+        hub=hub,
+        seed=seed,
+        max_left_out=data.max_left_out,
+    )
+    pairs = read.pairs
     train_pairs, heldout_pairs = split_by_prompt(take_pairs(pairs, data.max_pairs, seed), data.heldout_fraction, seed)
     # Without prompt files the policy is aligned on the prompts of the pairs; either way the same rule splits them.
     prompts = (
@@ -141,6 +152,7 @@ def _from_files(experiment: ExperimentConfig) -> RunData:
         train_prompts=sides[0],
         heldout_prompts=sides[1],
         sft_texts=[(pair.prompt, pair.chosen) for pair in train_pairs],
+        left_out=read.left_out,
         gold=None,
         contamination=contamination,
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from pipeline.config.recipe import ExperimentConfig
+from pipeline.data.preferences import LeftOut, left_out_counts
 from pipeline.data.run_data import RunData, data_fingerprints
 from pipeline.evaluation.reward_alarms import alarm_messages
 from pipeline.learning.builders import RewardTrainerSpec
@@ -70,6 +71,8 @@ class RewardTraining:
     data: RewardData
     num_pairs_read: int
     """Training pairs before those that are too long were left out."""
+    left_out: Mapping[LeftOut, int]
+    """Comparisons of the preference files that gave no pair, by reason."""
     contamination: Metrics
 
     @classmethod
@@ -90,20 +93,33 @@ class RewardTraining:
             spec=spec,
             data=training,
             num_pairs_read=len(data.train_pairs),
+            left_out=data.left_out,
             contamination=data.contamination.metrics() if data.contamination else {},
         )
 
+    def about_the_data(self) -> Metrics:
+        """Sizes of the splits and what was left out, by reason."""
+        left_out = {
+            f"data/left_out/{reason.replace(' ', '_')}": float(count) for reason, count in self.left_out.items()
+        }
+        return self.data.metrics() | self.contamination | left_out
+
+    def notes(self, about_the_data: Metrics) -> list[str]:
+        """What a run says of its data before it trains."""
+        notes = [
+            f"{len(self.data.pairs)} of {self.num_pairs_read} training pairs fit in {self.spec.config.max_length} "
+            f"tokens, {len(self.data.heldout_pairs)} pairs held out, "
+            f"{about_the_data['data/shared_prompts']:.0f} prompts on both sides"
+        ]
+        if self.left_out:
+            notes.append(f"left out of the preference files: {left_out_counts(self.left_out)}")
+        return notes + [f"{name} {count:.0f}" for name, count in self.contamination.items()]
+
     def run(self, trainer: Learner[PreferenceBatch], stage: StageDirectory) -> Metrics:
         """Trains from the last commit; returns the held-out metrics of the finished model, memory, and the data's."""
-        about_the_data = self.data.metrics()
-        print(
-            f"{stage.name}  {len(self.data.pairs)} of {self.num_pairs_read} training pairs fit in "
-            f"{self.spec.config.max_length} tokens, {len(self.data.heldout_pairs)} pairs held out, "
-            f"{about_the_data['data/shared_prompts']:.0f} prompts on both sides",
-            flush=True,
-        )
-        for name, count in self.contamination.items():
-            print(f"{stage.name}  {name} {count:.0f}", flush=True)
+        about_the_data = self.about_the_data()
+        for note in self.notes(about_the_data):
+            print(f"{stage.name}  {note}", flush=True)
         metrics = train(
             trainer,
             stage,
@@ -115,4 +131,4 @@ class RewardTraining:
         )
         for message in alarm_messages(metrics):
             print(f"{stage.name}  {message}", flush=True)
-        return metrics | trainer.peak_memory() | self.contamination | about_the_data
+        return metrics | trainer.peak_memory() | about_the_data

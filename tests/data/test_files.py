@@ -21,9 +21,14 @@ PAIR = {"prompt": "why ?", "chosen": "because", "rejected": "no"}
 RATINGS = [{"helpfulness": 4}, {"helpfulness": 1}]
 TURNS = {side: f"\n\nHuman: why ?\n\nAssistant: {text}" for side, text in (("chosen", "because"), ("rejected", "no"))}
 
+
+def read_preferences(path, data_format="pairs"):
+    return read_pairs([path], data_format, OBJECTIVES, hub=False, seed=0, max_left_out=0.0).pairs
+
+
 READERS = {
     **{
-        data_format: (lambda path, f=data_format: read_pairs([path], f, OBJECTIVES, hub=False, seed=0), row)
+        data_format: (lambda path, f=data_format: read_preferences(path, f), row)
         for data_format, row in {
             "pairs": PAIR,
             "helpsteer2": {"prompt": "why ?", "responses": ["because", "no"], "labels": RATINGS},
@@ -77,7 +82,7 @@ def test_a_row_without_an_identity_is_known_by_its_place(tmp_path, read, row, no
 @pytest.mark.parametrize("identity", [{"id": None}, {"id": "constant"}, {}])
 def test_the_share_of_flipped_labels_is_the_one_asked_for(tmp_path, identity):
     path = lines(tmp_path, *({**PAIR, "prompt": f"q {i}", **identity} for i in range(200)))
-    pairs = read_pairs([path], "pairs", OBJECTIVES, hub=False, seed=0)
+    pairs = read_preferences(path)
     assert len({pair.id for pair in pairs}) == 200
     for seed in range(6):
         flipped = sum(pair.chosen == "no" for pair in with_flipped_labels(pairs, 0.3, seed))

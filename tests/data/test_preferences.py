@@ -8,6 +8,7 @@ import pytest
 from pipeline.config.data import DataConfig
 from pipeline.config.recipe import ExperimentConfig
 from pipeline.data.preferences import (
+    LeftOut,
     read_pairs,
     require_annotations,
     shared_prompts,
@@ -18,9 +19,12 @@ from pipeline.data.prompts import read_prompts, tokenise_prompts
 from pipeline.data.run_data import load_data
 from pipeline.data.score_statistics import ScoreStatistics
 from pipeline.errors import ConfigError, DataError
+from pipeline.loops.reward import RewardTraining
 from tests.support.paths import SHARED_DATA
 
 OBJECTIVES = ("helpfulness", "honesty")
+
+USER = {"role": "user", "content": "why ?"}
 
 
 def pairs_file(tmp_path, *rows):
@@ -34,7 +38,11 @@ def row(**changes):
 
 
 def read(path, data_format="pairs", objectives=OBJECTIVES):
-    return read_pairs([path], data_format, objectives, hub=False, seed=0)
+    return read_all(path, data_format, objectives).pairs
+
+
+def read_all(path, data_format="pairs", objectives=OBJECTIVES, max_left_out=1.0):
+    return read_pairs([path], data_format, objectives, hub=False, seed=0, max_left_out=max_left_out)
 
 
 def test_a_pair_is_read_with_its_scores(tmp_path):
@@ -122,6 +130,86 @@ def test_an_empty_split_is_refused(tmp_path):
         split_by_prompt(read(pairs_file(tmp_path, row())), 0.03, seed=0)
 
 
+def published(data_format, chosen, rejected):
+    """A comparison as each publisher writes it."""
+    sides = {"chosen": chosen, "rejected": rejected}
+    return {
+        "pairs": row(**sides),
+        "helpsteer2": rated(responses=[rejected, chosen], labels=[{"helpfulness": 1}, {"helpfulness": 4}]),
+        "ultrafeedback": row(**sides, score_chosen=8.0, score_rejected=2.0),
+        "raw ultrafeedback": {
+            "instruction": "why ?",
+            "completions": [
+                {"response": text, "annotations": {"helpfulness": {"Rating": rating}}}
+                for text, rating in ((chosen, "5"), (rejected, "1"))
+            ],
+        },
+        "conversations": {side: [USER, {"role": "assistant", "content": text}] for side, text in sides.items()},
+        "hh_rlhf": {side: dialogue("why ?", text) for side, text in sides.items()},
+        "webgpt": row(**sides, score=[1.0, -1.0]),
+        "pku_saferlhf": row(**sides),
+    }[data_format]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *("pairs", "helpsteer2", "ultrafeedback", "raw ultrafeedback"),
+        *("conversations", "hh_rlhf", "webgpt", "pku_saferlhf"),
+    ],
+)
+def test_identical_and_empty_responses_are_left_out_and_counted(tmp_path, layout):
+    texts = [
+        ("because", "no"),
+        ("same", "same"),
+        ("", "no"),
+        ("because", "  \n"),
+        ("<think>only a thought</think>", "no"),
+        ("same", "<think>not said</think> same"),
+    ]
+    data_format = {"raw ultrafeedback": "ultrafeedback", "conversations": "ultrafeedback"}.get(layout, layout)
+    path = pairs_file(tmp_path, *(published(layout, *pair) for pair in texts))
+    found = read_all(path, data_format, ("helpfulness",))
+    assert [(pair.chosen, pair.rejected) for pair in found.pairs] == texts[:1]
+    assert found.left_out == {LeftOut.IDENTICAL: 2, LeftOut.EMPTY: 3}
+    letter = (
+        r"pairs\.jsonl: 5 of 6 comparisons cannot be used \(3 with an empty response, 2 with identical responses\), "
+        r"more than data\.max_left_out = 0\.8 allows"
+    )
+    with pytest.raises(DataError, match=letter):
+        read_all(path, data_format, ("helpfulness",), max_left_out=0.8)
+    with pytest.raises(DataError, match=r"no preference pair in .*; left out: 1 with identical responses"):
+        read_all(pairs_file(tmp_path, published(layout, "a", "a")), data_format, ("helpfulness",))
+
+
+def test_every_comparison_is_a_pair_or_counted_and_ties_are_no_fault(tmp_path):
+    tie, unrated = rated(labels=[{"helpfulness": 3}] * 2), rated(labels=[{"helpfulness": None}, {"helpfulness": 3}])
+    alone = {"prompt": "how ?", "response": "so", "helpfulness": 4}
+    ratings = rated(labels=[{"helpfulness": 3}, {"helpfulness": 1}])
+    path = pairs_file(tmp_path, ratings, tie, unrated, alone, {**alone, "prompt": "when ?"})
+    found = read_all(path, "helpsteer2", ("helpfulness",))
+    assert len(found.pairs) == 1
+    assert found.left_out == {LeftOut.TIE: 1, LeftOut.UNRATED: 1, LeftOut.ALONE: 2}
+    path = pairs_file(tmp_path, *8 * [tie], ratings)
+    assert read_all(path, "helpsteer2", ("helpfulness",), max_left_out=0.0).left_out == {LeftOut.TIE: 8}
+    truthful = row(source="truthful_qa")
+    assert read_all(pairs_file(tmp_path, row(), truthful), "ultrafeedback").left_out == {LeftOut.TRUTHFUL_QA: 1}
+
+
+def test_a_run_says_what_it_left_out(tmp_path, tiny_policy):
+    rows = [row(prompt=f"is the bread number {i} ?") for i in range(58)]
+    path = pairs_file(tmp_path, *rows, row(rejected="because"), row(chosen=""))
+    experiment = ExperimentConfig(
+        name="own", objectives=OBJECTIVES, data=DataConfig(source="files", preferences=(path,), heldout_fraction=0.2)
+    )
+    training = RewardTraining.prepare(experiment, load_data(experiment), str(tiny_policy))
+    about = training.about_the_data()
+    assert about["data/left_out/an_empty_response"] == about["data/left_out/identical_responses"] == 1.0
+    assert "left out of the preference files: 1 with an empty response, 1 with identical responses" in training.notes(
+        about
+    )
+
+
 def completion(text, helpfulness, honesty):
     return {"response": text, "annotations": {"helpfulness": {"Rating": helpfulness}, "honesty": {"Rating": honesty}}}
 
@@ -178,12 +266,58 @@ def test_binarized_ultrafeedback_as_conversations(tmp_path):
     assert (pair.prompt, pair.chosen, pair.rejected) == ((asked,), "because", "no")
 
 
+def says(text):
+    return {"role": "assistant", "content": text}
+
+
+def both_sides(*history, chosen="because", rejected="no", **changes):
+    return {"chosen": [*history, says(chosen)], "rejected": [*history, says(rejected)], **changes}
+
+
+SYSTEM = {"role": "system", "content": "Answer in German"}
+LONG = (SYSTEM, USER, says("so"), {"role": "user", "content": "really ?"})
+
+
+@pytest.mark.parametrize("data_format", ["ultrafeedback", "pairs"])
+@pytest.mark.parametrize(
+    ("record", "prompt"),
+    [
+        (both_sides(*LONG, prompt="why ?"), LONG),
+        (both_sides(*LONG[1:], prompt="why ?"), LONG[1:]),
+        (both_sides(*LONG), LONG),
+        (both_sides(*LONG[1:], prompt=list(LONG)), LONG),
+        (both_sides(*LONG[:2], prompt="why ?"), LONG[:2]),
+        (both_sides(prompt=list(LONG)), LONG),
+        (both_sides(prompt="why ?"), (USER,)),
+    ],
+)
+def test_a_prompt_keeps_its_history_and_its_system_turn(tmp_path, data_format, record, prompt):
+    [pair] = read(pairs_file(tmp_path, record), data_format)
+    assert (pair.prompt, pair.chosen, pair.rejected) == (prompt, "because", "no")
+
+
+@pytest.mark.parametrize("data_format", ["ultrafeedback", "pairs"])
+def test_conversations_that_differ_before_the_responses_are_left_out_and_counted(tmp_path, data_format):
+    good, empty = both_sides(*LONG), both_sides(USER, chosen="", prompt="why ?")
+    other = {**good, "rejected": [SYSTEM, *LONG[2:], says("no")]}
+    text = {**good, "rejected": "no"}
+    found = read_all(pairs_file(tmp_path, good, other, text, empty), data_format)
+    assert len(found.pairs) == 1
+    assert found.left_out == {LeftOut.OTHER_PROMPT: 2, LeftOut.EMPTY: 1}
+    with pytest.raises(
+        DataError, match="field 'chosen': the conversation must end with a turn of the role 'assistant'"
+    ):
+        read(pairs_file(tmp_path, {**good, "chosen": list(LONG)}), data_format)
+
+
 @pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs the public data folder beside the checkout")
 def test_binarized_ultrafeedback_real_rows():
-    # 812 rows: 83 have equal scores, and 2 more have the same text twice.
-    pairs = read(str(SHARED_DATA / "ultrafeedback_binarized" / "ultrafeedback_binarized.parquet"), "ultrafeedback")
-    assert len(pairs) == 812 - 83 - 2
-    assert all(pair.margin > 0 for pair in pairs)
+    found = read_all(
+        str(SHARED_DATA / "ultrafeedback_binarized" / "ultrafeedback_binarized.parquet"), "ultrafeedback", (), 0.05
+    )
+    assert found.left_out == {LeftOut.TIE: 83, LeftOut.IDENTICAL: 2, LeftOut.EMPTY: 2}
+    assert len(found.pairs) == 812 - 83 - 2 - 2
+    assert all(pair.margin > 0 for pair in found.pairs)
 
 
 def dialogue(*turns):
@@ -299,7 +433,7 @@ def test_a_hub_that_cannot_be_reached_is_a_letter(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(DataError, match=r"'some/set' cannot be opened: no network\. .*data\.source"):
-        read_pairs(["some/set"], "pairs", OBJECTIVES, hub=True, seed=0)
+        read_pairs(["some/set"], "pairs", OBJECTIVES, hub=True, seed=0, max_left_out=0.05)
 
 
 @pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs the public data folder beside the checkout")

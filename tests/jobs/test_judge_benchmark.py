@@ -191,7 +191,7 @@ def test_half_an_emoji_leaves_one_row_without_a_verdict_in_each_run(alpaca):
         return completion("\ud83d" if is_kite else "m", logprobs={"m": -0.1, "M": -2.0})
 
     with judge_server(answer) as server:
-        for asked in (12, 1):
+        for sent in (12, 1):
             account = judge_benchmark(parse([*alpaca, *endpoint(server)]))
             assert account.sent == sent
             assert list(account.unanswered.values()) == [1]

@@ -51,8 +51,8 @@ def main() -> None:
     keep_freed_memory(torch.device("cpu"))  # as our ranks and replicas do; the peer gains as well
 
     tokenizer = load_tokenizer(options.tokenizer)
-    read = read_pairs([options.pairs], "helpsteer2", OBJECTIVES, hub=False, seed=0)
-    pairs = tokenise_pairs(read, tokenizer, max_length=options.max_length, drop_too_long=True)
+    read = read_pairs([options.pairs], "helpsteer2", OBJECTIVES, hub=False, seed=0, max_left_out=1.0)
+    pairs = tokenise_pairs(read.pairs, tokenizer, max_length=options.max_length, drop_too_long=True)
     pairs = pairs[: options.batch_pairs * (options.steps + 1)]
     if len(pairs) < options.batch_pairs * (options.steps + 1):
         raise SystemExit(f"only {len(pairs)} pairs fit in {options.max_length} tokens; lower --steps or --batch-pairs")
