@@ -108,7 +108,7 @@ def read_gamed_rows(path: Path) -> tuple[GamedRows, list[float]]:
         DataError: a column or an instruction number is missing, or a cell is not a number or out of its range. Names
             the line of such a cell.
     """
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte-order mark
         rows = list(csv.DictReader(file))
     try:
         difficulty = {int(row["index"]): float(row["instruction_difficulty"]) for row in reversed(rows)}
