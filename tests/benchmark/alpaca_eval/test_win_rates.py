@@ -356,6 +356,13 @@ def test_a_file_that_is_no_df_gamed_is_refused(text, tmp_path):
         read_gamed_rows(path)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_gamed_rows(tmp_path):
+    path = tmp_path / "df_gamed.csv"
+    path.write_text("\ufeffindex,instruction_difficulty,preference,std_delta_len\n0,0.5,0.25,-1\n", encoding="utf-8")
+    gamed, by_index = read_gamed_rows(path)
+    assert (gamed.win_probabilities, by_index) == ([0.25], [0.5])
+
+
 @pytest.mark.parametrize("row", ["0.5,85,0.5", "0.5,-0.1,0.5", "nan,0.5,0.5", "0.5,0.5,inf"])
 def test_a_gamed_row_out_of_range_is_refused_by_its_line(row, tmp_path):
     path = tmp_path / "df_gamed.csv"
