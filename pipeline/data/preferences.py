@@ -17,7 +17,7 @@ import numpy as np
 from pipeline.data.batching import stable_seed
 from pipeline.data.chat import strip_thinking
 from pipeline.data.files import Row, distinct, read_hub_rows, read_rows
-from pipeline.data.prompts import parse_messages, split_conversation
+from pipeline.data.prompts import parse_messages, prompt_of, split_conversation, with_columns_beside
 from pipeline.errors import DataError
 from pipeline.records import Message, PreferencePair
 
@@ -260,7 +260,7 @@ def _helpsteer2_groups(
     waiting: tuple[Any, Annotated | None] | None = None
     for row in rows:
         prompt = row.values.get("prompt")
-        messages = parse_messages(prompt, place=f"{row.place}, field 'prompt'")
+        messages = prompt_of(row, ("prompt",))
         if "responses" in row.values:
             texts, labels = row.values["responses"], row.values.get("labels")
             if not (_is_list(texts, str) and _is_list(labels, Mapping) and len(texts) == len(labels) == 2):
@@ -317,7 +317,7 @@ def _pair_of_completions(row: Row, objectives: tuple[str, ...], seed: int) -> Pr
     Chosen is the best mean rating (ties: most fives, then by seed), rejected is drawn by seed among the strictly lower.
     The overall score is not used: some of its upstream values are wrong.
     """
-    prompt = parse_messages(row.values.get("instruction"), place=f"{row.place}, field 'instruction'")
+    prompt = prompt_of(row, ("instruction",))
     completions = row.values.get("completions")
     if not _is_list(completions, Mapping):
         raise DataError(f"{row.place}, field 'completions': {completions!r:.60} is no list of rated completions")
@@ -425,7 +425,7 @@ def _from_webgpt(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) ->
             continue
         best = int(scores[1] > scores[0])
         field = "question" if "question" in row.values else "prompt"
-        messages = parse_messages(prompt, place=f"{row.place}, field {field!r}")
+        messages = with_columns_beside(row, field, parse_messages(prompt, place=f"{row.place}, field {field!r}"))
         margin = abs(scores[0] - scores[1])
         yield _unrated_pair(row, messages, answers[best], answers[1 - best], margin=margin, source="webgpt")
 
@@ -437,7 +437,7 @@ def _from_pku_saferlhf(rows: Iterable[Row], objectives: tuple[str, ...], seed: i
     or as `prompt`, `chosen` (the safer) and `rejected`. The publisher's other preference, helpfulness, is not read.
     """
     for row in rows:
-        messages = parse_messages(row.values.get("prompt"), place=f"{row.place}, field 'prompt'")
+        messages = prompt_of(row, ("prompt",))
         if "safer_response_id" not in row.values:
             yield _unrated_pair(row, messages, _text(row, "chosen"), _text(row, "rejected"), margin=None, source="pku")
             continue
@@ -521,12 +521,13 @@ def _conversations(row: Row) -> tuple[tuple[Message, ...], str, str] | LeftOut:
     if history != other_history:
         return LeftOut.OTHER_PROMPT
     given = row.values.get("prompt")
+    of_conversations = with_columns_beside(row, "chosen", history) if history else ()
     if history and given is None:
-        return history, chosen, rejected
-    prompt = parse_messages(given, place=f"{row.place}, field 'prompt'")
+        return of_conversations, chosen, rejected
+    prompt = prompt_of(row, ("prompt",))
     # UltraFeedback's `prompt` is the first user turn; other publishers' is the whole history, with the system turn.
     repeats = not history or prompt[-len(history) :] == history
-    return prompt if repeats else history, chosen, rejected
+    return prompt if repeats else of_conversations, chosen, rejected
 
 
 def _history_and_response(row: Row, field: str) -> tuple[tuple[Message, ...], str]:
