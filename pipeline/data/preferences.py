@@ -260,7 +260,7 @@ def _helpsteer2_groups(
     waiting: tuple[Any, Annotated | None] | None = None
     for row in rows:
         prompt = row.values.get("prompt")
-        messages = prompt_of(row, ("prompt",))
+        messages = _helpsteer2_turns(prompt_of(row, ("prompt",)), place=f"{row.place}, field 'prompt'")
         if "responses" in row.values:
             texts, labels = row.values["responses"], row.values.get("labels")
             if not (_is_list(texts, str) and _is_list(labels, Mapping) and len(texts) == len(labels) == 2):
@@ -280,6 +280,27 @@ def _helpsteer2_groups(
             waiting = (prompt, rated)
     if waiting is not None:
         yield LeftOut.ALONE
+
+
+def _helpsteer2_turns(messages: tuple[Message, ...], *, place: str) -> tuple[Message, ...]:
+    """The turns of a prompt in HelpSteer2's markup: the user, then "<extra_id_1>Assistant" and "<extra_id_1>User"."""
+    *earlier, last = messages
+    start, *marked = HELPSTEER2_TURN.split(last["content"])
+    if not marked:
+        return messages
+    speakers = ["User", *marked[::2]]
+    if unknown := {*speakers} - {*HELPSTEER2_ROLES}:
+        raise DataError(f"{place}: a turn of {min(unknown)!r:.40}; known are {', '.join(HELPSTEER2_ROLES)}")
+    turns = [
+        {"role": HELPSTEER2_ROLES[speaker], "content": text}
+        for speaker, text in zip(speakers, [start, *marked[1::2]], strict=True)
+    ]
+    # A system turn comes first and leaves nothing before it; an open turn of the assistant waits for the response.
+    turns = turns[not start.strip() :]
+    turns = turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+    if not turns or turns[-1]["role"] != "user":
+        raise DataError(f"{place}: the last turn is not the user's. Leave such rows out.")
+    return parse_messages([*earlier, *turns], place=place)
 
 
 def _helpsteer2_rated(
@@ -453,6 +474,9 @@ def _from_pku_saferlhf(rows: Iterable[Row], objectives: tuple[str, ...], seed: i
         pair = _unrated_pair(row, messages, chosen, rejected, margin=None, source="pku")
         yield replace(pair, scores_chosen=scores_chosen, scores_rejected=scores_rejected)
 
+
+HELPSTEER2_TURN = re.compile(r"\n?<extra_id_[01]>(\w+)(?:\n|$)")
+HELPSTEER2_ROLES = {"System": "system", "User": "user", "Assistant": "assistant"}
 
 DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
 
