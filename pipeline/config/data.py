@@ -34,7 +34,7 @@ class DataConfig(Frozen):
     """"pairs" is the project's own schema (docs/method.md section 8)."""
     prompts: tuple[str, ...] = ()
     """Files of prompts for alignment and benchmarks: JSONL or Parquet with a column `prompt`,
-    `messages` or `instruction`."""
+    `messages` or `instruction`; columns `input`, `system` and `history` beside it are part of the prompt."""
     evaluation_prompts: tuple[str, ...] = ()
     """Prompt files that results will be reported on, besides `benchmark.prompts`. Training leaves out prompts that
     stand in one of them word for word. It reports their number, and the number of looser matches."""

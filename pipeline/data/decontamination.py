@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from pipeline.data.files import Row, read_rows
 from pipeline.data.preferences import normalised_prompt
-from pipeline.data.prompts import PROMPT_FIELDS, parse_messages
-from pipeline.errors import DataError
+from pipeline.data.prompts import PROMPT_FIELDS, prompt_of
 from pipeline.records import Message, Metrics
 
 NGRAM_WORDS = 13
@@ -171,15 +170,8 @@ def _of_file(
 
 
 def _messages(row: Row) -> tuple[Message, ...]:
-    """The prompt of an evaluation row; of MT-Bench's and Arena-Hard's `turns` the first, which the others refer to."""
-    field = next((name for name in (*PROMPT_FIELDS, "turns") if row.values.get(name) is not None), None)
-    if field is None:
-        raise DataError(f"{row.place}: none of the fields {', '.join(PROMPT_FIELDS)}, turns is there")
-    value = row.values[field]
-    if field == "turns":
-        first = value[0] if isinstance(value, list) and value else None
-        value = first.get("content") if isinstance(first, Mapping) else first
-    return parse_messages(value, place=f"{row.place}, field {field!r}")
+    """The prompt of an evaluation row."""
+    return prompt_of(row, (*PROMPT_FIELDS, "turns"))
 
 
 def _text(messages: Sequence[Message]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.data.files import Row, read_rows
 from pipeline.data.preferences import normalised_prompt
-from pipeline.data.prompts import parse_messages, split_conversation
+from pipeline.data.prompts import prompt_of, split_conversation, with_columns_beside
 from pipeline.errors import DataError
 from pipeline.records import Message
 
@@ -81,7 +81,7 @@ def _example(row: Row, subset_field: str | None) -> EvaluationExample:
         id=row.identity,
         subset=_subset(row, subset_field),
         place=row.place,
-        prompt=chosen_prompt or parse_messages(row.values.get("prompt"), place=f"{row.place}, field 'prompt'"),
+        prompt=with_columns_beside(row, "chosen", chosen_prompt) if chosen_prompt else prompt_of(row, ("prompt",)),
         chosen=chosen,
         rejected=rejected,
         annotators_tie=score is not None and bool(score == row.values.get("score_rejected")),

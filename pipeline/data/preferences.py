@@ -17,7 +17,7 @@ import numpy as np
 from pipeline.data.batching import stable_seed
 from pipeline.data.chat import strip_thinking
 from pipeline.data.files import Row, distinct, read_hub_rows, read_rows
-from pipeline.data.prompts import parse_messages, split_conversation
+from pipeline.data.prompts import parse_messages, prompt_of, split_conversation, with_columns_beside
 from pipeline.errors import DataError
 from pipeline.records import Message, PreferencePair
 
@@ -260,7 +260,7 @@ def _helpsteer2_groups(
     waiting: tuple[Any, Annotated | None] | None = None
     for row in rows:
         prompt = row.values.get("prompt")
-        messages = parse_messages(prompt, place=f"{row.place}, field 'prompt'")
+        messages = _helpsteer2_turns(prompt_of(row, ("prompt",)), place=f"{row.place}, field 'prompt'")
         if "responses" in row.values:
             texts, labels = row.values["responses"], row.values.get("labels")
             if not (_is_list(texts, str) and _is_list(labels, Mapping) and len(texts) == len(labels) == 2):
@@ -280,6 +280,27 @@ def _helpsteer2_groups(
             waiting = (prompt, rated)
     if waiting is not None:
         yield LeftOut.ALONE
+
+
+def _helpsteer2_turns(messages: tuple[Message, ...], *, place: str) -> tuple[Message, ...]:
+    """The turns of a prompt in HelpSteer2's markup: the user, then "<extra_id_1>Assistant" and "<extra_id_1>User"."""
+    *earlier, last = messages
+    start, *marked = HELPSTEER2_TURN.split(last["content"])
+    if not marked:
+        return messages
+    speakers = ["User", *marked[::2]]
+    if unknown := {*speakers} - {*HELPSTEER2_ROLES}:
+        raise DataError(f"{place}: a turn of {min(unknown)!r:.40}; known are {', '.join(HELPSTEER2_ROLES)}")
+    turns = [
+        {"role": HELPSTEER2_ROLES[speaker], "content": text}
+        for speaker, text in zip(speakers, [start, *marked[1::2]], strict=True)
+    ]
+    # A system turn comes first and leaves nothing before it; an open turn of the assistant waits for the response.
+    turns = turns[not start.strip() :]
+    turns = turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+    if not turns or turns[-1]["role"] != "user":
+        raise DataError(f"{place}: the last turn is not the user's. Leave such rows out.")
+    return parse_messages([*earlier, *turns], place=place)
 
 
 def _helpsteer2_rated(
@@ -317,7 +338,7 @@ def _pair_of_completions(row: Row, objectives: tuple[str, ...], seed: int) -> Pr
     Chosen is the best mean rating (ties: most fives, then by seed), rejected is drawn by seed among the strictly lower.
     The overall score is not used: some of its upstream values are wrong.
     """
-    prompt = parse_messages(row.values.get("instruction"), place=f"{row.place}, field 'instruction'")
+    prompt = prompt_of(row, ("instruction",))
     completions = row.values.get("completions")
     if not _is_list(completions, Mapping):
         raise DataError(f"{row.place}, field 'completions': {completions!r:.60} is no list of rated completions")
@@ -425,7 +446,7 @@ def _from_webgpt(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) ->
             continue
         best = int(scores[1] > scores[0])
         field = "question" if "question" in row.values else "prompt"
-        messages = parse_messages(prompt, place=f"{row.place}, field {field!r}")
+        messages = with_columns_beside(row, field, parse_messages(prompt, place=f"{row.place}, field {field!r}"))
         margin = abs(scores[0] - scores[1])
         yield _unrated_pair(row, messages, answers[best], answers[1 - best], margin=margin, source="webgpt")
 
@@ -437,7 +458,7 @@ def _from_pku_saferlhf(rows: Iterable[Row], objectives: tuple[str, ...], seed: i
     or as `prompt`, `chosen` (the safer) and `rejected`. The publisher's other preference, helpfulness, is not read.
     """
     for row in rows:
-        messages = parse_messages(row.values.get("prompt"), place=f"{row.place}, field 'prompt'")
+        messages = prompt_of(row, ("prompt",))
         if "safer_response_id" not in row.values:
             yield _unrated_pair(row, messages, _text(row, "chosen"), _text(row, "rejected"), margin=None, source="pku")
             continue
@@ -453,6 +474,9 @@ def _from_pku_saferlhf(rows: Iterable[Row], objectives: tuple[str, ...], seed: i
         pair = _unrated_pair(row, messages, chosen, rejected, margin=None, source="pku")
         yield replace(pair, scores_chosen=scores_chosen, scores_rejected=scores_rejected)
 
+
+HELPSTEER2_TURN = re.compile(r"\n?<extra_id_[01]>(\w+)(?:\n|$)")
+HELPSTEER2_ROLES = {"System": "system", "User": "user", "Assistant": "assistant"}
 
 DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
 
@@ -521,12 +545,13 @@ def _conversations(row: Row) -> tuple[tuple[Message, ...], str, str] | LeftOut:
     if history != other_history:
         return LeftOut.OTHER_PROMPT
     given = row.values.get("prompt")
+    of_conversations = with_columns_beside(row, "chosen", history) if history else ()
     if history and given is None:
-        return history, chosen, rejected
-    prompt = parse_messages(given, place=f"{row.place}, field 'prompt'")
+        return of_conversations, chosen, rejected
+    prompt = prompt_of(row, ("prompt",))
     # UltraFeedback's `prompt` is the first user turn; other publishers' is the whole history, with the system turn.
     repeats = not history or prompt[-len(history) :] == history
-    return prompt if repeats else history, chosen, rejected
+    return prompt if repeats else of_conversations, chosen, rejected
 
 
 def _history_and_response(row: Row, field: str) -> tuple[tuple[Message, ...], str]:

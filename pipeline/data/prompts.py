@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from pipeline.data.batching import step_indices
 from pipeline.data.chat import encode_prompt
-from pipeline.data.files import distinct, read_rows
+from pipeline.data.files import Row, distinct, read_rows
 from pipeline.errors import DataError
 from pipeline.records import Message, Prompt, Role
 
@@ -68,14 +68,91 @@ def _is_turn(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(value.get(field), str) for field in ("role", "content"))
 
 
+def prompt_of(row: Row, fields: Sequence[str]) -> tuple[Message, ...]:
+    """The prompt in the first of the fields that is there, with the `input`, `system` and `history` beside it.
+
+    Alpaca's `input` follows its `instruction` after a blank line. `system` is a turn of its own before the others, and
+    `history` holds the turns before the prompt: turns of {role, content}, or pairs of what user and assistant said.
+
+    Raises:
+        DataError: none of the fields is there; one of them, or of those beside it, cannot be used; the prompt has no
+            turn of the user, or ends with a turn of the assistant.
+    """
+    field = next((name for name in fields if row.values.get(name) is not None), None)
+    if field is None:
+        found = ", ".join(sorted(name for name, value in row.values.items() if value is not None)) or "none"
+        if len(fields) == 1:
+            raise DataError(f"{row.place}, field {fields[0]!r}: None is no prompt; the fields with a value are {found}")
+        raise DataError(f"{row.place}: none of the fields {', '.join(fields)} is there; those with a value are {found}")
+    place = f"{row.place}, field {field!r}"
+    value = row.values[field]
+    if field == "turns":
+        # MT-Bench's and Arena-Hard's: the first one, which the others refer to.
+        first = value[0] if isinstance(value, Sequence) and not isinstance(value, str) and value else None
+        value = first.get("content") if isinstance(first, Mapping) else first
+    return with_columns_beside(row, field, parse_messages(value, place=place))
+
+
+def with_columns_beside(row: Row, field: str, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The turns of a field of the row, with its `input`, `system` and `history`, as `prompt_of` says.
+
+    Raises:
+        DataError: as `prompt_of`.
+    """
+    place = f"{row.place}, field {field!r}"
+    messages = _with_input(row, field, messages)
+    if history := row.values.get("history"):
+        messages = (*_past_turns(history, place=f"{row.place}, field 'history'"), *messages)
+    if row.values.get("system"):
+        system: Message = {"role": "system", "content": row.require("system", str)}
+        if any(message["role"] == "system" and message != system for message in messages):
+            raise DataError(f"{row.place}, field 'system': the field {field!r} has another system turn. Keep one.")
+        messages = messages if system in messages or not system["content"].strip() else (system, *messages)
+    if all(message["role"] != "user" for message in messages):
+        raise DataError(f"{place}: no turn of the user; give the question too")
+    if messages[-1]["role"] == "assistant":
+        raise DataError(f"{place}: it ends with the assistant's turn, which is an answer. Leave that turn out.")
+    return messages
+
+
+def _with_input(row: Row, field: str, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    if not row.values.get("input"):
+        return messages
+    material = row.require("input", str)
+    *earlier, last = messages
+    if field == "instruction" and material.strip():
+        return (*earlier, {**last, "content": f"{last['content']}\n\n{material}"})
+    # Some publishers give the joined prompt as well.
+    if material not in last["content"]:
+        raise DataError(
+            f"{row.place}, field 'input': it is not part of the field {field!r}. Join the two, or rename the latter to "
+            "'instruction'."
+        )
+    return messages
+
+
+def _past_turns(history: Any, *, place: str) -> tuple[Message, ...]:
+    if isinstance(history, Sequence) and not isinstance(history, str):
+        if all(_is_turn(turn) for turn in history):
+            return parse_messages(history, place=place)
+        if all(_is_exchange(turns) for turns in history):
+            said = [(role, text) for turns in history for role, text in zip(("user", "assistant"), turns, strict=True)]
+            return parse_messages([{"role": role, "content": text} for role, text in said], place=place)
+    raise DataError(
+        f"{place}: {history!r:.80} is no history; give turns of {{role, content}}, or pairs of texts of user and "
+        "assistant"
+    )
+
+
+def _is_exchange(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(text, str) for text in value)
+
+
 def read_prompts(files: Sequence[str]) -> Iterator[tuple[str, tuple[Message, ...]]]:
     """Streams (id, messages) of JSONL or Parquet files with a field `messages`, `prompt` or `instruction`."""
     rows, again = tee(row for file in files for row in read_rows(file))
     for row, identity in zip(rows, distinct(row.identity for row in again), strict=True):
-        field = next((name for name in PROMPT_FIELDS if row.values.get(name) is not None), None)
-        if field is None:
-            raise DataError(f"{row.place}: none of the fields {', '.join(PROMPT_FIELDS)} is there")
-        yield identity, parse_messages(row.values[field], place=f"{row.place}, field {field!r}")
+        yield identity, prompt_of(row, PROMPT_FIELDS)
 
 
 def tokenise_prompts(

@@ -397,6 +397,38 @@ def rated(**changes):
     return {"prompt": "why ?", "responses": ["good", "bad"], "labels": ratings, **changes}
 
 
+@pytest.mark.parametrize(
+    ("prompt", "turns"),
+    [
+        (
+            "a\n<extra_id_1>Assistant\nb\n\nb\n<extra_id_1>User\nc",
+            [("user", "a"), ("assistant", "b\n\nb"), ("user", "c")],
+        ),
+        ("<extra_id_0>System\ns\n<extra_id_1>User\na\n<extra_id_1>Assistant\n", [("system", "s"), ("user", "a")]),
+        ("what does <extra_id_5> mean ?", [("user", "what does <extra_id_5> mean ?")]),
+    ],
+)
+def test_helpsteer2_markup_becomes_turns(tmp_path, prompt, turns):
+    base = {"prompt": prompt, "honesty": 1}
+    rows = [{**base, "response": "good", "helpfulness": 4}, {**base, "response": "bad", "helpfulness": 1}]
+    for path in (pairs_file(tmp_path, *rows), pairs_file(tmp_path, rated(prompt=prompt))):
+        [pair] = read(path, "helpsteer2")
+        assert [(turn["role"], turn["content"]) for turn in pair.prompt] == turns
+
+
+@pytest.mark.parametrize(
+    ("prompt", "letter"),
+    [
+        ("a\n<extra_id_1>Robot\nb", r"line 1, field 'prompt': a turn of 'Robot'; known are System, User, Assistant"),
+        ("a\n<extra_id_1>Assistant\nb", r"line 1, field 'prompt': the last turn is not the user's"),
+        ("<extra_id_1>Assistant", r"line 1, field 'prompt': the last turn is not the user's"),
+    ],
+)
+def test_bad_helpsteer2_markup_is_named(tmp_path, prompt, letter):
+    with pytest.raises(DataError, match=letter):
+        read(pairs_file(tmp_path, rated(prompt=prompt)), "helpsteer2")
+
+
 def test_helpfulness_orders_the_pair_even_when_it_is_no_objective(tmp_path):
     [pair] = read(pairs_file(tmp_path, rated()), "helpsteer2", ("honesty", "helpfulness"))
     assert (pair.chosen, pair.margin) == ("good", 2.0)
@@ -442,6 +474,8 @@ def test_helpsteer2_real_rows():
     objectives = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
     pairs = read(path, "helpsteer2", objectives)
     assert len(pairs) == 496
+    assert sum(len(pair.prompt) > 1 for pair in pairs) == 59
+    assert not any("<extra_id_" in turn["content"] for pair in pairs for turn in pair.prompt)
     assert all(p.scores_chosen["helpfulness"] > p.scores_rejected["helpfulness"] for p in pairs)
     with pytest.raises(DataError, match="unknown objective 'kindness'"):
         read(path, "helpsteer2", ("helpfulness", "kindness"))
