@@ -82,9 +82,6 @@ def serve_until_interrupted(options: argparse.Namespace) -> None:
         "token": token,
     }
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    # Also where a shell started it in the background, which leaves SIGINT ignored; and SIGTERM ends like it.
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signal_number, signal.default_int_handler)
     swap_requested = threading.Event()
     # Serve replaces an HTTP proxy that missed three checks; by default it checks every 10 s.
     os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
@@ -92,6 +89,10 @@ def serve_until_interrupted(options: argparse.Namespace) -> None:
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     # The cluster of RAY_ADDRESS, or one of its own: Serve itself would look for whatever ran here last.
     with open_cluster(ClusterConfig(object_store_gib=0.5), ()):
+        # After ray.init, whose own SIGTERM handler aborts the process. A shell that starts the job in the background
+        # leaves SIGINT ignored, so both are set.
+        for signal_number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signal_number, signal.default_int_handler)
         try:
             start_service(model, config, **settings)
             signal.signal(signal.SIGUSR1, lambda *_: swap_requested.set())

@@ -75,7 +75,7 @@ def test_the_job_swaps_when_told_and_stops_when_interrupted(world, tmp_path):
             point_to(new, until=f"({directory_fingerprint(new)[:12]}, {new})\n")
             point_to(tmp_path, until=f"still serving {new}. CheckpointError: ")
             point_to(old, until=f"swapped {new} for {old}\n")
-            job.send_signal(signal.SIGINT)
+            job.send_signal(signal.SIGTERM)  # as a supervisor ends a service; SIGINT has the same handler
             wait_for("stopped")
             assert job.wait(timeout=120) == 0
         finally:
