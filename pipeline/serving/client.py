@@ -149,9 +149,14 @@ def _problem(url: str, outcome: HttpOutcome) -> str:
     problem = f"{outcome.status_code}: {_detail(outcome)}"
     if outcome.status_code in {401, 403}:
         raise ConfigError(f"{url} refuses the token ({problem}). Pass token=..., or set {TOKEN_VARIABLE}.")
-    if outcome.status_code not in BUSY | FAILED:
+    if outcome.status_code not in BUSY | FAILED and not _is_proxy_without_routes(outcome):
         raise DataError(f"{url} refuses the request ({problem})")
     return problem
+
+
+def _is_proxy_without_routes(response: httpx.Response) -> bool:
+    """Whether Ray Serve's proxy answered, not the service: one that has just restarted does not know its routes yet."""
+    return response.status_code == 404 and "/-/routes" in response.text
 
 
 class ClientOptions(TypedDict, total=False):

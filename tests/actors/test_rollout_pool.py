@@ -592,7 +592,7 @@ def test_a_job_is_found_by_its_id_while_it_has_workers_and_an_unknown_one_is_ans
 
 
 class AlwaysTwo:
-    def wanted(self, workers, waits):
+    def target_workers(self, workers, waits):
         return 2
 
 

@@ -89,6 +89,15 @@ def test_a_service_that_was_only_busy_in_between_is_not_given_up():
     assert answer.status_code == 200
 
 
+def test_a_proxy_that_does_not_know_its_routes_yet_is_asked_again():
+    """Ray Serve's own words, from a proxy that had just been restarted."""
+    text = "Path '/v1/score' not found. Ping http://.../-/routes for available routes."
+    answer, pauses = play([httpx.Response(404, text=text), reply(200)])
+    assert (answer.status_code, pauses) == (200, [0.25])
+    with pytest.raises(DataError, match="404"):
+        play([reply(404)])  # the service's own answer
+
+
 def test_the_deadline_ends_the_waiting():
     with pytest.raises(DeadlineExceeded, match=r"within 3 s, at last with 429: because"):
         play([reply(429, **{"retry-after": "2"})] * 2, deadline_s=3)
