@@ -6,7 +6,7 @@ import pytest
 from pipeline.data.decontamination import EvaluationPrompts, SharedPrompt, find_contamination
 from pipeline.data.prompts import read_prompts
 from pipeline.errors import DataError
-from tests.support.paths import SHARED_DATA
+from tests.support.paths import SHARED_DATA, needs_public_data
 
 THIRTEEN = "one two three four five six seven eight nine ten eleven twelve thirteen"
 
@@ -119,7 +119,7 @@ def test_each_file_has_its_counts_and_few_examples(tmp_path):
     assert metrics["contamination/training_prompts"] == metrics["contamination/training_exact"] == 7.0
 
 
-@pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs the public data folder beside the checkout")
+@needs_public_data
 def test_alpaca_eval_stands_in_the_instruction_mixture_and_not_in_alpaca():
     # The mixture holds the test sets of Self-Instruct and Koala, which AlpacaEval is made of.
     evaluation = EvaluationPrompts([str(SHARED_DATA / "alpaca_eval" / "instructions.jsonl")])
@@ -130,7 +130,7 @@ def test_alpaca_eval_stands_in_the_instruction_mixture_and_not_in_alpaca():
     assert (alpaca.files[0].exact, alpaca.files[0].overlapping) == (0, 0)
 
 
-@pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs the public data folder beside the checkout")
+@needs_public_data
 def test_mt_bench_and_arena_hard_questions_are_read():
     files = [str(SHARED_DATA / name / "question.jsonl") for name in ("mt_bench", "arena_hard")]
     evaluation = EvaluationPrompts(files)

@@ -20,7 +20,7 @@ from pipeline.data.run_data import load_data
 from pipeline.data.score_statistics import ScoreStatistics
 from pipeline.errors import ConfigError, DataError
 from pipeline.loops.reward import RewardTraining
-from tests.support.paths import SHARED_DATA
+from tests.support.paths import SHARED_DATA, needs_public_data
 
 OBJECTIVES = ("helpfulness", "honesty")
 
@@ -310,7 +310,7 @@ def test_conversations_that_differ_before_the_responses_are_left_out_and_counted
         read(pairs_file(tmp_path, {**good, "chosen": list(LONG)}), data_format)
 
 
-@pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs the public data folder beside the checkout")
+@needs_public_data
 def test_binarized_ultrafeedback_real_rows():
     found = read_all(
         str(SHARED_DATA / "ultrafeedback_binarized" / "ultrafeedback_binarized.parquet"), "ultrafeedback", (), 0.05
@@ -369,7 +369,7 @@ def test_pku_chooses_the_safer_response_and_scores_it_by_its_severity(tmp_path):
         read(pairs_file(tmp_path, {**published, "safer_response_id": 2}), "pku_saferlhf")
 
 
-@pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs the public data folder beside the checkout")
+@needs_public_data
 @pytest.mark.parametrize(
     ("data_format", "file", "count"),
     [
@@ -468,7 +468,7 @@ def test_a_hub_that_cannot_be_reached_is_a_letter(monkeypatch):
         read_pairs(["some/set"], "pairs", OBJECTIVES, hub=True, seed=0, max_left_out=0.05)
 
 
-@pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs the public data folder beside the checkout")
+@needs_public_data
 def test_helpsteer2_real_rows():
     path = str(SHARED_DATA / "helpsteer2" / "helpsteer2.parquet")
     objectives = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")

@@ -21,11 +21,10 @@ from pipeline.models.backbone import create_tiny_causal_lm, save_causal_lm
 from pipeline.stages.fingerprint import directory_fingerprint
 from tests.conftest import SMALLEST
 from tests.support.fakes import FakeRollouts
-from tests.support.paths import SHARED_DATA
+from tests.support.paths import SHARED_DATA, needs_public_data
 
 parse = generate_answers_command.options
 
-needs_public_data = pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs ../shared/data beside the repository")
 
 INSTRUCTIONS = [{"instruction": f"why the boat {n} ?", "dataset": "koala"} for n in range(5)]
 QUESTIONS = [
