@@ -45,7 +45,7 @@ def evaluate_reward_model(options: argparse.Namespace) -> str:
     from pipeline.models.reward_model import read_card
 
     device = scoring_device(options.device)
-    read_card(options.model)
+    card = read_card(options.model)
     subset_field = options.subset_field or ("domain" if options.benchmark == "rm_bench" else None)
     found = survey(read_examples(options.pairs, subset_field=subset_field), options.benchmark)
     notes = list(found.notes)
@@ -69,7 +69,9 @@ def evaluate_reward_model(options: argparse.Namespace) -> str:
         report=progress(len(found.content_key)),
     )
     rows, _ = read_scored_rows(rows_file)
-    evaluation = evaluate(rows, options.benchmark, seed=options.seed)
+    evaluation = evaluate(
+        rows, options.benchmark, seed=options.seed, answer_threshold=card.calibration.answer_threshold
+    )
     differences = {} if other is None else metric_differences(rows, other_rows, options.benchmark, seed=options.seed)
     record = {
         "model": options.model,

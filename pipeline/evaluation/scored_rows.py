@@ -37,7 +37,9 @@ class ScoredComparison:
     chosen: tuple[RewardedResponse, ...]
     rejected: tuple[RewardedResponse, ...]
     margin_std: float
-    """Posterior standard deviation of the first chosen minus the first rejected reward, with shared weights."""
+    """Posterior standard deviation of the first chosen minus the first rejected reward."""
+    log_odds: float
+    """Calibrated log-odds that the first chosen response is better than the first rejected one."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,6 +56,8 @@ class ScoredRows:
     """[N], chosen and rejected responses together."""
     margin_std: np.ndarray
     """[N] float64. For this and the following columns see `ScoredComparison`."""
+    log_odds: np.ndarray
+    """[N] float64."""
     subset: np.ndarray
     """[N] index into `subset_names`."""
     subset_names: tuple[str, ...]
@@ -72,7 +76,7 @@ class ScoredRows:
     @staticmethod
     def of(rows: Iterable[ScoredComparison]) -> ScoredRows:
         """Consumes `rows` with one row in memory at a time."""
-        rewards, margin_std = array("d"), array("d")
+        rewards, margin_std, log_odds = array("d"), array("d"), array("d")
         characters, num_chosen, num_responses, subset = array("i"), array("i"), array("i"), array("i")
         content_key, prompt_key = array("Q"), array("Q")
         cut, annotators_tie = array("b"), array("b")
@@ -85,6 +89,7 @@ class ScoredRows:
             num_chosen.append(len(row.chosen))
             num_responses.append(len(responses))
             margin_std.append(row.margin_std)
+            log_odds.append(row.log_odds)
             subset.append(numbers.setdefault(row.subset, len(numbers)))
             content_key.append(row.content_key)
             prompt_key.append(row.prompt_key)
@@ -100,6 +105,7 @@ class ScoredRows:
             num_chosen=np.asarray(num_chosen),
             num_responses=np.asarray(num_responses),
             margin_std=np.asarray(margin_std),
+            log_odds=np.asarray(log_odds),
             subset=place[np.asarray(subset)],
             subset_names=tuple(names),
             content_key=np.asarray(content_key),
@@ -128,7 +134,7 @@ class ScoredRows:
 
     def scored_as(self, others: ScoredRows) -> ScoredRows:
         """These rows with the rewards of `others`: the same rows, scored by another model."""
-        return replace(self, rewards=others.rewards, margin_std=others.margin_std)
+        return replace(self, rewards=others.rewards, margin_std=others.margin_std, log_odds=others.log_odds)
 
     def scored_by_length(self) -> ScoredRows:
         """These rows with the length in characters as the reward."""
@@ -161,6 +167,7 @@ class ScoredRows:
             num_chosen=self.num_chosen[rows],
             num_responses=sizes,
             margin_std=self.margin_std[rows],
+            log_odds=self.log_odds[rows],
             subset=self.subset[rows],
             content_key=self.content_key[rows],
             prompt_key=self.prompt_key[rows],

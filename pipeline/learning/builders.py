@@ -28,7 +28,7 @@ from pipeline.models.backbone import load_backbone, load_causal_lm, load_tokeniz
 from pipeline.models.critic import Policy, PolicyWithCritic
 from pipeline.models.lora import add_lora
 from pipeline.models.reward_heads import RewardHead
-from pipeline.models.reward_model import RewardModel, RewardModelCard, load_reward_model, make_head
+from pipeline.models.reward_model import RewardCalibration, RewardModel, RewardModelCard, load_reward_model, make_head
 from pipeline.records import PromptGroup
 from pipeline.stages import storage
 
@@ -137,6 +137,7 @@ def _card_before_training(spec: RewardTrainerSpec) -> RewardModelCard:
         metrics={},
         reward_weights=spec.config.reward_weights,
         ensemble=spec.config.ensemble,
+        calibration=RewardCalibration(answer_error=spec.config.answer_error),
     )
 
 

@@ -96,6 +96,7 @@ class ScoringService:
             model_fingerprint=self.fingerprint,
             probability=result.probability,
             preferred="tie" if result.margin == 0.0 else "a" if result.margin > 0.0 else "b",
+            confident=result.is_confident(self.model.answer_threshold),
             margin=result.margin,
             margin_std=result.margin_std,
             contributions=dict(zip(self.model.objectives, result.contributions, strict=False)),
@@ -177,6 +178,7 @@ class ScoringService:
             },
             contributions={name: weights[name] * scores[name] for name in scores},
             deviations=list(score.deviations),
+            temperature=score.temperature,
         )
 
 
@@ -204,6 +206,9 @@ def describe_model(
         reward_mean=card.reward_mean,
         reward_std=card.reward_std,
         objective_statistics={name: ObjectiveStatistics(mean=mean, std=std) for name, mean, std in statistics},
+        temperature=card.calibration.temperature,
+        answer_threshold=card.calibration.answer_threshold,
+        answer_error=card.calibration.answer_error,
         scale=card.scale,
         verified_objectives=list(verified_objectives(card.metrics, card.objectives)),
         metrics=dict(card.metrics),

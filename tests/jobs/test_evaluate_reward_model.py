@@ -92,7 +92,7 @@ def test_pairs_from_file_to_metrics(models, pairs, tmp_path):
     assert metrics["rows"] == len(pairs) == 16
     assert metrics["cut"] == 0
     assert metrics["subsets"]["s0"]["rows"] == 8
-    assert {"aurc/std", "probit/nll", "length_correlation"} <= metrics["diagnostics"].keys()
+    assert {"aurc/log_odds", "calibrated/nll", "ece", "length_correlation"} <= metrics["diagnostics"].keys()
     assert f"accuracy{right / 16:>29.3f}" in table
 
 
@@ -110,7 +110,7 @@ def test_the_numbers_are_those_of_training(tiny_policy, world, tokenizer, pairs,
     assert metrics["accuracies"]["accuracy_tie_half"]["value"] == pytest.approx(trained["eval/accuracy"])
     assert diagnostics["nll"] == pytest.approx(trained["eval/nll"], abs=1e-5)
     assert diagnostics["mean_abs_margin"] == pytest.approx(trained["eval/margin"], abs=1e-5)
-    assert diagnostics["calibration_error"] == pytest.approx(trained["eval/calibration_error"], abs=1e-5)
+    assert diagnostics["ece_uncalibrated"] == pytest.approx(trained["eval/calibration_error"], abs=1e-5)
 
 
 def test_scores_do_not_depend_on_what_shared_a_batch(models, pairs, tmp_path):
@@ -136,7 +136,7 @@ def test_two_models_are_compared_on_the_same_rows(models, pairs, tmp_path):
     accuracy = [record["accuracies"]["accuracy"]["value"] for record in (ours, theirs)]
     assert ours["differences"]["accuracy"]["value"] == pytest.approx(accuracy[0] - accuracy[1])
     assert ours["compared_with"] == theirs["scored_by"] != ours["scored_by"]
-    assert "aurc/std" not in ours["diagnostics"]  # a Bradley-Terry head has no posterior
+    assert "aurc/std" not in ours["diagnostics"]  # a model that was never calibrated has no error bar
 
 
 def test_the_same_command_again_scores_nothing_and_says_the_same(models, pairs, tmp_path, capsys):
