@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.recipe import ExperimentConfig
 from pipeline.data.batching import step_indices
-from pipeline.data.chat import require_chat_template
+from pipeline.data.chat_rendering import require_chat_template
 from pipeline.data.collate import PairCollator, TokenisedPair, tokenise_pairs
 from pipeline.data.preferences import require_annotations, shared_prompts
 from pipeline.data.run_data import RunData
