@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from actors.alignment_tasks import align_one, prepare_policy, train_shared_reward_model
 from actors.experiment_tasks import ProcessResources, backbone_key, compute_missing_states, keep_states, train_one
 from jobs.experiments import compute_on_the_cluster, demand_of, experiment_command, run_experiment
 from pipeline.config.load import load_recipe
@@ -153,6 +154,28 @@ def test_alignments_are_reported_by_their_gold_reward(tmp_path, capsys):
             "runs",
         ),
     }
+
+
+def test_arms_with_and_without_supervision_start_alike_and_learn_from_other_reward_models(tmp_path, monkeypatch):
+    whole = EXPERIMENTS["supervised_alignment"]
+    two = replace(whole, variants=tuple(v for v in whole.variants if v.name in ("weights and scores", "nothing")))
+    monkeypatch.setitem(EXPERIMENTS, "supervised_alignment", two)
+
+    def in_this_process(runs, out):
+        for index, run in enumerate(runs):
+            policy = prepare_policy(run.recipe, out, ONE_CORE)
+            reward_model = train_shared_reward_model(run.recipe, policy, out, ONE_CORE)
+            yield index, align_one(run.recipe, policy, reward_model, ONE_CORE)
+
+    command = ["supervised_alignment", "--out", str(tmp_path), "--seeds", "0", *SMALL_ALIGNMENT]
+    words = run_experiment(parse(command), in_this_process)
+    assert "weights and scores: the gold reward ends" in words
+    records = {r["variant"]: r for r in (json.loads(p.read_text()) for p in (tmp_path / "runs").iterdir())}
+    supervised, free = records["weights and scores"], records["nothing"]
+    assert [point["step"] for point in supervised["curve"]] == [0.0, 1.0, 2.0]
+    assert supervised["curve"][0]["gold/mean"] == free["curve"][0]["gold/mean"]
+    assert supervised["curve"][0]["reward/mean"] != free["curve"][0]["reward/mean"]
+    assert run_experiment(parse(command), Fake()) == words  # all is committed: the fake has nothing to compute
 
 
 def test_alignments_without_a_known_truth_are_refused(tmp_path):
