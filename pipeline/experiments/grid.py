@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.native_dtype import with_native_dtype
 from pipeline.stages.fingerprint import fingerprint
 
-RUN_VERSION = 3
+RUN_VERSION = 4
 """Version of the computation of a run; part of the run's hash."""
 
 LOSS = "reward.loss"

@@ -129,7 +129,7 @@ def test_files_are_an_experiment_too_with_a_frozen_backbone_in_bfloat16(world, t
     ]
     outcome = train_one(load_recipe("experiments_tiny", [*SMALL, *overrides]), ONE_CORE)
     assert len(outcome["prompts"]) == len(outcome["margins"]["mean"]) > 5
-    assert "weight_correlation" not in outcome["metrics"]  # nobody knows the truth
+    assert "reasons/weight_correlation" not in outcome["metrics"]  # nobody knows the truth
     assert outcome["metrics"]["eval/accuracy"] >= 0.0
 
 
@@ -195,6 +195,7 @@ def test_states_of_a_frozen_backbone_are_computed_once_for_all_seeds_and_labels(
     assert min(first, second) > 20
     assert list(compute_missing_states([recipe, flipped], ONE_CORE, states, 0, 1)) == [(0, 0)]
     as_needed = train_one(recipe, ONE_CORE)
+    assert {"reasons/weight_correlation", "reasons/decisive_pairs"} <= as_needed["metrics"].keys()
     monkeypatch.delattr("pipeline.models.reward_model.packed_states")  # from here on nothing can be computed
     looked_up = train_one(recipe, ONE_CORE, states)
     assert looked_up["margins"]["mean"] == pytest.approx(as_needed["margins"]["mean"], abs=1e-5)
@@ -227,8 +228,8 @@ def test_a_small_grid_trains_for_real_over_the_cluster(tmp_path, local_ray, monk
     vrm, ensemble = records["vrm"], records["ensemble"]
     assert vrm["prompts"] == ensemble["prompts"]
     assert (set(vrm["margins"]), set(ensemble["margins"])) == ({"mean", "lcb"}, {"mean", "lcb", "min"})
-    assert -1.0 <= vrm["metrics"]["weight_correlation"] <= 1.0
-    assert "weight_correlation" not in ensemble["metrics"]
+    assert -1.0 <= vrm["metrics"]["reasons/weight_correlation"] <= 1.0
+    assert "reasons/weight_correlation" not in ensemble["metrics"]
     assert ensemble["metrics"]["eval/posterior_std"] > 0.0
     assert [point["step"] for point in vrm["curve"]] == [2.0, 4.0]
 
