@@ -76,6 +76,7 @@ def reward_source(options: argparse.Namespace, device: str) -> RewardSource:
         raise ConfigError(
             f"--{given[0]} belongs to --policy. A reward model has no reference and no form: leave it out."
         )
+    from pipeline.evaluation.reward_scorer import RewardModelScorer
     from pipeline.models.reward_model import read_card
 
     read_card(options.model)
