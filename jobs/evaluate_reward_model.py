@@ -20,6 +20,8 @@ from pathlib import Path
 
 from jobs.command_line import Command
 from pipeline.config.cluster import ScoringConfig
+from pipeline.data.evaluation_examples import read_examples
+from pipeline.data.files import content_fingerprint
 from pipeline.errors import ConfigError
 from pipeline.evaluation.reward_evaluation import (
     REWARD_BENCHMARKS,
@@ -29,6 +31,7 @@ from pipeline.evaluation.reward_evaluation import (
     metric_differences,
     survey,
 )
+from pipeline.models.checkpoint_files import check_reward_model
 from pipeline.stages.fingerprint import directory_fingerprint
 from pipeline.stages.metrics_log import as_clock
 
@@ -37,17 +40,14 @@ SECONDS_BETWEEN_LINES = 5.0
 
 def evaluate_reward_model(options: argparse.Namespace) -> str:
     """Scores, aggregates, writes; returns the table of results. Checks all input before a model is loaded."""
-    # torch is imported behind --help.
-    from pipeline.data.evaluation_examples import read_examples
-    from pipeline.data.files import content_fingerprint
-    from pipeline.evaluation.reward_scorer import RewardModelScorer
-    from pipeline.evaluation.scored_rows_file import read_scored_rows, shared_prompts_note, write_scored_rows
-    from pipeline.models.reward_model import read_card
-
-    device = scoring_device(options.device)
-    read_card(options.model)
+    check_reward_model(options.model)
     subset_field = options.subset_field or ("domain" if options.benchmark == "rm_bench" else None)
     found = survey(read_examples(options.pairs, subset_field=subset_field), options.benchmark)
+    # torch is imported behind --help, and behind what is wrong with the input.
+    from pipeline.evaluation.reward_scorer import RewardModelScorer
+    from pipeline.evaluation.scored_rows_file import read_scored_rows, shared_prompts_note, write_scored_rows
+
+    device = scoring_device(options.device)
     notes = list(found.notes)
     if options.trained_on:
         notes.append(shared_prompts_note(found.prompt_keys, options.trained_on))

@@ -26,10 +26,15 @@ THINKING_BEGINS, THINKING_ENDS = "<think>", "</think>"
 def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises DataError for a tokenizer that cannot render a conversation."""
     if tokenizer.chat_template is None:
-        raise DataError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, so messages cannot become a prompt. "
-            "Use an instruction-tuned checkpoint, or add chat_template.jinja to its directory."
-        )
+        raise no_chat_template(tokenizer.name_or_path)
+
+
+def no_chat_template(checkpoint: str) -> DataError:
+    """The error about a tokenizer that cannot render a conversation."""
+    return DataError(
+        f"the tokenizer of {checkpoint!r} has no chat template, so messages cannot become a prompt. "
+        "Use an instruction-tuned checkpoint, or add chat_template.jinja to its directory."
+    )
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[int, ...]:

@@ -87,18 +87,36 @@ def read_rows(path: str) -> Iterator[Row]:
         DataError: the file is missing, of another kind, or a line is no JSON object in UTF-8, has a key twice, or a
             text that cannot be encoded.
     """
+    for file in data_parts(path):
+        yield from _read_part(file)
+
+
+def data_parts(path: str) -> list[Path]:
+    """The file itself, or the .jsonl and .parquet files of a directory.
+
+    Raises:
+        DataError: nothing is there, or the directory holds no such file.
+    """
     file = Path(path)
     if file.is_dir():
-        parts = sorted(p for p in file.iterdir() if p.suffix in (".jsonl", ".parquet"))
+        parts = sorted(part for part in file.iterdir() if part.suffix in (".jsonl", ".parquet"))
         if not parts:
             raise DataError(f"{path} is a directory without .jsonl or .parquet files")
-        for part in parts:
-            yield from read_rows(str(part))
-        return
+        return parts
     if not file.exists():
         raise DataError(
             f"{path} does not exist (looked in {Path.cwd()}). Relative paths in a recipe start at VRM_DATA_ROOT."
         )
+    return [file]
+
+
+def first_rows(path: str, count: int) -> Iterator[Row]:
+    """Streams the first rows of each file behind a path. Raises as `read_rows`."""
+    for file in data_parts(path):
+        yield from itertools.islice(_read_part(file), count)
+
+
+def _read_part(file: Path) -> Iterator[Row]:
     match file.suffix:
         case ".jsonl":
             yield from _read_jsonl(file)
@@ -107,7 +125,7 @@ def read_rows(path: str) -> Iterator[Row]:
         case ".json":
             yield from _read_json(file)
         case suffix:
-            raise DataError(f"{path}: files of kind {suffix!r} are not read; give .jsonl, .parquet or .json")
+            raise DataError(f"{file}: files of kind {suffix!r} are not read; give .jsonl, .parquet or .json")
 
 
 def read_hub_rows(name: str, split: str, *, remedy: str) -> Iterator[Row]:
