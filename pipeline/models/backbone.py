@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pipeline.config.models import LoRAConfig, TinyModelConfig
 from pipeline.data.end_of_turn import end_of_turn_ids
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models.backbone_requirements import linear_layers, require_causal, require_plain_head
+from pipeline.models.checkpoint_files import require_directory_or_hub_name
 from pipeline.models.onednn_linear import with_onednn
 from pipeline.models.transformers_auto import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from pipeline.models.wheel_checkpoints import unpacked
@@ -28,11 +30,13 @@ def load_config(checkpoint: str, *, trust_remote_code: bool = False) -> Pretrain
         CheckpointError: nothing loadable there, or an encoder.
     """
     checkpoint = unpacked(checkpoint)
+    require_directory_or_hub_name(checkpoint)
     try:
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{checkpoint!r} is no model: {error}. Give a directory with config.json and safetensors, or a hub name."
+            f"{checkpoint!r} is no model: {_first_sentence(error)}. Give a directory with config.json and safetensors, "
+            "or a hub name."
         ) from error
     if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
         raise CheckpointError(
@@ -53,7 +57,7 @@ def load_tokenizer(checkpoint: str, *, trust_remote_code: bool = False) -> PreTr
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{checkpoint!r} holds no tokenizer that can be read: {error}. Copy tokenizer.json and "
+            f"{checkpoint!r} holds no tokenizer that can be read: {_first_sentence(error)}. Copy tokenizer.json and "
             "tokenizer_config.json of the same model to the directory of its weights."
         ) from error
     if tokenizer.eos_token_id is None:
@@ -64,6 +68,11 @@ def load_tokenizer(checkpoint: str, *, trust_remote_code: bool = False) -> PreTr
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _first_sentence(error: Exception) -> str:
+    """What transformers says, without the advice that follows and without its full stop."""
+    return re.split(r"\.?(?:\s*\n|\s*$|\. )", str(error).strip(), maxsplit=1)[0]
 
 
 def load_causal_lm(
