@@ -86,7 +86,16 @@ def run_alignment(
         if config.ppo.critic_reads_policy_tokens:
             num_rows = int(read_backbone_config(directory).vocab_size)
             require_same_tokens(tokenizer, load_reward_tokenizer(directory), num_rows=num_rows)
-    prompts = tokenise_prompts(data.train_prompts, tokenizer, max_prompt_tokens=config.max_prompt_tokens)
+    prompts = tokenise_prompts(
+        data.train_prompts,
+        tokenizer,
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_too_long=experiment.data.max_too_long,
+    )
+    print(
+        f"{stage.name}  {len(prompts)} of {len(data.train_prompts)} prompts fit in {config.max_prompt_tokens} tokens",
+        flush=True,
+    )
     spec = PPOLearnerSpec(
         config=config,
         policy_uri=policy_uri,
