@@ -4,10 +4,13 @@
         --pairs pairs.jsonl --out runs/eval-vrm
     python jobs/evaluate_reward_model.py --model .../other/result --pairs pairs.jsonl --out runs/eval-bt \\
         --compare runs/eval-vrm/rows.jsonl
+    python jobs/evaluate_reward_model.py --model .../result --recipe tiny --out runs/eval-heldout
 
 A row is {"prompt": text | messages, "chosen": ..., "rejected": ..., "subset", "id"}. Chosen and rejected are a text, a
-conversation that ends with the response, or a list of texts. Writes rows.jsonl (the scores) and metrics.json; the same
-command again continues where it stopped. One process, no Ray.
+conversation that ends with the response, or a list of texts. With "scores_chosen" and "scores_rejected", mappings from
+objective to score, the reasons of the model are held against the annotations. --recipe takes the recipe's held-out
+pairs instead of files. Writes rows.jsonl (the scores) and metrics.json, with `accuracy`, `nll`, `ece` and `reasons/...`
+beside the estimates; the same command again continues where it stopped. One process, no Ray.
 """
 
 from __future__ import annotations
@@ -16,22 +19,31 @@ import argparse
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from jobs.command_line import Command
+from jobs.command_line import Command, add_overrides, complete_with
 from pipeline.config.cluster import ScoringConfig
+from pipeline.config.load import load_recipe, recipe_names
 from pipeline.errors import ConfigError
 from pipeline.evaluation.reward_evaluation import (
     REWARD_BENCHMARKS,
     as_json,
     evaluate,
     evaluation_table,
+    headline_metrics,
     metric_differences,
     survey,
 )
 from pipeline.stages.fingerprint import directory_fingerprint
 from pipeline.stages.metrics_log import as_clock
+
+if TYPE_CHECKING:
+    from pipeline.data.evaluation_examples import EvaluationExample
+    from pipeline.data.planted import GoldAnnotator
+    from pipeline.data.preferences import LeftOut
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -39,21 +51,24 @@ SECONDS_BETWEEN_LINES = 5.0
 def evaluate_reward_model(options: argparse.Namespace) -> str:
     """Scores, aggregates, writes; returns the table of results. Checks all input before a model is loaded."""
     # torch is imported behind --help.
-    from pipeline.data.evaluation_examples import read_examples
-    from pipeline.data.files import content_fingerprint
-    from pipeline.data.preferences import LeftOut, left_out_counts, require_few_faults
+    from pipeline.data.preferences import left_out_counts, require_few_faults
+    from pipeline.evaluation.annotated_reasons import annotated_reasons
     from pipeline.evaluation.reward_scorer import RewardModelScorer
-    from pipeline.evaluation.scored_rows_file import read_scored_rows, shared_prompts_note, write_scored_rows
+    from pipeline.evaluation.scored_rows_file import (
+        read_pair_scores,
+        read_scored_rows,
+        shared_prompts_note,
+        write_scored_rows,
+    )
     from pipeline.models.reward_model import read_card
 
     device = scoring_device(options.device)
-    read_card(options.model)
-    subset_field = options.subset_field or ("domain" if options.benchmark == "rm_bench" else None)
+    card = read_card(options.model)
+    comparisons = comparisons_of(options)
     left_out: Counter[LeftOut] = Counter()
-    examples = read_examples(options.pairs, subset_field=subset_field, left_out=left_out)
-    found = survey(examples, options.benchmark)
+    found = survey(comparisons.read(left_out), options.benchmark)
     require_few_faults(
-        len(found.content_key), left_out, ", ".join(options.pairs), options.max_left_out, setting="--max-left-out"
+        len(found.content_key), left_out, ", ".join(comparisons.files), options.max_left_out, setting="--max-left-out"
     )
     notes = list(found.notes)
     if left_out:
@@ -69,7 +84,7 @@ def evaluate_reward_model(options: argparse.Namespace) -> str:
     options.out.mkdir(parents=True, exist_ok=True)
     rows_file, metrics_file = options.out / "rows.jsonl", options.out / "metrics.json"
     write_scored_rows(
-        read_examples(options.pairs, subset_field=subset_field),
+        comparisons.read(None),
         rows_file,
         scored_by=scored_by,
         load_scorer=lambda: RewardModelScorer.load(
@@ -79,21 +94,62 @@ def evaluate_reward_model(options: argparse.Namespace) -> str:
     )
     rows, _ = read_scored_rows(rows_file)
     evaluation = evaluate(rows, options.benchmark, seed=options.seed)
+    reasons = (
+        annotated_reasons(read_pair_scores(rows_file), comparisons.read(None), card.objectives, comparisons.gold)
+        if rows.are_pairs
+        else {}
+    )
     differences = {} if other is None else metric_differences(rows, other_rows, options.benchmark, seed=options.seed)
     record = {
         "model": options.model,
         "scored_by": scored_by,
         "benchmark": options.benchmark,
-        "files": {file: content_fingerprint(file) for file in options.pairs},
+        "recipe": options.recipe,
+        "files": comparisons.files,
         "seed": options.seed,
         "notes": notes,
         "left_out": dict(left_out),
+        **headline_metrics(evaluation, reasons),
         **as_json(evaluation),
         "compared_with": other,
         "differences": as_json(differences),
     }
     metrics_file.write_text(json.dumps(record, indent=1) + "\n")
-    return "\n".join([evaluation_table(evaluation, differences), "", *notes, f"{rows_file}, {metrics_file}"])
+    return "\n".join([evaluation_table(evaluation, differences, reasons), "", *notes, f"{rows_file}, {metrics_file}"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparisons:
+    """What a model is evaluated on."""
+
+    read: Callable[[Counter[LeftOut] | None], Iterable[EvaluationExample]]
+    """The examples from the first on; counts what is left out, by reason."""
+    files: Mapping[str, str]
+    """File -> fingerprint of its content."""
+    gold: GoldAnnotator | None
+    """The truth, where it is known."""
+
+
+def comparisons_of(options: argparse.Namespace) -> Comparisons:
+    """The rows of the files, or the held-out pairs of the recipe.
+
+    Raises:
+        ConfigError, DataError: as `load_data`.
+    """
+    from pipeline.data.evaluation_examples import examples_of_pairs, read_examples
+    from pipeline.data.files import content_fingerprint
+    from pipeline.data.run_data import load_data
+
+    if options.recipe:
+        data = load_data(load_recipe(options.recipe, options.overrides))
+        examples = examples_of_pairs(data.heldout_pairs)
+        return Comparisons(read=lambda left_out: examples, files={}, gold=data.gold)
+    subset_field = options.subset_field or ("domain" if options.benchmark == "rm_bench" else None)
+    return Comparisons(
+        read=lambda left_out: read_examples(options.pairs, subset_field=subset_field, left_out=left_out),
+        files={file: content_fingerprint(file) for file in options.pairs},
+        gold=None,
+    )
 
 
 def scoring_device(name: str | None) -> str:
@@ -130,7 +186,10 @@ def progress(total: int) -> Callable[[int, int], None]:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="result directory of train_reward_model")
-    parser.add_argument("--pairs", required=True, nargs="+", metavar="FILE", help=".jsonl or .parquet, or directories")
+    rows = parser.add_mutually_exclusive_group(required=True)
+    rows.add_argument("--pairs", nargs="+", metavar="FILE", help=".jsonl or .parquet, or directories")
+    complete_with(rows.add_argument("--recipe", metavar="NAME", help="its held-out pairs"), recipe_names)
+    add_overrides(parser, "of the recipe")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="for rows.jsonl and metrics.json")
     parser.add_argument(
         "--benchmark", choices=sorted(REWARD_BENCHMARKS), default="pairs", help="how rows are aggregated"
