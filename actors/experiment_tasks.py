@@ -15,7 +15,7 @@ from ray.exceptions import RayTaskError, WorkerCrashedError
 from actors.ray_errors import ACTOR_DIED
 from cluster.resources import Demand
 from pipeline.config.recipe import Recipe
-from pipeline.data.run_data import DATA_ROOT
+from pipeline.data.recipe_files import DATA_ROOT
 from pipeline.errors import PipelineError, WorkerDied
 from pipeline.records import PromptGroup
 from pipeline.stages import storage

@@ -44,7 +44,7 @@ def _comparison_page(options: argparse.Namespace) -> str:
     from pipeline.benchmark.policy_comparison.leaderboard import leaderboard, read_scores
     from pipeline.benchmark.policy_comparison.policy_answers import answer_files, read_policy_answers, read_questions
     from pipeline.evaluation.reasons import verified_objectives
-    from pipeline.models.reward_model import read_card
+    from pipeline.models.reward_model_card import read_card
     from pipeline.reporting.comparison_page import comparison_page, judged_contests
 
     card = read_card(options.reward_model) if options.reward_model else None

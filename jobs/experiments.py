@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.resources import Demand, StageDemand, plan_table
 from jobs.command_line import Command, absolute_place, add_overrides, add_recipe
+from jobs.preflight import check_recipe
 from pipeline.config.load import load_recipe
 from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError, CorruptManifest, PipelineError, WorkerError
@@ -197,6 +198,7 @@ def run_experiment(options: argparse.Namespace, compute: Compute = compute_on_th
     out = absolute_place(options.out, option="--out")
     experiment = EXPERIMENTS[options.experiment]
     runs = plan_runs(experiment, options.recipe, options.overrides, options.seeds, data_fingerprints(recipe))
+    check_recipe(recipe)
     if options.dry_run:
         listed = "\n".join(f"{run.config_hash}  seed {run.seed}  {run.variant.name}" for run in runs)
         return f"{listed}\n\n{plan_table([StageDemand(stage='one run', demands=(demand_of(recipe),))])}"

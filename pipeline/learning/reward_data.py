@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.recipe import ExperimentConfig
 from pipeline.data.batching import step_indices
-from pipeline.data.chat import require_chat_template
+from pipeline.data.chat_rendering import require_chat_template
 from pipeline.data.collate import PairCollator, TokenisedPair, objective_truth, tokenise_pairs
 from pipeline.data.planted import GoldAnnotator
 from pipeline.data.preferences import require_annotations, shared_prompts

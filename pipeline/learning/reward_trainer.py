@@ -27,7 +27,8 @@ from pipeline.models.reward_heads import (
     RewardOutput,
     VRMHead,
 )
-from pipeline.models.reward_model import RewardModelCard, save_reward_model
+from pipeline.models.reward_model import save_reward_model
+from pipeline.models.reward_model_card import RewardModelCard
 from pipeline.objectives.preference import (
     bradley_terry_loss,
     margin_loss,

@@ -46,6 +46,9 @@ class StageSummary:
 
     name: str
     seconds: float
+    """Of all attempts."""
+    is_skipped: bool
+    """An earlier job had finished it."""
     node_peak_gib: float
     """Peak memory of all processes on the driver's node while the stage ran."""
     versions: Mapping[str, str]
@@ -56,7 +59,8 @@ class StageSummary:
     def cells(self) -> tuple[str, ...]:
         memory = [self.metrics.get(f"memory/{place}_peak_gib") for place in ("rank", "device", "rollout_worker")]
         peaks = [self.node_peak_gib, *memory]
-        return (self.name, as_clock(self.seconds), *("" if peak is None else f"{peak:.1f}" for peak in peaks))
+        name = f"{self.name} (earlier job)" if self.is_skipped else self.name
+        return (name, as_clock(self.seconds), *("" if peak is None else f"{peak:.1f}" for peak in peaks))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +126,13 @@ def reason_bars(data: ReportData) -> tuple[list[ReasonBar], list[str]]:
     return bars, [name for name in data.objectives if name not in verified]
 
 
+def _time_text(stages: Sequence[StageSummary]) -> str:
+    """The time of what this run computed; names what it did not."""
+    skipped = ", ".join(stage.name for stage in stages if stage.is_skipped)
+    total = as_clock(sum(stage.seconds for stage in stages if not stage.is_skipped))
+    return f"{total}, without what an earlier job finished: {skipped}" if skipped else total
+
+
 def results_table(data: ReportData) -> list[tuple[str, str]]:
     """(label, value) rows of the main numbers, for the page and for the terminal."""
     reward, benchmark = data.reward_metrics, data.benchmark_metrics
@@ -161,7 +172,7 @@ def results_table(data: ReportData) -> list[tuple[str, str]]:
         if gaps:
             rows.append(("gold-proxy gap in sd, first to last step", f"{gaps[0]:+.2f} to {gaps[-1]:+.2f}"))
     rows += [
-        ("time", as_clock(sum(stage.seconds for stage in data.stages))),
+        ("time", _time_text(data.stages)),
         ("peak memory of the driver's node, GiB", f"{max(stage.node_peak_gib for stage in data.stages):.1f}"),
     ]
     return rows

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pipeline.config.cluster import ScoringConfig
 from pipeline.errors import DataError, DeadlineExceeded, NumericsError
 from pipeline.evaluation.reasons import verified_objectives
-from pipeline.models.reward_model import RewardModelCard
+from pipeline.models.reward_model_card import RewardModelCard
 from pipeline.objectives.reward_comparison import compare_rewards, rank_by_lower_bound, relative_contributions
 from pipeline.records import Message, RewardScore
 from pipeline.serving.admission import Admission

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.data.chat import encode_prompt, encode_response, require_chat_template
+from pipeline.data.chat import encode_prompt, encode_response
+from pipeline.data.chat_rendering import require_chat_template
 from pipeline.data.collate import PairCollator, objective_truth, tokenise_pairs
 from pipeline.data.planted import OBJECTIVES
 from pipeline.data.score_statistics import ScoreStatistics

@@ -16,7 +16,7 @@ from pipeline.benchmark.policy_comparison.win_matrix import difference_over_shar
 from pipeline.benchmark.scored_answers import write_scored_answers
 from pipeline.config.reward import VRMHeadConfig
 from pipeline.errors import DataError
-from pipeline.models.reward_model import CARD_FILE, RewardModelCard
+from pipeline.models.reward_model_card import CARD_FILE, RewardModelCard
 from pipeline.records import Answer
 from pipeline.reporting.comparison_page import comparison_page, judged_contests, prompt_orders
 from tests.benchmark.policy_comparison.policies import (

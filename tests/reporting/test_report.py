@@ -13,8 +13,15 @@ def answer(prompt_id, output, mean, weights=(0.7, 0.3)):
     )
 
 
-def stage(**metrics):
-    return StageSummary(name="align_policy", seconds=65.0, node_peak_gib=7.25, versions={"torch": "2"}, metrics=metrics)
+def stage(name="align_policy", is_skipped=False, **metrics):
+    return StageSummary(
+        name=name,
+        seconds=65.0,
+        is_skipped=is_skipped,
+        node_peak_gib=7.25,
+        versions={"torch": "2"},
+        metrics=metrics,
+    )
 
 
 def report(**changes):
@@ -66,6 +73,12 @@ def test_the_table_names_the_headline_numbers():
     assert table["win rate over base, by the reward model"] == "0.750  [0.500, 0.900]"
     assert table["time"] == "1:05"
     assert table["peak memory of the driver's node, GiB"] == "7.2"
+
+
+def test_a_stage_that_an_earlier_job_finished_adds_no_time_and_is_named():
+    data = report(stages=[stage(name="sft", is_skipped=True), stage()])
+    assert dict(results_table(data))["time"] == "1:05, without what an earlier job finished: sft"
+    assert "sft (earlier job)" in report_page(data)
 
 
 def test_the_gap_to_the_truth_is_told_and_drawn_where_the_truth_is_known():
