@@ -7,13 +7,14 @@
 draws the collapse over KL weights, `label_noise` flips labels. A run is one process with the same trainer, budget, data
 order and seeds for every variant. The backbone is the recipe's checkpoint, or a tiny model from scratch.
 `overoptimization` aligns policies against bt, gate, vrm and vrm's lower confidence bound, with and without KL, and
-holds the reward against the planted truth. Its runs of one seed start from one fine-tuned policy. The same command
+holds the reward against the planted truth. `supervised_alignment` aligns policies with and without supervision of
+weights and scores (Figure 6 of the paper). Runs of one seed start from one fine-tuned policy. The same command
 computes only the runs that are missing, and experiments that share a run share its result.
 
 A backbone that does not train (trainable_layers: 0) is run once over the pairs, for all runs and later experiments.
 
 Writes runs/<config hash>.json, <experiment>*.csv, <experiment>.txt and <experiment>*.png. States of frozen backbones go
-to states/. Policies and reward models that runs of overoptimization share go to shared/.
+to states/. Policies and reward models that several alignments share go to shared/.
 """
 
 from __future__ import annotations

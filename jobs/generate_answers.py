@@ -104,6 +104,7 @@ def generate_answers(options: argparse.Namespace, open_rollouts: OpenPool = open
         options.model,
         dtype=recipe.policy.dtype,
         max_response_tokens=options.max_response_tokens,
+        keep_thoughts=options.keep_thoughts,
         seed=recipe.seed,
     )
     summary = answer_benchmark(
@@ -131,6 +132,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
     parser.add_argument(
         "--max-response-tokens", type=int, metavar="N", help="of each answer (the benchmark's 2048, 4096 or 1024)"
+    )
+    parser.add_argument(
+        "--keep-thoughts", action="store_true", help="answers keep their <think> blocks (a judge then reads them)"
     )
     add_recipe(parser, default="tiny", help="whose cluster, policy.dtype and seed to use (%(default)s)")
     add_overrides(parser, "as in cluster.rollout.workers=4")

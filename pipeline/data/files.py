@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import codecs
 import fcntl
+import filecmp
 import hashlib
 import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,24 @@ def data_parts(path: str) -> list[Path]:
             f"{path} does not exist (looked in {Path.cwd()}). Relative paths in a recipe start at VRM_DATA_ROOT."
         )
     return [file]
+
+
+def require_distinct_files(paths: Sequence[str]) -> None:
+    """Refuses a file whose content is read twice: its rows would count double.
+
+    Args:
+        paths: files or directories that are read one after the other.
+
+    Raises:
+        DataError: two files have the same content, or a file does not exist; names both.
+    """
+    by_size: dict[int, list[Path]] = {}
+    for file in (file for path in paths for file in data_parts(path)):
+        # Only files of one size are read through.
+        for other in by_size.setdefault(file.stat().st_size, []):
+            if filecmp.cmp(file, other, shallow=False):
+                raise DataError(f"{file} is the same as {other}, so its rows would count twice. Name it once.")
+        by_size[file.stat().st_size].append(file)
 
 
 def first_rows(path: str, count: int) -> Iterator[Row]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.models import PACKAGE_SCHEME
-from pipeline.data.chat import no_chat_template
+from pipeline.data.chat_rendering import no_chat_template
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models.reward_model_card import RewardModelCard, read_card
 

@@ -38,6 +38,9 @@ class RewardModelCard(Frozen):
     """Size and combination of an ensemble."""
     scale: float = 1.0
     """tau: the reward's units per standard deviation of the annotations; 1 where none was learned."""
+    mean_contributions: tuple[float, ...] = ()
+    """Mean over the same responses of weight * score, for each objective; they add up to `reward_mean`. Empty where the
+    reward is no sum over objectives."""
 
 
 def read_card(directory: str) -> RewardModelCard:
