@@ -79,7 +79,7 @@ def check_pairs(options: argparse.Namespace, recipe: Recipe | None, card: Reward
         for file in (*options.train, *options.heldout):
             pair_file(file, options.format or "pairs", card.objectives).look_at()
         return
-    if recipe.objectives != card.objectives:
+    if card.objectives not in (recipe.objectives, recipe.factor_names):
         raise ConfigError(
             f"{options.model} was trained on the objectives {', '.join(card.objectives)}, recipe {recipe.name} has "
             f"{', '.join(recipe.objectives)}: it is not the recipe of this model."
