@@ -24,7 +24,7 @@ def write_report(
 ) -> str:
     """Writes <workspace>/report.html from the finished stages, prints the results. Cheap: always made anew."""
     from pipeline.loops.benchmark import ALIGNED, BASE, answers_file
-    from pipeline.reporting.report import ReportData, StageSummary, report_page, results_table
+    from pipeline.reporting.report import ReportData, StageSummary, findings, report_page, results_table
 
     results, workspace = (policy, reward_model, aligned, benchmark), stages.workspace
     directories = [workspace.stage(result.name, result.fingerprint) for result in results]
@@ -65,6 +65,7 @@ def write_report(
     storage.write_text(location, report_page(data))
     table = results_table(data)
     width = max(len(what) for what, _ in table)
+    print("\n" + "\n".join(f"{finding.level:<6}  {finding.text}" for finding in findings(data)))
     print("\n" + "\n".join(f"{what:<{width}}  {value}" for what, value in table))
     print(f"\nreport: {location}", flush=True)
     return location
