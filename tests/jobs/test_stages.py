@@ -81,6 +81,23 @@ def test_adapters_on_layers_that_the_policy_does_not_have(job_of):
         fine_tune(job_of("sft.lora={targets: [c_attn]}"))
 
 
+def test_the_policy_that_fine_tuning_starts_from_lies_in_the_workspace_while_it_trains(job_of, monkeypatch):
+    seen = []
+
+    def open_learner(name, build, ranks, deadlines, spec):
+        seen.append((spec.policy_uri, Path(spec.policy_uri, "config.json").is_file()))
+        raise KeyError("far enough")
+
+    monkeypatch.setattr(actors.deepspeed_learners, "open_ranked_learner", open_learner)
+    job = job_of()
+    with pytest.raises(KeyError, match="far enough"):
+        fine_tune(job)
+    [(place, was_there)] = seen
+    assert place.startswith(f"{job.stages.workspace.uri}/stages/sft-")
+    assert was_there
+    assert not Path(place).exists()
+
+
 def test_texts_of_which_none_fits(job_of):
     with pytest.raises(DataError, match=r"none of 300 texts fits in sft\.max_length = 2 tokens"):
         fine_tune(job_of("sft.max_length=2"))
