@@ -10,7 +10,7 @@ import torch
 from pipeline.evaluation.calibration import LEAST_PAIRS, Scale, answer_threshold, fit_scale, log_odds, split_heldout
 from pipeline.models.last_layer import LastLayerEvidence, LastLayerPosterior, pair_differences
 from pipeline.models.reward_heads import EnsembleHead, RewardHead, RewardOutput, member_spread
-from pipeline.models.reward_model import RewardCalibration
+from pipeline.models.reward_model_card import RewardCalibration
 from pipeline.objectives.last_layer import last_layer_gradient, sketched
 from pipeline.records import PromptGroup
 

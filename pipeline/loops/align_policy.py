@@ -14,7 +14,8 @@ from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.learning.builders import PPOLearnerSpec
 from pipeline.loops.alignment import align
 from pipeline.models.backbone import load_tokenizer, require_context, require_lora_targets, require_same_tokens
-from pipeline.models.reward_model import read_card
+from pipeline.models.reward_model import load_reward_tokenizer, read_backbone_config
+from pipeline.models.reward_model_card import read_card
 from pipeline.ports import BackgroundRolloutSource, PolicyLearner, RewardScorer
 from pipeline.records import Metrics
 from pipeline.rollouts.numerics_gate import choose_probes
@@ -22,7 +23,7 @@ from pipeline.stages import storage
 from pipeline.stages.stage_spec import StageSpec
 from pipeline.stages.workspace import StageDirectory
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +85,18 @@ def run_alignment(
     with storage.reading(reward_model_uri) as directory:
         card = read_card(directory)
         if config.ppo.critic_reads_policy_tokens:
-            require_same_tokens(tokenizer, directory)
-    prompts = tokenise_prompts(data.train_prompts, tokenizer, max_prompt_tokens=config.max_prompt_tokens)
+            num_rows = int(read_backbone_config(directory).vocab_size)
+            require_same_tokens(tokenizer, load_reward_tokenizer(directory), num_rows=num_rows)
+    prompts = tokenise_prompts(
+        data.train_prompts,
+        tokenizer,
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_too_long=experiment.data.max_too_long,
+    )
+    print(
+        f"{stage.name}  {len(prompts)} of {len(data.train_prompts)} prompts fit in {config.max_prompt_tokens} tokens",
+        flush=True,
+    )
     spec = PPOLearnerSpec(
         config=config,
         policy_uri=policy_uri,

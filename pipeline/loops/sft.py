@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
@@ -21,7 +20,9 @@ from pipeline.stages import storage
 from pipeline.stages.stage_spec import StageSpec
 from pipeline.stages.workspace import StageDirectory
 
-VERSION = 2
+VERSION = 3
+STARTING_POLICY = "starting_policy"
+"""Directory of the stage that holds, while it trains, the policy that it starts from."""
 HELDOUT_TEXTS = 256
 """Texts held out at most; of few texts, a tenth is held out."""
 
@@ -59,17 +60,26 @@ def run_sft(
         with storage.writing(stage.result_uri) as directory:
             write_starting_policy(experiment.policy, directory, seed=experiment.seed)
         return {}
-    with tempfile.TemporaryDirectory() as start:
+    # In the workspace: a rank on another node reads it there.
+    start = storage.join(stage.uri, STARTING_POLICY)
+    try:
         return _fine_tune(stage, experiment, read_data(), open_trainer, start)
+    finally:
+        storage.delete_directory(start)
 
 
 def _fine_tune(
     stage: StageDirectory, experiment: ExperimentConfig, data: RunData, open_trainer: OpenSFTTrainer, start: str
 ) -> Metrics:
     config, seed = experiment.sft, experiment.seed
-    tokenizer = write_starting_policy(experiment.policy, start, seed=seed)
-    require_lora_targets(start, config.lora, "sft")
-    heldout, texts = split_texts(tokenise_texts(data.sft_texts, tokenizer, max_length=config.max_length))
+    with storage.writing(start) as directory:
+        tokenizer = write_starting_policy(experiment.policy, directory, seed=seed)
+        require_lora_targets(directory, config.lora, "sft")
+    fitting = tokenise_texts(
+        data.sft_texts, tokenizer, max_length=config.max_length, max_too_long=experiment.data.max_too_long
+    )
+    print(f"{stage.name}  {len(fitting)} of {len(data.sft_texts)} texts fit in {config.max_length} tokens", flush=True)
+    heldout, texts = split_texts(fitting)
     spec = SFTTrainerSpec(config=config, policy_uri=start, dtype=experiment.policy.dtype, seed=seed)
     with open_trainer(spec) as trainer:
         metrics = train(
