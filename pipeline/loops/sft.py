@@ -67,6 +67,8 @@ def _fine_tune(
     stage: StageDirectory, experiment: ExperimentConfig, data: RunData, open_trainer: OpenSFTTrainer, start: str
 ) -> Metrics:
     config, seed = experiment.sft, experiment.seed
+    for note in data.source_notes:
+        print(f"{stage.name}  {note}", flush=True)
     tokenizer = write_starting_policy(experiment.policy, start, seed=seed)
     require_lora_targets(start, config.lora, "sft")
     heldout, texts = split_texts(tokenise_texts(data.sft_texts, tokenizer, max_length=config.max_length))

@@ -11,10 +11,10 @@ import pytest
 from pipeline.data.decontamination import EvaluationPrompts
 from pipeline.data.evaluation_examples import read_examples
 from pipeline.data.files import read_json, read_rows
-from pipeline.data.preferences import read_pairs
 from pipeline.data.prompts import read_prompts
 from pipeline.data.run_data import with_flipped_labels
 from pipeline.errors import DataError
+from tests.support.sources import read_pairs
 
 OBJECTIVES = ("helpfulness",)
 PAIR = {"prompt": "why ?", "chosen": "because", "rejected": "no"}
@@ -23,7 +23,7 @@ TURNS = {side: f"\n\nHuman: why ?\n\nAssistant: {text}" for side, text in (("cho
 
 
 def read_preferences(path, data_format="pairs"):
-    return read_pairs([path], data_format, OBJECTIVES, hub=False, seed=0, max_left_out=0.0).pairs
+    return read_pairs(path, data_format, OBJECTIVES, max_left_out=0.0)
 
 
 READERS = {
