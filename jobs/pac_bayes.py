@@ -115,8 +115,8 @@ def measure_model(options: argparse.Namespace) -> str:
         for name, found in MixtureStatistics.of(training, card.objectives).sources.items():
             known = card.score_statistics.get(name)
             mean, std = (known.mean, known.std) if known else (card.score_mean, card.score_std)
-            place = f"the data of recipe {options.recipe}" if recipe else ", ".join(options.train)
-            found.require_scale_of(mean, std, place=f"{place}, source {name}")
+            place = f"source {name} of recipe {options.recipe}" if recipe else ", ".join(options.train)
+            found.require_scale_of(mean, std, place=place)
         dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
         model, tokenizer, _ = load_reward_model(directory, dtype=dtype)
         model_fingerprint = directory_fingerprint(directory)

@@ -130,12 +130,36 @@ def left_out_metrics(left_out: Mapping[str, Mapping[LeftOut, int]]) -> Metrics:
     }
 
 
-def fault_of(pair: PreferencePair) -> LeftOut | None:
-    """Why a pair cannot be trained on. Thoughts are not trained on, so a response that is nothing else is empty."""
-    chosen, rejected = (strip_thinking(text).strip() for text in (pair.chosen, pair.rejected))
-    if not chosen or not rejected:
+def fault_of(chosen: Sequence[str], rejected: Sequence[str]) -> LeftOut | None:
+    """Why these responses of one prompt cannot be compared; None where they can.
+
+    A reward model does not read thoughts, so a response that is nothing else is empty.
+    """
+    better, worse = ({strip_thinking(text).strip() for text in side} for side in (chosen, rejected))
+    if "" in better | worse:
         return LeftOut.EMPTY
-    return LeftOut.IDENTICAL if chosen == rejected else None
+    return LeftOut.IDENTICAL if better & worse else None
+
+
+def require_few_faults(
+    num_kept: int, left_out: Mapping[LeftOut, int], names: str, max_left_out: float, *, setting: str
+) -> None:
+    """Refuses files of which too many comparisons are left out for one of `FAULTS`.
+
+    Args:
+        names: the files, for the message.
+        max_left_out: share of the comparisons that may be left out, from the setting of that name.
+
+    Raises:
+        DataError: names the reasons with their counts.
+    """
+    faults = {reason: count for reason, count in left_out.items() if reason in FAULTS}
+    num_faults, num_read = sum(faults.values()), num_kept + sum(left_out.values())
+    if num_faults > max_left_out * num_read:
+        raise DataError(
+            f"{names}: {num_faults} of {num_read} comparisons cannot be used ({left_out_counts(faults)}), more than "
+            f"{setting} = {max_left_out} allows. Correct the data or its format, or raise the setting."
+        )
 
 
 def require_annotations(pairs: Sequence[PreferencePair], *, scores: bool, margins: bool) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pipeline.config.recipe import ExperimentConfig
 from pipeline.data.batching import stable_seed
 from pipeline.data.decontamination import Contamination, EvaluationPrompts, find_contamination
-from pipeline.data.files import content_fingerprint
+from pipeline.data.files import content_fingerprint, require_distinct_files
 from pipeline.data.planted import GoldAnnotator, PlantedWorld
 from pipeline.data.preferences import LeftOut, take_pairs
 from pipeline.data.prompts import read_prompts
@@ -123,6 +123,9 @@ def read_sources(experiment: ExperimentConfig) -> list[SourceRead]:
         DataError: a source cannot be used, or an objective is annotated in none; names the place and the cure.
     """
     data, seed = experiment.data, experiment.seed
+    for where in {tuple(sorted(source.where.items())) for source in data.sources}:
+        same = [source for source in data.sources if tuple(sorted(source.where.items())) == where]
+        require_distinct_files([resolve(source.path) for source in same if source.path is not None])
     sources = [
         read_source(
             source,

@@ -12,13 +12,13 @@ from pipeline.data.batching import stable_seed
 from pipeline.data.files import Row, distinct, read_hub_rows, read_rows
 from pipeline.data.preferences import (
     ADAPTERS,
-    FAULTS,
     PREFERRED,
     AnnotationColumns,
     LeftOut,
     fault_of,
     left_out_counts,
     normalised_prompt,
+    require_few_faults,
     take_pairs,
 )
 from pipeline.errors import DataError
@@ -89,7 +89,7 @@ def read_source(
     pairs: list[PreferencePair] = []
     left_out: Counter[LeftOut] = Counter()
     for read in ADAPTERS[source.format](_rows(source, place), columns, seed):
-        outcome = read if isinstance(read, LeftOut) else fault_of(read) or read
+        outcome = read if isinstance(read, LeftOut) else fault_of([read.chosen], [read.rejected]) or read
         if isinstance(outcome, LeftOut):
             left_out[outcome] += 1
         else:
@@ -161,13 +161,7 @@ def _require_enough(
         counts = f"; left out: {left_out_counts(left_out)}" if left_out else ""
         missing = f"; {columns.missing()}" if columns.found and columns.missing() else ""
         raise DataError(f"no preference pair in {place}{counts}{missing}")
-    faults = {reason: count for reason, count in left_out.items() if reason in FAULTS}
-    num_faults, num_read = sum(faults.values()), len(pairs) + sum(left_out.values())
-    if num_faults > max_left_out * num_read:
-        raise DataError(
-            f"{place}: {num_faults} of {num_read} comparisons cannot be used ({left_out_counts(faults)}), more than "
-            f"data.max_left_out = {max_left_out} allows. Correct the data or its format, or raise the setting."
-        )
+    require_few_faults(len(pairs), left_out, place, max_left_out, setting="data.max_left_out")
 
 
 # ----------------------------------------------------------------------------- the mixture
