@@ -28,7 +28,7 @@ def preview_data(recipe: Recipe, *, rows: int) -> str:
         CheckpointError: a tokenizer cannot be loaded.
     """
     # torch is imported behind --help.
-    from pipeline.data.chat import require_chat_template
+    from pipeline.data.chat_rendering import require_chat_template
     from pipeline.data.preview import Preview
     from pipeline.data.run_data import load_data
 

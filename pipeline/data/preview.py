@@ -80,7 +80,7 @@ class Preview:
 
     def _lengths(self) -> str:
         limit = self.experiment.reward.max_length
-        table = [("source", "5%", "median", "95%", "longest", "do not fit", "chosen is longer")]
+        table: list[tuple[str, ...]] = [("source", "5%", "median", "95%", "longest", "do not fit", "chosen is longer")]
         for name in self._names:
             measured = [
                 (len(p.tokens.prompt_ids) + max(map(len, p.tokens.response_ids)), *map(len, p.tokens.response_ids))
@@ -93,7 +93,9 @@ class Preview:
 
     def _prompts(self) -> str:
         limit = self.experiment.alignment.max_prompt_tokens
-        table = [("", "prompts", "5%", "median", "95%", "longest", f"above max_prompt_tokens = {limit}")]
+        table: list[tuple[str, ...]] = [
+            ("", "prompts", "5%", "median", "95%", "longest", f"above max_prompt_tokens = {limit}")
+        ]
         for name, prompts in (("training", self.data.train_prompts), ("held out", self.data.heldout_prompts)):
             # Evenly spaced: prompts come in the order of their files.
             some = [prompts[i] for i in np.unique(np.linspace(0, len(prompts) - 1, MEASURED).astype(int))]
@@ -140,7 +142,9 @@ class Preview:
 
     def _row(self, row: TokenisedPair, target: Mapping[str, float]) -> str:
         pair = row.pair
-        texts = [self.reward_tokenizer.decode(ids) for ids in (row.tokens.prompt_ids, *row.tokens.response_ids)]
+        texts = [
+            str(self.reward_tokenizer.decode(list(ids))) for ids in (row.tokens.prompt_ids, *row.tokens.response_ids)
+        ]
         weights = ", ".join(f"{name} {weight:.2f}" for name, weight in target.items() if weight)
         margin = "unknown" if pair.margin is None else f"{pair.margin:g}"
         return "\n".join(
