@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 from collections import Counter
 from dataclasses import asdict
 from functools import partial
@@ -20,14 +21,23 @@ from typing import TYPE_CHECKING
 from jobs.command_line import Command, add_overrides, add_recipe
 from pipeline.config.load import load_recipe
 from pipeline.config.recipe import Recipe
+from pipeline.data.recipe_files import check_data, pair_file
 from pipeline.errors import ConfigError
+from pipeline.models.checkpoint_files import check_reward_model
+from pipeline.models.reward_model_card import require_posterior
+from pipeline.stages import storage
+from pipeline.stages.fingerprint import directory_fingerprint
+from pipeline.stages.metrics_log import as_clock
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from pipeline.data.preferences import LeftOut
-    from pipeline.models.reward_model import RewardModelCard
+    from pipeline.models.reward_model_card import RewardModelCard
     from pipeline.records import PreferencePair
+
+
+SECONDS_BETWEEN_LINES = 5.0
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +73,25 @@ def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace)
         raise ConfigError(f"--samples {options.samples}: the standard error of the Gibbs risk needs at least 2 draws")
 
 
+def check_pairs(options: argparse.Namespace, recipe: Recipe | None, card: RewardModelCard) -> None:
+    """Looks at the first rows of each file.
+
+    Raises:
+        ConfigError: the recipe is not the model's.
+        DataError: a file cannot be used.
+    """
+    if recipe is None:
+        for file in (*options.train, *options.heldout):
+            pair_file(file, options.format or "pairs", card.objectives).look_at()
+        return
+    if card.objectives not in (recipe.objectives, recipe.factor_names):
+        raise ConfigError(
+            f"{options.model} was trained on the objectives {', '.join(card.objectives)}, recipe {recipe.name} has "
+            f"{', '.join(recipe.objectives)}: it is not the recipe of this model."
+        )
+    check_data(recipe)
+
+
 def load_pairs(
     options: argparse.Namespace, recipe: Recipe | None, card: RewardModelCard
 ) -> tuple[Sequence[PreferencePair], Sequence[PreferencePair], Mapping[LeftOut, int]]:
@@ -84,33 +113,28 @@ def load_pairs(
             for files in (options.train, options.heldout)
         )
         return train.pairs, heldout.pairs, Counter(train.left_out) + Counter(heldout.left_out)
-    if recipe.objectives != card.objectives:
-        raise ConfigError(
-            f"{options.model} was trained on the objectives {', '.join(card.objectives)}, recipe {recipe.name} has "
-            f"{', '.join(recipe.objectives)}: it is not the recipe of this model."
-        )
     data = load_data(recipe)
     return data.train_pairs, data.heldout_pairs, data.left_out
 
 
 def measure_model(options: argparse.Namespace) -> str:
     """Writes the report, returns it in words."""
-    import torch
-
-    from pipeline.data.preferences import left_out_counts
-    from pipeline.data.score_statistics import ScoreStatistics
-    from pipeline.evaluation.pac_bayes_measurement import MeasuredPairs, measure_pac_bayes, require_posterior
-    from pipeline.evaluation.pac_bayes_report import pac_bayes_text
-    from pipeline.evaluation.posterior_risk import posterior_risk
-    from pipeline.models.reward_model import load_reward_model, read_card
-    from pipeline.stages import storage
-    from pipeline.stages.fingerprint import directory_fingerprint
-    from pipeline.stages.runner import installed_versions
-
     recipe = load_recipe(options.recipe, options.overrides) if options.recipe else None
     with storage.reading(options.model) as directory:
-        card = read_card(directory)
+        card = check_reward_model(directory)
         require_posterior(card, options.model)
+        check_pairs(options, recipe, card)
+        # torch is imported behind --help, and behind what is wrong with the input.
+        import torch
+
+        from pipeline.data.preferences import left_out_counts
+        from pipeline.data.score_statistics import ScoreStatistics
+        from pipeline.evaluation.pac_bayes_measurement import MeasuredPairs, measure_pac_bayes
+        from pipeline.evaluation.pac_bayes_report import pac_bayes_text
+        from pipeline.evaluation.posterior_risk import posterior_risk
+        from pipeline.models.reward_model import load_reward_model
+        from pipeline.stages.runner import installed_versions
+
         training, heldout, left_out = load_pairs(options, recipe, card)
         ScoreStatistics.of(training, card.objectives).require_scale_of(
             card.score_mean, card.score_std, place=", ".join(options.train) or f"the data of recipe {options.recipe}"
@@ -134,6 +158,7 @@ def measure_model(options: argparse.Namespace) -> str:
         seed=options.seed,
         max_tokens_per_batch=options.max_tokens_per_batch,
         device=options.device,
+        report=progress(len(pairs.training) + len(pairs.heldout)),
     )
     report = measure_pac_bayes(pairs, risk_of, delta=options.delta)
     record = {
@@ -146,6 +171,24 @@ def measure_model(options: argparse.Namespace) -> str:
     output = options.output if "://" in options.output else os.path.abspath(options.output)
     storage.write_text(output, json.dumps(record, indent=2, allow_nan=False) + "\n")
     return pac_bayes_text(report)
+
+
+def progress(total: int) -> Callable[[int], None]:
+    """Prints a line every few seconds. The training pairs are counted first, then the held-out pairs from 1 again."""
+    started = printed = time.monotonic()
+    before = last = 0
+
+    def report(num_measured: int) -> None:
+        nonlocal printed, before, last
+        if num_measured < last:
+            before += last
+        last, now = num_measured, time.monotonic()
+        done = before + num_measured
+        if now - printed >= SECONDS_BETWEEN_LINES or done == total:
+            printed, left = now, (now - started) * (total - done) / done
+            print(f"pac_bayes  {done:,}/{total:,} pairs  {as_clock(left)} left", flush=True)
+
+    return report
 
 
 def _measure_and_report(options: argparse.Namespace) -> None:

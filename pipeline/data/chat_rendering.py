@@ -22,10 +22,15 @@ midnight reads the same tokens. It is the date that Llama 3.1's template takes w
 def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises DataError for a tokenizer that cannot render a conversation."""
     if tokenizer.chat_template is None:
-        raise DataError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, so messages cannot become a prompt. "
-            "Use an instruction-tuned checkpoint, or add chat_template.jinja to its directory."
-        )
+        raise no_chat_template(tokenizer.name_or_path)
+
+
+def no_chat_template(checkpoint: str) -> DataError:
+    """The error about a tokenizer that cannot render a conversation."""
+    return DataError(
+        f"the tokenizer of {checkpoint!r} has no chat template, so messages cannot become a prompt. "
+        "Use an instruction-tuned checkpoint, or add chat_template.jinja to its directory."
+    )
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:

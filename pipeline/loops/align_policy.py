@@ -14,7 +14,8 @@ from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.learning.builders import PPOLearnerSpec
 from pipeline.loops.alignment import align
 from pipeline.models.backbone import load_tokenizer, require_context, require_lora_targets, require_same_tokens
-from pipeline.models.reward_model import load_reward_tokenizer, read_backbone_config, read_card
+from pipeline.models.reward_model import load_reward_tokenizer, read_backbone_config
+from pipeline.models.reward_model_card import read_card
 from pipeline.ports import BackgroundRolloutSource, PolicyLearner, RewardScorer
 from pipeline.records import Metrics
 from pipeline.rollouts.numerics_gate import choose_probes

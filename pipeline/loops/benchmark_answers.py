@@ -17,7 +17,6 @@ from pipeline.benchmark.answer_log import AnsweredTurn, AnswerLog
 from pipeline.benchmark.benchmark_question import AnsweredQuestion, BenchmarkQuestion
 from pipeline.benchmark.generated_benchmark import GENERATED_BENCHMARKS, AnsweredBenchmark, GeneratedBenchmark
 from pipeline.data.chat_rendering import require_chat_template
-from pipeline.errors import ConfigError
 from pipeline.loops.generation import answer_questions, require_room_for_all
 from pipeline.models.backbone import load_config, load_tokenizer
 from pipeline.models.wheel_checkpoints import unpacked
@@ -86,10 +85,6 @@ class AnsweringRun:
             ConfigError, CheckpointError: the model cannot answer.
         """
         directory = unpacked(checkpoint)
-        if not Path(directory, "config.json").is_file():
-            raise ConfigError(
-                f"--model {checkpoint} is no directory with a config.json. Give a checkpoint's directory."
-            )
         tokenizer = load_tokenizer(directory)
         require_chat_template(tokenizer)
         sampling = SamplingParams(

