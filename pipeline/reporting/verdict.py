@@ -141,8 +141,12 @@ def policy_findings(benchmark: Metrics, last_step: Mapping[str, float]) -> list[
                     "trained to do that, and nobody else judged, so that is no proof of an improvement."
                 )
             )
+        elif benchmark[f"{OWN_JUDGE}/high"] < 0.5:
+            findings.append(_bad(f"The policy got worse: even {own}; {context}."))
         else:
-            findings.append(_bad(f"The policy did not improve: even {own}; {context}."))
+            findings.append(
+                _unsure(f"It is not known whether the policy improved: even {own}; {context}. The interval holds 50%.")
+            )
     elif benchmark[f"{OWN_JUDGE}/low"] > 0.5 and all(finding.level != "good" for finding in findings):
         findings.append(
             _bad(
