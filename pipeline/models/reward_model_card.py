@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from pipeline.config.base import Frozen
 from pipeline.config.reward import EnsembleConfig, VRMHeadConfig
@@ -35,6 +35,15 @@ class RewardCalibration(Frozen):
     """Probability, over the calibration pairs, that the threshold breaks that promise."""
 
 
+class SourceScale(Frozen):
+    """On which scale the annotators of one source scored each objective, over its training responses."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    count: tuple[int, ...]
+    """Annotated responses; 0 where the source does not annotate the objective."""
+
+
 class RewardModelCard(Frozen):
     """Describes a reward-model checkpoint: its head, its objectives, the scales of scores and reward, its metrics."""
 
@@ -44,7 +53,8 @@ class RewardModelCard(Frozen):
     objectives: tuple[str, ...]
     max_length: int
     score_mean: tuple[float, ...]
-    """Mean annotated score per objective over the training split; empty without annotations."""
+    """Mean annotated score per objective over the training split of the source in `score_scale_of`, whose scale a
+    person is shown; empty without annotations."""
     score_std: tuple[float, ...]
     reward_mean: float
     """Mean posterior-mean reward over held-out chosen and rejected responses."""
@@ -56,6 +66,10 @@ class RewardModelCard(Frozen):
     ensemble: EnsembleConfig = EnsembleConfig()
     """Size and combination of an ensemble."""
     calibration: RewardCalibration = RewardCalibration()
+    score_scale_of: tuple[str, ...] = ()
+    """For each objective the source with most annotations."""
+    score_statistics: dict[str, SourceScale] = Field(default_factory=dict)
+    """Source -> the scale of its annotators: training standardised each source's scores by its own."""
     scale: float = 1.0
     """tau: the reward's units per standard deviation of the annotations; 1 where none was learned."""
     mean_contributions: tuple[float, ...] = ()

@@ -148,7 +148,7 @@ def test_the_calibrated_log_odds_have_metrics_of_their_own():
     sigmoid = [1 / (1 + math.exp(-x)) for x in (1.0, 0.5, 0.25)]
     assert metrics["ece"] == pytest.approx((1 - sigmoid[0] + 1 - sigmoid[1] + sigmoid[2]) / 3)
     assert metrics["ece_uncalibrated"] == pytest.approx(
-        (1 - 1 / (1 + math.exp(-2.0)) + 1 - 1 / (1 + math.exp(-1.0)) + 1 / (1 + math.exp(-1.0))) / 3
+        (1 - 1 / (1 + math.exp(-2.0)) + 2 * (1 / (1 + math.exp(-1.0)) - 0.5)) / 3  # one of the two equal ones is right
     )
     # By |log-odds| the error comes last.
     assert metrics["aurc_gain/log_odds"] == pytest.approx(1 / 3 - 1 / 9)
