@@ -97,8 +97,7 @@ class PPOConfig(Frozen):
     reward_transform: Literal["none", "zscore", "lcb", "log_sigmoid"] = "zscore"
     """How mean and standard deviation become the reward, in units of held-out rewards (docs/method.md section 11)."""
     lcb_coefficient: NonNegative = 1.0
-    """lcb subtracts this many posterior standard deviations before the z-score. They differ little between responses: 1
-    hardly changes what a policy learns (overoptimization in docs/LOG.md)."""
+    """lcb subtracts this many standard deviations of the reward (docs/method.md section 7) before the z-score."""
     reward_clip: Positive | None = 5.0
     """The transformed reward is clipped to +- this, before penalties (docs/method.md section 14); None is no bound."""
     whiten_rewards: bool = False

@@ -114,11 +114,13 @@ class Precision(NamedTuple):
     def draws(self, prior_precision: float, *, count: int) -> torch.Tensor:
         """[P, L] samples of N(0, Sigma) over sqrt(L), seeded: |g^T draws|^2 estimates g^T Sigma g.
 
-        The relative standard error of the estimate is sqrt(2 / L). All rows share the samples.
+        The relative standard error of the estimate is sqrt(2 / L). All rows share the samples. They are made with the
+        symmetric root of Sigma, because the signs of eigenvectors are accidents of rounding.
         """
         generator = torch.Generator().manual_seed(DRAW_SEED)
         noise = torch.randn(len(self.values), count, generator=generator, dtype=torch.float64).to(self.values)
-        return self.vectors @ (noise / (self.values + prior_precision).sqrt().unsqueeze(1)) / count**0.5
+        root = (self.values + prior_precision).rsqrt().unsqueeze(1)
+        return self.vectors @ (root * (self.vectors.T @ noise)) / count**0.5
 
 
 def unsketched_draws(draws: torch.Tensor, inputs: LastLayerInputs) -> torch.Tensor:
