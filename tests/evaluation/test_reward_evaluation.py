@@ -167,7 +167,7 @@ def test_pairs_of_several_sources_are_told_apart():
     assert of_a["nll"] == pytest.approx((math.log1p(math.exp(-1)) + math.log1p(math.exp(1))) / 2)
     assert (of_a["accuracy_low"], of_a["accuracy_high"]) == (0.0, 1.0)
     assert of_b.keys() == {"pairs", "accuracy", "nll", "longer_is_better"}  # one prompt varies nowhere
-    table = evaluation_table(evaluation, {})
+    table = evaluation_table(evaluation, {}, {})
     assert "source                       accuracy" in table
     keys = ScoredRows.of(rows).content_key[[2, 0, 1]]
     assert ScoredRows.of(rows).in_order_of(keys, place="f.jsonl").sources == ("b", "a", "a")
