@@ -29,6 +29,11 @@ class ScoreStatistics:
     count: tuple[int, ...]
     """Annotated responses per objective; a missing score counts nowhere."""
 
+    @property
+    def has_scores(self) -> bool:
+        """Whether anything was annotated."""
+        return any(self.count)
+
     @classmethod
     def of(cls, pairs: Iterable[PreferencePair], objectives: Sequence[str]) -> ScoreStatistics:
         """One pass over both responses of every pair (Welford 1962). Give it the training split only."""

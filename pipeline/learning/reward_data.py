@@ -56,6 +56,9 @@ class RewardData:
             [p.pair for p in pairs], scores=config.head == "regression", margins=config.pair_loss.form != "bt"
         )
         statistics = ScoreStatistics.of((p.pair for p in pairs), experiment.objectives)
+        if not statistics.has_scores and not experiment.own_objectives:
+            # What nobody scored is no helpfulness.
+            statistics = replace(statistics, objectives=experiment.factor_names)
         return cls(
             pairs=pairs,
             heldout_pairs=heldout,

@@ -34,7 +34,7 @@ def reward_stage(experiment: ExperimentConfig, policy: str) -> StageSpec:
     return StageSpec(
         name="train_reward_model",
         version=VERSION,
-        config=experiment.model_dump(mode="json", include={"seed", "objectives", "data", "reward"}),
+        config=experiment.model_dump(mode="json", include={"seed", "objectives", "own_objectives", "data", "reward"}),
         inputs=(policy,),
         data=tuple(data_fingerprints(experiment)),
         keep_best=experiment.reward.keep_best,
@@ -111,6 +111,9 @@ class RewardTraining:
             f"tokens, {len(self.data.heldout_pairs)} pairs held out, "
             f"{about_the_data['data/shared_prompts']:.0f} prompts on both sides"
         ]
+        if not self.data.statistics.has_scores:
+            names = ", ".join(self.data.statistics.objectives)
+            notes.append(f"no training pair has objective scores: no reason can be verified. Objectives: {names}")
         if self.left_out:
             notes.append(f"left out of the preference files: {left_out_counts(self.left_out)}")
         return notes + [f"{name} {count:.0f}" for name, count in self.contamination.items()]
@@ -129,6 +132,6 @@ class RewardTraining:
             eval_every=self.spec.config.eval_every,
             checkpoint_every=self.spec.config.checkpoint_every,
         )
-        for message in alarm_messages(metrics):
+        for message in alarm_messages(metrics, are_pairs_scored=self.data.statistics.has_scores):
             print(f"{stage.name}  {message}", flush=True)
         return metrics | trainer.peak_memory() | about_the_data
