@@ -31,6 +31,10 @@ class RankedLearner:
         reference = ray.put(batch)
         return self._all(lambda rank: rank.evaluate.remote(reference), "evaluating")
 
+    def calibrate(self, batches: Sequence[Any], heldout: Any) -> Metrics:
+        references = ray.put(batches), ray.put(heldout)
+        return self._all(lambda rank: rank.calibrate.remote(*references), "calibrating")
+
     def snapshot(self) -> RankedSnapshot:
         self._all(lambda rank: rank.snapshot.remote(), "copying its state")
         return RankedSnapshot(self._group, self._deadline_s)

@@ -71,6 +71,8 @@ class RewardSource:
     load: Callable[[], ComparisonScorer]
     objectives: tuple[str, ...]
     """Those of the reward model; a policy has none."""
+    answer_threshold: float | None
+    """Of the reward model's calibration; a policy has none."""
 
 
 def require_one_source(options: argparse.Namespace) -> None:
@@ -107,6 +109,7 @@ def reward_source(options: argparse.Namespace, device: str) -> RewardSource:
             options.model, max_tokens_per_batch=options.max_tokens_per_batch, device=device
         ),
         objectives=card.objectives,
+        answer_threshold=card.calibration.answer_threshold,
     )
 
 
@@ -140,6 +143,7 @@ def _implied_by_policy(options: argparse.Namespace, device: str) -> RewardSource
             device=device,
         ),
         objectives=(),
+        answer_threshold=None,
     )
 
 
@@ -189,7 +193,7 @@ def evaluate_reward_model(options: argparse.Namespace) -> str:
         report=progress(len(found.content_key)),
     )
     rows, _ = read_scored_rows(rows_file)
-    evaluation = evaluate(rows, options.benchmark, seed=options.seed)
+    evaluation = evaluate(rows, options.benchmark, seed=options.seed, answer_threshold=source.answer_threshold)
     reasons = (
         annotated_reasons(read_pair_scores(rows_file), comparisons.read(None), source.objectives, comparisons.gold)
         if rows.are_pairs

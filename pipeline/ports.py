@@ -54,6 +54,16 @@ class Learner(Protocol[Batch]):
         """The most memory that a process of the learner has taken so far, `memory/*`."""
 
 
+class CalibratedLearner(Learner[Batch], Protocol[Batch]):
+    """A reward model: when it is finished, it is calibrated."""
+
+    def calibrate(self, batches: Sequence[Batch], heldout: Batch) -> Metrics:
+        """Fits error bars to training batches, and the calibration to a part of the held-out batch.
+
+        Returns what `evaluate` returns, with the metrics of the calibrated model.
+        """
+
+
 class PolicyLearner(Protocol):
     """The policy, its critic and its frozen reference."""
 

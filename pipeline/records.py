@@ -145,18 +145,21 @@ class RewardScore:
     """The reward of one response, with its reason and its error bar (docs/method.md section 7).
 
     `mean = sum_k objective_weights[k] * objective_scores[k]` exactly, where there are scores: the "mlp" and "film"
-    decoders have none. A Bradley-Terry head has no reasons at all: both tuples are empty and `std` is 0.
+    decoders have none. A Bradley-Terry head has no reasons at all: both tuples are empty.
     """
 
     mean: float
     std: float
+    """What the model does not know of its reward, against that of a mean response to the same prompt."""
     objective_weights: tuple[float, ...]
     objective_scores: tuple[float, ...]
     concentration: float = 0.0
     """A = sum_k alpha_k of the Dirichlet over the weights; 0 where the weights are not random."""
     deviations: tuple[float, ...] = ()
-    """`RewardOutput.deviations`: what correlates this reward with those of other responses to the prompt, where `mean`
-    is no sum over objectives."""
+    """`RewardOutput.deviations`: `std` is their length, and the covariance with another response to the prompt their
+    inner product. Empty where a score was read from a file without them."""
+    temperature: float = 1.0
+    """T of the model: a margin over T is log-odds, where nothing is uncertain."""
 
 
 @dataclass(frozen=True, kw_only=True)

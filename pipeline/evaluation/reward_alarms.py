@@ -83,7 +83,7 @@ ALARMS = (
     ),
     Alarm(
         "miscalibration",
-        ("eval/calibration_error",),
+        ("eval/ece",),
         lambda error: error > 0.1,
         "confidence and accuracy differ. Smooth the labels (pair_loss.label_smoothing), or train less long.",
     ),

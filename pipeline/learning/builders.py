@@ -29,7 +29,7 @@ from pipeline.models.critic import Policy, PolicyWithCritic
 from pipeline.models.lora import add_lora
 from pipeline.models.reward_heads import RewardHead
 from pipeline.models.reward_model import RewardModel, load_reward_model, make_head
-from pipeline.models.reward_model_card import RewardModelCard, SourceScale
+from pipeline.models.reward_model_card import RewardCalibration, RewardModelCard, SourceScale
 from pipeline.records import PromptGroup
 from pipeline.stages import storage
 
@@ -143,6 +143,7 @@ def _card_before_training(spec: RewardTrainerSpec) -> RewardModelCard:
         metrics={},
         reward_weights=spec.config.reward_weights,
         ensemble=spec.config.ensemble,
+        calibration=RewardCalibration(answer_error=spec.config.answer_error),
     )
 
 

@@ -10,7 +10,7 @@ from pipeline.objectives.divergence import adapt_kl_coefficient, kl_estimate
 from pipeline.objectives.logprobs import overwrite_logits, token_logprobs_and_entropy
 from pipeline.objectives.masked import masked_mean, whiten
 from pipeline.objectives.policy import clipped_policy_loss, clipped_tokens, importance_ratio
-from pipeline.objectives.preference import bradley_terry_loss, probit_preference, ranked_correctly
+from pipeline.objectives.preference import bradley_terry_loss, ranked_correctly
 from pipeline.objectives.value import clipped_value_loss
 
 
@@ -226,9 +226,3 @@ def test_entropy_of_a_uniform_policy_is_the_log_of_the_vocabulary():
 def test_bradley_terry_says_ln_two_when_it_knows_nothing():
     assert bradley_terry_loss(torch.tensor([0.0])).item() == pytest.approx(math.log(2))
     assert ranked_correctly(torch.tensor([1.0, 0.0, -1.0])).tolist() == [1.0, 0.0, 0.0]
-
-
-def test_uncertainty_pulls_a_preference_toward_one_half():
-    # 1.2 / sqrt(1 + pi/8 * 4) = .7482
-    p = probit_preference(torch.tensor(1.2), torch.tensor(4.0)).item()
-    assert p == pytest.approx(1 / (1 + math.exp(-1.2 / math.sqrt(1 + math.pi / 2))))
