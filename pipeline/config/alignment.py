@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.algorithms import Algorithm, with_standard_values
+from pipeline.config.algorithms import DIRECT, Algorithm, with_standard_values
 from pipeline.config.base import Count, Fraction, Frozen, NonNegative, Positive
+from pipeline.config.direct_alignment import DirectConfig
 from pipeline.config.models import LoRAConfig, OptimiserConfig, _require_one_way_to_train_less
 
 
@@ -190,11 +191,15 @@ class PPOConfig(Frozen):
 
 
 class AlignmentConfig(Frozen):
-    """Alignment of the policy against the reward model, by PPO or an algorithm of its family."""
+    """Alignment of the policy: against the reward model, by PPO or an algorithm of its family, or to pairs directly.
+
+    A direct method reads `direct`, `max_tokens_per_micro_batch`, `gradient_checkpointing` and `keep_checkpoints`.
+    """
 
     num_steps: Count = 100
     algorithm: Algorithm = "ppo"
-    """A name for values of `kl` and `ppo` (pipeline/config/algorithms.py); what stands beside it wins over them."""
+    """A name for values of `kl` and `ppo`, or of `direct` (pipeline/config/algorithms.py). What stands beside it wins
+    over them."""
     prompts_per_step: Count = 256
     samples_per_prompt: Count = 1
     max_prompt_tokens: Count = 1024
@@ -206,6 +211,7 @@ class AlignmentConfig(Frozen):
     (docs/method.md section 14)."""
     kl: KLConfig = KLConfig()
     ppo: PPOConfig = PPOConfig()
+    direct: DirectConfig = DirectConfig()
     max_tokens_per_micro_batch: Count = 8192
     gradient_checkpointing: bool = False
     checkpoint_every: Count = 10
@@ -221,6 +227,11 @@ class AlignmentConfig(Frozen):
     gate_tolerance: Positive | None = None
     """Largest mean absolute logprob difference between engine and learner after a weight update;
     None chooses 1e-4 for float32 and 0.2 for bfloat16."""
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the policy learns from pairs, without reward model and rollouts."""
+        return self.algorithm in DIRECT
 
     @model_validator(mode="before")
     @classmethod
