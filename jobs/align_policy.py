@@ -1,8 +1,9 @@
-"""Stage 3: PPO alignment of the policy against the reward model.
+"""Stage 3: alignment of the policy, against the reward model or to preference pairs directly.
 
     python jobs/align_policy.py --recipe tiny
+    python jobs/align_policy.py --recipe tiny alignment.algorithm=dpo
 
-Runs the stages before it when their results are not in the workspace.
+Runs the stages before it when their results are not in the workspace. A direct method needs no reward model.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ def align_policy(
 ) -> StageResult:
     from pipeline.loops.align_policy import alignment_stage, run_alignment
 
+    if recipe.alignment.is_direct:
+        return align_directly(stages, recipe, read_data, policy)
     return stages.run(
         alignment_stage(recipe, policy.fingerprint, reward_model.fingerprint),
         lambda stage: run_alignment(
@@ -48,6 +51,21 @@ def align_policy(
             open_ports=partial(_open_ports, recipe, actors, policy, reward_model),
         ),
         max_restarts=recipe.cluster.alignment.max_restarts,
+    )
+
+
+def align_directly(stages: StageRunner, recipe: Recipe, read_data: ReadData, policy: StageResult) -> StageResult:
+    from actors.deepspeed_learners import open_ranked_direct_learner
+    from pipeline.loops import direct_alignment
+
+    ranks = recipe.cluster.alignment
+    return direct_alignment.align_directly(
+        recipe,
+        read_data,
+        policy,
+        workspace=stages.workspace.uri,
+        run_stage=partial(stages.run, max_restarts=ranks.max_restarts),
+        open_trainer=partial(open_ranked_direct_learner, ranks, recipe.cluster.deadlines),
     )
 
 
@@ -75,6 +93,9 @@ def _open_ports(
 
 def main(job: Job) -> None:
     policy = sft(job.stages, job.recipe, job.read_data)
+    if job.recipe.alignment.is_direct:
+        align_directly(job.stages, job.recipe, job.read_data, policy)
+        return
     reward_model = train_reward_model(job.stages, job.recipe, job.read_data, policy)
     align_policy(job.stages, job.recipe, job.read_data, job.actors, policy, reward_model)
 

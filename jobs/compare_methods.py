@@ -1,7 +1,7 @@
 """Tables 1 and 2: alignment methods as policies, and their rewards as reward models, on equal data.
 
     python jobs/compare_methods.py --recipe table1_tiny --out runs/table1 --seeds 0 1 2
-    python jobs/compare_methods.py --recipe table1_tiny --out runs/table1 --methods dpo vrm_ppo alignment.direct.beta=0.2
+    python jobs/compare_methods.py --out runs/table1 --methods dpo vrm_ppo alignment.direct.beta=0.2
 
 A seed has one fine-tuned policy and one data set. Every method starts from that policy, and answers the same held-out
 prompts. Judges are the truth, where the world is planted, and a VRM reward model. A method's reward is the one that its

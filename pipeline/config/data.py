@@ -46,6 +46,9 @@ class DataConfig(Frozen):
     """Share of the comparisons that may be left out because a response is empty, both are the same, they answer
     different conversations, or one stands alone. With more, the data is refused. Ties are left out and not counted
     here."""
+    max_too_long: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the pairs, the texts or the prompts that may be left out because they exceed the token limit of their
+    stage. With more, the data is refused: what is left would be another data set."""
     label_flips: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Share of the training pairs whose chosen and rejected response change places, to measure what wrong labels
     cost. The seed alone decides which pairs. A larger share contains the pairs of a smaller one."""

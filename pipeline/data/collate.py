@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.data.batching import stable_seed
 from pipeline.data.chat import encode_prompt, encode_response, fit_prompt, strip_thinking
 from pipeline.data.score_statistics import ScoreStatistics
-from pipeline.errors import DataError
+from pipeline.data.token_limit import require_enough_fit
 from pipeline.objectives.variational import supervision_scores, supervision_target
 from pipeline.records import Message, PreferenceBatch, PreferencePair, PromptGroup
 
@@ -28,29 +28,35 @@ class TokenisedPair:
 
 
 def tokenise_pairs(
-    pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, *, max_length: int, drop_too_long: bool
+    pairs: Sequence[PreferencePair],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    drop_too_long: bool,
+    max_too_long: float = 1.0,
 ) -> list[TokenisedPair]:
     """Encodes pairs. Training drops those longer than `max_length`; evaluation cuts the prompt from the left instead.
 
+    Args:
+        max_too_long: share of the pairs that may be dropped.
+
     Raises:
-        DataError: nothing is left.
+        DataError: nothing is left, or too little.
     """
-    tokenised = []
+    tokenised, lengths = [], []
     for pair in pairs:
         prompt = encode_prompt(tokenizer, pair.prompt)
         chosen, rejected = (encode_response(tokenizer, strip_thinking(text)) for text in (pair.chosen, pair.rejected))
         longest = max(len(chosen), len(rejected))
-        if len(prompt) + longest > max_length:
+        lengths.append(len(prompt) + longest)
+        if lengths[-1] > max_length:
             if drop_too_long or longest >= max_length:
                 continue
             prompt = fit_prompt(prompt, max(chosen, rejected, key=len), max_length)
         tokens = PromptGroup(prompt_ids=prompt, response_ids=(chosen, rejected))
         tokenised.append(TokenisedPair(pair=pair, tokens=tokens))
-    if not tokenised:
-        raise DataError(
-            f"none of {len(pairs)} pairs fits in max_length = {max_length} tokens. "
-            "Raise reward.max_length, or give shorter data."
-        )
+    limit = f"reward.max_length = {max_length}"
+    require_enough_fit(lengths, len(tokenised), kind="pairs", limit=limit, max_too_long=max_too_long)
     return tokenised
 
 
@@ -86,20 +92,28 @@ class PairCollator:
 
 
 def tokenise_texts(
-    texts: Sequence[tuple[tuple[Message, ...], str]], tokenizer: PreTrainedTokenizerBase, *, max_length: int
+    texts: Sequence[tuple[tuple[Message, ...], str]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    max_too_long: float = 1.0,
 ) -> list[PromptGroup]:
     """Encodes (messages, response) texts for fine-tuning and drops those longer than `max_length`.
 
+    Args:
+        max_too_long: share of the texts that may be dropped.
+
     Raises:
-        DataError: nothing is left.
+        DataError: nothing is left, or too little.
     """
-    tokenised = []
+    tokenised, lengths = [], []
     for messages, response in texts:
         text = PromptGroup(
             prompt_ids=encode_prompt(tokenizer, messages), response_ids=(encode_response(tokenizer, response),)
         )
+        lengths.append(text.num_tokens)
         if text.num_tokens <= max_length:
             tokenised.append(text)
-    if not tokenised:
-        raise DataError(f"none of {len(texts)} texts fits in sft.max_length = {max_length} tokens. Raise it.")
+    limit = f"sft.max_length = {max_length}"
+    require_enough_fit(lengths, len(tokenised), kind="texts", limit=limit, max_too_long=max_too_long)
     return tokenised

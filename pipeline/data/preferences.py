@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.data.batching import stable_seed
 from pipeline.data.chat import strip_thinking
-from pipeline.data.files import Row, distinct, read_hub_rows, read_rows
+from pipeline.data.files import Row, distinct, read_hub_rows, read_rows, require_distinct_files
 from pipeline.data.prompts import parse_messages, prompt_of, split_conversation, with_columns_beside
 from pipeline.errors import DataError
 from pipeline.records import Message, PreferencePair
@@ -79,11 +79,13 @@ def read_pairs(
         DataError: names file, line and field; or no pair is left, or too many are left out.
     """
     adapt = ADAPTERS[data_format]
+    if not hub:
+        require_distinct_files(sources)
     pairs: list[PreferencePair] = []
     left_out: Counter[LeftOut] = Counter()
     for source in sources:
         for read in adapt(_rows(source, hub), tuple(objectives), seed):
-            outcome = read if isinstance(read, LeftOut) else _fault(read) or read
+            outcome = read if isinstance(read, LeftOut) else fault_of([read.chosen], [read.rejected]) or read
             if isinstance(outcome, LeftOut):
                 left_out[outcome] += 1
             else:
@@ -103,12 +105,15 @@ def left_out_counts(left_out: Mapping[LeftOut, int]) -> str:
     return ", ".join(f"{count} with {reason}" for reason, count in ordered)
 
 
-def _fault(pair: PreferencePair) -> LeftOut | None:
-    """Thoughts are not trained on, so a response that is nothing else is empty."""
-    chosen, rejected = (strip_thinking(text).strip() for text in (pair.chosen, pair.rejected))
-    if not chosen or not rejected:
+def fault_of(chosen: Sequence[str], rejected: Sequence[str]) -> LeftOut | None:
+    """Why these responses of one prompt cannot be compared; None where they can.
+
+    A reward model does not read thoughts, so a response that is nothing else is empty.
+    """
+    better, worse = ({strip_thinking(text).strip() for text in side} for side in (chosen, rejected))
+    if "" in better | worse:
         return LeftOut.EMPTY
-    return LeftOut.IDENTICAL if chosen == rejected else None
+    return LeftOut.IDENTICAL if better & worse else None
 
 
 def _require_enough(
@@ -118,12 +123,27 @@ def _require_enough(
     if not pairs:
         counts = f"; left out: {left_out_counts(left_out)}" if left_out else ""
         raise DataError(f"no preference pair in {names}{counts}")
+    require_few_faults(len(pairs), left_out, names, max_left_out, setting="data.max_left_out")
+
+
+def require_few_faults(
+    num_kept: int, left_out: Mapping[LeftOut, int], names: str, max_left_out: float, *, setting: str
+) -> None:
+    """Refuses files of which too many comparisons are left out for one of `FAULTS`.
+
+    Args:
+        names: the files, for the message.
+        max_left_out: share of the comparisons that may be left out, from the setting of that name.
+
+    Raises:
+        DataError: names the reasons with their counts.
+    """
     faults = {reason: count for reason, count in left_out.items() if reason in FAULTS}
-    num_faults, num_read = sum(faults.values()), len(pairs) + sum(left_out.values())
+    num_faults, num_read = sum(faults.values()), num_kept + sum(left_out.values())
     if num_faults > max_left_out * num_read:
         raise DataError(
             f"{names}: {num_faults} of {num_read} comparisons cannot be used ({left_out_counts(faults)}), more than "
-            f"data.max_left_out = {max_left_out} allows. Correct the data or its format, or raise the setting."
+            f"{setting} = {max_left_out} allows. Correct the data or its format, or raise the setting."
         )
 
 

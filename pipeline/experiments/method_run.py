@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -70,10 +69,10 @@ def align_by_method(
     # Prompts that do not fit are found before the alignment, not after it.
     prompts = benchmark_prompts(recipe, data, inputs.policy.location)[0]
     run = LocalRun.open(recipe, data, inputs.policy, directory=directory, device=device)
-    stage, aligned = _align(run, inputs, shared)
-    seconds = stage.manifest()[SECONDS] + inputs.reward_model_seconds
+    stages, aligned = _align(run, inputs, shared)
+    seconds = sum(stage.manifest()[SECONDS] for stage in stages) + inputs.reward_model_seconds
     answers = run.answer(aligned, inputs.judge, scorer_in_process(recipe, inputs.judge, device))
-    rows = stage.metrics_rows()
+    rows = stages[-1].metrics_rows()
     metrics = dict(answers.metrics)
     metrics |= kl_to_start(run.rollouts, prompts, inputs.policy.location, recipe, recipe.comparison, device=device)
     metrics |= training_budget(recipe, rows, aligned.metrics, len(data.train_pairs))
@@ -94,16 +93,18 @@ def align_by_method(
     )
 
 
-def _align(run: LocalRun, inputs: CellInputs, shared: str) -> tuple[StageDirectory, StageResult]:
-    """The finished alignment, and its directory."""
+def _align(run: LocalRun, inputs: CellInputs, shared: str) -> tuple[list[StageDirectory], StageResult]:
+    """The finished stages of the method, of which the last one is the alignment, and its result."""
     if not run.experiment.alignment.is_direct:
-        return run.align(inputs.reward_model, scorer_in_process(run.experiment, inputs.reward_model, run.device))
-    last: list[StageDirectory] = []
+        scorer = scorer_in_process(run.experiment, inputs.reward_model, run.device)
+        stage, aligned = run.align(inputs.reward_model, scorer)
+        return [stage], aligned
+    stages: list[StageDirectory] = []
 
     def run_stage(spec: StageSpec, compute: Callable[[StageDirectory], Metrics]) -> StageResult:
         # Difficulties do not depend on the settings of the alignment, so other cells read them.
         root = shared if spec.name == "measure_difficulty" else run.directory
-        last[:] = [StageDirectory.shared(root, spec)]
+        stages.append(StageDirectory.shared(root, spec))
         return from_root_or_computed(spec, root, compute)
 
     aligned = align_directly(
@@ -114,7 +115,7 @@ def _align(run: LocalRun, inputs: CellInputs, shared: str) -> tuple[StageDirecto
         run_stage=run_stage,
         open_trainer=lambda spec: nullcontext(build_direct_trainer(spec, engine_in_process(run.device))),
     )
-    return last[0], aligned
+    return stages, aligned
 
 
 def _reward_of(run: LocalRun, inputs: CellInputs, aligned: StageResult) -> ComparisonScorer:

@@ -70,8 +70,10 @@ def reading(method: str, runs: Sequence[FinishedRun]) -> str:
     by_seed = [win_rate([f], judge) for f in runs]
     above = sum(lower > 0.5 for _, lower, _ in by_seed)
     words, start = _mean(runs, "words/aligned"), _mean(runs, "words/base")
-    length = "as long" if abs(words / start - 1) < 0.02 else f"{abs(words / start - 1):.0%} " + (
-        "longer" if words > start else "shorter"
+    length = (
+        "as long"
+        if abs(words / start - 1) < 0.02
+        else f"{abs(words / start - 1):.0%} " + ("longer" if words > start else "shorter")
     )
     reward = next(iter(_reward_row(runs).items()), None)
     sentence = (

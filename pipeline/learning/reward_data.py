@@ -39,7 +39,13 @@ class RewardData:
         """
         config = experiment.reward
         require_chat_template(tokenizer)
-        pairs = tokenise_pairs(data.train_pairs, tokenizer, max_length=config.max_length, drop_too_long=True)
+        pairs = tokenise_pairs(
+            data.train_pairs,
+            tokenizer,
+            max_length=config.max_length,
+            drop_too_long=True,
+            max_too_long=experiment.data.max_too_long,
+        )
         heldout = tokenise_pairs(
             data.heldout_pairs[: config.max_eval_pairs], tokenizer, max_length=config.max_length, drop_too_long=False
         )

@@ -69,7 +69,11 @@ def _fine_tune(
     config, seed = experiment.sft, experiment.seed
     tokenizer = write_starting_policy(experiment.policy, start, seed=seed)
     require_lora_targets(start, config.lora, "sft")
-    heldout, texts = split_texts(tokenise_texts(data.sft_texts, tokenizer, max_length=config.max_length))
+    fitting = tokenise_texts(
+        data.sft_texts, tokenizer, max_length=config.max_length, max_too_long=experiment.data.max_too_long
+    )
+    print(f"{stage.name}  {len(fitting)} of {len(data.sft_texts)} texts fit in {config.max_length} tokens", flush=True)
+    heldout, texts = split_texts(fitting)
     spec = SFTTrainerSpec(config=config, policy_uri=start, dtype=experiment.policy.dtype, seed=seed)
     with open_trainer(spec) as trainer:
         metrics = train(

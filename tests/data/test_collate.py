@@ -46,7 +46,7 @@ def test_long_pairs_are_dropped_in_training_and_cut_from_the_left_in_evaluation(
     [pair] = world.train_pairs()[:1]
     [whole] = tokenise_pairs([pair], tokenizer, max_length=128, drop_too_long=True)
     limit = len(whole.tokens.prompt_ids) + max(map(len, whole.tokens.response_ids)) - 3
-    with pytest.raises(DataError, match=f"none of 1 pairs fits in max_length = {limit}"):
+    with pytest.raises(DataError, match=f"none of 1 pairs fits in reward.max_length = {limit}"):
         tokenise_pairs([pair], tokenizer, max_length=limit, drop_too_long=True)
     [cut] = tokenise_pairs([pair], tokenizer, max_length=limit, drop_too_long=False)
     assert cut.tokens.prompt_ids == whole.tokens.prompt_ids[3:]
