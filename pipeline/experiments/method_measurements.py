@@ -88,13 +88,13 @@ def summed_logprobs(policy: Policy, samples: Sequence[Rollout], max_tokens: int,
 
 
 def training_budget(
-    experiment: ExperimentConfig, rows: Sequence[Mapping[str, float]], about_training: Metrics, num_pairs: int
+    experiment: ExperimentConfig, rows: Sequence[Mapping[str, float]], about_training: Sequence[Metrics], num_pairs: int
 ) -> Metrics:
     """What the alignment read, sampled and trained on, as its own log says.
 
     Args:
-        rows: the metrics of every step of the alignment.
-        about_training: the metrics of the finished stage.
+        rows: the metrics of every step of all stages of the method.
+        about_training: the metrics of these stages, the last one the alignment.
         num_pairs: training pairs that are there, which a reward model reads before PPO does anything.
 
     Returns:
@@ -105,9 +105,10 @@ def training_budget(
     config = experiment.alignment
     if config.is_direct:
         updates = [row for row in rows if "rows" in row]
-        sampled = about_training.get("pairs/sampled_tokens", 0.0)
+        sampled = sum(stage.get("pairs/sampled_tokens", 0.0) for stage in about_training)
+        with_pairs = about_training if config.pairs == "policy" else about_training[-1:]
         return {
-            "budget/pairs": about_training["data/train_rows"],
+            "budget/pairs": sum(stage["data/train_rows"] for stage in with_pairs),
             "budget/pair_passes": sum(row["rows"] for row in updates),
             "budget/steps": float(len(updates)),
             "budget/trained_tokens": sum(row["tokens"] for row in updates),

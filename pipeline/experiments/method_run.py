@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from pipeline.benchmark.scored_answers import read_scored_answers
@@ -17,10 +17,12 @@ from pipeline.experiments.local_run import LocalRun, scorer_in_process
 from pipeline.experiments.method_measurements import evaluate_reward, kl_to_start, training_budget
 from pipeline.experiments.reward_run import RunResult
 from pipeline.experiments.shared_stages import SECONDS, from_root_or_computed
-from pipeline.learning.builders import build_direct_trainer, engine_in_process
+from pipeline.learning.builders import DirectTrainerSpec, build_direct_trainer, engine_in_process
 from pipeline.loops.benchmark import ALIGNED, BASE, answers_file, benchmark_prompts
 from pipeline.loops.direct_alignment import align_directly
+from pipeline.loops.policy_pairs import OwnPairs, RankingPorts
 from pipeline.objectives.implicit_rewards import form_of_method
+from pipeline.ports import DirectLearner
 from pipeline.records import Metrics, Prompt, StageResult
 from pipeline.stages.stage_spec import StageSpec
 from pipeline.stages.workspace import StageDirectory
@@ -70,12 +72,14 @@ def align_by_method(
     prompts = benchmark_prompts(recipe, data, inputs.policy.location)[0]
     run = LocalRun.open(recipe, data, inputs.policy, directory=directory, device=device)
     stages, aligned = _align(run, inputs, shared)
-    seconds = sum(stage.manifest()[SECONDS] for stage in stages) + inputs.reward_model_seconds
     answers = run.answer(aligned, inputs.judge, scorer_in_process(recipe, inputs.judge, device))
-    rows = stages[-1].metrics_rows()
+    manifests = [stage.manifest() for stage in stages]
+    rows = [stage.metrics_rows() for stage in stages]
     metrics = dict(answers.metrics)
     metrics |= kl_to_start(run.rollouts, prompts, inputs.policy.location, recipe, recipe.comparison, device=device)
-    metrics |= training_budget(recipe, rows, aligned.metrics, len(data.train_pairs))
+    metrics |= training_budget(
+        recipe, [row for stage in rows for row in stage], [m["metrics"] for m in manifests], len(data.train_pairs)
+    )
     metrics |= evaluate_reward(
         _reward_of(run, inputs, aligned),
         data,
@@ -84,9 +88,10 @@ def align_by_method(
         identity=aligned.fingerprint,
         seed=recipe.seed,
     )
+    seconds = sum(manifest[SECONDS] for manifest in manifests) + inputs.reward_model_seconds
     return RunResult(
         metrics=metrics | {"budget/seconds": seconds},
-        curve=_curve(rows),
+        curve=_curve(rows[-1]),
         prompts=[normalised_prompt(prompt.messages) for prompt in prompts],
         margins=_margins(answers.location, prompts, data.gold),
         seconds=seconds,
@@ -107,14 +112,30 @@ def _align(run: LocalRun, inputs: CellInputs, shared: str) -> tuple[list[StageDi
         stages.append(StageDirectory.shared(root, spec))
         return from_root_or_computed(spec, root, compute)
 
-    aligned = align_directly(
-        run.experiment,
-        lambda: run.data,
-        run.policy,
+    def open_trainer(spec: DirectTrainerSpec) -> AbstractContextManager[DirectLearner]:
+        return nullcontext(build_direct_trainer(spec, engine_in_process(run.device)))
+
+    if run.experiment.alignment.pairs == "data":
+        aligned = align_directly(
+            run.experiment,
+            lambda: run.data,
+            run.policy,
+            workspace=shared,
+            run_stage=run_stage,
+            open_trainer=open_trainer,
+        )
+        return stages, aligned
+    scorer = scorer_in_process(run.experiment, inputs.reward_model, run.device)
+    own = OwnPairs(
+        experiment=run.experiment,
+        start=run.policy,
+        reward_model=inputs.reward_model,
         workspace=shared,
-        run_stage=run_stage,
-        open_trainer=lambda spec: nullcontext(build_direct_trainer(spec, engine_in_process(run.device))),
+        publish_directory=run.publish_directory,
+        open_trainer=open_trainer,
+        open_ranking=lambda: nullcontext(RankingPorts(rollouts=run.rollouts, scorer=scorer)),
     )
+    aligned = own.align(lambda: run.data, run_stage)
     return stages, aligned
 
 
