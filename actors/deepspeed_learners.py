@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from actors.rank_group import RankGroup
 from actors.ranked_learner import RankedDirectLearner, RankedLearner
+from cluster.placement import Placement
 from pipeline.config.cluster import DeadlinesConfig, RanksConfig
 from pipeline.learning import builders
 from pipeline.learning.builders import DirectTrainerSpec, PPOLearnerSpec, RewardTrainerSpec, SFTTrainerSpec
@@ -74,9 +75,13 @@ def open_ranked_learner(
 
 @contextmanager
 def open_ranked_direct_learner(
-    ranks: RanksConfig, deadlines: DeadlinesConfig, spec: DirectTrainerSpec
+    ranks: RanksConfig, deadlines: DeadlinesConfig, spec: DirectTrainerSpec, *, placement: Placement | None = None
 ) -> Iterator[RankedDirectLearner]:
-    """Ranks that each hold the trainer of `spec`, as one learner; they end with the block."""
-    with RankGroup("direct alignment", ranks, start_s=deadlines.start_s) as group:
+    """Ranks that each hold the trainer of `spec`, as one learner; they end with the block.
+
+    Args:
+        placement: GPUs that the ranks share with engines, where there are some.
+    """
+    with RankGroup("direct alignment", ranks, start_s=deadlines.start_s, placement=placement) as group:
         group.build(deepspeed_direct_trainer, spec, ranks)
         yield RankedDirectLearner(group, deadlines)

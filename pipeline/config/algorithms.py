@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel
 
 PolicyGradientAlgorithm = Literal["ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_plus_plus"]
-DirectAlgorithm = Literal["dpo", "ipo", "kto", "simpo", "cpo", "orpo", "wpo", "selective_dpo", "beta_dpo"]
+DirectAlgorithm = Literal["dpo", "ipo", "kto", "simpo", "cpo", "orpo", "wpo", "selective_dpo", "beta_dpo", "raft"]
 Algorithm = Literal[PolicyGradientAlgorithm, DirectAlgorithm]
 
 DIRECT = frozenset(get_args(DirectAlgorithm))
@@ -143,6 +143,16 @@ STANDARD_VALUES: Mapping[str, Mapping[str, Any]] = {
     },
     # Wu et al. 2024, arXiv:2407.08639.
     "beta_dpo": {"direct": {"dynamic_beta": {}}},
+    # Dong et al. 2023, arXiv:2304.06767: imitates the best of the policy's own responses.
+    "raft": {
+        "pairs": "policy",
+        "direct": {
+            "reference": False,
+            "beta": 1.0,
+            "losses": {"sigmoid": 0.0, "likelihood": 1.0},
+            "optimiser": {"learning_rate": 1e-6},
+        },
+    },
 }
 
 

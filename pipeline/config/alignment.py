@@ -10,6 +10,7 @@ from pipeline.config.algorithms import DIRECT, Algorithm, with_standard_values
 from pipeline.config.base import Count, Fraction, Frozen, NonNegative, Positive
 from pipeline.config.direct_alignment import DirectConfig
 from pipeline.config.models import LoRAConfig, OptimiserConfig, _require_one_way_to_train_less
+from pipeline.config.policy_pairs import PolicyPairsConfig
 
 
 class KLConfig(Frozen):
@@ -212,6 +213,10 @@ class AlignmentConfig(Frozen):
     kl: KLConfig = KLConfig()
     ppo: PPOConfig = PPOConfig()
     direct: DirectConfig = DirectConfig()
+    pairs: Literal["data", "policy"] = "data"
+    """Where a direct method has its pairs from: the data of the recipe, or the policy, whose responses a reward model
+    ranks. "policy" also reads the settings of sampling."""
+    policy_pairs: PolicyPairsConfig = PolicyPairsConfig()
     max_tokens_per_micro_batch: Count = 8192
     gradient_checkpointing: bool = False
     checkpoint_every: Count = 10
@@ -237,6 +242,38 @@ class AlignmentConfig(Frozen):
     @classmethod
     def _start_from_the_algorithm(cls, written: Any) -> Any:
         return with_standard_values(written)
+
+    @property
+    def needs_reward_model(self) -> bool:
+        return not self.is_direct or self.pairs == "policy"
+
+    @model_validator(mode="after")
+    def _pairs_of_the_policy_have_a_use(self) -> AlignmentConfig:
+        direct, from_policy = self.direct, self.pairs == "policy"
+        imitates = not (direct.losses.of_pairs or direct.losses.kto)
+        if imitates and self.is_direct and not from_policy:
+            raise ValueError(
+                "direct.losses: no term with a weight above 0 compares responses, and pairs = data; set one of "
+                "sigmoid, robust, squared, odds_ratio and kto, or pairs=policy to imitate the best own responses"
+            )
+        if not from_policy:
+            return self
+        if not self.is_direct:
+            raise ValueError(
+                f"pairs = policy belongs to direct methods, and algorithm = {self.algorithm} samples by itself; "
+                "leave pairs out, or set algorithm=dpo"
+            )
+        if self.samples_per_prompt < 2:
+            raise ValueError(
+                f"pairs = policy ranks the responses to one prompt, so samples_per_prompt = {self.samples_per_prompt} "
+                "must be at least 2; 8 is usual"
+            )
+        if direct.labelled_responses or direct.needs_difficulty:
+            raise ValueError(
+                "pairs = policy makes its pairs itself, so direct.labelled_responses, direct.order = easy_first and "
+                "direct.keep_easiest mean nothing; leave them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _groups_have_members(self) -> AlignmentConfig:

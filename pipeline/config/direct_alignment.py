@@ -144,11 +144,12 @@ class DirectConfig(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _there_is_a_preference_to_learn(self) -> DirectConfig:
-        if not self.losses.of_pairs and not self.losses.kto:
+    def _there_is_a_loss(self) -> DirectConfig:
+        losses = self.losses
+        if not (losses.of_pairs or losses.kto or losses.likelihood):
             raise ValueError(
-                "losses: no term with a weight above 0 compares responses; set one of sigmoid, robust, squared, "
-                "odds_ratio and kto"
+                "losses: no term has a weight above 0; set one of sigmoid, robust, squared, odds_ratio, kto and "
+                "likelihood"
             )
         return self
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 
@@ -20,10 +20,8 @@ from pipeline.data.prompts import read_prompts
 from pipeline.errors import DataError, NumericsError
 from pipeline.evaluation.scored_rows import RewardedResponse, ScoredComparison, ScoredRows, key_column, key_number
 from pipeline.objectives.reward_comparison import compare_rewards
-from pipeline.records import RewardScore
-
-if TYPE_CHECKING:
-    from pipeline.evaluation.reward_scorer import RewardModelScorer
+from pipeline.ports import RewardScorer
+from pipeline.records import Message, RewardScore
 
 ROWS_PER_CHUNK = 128
 """Rows in memory at a time; enough to put rows of similar length into one micro-batch."""
@@ -31,12 +29,19 @@ ROWS_PER_CHUNK = 128
 FIELDS = ("id", "subset", "cut", "annotators_tie")
 
 
+class ComparisonScorer(RewardScorer, Protocol):
+    """A reward that also knows what it can read."""
+
+    def fits(self, prompt: tuple[Message, ...], response: str) -> bool:
+        """Whether `score` reads prompt and response whole."""
+
+
 def write_scored_rows(
     comparisons: Iterable[EvaluationExample],
     path: Path,
     *,
     scored_by: str,
-    load_scorer: Callable[[], RewardModelScorer],
+    load_scorer: Callable[[], ComparisonScorer],
     report: Callable[[int, int], None],
 ) -> None:
     """Writes one line per row, in order, and keeps the lines that an interrupted run left in the file.
@@ -143,7 +148,7 @@ def _is_line_of(line: bytes, row: EvaluationExample, scored_by: str) -> bool:
         return False
 
 
-def _score_chunk(chunk: Sequence[EvaluationExample], scorer: RewardModelScorer, scored_by: str, file: TextIO) -> None:
+def _score_chunk(chunk: Sequence[EvaluationExample], scorer: ComparisonScorer, scored_by: str, file: TextIO) -> None:
     texts = [(row, response) for row in chunk for response in (*row.chosen, *row.rejected)]
     scores = iter(scorer.score([row.prompt for row, _ in texts], [response for _, response in texts]))
     for row in chunk:

@@ -21,10 +21,11 @@ RUN_VERSION = 3
 
 LOSS = "reward.loss"
 
-Trained = Literal["reward_model", "policy"]
+Trained = Literal["reward_model", "policy", "method"]
 READS: Mapping[Trained, set[str]] = {
     "reward_model": {"seed", "objectives", "data", "policy", "reward"},
     "policy": {"seed", "objectives", "data", "policy", "sft", "reward", "alignment", "benchmark"},
+    "method": {"seed", "objectives", "data", "policy", "sft", "reward", "alignment", "benchmark"},
 }
 """What an experiment trains -> the sections of a recipe that its runs read."""
 

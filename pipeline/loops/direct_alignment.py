@@ -99,9 +99,9 @@ def direct_alignment_stage(experiment: ExperimentConfig, policy: str, folds: Seq
     return StageSpec(
         name="align_policy",
         version=VERSION,
-        config=_identity(experiment, {*DirectConfig.model_fields} - {"difficulty"}),
+        config=identity_of_direct(experiment, {*DirectConfig.model_fields} - {"difficulty"}),
         inputs=(policy, *folds),
-        data=_data_fingerprints(experiment),
+        data=fingerprints_of_direct_data(experiment),
         keep_checkpoints=experiment.alignment.keep_checkpoints,
         keep_best=experiment.alignment.direct.keep_best,
     )
@@ -113,20 +113,21 @@ def difficulty_stage(experiment: ExperimentConfig, policy: str, *, split: int, h
     return StageSpec(
         name="measure_difficulty",
         version=VERSION,
-        config=_identity(experiment, read) | {"split": split, "half": half},
+        config=identity_of_direct(experiment, read) | {"split": split, "half": half},
         inputs=(policy,),
-        data=_data_fingerprints(experiment),
+        data=fingerprints_of_direct_data(experiment),
     )
 
 
-def _identity(experiment: ExperimentConfig, direct: set[str]) -> dict[str, Any]:
-    """What a stage reads of the recipe, with these settings of `alignment.direct`."""
+def identity_of_direct(experiment: ExperimentConfig, direct: set[str], *others: str) -> dict[str, Any]:
+    """What a stage reads of the recipe, with these settings of `alignment.direct` and these others of `alignment`."""
     alignment = {"max_tokens_per_micro_batch": True, "gradient_checkpointing": True, "direct": direct}
+    alignment |= dict.fromkeys(others, True)
     include: Any = {"seed": True, "objectives": True, "data": True, "policy": True, "alignment": alignment}
     return experiment.model_dump(mode="json", include=include)
 
 
-def _data_fingerprints(experiment: ExperimentConfig) -> tuple[str, ...]:
+def fingerprints_of_direct_data(experiment: ExperimentConfig) -> tuple[str, ...]:
     direct = experiment.alignment.direct
     labelled = [content_fingerprint(resolve(path)) for path in direct.labelled_responses]
     other = [] if direct.reference_checkpoint is None else [checkpoint_fingerprint(direct.reference_checkpoint)]
@@ -146,6 +147,8 @@ class DirectAlignment:
     policy: StageResult
     workspace: str
     open_trainer: OpenDirectTrainer
+    earlier_policy: StageResult | None = None
+    """The reference, where it is neither the policy that the training starts from nor a checkpoint of the recipe."""
 
     @property
     def config(self) -> DirectConfig:
@@ -161,6 +164,12 @@ class DirectAlignment:
             losses = [read_losses(half.location) | read_losses(other.location) for half, other in folds]
             table = storage.join(stage.uri, "difficulty")
             trained = easiest_first(examples, losses, keep=self.config.keep_easiest, uri=table)
+        return self.train_on(stage, examples, trained, heldout)
+
+    def train_on(
+        self, stage: StageDirectory, examples: DirectExamples, trained: Sequence[int], heldout: DirectExamples
+    ) -> Metrics:
+        """Trains on those rows of the examples from the last commit. Returns what `align` returns."""
         seed = self.experiment.seed
         training = DirectData(config=self.config, examples=examples, trained=trained, heldout=heldout, seed=seed)
         about_the_data = training.metrics()
@@ -221,7 +230,36 @@ class DirectAlignment:
 
     def _examples(self, data: RunData) -> tuple[DirectExamples, DirectExamples]:
         """Training examples and held-out pairs in the policy's tokens."""
-        config, max_too_long = self.config, self.experiment.data.max_too_long
+        tokenizer = self.tokenizer()
+        rows, left_out = self._training_rows(data)
+        examples = tokenise_examples(
+            rows, tokenizer, max_length=self.config.max_length, max_too_long=self.experiment.data.max_too_long
+        )
+        examples = replace(examples, left_out=Counter(left_out) + Counter(examples.left_out))
+        return examples, self.heldout(data, tokenizer)
+
+    def _training_rows(
+        self, data: RunData
+    ) -> tuple[Sequence[PreferencePair] | Sequence[LabelledResponse], Mapping[str, int]]:
+        """Pairs or labelled responses, and the rows of their files that gave none, by reason."""
+        files = self.config.labelled_responses
+        if not files:
+            return data.train_pairs, {str(reason): count for reason, count in data.left_out.items()}
+        heldout_prompts = {normalised_prompt(pair.prompt) for pair in data.heldout_pairs}
+        return read_labelled([resolve(path) for path in files], heldout_prompts=heldout_prompts)
+
+    def heldout(self, data: RunData, tokenizer: PreTrainedTokenizerBase) -> DirectExamples:
+        """Held-out pairs in the policy's tokens."""
+        pairs = data.heldout_pairs[: self.config.max_eval_pairs]
+        return tokenise_examples(pairs, tokenizer, max_length=self.config.max_length)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's.
+
+        Raises:
+            ConfigError: the settings of the recipe do not fit the policy, or its reference.
+        """
+        config = self.config
         with storage.reading(self.policy.location) as directory:
             require_lora_targets(directory, config.lora, "alignment.direct")
             context = int(load_config(directory).max_position_embeddings)
@@ -233,22 +271,7 @@ class DirectAlignment:
             )
         if config.reference_checkpoint is not None:
             self._require_a_reference_with_the_same_tokens(tokenizer, config.reference_checkpoint)
-        heldout = tokenise_examples(
-            data.heldout_pairs[: config.max_eval_pairs], tokenizer, max_length=config.max_length
-        )
-        rows, left_out = self._training_rows(data)
-        examples = tokenise_examples(rows, tokenizer, max_length=config.max_length, max_too_long=max_too_long)
-        return replace(examples, left_out=Counter(left_out) + Counter(examples.left_out)), heldout
-
-    def _training_rows(
-        self, data: RunData
-    ) -> tuple[Sequence[PreferencePair] | Sequence[LabelledResponse], Mapping[str, int]]:
-        """Pairs or labelled responses, and the rows of their files that gave none, by reason."""
-        files = self.config.labelled_responses
-        if not files:
-            return data.train_pairs, {str(reason): count for reason, count in data.left_out.items()}
-        heldout_prompts = {normalised_prompt(pair.prompt) for pair in data.heldout_pairs}
-        return read_labelled([resolve(path) for path in files], heldout_prompts=heldout_prompts)
+        return tokenizer
 
     def _require_a_reference_with_the_same_tokens(self, tokenizer: PreTrainedTokenizerBase, checkpoint: str) -> None:
         differing = differing_tokens(tokenizer, checkpoint)
@@ -288,11 +311,15 @@ class DirectAlignment:
     def _batches_of_another_reference(self, stage: StageDirectory, data: DirectData) -> DirectBatches | None:
         """None where the policy itself is the reference. Another one leaves the memory before training starts."""
         checkpoint = self.config.reference_checkpoint
-        if checkpoint is None:
+        if checkpoint is not None:
+            place, fingerprint = checkpoint, checkpoint_fingerprint(checkpoint)
+        elif self.earlier_policy is not None:
+            place, fingerprint = self.earlier_policy.location, self.earlier_policy.fingerprint
+        else:
             return None
-        spec = replace(self._spec(data.config, data.num_steps), policy_uri=checkpoint)
+        spec = replace(self._spec(data.config, data.num_steps), policy_uri=place)
         with self.open_trainer(spec) as reference:
-            return data.with_references(self._references(stage, reference, other=checkpoint_fingerprint(checkpoint)))
+            return data.with_references(self._references(stage, reference, other=fingerprint))
 
 
 def _data_note(about_the_data: Metrics) -> str:

@@ -10,7 +10,8 @@ from pipeline.errors import ConfigError
 
 
 def direct(algorithm, **written):
-    return AlignmentConfig.model_validate({"algorithm": algorithm, "direct": written}).direct
+    config = {"algorithm": algorithm, "direct": written, "samples_per_prompt": 2}
+    return AlignmentConfig.model_validate(config).direct
 
 
 def test_a_method_is_a_name_for_values():
@@ -26,8 +27,9 @@ def test_a_method_is_a_name_for_values():
         "wpo": {"sigmoid": 1},
         "selective_dpo": {"sigmoid": 1},
         "beta_dpo": {"sigmoid": 1},
+        "raft": {"likelihood": 1},
     }
-    assert {name for name in DIRECT if not direct(name).reference} == {"simpo", "cpo", "orpo"}
+    assert {name for name in DIRECT if not direct(name).reference} == {"simpo", "cpo", "orpo", "raft"}
     simpo = direct("simpo")
     assert (simpo.beta, simpo.target_margin, simpo.length_normalised) == (2.5, 1.25, True)
     selective = direct("selective_dpo")
@@ -68,7 +70,11 @@ def test_the_recipe_of_another_algorithm_serves_a_direct_method_too():
         ("kto", {"labelled_responses": ["a.jsonl"], "losses": {"sigmoid": 1.0}}, "labelled_responses are no pairs"),
         ("kto", {"labelled_responses": ["a.jsonl"], "keep_easiest": 0.5}, "have no difficulty"),
         ("orpo", {"beta": 0.1}, "the strength of ORPO is losses.odds_ratio"),
-        ("dpo", {"losses": {"sigmoid": 0.0, "likelihood": 1.0}}, "no term with a weight above 0 compares responses"),
+        (
+            "dpo",
+            {"losses": {"sigmoid": 0.0, "likelihood": 1.0}, "beta": 1.0},
+            "no term with a weight above 0 compares responses",
+        ),
         ("dpo", {"keep_best": "eval/accuracy", "eval_every": 40}, "no multiple of eval_every = 40"),
         ("dpo", {"trainable_layers": 1, "lora": {}}, "exclude each other"),
     ],

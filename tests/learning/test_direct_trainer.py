@@ -88,6 +88,8 @@ def loss_by_hand(method, lp, collisions, batch, lr, policy):
         case "orpo":
             nll = likelihood_loss(lp[:, 0], lengths[:, 0], average="none", tokens_per_row=1).sum()
             return 0.1 * orpo_loss(*(lp / lengths).unbind(1)).mean() + nll / lengths[:, 0].sum()
+        case "raft":
+            return -lp[:, 0].sum() / lengths[:, 0].sum()
         case "wpo":
             weights = ((lp - collisions) / lengths).detach().exp().prod(1)
             return (weights * dpo_loss(h[:, 0] - h[:, 1], beta=0.01)).mean()
@@ -174,8 +176,8 @@ def test_ranks_and_micro_batches_leave_losses_and_parameters_as_they_are(
         assert differences.mean() < 1e-6
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_learns_to_prefer_the_chosen_responses(method, tiny_policy, world, tokenizer):
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "raft"])
+def test_every_method_of_pairs_learns_to_prefer_the_chosen_responses(method, tiny_policy, world, tokenizer):
     config = direct_config(method, order="shuffled", keep_easiest=1.0)
     trainer = direct_trainer(tiny_policy, config, num_steps=24)
     batches = direct_data(world, tokenizer, config, num_pairs=6).with_references(trainer.logprobs)

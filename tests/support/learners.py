@@ -160,7 +160,8 @@ def ppo_learner(
 def direct_config(algorithm="dpo", **direct):
     """The section of an algorithm, with a learning rate that moves the tiny policy."""
     written = {"optimiser": {"learning_rate": 1e-3, "warmup_fraction": 0.0}, "batch_pairs": 6, "max_length": 128}
-    return AlignmentConfig.model_validate({"algorithm": algorithm, "direct": written | direct}).direct
+    config = {"algorithm": algorithm, "direct": written | direct, "samples_per_prompt": 2}
+    return AlignmentConfig.model_validate(config).direct
 
 
 def direct_trainer(tiny_policy, config, *, make_engine=TorchEngine, max_tokens=512, num_steps=8):
