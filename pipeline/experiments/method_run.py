@@ -25,6 +25,7 @@ from pipeline.loops.policy_pairs import OwnPairs, RankingPorts
 from pipeline.objectives.implicit_rewards import form_of_method
 from pipeline.ports import DirectLearner
 from pipeline.records import Metrics, Prompt, StageResult
+from pipeline.stages import storage
 from pipeline.stages.stage_spec import StageSpec
 from pipeline.stages.workspace import StageDirectory
 
@@ -79,10 +80,11 @@ def align_by_method(
 
 
 def measure_policy(run: LocalRun, inputs: CellInputs, aligned: StageResult, comparison: ComparisonConfig) -> Metrics:
-    """`kl/*` and `response/*` of the aligned policy, and `table2/*` of its reward."""
+    """`kl/*` and `response/*` of the aligned policy, and `table2/*` of its reward. Removes what was published."""
     prompts = benchmark_prompts(run.experiment, run.data, run.policy.location)[0]
     run.load(aligned)
     moved = kl_to_start(run.rollouts, prompts, run.policy.location, run.experiment, comparison, device=run.device)
+    storage.delete_directory(run.publish_directory)
     return moved | evaluate_reward(
         _reward_of(run, inputs, aligned),
         run.data,
