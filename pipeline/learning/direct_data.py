@@ -11,7 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.direct_alignment import DirectConfig
 from pipeline.data.batching import stable_seed, step_indices
-from pipeline.data.chat import encode_prompt, encode_response, fit_prompt, require_chat_template, strip_thinking
+from pipeline.data.chat import encode_prompt, encode_response, fit_prompt, strip_thinking
+from pipeline.data.chat_rendering import require_chat_template
+from pipeline.data.token_limit import require_enough_fit
 from pipeline.errors import DataError
 from pipeline.records import (
     DirectBatch,
@@ -27,7 +29,7 @@ ReferenceOf = Callable[[Sequence[PromptGroup]], torch.Tensor]
 """[N, k] summed log-probabilities under the reference, of N prompts with k responses each."""
 
 LEFT_OUT = "data/left_out/"
-TOO_LONG, EMPTY, IDENTICAL = "prompt and response too long", "an empty response", "identical responses in tokens"
+TOO_LONG, EMPTY, IDENTICAL = "more than max_length tokens", "an empty response", "identical responses in tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,31 +53,39 @@ def tokenise_examples(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
+    max_too_long: float = 1.0,
 ) -> DirectExamples:
     """Encodes pairs or labelled responses; leaves out what does not fit, is empty, or is twice the same.
 
+    Args:
+        max_too_long: share of the rows that may be left out because they do not fit.
+
     Raises:
-        DataError: nothing is left; names the first row and a cure.
+        DataError: nothing is left, which names the first row and a cure; or too little fits.
     """
     require_chat_template(tokenizer)
     kept: list[tuple[PreferencePair | LabelledResponse, PromptGroup]] = []
     left_out: Counter[str] = Counter()
+    all_lengths: list[int] = []
     first_fault = ""
     for row in rows:
         texts = (row.chosen, row.rejected) if isinstance(row, PreferencePair) else (row.response,)
         responses = tuple(encode_response(tokenizer, strip_thinking(text)) for text in texts)
         tokens = PromptGroup(prompt_ids=encode_prompt(tokenizer, row.prompt), response_ids=responses)
+        all_lengths.append(len(tokens.prompt_ids) + max(map(len, responses)))
         fault = _fault(tokens, max_length)
         if fault is None:
             kept.append((row, tokens))
             continue
         left_out[fault] += 1
-        longest = len(tokens.prompt_ids) + max(map(len, responses))
-        first_fault = first_fault or f"{row.id!r} has {fault} ({longest} tokens)"
+        first_fault = first_fault or f"{row.id!r} has {fault} ({all_lengths[-1]} tokens)"
+    if left_out[TOO_LONG]:
+        limit, num_fit = f"alignment.direct.max_length = {max_length}", len(rows) - left_out[TOO_LONG]
+        require_enough_fit(all_lengths, num_fit, kind="rows", limit=limit, max_too_long=max_too_long)
     if not kept:
         raise DataError(
-            f"none of {len(rows)} rows can be used: {first_fault or 'there is none'}. Raise "
-            f"alignment.direct.max_length = {max_length}, or give other data."
+            f"none of {len(rows)} rows can be used: {first_fault or 'there is none'}. Give other data, or correct its "
+            "format."
         )
     return DirectExamples(
         ids=tuple(row.id for row, _ in kept),
@@ -117,7 +127,8 @@ class DirectData:
         left_out = {
             f"{LEFT_OUT}{reason.replace(' ', '_')}": float(count) for reason, count in self.examples.left_out.items()
         }
-        return sizes | left_out
+        left_out[f"{LEFT_OUT}held-out_pairs"] = float(sum(self.heldout.left_out.values()))
+        return sizes | {name: count for name, count in left_out.items() if count}
 
     def rows(self, step: int) -> list[int]:
         """The rows of `examples` in an optimiser step."""

@@ -143,7 +143,7 @@ class DirectAlignmentTrainer:
         device = self.engine.device
         reference_point = torch.zeros(())
         if batch.mismatched is not None:
-            logprobs = self.logprobs(batch.mismatched.groups)
+            logprobs = self._measured(batch.mismatched.groups, with_collisions=False)[..., 0]
             reference_point = kto_reference_point((logprobs - batch.mismatched.reference_logprobs).flatten())
         return StepValues(
             counts=StepCounts.of(batch, torch.arange(batch.num_rows)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,7 +44,7 @@ from pipeline.learning.reference_logprobs import ReferenceLogprobs
 from pipeline.loops.training import fit, train
 from pipeline.models.backbone import differing_tokens, load_config, load_tokenizer, require_lora_targets
 from pipeline.ports import DirectLearner
-from pipeline.records import Metrics, StageResult
+from pipeline.records import LabelledResponse, Metrics, PreferencePair, StageResult
 from pipeline.stages import storage
 from pipeline.stages.fingerprint import directory_fingerprint
 from pipeline.stages.stage_spec import StageSpec
@@ -230,17 +230,23 @@ class DirectAlignment:
 
     def _examples(self, data: RunData) -> tuple[DirectExamples, DirectExamples]:
         """Training examples and held-out pairs in the policy's tokens."""
-        config = self.config
         tokenizer = self.tokenizer()
-        heldout = self.heldout(data, tokenizer)
-        if not config.labelled_responses:
-            return tokenise_examples(data.train_pairs, tokenizer, max_length=config.max_length), heldout
-        labelled, left_out = read_labelled(
-            [resolve(path) for path in config.labelled_responses],
-            heldout_prompts={normalised_prompt(pair.prompt) for pair in data.heldout_pairs},
+        rows, left_out = self._training_rows(data)
+        examples = tokenise_examples(
+            rows, tokenizer, max_length=self.config.max_length, max_too_long=self.experiment.data.max_too_long
         )
-        examples = tokenise_examples(labelled, tokenizer, max_length=config.max_length)
-        return replace(examples, left_out=left_out + Counter(examples.left_out)), heldout
+        examples = replace(examples, left_out=Counter(left_out) + Counter(examples.left_out))
+        return examples, self.heldout(data, tokenizer)
+
+    def _training_rows(
+        self, data: RunData
+    ) -> tuple[Sequence[PreferencePair] | Sequence[LabelledResponse], Mapping[str, int]]:
+        """Pairs or labelled responses, and the rows of their files that gave none, by reason."""
+        files = self.config.labelled_responses
+        if not files:
+            return data.train_pairs, {str(reason): count for reason, count in data.left_out.items()}
+        heldout_prompts = {normalised_prompt(pair.prompt) for pair in data.heldout_pairs}
+        return read_labelled([resolve(path) for path in files], heldout_prompts=heldout_prompts)
 
     def heldout(self, data: RunData, tokenizer: PreTrainedTokenizerBase) -> DirectExamples:
         """Held-out pairs in the policy's tokens."""

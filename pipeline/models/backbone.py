@@ -229,6 +229,21 @@ def require_context(checkpoint: str, num_tokens: int, section: str) -> None:
         )
 
 
+def differing_tokens(tokenizer: PreTrainedTokenizerBase, checkpoint: str) -> list[str]:
+    """Tokens of the tokenizer whose id is another token, or none, to a checkpoint.
+
+    An id passes where the checkpoint has a row for it and its tokenizer no token: families add special tokens at the
+    end.
+    """
+    token_of_id = {index: token for token, index in load_tokenizer(checkpoint).get_vocab().items()}
+    num_rows = int(load_config(checkpoint).vocab_size)
+    return [
+        token
+        for token, index in tokenizer.get_vocab().items()
+        if index >= num_rows or token_of_id.get(index, token) != token
+    ]
+
+
 def require_same_tokens(policy: PreTrainedTokenizerBase, reward_model: str) -> None:
     """Raises ConfigError where a token id of the policy is another token, or none, to the reward model's backbone."""
     differing = differing_tokens(policy, reward_model)
@@ -239,20 +254,6 @@ def require_same_tokens(policy: PreTrainedTokenizerBase, reward_model: str) -> N
             "alignment.ppo.critic=value_head, or train the reward model on a backbone of the policy's family "
             "(reward.backbone)."
         )
-
-
-def differing_tokens(policy: PreTrainedTokenizerBase, checkpoint: str) -> list[str]:
-    """Tokens of the policy whose id is another token, or none, to the model of a checkpoint.
-
-    An id passes where the model has a row for it and its tokenizer no token: families add special tokens at the end.
-    """
-    token_of_id = {index: token for token, index in load_tokenizer(checkpoint).get_vocab().items()}
-    num_rows = int(load_config(checkpoint).vocab_size)
-    return [
-        token
-        for token, index in policy.get_vocab().items()
-        if index >= num_rows or token_of_id.get(index, token) != token
-    ]
 
 
 def require_lora_targets(checkpoint: str, lora: LoRAConfig | None, section: str) -> None:
