@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -12,9 +12,13 @@ from actors.alignment_tasks import prepare_policy, train_shared_reward_model
 from actors.experiment_tasks import ProcessResources, RunOutcome, as_remote_tasks, outcomes_as_they_end
 from cluster.resources import Demand
 from pipeline.config.recipe import Recipe
+from pipeline.errors import PipelineError
 from pipeline.experiments.grid import Run
-from pipeline.records import StageResult
+from pipeline.records import Metrics, StageResult
 from pipeline.stages import storage
+
+if TYPE_CHECKING:
+    from pipeline.experiments.method_run import CellInputs
 
 
 def compare_everywhere(
@@ -91,3 +95,34 @@ def compute_cell(
         recipe, load_data(recipe), inputs, shared=shared, directory=directory, device=resources.device
     )
     return asdict(result)
+
+
+def measure_everywhere(recipe: Recipe, inputs: CellInputs, aligned: StageResult, directory: str) -> Metrics:
+    """`measure_policy` as a Ray task that holds what one scoring replica of the recipe holds."""
+    replica = recipe.cluster.scoring
+    demand = Demand(
+        role="measurement",
+        setting="cluster.scoring",
+        count=1,
+        cpus=replica.cpus_per_replica,
+        gpus=min(1.0, replica.gpus_per_replica),
+    )
+    remote, resources = as_remote_tasks(demand, recipe.cluster.alignment.max_restarts)
+    tasks = {remote(measure_cell).remote(recipe, inputs, aligned, directory, resources): 0}
+    ((_, outcome),) = outcomes_as_they_end(tasks)
+    if isinstance(outcome, PipelineError):
+        raise outcome
+    return outcome
+
+
+def measure_cell(
+    recipe: Recipe, inputs: CellInputs, aligned: StageResult, directory: str, resources: ProcessResources
+) -> Metrics:
+    """`measure_policy` in this process."""
+    from pipeline.data.run_data import load_data
+    from pipeline.experiments.local_run import LocalRun
+    from pipeline.experiments.method_run import measure_policy
+
+    resources.apply()
+    run = LocalRun.open(recipe, load_data(recipe), inputs.policy, directory=directory, device=resources.device)
+    return measure_policy(run, inputs, aligned, recipe.comparison)

@@ -15,7 +15,7 @@ from ray.exceptions import RayTaskError, WorkerCrashedError
 from actors.ray_errors import ACTOR_DIED
 from cluster.resources import Demand
 from pipeline.config.recipe import Recipe
-from pipeline.data.run_data import DATA_ROOT
+from pipeline.data.recipe_files import DATA_ROOT
 from pipeline.errors import PipelineError, WorkerDied
 from pipeline.records import PromptGroup
 from pipeline.stages import storage
@@ -23,7 +23,6 @@ from pipeline.stages.fingerprint import directory_fingerprint, fingerprint
 from pipeline.stages.metrics_log import as_clock
 
 if TYPE_CHECKING:
-    from pipeline.data.run_data import RunData
     from pipeline.learning.reward_trainer import RewardTrainer
     from pipeline.loops.reward import RewardTraining
     from pipeline.models.frozen_states import FrozenStates
@@ -194,12 +193,12 @@ def train_one(recipe: Recipe, resources: ProcessResources, states_uri: str | Non
 
     resources.apply()
     with tempfile.TemporaryDirectory() as directory:
-        data, training = _prepare_training(recipe, directory)
+        training = _prepare_training(recipe, directory)
         trainer = _trainer_in_process(training, resources.device)
         key = backbone_key(recipe)
         if states_uri is not None and key is not None:
             _reward_model_of(trainer).frozen_states = _states_in(storage.join(states_uri, key))
-        return asdict(train_and_measure(training, trainer, data.gold, storage.join(directory, "training")))
+        return asdict(train_and_measure(training, trainer, storage.join(directory, "training")))
 
 
 def compute_missing_states(
@@ -219,7 +218,7 @@ def compute_missing_states(
     missing: dict[frozenset[str], PromptGroup] = {}
     with tempfile.TemporaryDirectory() as directory:
         for recipe in recipes:
-            _, training = _prepare_training(recipe, directory)
+            training = _prepare_training(recipe, directory)
             # Pairs that another seed splits elsewhere, or whose label another run flips, are the same texts.
             missing |= {frozenset(keys): tokens for keys, tokens in _pairs_of(training) if not known.holds(keys)}
     mine = [tokens for keys, tokens in missing.items() if int(min(keys), 16) % shards == shard]
@@ -233,7 +232,7 @@ def compute_missing_states(
         yield min(first + PAIRS_PER_FILE, len(mine)), len(mine)
 
 
-def _prepare_training(recipe: Recipe, directory: str) -> tuple[RunData, RewardTraining]:
+def _prepare_training(recipe: Recipe, directory: str) -> RewardTraining:
     """A backbone from noise is written into `directory`."""
     from pipeline.data.run_data import load_data
     from pipeline.learning.starting_policy import write_starting_policy
@@ -243,8 +242,7 @@ def _prepare_training(recipe: Recipe, directory: str) -> tuple[RunData, RewardTr
     if backbone is None:
         backbone = storage.join(directory, "policy")
         write_starting_policy(recipe.policy, backbone, seed=recipe.seed)
-    data = load_data(recipe)
-    return data, RewardTraining.prepare(recipe, data, backbone)
+    return RewardTraining.prepare(recipe, load_data(recipe), backbone)
 
 
 def _trainer_in_process(training: RewardTraining, device: str) -> RewardTrainer:

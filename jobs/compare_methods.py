@@ -7,8 +7,9 @@ A seed has one fine-tuned policy and one data set. Every method starts from that
 prompts. Judges are the truth, where the world is planted, and a VRM reward model. A method's reward is the one that its
 policy implies; for ppo and vrm_ppo it is the reward model that they were aligned against.
 
-A cell (a method with a seed) is one process. The same command computes only the cells that are missing, so a method can
-be added later. A killed cell goes on after its last committed step.
+A cell (a method with a seed) is one process; with comparison.cells=pipeline it is the pipeline's stages, over ranks and
+engines. The same command computes only the cells that are missing, so a method can be added later. A killed cell goes
+on after its last committed step.
 
 Writes runs/<cell>.json, comparison.md, comparison.json and learning_curves.png. Policies and answers lie in
 cells/<cell>/, and what cells share in shared/. `vrm benchmark judge` reads the answers.
@@ -22,11 +23,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from cluster.resources import StageDemand, plan_table
+from cluster.resources import StageDemand, plan_resources, plan_table
+from cluster.rollout_plan import plan_rollouts
 from jobs.command_line import Command, absolute_place, add_overrides, add_recipe
 from jobs.experiments import Compute, demand_of, finish_runs, seeds_and_overrides
 from pipeline.config.comparison import Method
 from pipeline.config.load import load_recipe
+from pipeline.config.recipe import Recipe
 from pipeline.errors import PipelineError, WorkerError
 from pipeline.experiments.grid import Run
 from pipeline.experiments.methods import plan_cells
@@ -70,6 +73,11 @@ def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace)
 
 def compute_on_the_cluster(cells: Sequence[Run], out: str) -> Iterable[tuple[int, dict[str, Any] | PipelineError]]:
     """Computes cells on the cluster this job was submitted to, or on its own."""
+    if cells[0].recipe.comparison.cells == "pipeline":
+        from jobs.comparison_pipeline import compute_with_the_pipeline
+
+        yield from compute_with_the_pipeline(cells, out)
+        return
     from actors.comparison_tasks import compare_everywhere
     from cluster.session import open_cluster
 
@@ -77,6 +85,13 @@ def compute_on_the_cluster(cells: Sequence[Run], out: str) -> Iterable[tuple[int
     demand = demand_of(cells[0].recipe)
     with open_cluster(cluster, [StageDemand(stage="comparison", demands=(demand,))]):
         yield from compare_everywhere(cells, demand, out, max_restarts=cluster.reward.max_restarts)
+
+
+def plan_of(recipe: Recipe) -> Sequence[StageDemand]:
+    """What one cell holds."""
+    if recipe.comparison.cells == "pipeline":
+        return plan_resources(recipe.cluster, plan_rollouts(recipe, []).placement)
+    return [StageDemand(stage="one cell", demands=(demand_of(recipe),))]
 
 
 def report(finished: Sequence[FinishedRun], out: str) -> str:
@@ -107,7 +122,7 @@ def compare_methods(options: argparse.Namespace, compute: Compute = compute_on_t
     cells = plan_cells(options.recipe, options.overrides, options.methods, options.seeds, data_fingerprints(recipe))
     if options.dry_run:
         listed = "\n".join(f"{cell.config_hash}  seed {cell.seed}  {cell.variant.name}" for cell in cells)
-        return f"{listed}\n\n{plan_table([StageDemand(stage='one cell', demands=(demand_of(recipe),))])}"
+        return f"{listed}\n\n{plan_table(plan_of(recipe))}"
     finished, failures = finish_runs(cells, out, compute)
     text = report(finished, out) if finished else ""
     if failures:

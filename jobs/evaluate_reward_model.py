@@ -31,6 +31,9 @@ from typing import TYPE_CHECKING, Any, get_args
 from jobs.command_line import Command
 from pipeline.config.cluster import ScoringConfig
 from pipeline.config.implicit_reward import ImplicitRewardName
+from pipeline.data.evaluation_examples import read_examples
+from pipeline.data.files import content_fingerprint
+from pipeline.data.preferences import LeftOut, left_out_counts, require_few_faults
 from pipeline.errors import ConfigError
 from pipeline.evaluation.reward_evaluation import (
     REWARD_BENCHMARKS,
@@ -40,6 +43,7 @@ from pipeline.evaluation.reward_evaluation import (
     metric_differences,
     survey,
 )
+from pipeline.models.checkpoint_files import check_reward_model
 from pipeline.stages.fingerprint import directory_fingerprint
 from pipeline.stages.metrics_log import as_clock
 
@@ -60,24 +64,31 @@ class RewardSource:
     load: Callable[[], ComparisonScorer]
 
 
+def require_one_source(options: argparse.Namespace) -> None:
+    """
+    Raises:
+        ConfigError: the options contradict each other.
+    """
+    if (options.model is None) == (options.policy is None):
+        raise ConfigError("give --model (a reward model), or --policy (what the policy implies), and not both")
+    given = [name for name in ("reference", "form", "beta") if getattr(options, name) is not None]
+    if given and options.policy is None:
+        raise ConfigError(
+            f"--{given[0]} belongs to --policy. A reward model has no reference and no form: leave it out."
+        )
+
+
 def reward_source(options: argparse.Namespace, device: str) -> RewardSource:
     """The source that the options name, checked without reading weights.
 
     Raises:
         CheckpointError: a directory does not hold what its option says.
-        ConfigError: the options contradict each other, or policy and reference read different tokens.
+        ConfigError: the options do not fit the form, or policy and reference read different tokens.
     """
-    if (options.model is None) == (options.policy is None):
-        raise ConfigError("give --model (a reward model), or --policy (what the policy implies), and not both")
     if options.policy is not None:
         return _implied_by_policy(options, device)
-    given = [name for name in ("reference", "form", "beta") if getattr(options, name) is not None]
-    if given:
-        raise ConfigError(
-            f"--{given[0]} belongs to --policy. A reward model has no reference and no form: leave it out."
-        )
     from pipeline.evaluation.reward_scorer import RewardModelScorer
-    from pipeline.models.reward_model import read_card
+    from pipeline.models.reward_model_card import read_card
 
     read_card(options.model)
     return RewardSource(
@@ -128,13 +139,9 @@ def _checkpoint_identity(checkpoint: str) -> str:
 
 def evaluate_reward_model(options: argparse.Namespace) -> str:
     """Scores, aggregates, writes; returns the table of results. Checks all input before a model is loaded."""
-    # torch is imported behind --help.
-    from pipeline.data.evaluation_examples import read_examples
-    from pipeline.data.files import content_fingerprint
-    from pipeline.data.preferences import LeftOut, left_out_counts, require_few_faults
-    from pipeline.evaluation.scored_rows_file import read_scored_rows, shared_prompts_note, write_scored_rows
-
-    source = reward_source(options, scoring_device(options.device))
+    require_one_source(options)
+    if options.model is not None:
+        check_reward_model(options.model)
     subset_field = options.subset_field or ("domain" if options.benchmark == "rm_bench" else None)
     left_out: Counter[LeftOut] = Counter()
     examples = read_examples(options.pairs, subset_field=subset_field, left_out=left_out)
@@ -142,6 +149,10 @@ def evaluate_reward_model(options: argparse.Namespace) -> str:
     require_few_faults(
         len(found.content_key), left_out, ", ".join(options.pairs), options.max_left_out, setting="--max-left-out"
     )
+    # torch is imported behind --help, and behind what is wrong with the input.
+    from pipeline.evaluation.scored_rows_file import read_scored_rows, shared_prompts_note, write_scored_rows
+
+    source = reward_source(options, scoring_device(options.device))
     notes = list(found.notes)
     if left_out:
         notes.append(f"left out of the comparisons: {left_out_counts(left_out)}")

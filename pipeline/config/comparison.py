@@ -44,5 +44,8 @@ class ComparisonConfig(Frozen):
     """Settings of single methods, `key.path=value` as on the command line. They come from a search on other seeds."""
     reward_benchmarks: tuple[RewardBenchmarkFiles, ...] = ()
     """Columns of Table 2, beside the held-out pairs."""
+    cells: Literal["process", "pipeline"] = "process"
+    """"process": a cell is one process, and many run at a time. "pipeline": a cell is the stages of the pipeline, over
+    ranks and engines as `cluster` says, one cell after the other; for models that do not fit in one process."""
     kl_samples: Count = 256
     """Responses, sampled at temperature 1, by which the KL of a policy to its start is estimated."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,12 +12,11 @@ from pipeline.data.files import content_fingerprint
 from pipeline.data.planted import GoldAnnotator, PlantedWorld
 from pipeline.data.preferences import LeftOut, normalised_prompt, read_pairs, split_by_prompt, take_pairs
 from pipeline.data.prompts import read_prompts
-from pipeline.errors import ConfigError, DataError
+from pipeline.data.recipe_files import data_files, require_named_data, resolve
+from pipeline.errors import DataError
 from pipeline.records import Message, PreferencePair
 
 NamedPrompt = tuple[str, tuple[Message, ...]]
-
-DATA_ROOT = "VRM_DATA_ROOT"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +68,7 @@ def with_flipped_labels(pairs: Sequence[PreferencePair], share: float, seed: int
 
 def data_fingerprints(experiment: ExperimentConfig) -> list[str]:
     """Content hashes of the files a run reads: a changed file is another input. A hub data set counts by its name."""
-    data = experiment.data
-    files = [*data.prompts, *_evaluation_files(experiment)]
-    if data.source == "files":
-        files += data.preferences
-    return [content_fingerprint(resolve(file)) for file in files]
-
-
-def resolve(path: str) -> str:
-    """A data path of a recipe: relative paths start at VRM_DATA_ROOT, or at the working directory without it."""
-    return os.path.join(os.environ.get(DATA_ROOT, ""), path)
+    return [content_fingerprint(file.path) for file in data_files(experiment)]
 
 
 def _evaluation_files(experiment: ExperimentConfig) -> tuple[str, ...]:
@@ -102,8 +91,7 @@ def _planted(experiment: ExperimentConfig) -> RunData:
 
 def _from_files(experiment: ExperimentConfig) -> RunData:
     data, seed = experiment.data, experiment.seed
-    if not data.preferences:
-        raise ConfigError(f'data.preferences = (): data.source = "{data.source}" needs at least one data set')
+    require_named_data(data)
     hub = data.source == "hub"
     sources = data.preferences if hub else [resolve(path) for path in data.preferences]
     read = read_pairs(

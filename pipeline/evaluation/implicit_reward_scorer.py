@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.data.batching import plan_micro_batches
-from pipeline.data.chat import encode_prompt, encode_response, fit_prompt, require_chat_template, strip_thinking
+from pipeline.data.chat import encode_prompt, encode_response, fit_prompt, strip_thinking
+from pipeline.data.chat_rendering import require_chat_template
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.reward_scorer import share_prompts
 from pipeline.models.backbone import differing_tokens, load_causal_lm, load_config, load_tokenizer

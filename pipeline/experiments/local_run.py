@@ -11,8 +11,9 @@ from pipeline.evaluation.reward_scorer import RewardModelScorer
 from pipeline.experiments.shared_stages import from_root_or_computed
 from pipeline.learning.builders import PPOLearnerSpec, build_ppo_learner, engine_in_process, reference_in_process
 from pipeline.loops.align_policy import AlignmentPorts, alignment_stage, run_alignment
-from pipeline.loops.benchmark import BenchmarkPorts, benchmark_stage, run_benchmark
+from pipeline.loops.benchmark import BenchmarkPorts, benchmark_prompts, benchmark_stage, run_benchmark
 from pipeline.records import StageResult
+from pipeline.rollouts.publishing import publish_checkpoint
 from pipeline.rollouts.torch_rollouts import TorchRollouts
 from pipeline.stages import storage
 from pipeline.stages.workspace import StageDirectory
@@ -91,6 +92,13 @@ class LocalRun:
                 open_ports=lambda: BenchmarkPorts(rollouts=self.rollouts, scorer=scorer),
             ),
         )
+
+    def load(self, policy: StageResult) -> None:
+        """Gives the sampler a finished policy, which passes the numerics gate."""
+        probes = benchmark_prompts(self.experiment, self.data, self.policy.location)[1]
+        location, dtype = storage.join(self.publish_directory, "measured"), self.experiment.policy.dtype
+        with storage.reading(policy.location) as checkpoint:
+            self.rollouts.load_weights(publish_checkpoint(checkpoint, location, probes, dtype=dtype, version=0))
 
 
 def scorer_in_process(experiment: ExperimentConfig, reward_model: StageResult, device: str) -> RewardModelScorer:

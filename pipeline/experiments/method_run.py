@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from pipeline.benchmark.scored_answers import read_scored_answers
+from pipeline.config.comparison import ComparisonConfig
 from pipeline.config.recipe import Recipe
 from pipeline.data.planted import GoldAnnotator
 from pipeline.data.preferences import normalised_prompt
@@ -24,6 +25,7 @@ from pipeline.loops.policy_pairs import OwnPairs, RankingPorts
 from pipeline.objectives.implicit_rewards import form_of_method
 from pipeline.ports import DirectLearner
 from pipeline.records import Metrics, Prompt, StageResult
+from pipeline.stages import storage
 from pipeline.stages.stage_spec import StageSpec
 from pipeline.stages.workspace import StageDirectory
 
@@ -69,28 +71,54 @@ def align_by_method(
         seconds: of the alignment, the reward model it needs included, without the evaluation.
     """
     # Prompts that do not fit are found before the alignment, not after it.
-    prompts = benchmark_prompts(recipe, data, inputs.policy.location)[0]
+    benchmark_prompts(recipe, data, inputs.policy.location)
     run = LocalRun.open(recipe, data, inputs.policy, directory=directory, device=device)
     stages, aligned = _align(run, inputs, shared)
     answers = run.answer(aligned, inputs.judge, scorer_in_process(recipe, inputs.judge, device))
+    measured = measure_policy(run, inputs, aligned, recipe.comparison)
+    return cell_result(recipe, data, inputs, stages, answers, measured)
+
+
+def measure_policy(run: LocalRun, inputs: CellInputs, aligned: StageResult, comparison: ComparisonConfig) -> Metrics:
+    """`kl/*` and `response/*` of the aligned policy, and `table2/*` of its reward. Removes what was published."""
+    prompts = benchmark_prompts(run.experiment, run.data, run.policy.location)[0]
+    run.load(aligned)
+    moved = kl_to_start(run.rollouts, prompts, run.policy.location, run.experiment, comparison, device=run.device)
+    storage.delete_directory(run.publish_directory)
+    return moved | evaluate_reward(
+        _reward_of(run, inputs, aligned),
+        run.data,
+        comparison,
+        run.directory,
+        identity=aligned.fingerprint,
+        seed=run.experiment.seed,
+    )
+
+
+def cell_result(
+    recipe: Recipe,
+    data: RunData,
+    inputs: CellInputs,
+    stages: Sequence[StageDirectory],
+    answers: StageResult,
+    measured: Metrics,
+) -> RunResult:
+    """What the finished stages of a cell and its measurements say together; see `align_by_method`.
+
+    Args:
+        stages: those of the method, the last one the alignment.
+        answers: the stage that answered the held-out prompts.
+        measured: of `measure_policy`.
+    """
+    prompts = benchmark_prompts(recipe, data, inputs.policy.location)[0]
     manifests = [stage.manifest() for stage in stages]
     rows = [stage.metrics_rows() for stage in stages]
-    metrics = dict(answers.metrics)
-    metrics |= kl_to_start(run.rollouts, prompts, inputs.policy.location, recipe, recipe.comparison, device=device)
-    metrics |= training_budget(
+    budget = training_budget(
         recipe, [row for stage in rows for row in stage], [m["metrics"] for m in manifests], len(data.train_pairs)
-    )
-    metrics |= evaluate_reward(
-        _reward_of(run, inputs, aligned),
-        data,
-        recipe.comparison,
-        directory,
-        identity=aligned.fingerprint,
-        seed=recipe.seed,
     )
     seconds = sum(manifest[SECONDS] for manifest in manifests) + inputs.reward_model_seconds
     return RunResult(
-        metrics=metrics | {"budget/seconds": seconds},
+        metrics=dict(answers.metrics) | measured | budget | {"budget/seconds": seconds},
         curve=_curve(rows[-1]),
         prompts=[normalised_prompt(prompt.messages) for prompt in prompts],
         margins=_margins(answers.location, prompts, data.gold),

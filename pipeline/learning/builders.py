@@ -30,7 +30,8 @@ from pipeline.models.backbone import load_backbone, load_causal_lm, load_tokeniz
 from pipeline.models.critic import Policy, PolicyWithCritic, ResponsePolicy
 from pipeline.models.lora import add_lora
 from pipeline.models.reward_heads import RewardHead
-from pipeline.models.reward_model import RewardModel, RewardModelCard, load_reward_model, make_head
+from pipeline.models.reward_model import RewardModel, load_reward_model, make_head
+from pipeline.models.reward_model_card import RewardModelCard
 from pipeline.records import PromptGroup
 from pipeline.stages import storage
 

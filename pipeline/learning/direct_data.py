@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.direct_alignment import DirectConfig
 from pipeline.data.batching import stable_seed, step_indices
-from pipeline.data.chat import encode_prompt, encode_response, fit_prompt, require_chat_template, strip_thinking
+from pipeline.data.chat import encode_prompt, encode_response, fit_prompt, strip_thinking
+from pipeline.data.chat_rendering import require_chat_template
 from pipeline.data.token_limit import require_enough_fit
 from pipeline.errors import DataError
 from pipeline.records import (

@@ -62,7 +62,10 @@ class ReferenceLogprobs:
         between()
         logprobs = self.measure(groups).contiguous()
         with storage.writing(place) as directory:
-            save_file({"logprobs": logprobs}, os.path.join(directory, LOGPROBS_FILE))
+            # Two runs may compute the same file at a time: a reader of either sees a whole one.
+            unfinished = os.path.join(directory, f"{LOGPROBS_FILE}.{os.getpid()}")
+            save_file({"logprobs": logprobs}, unfinished)
+            os.replace(unfinished, os.path.join(directory, LOGPROBS_FILE))
         storage.make_durable(place)
         commit = {"policy": self.policy, "dtype": self.dtype, "responses": logprobs.numel()}
         storage.write_text(storage.join(place, COMMIT_FILE), json.dumps(commit))

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pipeline.config.cluster import ScoringConfig
 from pipeline.errors import DataError, DeadlineExceeded, NumericsError
 from pipeline.evaluation.reasons import verified_objectives
-from pipeline.models.reward_model import RewardModelCard
-from pipeline.objectives.reward_comparison import compare_rewards, rank_by_lower_bound
+from pipeline.models.reward_model_card import RewardModelCard
+from pipeline.objectives.reward_comparison import compare_rewards, rank_by_lower_bound, relative_contributions
 from pipeline.records import Message, RewardScore
 from pipeline.serving.admission import Admission
 from pipeline.serving.cache import ScoreCache, row_key
@@ -154,6 +154,11 @@ class ScoringService:
     def fingerprint(self) -> str:
         return self.model.model_fingerprint
 
+    def contributions(self, score: RewardScore) -> dict[str, float]:
+        """Objective -> what it adds to a reward above that of the mean held-out response."""
+        relative = relative_contributions(score, tuple(self.model.mean_contributions.values()))
+        return dict(zip(self.model.objectives, relative, strict=False))
+
     def _verified(self, deciding: int | None) -> str | None:
         """The name of an objective, where it may be given as a reason."""
         name = None if deciding is None else self.model.objectives[deciding]
@@ -175,7 +180,7 @@ class ScoringService:
                 for name, statistics in self.model.objective_statistics.items()
                 if name in scores
             },
-            contributions={name: weights[name] * scores[name] for name in scores},
+            contributions=self.contributions(score),
             deviations=list(score.deviations),
         )
 
@@ -203,6 +208,7 @@ def describe_model(
         max_length=card.max_length,
         reward_mean=card.reward_mean,
         reward_std=card.reward_std,
+        mean_contributions=dict(zip(card.objectives, card.mean_contributions, strict=False)),
         objective_statistics={name: ObjectiveStatistics(mean=mean, std=std) for name, mean, std in statistics},
         scale=card.scale,
         verified_objectives=list(verified_objectives(card.metrics, card.objectives)),
