@@ -274,7 +274,8 @@ class DirectAlignment:
         return tokenizer
 
     def _require_a_reference_with_the_same_tokens(self, tokenizer: PreTrainedTokenizerBase, checkpoint: str) -> None:
-        differing = differing_tokens(tokenizer, checkpoint)
+        num_rows = int(load_config(checkpoint).vocab_size)
+        differing = differing_tokens(tokenizer, load_tokenizer(checkpoint), num_rows=num_rows)
         if differing:
             raise ConfigError(
                 f"alignment.direct.reference_checkpoint = {checkpoint!r} reads the policy's token ids, but "
