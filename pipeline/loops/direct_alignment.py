@@ -307,7 +307,12 @@ class DirectAlignment:
             dtype=self.experiment.policy.dtype,
             measure=trainer.logprobs,
         )
-        return partial(references.of, between=stage.leave_if_preempted)
+
+        def before(num_behind: int, num_groups: int) -> None:
+            stage.leave_if_preempted()
+            print(f"{stage.name}  reference: {num_behind} of {num_groups} prompts measured", flush=True)
+
+        return partial(references.of, before=before)
 
     def _batches_of_another_reference(self, stage: StageDirectory, data: DirectData) -> DirectBatches | None:
         """None where the policy itself is the reference. Another one leaves the memory before training starts."""
