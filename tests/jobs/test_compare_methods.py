@@ -91,12 +91,30 @@ def test_a_method_that_reads_pairs_trains_no_reward_model_of_its_own():
     assert reward_recipe(ppo) == ppo != judge_of(ppo)
 
 
-@pytest.mark.parametrize("method", ["dpo", "simpo", "kto", "selective_dpo", "raft", "vrm_ppo"])
-def test_a_cell_is_computed_from_the_first_stage_to_its_measurements(method, tmp_path):
-    (cell,) = plan_cells("table1_tiny", SMALL_CELL, [method], [0])
-    recipe, shared = cell.recipe, str(tmp_path / "shared")
-    policy = shared_policy(recipe, shared, device="cpu")
-    judge = shared_reward_model(judge_of(recipe), policy, shared, device="cpu")
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """Where the cells of this file share the fine-tuned policy and the judge."""
+    return str(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture(scope="module")
+def policy(shared):
+    return shared_policy(small_cell("dpo"), shared, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def judge(shared, policy):
+    return shared_reward_model(judge_of(small_cell("dpo")), policy, shared, device="cpu")
+
+
+def small_cell(method, *overrides):
+    (cell,) = plan_cells("table1_tiny", (*SMALL_CELL, *overrides), [method], [0])
+    return cell.recipe
+
+
+@pytest.mark.parametrize("method", ["simpo", "selective_dpo", "raft", "vrm_ppo"])
+def test_a_cell_is_computed_from_the_first_stage_to_its_measurements(method, shared, policy, judge, tmp_path):
+    recipe = small_cell(method)
     resources = ProcessResources(cpus=1.0, gpus=0.0, data_root="")
     result = compute_cell(recipe, policy, judge, judge, shared, str(tmp_path / "cell"), resources)
     metrics = result["metrics"]
@@ -106,22 +124,19 @@ def test_a_cell_is_computed_from_the_first_stage_to_its_measurements(method, tmp
     assert metrics["budget/steps"] >= 3
     assert (metrics["budget/sampled_tokens"] > 0) == needs_reward_model(recipe)
     assert result["curve"]
+    assert not (tmp_path / "cell" / "published").exists()
     json.dumps(result, allow_nan=False)
 
 
-def test_the_start_has_no_distance_to_itself_and_a_killed_cell_goes_on(tmp_path):
-    """A learning rate of nearly 0 leaves the policy where it is. The second call trains nothing."""
-    tiny = (*SMALL_CELL, "alignment.direct.optimiser.learning_rate=1e-12")
-    (cell,) = plan_cells("table1_tiny", tiny, ["dpo"], [0])
-    shared = str(tmp_path / "shared")
-    policy = shared_policy(cell.recipe, shared, device="cpu")
-    judge = shared_reward_model(judge_of(cell.recipe), policy, shared, device="cpu")
+def test_the_start_has_no_distance_to_itself_and_a_finished_cell_trains_nothing(shared, policy, judge, tmp_path):
+    """A learning rate of nearly 0 leaves the policy where it is."""
+    recipe = small_cell("dpo", "alignment.direct.optimiser.learning_rate=1e-12")
     inputs = CellInputs(policy=policy, judge=judge, reward_model=judge, reward_model_seconds=seconds_of(judge))
     arguments = {"shared": shared, "directory": str(tmp_path / "cell"), "device": "cpu"}
-    first = align_by_method(cell.recipe, load_data(cell.recipe), inputs, **arguments)
+    first = align_by_method(recipe, load_data(recipe), inputs, **arguments)
     assert first.metrics["kl/to_start"] == pytest.approx(0.0, abs=1e-4)
     assert first.metrics["reward/win_rate"] == 0.5
-    again = align_by_method(cell.recipe, load_data(cell.recipe), inputs, **arguments)
+    again = align_by_method(recipe, load_data(recipe), inputs, **arguments)
     assert again.metrics == first.metrics
     assert again.seconds == first.seconds
 
