@@ -133,6 +133,7 @@ def heldout_examples(pairs: Sequence[PreferencePair], gold: GoldAnnotator | None
         EvaluationExample(
             id=pair.id,
             subset=pair.source if gold is None else gold.kind(pair.prompt),
+            source=pair.source,
             place=f"held-out pair {pair.id}",
             prompt=pair.prompt,
             chosen=(pair.chosen,),

@@ -41,6 +41,7 @@ from pipeline.learning.direct_data import (
     tokenise_examples,
 )
 from pipeline.learning.reference_logprobs import ReferenceLogprobs
+from pipeline.learning.reward_data import share_by_source
 from pipeline.loops.training import fit, train
 from pipeline.models.backbone import differing_tokens, load_config, load_tokenizer, require_lora_targets
 from pipeline.ports import DirectLearner
@@ -187,7 +188,7 @@ class DirectAlignment:
                 checkpoint_every=self.config.checkpoint_every,
             )
             metrics |= trainer.peak_memory()
-        for message in alarm_messages(metrics, DIRECT_ALARMS):
+        for message in alarm_messages(metrics, DIRECT_ALARMS, are_pairs_scored=True):
             print(f"{stage.name}  {message}", flush=True)
         return metrics | about_the_data
 
@@ -244,13 +245,16 @@ class DirectAlignment:
         """Pairs or labelled responses, and the rows of their files that gave none, by reason."""
         files = self.config.labelled_responses
         if not files:
-            return data.train_pairs, {str(reason): count for reason, count in data.left_out.items()}
+            counts: Counter[str] = Counter()
+            for reasons in data.left_out.values():
+                counts.update({str(reason): count for reason, count in reasons.items()})
+            return data.train_pairs, counts
         heldout_prompts = {normalised_prompt(pair.prompt) for pair in data.heldout_pairs}
         return read_labelled([resolve(path) for path in files], heldout_prompts=heldout_prompts)
 
     def heldout(self, data: RunData, tokenizer: PreTrainedTokenizerBase) -> DirectExamples:
         """Held-out pairs in the policy's tokens."""
-        pairs = data.heldout_pairs[: self.config.max_eval_pairs]
+        pairs = share_by_source(data.heldout_pairs, self.config.max_eval_pairs)
         return tokenise_examples(pairs, tokenizer, max_length=self.config.max_length)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
