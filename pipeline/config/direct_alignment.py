@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import Count, Frozen, NonNegative, Positive
 from pipeline.config.models import LoRAConfig, OptimiserConfig, _require_one_way_to_train_less
@@ -128,6 +128,13 @@ class DirectConfig(Frozen):
     @property
     def needs_difficulty(self) -> bool:
         return self.order == "easy_first" or self.keep_easiest < 1.0
+
+    @field_validator("beta", mode="before")
+    @classmethod
+    def _beta_is_not_zero(cls, beta: Any) -> Any:
+        if isinstance(beta, int | float) and beta == 0:
+            raise ValueError("0 would make all implicit rewards 0; 0.1 is usual, in SimPO 2 to 10")
+        return beta
 
     @model_validator(mode="after")
     def _one_way_to_train_less(self) -> DirectConfig:

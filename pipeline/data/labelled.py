@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from pipeline.data.chat import strip_thinking
-from pipeline.data.files import distinct, read_rows
+from pipeline.data.files import Row, distinct, read_rows
 from pipeline.data.preferences import LeftOut, normalised_prompt
-from pipeline.data.prompts import prompt_of
+from pipeline.data.prompts import PROMPT_FIELDS, prompt_of
 from pipeline.errors import DataError
 from pipeline.records import LabelledResponse
-
-PROMPT_FIELDS = ("prompt", "messages", "instruction")
 
 
 def read_labelled(
@@ -30,15 +29,13 @@ def read_labelled(
     found: list[LabelledResponse] = []
     left_out: Counter[str] = Counter()
     for path in paths:
-        for row in read_rows(path):
-            prompt = prompt_of(row, PROMPT_FIELDS)
-            response, label = row.require("response", str), row.require("label", bool)
-            if not strip_thinking(response).strip():
+        for row in map(labelled_response, read_rows(path)):
+            if not strip_thinking(row.response).strip():
                 left_out[LeftOut.EMPTY] += 1
-            elif normalised_prompt(prompt) in heldout_prompts:
+            elif normalised_prompt(row.prompt) in heldout_prompts:
                 left_out["a held-out prompt"] += 1
             else:
-                found.append(LabelledResponse(id=row.identity, prompt=prompt, response=response, label=label))
+                found.append(row)
     labels = Counter(row.label for row in found)
     if len(labels) < 2:
         raise DataError(
@@ -46,7 +43,18 @@ def read_labelled(
             "from both classes. Give responses of the other class, too, or use a method for pairs."
         )
     identities = distinct(row.id for row in found)
-    return [
-        LabelledResponse(id=identity, prompt=row.prompt, response=row.response, label=row.label)
-        for identity, row in zip(identities, found, strict=True)
-    ], left_out
+    return [replace(row, id=identity) for identity, row in zip(identities, found, strict=True)], left_out
+
+
+def labelled_response(row: Row) -> LabelledResponse:
+    """A row of a file.
+
+    Raises:
+        DataError: it lacks a field or has one of another kind; names file, line and field.
+    """
+    return LabelledResponse(
+        id=row.identity,
+        prompt=prompt_of(row, PROMPT_FIELDS),
+        response=row.require("response", str),
+        label=row.require("label", bool),
+    )

@@ -10,6 +10,7 @@ from functools import partial
 from pipeline.config.data import DataConfig
 from pipeline.config.recipe import ExperimentConfig
 from pipeline.data.files import Row, first_rows
+from pipeline.data.labelled import labelled_response
 from pipeline.data.preferences import ADAPTERS
 from pipeline.data.prompts import EVALUATION_PROMPT_FIELDS, PROMPT_FIELDS, prompt_of
 from pipeline.errors import ConfigError, DataError
@@ -55,6 +56,12 @@ def data_files(experiment: ExperimentConfig) -> Iterator[DataFile]:
             yield pair_file(resolve(path), data.preferences_format, experiment.objectives)
 
 
+def _labelled_files(experiment: ExperimentConfig) -> Iterator[DataFile]:
+    """Read by the alignment alone: no other stage depends on them."""
+    for path in experiment.alignment.direct.labelled_responses:
+        yield DataFile(path=resolve(path), read=_read_labelled)
+
+
 def check_data(experiment: ExperimentConfig) -> int:
     """Looks at the first rows of each file of a run; returns how many files there are.
 
@@ -63,7 +70,7 @@ def check_data(experiment: ExperimentConfig) -> int:
         DataError: a file cannot be used; names file, line and field.
     """
     require_named_data(experiment.data)
-    files = list(data_files(experiment))
+    files = [*data_files(experiment), *_labelled_files(experiment)]
     for file in files:
         file.look_at()
     return len(files)
@@ -92,6 +99,11 @@ def resolve(path: str) -> str:
 def _read_prompts(rows: Iterable[Row], *, fields: Sequence[str]) -> None:
     for row in rows:
         prompt_of(row, fields)
+
+
+def _read_labelled(rows: Iterable[Row]) -> None:
+    for row in rows:
+        labelled_response(row)
 
 
 def _read_pairs(rows: Iterable[Row], *, data_format: str, objectives: tuple[str, ...]) -> None:

@@ -19,15 +19,20 @@ from pipeline.stages import storage
 DIRECTORY = "reference_logprobs"
 LOGPROBS_FILE = "logprobs.safetensors"
 COMMIT_FILE = "commit.json"
-GROUPS_PER_FILE = 4096
+GROUPS_PER_FILE = 512
+"""One call of the ranks: minutes on a CPU, within any deadline."""
 
 MeasureLogprobs = Callable[[Sequence[PromptGroup]], torch.Tensor]
 """`DirectLearner.logprobs` of a learner that holds the reference policy."""
 
 
+def _ignore(num_behind: int, num_groups: int) -> None:
+    """Nobody watches."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReferenceLogprobs:
-    """The log-probabilities of one reference policy, in files of some thousand prompts, each with its commit.
+    """The log-probabilities of one reference policy, in files of some hundred prompts, each with its commit.
 
     A file's name is a hash of the policy and of all token ids, so it also depends on the tokenizer and on the longest
     length. An interrupted run keeps the files that it has written.
@@ -45,21 +50,25 @@ class ReferenceLogprobs:
     def in_workspace(cls, workspace: str, *, policy: str, dtype: str, measure: MeasureLogprobs) -> ReferenceLogprobs:
         return cls(uri=storage.join(workspace, DIRECTORY), policy=policy, dtype=dtype, measure=measure)
 
-    def of(self, groups: Sequence[PromptGroup], *, between: Callable[[], None] = lambda: None) -> torch.Tensor:
+    def of(self, groups: Sequence[PromptGroup], *, before: Callable[[int, int], None] = _ignore) -> torch.Tensor:
         """[N, k] float32: log pi_ref(y|x) of every response, nats; from the workspace where they lie there.
 
         Args:
             groups: N prompts with k responses each.
-            between: called before every file that is to be computed; may raise to leave.
+            before: called before prompts are computed, with the number of those behind and of all; may raise to leave.
         """
-        parts = [groups[first : first + GROUPS_PER_FILE] for first in range(0, len(groups), GROUPS_PER_FILE)]
-        return torch.cat([self._part(part, between) for part in parts])
+        parts = []
+        for first in range(0, len(groups), GROUPS_PER_FILE):
+            part = groups[first : first + GROUPS_PER_FILE]
+            place = storage.join(self.uri, self._key(part))
+            if storage.read_text(storage.join(place, COMMIT_FILE)) is None:
+                before(first, len(groups))
+                parts.append(self._compute(part, place))
+            else:
+                parts.append(_load(place))
+        return torch.cat(parts)
 
-    def _part(self, groups: Sequence[PromptGroup], between: Callable[[], None]) -> torch.Tensor:
-        place = storage.join(self.uri, self._key(groups))
-        if storage.read_text(storage.join(place, COMMIT_FILE)) is not None:
-            return _load(place)
-        between()
+    def _compute(self, groups: Sequence[PromptGroup], place: str) -> torch.Tensor:
         logprobs = self.measure(groups).contiguous()
         with storage.writing(place) as directory:
             # Two runs may compute the same file at a time: a reader of either sees a whole one.

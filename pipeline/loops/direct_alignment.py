@@ -274,7 +274,8 @@ class DirectAlignment:
         return tokenizer
 
     def _require_a_reference_with_the_same_tokens(self, tokenizer: PreTrainedTokenizerBase, checkpoint: str) -> None:
-        differing = differing_tokens(tokenizer, checkpoint)
+        num_rows = int(load_config(checkpoint).vocab_size)
+        differing = differing_tokens(tokenizer, load_tokenizer(checkpoint), num_rows=num_rows)
         if differing:
             raise ConfigError(
                 f"alignment.direct.reference_checkpoint = {checkpoint!r} reads the policy's token ids, but "
@@ -306,7 +307,12 @@ class DirectAlignment:
             dtype=self.experiment.policy.dtype,
             measure=trainer.logprobs,
         )
-        return partial(references.of, between=stage.leave_if_preempted)
+
+        def before(num_behind: int, num_groups: int) -> None:
+            stage.leave_if_preempted()
+            print(f"{stage.name}  reference: {num_behind} of {num_groups} prompts measured", flush=True)
+
+        return partial(references.of, before=before)
 
     def _batches_of_another_reference(self, stage: StageDirectory, data: DirectData) -> DirectBatches | None:
         """None where the policy itself is the reference. Another one leaves the memory before training starts."""

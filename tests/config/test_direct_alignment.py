@@ -54,7 +54,8 @@ def test_the_recipe_of_another_algorithm_serves_a_direct_method_too():
 @pytest.mark.parametrize(
     ("algorithm", "written", "message"),
     [
-        ("dpo", {"beta": 0.0}, "greater than 0"),
+        ("dpo", {"beta": 0.0}, "0 would make all implicit rewards 0; 0.1 is usual"),
+        ("dpo", {"beta": -1.0}, "greater than 0"),
         ("ipo", {"target_margin": 1.0}, "target_margin means nothing without losses.sigmoid"),
         ("ipo", {"label_smoothing": 0.1}, "label_smoothing means nothing without losses.sigmoid"),
         ("dpo", {"losses": {"robust": 1.0}}, "losses.robust means nothing without label_smoothing"),
@@ -87,5 +88,5 @@ def test_settings_that_a_method_does_not_use_are_refused(algorithm, written, mes
 def test_the_error_names_the_section():
     with pytest.raises(ConfigError, match=r"alignment\.direct: wpo_clamp means nothing without weighting = policy"):
         load_recipe("tiny", ["alignment.algorithm=dpo", "alignment.direct.wpo_clamp=true"])
-    with pytest.raises(ConfigError, match=r"alignment\.direct\.beta = 0: input should be greater than 0"):
+    with pytest.raises(ConfigError, match=r"alignment\.direct\.beta: 0 would make all implicit rewards 0"):
         load_recipe("tiny", ["alignment.algorithm=dpo", "alignment.direct.beta=0"])

@@ -59,6 +59,20 @@ def test_a_bad_recipe_file_or_checkpoint_is_refused_by_every_command_before_anyt
         (["run", "tiny", "--workspace", out, *bad_pairs], "cut.jsonl, line 1: no JSON"),
         (["run", "tiny", "--workspace", out, *files, f"data.prompts=[{nowhere}]"], f"{nowhere} does not exist"),
         (["run", "tiny", "--workspace", out, f"policy.checkpoint={nowhere}"], f"'{nowhere}' does not exist"),
+        (
+            [
+                "run",
+                "tiny",
+                "--dry-run",
+                "alignment.algorithm=kto",
+                f"alignment.direct.labelled_responses=[{questions}]",
+            ],
+            "none of the fields messages, prompt, instruction is there",
+        ),
+        (
+            ["run", "tiny", "--dry-run", "alignment.algorithm=dpo", f"alignment.direct.reference_checkpoint={nowhere}"],
+            f"'{nowhere}' does not exist",
+        ),
         (["run", "tiny", "--dry-run", *bad_pairs], "cut.jsonl, line 1: no JSON"),
         (["experiment", "heads", "--out", out, *bad_pairs], "cut.jsonl, line 1: no JSON"),
         (["evaluate", "--model", nowhere, "--pairs", str(cut), "--out", out], "it is no reward model"),

@@ -176,6 +176,27 @@ def test_ranks_and_micro_batches_leave_losses_and_parameters_as_they_are(
         assert differences.mean() < 1e-6
 
 
+def test_another_number_of_ranks_resumes_with_the_same_state(tiny_policy, world, tokenizer, references, tmp_path):
+    config = direct_config("beta_dpo", optimiser={"learning_rate": 1e-4, "warmup_fraction": 0.0})
+    batches = batches_of(world, tokenizer, config, references)
+    whole = direct_trainer(tiny_policy, config)
+    expected = [whole.update(batches.batch(step), step) for step in range(2)]
+
+    def build(make_engine):
+        return direct_trainer(tiny_policy, config, make_engine=make_engine, max_tokens=100)
+
+    def first_step(trainer):
+        trainer.update(batches.batch(0), 0)
+        trainer.snapshot().write(str(tmp_path))
+
+    run_ranks(2, build, first_step)
+    resumed = direct_trainer(tiny_policy, config)
+    resumed.restore(str(tmp_path))
+    metrics = resumed.update(batches.batch(1), 1)
+    assert metrics == pytest.approx(expected[1], rel=1e-5, abs=1e-5)
+    assert resumed.gaps.mean == pytest.approx(whole.gaps.mean, abs=1e-5)
+
+
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "raft"])
 def test_every_method_of_pairs_learns_to_prefer_the_chosen_responses(method, tiny_policy, world, tokenizer):
     config = direct_config(method, order="shuffled", keep_easiest=1.0)
