@@ -73,7 +73,7 @@ def seeds_and_overrides(options: argparse.Namespace) -> list[int]:
     Raises:
         ConfigError: a seed is no number.
     """
-    options.overrides += [word for word in options.seeds if "=" in word]
+    options.overrides = [*options.overrides, *(word for word in options.seeds if "=" in word)]
     seeds = [word for word in options.seeds if "=" not in word]
     if not all(word.isdecimal() for word in seeds):
         raise ConfigError(f"--seeds {' '.join(seeds)}: seeds are whole numbers from 0, as in --seeds 0 1 2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -36,9 +37,10 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
             raise ConfigError(f"{override!r} is no override; write key.path=value, as in alignment.num_steps=50")
     try:
         merged = OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides)))
-        plain = OmegaConf.to_container(merged, resolve=True)
+        plain = cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
     except (YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path.name} with overrides {list(overrides)}: {error}") from error
+    plain.setdefault("own_objectives", _are_objectives_own(path, overrides))
     try:
         return Recipe.model_validate(plain)
     except ValidationError as error:
@@ -62,6 +64,16 @@ def _read(path: Path, *, below: tuple[Path, ...]) -> DictConfig:
     if parent is None:
         return values
     return cast(DictConfig, OmegaConf.merge(_read(recipe_path(str(parent)), below=(*below, path)), values))
+
+
+def _are_objectives_own(path: Path, overrides: Sequence[str]) -> bool:
+    """Whether an override or a recipe outside the package names the objectives."""
+    if any(override.startswith("objectives=") for override in overrides):
+        return True
+    values = cast(DictConfig, OmegaConf.load(path))
+    if "objectives" in values or EXTENDS not in values:
+        return path.resolve().parent != RECIPES.resolve()
+    return _are_objectives_own(recipe_path(str(values[EXTENDS])), ())
 
 
 def recipe_names() -> list[str]:
@@ -123,6 +135,7 @@ def _error_message(detail: Any) -> str:
 
 def _nearest(key: str) -> str:
     """What the user may have meant by an unknown key: a like-named neighbour, or the same name elsewhere."""
+    key = _without_positions(key)
     section, _, name = key.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in _siblings(key)}
     near = difflib.get_close_matches(name, siblings, n=1)
@@ -137,7 +150,13 @@ def _nearest(key: str) -> str:
 
 def _siblings(key: str) -> list[str]:
     """All keys with the same parent."""
-    return [k for k in recipe_keys() if k.rpartition(".")[0] == key.rpartition(".")[0]]
+    parent = _without_positions(key.rpartition(".")[0])
+    return [k for k in recipe_keys() if k.rpartition(".")[0] == parent]
+
+
+def _without_positions(key: str) -> str:
+    """All entries of a list have the same settings."""
+    return re.sub(r"\[\d+\]", "", key)
 
 
 def _all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -6,6 +6,7 @@ finished stage.
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -28,12 +29,33 @@ class ExperimentConfig(Frozen):
     seed: int = 0
     objectives: Annotated[tuple[str, ...], Field(min_length=2)]
     """The K objectives, in their fixed order."""
+    own_objectives: bool = True
+    """The user named the objectives. False where the names come from a recipe of the package: if no pair is scored,
+    the objectives are then called factor 1 to factor K. Set by the reader of recipes."""
     data: DataConfig = DataConfig()
     policy: PolicyConfig = PolicyConfig()
     sft: SFTConfig = SFTConfig()
     reward: RewardConfig = RewardConfig()
     alignment: AlignmentConfig = AlignmentConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
+
+    @property
+    def factor_names(self) -> tuple[str, ...]:
+        """Names of the K objectives that claim nothing of what they are."""
+        return tuple(f"factor {k + 1}" for k in range(len(self.objectives)))
+
+    @model_validator(mode="after")
+    def _sources_annotate_these_objectives(self) -> ExperimentConfig:
+        for i, source in enumerate(self.data.sources):
+            unknown = sorted({*(source.objectives or {}).values()} - {*self.objectives})
+            if unknown:
+                near = difflib.get_close_matches(unknown[0], self.objectives, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ValueError(
+                    f"data.sources[{i}].objectives: source {source.name!r} maps a column to {unknown[0]!r}, which is "
+                    f"no objective of the recipe; its objectives are {', '.join(self.objectives)}.{hint}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _one_reward_weight_an_objective(self) -> ExperimentConfig:

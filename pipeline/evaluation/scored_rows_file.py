@@ -26,7 +26,7 @@ from pipeline.records import Message, RewardScore
 ROWS_PER_CHUNK = 128
 """Rows in memory at a time; enough to put rows of similar length into one micro-batch."""
 
-FIELDS = ("id", "subset", "cut", "annotators_tie")
+FIELDS = ("id", "subset", "source", "cut", "annotators_tie")
 
 
 class ComparisonScorer(RewardScorer, Protocol):
@@ -97,6 +97,15 @@ def read_scored_rows(path: Path) -> tuple[ScoredRows, str]:
     return rows, scored_by.pop()
 
 
+def read_pair_scores(path: Path) -> Iterator[tuple[RewardScore, RewardScore]]:
+    """The whole scores of the first chosen and the first rejected response of every row, in order.
+
+    The file must be one that `read_scored_rows` takes.
+    """
+    for row in read_rows(str(path)):
+        yield _reward_score(row.values["chosen"][0]), _reward_score(row.values["rejected"][0])
+
+
 def _read_rows(path: Path, scored_by: set[str]) -> Iterator[ScoredComparison]:
     """Yields the rows one by one, and adds the identities of their models to `scored_by`."""
     for row in read_rows(str(path)):
@@ -142,8 +151,8 @@ def _skip_scored(rows: Iterator[EvaluationExample], path: Path, scored_by: str) 
 def _is_line_of(line: bytes, row: EvaluationExample, scored_by: str) -> bool:
     try:
         values = json.loads(line)
-        found = [values[name] for name in ("scored_by", "content_key", "id", "subset", "annotators_tie")]
-        return found == [scored_by, row.content_key, row.id, row.subset, row.annotators_tie]
+        found = [values[name] for name in ("scored_by", "content_key", "id", "subset", "source", "annotators_tie")]
+        return found == [scored_by, row.content_key, row.id, row.subset, row.source, row.annotators_tie]
     except (ValueError, KeyError, TypeError):  # not a line of this format
         return False
 
@@ -158,6 +167,7 @@ def _score_chunk(chunk: Sequence[EvaluationExample], scorer: ComparisonScorer, s
         line = {
             "id": row.id,
             "subset": row.subset,
+            "source": row.source,
             "content_key": row.content_key,
             "prompt_key": row.prompt_key,
             "scored_by": scored_by,

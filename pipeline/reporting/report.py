@@ -17,7 +17,14 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from pipeline.evaluation.reasons import REASON_PREFIX, TRUSTED_PAIR_ACCURACY, verified_objectives
+from pipeline.data.preferences import LEFT_OUT_PREFIX
+from pipeline.evaluation.reasons import (
+    REASON_PREFIX,
+    TRUSTED_PAIR_ACCURACY,
+    named_contributions,
+    verified_objectives,
+)
+from pipeline.evaluation.source_metrics import source_results
 from pipeline.objectives.reward_comparison import compare_rewards
 from pipeline.records import Answer, Metrics
 from pipeline.reporting.axis_style import style_axis
@@ -33,7 +40,6 @@ TRUTH_ROWS = {
     "reasons/decisive_accuracy": "named reasons that are the true ones, held out",
 }
 """Metrics that exist where the truth is known -> their labels."""
-UNVERIFIED = "what the model cannot tell apart"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +210,7 @@ def report_page(data: ReportData) -> str:
         untold=untold,
         trusted=TRUSTED_PAIR_ACCURACY,
         results=results_table(data),
+        sources=source_rows(data.reward_metrics),
         reward_figure=_reward_figure(data.reward_rows),
         alignment_figure=_alignment_figure(data.alignment_rows),
         weights_figure=_weights_figure(data),
@@ -212,6 +219,34 @@ def report_page(data: ReportData) -> str:
         versions=data.stages[-1].versions if data.stages else {},
         recipe=json.dumps(data.recipe, indent=2),
     )
+
+
+def source_rows(metrics: Metrics) -> list[tuple[str, ...]]:
+    """The table of the sources of the pairs; empty where none is known."""
+    return [
+        (
+            source.name,
+            f"{metrics.get(f'data/source/{source.name}/train_pairs', 0.0):.0f}",
+            f"{source.pairs}",
+            _with_interval(source.accuracy, source.accuracy_interval),
+            _with_interval(source.nll, source.nll_interval),
+            f"{source.longer_is_better:.3f}",
+            _left_out_words(metrics, source.name),
+        )
+        for source in source_results(metrics)
+    ]
+
+
+def _with_interval(value: float, interval: tuple[float, ...]) -> str:
+    return " ".join([f"{value:.3f}", *([f"[{interval[0]:.3f}, {interval[1]:.3f}]"] if interval else [])])
+
+
+def _left_out_words(metrics: Metrics, source: str) -> str:
+    prefix = f"{LEFT_OUT_PREFIX}{source}/"
+    reasons = {
+        key.removeprefix(prefix).replace("_", " "): count for key, count in metrics.items() if key.startswith(prefix)
+    }
+    return ", ".join(f"{count:.0f} with {reason}" for reason, count in reasons.items())
 
 
 # ----------------------------------------------------------------------------- figures
@@ -319,16 +354,9 @@ def _png(figure: Any) -> str:
 
 
 def _reasons(data: ReportData, base: Answer, aligned: Answer) -> list[tuple[str, float]]:
-    """(verified objective, what it adds to the reward of the aligned answer above that of the base answer).
-
-    The last entry is the sum of the objectives that are not verified, so that all entries add up to the margin. Nothing
-    is told where no objective is verified.
-    """
+    """What each verified objective adds to the reward of the aligned answer above that of the base answer."""
     verified = verified_objectives(data.reward_metrics, data.objectives)
-    contributions = dict(zip(data.objectives, compare_rewards(aligned.score, base.score).contributions, strict=False))
-    told = [(name, value) for name, value in contributions.items() if name in verified]
-    rest = [value for name, value in contributions.items() if name not in verified]
-    return [*told, (UNVERIFIED, sum(rest))] if told and rest else told
+    return named_contributions(compare_rewards(aligned.score, base.score).contributions, data.objectives, verified)
 
 
 def _fidelity_rows(data: ReportData) -> list[tuple[str, str]]:

@@ -86,9 +86,9 @@ def test_recipes_that_extend_each_other_are_refused(tmp_path):
         ("policy.dtype=fp16", "policy.dtype = 'fp16': input should be 'float32' or 'bfloat16'"),
         ("sft.optimiser.learning_rate=inf", "learning_rate = 'inf': input should be a finite number"),
         ("alignment=5", "alignment = 5: this is a section; set one of its keys: num_steps, "),
-        ("data.preferences=pairs.jsonl", "data.preferences = 'pairs.jsonl': this is a list; write [pairs.jsonl]"),
+        ("data.prompts=prompts.jsonl", "data.prompts = 'prompts.jsonl': this is a list; write [prompts.jsonl]"),
         ("objectives=[safety]", "objectives = ['safety']: give at least 2"),
-        ("data.preferences=[a,7]", "data.preferences[1] = 7: input should be a valid string"),
+        ("data.prompts=[a,7]", "data.prompts[1] = 7: input should be a valid string"),
         ("alignment.ppo.mini_batch_size=100", "is not a multiple of ppo.mini_batch_size = 100; change one"),
         ("reward.vrm.decoder=hadamard", "semantic_dims = 16; set reward.vrm.semantic_dims=4"),
         ("reward.loss={supervision: mse, supervision_on: expected_log}", "use supervision 'kl' or 'rank'"),
@@ -230,3 +230,17 @@ def test_choices_that_cannot_go_together_are_an_error_message(overrides, message
     with pytest.raises(ConfigError) as error:
         load_recipe("tiny", overrides)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "own"),
+    [
+        ("name: mine\nobjectives: [kind, short]\n", (), True),
+        ("extends: tiny\nname: mine\n", (), False),
+        ("extends: tiny\nobjectives: [kind, short]\n", (), True),
+        ("extends: tiny\n", ("objectives=[kind,short]",), True),
+        ("extends: tiny\nown_objectives: true\n", (), True),
+    ],
+)
+def test_objectives_are_the_users_own_unless_the_package_named_them(tmp_path, recipe, overrides, own):
+    assert load_recipe(write(tmp_path, recipe), overrides).own_objectives == own
