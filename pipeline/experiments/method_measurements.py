@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -128,7 +129,7 @@ def training_budget(
 
 
 def heldout_examples(pairs: Sequence[PreferencePair], gold: GoldAnnotator | None) -> list[EvaluationExample]:
-    """Held-out pairs as rows of an evaluation; the subset is the kind of the prompt where it is known, else the source."""
+    """Held-out pairs as rows of an evaluation. The subset is the kind of the prompt if it is known, else the source."""
     examples = examples_of_pairs(pairs)
     if gold is None:
         return examples
