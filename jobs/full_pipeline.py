@@ -14,7 +14,7 @@ from jobs.align_policy import align_policy
 from jobs.generate_benchmark import generate_benchmark
 from jobs.run_job import run_job
 from jobs.sft import sft
-from jobs.train_reward_model import train_reward_model
+from jobs.train_reward_model import train_judge, train_reward_model
 from jobs.write_report import write_report
 
 if TYPE_CHECKING:
@@ -26,8 +26,9 @@ def run_pipeline(job: Job) -> None:
     policy = sft(stages, recipe, read_data)
     reward_model = train_reward_model(stages, recipe, read_data, policy)
     aligned = align_policy(stages, recipe, read_data, actors, policy, reward_model)
-    benchmark = generate_benchmark(stages, recipe, read_data, actors, policy, aligned, reward_model)
-    write_report(stages.workspace, recipe, policy, reward_model, aligned, benchmark)
+    judge = train_judge(stages, recipe, read_data, policy)
+    benchmark = generate_benchmark(stages, recipe, read_data, actors, policy, aligned, reward_model, judge)
+    write_report(stages.workspace, recipe, policy, reward_model, aligned, benchmark, judge)
 
 
 if __name__ == "__main__":

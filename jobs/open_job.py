@@ -58,7 +58,7 @@ def open_job(options: JobOptions) -> Iterator[Job]:
         exits.enter_context(open_cluster(recipe.cluster, ()))
         nodes = node_resources()
         rollout_plan = plan_rollouts(recipe, nodes)
-        check_plan(plan_resources(recipe.cluster, rollout_plan.placement), nodes)
+        check_plan(plan_resources(recipe.cluster, rollout_plan.placement, judge=recipe.judge is not None), nodes)
         actors = SharedActors(recipe, rollout_plan, workspace.uri, exits)
         exits.enter_context(notice.watching())  # behind ray.init, which handles SIGTERM by leaving at once
         exits.callback(actors.leave_service)

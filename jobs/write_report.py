@@ -15,7 +15,7 @@ from jobs.align_policy import align_policy
 from jobs.generate_benchmark import generate_benchmark
 from jobs.run_job import run_job
 from jobs.sft import sft
-from jobs.train_reward_model import train_reward_model
+from jobs.train_reward_model import train_judge, train_reward_model
 from pipeline.benchmark.scored_answers import read_scored_answers
 from pipeline.config.recipe import Recipe
 from pipeline.records import StageResult
@@ -34,12 +34,13 @@ def write_report(
     reward_model: StageResult,
     aligned: StageResult,
     benchmark: StageResult,
+    judge: StageResult | None,
 ) -> str:
     """Writes <workspace>/report.html from the finished stages, prints the results. Cheap: always made anew."""
     from pipeline.loops.benchmark import ALIGNED, BASE, answers_file
     from pipeline.reporting.report import ReportData, StageSummary, report_page, results_table
 
-    results = (policy, reward_model, aligned, benchmark)
+    results = (policy, reward_model, aligned, benchmark, *([] if judge is None else [judge]))
     stages = [workspace.stage(result.name, result.fingerprint) for result in results]
     with storage.reading(benchmark.location) as directory:
         answers = {name: read_scored_answers(answers_file(directory, name)) for name in (BASE, ALIGNED)}
@@ -86,8 +87,9 @@ def main(job: Job) -> None:
     policy = sft(stages, recipe, read_data)
     reward_model = train_reward_model(stages, recipe, read_data, policy)
     aligned = align_policy(stages, recipe, read_data, actors, policy, reward_model)
-    benchmark = generate_benchmark(stages, recipe, read_data, actors, policy, aligned, reward_model)
-    write_report(stages.workspace, recipe, policy, reward_model, aligned, benchmark)
+    judge = train_judge(stages, recipe, read_data, policy)
+    benchmark = generate_benchmark(stages, recipe, read_data, actors, policy, aligned, reward_model, judge)
+    write_report(stages.workspace, recipe, policy, reward_model, aligned, benchmark, judge)
 
 
 if __name__ == "__main__":

@@ -185,3 +185,17 @@ class RewardConfig(Frozen):
         if self.reward_weights and self.head != "regression":
             raise ValueError(f"reward_weights belong to head = 'regression', not to {self.head!r}")
         return self
+
+
+class JudgeConfig(Frozen):
+    """A second reward model, which judges the aligned policy and which the policy is not trained on.
+
+    It is trained as `reward` says, on prompts that the reward model does not see. What the policy learns to exploit in
+    one of them is then less often a weakness of the other.
+    """
+
+    head: Literal["vrm", "gate", "regression", "bt", "bt_aux", "ensemble"] = "bt"
+    seed: int = 1
+    """Decides its first parameters, the order of its pairs, and which prompts are its own."""
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the training prompts that are the judge's; the reward model gets the others."""

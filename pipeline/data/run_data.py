@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.config.recipe import ExperimentConfig
+from pipeline.config.reward import JudgeConfig
 from pipeline.data.batching import stable_seed
 from pipeline.data.decontamination import Contamination, EvaluationPrompts, find_contamination
 from pipeline.data.files import content_fingerprint
@@ -66,6 +67,35 @@ def with_flipped_labels(pairs: Sequence[PreferencePair], share: float, seed: int
         )
         for pair in pairs
     ]
+
+
+def pairs_of_the_reward_model(data: RunData, judge: JudgeConfig | None) -> RunData:
+    """The data without the training pairs that are the judge's."""
+    return data if judge is None else _with_pairs_of(data, judge, judges=False)
+
+
+def pairs_of_the_judge(data: RunData, judge: JudgeConfig) -> RunData:
+    """The data with the judge's training pairs alone. The held-out pairs are those of the reward model."""
+    return _with_pairs_of(data, judge, judges=True)
+
+
+def _with_pairs_of(data: RunData, judge: JudgeConfig, *, judges: bool) -> RunData:
+    """Split by prompt, so that the two models share none.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    pairs = [
+        pair
+        for pair in data.train_pairs
+        if (stable_seed("judge", judge.seed, normalised_prompt(pair.prompt)) / 2**62 < judge.share) == judges
+    ]
+    if not pairs:
+        raise DataError(
+            f"judge.share = {judge.share:g} of {len(data.train_pairs)} training pairs leaves the "
+            f"{'judge' if judges else 'reward model'} none. Give more pairs, or another share."
+        )
+    return replace(data, train_pairs=pairs)
 
 
 def data_fingerprints(experiment: ExperimentConfig) -> list[str]:

@@ -23,8 +23,8 @@ LOSS = "reward.loss"
 
 Trained = Literal["reward_model", "policy"]
 READS: Mapping[Trained, set[str]] = {
-    "reward_model": {"seed", "objectives", "data", "policy", "reward"},
-    "policy": {"seed", "objectives", "data", "policy", "sft", "reward", "alignment", "benchmark"},
+    "reward_model": {"seed", "objectives", "data", "policy", "reward", "judge"},
+    "policy": {"seed", "objectives", "data", "policy", "sft", "reward", "judge", "alignment", "benchmark"},
 }
 """What an experiment trains -> the sections of a recipe that its runs read."""
 

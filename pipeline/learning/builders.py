@@ -26,6 +26,7 @@ from pipeline.learning.schedule import LearningRateSchedule
 from pipeline.learning.sft_trainer import SFTTrainer
 from pipeline.models.backbone import load_backbone, load_causal_lm, load_tokenizer, train_only_last_layers
 from pipeline.models.critic import Policy, PolicyWithCritic
+from pipeline.models.frozen_states import FrozenStates
 from pipeline.models.lora import add_lora
 from pipeline.models.reward_heads import RewardHead
 from pipeline.models.reward_model import RewardModel, RewardModelCard, load_reward_model, make_head
@@ -80,6 +81,8 @@ class RewardTrainerSpec:
     statistics: ScoreStatistics
     num_steps: int
     seed: int
+    states_uri: str | None = None
+    """Where the states of a backbone that does not train are kept; None computes them as they are needed."""
 
 
 def build_reward_trainer(spec: RewardTrainerSpec, make_engine: MakeEngine) -> RewardTrainer:
@@ -92,8 +95,11 @@ def build_reward_trainer(spec: RewardTrainerSpec, make_engine: MakeEngine) -> Re
     if config.gradient_checkpointing:
         backbone.gradient_checkpointing_enable()
     head = _new_head(spec, backbone.config.hidden_size)
+    model = RewardModel(backbone, head)
+    if spec.states_uri is not None:
+        model.frozen_states = FrozenStates.read(spec.states_uri)
     engine = make_engine(
-        RewardModel(backbone, head),
+        model,
         parameter_groups(backbone, head, config.optimiser, head_learning_rate=config.head_learning_rate),
         betas=config.optimiser.betas,
         max_grad_norm=config.optimiser.max_grad_norm,

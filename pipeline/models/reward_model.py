@@ -7,7 +7,6 @@ A checkpoint is a directory: `model.safetensors` (backbone.* and head.*), `rewar
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -23,9 +22,9 @@ from pipeline.config.base import Frozen
 from pipeline.config.reward import EnsembleConfig, VRMHeadConfig
 from pipeline.errors import CheckpointError
 from pipeline.models.backbone import load_config, load_tokenizer
-from pipeline.models.frozen_states import FrozenStates, response_keys
+from pipeline.models.frozen_states import FrozenStates
 from pipeline.models.onednn_linear import with_onednn
-from pipeline.models.packing import PackedTokens, pack, packed_states, use_packed_attention
+from pipeline.models.packing import PackedTokens, packed_states, use_packed_attention
 from pipeline.models.reward_heads import (
     BradleyTerryAuxiliaryHead,
     BradleyTerryHead,
@@ -37,7 +36,6 @@ from pipeline.models.reward_heads import (
     VRMHead,
 )
 from pipeline.models.transformers_auto import AutoModel
-from pipeline.records import PromptGroup
 
 CARD_FILE = "reward_model.json"
 REWARD_MODEL_FILE = "model.safetensors"
@@ -131,23 +129,6 @@ def score_packed(model: RewardModel, packed: PackedTokens) -> RewardOutput:
     """Posterior-mean scores of R responses, without gradient."""
     with torch.inference_mode():
         return RewardOutput(*model(packed))
-
-
-def compute_states(model: RewardModel, groups: Iterable[PromptGroup], *, dtype: str) -> dict[str, torch.Tensor]:
-    """The states of every response, by key; one group at a time, so that they do not depend on one another.
-
-    Args:
-        dtype: "bfloat16" computes under autocast, as training does.
-    """
-    device = next(model.parameters()).device
-    states: dict[str, torch.Tensor] = {}
-    model.eval()
-    for group in groups:
-        packed = pack([group]).to(device)
-        with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-            prompts, responses = model.encode(packed)
-        states |= zip(response_keys(packed), torch.stack([prompts, responses], dim=1).float().cpu(), strict=True)
-    return states
 
 
 def save_reward_model(

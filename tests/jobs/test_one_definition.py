@@ -8,14 +8,14 @@ import actors.deepspeed_learners
 import jobs.align_policy
 from actors.alignment_tasks import align_one, prepare_policy, train_shared_reward_model
 from actors.deepspeed_learners import deepspeed_reward_trainer, deepspeed_sft_trainer
-from actors.experiment_tasks import ProcessResources
+from actors.ray_tasks import ProcessResources
 from cluster.rollout_plan import THROUGH_FILES
 from jobs.align_policy import align_policy
 from jobs.generate_benchmark import generate_benchmark
 from jobs.open_job import Job
 from jobs.sft import sft
 from jobs.shared_actors import SharedActors
-from jobs.train_reward_model import train_reward_model
+from jobs.train_reward_model import train_judge, train_reward_model
 from pipeline.config.load import load_recipe
 from pipeline.data.run_data import load_data
 from pipeline.errors import ConfigError
@@ -96,7 +96,8 @@ def test_job_and_experiment_have_the_same_stages_with_the_same_numbers(job, tmp_
     policy = sft(stages, recipe, read_data)
     reward_model = train_reward_model(stages, recipe, read_data, policy)
     aligned = align_policy(stages, recipe, read_data, job.actors, policy, reward_model)
-    benchmark = generate_benchmark(stages, recipe, read_data, job.actors, policy, aligned, reward_model)
+    judge = train_judge(stages, recipe, read_data, policy)
+    benchmark = generate_benchmark(stages, recipe, read_data, job.actors, policy, aligned, reward_model, judge)
 
     shared = str(tmp_path / "shared")
     shared_policy = prepare_policy(recipe, shared, ONE_CORE)
