@@ -49,14 +49,17 @@ def test_the_judge_is_a_stage_of_its_own_and_changes_what_depends_on_it():
         as_judge(alone)
 
 
+def score(mean):
+    return RewardScore(mean=float(mean), std=0.0, objective_weights=(), objective_scores=())
+
+
 class PrefersLongAnswers:
     def score(self, prompts, responses):
-        return [RewardScore(mean=float(len(response)), std=0.0) for response in responses]
+        return [score(len(response)) for response in responses]
 
 
 def answers(*outputs):
-    score = RewardScore(mean=0.0, std=0.0)
-    return [Answer(prompt_id="", instruction="", output=output, generator="", score=score) for output in outputs]
+    return [Answer(prompt_id="", instruction="", output=output, generator="", score=score(0)) for output in outputs]
 
 
 def prompts(*identities):
