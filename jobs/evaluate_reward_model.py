@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def evaluate_reward_model(options: argparse.Namespace) -> str:
     # torch is imported behind --help.
     from pipeline.data.evaluation_examples import read_examples
     from pipeline.data.files import content_fingerprint
+    from pipeline.data.preferences import LeftOut, left_out_counts, require_few_faults
     from pipeline.evaluation.reward_scorer import RewardModelScorer
     from pipeline.evaluation.scored_rows_file import read_scored_rows, shared_prompts_note, write_scored_rows
     from pipeline.models.reward_model import read_card
@@ -47,8 +49,15 @@ def evaluate_reward_model(options: argparse.Namespace) -> str:
     device = scoring_device(options.device)
     read_card(options.model)
     subset_field = options.subset_field or ("domain" if options.benchmark == "rm_bench" else None)
-    found = survey(read_examples(options.pairs, subset_field=subset_field), options.benchmark)
+    left_out: Counter[LeftOut] = Counter()
+    examples = read_examples(options.pairs, subset_field=subset_field, left_out=left_out)
+    found = survey(examples, options.benchmark)
+    require_few_faults(
+        len(found.content_key), left_out, ", ".join(options.pairs), options.max_left_out, setting="--max-left-out"
+    )
     notes = list(found.notes)
+    if left_out:
+        notes.append(f"left out of the comparisons: {left_out_counts(left_out)}")
     if options.trained_on:
         notes.append(shared_prompts_note(found.prompt_keys, options.trained_on))
     other = None
@@ -78,6 +87,7 @@ def evaluate_reward_model(options: argparse.Namespace) -> str:
         "files": {file: content_fingerprint(file) for file in options.pairs},
         "seed": options.seed,
         "notes": notes,
+        "left_out": dict(left_out),
         **as_json(evaluation),
         "compared_with": other,
         "differences": as_json(differences),
@@ -128,6 +138,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--subset-field", metavar="NAME", help="names the subset (subset, for rm_bench domain)")
     parser.add_argument("--compare", type=Path, metavar="ROWS", help="rows.jsonl of another model on the same rows")
     parser.add_argument("--trained-on", nargs="+", default=(), metavar="FILE", help="count prompts shared with these")
+    parser.add_argument(
+        "--max-left-out",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="of the rows, that may have an empty response or the same on both sides (%(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default cuda where there is one")
     default_tokens = ScoringConfig().max_tokens_per_batch

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections import Counter
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
@@ -23,9 +22,8 @@ from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    from pipeline.data.preferences import LeftOut
     from pipeline.models.reward_model import RewardModelCard
     from pipeline.records import PreferencePair
 
@@ -65,40 +63,42 @@ def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace)
 
 def load_pairs(
     options: argparse.Namespace, recipe: Recipe | None, card: RewardModelCard
-) -> tuple[Sequence[PreferencePair], Sequence[PreferencePair], Mapping[LeftOut, int]]:
-    """(training pairs, held-out pairs, comparisons of the files that gave no pair by reason)."""
-    from pipeline.config.data import DataConfig
-    from pipeline.data.preferences import read_pairs
+) -> tuple[Sequence[PreferencePair], Sequence[PreferencePair], Sequence[str]]:
+    """(training pairs, held-out pairs, a sentence about every source)."""
+    from pipeline.config.data import DataConfig, SourceConfig
     from pipeline.data.run_data import load_data
+    from pipeline.data.sources import read_source
 
     if recipe is None:
         train, heldout = (
-            read_pairs(
-                files,
-                options.format or "pairs",
-                card.objectives,
-                hub=False,
-                seed=options.seed,
-                max_left_out=DataConfig().max_left_out,
-            )
-            for files in (options.train, options.heldout)
+            [
+                read_source(
+                    SourceConfig(name=f"{side}_{number}", path=file, format=options.format or "pairs"),
+                    file,
+                    card.objectives,
+                    seed=options.seed,
+                    max_left_out=DataConfig().max_left_out,
+                )
+                for number, file in enumerate(files, start=1)
+            ]
+            for side, files in (("train", options.train), ("heldout", options.heldout))
         )
-        return train.pairs, heldout.pairs, Counter(train.left_out) + Counter(heldout.left_out)
+        training, tested = ([pair for source in side for pair in source.pairs] for side in (train, heldout))
+        return training, tested, [source.note() for source in (*train, *heldout)]
     if recipe.objectives != card.objectives:
         raise ConfigError(
             f"{options.model} was trained on the objectives {', '.join(card.objectives)}, recipe {recipe.name} has "
             f"{', '.join(recipe.objectives)}: it is not the recipe of this model."
         )
     data = load_data(recipe)
-    return data.train_pairs, data.heldout_pairs, data.left_out
+    return data.train_pairs, data.heldout_pairs, data.source_notes
 
 
 def measure_model(options: argparse.Namespace) -> str:
     """Writes the report, returns it in words."""
     import torch
 
-    from pipeline.data.preferences import left_out_counts
-    from pipeline.data.score_statistics import ScoreStatistics
+    from pipeline.data.score_statistics import MixtureStatistics
     from pipeline.evaluation.pac_bayes_measurement import MeasuredPairs, measure_pac_bayes, require_posterior
     from pipeline.evaluation.pac_bayes_report import pac_bayes_text
     from pipeline.evaluation.posterior_risk import posterior_risk
@@ -111,10 +111,12 @@ def measure_model(options: argparse.Namespace) -> str:
     with storage.reading(options.model) as directory:
         card = read_card(directory)
         require_posterior(card, options.model)
-        training, heldout, left_out = load_pairs(options, recipe, card)
-        ScoreStatistics.of(training, card.objectives).require_scale_of(
-            card.score_mean, card.score_std, place=", ".join(options.train) or f"the data of recipe {options.recipe}"
-        )
+        training, heldout, notes = load_pairs(options, recipe, card)
+        for name, found in MixtureStatistics.of(training, card.objectives).sources.items():
+            known = card.score_statistics.get(name)
+            mean, std = (known.mean, known.std) if known else (card.score_mean, card.score_std)
+            place = f"source {name} of recipe {options.recipe}" if recipe else ", ".join(options.train)
+            found.require_scale_of(mean, std, place=place)
         dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
         model, tokenizer, _ = load_reward_model(directory, dtype=dtype)
         model_fingerprint = directory_fingerprint(directory)
@@ -124,8 +126,8 @@ def measure_model(options: argparse.Namespace) -> str:
         f"and one of the {len(heldout):,} held-out pairs for each of {len(pairs.heldout):,} prompts\n",
         flush=True,
     )
-    if left_out:
-        print(f"left out of the files: {left_out_counts(left_out)}\n", flush=True)
+    for note in notes:
+        print(note, flush=True)
     risk_of = partial(
         posterior_risk,
         model,

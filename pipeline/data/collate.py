@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.batching import stable_seed
 from pipeline.data.chat import encode_prompt, encode_response, fit_prompt, strip_thinking
-from pipeline.data.score_statistics import ScoreStatistics
-from pipeline.errors import DataError
+from pipeline.data.score_statistics import MixtureStatistics
+from pipeline.data.token_limit import require_enough_fit
 from pipeline.objectives.variational import supervision_scores, supervision_target
 from pipeline.records import Message, PreferenceBatch, PreferencePair, PromptGroup
 
@@ -28,29 +28,35 @@ class TokenisedPair:
 
 
 def tokenise_pairs(
-    pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, *, max_length: int, drop_too_long: bool
+    pairs: Sequence[PreferencePair],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    drop_too_long: bool,
+    max_too_long: float = 1.0,
 ) -> list[TokenisedPair]:
     """Encodes pairs. Training drops those longer than `max_length`; evaluation cuts the prompt from the left instead.
 
+    Args:
+        max_too_long: share of the pairs that may be dropped.
+
     Raises:
-        DataError: nothing is left.
+        DataError: nothing is left, or too little.
     """
-    tokenised = []
+    tokenised, lengths = [], []
     for pair in pairs:
         prompt = encode_prompt(tokenizer, pair.prompt)
         chosen, rejected = (encode_response(tokenizer, strip_thinking(text)) for text in (pair.chosen, pair.rejected))
         longest = max(len(chosen), len(rejected))
-        if len(prompt) + longest > max_length:
+        lengths.append(len(prompt) + longest)
+        if lengths[-1] > max_length:
             if drop_too_long or longest >= max_length:
                 continue
             prompt = fit_prompt(prompt, max(chosen, rejected, key=len), max_length)
         tokens = PromptGroup(prompt_ids=prompt, response_ids=(chosen, rejected))
         tokenised.append(TokenisedPair(pair=pair, tokens=tokens))
-    if not tokenised:
-        raise DataError(
-            f"none of {len(pairs)} pairs fits in max_length = {max_length} tokens. "
-            "Raise reward.max_length, or give shorter data."
-        )
+    limit = f"reward.max_length = {max_length}"
+    require_enough_fit(lengths, len(tokenised), kind="pairs", limit=limit, max_too_long=max_too_long)
     return tokenised
 
 
@@ -58,8 +64,8 @@ def tokenise_pairs(
 class PairCollator:
     """B tokenised pairs to one batch."""
 
-    statistics: ScoreStatistics
-    """Score statistics of the training split. They standardise the responses' scores (Eq. 13)."""
+    statistics: MixtureStatistics
+    """Score statistics of the training split, by source. They standardise the responses' scores (Eq. 13)."""
     temperature: float
     """tau of the supervision target."""
     seed: int
@@ -68,8 +74,9 @@ class PairCollator:
 
     def __call__(self, pairs: Sequence[TokenisedPair], step: int) -> PreferenceBatch:
         """The batch of a step; (seed, step, position) make each pair's noise seed."""
-        chosen, chosen_mask = self.statistics.standardise([p.pair.scores_chosen for p in pairs])
-        rejected, rejected_mask = self.statistics.standardise([p.pair.scores_rejected for p in pairs])
+        sources = tuple(p.pair.source for p in pairs)
+        chosen, chosen_mask = self.statistics.standardise([p.pair.scores_chosen for p in pairs], sources)
+        rejected, rejected_mask = self.statistics.standardise([p.pair.scores_rejected for p in pairs], sources)
         target, target_mask = supervision_target(
             *supervision_scores(chosen, chosen_mask, rejected, rejected_mask, target_from=self.target_from),
             temperature=self.temperature,
@@ -82,24 +89,33 @@ class PairCollator:
             scores=torch.cat([chosen, rejected]),
             score_mask=torch.cat([chosen_mask, rejected_mask]),
             margins=torch.tensor([math.nan if p.pair.margin is None else p.pair.margin for p in pairs]),
+            sources=sources,
         )
 
 
 def tokenise_texts(
-    texts: Sequence[tuple[tuple[Message, ...], str]], tokenizer: PreTrainedTokenizerBase, *, max_length: int
+    texts: Sequence[tuple[tuple[Message, ...], str]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    max_too_long: float = 1.0,
 ) -> list[PromptGroup]:
     """Encodes (messages, response) texts for fine-tuning and drops those longer than `max_length`.
 
+    Args:
+        max_too_long: share of the texts that may be dropped.
+
     Raises:
-        DataError: nothing is left.
+        DataError: nothing is left, or too little.
     """
-    tokenised = []
+    tokenised, lengths = [], []
     for messages, response in texts:
         text = PromptGroup(
             prompt_ids=encode_prompt(tokenizer, messages), response_ids=(encode_response(tokenizer, response),)
         )
+        lengths.append(text.num_tokens)
         if text.num_tokens <= max_length:
             tokenised.append(text)
-    if not tokenised:
-        raise DataError(f"none of {len(texts)} texts fits in sft.max_length = {max_length} tokens. Raise it.")
+    limit = f"sft.max_length = {max_length}"
+    require_enough_fit(lengths, len(tokenised), kind="texts", limit=limit, max_too_long=max_too_long)
     return tokenised

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.data.files import Row, read_rows
-from pipeline.data.preferences import normalised_prompt
+from pipeline.data.files import Row, read_rows, require_distinct_files
+from pipeline.data.preferences import LeftOut, fault_of, normalised_prompt
 from pipeline.data.prompts import prompt_of, split_conversation, with_columns_beside
 from pipeline.errors import DataError
 from pipeline.records import Message
@@ -48,8 +49,10 @@ def prompt_key(prompt: Sequence[Message]) -> str:
     return _digest(normalised_prompt(prompt))
 
 
-def read_examples(files: Sequence[str], *, subset_field: str | None = None) -> Iterator[EvaluationExample]:
-    """Streams the rows of JSONL and Parquet files.
+def read_examples(
+    files: Sequence[str], *, subset_field: str | None = None, left_out: Counter[LeftOut] | None = None
+) -> Iterator[EvaluationExample]:
+    """Streams the rows of JSONL and Parquet files; those with an empty response, or one on both sides, are left out.
 
     A row has `prompt` (a text or a conversation), `chosen` and `rejected`. Each of the two is one text, a list of
     texts, or one conversation that ends with the response. A conversation with turns before the response brings its own
@@ -59,13 +62,20 @@ def read_examples(files: Sequence[str], *, subset_field: str | None = None) -> I
     Args:
         files: files, or directories of such files.
         subset_field: field that names the subset, required in every row; None reads `subset` where it is there.
+        left_out: counts the rows that are left out, by reason.
 
     Raises:
-        DataError: names file, line, field and cure.
+        DataError: names file, line, field and cure; or a file is named twice.
     """
+    require_distinct_files(files)
     for file in files:
         for row in read_rows(file):
-            yield _example(row, subset_field)
+            example = _example(row, subset_field)
+            fault = fault_of(example.chosen, example.rejected)
+            if fault is None:
+                yield example
+            elif left_out is not None:
+                left_out[fault] += 1
 
 
 def _example(row: Row, subset_field: str | None) -> EvaluationExample:

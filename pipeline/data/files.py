@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import codecs
 import fcntl
+import filecmp
 import hashlib
 import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,27 +88,49 @@ def read_rows(path: str) -> Iterator[Row]:
         DataError: the file is missing, of another kind, or a line is no JSON object in UTF-8, has a key twice, or a
             text that cannot be encoded.
     """
+    for file in _data_files(path):
+        match file.suffix:
+            case ".jsonl":
+                yield from _read_jsonl(file)
+            case ".parquet":
+                yield from _read_parquet(file)
+            case ".json":
+                yield from _read_json(file)
+            case suffix:
+                raise DataError(f"{path}: files of kind {suffix!r} are not read; give .jsonl, .parquet or .json")
+
+
+def _data_files(path: str) -> list[Path]:
+    """The file, or the data files of the directory in the order of their names."""
     file = Path(path)
-    if file.is_dir():
-        parts = sorted(p for p in file.iterdir() if p.suffix in (".jsonl", ".parquet"))
-        if not parts:
-            raise DataError(f"{path} is a directory without .jsonl or .parquet files")
-        for part in parts:
-            yield from read_rows(str(part))
-        return
     if not file.exists():
         raise DataError(
             f"{path} does not exist (looked in {Path.cwd()}). Relative paths in a recipe start at VRM_DATA_ROOT."
         )
-    match file.suffix:
-        case ".jsonl":
-            yield from _read_jsonl(file)
-        case ".parquet":
-            yield from _read_parquet(file)
-        case ".json":
-            yield from _read_json(file)
-        case suffix:
-            raise DataError(f"{path}: files of kind {suffix!r} are not read; give .jsonl, .parquet or .json")
+    if not file.is_dir():
+        return [file]
+    parts = sorted(part for part in file.iterdir() if part.suffix in (".jsonl", ".parquet"))
+    if not parts:
+        raise DataError(f"{path} is a directory without .jsonl or .parquet files")
+    return parts
+
+
+def require_distinct_files(paths: Sequence[str]) -> None:
+    """Refuses a file whose content is read twice: its rows would count double.
+
+    Args:
+        paths: files or directories that are read one after the other.
+
+    Raises:
+        DataError: two files have the same content, or a file does not exist; names both.
+    """
+    by_size: dict[int, list[Path]] = {}
+    for file in (file for path in paths for file in _data_files(path)):
+        # Only files of one size are read through.
+        for other in by_size.setdefault(file.stat().st_size, []):
+            if filecmp.cmp(file, other, shallow=False):
+                raise DataError(f"{file} is the same as {other}, so its rows would count twice. Name it once.")
+        by_size[file.stat().st_size].append(file)
 
 
 def read_hub_rows(name: str, split: str, *, remedy: str) -> Iterator[Row]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from pipeline.data.batching import step_indices
 from pipeline.data.chat import encode_prompt
-from pipeline.data.files import Row, distinct, read_rows
+from pipeline.data.files import Row, distinct, read_rows, require_distinct_files
+from pipeline.data.token_limit import require_enough_fit
 from pipeline.errors import DataError
 from pipeline.records import Message, Prompt, Role
 
@@ -149,29 +150,38 @@ def _is_exchange(value: Any) -> bool:
 
 
 def read_prompts(files: Sequence[str]) -> Iterator[tuple[str, tuple[Message, ...]]]:
-    """Streams (id, messages) of JSONL or Parquet files with a field `messages`, `prompt` or `instruction`."""
+    """Streams (id, messages) of JSONL or Parquet files with a field `messages`, `prompt` or `instruction`.
+
+    Raises:
+        DataError: a file or a row cannot be used, or a file is named twice.
+    """
+    require_distinct_files(files)
     rows, again = tee(row for file in files for row in read_rows(file))
     for row, identity in zip(rows, distinct(row.identity for row in again), strict=True):
         yield identity, prompt_of(row, PROMPT_FIELDS)
 
 
 def tokenise_prompts(
-    prompts: Sequence[tuple[str, tuple[Message, ...]]], tokenizer: PreTrainedTokenizerBase, *, max_prompt_tokens: int
+    prompts: Sequence[tuple[str, tuple[Message, ...]]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_tokens: int,
+    max_too_long: float = 1.0,
 ) -> list[Prompt]:
     """Encodes prompts and drops those longer than `max_prompt_tokens`.
 
+    Args:
+        max_too_long: share of the prompts that may be dropped.
+
     Raises:
-        DataError: nothing is left.
+        DataError: nothing is left, or too little.
     """
     encoded = [
         Prompt(id=identity, messages=messages, token_ids=encode_prompt(tokenizer, messages))
         for identity, messages in prompts
     ]
     kept = [prompt for prompt in encoded if len(prompt.token_ids) <= max_prompt_tokens]
-    if not kept:
-        shortest = min((len(prompt.token_ids) for prompt in encoded), default=0)
-        raise DataError(
-            f"none of {len(prompts)} prompts fits in max_prompt_tokens = {max_prompt_tokens} "
-            f"(the shortest has {shortest}). Raise it, or give shorter prompts."
-        )
+    lengths = [len(prompt.token_ids) for prompt in encoded]
+    limit = f"max_prompt_tokens = {max_prompt_tokens}"
+    require_enough_fit(lengths, len(kept), kind="prompts", limit=limit, max_too_long=max_too_long)
     return kept

@@ -42,9 +42,8 @@ def bootstrap_intervals(
     """
     if not len(groups):
         raise ShapeError("a bootstrap of no rows")
-    _, first, code = np.unique(np.asarray(groups), return_index=True, return_inverse=True)
-    # Groups are numbered in the order of their first row, so the draws do not depend on the names of groups.
-    codes = first.argsort().argsort()[code]
+    # Groups are numbered by their names, so the draws do not depend on the order of the rows.
+    codes = np.unique(np.asarray(groups), return_inverse=True)[1]
     rows, sizes = codes.argsort(kind="stable"), np.bincount(codes)
     starts = sizes.cumsum() - sizes
     names = statistic(np.arange(len(codes)))

@@ -111,12 +111,14 @@ def calibration_error(margins: np.ndarray) -> float:
     ECE = sum_bins n_bin / n * |accuracy_bin - confidence_bin|,  confidence = sigmoid(|margin|), bins of equal mass
 
     Source: Guo et al. 2017, arXiv:1706.04599, Eq. 3, with equal-mass bins (docs/method.md section 10). A tie is 1/2.
+    Rows of equal confidence count with their mean accuracy, so the order of the rows does not matter.
 
     Args:
         margins: [B] r_chosen - r_rejected.
     """
-    order = np.abs(margins).argsort(kind="stable")
-    gaps = (_correct(margins) - _sigmoid(np.abs(margins)))[order]
+    confident, group, size = np.unique(np.abs(margins), return_inverse=True, return_counts=True)
+    gap_of_group = np.bincount(group, _correct(margins)) / size - _sigmoid(confident)
+    gaps = np.repeat(gap_of_group, size)
     return float(sum(abs(bin_gaps.sum()) for bin_gaps in np.array_split(gaps, CALIBRATION_BINS))) / len(margins)
 
 

@@ -85,7 +85,16 @@ def run_alignment(
         card = read_card(directory)
         if config.ppo.critic_reads_policy_tokens:
             require_same_tokens(tokenizer, directory)
-    prompts = tokenise_prompts(data.train_prompts, tokenizer, max_prompt_tokens=config.max_prompt_tokens)
+    prompts = tokenise_prompts(
+        data.train_prompts,
+        tokenizer,
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_too_long=experiment.data.max_too_long,
+    )
+    print(
+        f"{stage.name}  {len(prompts)} of {len(data.train_prompts)} prompts fit in {config.max_prompt_tokens} tokens",
+        flush=True,
+    )
     spec = PPOLearnerSpec(
         config=config,
         policy_uri=policy_uri,

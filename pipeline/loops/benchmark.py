@@ -130,7 +130,14 @@ def benchmark_prompts(
         tokenizer = load_tokenizer(directory)
         require_context(directory, config.max_prompt_tokens + config.max_response_tokens, "benchmark")
     named = list(read_prompts([resolve(file) for file in config.prompts])) if config.prompts else data.heldout_prompts
-    prompts = tokenise_prompts(named, tokenizer, max_prompt_tokens=config.max_prompt_tokens)[: config.num_prompts]
+    fitting = tokenise_prompts(
+        named,
+        tokenizer,
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_too_long=experiment.data.max_too_long,
+    )
+    print(f"benchmark  {len(fitting)} of {len(named)} prompts fit in {config.max_prompt_tokens} tokens", flush=True)
+    prompts = fitting[: config.num_prompts]
     return prompts, choose_probes(prompts, vocabulary_size=len(tokenizer), seed=experiment.seed)
 
 

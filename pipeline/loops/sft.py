@@ -67,9 +67,15 @@ def _fine_tune(
     stage: StageDirectory, experiment: ExperimentConfig, data: RunData, open_trainer: OpenSFTTrainer, start: str
 ) -> Metrics:
     config, seed = experiment.sft, experiment.seed
+    for note in data.source_notes:
+        print(f"{stage.name}  {note}", flush=True)
     tokenizer = write_starting_policy(experiment.policy, start, seed=seed)
     require_lora_targets(start, config.lora, "sft")
-    heldout, texts = split_texts(tokenise_texts(data.sft_texts, tokenizer, max_length=config.max_length))
+    fitting = tokenise_texts(
+        data.sft_texts, tokenizer, max_length=config.max_length, max_too_long=experiment.data.max_too_long
+    )
+    print(f"{stage.name}  {len(fitting)} of {len(data.sft_texts)} texts fit in {config.max_length} tokens", flush=True)
+    heldout, texts = split_texts(fitting)
     spec = SFTTrainerSpec(config=config, policy_uri=start, dtype=experiment.policy.dtype, seed=seed)
     with open_trainer(spec) as trainer:
         metrics = train(

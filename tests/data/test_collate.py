@@ -7,13 +7,13 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.data.chat import encode_prompt, encode_response, require_chat_template
 from pipeline.data.collate import PairCollator, tokenise_pairs
 from pipeline.data.planted import OBJECTIVES
-from pipeline.data.score_statistics import ScoreStatistics
+from pipeline.data.score_statistics import MixtureStatistics, ScoreStatistics
 from pipeline.errors import DataError
 
 
 def test_a_batch_holds_each_prompt_once_then_the_chosen_and_the_rejected_response(world, tokenizer):
     pairs = tokenise_pairs(world.train_pairs()[:3], tokenizer, max_length=128, drop_too_long=True)
-    statistics = ScoreStatistics.of(world.train_pairs(), OBJECTIVES)
+    statistics = MixtureStatistics.of(world.train_pairs(), OBJECTIVES)
     collate = PairCollator(statistics=statistics, temperature=1.0, seed=0)
     batch = collate(pairs, step=4)
     for b in range(3):
@@ -35,7 +35,9 @@ def test_a_batch_holds_the_standardised_scores_of_both_responses_and_the_margins
     )
     bare = replace(pairs[1].pair, scores_chosen=None, scores_rejected=None, margin=None)
     rows = [replace(row, pair=pair) for row, pair in zip(pairs, (annotated, bare), strict=True)]
-    batch = PairCollator(statistics=statistics, temperature=1.0, seed=0)(rows, 0)
+    batch = PairCollator(statistics=MixtureStatistics(sources={"planted": statistics}), temperature=1.0, seed=0)(
+        rows, 0
+    )
     assert batch.scores.tolist() == [[1.0, 0.0], [0.0, 0.0], [0.0, 2.0], [0.0, 0.0]]
     assert batch.score_mask.tolist() == [[True, True], [False, False], [False, True], [False, False]]
     assert batch.margins[0].item() == 1.5
@@ -46,7 +48,7 @@ def test_long_pairs_are_dropped_in_training_and_cut_from_the_left_in_evaluation(
     [pair] = world.train_pairs()[:1]
     [whole] = tokenise_pairs([pair], tokenizer, max_length=128, drop_too_long=True)
     limit = len(whole.tokens.prompt_ids) + max(map(len, whole.tokens.response_ids)) - 3
-    with pytest.raises(DataError, match=f"none of 1 pairs fits in max_length = {limit}"):
+    with pytest.raises(DataError, match=f"none of 1 pairs fits in reward.max_length = {limit}"):
         tokenise_pairs([pair], tokenizer, max_length=limit, drop_too_long=True)
     [cut] = tokenise_pairs([pair], tokenizer, max_length=limit, drop_too_long=False)
     assert cut.tokens.prompt_ids == whole.tokens.prompt_ids[3:]

@@ -11,10 +11,10 @@ import pytest
 from pipeline.data.decontamination import EvaluationPrompts
 from pipeline.data.evaluation_examples import read_examples
 from pipeline.data.files import read_json, read_rows
-from pipeline.data.preferences import read_pairs
 from pipeline.data.prompts import read_prompts
 from pipeline.data.run_data import with_flipped_labels
 from pipeline.errors import DataError
+from tests.support.sources import read_mixture, read_pairs
 
 OBJECTIVES = ("helpfulness",)
 PAIR = {"prompt": "why ?", "chosen": "because", "rejected": "no"}
@@ -23,7 +23,7 @@ TURNS = {side: f"\n\nHuman: why ?\n\nAssistant: {text}" for side, text in (("cho
 
 
 def read_preferences(path, data_format="pairs"):
-    return read_pairs([path], data_format, OBJECTIVES, hub=False, seed=0, max_left_out=0.0).pairs
+    return read_pairs(path, data_format, OBJECTIVES, max_left_out=0.0)
 
 
 READERS = {
@@ -90,10 +90,31 @@ def test_the_share_of_flipped_labels_is_the_one_asked_for(tmp_path, identity):
 
 
 def test_prompts_that_share_an_identity_or_a_directory_are_told_apart(tmp_path):
-    for part in ("a", "b"):
-        (tmp_path / f"{part}.jsonl").write_text('{"prompt": "why ?"}\n{"prompt": "how ?", "id": "p"}\n')
+    for part, noun in (("a", "sky"), ("b", "sea")):
+        (tmp_path / f"{part}.jsonl").write_text(f'{{"prompt": "why {noun} ?"}}\n{{"prompt": "how ?", "id": "p"}}\n')
     identities = [identity for identity, _ in read_prompts([str(tmp_path)])]
     assert identities == [f"{tmp_path}/a.jsonl, line 1", "p", f"{tmp_path}/b.jsonl, line 1", "p (2)"]
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda files: list(read_prompts(files)),
+        lambda files: list(read_examples(files)),
+        read_mixture,
+    ],
+    ids=["prompts", "evaluation examples", "pairs"],
+)
+def test_a_file_that_would_count_twice_is_refused_under_any_name(tmp_path, read):
+    row = json.dumps({"prompt": "why ?", "chosen": "so", "rejected": "no"})
+    first, copy, other = tmp_path / "first.jsonl", tmp_path / "copy.jsonl", tmp_path / "other.jsonl"
+    first.write_text(row)
+    copy.write_text(row)
+    other.write_text(row.replace("why", "how"))
+    read([str(first), str(other)])
+    for files in ([first, first], [first, other, copy], [tmp_path]):
+        with pytest.raises(DataError, match=r"\.jsonl is the same as .*\.jsonl, so its rows would count twice"):
+            read([str(file) for file in files])
 
 
 TWICE = '"note": {"a": 1, "b": 2, "a": 3}'

@@ -66,7 +66,8 @@ def test_a_huge_wrong_margin_costs_its_size_and_does_not_overflow():
 def test_calibration_error_is_the_distance_of_confidence_from_accuracy():
     # One pair a bin: |accuracy - sigmoid(|margin|)|; the wrong pair is 3/4 away.
     assert calibration_error(numbers(LN3)) == pytest.approx(0.25)
-    assert calibration_error(numbers(LN3, -LN3)) == pytest.approx((0.25 + 0.75) / 2)
+    # Two rows of one confidence, 3/4, of which one is right: no bin may part them.
+    assert calibration_error(numbers(LN3, -LN3)) == pytest.approx(0.25)
     assert calibration_error(np.zeros(32)) == 0.0  # a coin that says it is one: confidence 1/2, ties count 1/2
     # Sixty pairs in 15 bins of 4: three of four right at confidence 3/4 is perfect calibration.
     assert calibration_error(np.tile([LN3, LN3, LN3, -LN3], 15)) == pytest.approx(0.0)

@@ -252,8 +252,10 @@ def test_best_of_n_on_published_lists_agrees_with_a_plain_count(tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     evaluation = evaluate([rated_by_length(row) for row in read_examples([str(file)])], "best_of_n", seed=0)
 
+    # One of the 785 lists holds its best answer among the losers too, and no model can order that.
+    rows = [row for row in rows if row["chosen"] not in row["rejected"]]
     longest = sum(len(row["chosen"]) > max(map(len, row["rejected"])) for row in rows)
-    assert evaluation.accuracies["accuracy"].value == pytest.approx(longest / 785)
+    assert evaluation.accuracies["accuracy"].value == pytest.approx(longest / 784)
     assert evaluation.responses == sum(1 + len(row["rejected"]) for row in rows)
 
 

@@ -229,6 +229,22 @@ def test_a_gpu_that_is_not_there_is_named(models, pairs, tmp_path):
         )
 
 
+def test_rows_without_a_comparison_are_counted_in_the_result_and_refused_above_a_share(models, pairs, tmp_path):
+    same = {**pairs[0], "id": "same", "rejected": pairs[0]["chosen"]}
+    file = write(tmp_path / "pairs.jsonl", [*pairs[:9], same])
+    options = ["--model", models["bt"], "--pairs", file, "--out", str(tmp_path / "out")]
+    with pytest.raises(
+        DataError,
+        match=r"pairs\.jsonl: 1 of 10 comparisons cannot be used \(1 with identical responses\), more than "
+        r"--max-left-out = 0\.05 allows",
+    ):
+        evaluate_reward_model(parse(options))
+    printed = evaluate_reward_model(parse([*options, "--max-left-out", "0.1"]))
+    assert "left out of the comparisons: 1 with identical responses" in printed
+    record = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (record["rows"], record["left_out"]) == (9, {"identical responses": 1})
+
+
 def test_help_answers_without_torch():
     code = (
         "import sys; sys.argv = ['job', '--help']\n"
