@@ -12,7 +12,7 @@ from pipeline.data.batching import stable_seed
 from pipeline.data.decontamination import Contamination, EvaluationPrompts, find_contamination
 from pipeline.data.files import content_fingerprint, require_distinct_files
 from pipeline.data.planted import GoldAnnotator, PlantedWorld
-from pipeline.data.preferences import LeftOut, take_pairs
+from pipeline.data.preferences import LeftOut, first_of_each_prompt, normalised_prompt, take_pairs
 from pipeline.data.prompts import read_prompts
 from pipeline.data.sources import (
     HeldoutRule,
@@ -181,7 +181,9 @@ def _from_sources(experiment: ExperimentConfig) -> RunData:
     if data.prompts:
         prompts = [(FROM_PROMPT_FILES, *named) for named in read_prompts([resolve(path) for path in data.prompts])]
     else:
-        prompts = [(pair.source, pair.id, pair.prompt) for pair in _used_pairs(sources, None, seed)]
+        # Some publishers compare many responses to one prompt: it is asked once all the same.
+        pairs = first_of_each_prompt(_used_pairs(sources, None, seed))
+        prompts = [(pair.source, pair.id, pair.prompt) for pair in pairs]
     sides: tuple[list[tuple[str, str, tuple[Message, ...]]], ...] = ([], [])
     for prompt in prompts:
         sides[rule.holds_out(prompt[2])].append(prompt)

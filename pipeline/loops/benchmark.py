@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.benchmark.scored_answers import write_scored_answers
 from pipeline.config.recipe import ExperimentConfig
 from pipeline.data.planted import GoldAnnotator
@@ -137,8 +139,14 @@ def benchmark_prompts(
         max_too_long=experiment.data.max_too_long,
     )
     print(f"benchmark  {len(fitting)} of {len(named)} prompts fit in {config.max_prompt_tokens} tokens", flush=True)
-    prompts = fitting[: config.num_prompts]
+    prompts = drawn(fitting, config.num_prompts, experiment.seed)
     return prompts, choose_probes(prompts, vocabulary_size=len(tokenizer), seed=experiment.seed)
+
+
+def drawn(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
+    """At most `count` of the prompts, in their order; drawn, since a mixture lies in the order of its sources."""
+    chosen = np.random.default_rng([seed, len(prompts)]).permutation(len(prompts))[:count]
+    return [prompts[i] for i in sorted(chosen)]
 
 
 def answers_file(result: str, name: str) -> Path:

@@ -7,7 +7,7 @@ from pipeline.config.reward import JudgeConfig
 from pipeline.data.preferences import normalised_prompt
 from pipeline.data.run_data import load_data, pairs_of_the_judge, pairs_of_the_reward_model
 from pipeline.errors import ConfigError, DataError
-from pipeline.loops.benchmark import benchmark_stage, judge_answers
+from pipeline.loops.benchmark import benchmark_stage, drawn, judge_answers
 from pipeline.loops.reward import as_judge, judge_stage, reward_stage
 from pipeline.records import Answer, Prompt, RewardScore
 
@@ -78,3 +78,13 @@ def test_the_judge_counts_wins_over_all_prompts_and_over_those_of_each_source():
 def test_prompts_without_sources_are_judged_together():
     metrics = judge_answers(PrefersLongAnswers(), prompts("1", "2"), answers("aa", "a"), answers("a", "a"))
     assert metrics.keys() == {"judge/win_rate", "judge/ties", "judge/low", "judge/high"}
+
+
+def test_benchmark_prompts_are_drawn_from_all_sources_and_keep_their_order():
+    asked = prompts(*(f"{source}/{n}" for source in ("pku", "webgpt") for n in range(50)))
+    some = drawn(asked, 40, seed=0)
+    assert len(some) == 40
+    assert [prompt for prompt in asked if prompt in some] == some
+    assert 10 < sum(prompt.id.startswith("pku/") for prompt in some) < 30
+    assert drawn(asked, 40, seed=1) != some
+    assert drawn(asked, 200, seed=0) == asked
