@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import ray
 
@@ -20,6 +21,9 @@ from pipeline.records import PromptGroup
 from pipeline.stages import storage
 from pipeline.stages.metrics_log import as_clock
 
+if TYPE_CHECKING:
+    from pipeline.models.frozen_states import StatesSpec
+
 REPORT_PERIOD_S = 10.0
 
 GROUPS_PER_FILE = 16
@@ -28,10 +32,8 @@ GROUPS_PER_FILE = 16
 
 def states_of(recipe: Recipe, states_uri: str) -> str | None:
     """Where the states of the recipe's backbone are kept; None where it trains, or starts from noise."""
-    from pipeline.models.frozen_states import states_key
-
-    backbone = _frozen_backbone(recipe)
-    return backbone and storage.join(states_uri, states_key(backbone, dtype=recipe.reward.backbone_dtype))
+    spec = _spec_of(recipe)
+    return None if spec is None else storage.join(states_uri, spec.key)
 
 
 def keep_states(
@@ -51,7 +53,7 @@ def keep_states(
         ConfigError: the states are larger than `cluster.states_gib`.
         PipelineError: the data or the backbone cannot be read, or a process died too often.
     """
-    frozen = [recipe for recipe in recipes if _frozen_backbone(recipe)]
+    frozen = [recipe for recipe in recipes if _spec_of(recipe)]
     of_each_seed = list({recipe.seed: recipe for recipe in frozen}.values())
     if not of_each_seed:
         return
@@ -88,30 +90,39 @@ def compute_missing_states(
 
     resources.apply()
     recipe = recipes[0]
-    backbone, uri = _frozen_backbone(recipe), states_of(recipe, states_uri)
-    if backbone is None or uri is None:
+    spec = _spec_of(recipe)
+    if spec is None:
         raise ValueError(f"the backbone of {recipe.name} trains, or starts from noise: it has no states to keep")
+    uri = storage.join(states_uri, spec.key)
     known = FrozenStates.read(uri)
-    missing = known.missing(group for each in recipes for group in _groups_of(each, backbone))
-    _require_room(len(known) + _responses(missing), backbone, recipe.cluster.states_gib)
+    missing = known.missing(group for each in recipes for group in _groups_of(each, spec.backbone))
+    _require_room(len(known) + _responses(missing), spec.bytes_per_response, recipe.cluster.states_gib)
     # By a hash of the prompt: the tasks see the same data, whatever order they see it in.
     mine = [group for group in missing if stable_seed("states", group.prompt_ids) % shards == shard]
     total, done = _responses(mine), 0
     yield 0, total
     if not mine:
         return
-    model = load_frozen_backbone(backbone, dtype=recipe.reward.backbone_dtype, device=resources.device)
+    model = load_frozen_backbone(spec, device=resources.device)
     for first in range(0, len(mine), GROUPS_PER_FILE):
         groups = mine[first : first + GROUPS_PER_FILE]
-        states = compute_states(model, groups, dtype=recipe.reward.backbone_dtype)
+        states = compute_states(model, groups, spec)
         with storage.writing(uri) as written:
             write_states(states, written)
         done += _responses(groups)
         yield done, total
 
 
-def _frozen_backbone(recipe: Recipe) -> str | None:
-    return None if recipe.reward.trainable_layers != 0 else recipe.reward.backbone or recipe.policy.checkpoint
+def _spec_of(recipe: Recipe) -> StatesSpec | None:
+    """None where the backbone trains, or starts from noise."""
+    from pipeline.models.frozen_states import StatesSpec
+
+    config, backbone = recipe.reward, recipe.reward.backbone or recipe.policy.checkpoint
+    if config.trainable_layers != 0 or backbone is None:
+        return None
+    return StatesSpec(
+        backbone=backbone, dtype=config.backbone_dtype, layers=config.backbone_layers, pooling=config.pooling
+    )
 
 
 def _groups_of(recipe: Recipe, backbone: str) -> list[PromptGroup]:
@@ -127,10 +138,8 @@ def _responses(groups: Sequence[PromptGroup]) -> int:
     return sum(len(group.response_ids) for group in groups)
 
 
-def _require_room(num_responses: int, backbone: str, limit_gib: float) -> None:
-    from pipeline.models.frozen_states import bytes_per_response
-
-    needed = num_responses * bytes_per_response(backbone) / 2**30
+def _require_room(num_responses: int, bytes_per_response: int, limit_gib: float) -> None:
+    needed = num_responses * bytes_per_response / 2**30
     if needed > limit_gib:
         raise ConfigError(
             f"the states of {num_responses:,} responses take {needed:.2f} GiB, more than cluster.states_gib = "

@@ -135,6 +135,12 @@ class RewardConfig(Frozen):
     """A checkpoint for the backbone; None starts from the prepared policy."""
     backbone_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     """"auto" is bfloat16 where the processor of the job's driver multiplies it natively, else float32."""
+    backbone_layers: Count | None = None
+    """Keep only the first n transformer layers of the backbone, and its final norm; None keeps all. The last layers of
+    a language model turn towards its next word: where the backbone does not train, layers in the middle may say more of
+    a response, and cost less."""
+    pooling: Literal["last", "mean"] = "last"
+    """The state of a response that the head reads: that of its last token, or the mean over its tokens."""
     trainable_layers: Annotated[int, Field(ge=0)] | None = None
     """Train only the last n transformer layers (and the final norm); None trains all, 0 freezes the backbone."""
     lora: LoRAConfig | None = None

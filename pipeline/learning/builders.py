@@ -24,7 +24,13 @@ from pipeline.learning.ppo_learner import PPOLearner, frozen_reference, referenc
 from pipeline.learning.reward_trainer import RewardTrainer
 from pipeline.learning.schedule import LearningRateSchedule
 from pipeline.learning.sft_trainer import SFTTrainer
-from pipeline.models.backbone import load_backbone, load_causal_lm, load_tokenizer, train_only_last_layers
+from pipeline.models.backbone import (
+    keep_first_layers,
+    load_backbone,
+    load_causal_lm,
+    load_tokenizer,
+    train_only_last_layers,
+)
 from pipeline.models.critic import Policy, PolicyWithCritic
 from pipeline.models.frozen_states import FrozenStates
 from pipeline.models.lora import add_lora
@@ -90,12 +96,13 @@ def build_reward_trainer(spec: RewardTrainerSpec, make_engine: MakeEngine) -> Re
     with storage.reading(spec.backbone_uri) as directory:
         backbone = load_backbone(directory, dtype="float32")
         tokenizer = load_tokenizer(directory)
+    keep_first_layers(backbone, config.backbone_layers)
     train_only_last_layers(backbone, config.trainable_layers)
     add_lora(backbone, config.lora, seed=spec.seed)
     if config.gradient_checkpointing:
         backbone.gradient_checkpointing_enable()
     head = _new_head(spec, backbone.config.hidden_size)
-    model = RewardModel(backbone, head)
+    model = RewardModel(backbone, head, config.pooling)
     if spec.states_uri is not None:
         model.frozen_states = FrozenStates.read(spec.states_uri)
     engine = make_engine(
@@ -148,6 +155,7 @@ def _card_before_training(spec: RewardTrainerSpec) -> RewardModelCard:
         metrics={},
         reward_weights=spec.config.reward_weights,
         ensemble=spec.config.ensemble,
+        pooling=spec.config.pooling,
     )
 
 

