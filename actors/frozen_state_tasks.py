@@ -98,7 +98,7 @@ def compute_missing_states(
     missing = known.missing(group for each in recipes for group in _groups_of(each, spec.backbone))
     _require_room(len(known) + _responses(missing), spec.bytes_per_response, recipe.cluster.states_gib)
     # By a hash of the prompt: the tasks see the same data, whatever order they see it in.
-    mine = [group for group in missing if stable_seed("states", group.prompt_ids) % shards == shard]
+    mine = [group for group in missing if stable_seed("states", *group.prompt_ids) % shards == shard]
     total, done = _responses(mine), 0
     yield 0, total
     if not mine:

@@ -48,7 +48,7 @@ def judge_stage(experiment: ExperimentConfig, policy: str) -> StageSpec:
     Args:
         policy: fingerprint of the policy before alignment.
     """
-    return replace(reward_stage(experiment, policy), name="train_judge", keep_best=None)
+    return replace(reward_stage(experiment, policy), name="train_judge")
 
 
 def as_judge(experiment: ExperimentConfig) -> ExperimentConfig:
@@ -60,7 +60,7 @@ def as_judge(experiment: ExperimentConfig) -> ExperimentConfig:
     judge = experiment.judge
     if judge is None:
         raise ConfigError("judge = null: the recipe has no judge to train. Set judge.head, for example.")
-    reward = experiment.reward.model_copy(update={"head": judge.head, "keep_best": None})
+    reward = experiment.reward.model_copy(update={"head": judge.head})
     return experiment.model_copy(update={"seed": judge.seed, "reward": reward})
 
 

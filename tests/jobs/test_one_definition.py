@@ -1,6 +1,7 @@
 """A stage is defined once: a job over actors and an experiment in one process compute the same from the same recipe."""
 
 from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ from jobs.open_job import Job
 from jobs.sft import sft
 from jobs.shared_actors import SharedActors
 from jobs.train_reward_model import train_judge, train_reward_model
+from jobs.write_report import write_report
 from pipeline.config.load import load_recipe
 from pipeline.data.run_data import load_data
 from pipeline.errors import ConfigError
@@ -27,6 +29,7 @@ from pipeline.loops.align_policy import AlignmentPorts, alignment_stage
 from pipeline.loops.benchmark import benchmark_stage
 from pipeline.loops.reward import reward_stage
 from pipeline.loops.sft import sft_stage
+from pipeline.models.reward_model import read_card
 from pipeline.rollouts.torch_rollouts import TorchRollouts
 from pipeline.stages.runner import StageRunner
 from pipeline.stages.workspace import Workspace
@@ -66,6 +69,9 @@ class OneProcess(SharedActors):
     def scorer(self, reward_model):
         budget = self._recipe.alignment.max_tokens_per_micro_batch
         return RewardModelScorer.load(reward_model.location, max_tokens_per_batch=budget)
+
+    def judge(self, judge):
+        return self.scorer(judge)
 
 
 @pytest.fixture
@@ -111,6 +117,28 @@ def test_job_and_experiment_have_the_same_stages_with_the_same_numbers(job, tmp_
     of_the_stages = aligned.metrics | benchmark.metrics
     assert of_the_stages.keys() <= run.keys()
     assert {name: run[name] for name in computed(of_the_stages)} == pytest.approx(computed(of_the_stages), rel=1e-6)
+
+
+def test_a_job_with_a_judge_ends_with_its_verdict(job):
+    recipe = recipe_of("judge={head: gate, share: 0.3}")
+    stages, data = job.stages, load_data(recipe)
+
+    def read_data():
+        return data
+
+    policy = sft(stages, recipe, read_data)
+    reward_model = train_reward_model(stages, recipe, read_data, policy)
+    judge = train_judge(stages, recipe, read_data, policy)
+    assert read_card(judge.location).head == "gate"
+    sizes = [model.metrics["data/train_pairs"] for model in (reward_model, judge)]
+    assert sum(sizes) == len(data.train_pairs)
+    assert min(sizes) > 0
+    aligned = align_policy(stages, recipe, read_data, job.actors, policy, reward_model)
+    benchmark = generate_benchmark(stages, recipe, read_data, job.actors, policy, aligned, reward_model, judge)
+    metrics = benchmark.metrics
+    assert 0.0 <= metrics["judge/low"] <= metrics["judge/win_rate"] <= metrics["judge/high"] <= 1.0
+    report = write_report(stages.workspace, recipe, policy, reward_model, aligned, benchmark, judge)
+    assert "by the judge, trained on other prompts" in Path(report).read_text()
 
 
 def test_an_experiments_run_is_told_apart_by_all_that_its_stages_read():
