@@ -14,7 +14,6 @@ from pipeline.config.recipe import Recipe
 from pipeline.stages import storage
 
 if TYPE_CHECKING:
-    from pipeline.data.run_data import RunData
     from pipeline.loops.reward import RewardTraining
 
 
@@ -48,14 +47,14 @@ def train_one(recipe: Recipe, resources: ProcessResources, states_uri: str | Non
 
     resources.apply()
     with tempfile.TemporaryDirectory() as directory:
-        data, training = _prepare_training(recipe, directory)
+        training = _prepare_training(recipe, directory)
         if states_uri is not None:
             training = replace(training, spec=replace(training.spec, states_uri=states_of(recipe, states_uri)))
         trainer = build_reward_trainer(training.spec, engine_in_process(resources.device))
-        return asdict(train_and_measure(training, trainer, data.gold, storage.join(directory, "training")))
+        return asdict(train_and_measure(training, trainer, storage.join(directory, "training")))
 
 
-def _prepare_training(recipe: Recipe, directory: str) -> tuple[RunData, RewardTraining]:
+def _prepare_training(recipe: Recipe, directory: str) -> RewardTraining:
     """A backbone from noise is written into `directory`."""
     from pipeline.data.run_data import load_data, pairs_of_the_reward_model
     from pipeline.learning.starting_policy import write_starting_policy
@@ -66,4 +65,4 @@ def _prepare_training(recipe: Recipe, directory: str) -> tuple[RunData, RewardTr
         backbone = storage.join(directory, "policy")
         write_starting_policy(recipe.policy, backbone, seed=recipe.seed)
     data = pairs_of_the_reward_model(load_data(recipe), recipe.judge)
-    return data, RewardTraining.prepare(recipe, data, backbone)
+    return RewardTraining.prepare(recipe, data, backbone)

@@ -12,7 +12,7 @@ from ray.exceptions import RayTaskError, WorkerCrashedError
 
 from actors.ray_errors import ACTOR_DIED
 from cluster.resources import Demand
-from pipeline.data.run_data import DATA_ROOT
+from pipeline.data.recipe_files import DATA_ROOT
 from pipeline.errors import PipelineError, WorkerDied
 
 WAIT_S = 60.0

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import secrets
-import socket
 import time
 import urllib.request
 from collections.abc import Collection, Mapping
@@ -43,6 +42,7 @@ from pipeline.learning.memory import keep_freed_memory
 from pipeline.records import RewardScore
 from pipeline.serving.admission import Admission
 from pipeline.serving.cache import ScoreCache
+from pipeline.serving.free_port import require_free_port
 from pipeline.serving.http.app import build_api
 from pipeline.serving.protocol import TOKEN_VARIABLE
 from pipeline.serving.scoring_service import Rows, ScoringService, describe_model
@@ -318,7 +318,7 @@ def _start_http(config: ScoringConfig) -> None:
     """
     status = serve.status()
     if not (status.proxies or status.applications):
-        require_free_port(config.host, config.port)
+        require_free_port(config.host, config.port, remedy="another cluster.scoring.port, or 0 for none")
     elif _routed(config) is None:
         raise ResourceError(
             f"Serve already runs on this cluster and does not listen on port {config.port} of this machine. "
@@ -346,16 +346,3 @@ def require_token_if_exposed(host: str, token: str | None) -> None:
             f"a service on {host!r} without a token would answer whoever reaches this machine. "
             "Give it a token, or let it listen on 127.0.0.1."
         )
-
-
-def require_free_port(host: str, port: int) -> None:
-    """Raises ResourceError if this process cannot listen on the port."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ResourceError(
-                f"port {port} on {host} cannot be had ({error.strerror}). "
-                "Choose another cluster.scoring.port, or 0 for none."
-            ) from error

@@ -47,7 +47,7 @@ class RolloutWorker:
     ) -> None:
         """Builds the engine. Not the constructor's work: an error here reaches the caller, there it ends the actor."""
         from pipeline.data.chat import decode_response
-        from pipeline.models.backbone import load_tokenizer
+        from pipeline.models.backbone import load_config, load_tokenizer, stop_token_ids
 
         with storage.reading(model_uri) as directory:
             tokenizer = load_tokenizer(directory)
@@ -66,6 +66,7 @@ class RolloutWorker:
                 plan=plan,
                 dtype=dtype,
                 max_model_len=max_model_len,
+                stop_token_ids=stop_token_ids(directory, load_config(directory), tokenizer),
                 seed=seed,
             )
         self._sampler = EngineSampler(self._engine, partial(decode_response, tokenizer), name=self._name)

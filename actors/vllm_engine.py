@@ -50,8 +50,13 @@ class VLLMEngine:
         plan: RolloutPlan,
         dtype: str,
         max_model_len: int,
+        stop_token_ids: Sequence[int],
         seed: int,
     ) -> None:
+        """
+        Args:
+            stop_token_ids: a response ends with any of them.
+        """
         device_options: dict[str, Any] = {}
         if config.gpus_per_worker < 1:
             # An engine that finds out how much is free takes the others' share of a GPU, or of the node's memory.
@@ -77,6 +82,7 @@ class VLLMEngine:
             disable_log_stats=True,
             **device_options,
         )
+        self._stop_token_ids = [*stop_token_ids]
         self._files = PolicyFiles()
         self._on_cpu = config.gpus_per_worker == 0
         self._layout: dict[str, tuple[torch.Size, torch.dtype]] | None = None
@@ -176,7 +182,9 @@ class VLLMEngine:
     def submit(self, number: int, prompt: tuple[int, ...], seed: int, sampling: Sampling) -> None:
         """Queues one request, whose response `step` will return under this number."""
         self._llm.llm_engine.add_request(
-            str(number), TokensPrompt(prompt_token_ids=list(prompt)), _sampling_params(sampling, seed)
+            str(number),
+            TokensPrompt(prompt_token_ids=list(prompt)),
+            _sampling_params(sampling, seed, self._stop_token_ids),
         )
 
     def step(self) -> dict[int, Sample]:
@@ -213,12 +221,13 @@ class VLLMEngine:
         return found
 
 
-def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
+def _sampling_params(sampling: Sampling, seed: int, stop_token_ids: list[int]) -> SamplingParams:
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         max_tokens=sampling.max_response_tokens,
         seed=seed,
+        stop_token_ids=stop_token_ids,
         logprobs=0,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,

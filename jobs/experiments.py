@@ -7,13 +7,14 @@
 draws the collapse over KL weights, `label_noise` flips labels. A run is one process with the same trainer, budget, data
 order and seeds for every variant. The backbone is the recipe's checkpoint, or a tiny model from scratch.
 `overoptimization` aligns policies against bt, gate, vrm and vrm's lower confidence bound, with and without KL, and
-holds the reward against the planted truth. Its runs of one seed start from one fine-tuned policy. The same command
+holds the reward against the planted truth. `supervised_alignment` aligns policies with and without supervision of
+weights and scores (Figure 6 of the paper). Runs of one seed start from one fine-tuned policy. The same command
 computes only the runs that are missing, and experiments that share a run share its result.
 
 A backbone that does not train (trainable_layers: 0) is run once over the pairs, for all runs and later experiments.
 
 Writes runs/<config hash>.json, <experiment>*.csv, <experiment>.txt and <experiment>*.png. States of frozen backbones go
-to states/. Policies and reward models that runs of overoptimization share go to shared/.
+to states/. Policies and reward models that several alignments share go to shared/.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.resources import Demand, StageDemand, plan_table
 from jobs.command_line import Command, absolute_place, add_overrides, add_recipe
+from jobs.preflight import check_recipe
 from pipeline.config.load import load_recipe
 from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError, CorruptManifest, PipelineError, WorkerError
@@ -197,6 +199,7 @@ def run_experiment(options: argparse.Namespace, compute: Compute = compute_on_th
     out = absolute_place(options.out, option="--out")
     experiment = EXPERIMENTS[options.experiment]
     runs = plan_runs(experiment, options.recipe, options.overrides, options.seeds, data_fingerprints(recipe))
+    check_recipe(recipe)
     if options.dry_run:
         listed = "\n".join(f"{run.config_hash}  seed {run.seed}  {run.variant.name}" for run in runs)
         return f"{listed}\n\n{plan_table([StageDemand(stage='one run', demands=(demand_of(recipe),))])}"

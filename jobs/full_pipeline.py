@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from jobs.align_policy import align_policy
 from jobs.generate_benchmark import generate_benchmark
 from jobs.run_job import run_job
+from jobs.run_report import write_report
 from jobs.sft import sft
 from jobs.train_reward_model import train_judge, train_reward_model
-from jobs.write_report import write_report
 
 if TYPE_CHECKING:
     from jobs.open_job import Job
@@ -28,7 +28,7 @@ def run_pipeline(job: Job) -> None:
     aligned = align_policy(stages, recipe, read_data, actors, policy, reward_model)
     judge = train_judge(stages, recipe, read_data, policy)
     benchmark = generate_benchmark(stages, recipe, read_data, actors, policy, aligned, reward_model, judge)
-    write_report(stages.workspace, recipe, policy, reward_model, aligned, benchmark, judge)
+    write_report(stages, recipe, policy, reward_model, aligned, benchmark, judge)
 
 
 if __name__ == "__main__":

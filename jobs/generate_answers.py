@@ -28,6 +28,7 @@ from pipeline.benchmark.generated_benchmark import GENERATED_BENCHMARKS, read_be
 from pipeline.config.load import load_recipe
 from pipeline.config.models import PACKAGE_SCHEME
 from pipeline.config.recipe import Recipe
+from pipeline.models.checkpoint_files import check_local_checkpoint
 from pipeline.ports import RolloutStream
 from pipeline.stages import storage
 
@@ -92,8 +93,9 @@ def generate_answers(options: argparse.Namespace, open_rollouts: OpenPool = open
     """
     recipe = options.recipe
     questions = read_benchmark_questions(GENERATED_BENCHMARKS[options.benchmark], options.prompts)
+    check_local_checkpoint(options.model, option="--model")
     storage.require_writable(str(options.out), needs_bytes=0)
-    # transformers and torch are imported behind --help and behind the questions.
+    # transformers and torch are imported behind --help, and behind what is wrong with the input.
     from pipeline.loops.benchmark_answers import AnsweringRun, answer_benchmark, describe_summary
 
     run = AnsweringRun.of(
@@ -102,6 +104,7 @@ def generate_answers(options: argparse.Namespace, open_rollouts: OpenPool = open
         options.model,
         dtype=recipe.policy.dtype,
         max_response_tokens=options.max_response_tokens,
+        keep_thoughts=options.keep_thoughts,
         seed=recipe.seed,
     )
     summary = answer_benchmark(
@@ -129,6 +132,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
     parser.add_argument(
         "--max-response-tokens", type=int, metavar="N", help="of each answer (the benchmark's 2048, 4096 or 1024)"
+    )
+    parser.add_argument(
+        "--keep-thoughts", action="store_true", help="answers keep their <think> blocks (a judge then reads them)"
     )
     add_recipe(parser, default="tiny", help="whose cluster, policy.dtype and seed to use (%(default)s)")
     add_overrides(parser, "as in cluster.rollout.workers=4")

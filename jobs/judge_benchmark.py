@@ -52,6 +52,7 @@ from pipeline.benchmark.mt_bench.grades import parse_grade
 from pipeline.benchmark.mt_bench.questions import read_mt_bench_questions
 from pipeline.data.files import content_fingerprint
 from pipeline.errors import ConfigError
+from pipeline.models.checkpoint_files import check_reward_model
 from pipeline.stages import storage
 from pipeline.stages.fingerprint import directory_fingerprint
 
@@ -115,10 +116,9 @@ BENCHMARKS = {
 
 
 def open_judge(options: argparse.Namespace) -> Judge:
-    """The judge behind --judge.
+    """The judge behind --judge, which `check_judge` has seen.
 
     Raises:
-        ConfigError: no judge, or an endpoint without --model.
         DataError, CheckpointError: its file or directory cannot be used.
     """
     kind, _, place = options.judge.partition(":")
@@ -127,21 +127,36 @@ def open_judge(options: argparse.Namespace) -> Judge:
             return ReplayJudge(Path(place))
         case "vrm":
             return open_reward_model(place)
-        case "gold" if place == "planted":
+        case "gold":
             return open_gold()
-        case "http" | "https":
-            if options.model is None:
-                raise ConfigError(f"the endpoint {options.judge} needs --model, the name of the model it shall serve")
-            limits = ChatLimits(
-                concurrency=options.concurrency,
-                requests_per_minute=options.requests_per_minute,
-                deadline_s=options.deadline_s,
-            )
-            api_key = os.environ.get(options.api_key_env, "").strip() or None
-            return ChatJudge(options.judge, options.model, api_key=api_key, limits=limits)
-    raise ConfigError(
-        f"--judge {options.judge!r}: give an endpoint (https://...), replay:FILE, vrm:DIR or gold:planted"
+    limits = ChatLimits(
+        concurrency=options.concurrency,
+        requests_per_minute=options.requests_per_minute,
+        deadline_s=options.deadline_s,
     )
+    api_key = os.environ.get(options.api_key_env, "").strip() or None
+    return ChatJudge(options.judge, options.model, api_key=api_key, limits=limits)
+
+
+def require_known_judge(judge: str) -> None:
+    """Raises ConfigError for a word that names no judge."""
+    kind, _, place = judge.partition(":")
+    if kind not in ("http", "https", "replay", "vrm") and (kind, place) != ("gold", "planted"):
+        raise ConfigError(f"--judge {judge!r}: give an endpoint (https://...), replay:FILE, vrm:DIR or gold:planted")
+
+
+def check_judge(options: argparse.Namespace) -> None:
+    """Looks at the judge without loading it.
+
+    Raises:
+        ConfigError: an endpoint without --model.
+        CheckpointError: there is no reward model.
+    """
+    kind, _, place = options.judge.partition(":")
+    if kind == "vrm":
+        check_reward_model(place)
+    if kind in ("http", "https") and options.model is None:
+        raise ConfigError(f"the endpoint {options.judge} needs --model, the name of the model it shall serve")
 
 
 def open_reward_model(directory: str) -> Judge:
@@ -178,6 +193,7 @@ def progress_line() -> Callable[[int, int], None]:
 
 def judge_benchmark(options: argparse.Namespace) -> JudgingAccount:
     """Writes the rows and the summary. Reads every input before the first request."""
+    check_judge(options)
     benchmark = BENCHMARKS[options.benchmark].open(options)
     judge = open_judge(options)
     price = None if options.prices is None else read_price(options.prices, judge.model)
@@ -229,6 +245,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    # Before what depends on the judge: a word that names none has no prompts to ask for.
+    require_known_judge(options.judge)
     _, needed, suffix = BENCHMARKS[options.benchmark]
     if options.out.suffix != suffix:
         parser.error(f"{options.benchmark} is written to a {suffix} file, not to {options.out}")

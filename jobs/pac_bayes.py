@@ -17,14 +17,20 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from jobs.command_line import Command, add_overrides, add_recipe
+from pipeline.config.data import DataConfig, SourceConfig
 from pipeline.config.load import load_recipe
 from pipeline.config.recipe import Recipe
+from pipeline.data.recipe_files import check_data, pair_file
 from pipeline.errors import ConfigError
+from pipeline.models.checkpoint_files import check_reward_model
+from pipeline.models.reward_model_card import require_posterior
+from pipeline.stages import storage
+from pipeline.stages.fingerprint import directory_fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pipeline.models.reward_model import RewardModelCard
+    from pipeline.models.reward_model_card import RewardModelCard
     from pipeline.records import PreferencePair
 
 
@@ -61,11 +67,30 @@ def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace)
         raise ConfigError(f"--samples {options.samples}: the standard error of the Gibbs risk needs at least 2 draws")
 
 
+def check_pairs(options: argparse.Namespace, recipe: Recipe | None, card: RewardModelCard) -> None:
+    """Looks at the first rows of each file.
+
+    Raises:
+        ConfigError: the recipe is not the model's.
+        DataError: a file cannot be used.
+    """
+    if recipe is None:
+        for file in (*options.train, *options.heldout):
+            source = SourceConfig(name="pairs", path=file, format=options.format or "pairs")
+            pair_file(file, source, card.objectives).look_at()
+        return
+    if recipe.objectives != card.objectives:
+        raise ConfigError(
+            f"{options.model} was trained on the objectives {', '.join(card.objectives)}, recipe {recipe.name} has "
+            f"{', '.join(recipe.objectives)}: it is not the recipe of this model."
+        )
+    check_data(recipe)
+
+
 def load_pairs(
     options: argparse.Namespace, recipe: Recipe | None, card: RewardModelCard
 ) -> tuple[Sequence[PreferencePair], Sequence[PreferencePair], Sequence[str]]:
     """(training pairs, held-out pairs, a sentence about every source)."""
-    from pipeline.config.data import DataConfig, SourceConfig
     from pipeline.data.run_data import load_data
     from pipeline.data.sources import read_source
 
@@ -85,32 +110,27 @@ def load_pairs(
         )
         training, tested = ([pair for source in side for pair in source.pairs] for side in (train, heldout))
         return training, tested, [source.note() for source in (*train, *heldout)]
-    if recipe.objectives != card.objectives:
-        raise ConfigError(
-            f"{options.model} was trained on the objectives {', '.join(card.objectives)}, recipe {recipe.name} has "
-            f"{', '.join(recipe.objectives)}: it is not the recipe of this model."
-        )
     data = load_data(recipe)
     return data.train_pairs, data.heldout_pairs, data.source_notes
 
 
 def measure_model(options: argparse.Namespace) -> str:
     """Writes the report, returns it in words."""
-    import torch
-
-    from pipeline.data.score_statistics import MixtureStatistics
-    from pipeline.evaluation.pac_bayes_measurement import MeasuredPairs, measure_pac_bayes, require_posterior
-    from pipeline.evaluation.pac_bayes_report import pac_bayes_text
-    from pipeline.evaluation.posterior_risk import posterior_risk
-    from pipeline.models.reward_model import load_reward_model, read_card
-    from pipeline.stages import storage
-    from pipeline.stages.fingerprint import directory_fingerprint
-    from pipeline.stages.runner import installed_versions
-
     recipe = load_recipe(options.recipe, options.overrides) if options.recipe else None
     with storage.reading(options.model) as directory:
-        card = read_card(directory)
+        card = check_reward_model(directory)
         require_posterior(card, options.model)
+        check_pairs(options, recipe, card)
+        # torch is imported behind --help, and behind what is wrong with the input.
+        import torch
+
+        from pipeline.data.score_statistics import MixtureStatistics
+        from pipeline.evaluation.pac_bayes_measurement import MeasuredPairs, measure_pac_bayes
+        from pipeline.evaluation.pac_bayes_report import pac_bayes_text
+        from pipeline.evaluation.posterior_risk import posterior_risk
+        from pipeline.models.reward_model import load_reward_model
+        from pipeline.stages.runner import installed_versions
+
         training, heldout, notes = load_pairs(options, recipe, card)
         for name, found in MixtureStatistics.of(training, card.objectives).sources.items():
             known = card.score_statistics.get(name)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from jobs.command_line import Command, add_job_options, job_options, print_dry_run
+from jobs.preflight import check_recipe
 
 if TYPE_CHECKING:
     from jobs.open_job import Job
@@ -26,7 +27,8 @@ def job_command(documentation: str, body: Callable[[Job], object], *, recipe_fla
         if options.dry_run:
             print_dry_run(options)
             return
-        # Ray and torch are imported behind the dry run.
+        check_recipe(options.recipe, workspace=options.workspace)
+        # Ray and torch are imported behind the dry run, and behind what is wrong with the input.
         from jobs.open_job import open_job
 
         with open_job(options) as job:

@@ -24,7 +24,7 @@ from actors.reward_service import scoring_application
 from pipeline.config.base import Frozen, Positive
 from pipeline.config.cluster import ScoringConfig
 from pipeline.errors import ConfigError
-from pipeline.models.reward_model import read_card
+from pipeline.models.reward_model_card import read_card
 from pipeline.serving.protocol import TOKEN_VARIABLE
 from pipeline.stages import storage
 

@@ -33,6 +33,9 @@ from pydantic import ValidationError
 from jobs.command_line import Command
 from pipeline.config.cluster import ClusterConfig, DeadlinesConfig, ScoringConfig
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.models.checkpoint_files import check_reward_model
+from pipeline.models.reward_model_card import read_card
+from pipeline.serving.free_port import require_free_port
 from pipeline.stages.fingerprint import directory_fingerprint
 
 
@@ -55,15 +58,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def serve_until_interrupted(options: argparse.Namespace) -> None:
-    # torch and ray are imported behind --help.
-    from pipeline.models.reward_model import read_card
-
     # A replica that is replaced later must load the same checkpoint, wherever the link points by then.
     model = os.path.realpath(options.model)
-    read_card(model)
+    check_reward_model(model)
+    config = scoring_config(options)
+    require_free_port(options.host, options.port, remedy="another --port")
+    # torch and ray are imported behind --help, and behind what is wrong with the input.
     from actors.reward_service import (
         leave_service,
-        require_free_port,
         require_token_if_exposed,
         service_token,
         start_service,
@@ -73,8 +75,6 @@ def serve_until_interrupted(options: argparse.Namespace) -> None:
 
     token = None if options.no_token else service_token()
     require_token_if_exposed(options.host, token)
-    require_free_port(options.host, options.port)
-    config = scoring_config(options)
     deadlines = DeadlinesConfig()
     settings: dict[str, Any] = {
         "start_s": deadlines.start_s,
@@ -130,8 +130,6 @@ def scoring_config(options: argparse.Namespace) -> ScoringConfig:
 
 
 def in_words(model: str) -> str:
-    from pipeline.models.reward_model import read_card
-
     card = read_card(model)
     return (
         f"a {card.head} reward model over {', '.join(card.objectives)} ({directory_fingerprint(model)[:12]}, {model})"

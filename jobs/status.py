@@ -1,4 +1,4 @@
-"""What a workspace holds: stages, state, steps, times, sizes.
+"""What a workspace holds: stages, state, steps, times of all attempts, sizes.
 
     python jobs/status.py runs/tiny
 
@@ -8,7 +8,6 @@ Reads only: it may look at a workspace while a job runs in it.
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from cluster.resources import plan_resources
 from jobs.command_line import Command
@@ -62,11 +61,7 @@ def _row(uri: str, name: str) -> tuple[str, ...]:
         return name, fingerprint, "finished", steps, as_clock(stage.manifest()["seconds"]), size, ""
     checkpoint = stage.checkpoints.latest()
     committed = "nothing committed" if checkpoint is None else f"committed step {checkpoint.step + 1}"
-    return name, fingerprint, "unfinished", steps, _elapsed(rows), size, committed
-
-
-def _elapsed(rows: list[dict[str, Any]]) -> str:
-    return as_clock(rows[-1]["time"] - rows[0]["time"]) if rows else ""
+    return name, fingerprint, "unfinished", steps, as_clock(stage.seconds_spent()), size, committed
 
 
 def _line(cells: tuple[str, ...]) -> str:

@@ -57,6 +57,16 @@ class PromptGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ObjectiveTruth:
+    """What the objectives of B pairs really are, where a world with a known truth made the pairs."""
+
+    weights: torch.Tensor
+    """[B, K] float64: the true objective weights of each prompt."""
+    scores: torch.Tensor
+    """[2B, K] float64: the true scores of each response, chosen rows first."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreferenceBatch:
     """B tokenised pairs. Rows [0, B) are the chosen responses, rows [B, 2B) the rejected ones."""
 
@@ -77,6 +87,8 @@ class PreferenceBatch:
     """[B] float32: by how much the chosen response was rated better, on the annotators' scale; NaN where unknown."""
     sources: tuple[str, ...]
     """[B] the source of each pair."""
+    truth: ObjectiveTruth | None = None
+    """Only evaluation reads it, so training batches have none. None also where nobody knows it."""
 
     @property
     def num_pairs(self) -> int:

@@ -87,5 +87,6 @@ def trained_reward_model(tiny_policy, world, tokenizer, tmp_path_factory):
     collate, pairs = collator(world, tokenizer), tokenised(world, tokenizer)
     for step in range(8):
         trainer.update(collate(pairs[8 * step : 8 * step + 8], step), step)
+    trainer.evaluate(collate(tokenised(world, tokenizer, "heldout"), 0))
     trainer.export(directory)
     return directory

@@ -17,6 +17,8 @@ class BenchmarkConfig(Frozen):
     max_response_tokens: Count = 1024
     temperature: NonNegative = 0.0
     best_of: Count = 1
+    keep_thoughts: bool = False
+    """Answers keep their `<think>` blocks. The reward model never reads them."""
 
     @model_validator(mode="after")
     def _the_best_is_one_of_many(self) -> BenchmarkConfig:

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
-
-from pipeline.errors import DataError
+from pipeline.data.chat_rendering import render
+from pipeline.data.end_of_turn import turn_end
 from pipeline.records import Message
 
 if TYPE_CHECKING:
@@ -23,39 +22,24 @@ if TYPE_CHECKING:
 THINKING_BEGINS, THINKING_ENDS = "<think>", "</think>"
 
 
-def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises DataError for a tokenizer that cannot render a conversation."""
-    if tokenizer.chat_template is None:
-        raise DataError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, so messages cannot become a prompt. "
-            "Use an instruction-tuned checkpoint, or add chat_template.jinja to its directory."
-        )
-
-
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[int, ...]:
     """Token ids of the conversation up to the point where the assistant speaks.
 
     Raises:
-        DataError: the chat template refuses the messages, say two turns of the same speaker.
+        DataError: as `render`.
     """
-    try:
-        text = tokenizer.apply_chat_template(
-            [{**message, "content": as_words(tokenizer, message["content"])} for message in messages],
-            add_generation_prompt=True,
-            tokenize=False,
-            enable_thinking=False,
-        )
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages) or "none"
-        raise DataError(
-            f"the tokenizer's chat template refuses this conversation (speakers: {roles}): {error}"
-        ) from error
+    as_text: list[Message] = [{**message, "content": as_words(tokenizer, message["content"])} for message in messages]
+    text = render(tokenizer, as_text, add_generation_prompt=True)
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Token ids of a response, ended by the end-of-turn token."""
-    return (*tokenizer(as_words(tokenizer, text), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+    """Token ids of a response, ended by the end-of-turn token.
+
+    Raises:
+        DataError: as `turn_end`.
+    """
+    return (*tokenizer(as_words(tokenizer, text), add_special_tokens=False)["input_ids"], turn_end(tokenizer))
 
 
 def as_words(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
@@ -64,24 +48,34 @@ def as_words(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     A tokenizer reads the spelling of a special token as the token. Without the space a text could end its own turn and
     write the next speaker's words.
     """
-    return _special_tokens(tokenizer).sub(lambda token: f"{token[0][0]} {token[0][1:]}", text)
+    special = _special_tokens(tokenizer, end=turn_end(tokenizer))
+    return special.sub(lambda token: f"{token[0][0]} {token[0][1:]}", text)
 
 
 @lru_cache(maxsize=8)
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+def _special_tokens(tokenizer: PreTrainedTokenizerBase, end: int) -> re.Pattern[str]:
     # Those of the vocabulary, not `all_special_tokens`: Llama 3 does not count its <|eot_id|> among the latter.
-    tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    added = tokenizer.added_tokens_decoder.items()
+    tokens = {token.content for index, token in added if token.special or index == end}
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    """The text of sampled tokens, without special tokens."""
-    return str(tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
+    """The text of sampled tokens, without special tokens and without the end of the turn."""
+    # A checkpoint need not call the end of its turns special.
+    words = [*token_ids[:-1]] if token_ids and token_ids[-1] == turn_end(tokenizer) else [*token_ids]
+    return str(tokenizer.decode(words, skip_special_tokens=True)).strip()
 
 
 def strip_thinking(text: str) -> str:
-    """The answer without its `<think>...</think>` blocks and the space after them: a user reads no more than that."""
+    """The answer without its `<think>...</think>` blocks and the space after them: a user reads no more than that.
+
+    A first `</think>` without `<think>` ends a block too: some templates open the block in the prompt.
+    """
     # By hand: a regular expression takes quadratic time over blocks that start and never end.
+    ends = text.find(THINKING_ENDS)
+    if ends >= 0 and THINKING_BEGINS not in text[:ends]:
+        text = text[ends + len(THINKING_ENDS) :].lstrip()
     kept, position = [], 0
     while (begins := text.find(THINKING_BEGINS, position)) >= 0 and (ends := text.find(THINKING_ENDS, begins)) >= 0:
         kept.append(text[position:begins])

@@ -12,10 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.batching import stable_seed
 from pipeline.data.chat import encode_prompt, encode_response, fit_prompt, strip_thinking
+from pipeline.data.planted import GoldAnnotator
 from pipeline.data.score_statistics import MixtureStatistics
 from pipeline.data.token_limit import require_enough_fit
 from pipeline.objectives.variational import supervision_scores, supervision_target
-from pipeline.records import Message, PreferenceBatch, PreferencePair, PromptGroup
+from pipeline.records import Message, ObjectiveTruth, PreferenceBatch, PreferencePair, PromptGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,3 +120,21 @@ def tokenise_texts(
     limit = f"sft.max_length = {max_length}"
     require_enough_fit(lengths, len(tokenised), kind="texts", limit=limit, max_too_long=max_too_long)
     return tokenised
+
+
+def objective_truth(gold: GoldAnnotator, pairs: Sequence[PreferencePair], objectives: Sequence[str]) -> ObjectiveTruth:
+    """The true weights of each pair's prompt and the true scores of its responses.
+
+    Raises:
+        DataError: a prompt is not of the planted world.
+    """
+    weights = [gold.objective_weights(pair.prompt) for pair in pairs]
+    scores = [
+        gold.objective_scores(pair.prompt, response)
+        for responses in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
+        for pair, response in zip(pairs, responses, strict=True)
+    ]
+    return ObjectiveTruth(
+        weights=torch.tensor([[row[name] for name in objectives] for row in weights], dtype=torch.float64),
+        scores=torch.tensor([[row[name] for name in objectives] for row in scores], dtype=torch.float64),
+    )

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 from pipeline.data.files import Row, read_rows
 from pipeline.data.preferences import normalised_prompt
-from pipeline.data.prompts import PROMPT_FIELDS, prompt_of
+from pipeline.data.prompts import EVALUATION_PROMPT_FIELDS, prompt_of
 from pipeline.records import Message, Metrics
 
 NGRAM_WORDS = 13
@@ -192,7 +192,7 @@ def _of_file(
 
 def _messages(row: Row) -> tuple[Message, ...]:
     """The prompt of an evaluation row."""
-    return prompt_of(row, (*PROMPT_FIELDS, "turns"))
+    return prompt_of(row, EVALUATION_PROMPT_FIELDS)
 
 
 def _text(messages: Sequence[Message]) -> str:

@@ -88,31 +88,27 @@ def read_rows(path: str) -> Iterator[Row]:
         DataError: the file is missing, of another kind, or a line is no JSON object in UTF-8, has a key twice, or a
             text that cannot be encoded.
     """
-    for file in _data_files(path):
-        match file.suffix:
-            case ".jsonl":
-                yield from _read_jsonl(file)
-            case ".parquet":
-                yield from _read_parquet(file)
-            case ".json":
-                yield from _read_json(file)
-            case suffix:
-                raise DataError(f"{path}: files of kind {suffix!r} are not read; give .jsonl, .parquet or .json")
+    for file in data_parts(path):
+        yield from _read_part(file)
 
 
-def _data_files(path: str) -> list[Path]:
-    """The file, or the data files of the directory in the order of their names."""
+def data_parts(path: str) -> list[Path]:
+    """The file itself, or the .jsonl and .parquet files of a directory.
+
+    Raises:
+        DataError: nothing is there, or the directory holds no such file.
+    """
     file = Path(path)
+    if file.is_dir():
+        parts = sorted(part for part in file.iterdir() if part.suffix in (".jsonl", ".parquet"))
+        if not parts:
+            raise DataError(f"{path} is a directory without .jsonl or .parquet files")
+        return parts
     if not file.exists():
         raise DataError(
             f"{path} does not exist (looked in {Path.cwd()}). Relative paths in a recipe start at VRM_DATA_ROOT."
         )
-    if not file.is_dir():
-        return [file]
-    parts = sorted(part for part in file.iterdir() if part.suffix in (".jsonl", ".parquet"))
-    if not parts:
-        raise DataError(f"{path} is a directory without .jsonl or .parquet files")
-    return parts
+    return [file]
 
 
 def require_distinct_files(paths: Sequence[str]) -> None:
@@ -125,12 +121,30 @@ def require_distinct_files(paths: Sequence[str]) -> None:
         DataError: two files have the same content, or a file does not exist; names both.
     """
     by_size: dict[int, list[Path]] = {}
-    for file in (file for path in paths for file in _data_files(path)):
+    for file in (file for path in paths for file in data_parts(path)):
         # Only files of one size are read through.
         for other in by_size.setdefault(file.stat().st_size, []):
             if filecmp.cmp(file, other, shallow=False):
                 raise DataError(f"{file} is the same as {other}, so its rows would count twice. Name it once.")
         by_size[file.stat().st_size].append(file)
+
+
+def first_rows(path: str, count: int) -> Iterator[Row]:
+    """Streams the first rows of each file behind a path. Raises as `read_rows`."""
+    for file in data_parts(path):
+        yield from itertools.islice(_read_part(file), count)
+
+
+def _read_part(file: Path) -> Iterator[Row]:
+    match file.suffix:
+        case ".jsonl":
+            yield from _read_jsonl(file)
+        case ".parquet":
+            yield from _read_parquet(file)
+        case ".json":
+            yield from _read_json(file)
+        case suffix:
+            raise DataError(f"{file}: files of kind {suffix!r} are not read; give .jsonl, .parquet or .json")
 
 
 def read_hub_rows(name: str, split: str, *, remedy: str) -> Iterator[Row]:

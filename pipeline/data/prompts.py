@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROMPT_FIELDS = ("messages", "prompt", "instruction")
+EVALUATION_PROMPT_FIELDS = (*PROMPT_FIELDS, "turns")
 
 
 @dataclass(frozen=True, kw_only=True)

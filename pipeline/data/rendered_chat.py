@@ -41,7 +41,17 @@ MARKUPS = (
 )
 
 BEGINNINGS = ("<|begin_of_text|>", "<bos>", "<s>")
-ENDINGS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "<eos>", "</s>")
+ENDINGS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+    "<|endoftext|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<eos>",
+    "</s>",
+)
 
 
 def split_rendered(text: str, prompt: str | None = None) -> tuple[tuple[Message, ...], str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,24 +9,16 @@ from pipeline.config.recipe import ExperimentConfig
 from pipeline.config.reward import JudgeConfig
 from pipeline.data.batching import stable_seed
 from pipeline.data.decontamination import Contamination, EvaluationPrompts, find_contamination
-from pipeline.data.files import content_fingerprint, require_distinct_files
+from pipeline.data.files import content_fingerprint
 from pipeline.data.planted import GoldAnnotator, PlantedWorld
 from pipeline.data.preferences import LeftOut, first_of_each_prompt, normalised_prompt, take_pairs
 from pipeline.data.prompts import read_prompts
-from pipeline.data.sources import (
-    HeldoutRule,
-    SourceRead,
-    in_their_shares,
-    read_source,
-    require_known_objectives,
-    require_usable_annotations,
-)
+from pipeline.data.recipe_files import data_files, read_sources, resolve
+from pipeline.data.sources import HeldoutRule, SourceRead
 from pipeline.errors import DataError
 from pipeline.records import Message, PreferencePair
 
 NamedPrompt = tuple[str, tuple[Message, ...]]
-
-DATA_ROOT = "VRM_DATA_ROOT"
 
 FROM_PROMPT_FILES = "prompts"
 """How counts call the files of `data.prompts`, among the names of the sources."""
@@ -112,19 +103,7 @@ def _with_pairs_of(data: RunData, judge: JudgeConfig, *, judges: bool) -> RunDat
 
 def data_fingerprints(experiment: ExperimentConfig) -> list[str]:
     """Content hashes of the files a run reads: a changed file is another input. A hub data set counts by its name."""
-    return [content_fingerprint(file) for file in data_files(experiment)]
-
-
-def data_files(experiment: ExperimentConfig) -> list[str]:
-    """The files and directories that a run reads, where they lie: prompts, evaluation prompts, sources."""
-    data = experiment.data
-    sources = [source.path for source in data.sources if source.path is not None]
-    return [resolve(file) for file in (*data.prompts, *_evaluation_files(experiment), *sources)]
-
-
-def resolve(path: str) -> str:
-    """A data path of a recipe: relative paths start at VRM_DATA_ROOT, or at the working directory without it."""
-    return os.path.join(os.environ.get(DATA_ROOT, ""), path)
+    return [content_fingerprint(file.path) for file in data_files(experiment)]
 
 
 def _evaluation_files(experiment: ExperimentConfig) -> tuple[str, ...]:
@@ -144,32 +123,6 @@ def _planted(experiment: ExperimentConfig) -> RunData:
         gold=world.gold,
         contamination=None,
     )
-
-
-def read_sources(experiment: ExperimentConfig) -> list[SourceRead]:
-    """Reads every source of the recipe and takes its share.
-
-    Raises:
-        DataError: a source cannot be used, or an objective is annotated in none; names the place and the cure.
-    """
-    data, seed = experiment.data, experiment.seed
-    for where in {tuple(sorted(source.where.items())) for source in data.sources}:
-        same = [source for source in data.sources if tuple(sorted(source.where.items())) == where]
-        require_distinct_files([resolve(source.path) for source in same if source.path is not None])
-    sources = [
-        read_source(
-            source,
-            source.hub or resolve(str(source.path)),
-            experiment.objectives,
-            seed=seed,
-            max_left_out=data.max_left_out,
-        )
-        for source in data.sources
-    ]
-    require_known_objectives(sources, experiment.objectives)
-    if experiment.reward.loss.score_weight:
-        require_usable_annotations(sources, experiment.reward.loss.score_weight)
-    return in_their_shares(sources, seed)
 
 
 def _from_sources(experiment: ExperimentConfig) -> RunData:

@@ -116,28 +116,38 @@ def _rows(source: SourceConfig, place: str) -> Iterator[Row]:
 
 
 def _matching_rows(rows: Iterable[Row], source: SourceConfig, place: str) -> Iterator[Row]:
-    """The rows whose columns have the values of `where`.
+    """The rows of `where`.
 
     Raises:
-        DataError: a row lacks one of the columns, or no row has the values.
+        DataError: there is none, or a row lacks one of the columns.
     """
     seen: dict[str, set[str]] = {column: set() for column in source.where}
     matched = False
     for row in rows:
-        for column, values in seen.items():
-            if column not in row.values:
-                raise DataError(
-                    f"{row.place}: data.sources `where` of source {source.name!r} names the column {column!r}; the row "
-                    f"has {', '.join(sorted(row.values))}"
-                )
-            if len(values) < VALUES_SHOWN:
-                values.add(str(row.values[column]))
-        if all(str(row.values[column]) == str(value) for column, value in source.where.items()):
+        if is_of(row, source):
             matched = True
             yield row
+        for column, values in seen.items():
+            if len(values) < VALUES_SHOWN:
+                values.add(str(row.values[column]))
     if not matched:
         found = "; ".join(f"{column} has {', '.join(sorted(values))}" for column, values in seen.items())
         raise DataError(f"{place}: no row has the values {dict(source.where)} of `where` of {source.name!r}. {found}.")
+
+
+def is_of(row: Row, source: SourceConfig) -> bool:
+    """Whether the row has the values of the source's `where`.
+
+    Raises:
+        DataError: it lacks one of the columns.
+    """
+    for column in source.where:
+        if column not in row.values:
+            raise DataError(
+                f"{row.place}: data.sources `where` of source {source.name!r} names the column {column!r}; the row "
+                f"has {', '.join(sorted(row.values))}"
+            )
+    return all(str(row.values[column]) == str(value) for column, value in source.where.items())
 
 
 def _with_preferred(pair: PreferencePair, objective: str | None) -> PreferencePair:

@@ -9,10 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.collate import TokenisedPair, tokenise_pairs
 from pipeline.data.preferences import first_of_each_prompt, shared_prompts
-from pipeline.errors import CheckpointError
 from pipeline.evaluation.pac_bayes_report import PacBayesReport, pac_bayes_report
 from pipeline.evaluation.posterior_risk import PosteriorRisk
-from pipeline.models.reward_model import RewardModelCard
 from pipeline.records import PreferencePair
 
 
@@ -39,19 +37,6 @@ class MeasuredPairs:
             heldout=tokenise_pairs(
                 first_of_each_prompt(heldout), tokenizer, max_length=max_length, drop_too_long=False
             ),
-        )
-
-
-def require_posterior(card: RewardModelCard, place: str) -> None:
-    """Checks that the reward model is a VRM.
-
-    Raises:
-        CheckpointError: the model has no posterior to bound.
-    """
-    if card.head != "vrm":
-        raise CheckpointError(
-            f"{place} has a {card.head!r} head, and no posterior to bound. "
-            "Give the result of a run with reward.head=vrm."
         )
 
 

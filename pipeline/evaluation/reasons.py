@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from pipeline.evaluation.correlation import correlation_or_zero
 from pipeline.objectives.masked import require_same_shape
-from pipeline.records import Metrics
+from pipeline.records import Metrics, ObjectiveTruth
 
 REASON_PREFIX = "reasons/"
 
 TRUSTED_PAIR_ACCURACY = 0.65
 """A score that orders fewer of the annotator's held-out pairs than this is not shown as a reason. Chance is 0.5."""
+
+SAME_PART = 1e-9
+"""True parts of a lead that differ by no more are equal: rounding."""
 
 LEAST_PAIRS = 30
 """Fewer annotated held-out pairs verify nothing: chance alone moves a share of 30 by 0.09."""
@@ -60,6 +64,98 @@ def reason_fidelity(
             f"{REASON_PREFIX}{objective}/pairs": float(ordered.sum()),
         }
     return metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class SummedRewards:
+    """The rewards of B pairs as sums over K objectives, r = sum_k w_k s_k; chosen rows first."""
+
+    weights: torch.Tensor
+    """[2B, K] objective weights of each row's prompt."""
+    scores: torch.Tensor
+    """[2B, K] objective scores in units of the reward."""
+
+    @property
+    def margin_contributions(self) -> torch.Tensor:
+        """[B, K] what each objective adds to r_chosen - r_rejected."""
+        chosen, rejected = (self.weights * self.scores).double().chunk(2)
+        return chosen - rejected
+
+
+def mean_margin_contributions(
+    rewards: SummedRewards, annotations: torch.Tensor, mask: torch.Tensor, objectives: Sequence[str]
+) -> Metrics:
+    """What each objective adds to the mean margin, by its score and by its annotation in the score's place.
+
+    contribution_k    = mean over pairs of  w_k,chosen * s_k,chosen - w_k,rejected * s_k,rejected
+    by_annotations_k  = the same with the annotation t_k instead of s_k
+
+    Both are means over the pairs whose two responses are annotated. The weights of both are the model's.
+
+    Args:
+        annotations: [2B, K] annotated scores in the units of `rewards.scores`, ignored where masked.
+        mask: [2B, K] bool, True where annotated.
+
+    Returns:
+        `reasons/<objective>/{contribution,contribution_by_annotations}` for each objective with such a pair.
+    """
+    require_same_shape(scores=rewards.scores, annotations=annotations, mask=mask)
+    by_scores = rewards.margin_contributions
+    by_annotations = SummedRewards(weights=rewards.weights, scores=annotations).margin_contributions
+    chosen, rejected = mask.chunk(2)
+    return {
+        f"{REASON_PREFIX}{objective}/{name}": float(contributions[known, k].mean())
+        for k, (objective, known) in enumerate(zip(objectives, (chosen & rejected).unbind(1), strict=True))
+        if known.any()
+        for name, contributions in (
+            ("contribution", by_scores),
+            ("contribution_by_annotations", by_annotations),
+        )
+    }
+
+
+def agreement_with_truth(
+    rewards: SummedRewards, truth: ObjectiveTruth, objectives: Sequence[str], named: Sequence[str]
+) -> Metrics:
+    """Whether weights and named reasons are the true ones, where the truth is known.
+
+    A reason is named for a pair when the objective that adds most to the lead of the preferred response is among
+    `named`. It is right when the truth prefers the same response, and no objective adds more to its true lead.
+
+    Args:
+        named: the objectives that may be named, those of `verified_objectives`.
+
+    Returns:
+        `reasons/weight_correlation`, Pearson's over all (prompt, objective); `reasons/decisive_pairs`, the pairs with
+        a named reason; `reasons/decisive_accuracy`, the share of them whose reason is right, if there are any.
+    """
+    weights = rewards.weights[: len(truth.weights)]
+    metrics = {
+        f"{REASON_PREFIX}weight_correlation": correlation_or_zero(
+            weights.double().flatten().cpu().numpy(), truth.weights.flatten().cpu().numpy()
+        )
+    }
+    both = truth.weights.repeat(2, 1)
+    lead, preferred = _lead_of_preferred(rewards.margin_contributions.cpu())
+    true_lead, truly_preferred = _lead_of_preferred(
+        SummedRewards(weights=both, scores=truth.scores).margin_contributions.cpu()
+    )
+    may_be_named = torch.tensor([objective in named for objective in objectives])
+    deciding = lead.argmax(1)
+    is_named = may_be_named[deciding] & (preferred != 0)
+    true_part = true_lead.gather(1, deciding.unsqueeze(1)).squeeze(1)
+    right = (preferred == truly_preferred) & (true_part >= true_lead.amax(1) - SAME_PART)
+    metrics[f"{REASON_PREFIX}decisive_pairs"] = float(is_named.sum())
+    if is_named.any():
+        metrics[f"{REASON_PREFIX}decisive_accuracy"] = float(right[is_named].double().mean())
+    return metrics
+
+
+def _lead_of_preferred(contributions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """([B, K] what each objective adds to the lead of the preferred response, [B] 1 if that is the chosen one, -1 if
+    the rejected one, 0 for a tie)."""
+    preferred = torch.sign(contributions.sum(1))
+    return contributions * preferred.unsqueeze(1), preferred
 
 
 def verified_objectives(metrics: Mapping[str, float], objectives: Sequence[str]) -> tuple[str, ...]:

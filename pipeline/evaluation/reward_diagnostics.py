@@ -8,9 +8,16 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from pipeline.evaluation.bootstrap import bootstrap_intervals
 from pipeline.evaluation.correlation import correlation_or_zero
 from pipeline.evaluation.pair_metrics import ScoredPairs, length_slope, pair_diagnostics
-from pipeline.evaluation.reasons import reason_fidelity
+from pipeline.evaluation.reasons import (
+    SummedRewards,
+    agreement_with_truth,
+    mean_margin_contributions,
+    reason_fidelity,
+    verified_objectives,
+)
 from pipeline.evaluation.reward_scorer import reward_scores
 from pipeline.evaluation.source_metrics import source_metrics
 from pipeline.models.reward_heads import RewardOutput
@@ -35,6 +42,8 @@ PAIR_METRICS = (
 MARGIN_QUANTILES = (5, 50, 95)
 """Quantiles of r_chosen - r_rejected, in percent."""
 
+ENDS = ("low", "high")
+
 ACTIVE_VARIANCE = 0.01
 """A semantic dimension whose mean varies by more than this over (x, y) is active (docs/method.md section 10)."""
 
@@ -48,11 +57,11 @@ def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch, objectives:
         objectives: K names.
 
     Returns:
-        Scale and calibration of the reward, its relation to length, and the metrics of each source. For a head that
-        predicts annotations, how well its scores agree with them (`reason_fidelity`). For a VRM or gate head, also
-        active units, and the spread and supervision of the objective weights. With a posterior, also the concentration
-        of the weights, the divergence of the least and the most used feature, and the accuracy of one posterior sample.
-        Means are over the batch.
+        Scale and calibration of the reward, its relation to length, the metrics of each source, and intervals of its
+        accuracy. For a head that predicts annotations, how well its scores agree with them (`_reasons`). For a VRM or
+        gate head, also active units, and the spread and supervision of the objective weights. With a posterior, also
+        the concentration of the weights, the divergence of the least and the most used feature, and the accuracy of one
+        posterior sample. Means are over the batch.
     """
     num_pairs = batch.num_pairs
     metrics = {
@@ -61,10 +70,8 @@ def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch, objectives:
         "eval/posterior_std": float(output.variance.sqrt().mean()),
         **_margin_metrics(output, batch),
         **_source_metrics(output, batch),
+        **_accuracy_intervals(output, batch),
     }
-    if output.scores.shape[1]:
-        own = output.annotation_scores
-        metrics["eval/scale"] = float((output.scores * own).sum() / own.square().sum().clamp(min=1e-12))
     if output.alpha.shape[1]:
         alpha = output.alpha[:num_pairs]  # one row per prompt: that of the chosen response
         sampled = output.sampled[:num_pairs] - output.sampled[num_pairs:]
@@ -97,7 +104,46 @@ def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch, objectives:
             correlations = target_correlations(w_bar, batch.target, batch.target_mask)
             metrics["eval/target_correlation"] = sum(correlations) / len(correlations)
             metrics |= {f"eval/target_correlation_{k}": value for k, value in enumerate(correlations)}
-    return metrics | reason_fidelity(output.annotation_scores, batch.scores, batch.score_mask, objectives)
+    return metrics | _reasons(output, batch, objectives)
+
+
+def _reasons(output: RewardOutput, batch: PreferenceBatch, objectives: Sequence[str]) -> Metrics:
+    """`reason_fidelity` of the predicted annotations. Where the reward is a sum over objectives, also `eval/scale`,
+    what each objective adds to the mean margin, and the agreement with the truth where that is known."""
+    own = output.annotation_scores
+    metrics = reason_fidelity(own, batch.scores, batch.score_mask, objectives)
+    if not output.scores.shape[1]:
+        return metrics
+    scale = float((output.scores * own).sum() / own.square().sum().clamp(min=1e-12))
+    rewards = SummedRewards(weights=output.weights, scores=output.scores)
+    metrics |= {"eval/scale": scale}
+    metrics |= mean_margin_contributions(rewards, scale * batch.scores.to(own), batch.score_mask, objectives)
+    if batch.truth is not None:
+        named = verified_objectives(metrics, objectives)
+        metrics |= agreement_with_truth(rewards, batch.truth, objectives, named)
+    return metrics
+
+
+def _accuracy_intervals(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
+    """95% intervals over prompts: `eval/accuracy_{low,high}`, and those of the accuracy minus that of the rule "longer
+    is better", `eval/accuracy_over_length_{low,high}`. A tie counts one half. Nothing is said of a single prompt."""
+    means = output.mean.cpu().numpy()
+    margins = means[: batch.num_pairs] - means[batch.num_pairs :]
+    gaps = np.array([len(chosen) - len(rejected) for chosen, rejected in (p.response_ids for p in batch.pairs)])
+    right, by_length = 0.5 + 0.5 * np.sign(margins), 0.5 + 0.5 * np.sign(gaps)
+    numbers: dict[tuple[int, ...], int] = {}
+    prompts = [numbers.setdefault(pair.prompt_ids, len(numbers)) for pair in batch.pairs]
+    if len(numbers) == 1:
+        return {}
+    intervals = bootstrap_intervals(
+        lambda rows: {
+            "eval/accuracy": float(right[rows].mean()),
+            "eval/accuracy_over_length": float((right - by_length)[rows].mean()),
+        },
+        prompts,
+        seed=0,
+    )
+    return {f"{name}_{end}": value for name, ends in intervals.items() for end, value in zip(ENDS, ends, strict=True)}
 
 
 def _margin_metrics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:

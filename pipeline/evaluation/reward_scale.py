@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipeline.models.reward_model import RewardModelCard
+    from pipeline.models.reward_model_card import RewardModelCard
 
 
 @dataclass(frozen=True, kw_only=True)

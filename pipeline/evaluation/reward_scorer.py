@@ -12,7 +12,8 @@ from pipeline.data.chat import encode_prompt, encode_response, fit_prompt, strip
 from pipeline.errors import DataError
 from pipeline.models.packing import in_packed_order, pack
 from pipeline.models.reward_heads import RewardOutput
-from pipeline.models.reward_model import RewardModel, RewardModelCard, load_reward_model, score_packed
+from pipeline.models.reward_model import RewardModel, load_reward_model, score_packed
+from pipeline.models.reward_model_card import RewardModelCard
 from pipeline.records import Message, PromptGroup, RewardScore
 
 

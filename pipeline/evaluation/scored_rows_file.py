@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 
@@ -20,15 +20,20 @@ from pipeline.data.prompts import read_prompts
 from pipeline.errors import DataError, NumericsError
 from pipeline.evaluation.scored_rows import RewardedResponse, ScoredComparison, ScoredRows, key_column, key_number
 from pipeline.objectives.reward_comparison import compare_rewards
-from pipeline.records import RewardScore
-
-if TYPE_CHECKING:
-    from pipeline.evaluation.reward_scorer import RewardModelScorer
+from pipeline.ports import RewardScorer
+from pipeline.records import Message, RewardScore
 
 ROWS_PER_CHUNK = 128
 """Rows in memory at a time; enough to put rows of similar length into one micro-batch."""
 
-FIELDS = ("id", "subset", "cut", "annotators_tie")
+FIELDS = ("id", "subset", "source", "cut", "annotators_tie")
+
+
+class ComparisonScorer(RewardScorer, Protocol):
+    """A reward that also knows what it can read."""
+
+    def fits(self, prompt: tuple[Message, ...], response: str) -> bool:
+        """Whether `score` reads prompt and response whole."""
 
 
 def write_scored_rows(
@@ -36,7 +41,7 @@ def write_scored_rows(
     path: Path,
     *,
     scored_by: str,
-    load_scorer: Callable[[], RewardModelScorer],
+    load_scorer: Callable[[], ComparisonScorer],
     report: Callable[[int, int], None],
 ) -> None:
     """Writes one line per row, in order, and keeps the lines that an interrupted run left in the file.
@@ -137,13 +142,13 @@ def _skip_scored(rows: Iterator[EvaluationExample], path: Path, scored_by: str) 
 def _is_line_of(line: bytes, row: EvaluationExample, scored_by: str) -> bool:
     try:
         values = json.loads(line)
-        found = [values[name] for name in ("scored_by", "content_key", "id", "subset", "annotators_tie")]
-        return found == [scored_by, row.content_key, row.id, row.subset, row.annotators_tie]
+        found = [values[name] for name in ("scored_by", "content_key", "id", "subset", "source", "annotators_tie")]
+        return found == [scored_by, row.content_key, row.id, row.subset, row.source, row.annotators_tie]
     except (ValueError, KeyError, TypeError):  # not a line of this format
         return False
 
 
-def _score_chunk(chunk: Sequence[EvaluationExample], scorer: RewardModelScorer, scored_by: str, file: TextIO) -> None:
+def _score_chunk(chunk: Sequence[EvaluationExample], scorer: ComparisonScorer, scored_by: str, file: TextIO) -> None:
     texts = [(row, response) for row in chunk for response in (*row.chosen, *row.rejected)]
     scores = iter(scorer.score([row.prompt for row, _ in texts], [response for _, response in texts]))
     for row in chunk:
@@ -153,6 +158,7 @@ def _score_chunk(chunk: Sequence[EvaluationExample], scorer: RewardModelScorer, 
         line = {
             "id": row.id,
             "subset": row.subset,
+            "source": row.source,
             "content_key": row.content_key,
             "prompt_key": row.prompt_key,
             "scored_by": scored_by,

@@ -31,7 +31,12 @@ class SourceResult:
 
 
 def source_metrics(
-    margins: np.ndarray, length_gap: np.ndarray, prompts: Sequence[int], sources: Sequence[str]
+    margins: np.ndarray,
+    length_gap: np.ndarray,
+    prompts: Sequence[int] | np.ndarray,
+    sources: Sequence[str],
+    *,
+    seed: int = 0,
 ) -> Metrics:
     """The metrics of every source.
 
@@ -40,6 +45,7 @@ def source_metrics(
         length_gap: [B] length of the chosen response minus length of the rejected one, in any unit.
         prompts: [B] a number for each distinct prompt: the bootstrap draws prompts.
         sources: [B] name of the source of each pair.
+        seed: of the bootstrap.
 
     Returns:
         `eval/source/<name>/{pairs,accuracy,nll,longer_is_better}`, where a tie is an error of `accuracy`, and
@@ -61,7 +67,7 @@ def source_metrics(
             "pairs": float(len(own)),
             "longer_is_better": longer_is_better(np.asarray(length_gap)[here].tolist()),
         }
-        for metric, ends in bootstrap_intervals(statistic, prompts_of[here], seed=0).items():
+        for metric, ends in bootstrap_intervals(statistic, prompts_of[here], seed=seed).items():
             if not any(map(math.isnan, ends)):
                 values |= zip((f"{metric}_low", f"{metric}_high"), ends, strict=True)
         metrics |= {f"{SOURCE_PREFIX}{name}/{metric}": value for metric, value in values.items()}

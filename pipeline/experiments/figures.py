@@ -39,6 +39,11 @@ OVER_OPTIMISATION = {
     "gold/zscore": "gold reward (sd)",
 }
 """Curves drawn against KL, in standard deviations of held-out responses."""
+CURVES_AGAINST = {
+    "kl": ("kl/per_response", "KL to the start, nats a response", OVER_OPTIMISATION),
+    "step": ("step", "PPO step", {"gold/mean": "gold reward, 1 to 5", "reward/zscore": "reward of the model (sd)"}),
+}
+"""`Experiment.curves_against` -> metric of the horizontal axis, its label, curves with their titles."""
 POLICY_CURVES = OVER_OPTIMISATION | {
     "gold/gap": "gold-proxy gap (sd)",
     "kl/per_response": "KL to the start (nats a response)",
@@ -56,7 +61,7 @@ def write_figures(name: str, experiment: Experiment, finished: Sequence[Finished
     """Writes `<name>.png`, one panel per column, and `<name>_curves.png`, learning curves; returns both paths."""
     written = [directory / f"{name}.png", directory / f"{name}_curves.png"]
     figures = (
-        (_over_optimisation(experiment, finished), _policy_curves(experiment, finished))
+        (_reward_against(experiment, finished), _policy_curves(experiment, finished))
         if experiment.trains == "policy"
         else (_reward_panels(experiment, finished), _reward_curves(experiment, finished))
     )
@@ -139,29 +144,32 @@ def _reward_curves(experiment: Experiment, finished: Sequence[FinishedRun]) -> F
     return _finished(figure, experiment, finished)
 
 
-def _over_optimisation(experiment: Experiment, finished: Sequence[FinishedRun]) -> Figure:
-    """Reward and gold reward against KL (Gao et al. 2022, arXiv:2210.10760, Fig. 1), and panels of the final values."""
+def _reward_against(experiment: Experiment, finished: Sequence[FinishedRun]) -> Figure:
+    """Reward and gold reward against KL (Gao et al. 2022, arXiv:2210.10760, Fig. 1) or PPO steps, and the final values.
+
+    Thin lines are seeds, thick ones their mean; all are moving averages.
+    """
+    horizontal, label, shown = CURVES_AGAINST[experiment.curves_against]
     spreads = {column: by_variant(finished, column) for column in experiment.panels}
-    figure, axes = _grid(len(OVER_OPTIMISATION) + len(spreads), columns=2)
-    against_kl, ends = axes[: len(OVER_OPTIMISATION)], axes[len(OVER_OPTIMISATION) :]
-    for axis, (metric, title) in zip(against_kl, OVER_OPTIMISATION.items(), strict=True):
+    figure, axes = _grid(len(shown) + len(spreads), columns=2)
+    curve_axes, ends = axes[: len(shown)], axes[len(shown) :]
+    for axis, (metric, title) in zip(curve_axes, shown.items(), strict=True):
         for variant, curves in _arms(experiment, finished):
             style = _arm_style(experiment, variant)
             for curve in curves:
                 axis.plot(
-                    moving_average(curve["kl/per_response"]),
+                    moving_average(curve[horizontal]),
                     moving_average(curve[metric]),
                     **style | {"alpha": 0.25, "lw": 0.8},
                 )
-            kl, reward = (
-                np.mean([moving_average(curve[m]) for curve in curves], axis=0) for m in ("kl/per_response", metric)
-            )
-            axis.plot(kl, reward, **style, label=variant.name)
-            axis.plot(kl[-1:], reward[-1:], **style | {"marker": "o", "markersize": 4})
-        axis.set_xlabel("KL to the start, nats a response", fontsize=8)
+            x, reward = (np.mean([moving_average(curve[m]) for curve in curves], axis=0) for m in (horizontal, metric))
+            axis.plot(x, reward, **style, label=variant.name)
+            axis.plot(x[-1:], reward[-1:], **style | {"marker": "o", "markersize": 4})
+        axis.set_xlabel(label, fontsize=8)
         style_axis(axis, title)
-    _share_y(against_kl)
-    against_kl[0].legend(frameon=False, fontsize=7)
+    if experiment.curves_against == "kl":
+        _share_y(curve_axes)
+    curve_axes[0].legend(frameon=False, fontsize=7)
     for axis, (column, found) in zip(ends, spreads.items(), strict=True):
         colours = {v.name: _arm_style(experiment, v)["color"] for v in experiment.variants if v.name in found}
         _by_name(axis, colours, found)

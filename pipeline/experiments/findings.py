@@ -27,7 +27,9 @@ REWARD_COLUMNS: dict[str, str] = {
     "active_units": "eval/active_units",
     "sampled_nll": "eval/sampled_nll",
     "supervision": "eval/supervision",
-    "weight_correlation": "weight_correlation",
+    "weight_correlation": "reasons/weight_correlation",
+    "collinearity": "reasons/collinearity",
+    "decisive_accuracy": "reasons/decisive_accuracy",
     "longer_is_better": "eval/longer_is_better",
     "train_accuracy": "train/accuracy",
 }

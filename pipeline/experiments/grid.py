@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.native_dtype import with_native_dtype
 from pipeline.stages.fingerprint import fingerprint
 
-RUN_VERSION = 3
+RUN_VERSION = 4
 """Version of the computation of a run; part of the run's hash."""
 
 LOSS = "reward.loss"
@@ -65,6 +65,10 @@ class Experiment:
     """The variant with which the others are compared pair by pair."""
     contrasts: tuple[tuple[str, str], ...] = ()
     """(first, second) variants whose difference, seed by seed, answers the question."""
+    contrasted: Literal["gap_growth", "gold_end"] = "gap_growth"
+    """The column whose differences the sentences are about."""
+    curves_against: Literal["kl", "step"] = "kl"
+    """What the rewards of aligned policies are drawn against."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +109,11 @@ def _arm(name: str, head: str, reward: str, kl_coefficient: str) -> Variant:
         ),
         series=name.removesuffix(NO_KL),
     )
+
+
+def _supervised_alignment(name: str, weights: str, scores: str | None = None) -> Variant:
+    of_scores = () if scores is None else (f"{LOSS}.score_weight={scores}",)
+    return Variant(name=name, overrides=(f"{LOSS}.supervision_weight={weights}", *of_scores), series=name)
 
 
 NO_KL = ", KL 0"
@@ -170,6 +179,27 @@ EXPERIMENTS: dict[str, Experiment] = {
             *((f"vrm lcb{suffix}", f"vrm{suffix}") for suffix in ("", NO_KL)),
             *((f"vrm{suffix}", f"{baseline}{suffix}") for suffix in ("", NO_KL) for baseline in ("bt", "gate")),
         ),
+    ),
+    "supervised_alignment": Experiment(
+        title="Alignment with and without supervision",
+        question="Does a policy win more of what the truth values when annotations supervise the reward?",
+        trains="policy",
+        recipe="experiments_alignment_tiny",
+        variants=(
+            _supervised_alignment("weights and scores", "0.1"),
+            _supervised_alignment("scores only", "0"),
+            _supervised_alignment("weights only", "0.1", scores="0"),
+            _supervised_alignment("nothing", "0", scores="0"),
+        ),
+        panels=("gold_win_rate", "gap_growth"),
+        contrasts=(
+            ("weights and scores", "scores only"),
+            ("weights only", "nothing"),
+            ("scores only", "nothing"),
+            ("weights and scores", "nothing"),
+        ),
+        contrasted="gold_end",
+        curves_against="step",
     ),
     "label_noise": Experiment(
         title="Label noise",

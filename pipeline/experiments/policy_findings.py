@@ -42,6 +42,11 @@ PRINTED_POLICY_COLUMNS = (
     "seconds",
 )
 CONTRASTED_COLUMNS = ("gap_growth", "gold_end", "gold_win_rate")
+CONTRAST_WORDS = {
+    "gap_growth": ("gap by seed", "the gap grows by", "sd more", "sd less"),
+    "gold_end": ("gold by seed", "the gold reward ends", "higher", "lower"),
+}
+"""Column of `Experiment.contrasted` -> its name before the seeds, and the parts of its sentence."""
 
 STAYS_UP_SHARE = 0.1
 """The gold reward "stayed up" if it lost at most this share of its largest gain."""
@@ -136,9 +141,10 @@ def policy_findings_text(experiment: Experiment, finished: Sequence[FinishedRun]
         lines += ["", "differences, seed by seed", " " * width + "".join(f"{head:>28}" for head in heads)]
         for c in contrasts:
             intervals = "".join(f"{_spread_text(c.by_column[column]):>28}" for column in CONTRASTED_COLUMNS)
-            by_seed = " ".join(f"{value:+.2f}" for value in c.by_column["gap_growth"].values)
-            lines.append(f"{_label(c):<{width}}{intervals}   gap by seed {by_seed}")
-    lines += ["", *(_rise_sentence(name, finished) for name in names), *map(_contrast_sentence, contrasts)]
+            by_seed = " ".join(f"{value:+.2f}" for value in c.by_column[experiment.contrasted].values)
+            lines.append(f"{_label(c):<{width}}{intervals}   {CONTRAST_WORDS[experiment.contrasted][0]} {by_seed}")
+    lines += ["", *(_rise_sentence(name, finished) for name in names)]
+    lines += [_contrast_sentence(contrast, experiment.contrasted) for contrast in contrasts]
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -162,13 +168,16 @@ def _largest_gain(f: FinishedRun) -> float:
     return _value(f, "gold_end") - _value(f, "gold_start") + _value(f, "gold_fall")
 
 
-def _contrast_sentence(contrast: ArmContrast) -> str:
-    gap = contrast.by_column["gap_growth"]
-    more = "more" if gap.mean > 0 else "less"
-    caveat = "" if _excludes_zero(gap) else ", which these seeds do not tell from 0"
-    if len(gap.values) == 1:
+def _contrast_sentence(contrast: ArmContrast, column: str) -> str:
+    difference = contrast.by_column[column]
+    _, subject, more, less = CONTRAST_WORDS[column]
+    caveat = "" if _excludes_zero(difference) else ", which these seeds do not tell from 0"
+    if len(difference.values) == 1:
         caveat = ", in one seed"
-    return f"{contrast.variant}: the gap grows by {abs(gap.mean):.2f} sd {more} than with {contrast.reference}{caveat}."
+    return (
+        f"{contrast.variant}: {subject} {abs(difference.mean):.2f} {more if difference.mean > 0 else less} than "
+        f"with {contrast.reference}{caveat}."
+    )
 
 
 def _value(f: FinishedRun, column: str) -> float:

@@ -6,12 +6,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from pipeline.data.planted import GoldAnnotator
 from pipeline.data.preferences import normalised_prompt
-from pipeline.evaluation.correlation import correlation_or_zero
 from pipeline.learning.reward_data import RewardData
 from pipeline.learning.reward_trainer import RewardTrainer
 from pipeline.loops.reward import RewardTraining
@@ -42,14 +39,11 @@ class RunResult:
     """Time of training and measuring, without reading the data."""
 
 
-def train_and_measure(
-    training: RewardTraining, trainer: RewardTrainer, gold: GoldAnnotator | None, directory: str
-) -> RunResult:
+def train_and_measure(training: RewardTraining, trainer: RewardTrainer, directory: str) -> RunResult:
     """Trains as the pipeline's stage does, from the first step to the last.
 
     Args:
         trainer: the trainer of `training.spec`, in this process.
-        gold: the truth, or None if unknown. It adds `weight_correlation` if the head has objective weights.
         directory: where the stage writes its metrics and the exported model.
     """
     started = time.monotonic()
@@ -64,23 +58,12 @@ def train_and_measure(
     if isinstance(head, EnsembleHead):
         margins["min"] = _margins(_read_as_minimum(trainer, head, data).mean)
     return RunResult(
-        metrics=trainer.training | metrics | _agreement_with_planted_weights(output, data, gold),
+        metrics=trainer.training | metrics,
         curve=_curve(stage.metrics_rows()),
         prompts=[normalised_prompt(p.pair.prompt) for p in data.heldout_pairs],
         margins=margins,
         seconds=time.monotonic() - started,
     )
-
-
-def _agreement_with_planted_weights(output: RewardOutput, data: RewardData, gold: GoldAnnotator | None) -> Metrics:
-    """`weight_correlation` on the held-out pairs; empty without the truth or without objective weights."""
-    weights = output.weights[: len(data.heldout_pairs)].double().numpy()
-    if gold is None or not weights.shape[1]:
-        return {}
-    planted = [
-        [gold.objective_weights(p.pair.prompt)[name] for name in data.statistics.objectives] for p in data.heldout_pairs
-    ]
-    return {"weight_correlation": correlation_or_zero(weights.ravel(), np.ravel(planted))}
 
 
 def _read_as_minimum(trainer: RewardTrainer, head: EnsembleHead, data: RewardData) -> RewardOutput:

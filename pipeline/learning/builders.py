@@ -35,7 +35,8 @@ from pipeline.models.critic import Policy, PolicyWithCritic
 from pipeline.models.frozen_states import FrozenStates
 from pipeline.models.lora import add_lora
 from pipeline.models.reward_heads import RewardHead
-from pipeline.models.reward_model import RewardModel, RewardModelCard, SourceScale, load_reward_model, make_head
+from pipeline.models.reward_model import RewardModel, load_reward_model, make_head
+from pipeline.models.reward_model_card import RewardModelCard, SourceScale
 from pipeline.records import PromptGroup
 from pipeline.stages import storage
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.recipe import ExperimentConfig
 from pipeline.data.batching import step_indices
-from pipeline.data.chat import require_chat_template
-from pipeline.data.collate import PairCollator, TokenisedPair, tokenise_pairs
+from pipeline.data.chat_rendering import require_chat_template
+from pipeline.data.collate import PairCollator, TokenisedPair, objective_truth, tokenise_pairs
+from pipeline.data.planted import GoldAnnotator
 from pipeline.data.preferences import require_annotations, shared_prompts
 from pipeline.data.run_data import RunData
 from pipeline.data.score_statistics import MixtureStatistics
@@ -30,6 +31,8 @@ class RewardData:
     batch_pairs: int
     num_steps: int
     seed: int
+    gold: GoldAnnotator | None
+    """The truth about the held-out pairs, where it is known."""
 
     @classmethod
     def of(cls, experiment: ExperimentConfig, data: RunData, tokenizer: PreTrainedTokenizerBase) -> RewardData:
@@ -72,6 +75,7 @@ class RewardData:
             batch_pairs=config.batch_pairs,
             num_steps=config.num_steps or max(1, len(pairs) // config.batch_pairs),
             seed=experiment.seed,
+            gold=data.gold,
         )
 
     def batch(self, step: int) -> PreferenceBatch:
@@ -81,8 +85,12 @@ class RewardData:
 
     @property
     def heldout(self) -> PreferenceBatch:
-        """All held-out pairs as one batch."""
-        return self.collate(self.heldout_pairs, 0)
+        """All held-out pairs as one batch, with the truth about them where it is known."""
+        batch = self.collate(self.heldout_pairs, 0)
+        if self.gold is None:
+            return batch
+        pairs = [pair.pair for pair in self.heldout_pairs]
+        return replace(batch, truth=objective_truth(self.gold, pairs, self.statistics.objectives))
 
     def metrics(self) -> Metrics:
         """Sizes of the splits, in all and by source, the prompts they share, and the accuracy of length alone."""

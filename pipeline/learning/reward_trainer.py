@@ -27,7 +27,8 @@ from pipeline.models.reward_heads import (
     RewardOutput,
     VRMHead,
 )
-from pipeline.models.reward_model import RewardModelCard, save_reward_model
+from pipeline.models.reward_model import save_reward_model
+from pipeline.models.reward_model_card import RewardModelCard
 from pipeline.objectives.preference import (
     bradley_terry_loss,
     margin_loss,
@@ -152,6 +153,7 @@ class RewardTrainer:
             update={
                 "reward_mean": metrics["eval/reward_mean"],
                 "reward_std": max(metrics["eval/reward_std"], 1e-6),
+                "mean_contributions": mean_contributions(output),
                 "metrics": metrics,
             }
         )
@@ -263,6 +265,13 @@ class RewardTrainer:
         if self.score_weight:
             means[f"{split}/score_error"] = float(totals["score_error"]) / max(1, num_scores)
         return means
+
+
+def mean_contributions(output: RewardOutput) -> tuple[float, ...]:
+    """[K] mean of w_bar_k * s_k over rows; empty where the reward is no sum over objectives."""
+    if not output.scores.shape[1]:
+        return ()
+    return tuple((output.weights.double() * output.scores.double()).mean(0).tolist())
 
 
 def learned_scale(state_dict: Mapping[str, torch.Tensor]) -> float:

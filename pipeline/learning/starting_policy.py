@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.models import PolicyConfig
-from pipeline.data.chat import require_chat_template
+from pipeline.data.chat_rendering import require_chat_template
 from pipeline.data.planted import build_tokenizer
 from pipeline.models.backbone import create_tiny_causal_lm, load_causal_lm, save_causal_lm
 

@@ -14,7 +14,7 @@ from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.learning.builders import PPOLearnerSpec
 from pipeline.loops.alignment import align
 from pipeline.models.backbone import load_tokenizer, require_context, require_lora_targets, require_same_tokens
-from pipeline.models.reward_model import read_card
+from pipeline.models.reward_model_card import read_card
 from pipeline.ports import BackgroundRolloutSource, PolicyLearner, RewardScorer
 from pipeline.records import Metrics
 from pipeline.rollouts.numerics_gate import choose_probes
@@ -22,7 +22,7 @@ from pipeline.stages import storage
 from pipeline.stages.stage_spec import StageSpec
 from pipeline.stages.workspace import StageDirectory
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ from pipeline.benchmark.scored_answers import write_scored_answers
 from pipeline.config.recipe import ExperimentConfig
 from pipeline.data.planted import GoldAnnotator
 from pipeline.data.prompts import read_prompts, tokenise_prompts
-from pipeline.data.run_data import RunData, data_fingerprints, resolve
+from pipeline.data.recipe_files import resolve
+from pipeline.data.run_data import RunData, data_fingerprints
 from pipeline.evaluation.win_rate import compare_answers, win_rate
 from pipeline.loops.generation import answer_prompts
 from pipeline.models.backbone import load_tokenizer, require_context
@@ -25,7 +26,7 @@ from pipeline.stages import storage
 from pipeline.stages.stage_spec import StageSpec
 from pipeline.stages.workspace import StageDirectory
 
-VERSION = 2
+VERSION = 3
 BASE, ALIGNED = "base", "aligned"
 
 

@@ -16,8 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.benchmark.answer_log import AnsweredTurn, AnswerLog
 from pipeline.benchmark.benchmark_question import AnsweredQuestion, BenchmarkQuestion
 from pipeline.benchmark.generated_benchmark import GENERATED_BENCHMARKS, AnsweredBenchmark, GeneratedBenchmark
-from pipeline.data.chat import require_chat_template
-from pipeline.errors import ConfigError
+from pipeline.data.chat_rendering import require_chat_template
 from pipeline.loops.generation import answer_questions, require_room_for_all
 from pipeline.models.backbone import load_config, load_tokenizer
 from pipeline.models.wheel_checkpoints import unpacked
@@ -60,6 +59,8 @@ class AnsweringRun:
     dtype: str
     sampling: SamplingParams
     """Without the temperature, which each question has of its own."""
+    keep_thoughts: bool
+    """Answers keep their `<think>` blocks."""
 
     @classmethod
     def of(
@@ -70,6 +71,7 @@ class AnsweringRun:
         *,
         dtype: str,
         max_response_tokens: int | None,
+        keep_thoughts: bool,
         seed: int,
     ) -> AnsweringRun:
         """Reads the model's files and decides how it is sampled.
@@ -83,10 +85,6 @@ class AnsweringRun:
             ConfigError, CheckpointError: the model cannot answer.
         """
         directory = unpacked(checkpoint)
-        if not Path(directory, "config.json").is_file():
-            raise ConfigError(
-                f"--model {checkpoint} is no directory with a config.json. Give a checkpoint's directory."
-            )
         tokenizer = load_tokenizer(directory)
         require_chat_template(tokenizer)
         sampling = SamplingParams(
@@ -103,6 +101,7 @@ class AnsweringRun:
             tokenizer=tokenizer,
             dtype=dtype,
             sampling=sampling,
+            keep_thoughts=keep_thoughts,
         )
 
     @property
@@ -118,6 +117,7 @@ class AnsweringRun:
             "dtype": self.dtype,
             "top_p": self.sampling.top_p,
             "max_response_tokens": self.sampling.max_response_tokens,
+            "keep_thoughts": self.keep_thoughts,
             "seed": self.sampling.seed,
         }
 
@@ -223,6 +223,7 @@ def sample_missing_turns(
                 run.tokenizer,
                 sampling=run.sampling,
                 max_model_len=longest,
+                keep_thoughts=run.keep_thoughts,
                 progress=progress,
             )
     return progress

@@ -12,7 +12,7 @@ from pipeline.benchmark.answer_log import AnsweredTurn, AnswerLog
 from pipeline.benchmark.benchmark_question import BenchmarkQuestion
 from pipeline.config.benchmark import BenchmarkConfig
 from pipeline.data.batching import stable_seed
-from pipeline.data.chat import encode_prompt
+from pipeline.data.chat import encode_prompt, strip_thinking
 from pipeline.errors import DataError
 from pipeline.ports import RewardScorer, RolloutSource, RolloutStream
 from pipeline.records import Answer, Message, Prompt, SamplingParams
@@ -51,7 +51,7 @@ def answer_prompts(
             Answer(
                 prompt_id=prompt.id,
                 instruction=prompt.messages[-1]["content"],
-                output=samples[best].response_text,
+                output=as_answer(samples[best].response_text, keep_thoughts=config.keep_thoughts),
                 generator=generator,
                 score=scores[best],
             )
@@ -67,6 +67,7 @@ def answer_questions(
     *,
     sampling: SamplingParams,
     max_model_len: int,
+    keep_thoughts: bool = False,
     progress: Callable[[AnsweredTurn], None] = lambda turn: None,
 ) -> None:
     """Answers every turn that `log` has no answer to; a later turn sees the model's own earlier ones.
@@ -78,6 +79,7 @@ def answer_questions(
         sampling: how every turn is sampled; the temperature is that of the question.
         max_model_len: tokens of a conversation. An answer that encodes to more tokens than were sampled can leave the
             next turn less room than `sampling` allows; it is then cut there.
+        keep_thoughts: answers are logged with their `<think>` blocks.
     """
     waiting: deque[tuple[Prompt, SamplingParams]] = deque()
     question_of: dict[str, BenchmarkQuestion] = {}
@@ -97,7 +99,7 @@ def answer_questions(
     for rollout in rollouts.stream(waiting):
         question = question_of[rollout.prompt.id]
         answered = AnsweredTurn(
-            output=rollout.response_text,
+            output=as_answer(rollout.response_text, keep_thoughts=keep_thoughts),
             num_tokens=len(rollout.response_ids),
             finish_reason=rollout.finish_reason,
         )
@@ -108,11 +110,19 @@ def answer_questions(
             waiting.appendleft(next_turn(question))
 
 
+def as_answer(response: str, *, keep_thoughts: bool) -> str:
+    """What a judge reads of a response."""
+    return response if keep_thoughts else strip_thinking(response)
+
+
 def conversation(question: BenchmarkQuestion, outputs: Sequence[str]) -> tuple[Message, ...]:
-    """The user's turns with the answers so far between them, up to the first one that has no answer."""
+    """The user's turns with the answers so far between them, up to the first one that has no answer.
+
+    A model does not read its earlier thoughts.
+    """
     messages: list[Message] = []
     for turn, output in zip(question.turns, outputs, strict=False):
-        messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": output}]
+        messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": strip_thinking(output)}]
     return (*messages, {"role": "user", "content": question.turns[len(outputs)]})
 
 

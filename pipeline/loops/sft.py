@@ -21,7 +21,7 @@ from pipeline.stages import storage
 from pipeline.stages.stage_spec import StageSpec
 from pipeline.stages.workspace import StageDirectory
 
-VERSION = 2
+VERSION = 3
 HELDOUT_TEXTS = 256
 """Texts held out at most; of few texts, a tenth is held out."""
 

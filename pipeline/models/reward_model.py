@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
 
 import torch
-from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
-from pipeline.config.base import Frozen
 from pipeline.config.reward import EnsembleConfig, VRMHeadConfig
 from pipeline.errors import CheckpointError
 from pipeline.models.backbone import load_config, load_tokenizer
@@ -35,59 +32,17 @@ from pipeline.models.reward_heads import (
     RewardOutput,
     VRMHead,
 )
+from pipeline.models.reward_model_card import CARD_FILE, HeadKind, RewardModelCard, read_card
 from pipeline.models.transformers_auto import AutoModel
 
-CARD_FILE = "reward_model.json"
 REWARD_MODEL_FILE = "model.safetensors"
 STANDARD_ENSEMBLE = EnsembleConfig()
-
-HeadKind = Literal["vrm", "gate", "regression", "bt", "bt_aux", "ensemble"]
-
-
-class SourceScale(Frozen):
-    """On which scale the annotators of one source scored each objective, over its training responses."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    count: tuple[int, ...]
-    """Annotated responses; 0 where the source does not annotate the objective."""
-
-
-class RewardModelCard(Frozen):
-    """Describes a reward-model checkpoint: its head, its objectives, the scales of scores and reward, its metrics."""
-
-    head: HeadKind
-    vrm: VRMHeadConfig
-    """Sizes of the vrm and the gate head; decoder and parameterisation of the vrm head."""
-    objectives: tuple[str, ...]
-    max_length: int
-    score_mean: tuple[float, ...]
-    """Mean annotated score per objective over the training split of the source in `score_scale_of`, whose scale a
-    person is shown; empty without annotations."""
-    score_std: tuple[float, ...]
-    reward_mean: float
-    """Mean posterior-mean reward over held-out chosen and rejected responses."""
-    reward_std: float
-    metrics: dict[str, float]
-    """Held-out metrics at the end of training."""
-    reward_weights: tuple[float, ...] = ()
-    """Weights of the objectives in the reward of a regression head; empty is the mean."""
-    ensemble: EnsembleConfig = EnsembleConfig()
-    """Size and combination of an ensemble."""
-    score_scale_of: tuple[str, ...] = ()
-    """For each objective the source with most annotations."""
-    score_statistics: dict[str, SourceScale] = Field(default_factory=dict)
-    """Source -> the scale of its annotators: training standardised each source's scores by its own."""
-    pooling: Literal["last", "mean"] = "last"
-    """What the head reads of a response: the state of its last token, or the mean over its tokens."""
-    scale: float = 1.0
-    """tau: the reward's units per standard deviation of the annotations; 1 where none was learned."""
 
 
 class RewardModel(nn.Module):
     """r(x, y) and its posterior from one causal pass over prompt and response (docs/method.md section 2)."""
 
-    def __init__(self, backbone: PreTrainedModel, head: RewardHead, pooling: Literal["last", "mean"] = "last") -> None:
+    def __init__(self, backbone: PreTrainedModel, head: RewardHead, pooling: Literal[last, mean] = "last") -> None:
         """
         Args:
             pooling: the state of a response is that of its last token, or the mean over its tokens.
@@ -96,7 +51,7 @@ class RewardModel(nn.Module):
         use_packed_attention(backbone)
         self.backbone = backbone
         self.head = head
-        self.pooling: Literal["last", "mean"] = pooling
+        self.pooling: Literal[last, mean] = pooling
         self.frozen_states: FrozenStates | None = None
         """States of a backbone that does not train. Known states are not computed again."""
 
@@ -166,21 +121,6 @@ def save_reward_model(
     (path / "config.json").write_text(json.dumps(backbone_config, indent=2, sort_keys=True))
     (path / CARD_FILE).write_text(card.model_dump_json(indent=2))
     tokenizer.save_pretrained(directory)
-
-
-def read_card(directory: str) -> RewardModelCard:
-    """The card of a checkpoint; CheckpointError when there is none or it cannot be read."""
-    path = Path(directory) / CARD_FILE
-    try:
-        return RewardModelCard.model_validate_json(path.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{directory} holds no {CARD_FILE}: it is no reward model. Give the result directory of train_reward_model."
-        ) from error
-    except ValidationError as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error}. It was written by another version, or edited."
-        ) from error
 
 
 def load_reward_model(

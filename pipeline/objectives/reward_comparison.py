@@ -92,6 +92,23 @@ def _weight_form(weights_of: RewardScore, a: RewardScore, b: RewardScore) -> flo
     return (products - mean_a * mean_b) / (weights_of.concentration + 1.0)
 
 
+def relative_contributions(score: RewardScore, mean_contributions: Sequence[float]) -> tuple[float, ...]:
+    """What each objective adds to the reward of one response above that of the mean held-out response.
+
+    c_k = w_bar_k * s_k - m_k,   sum_k c_k = r - mean held-out reward
+
+    w_bar_k * s_k alone is no reason: a score has no zero that means anything. Only differences do.
+
+    Args:
+        mean_contributions: [K] m_k, of a reward model's card; 0 for a model that was never evaluated.
+
+    Returns:
+        [K], or nothing where the reward is no sum over objectives.
+    """
+    parts = _contributions(score)
+    return tuple(part - mean for part, mean in zip(parts, mean_contributions or (0.0,) * len(parts), strict=True))
+
+
 def _contributions(score: RewardScore) -> list[float]:
     """[K] w_bar_k * s_k; empty where there are no objective scores."""
     return [w * s for w, s in zip(score.objective_weights, score.objective_scores, strict=bool(score.objective_scores))]

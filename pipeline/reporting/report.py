@@ -18,18 +18,24 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from pipeline.data.preferences import LEFT_OUT_PREFIX
-from pipeline.evaluation.correlation import pearson_correlation
-from pipeline.evaluation.reasons import verified_objectives
+from pipeline.evaluation.reasons import REASON_PREFIX, TRUSTED_PAIR_ACCURACY, verified_objectives
 from pipeline.evaluation.source_metrics import source_results
 from pipeline.objectives.reward_comparison import compare_rewards
 from pipeline.records import Answer, Metrics
 from pipeline.reporting.axis_style import style_axis
+from pipeline.reporting.verdict import Finding, verdict
 from pipeline.stages.metrics_log import as_clock
 
 MetricsRow = Mapping[str, Any]
 
 BLUE, ORANGE, GREY = "#2563a8", "#d9772b", "#b8bec6"
 SAMPLES_SHOWN = 8
+TRUTH_ROWS = {
+    "reasons/weight_correlation": "correlation of inferred with planted weights, held out",
+    "reasons/decisive_accuracy": "named reasons that are the true ones, held out",
+}
+"""Metrics that exist where the truth is known -> their labels."""
+UNVERIFIED = "what the model cannot tell apart"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +44,9 @@ class StageSummary:
 
     name: str
     seconds: float
+    """Of all attempts."""
+    is_skipped: bool
+    """An earlier job had finished it."""
     node_peak_gib: float
     """Peak memory of all processes on the driver's node while the stage ran."""
     versions: Mapping[str, str]
@@ -48,7 +57,8 @@ class StageSummary:
     def cells(self) -> tuple[str, ...]:
         memory = [self.metrics.get(f"memory/{place}_peak_gib") for place in ("rank", "device", "rollout_worker")]
         peaks = [self.node_peak_gib, *memory]
-        return (self.name, as_clock(self.seconds), *("" if peak is None else f"{peak:.1f}" for peak in peaks))
+        name = f"{self.name} (earlier job)" if self.is_skipped else self.name
+        return (name, as_clock(self.seconds), *("" if peak is None else f"{peak:.1f}" for peak in peaks))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +86,51 @@ class ReportData:
     """Kind -> objective -> w*; empty if the truth is unknown."""
 
 
+def findings(data: ReportData) -> list[Finding]:
+    """The sentences that open the report."""
+    last_step = data.alignment_rows[-1] if data.alignment_rows else {}
+    return verdict(data.reward_metrics, data.benchmark_metrics, last_step, data.objectives)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReasonBar:
+    """What one verified objective adds to the mean margin of held-out pairs, in units of the reward."""
+
+    objective: str
+    pair_accuracy: float
+    by_score: float
+    """Mean over annotated pairs of weight times score, chosen minus rejected."""
+    by_annotations: float
+    """The same with the annotators' score in the place of the model's."""
+
+
+def reason_bars(data: ReportData) -> tuple[list[ReasonBar], list[str]]:
+    """Bars of the verified objectives, and the names of the objectives of which the model cannot tell."""
+    metrics = data.reward_metrics
+    verified = [
+        name
+        for name in verified_objectives(metrics, data.objectives)
+        if f"{REASON_PREFIX}{name}/contribution" in metrics
+    ]
+    bars = [
+        ReasonBar(
+            objective=name,
+            pair_accuracy=metrics[f"{REASON_PREFIX}{name}/pair_accuracy"],
+            by_score=metrics[f"{REASON_PREFIX}{name}/contribution"],
+            by_annotations=metrics[f"{REASON_PREFIX}{name}/contribution_by_annotations"],
+        )
+        for name in verified
+    ]
+    return bars, [name for name in data.objectives if name not in verified]
+
+
+def _time_text(stages: Sequence[StageSummary]) -> str:
+    """The time of what this run computed; names what it did not."""
+    skipped = ", ".join(stage.name for stage in stages if stage.is_skipped)
+    total = as_clock(sum(stage.seconds for stage in stages if not stage.is_skipped))
+    return f"{total}, without what an earlier job finished: {skipped}" if skipped else total
+
+
 def results_table(data: ReportData) -> list[tuple[str, str]]:
     """(label, value) rows of the main numbers, for the page and for the terminal."""
     reward, benchmark = data.reward_metrics, data.benchmark_metrics
@@ -89,8 +144,9 @@ def results_table(data: ReportData) -> list[tuple[str, str]]:
     if "eval/active_units" in reward:
         rows.append(("reward model: active semantic units", f"{reward['eval/active_units']:.0f}"))
     rows += _fidelity_rows(data)
-    if data.planted_weights:
-        rows.append(("correlation of inferred with planted weights", f"{weight_correlation(data):.3f}"))
+    for key, label in TRUTH_ROWS.items():
+        if key in reward:
+            rows.append((label, f"{reward[key]:.3f}"))
     rows += [
         ("win rate over base, by the reward model", _win_rate_text(benchmark, "reward")),
         ("mean reward, base to aligned", f"{benchmark['reward/base']:.3f} to {benchmark['reward/aligned']:.3f}"),
@@ -120,21 +176,10 @@ def results_table(data: ReportData) -> list[tuple[str, str]]:
         if gaps:
             rows.append(("gold-proxy gap in sd, first to last step", f"{gaps[0]:+.2f} to {gaps[-1]:+.2f}"))
     rows += [
-        ("time", as_clock(sum(stage.seconds for stage in data.stages))),
+        ("time", _time_text(data.stages)),
         ("peak memory of the driver's node, GiB", f"{max(stage.node_peak_gib for stage in data.stages):.1f}"),
     ]
     return rows
-
-
-def weight_correlation(data: ReportData) -> float:
-    """Pearson correlation of inferred and planted objective weights over all (prompt, objective)."""
-    inferred, planted = [], []
-    for answer in data.base:
-        planted_by_name = data.planted_weights[data.kinds[answer.prompt_id]]
-        for name, weight in zip(data.objectives, answer.score.objective_weights, strict=False):
-            inferred.append(weight)
-            planted.append(planted_by_name[name])
-    return pearson_correlation(inferred, planted)
 
 
 def report_page(data: ReportData) -> str:
@@ -146,8 +191,14 @@ def report_page(data: ReportData) -> str:
     )
     # The largest losses first, because they teach the most. Then the largest gains.
     shown = samples[: SAMPLES_SHOWN // 2] + samples[-SAMPLES_SHOWN // 2 :] if len(samples) > SAMPLES_SHOWN else samples
+    bars, untold = reason_bars(data)
     return template.render(
         name=data.name,
+        findings=findings(data),
+        bars=bars,
+        longest_bar=max((max(abs(bar.by_score), abs(bar.by_annotations)) for bar in bars), default=0.0) or 1.0,
+        untold=untold,
+        trusted=TRUSTED_PAIR_ACCURACY,
         results=results_table(data),
         sources=source_rows(data.reward_metrics),
         reward_figure=_reward_figure(data.reward_rows),
@@ -279,10 +330,16 @@ def _png(figure: Any) -> str:
 
 
 def _reasons(data: ReportData, base: Answer, aligned: Answer) -> list[tuple[str, float]]:
-    """(verified objective, what it adds to the reward of the aligned answer above that of the base answer)."""
+    """(verified objective, what it adds to the reward of the aligned answer above that of the base answer).
+
+    The last entry is the sum of the objectives that are not verified, so that all entries add up to the margin. Nothing
+    is told where no objective is verified.
+    """
     verified = verified_objectives(data.reward_metrics, data.objectives)
-    contributions = compare_rewards(aligned.score, base.score).contributions
-    return [(name, value) for name, value in zip(data.objectives, contributions, strict=False) if name in verified]
+    contributions = dict(zip(data.objectives, compare_rewards(aligned.score, base.score).contributions, strict=False))
+    told = [(name, value) for name, value in contributions.items() if name in verified]
+    rest = [value for name, value in contributions.items() if name not in verified]
+    return [*told, (UNVERIFIED, sum(rest))] if told and rest else told
 
 
 def _fidelity_rows(data: ReportData) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from pipeline.data.chat import decode_response
+from pipeline.data.end_of_turn import end_of_turn_ids
 from pipeline.errors import ConfigError, StaleEngineError
 from pipeline.models.backbone import load_causal_lm
 from pipeline.records import Metrics, PolicyWeights, ProbeSequence, Prompt, Rollout, SamplingParams
@@ -31,6 +32,7 @@ class TorchRollouts:
         """
         model, self._tokenizer = load_causal_lm(directory, dtype=dtype)
         self._model = model.eval().requires_grad_(False).to(device)
+        self._ends = torch.tensor(end_of_turn_ids(self._tokenizer, model.config.eos_token_id), device=device)
         self._tolerance = gate_tolerance or GATE_TOLERANCE[dtype]
         self._files = PolicyFiles()
         self._version: int | None = None
@@ -69,7 +71,7 @@ class TorchRollouts:
         require_room(prompts, sampling, self._model.config.max_position_embeddings)
         requests = rollout_requests(prompts, sampling)
         tokens, logprobs = self._sample(requests, sampling)
-        ends = tokens.eq(self._tokenizer.eos_token_id)
+        ends = torch.isin(tokens, self._ends)
         stopped = ends.any(-1)
         lengths = torch.where(stopped, ends.int().argmax(-1) + 1, tokens.shape[1])
         return [
@@ -132,7 +134,7 @@ class TorchRollouts:
                 inputs = drawn.clamp_max(logits.shape[-1] - 1)
                 tokens.append(inputs)
                 logprobs.append(distribution.gather(-1, inputs))
-                running &= inputs.squeeze(-1).ne(self._tokenizer.eos_token_id)
+                running &= ~torch.isin(inputs.squeeze(-1), self._ends)
                 if not running.any():
                     break
                 positions = positions[:, -1:] + 1

@@ -68,8 +68,9 @@ EitherScoreRequest = Annotated[
 class ExplainedReward(BaseModel):
     """The reward of one response with its error bar and, for a VRM model, its reasons.
 
-    reward = sum of contributions, contribution = weight * score. A Bradley-Terry model gives no reasons: the mappings
-    are empty, and `reward_std` and `concentration` are 0.
+    A reward has no zero, so a reason is a difference: `contributions` say what each objective adds above the mean
+    held-out response. A Bradley-Terry model gives no reasons: the mappings are empty, and `reward_std` and
+    `concentration` are 0.
     """
 
     reward: float
@@ -84,6 +85,8 @@ class ExplainedReward(BaseModel):
     ratings: dict[str, float] = {}
     """The same scores on the annotators' own scale, such as 4.2 of 5; empty without annotations."""
     contributions: dict[str, float]
+    """weight * score, minus its mean over held-out responses. They add up to `reward` minus `reward_mean` of the model.
+    Only those of `verified_objectives` are reasons."""
     deviations: list[float] = []
     """Halves u and v, where the reward is no sum of contributions: rewards a and b of two responses to one prompt have
     the covariance (u_a . v_b + v_a . u_b) / 2."""
@@ -114,7 +117,7 @@ class CompareAnswer(ServiceAnswer):
     margin: float
     margin_std: float
     contributions: dict[str, float]
-    """What each objective adds to the margin. Only those of `verified_objectives` are reasons."""
+    """What each objective adds to the margin; they add up to it. Only those of `verified_objectives` are reasons."""
     decided_by: str | None
     """The verified objective with the largest contribution in favour of the preferred response. Null for a tie, without
     objectives, or where an objective that is not verified has a larger one."""
@@ -148,10 +151,12 @@ class BestOfAnswer(ServiceAnswer):
 
 
 class ObjectiveStatistics(BaseModel):
-    """Statistics of the annotated scores of the training split."""
+    """Statistics of the annotated scores of the training split, of the source with most annotations."""
 
     mean: float
     std: float
+    source: str = ""
+    """The source of pairs whose annotators' scale it is; empty where the model was not told."""
 
 
 class RequestLimits(BaseModel):
@@ -179,6 +184,9 @@ class ModelDescription(ServiceAnswer):
     reward_mean: float
     """Mean reward of held-out chosen and rejected responses."""
     reward_std: float
+    mean_contributions: dict[str, float]
+    """Mean of weight * score over the same responses; they add up to `reward_mean`. Empty where the reward is no sum
+    over objectives."""
     objective_statistics: dict[str, ObjectiveStatistics]
     """Empty without annotations."""
     scale: float
@@ -186,7 +194,7 @@ class ModelDescription(ServiceAnswer):
     verified_objectives: list[str]
     """Objectives whose scores order held-out pairs as their annotators do, often enough to be shown as reasons."""
     metrics: dict[str, float]
-    """Held-out metrics at the end of training."""
+    """Held-out metrics at the end of training. `reasons/...` say how well the scores agree with annotations."""
     versions: dict[str, str]
     limits: RequestLimits
 

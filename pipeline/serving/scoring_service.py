@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pipeline.config.cluster import ScoringConfig
 from pipeline.errors import DataError, DeadlineExceeded, NumericsError
 from pipeline.evaluation.reasons import verified_objectives
-from pipeline.models.reward_model import RewardModelCard
-from pipeline.objectives.reward_comparison import compare_rewards, rank_by_lower_bound
+from pipeline.models.reward_model_card import RewardModelCard
+from pipeline.objectives.reward_comparison import compare_rewards, rank_by_lower_bound, relative_contributions
 from pipeline.records import Message, RewardScore
 from pipeline.serving.admission import Admission
 from pipeline.serving.cache import ScoreCache, row_key
@@ -154,6 +154,11 @@ class ScoringService:
     def fingerprint(self) -> str:
         return self.model.model_fingerprint
 
+    def contributions(self, score: RewardScore) -> dict[str, float]:
+        """Objective -> what it adds to a reward above that of the mean held-out response."""
+        relative = relative_contributions(score, tuple(self.model.mean_contributions.values()))
+        return dict(zip(self.model.objectives, relative, strict=False))
+
     def _verified(self, deciding: int | None) -> str | None:
         """The name of an objective, where it may be given as a reason."""
         name = None if deciding is None else self.model.objectives[deciding]
@@ -175,13 +180,24 @@ class ScoringService:
                 for name, statistics in self.model.objective_statistics.items()
                 if name in scores
             },
-            contributions={name: weights[name] * scores[name] for name in scores},
+            contributions=self.contributions(score),
             deviations=list(score.deviations),
         )
 
 
 def _transposed(rows: Sequence[Row]) -> Rows:
     return [prompt for prompt, _ in rows], [response for _, response in rows]
+
+
+def _annotators_scales(card: RewardModelCard) -> dict[str, ObjectiveStatistics]:
+    """The scale of each annotated objective; empty without annotations."""
+    sources = card.score_scale_of or ("",) * len(card.score_mean)
+    scales = zip(card.score_mean, card.score_std, sources, strict=True)
+    return {
+        objective: ObjectiveStatistics(mean=mean, std=std, source=source)
+        for k, (objective, (mean, std, source)) in enumerate(zip(card.objectives, scales, strict=False))
+        if source not in card.score_statistics or card.score_statistics[source].count[k]
+    }
 
 
 DECODERS = {"gate": "bilinear", "regression": "linear", "bt": "linear", "bt_aux": "linear", "ensemble": "linear"}
@@ -192,8 +208,6 @@ def describe_model(
     card: RewardModelCard, config: ScoringConfig, fingerprint: str, versions: Mapping[str, str]
 ) -> ModelDescription:
     """The answer to `GET /v1/model` for a checkpoint."""
-    # Without annotations there are objectives, but no statistics.
-    statistics = zip(card.objectives, card.score_mean, card.score_std, strict=False)
     return ModelDescription(
         model_fingerprint=fingerprint,
         head=card.head,
@@ -203,7 +217,8 @@ def describe_model(
         max_length=card.max_length,
         reward_mean=card.reward_mean,
         reward_std=card.reward_std,
-        objective_statistics={name: ObjectiveStatistics(mean=mean, std=std) for name, mean, std in statistics},
+        mean_contributions=dict(zip(card.objectives, card.mean_contributions, strict=False)),
+        objective_statistics=_annotators_scales(card),
         scale=card.scale,
         verified_objectives=list(verified_objectives(card.metrics, card.objectives)),
         metrics=dict(card.metrics),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import resource
 import threading
-import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
@@ -14,6 +13,7 @@ import psutil
 
 from pipeline.errors import Preempted, WorkerDied
 from pipeline.records import Metrics, StageResult
+from pipeline.stages.attempt_clock import AttemptClock
 from pipeline.stages.metrics_log import as_clock
 from pipeline.stages.stage_spec import StageSpec
 from pipeline.stages.workspace import StageDirectory, Workspace
@@ -39,6 +39,8 @@ class StageRunner:
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
+        self.skipped: set[str] = set()
+        """Names of the stages that an earlier job had finished."""
 
     def run(
         self, spec: StageSpec, compute: Callable[[StageDirectory], Metrics], *, max_restarts: int = 0
@@ -56,6 +58,7 @@ class StageRunner:
         finished = stage.result()
         if finished is not None:
             stage.checkpoints.delete()
+            self.skipped.add(name)
             print(f"{name:<19} finished before, skipped", flush=True)
             return finished
         if self.workspace.notice.is_given():
@@ -63,10 +66,9 @@ class StageRunner:
         checkpoint = stage.checkpoints.latest()
         beginning = "starts" if checkpoint is None else f"resumes after step {checkpoint.step + 1}"
         print(f"{name:<19} {beginning}", flush=True)
-        started = time.monotonic()
-        with PeakMemory() as memory:
+        with AttemptClock(stage) as clock, PeakMemory() as memory:
             metrics = self._compute(name, compute, stage, max_restarts)
-        seconds = time.monotonic() - started
+        seconds = clock.seconds
         details = {
             "seconds": seconds,
             "driver_peak_gib": driver_peak_gib(),
@@ -77,7 +79,8 @@ class StageRunner:
             "config": dict(spec.config),
         }
         result = stage.finish(metrics, details)
-        print(f"{name:<19} finished in {as_clock(seconds)}", flush=True)
+        before = f", {as_clock(clock.seconds_before)} of it in earlier attempts" if clock.seconds_before else ""
+        print(f"{name:<19} finished in {as_clock(seconds)}{before}", flush=True)
         return result
 
     def _compute(

@@ -5,6 +5,7 @@
       stages/<name>-<fingerprint[:12]>/
         manifest.json                     written last: the stage is finished
         progress.json                     how many steps it will take
+        time.json                         how long all its attempts have taken
         result/                           what later stages read
         checkpoints/step-000009/          a resumable state ...
         checkpoints/step-000009.json      ... and its commit, written after it
@@ -38,6 +39,7 @@ from pipeline.stages.stage_spec import StageSpec
 
 MANIFEST_FILE = "manifest.json"
 PROGRESS_FILE = "progress.json"
+TIME_FILE = "time.json"
 CHECKPOINT = re.compile(r"step-(\d{6,})")
 LEAST_FREE_BYTES = 2**30
 
@@ -330,6 +332,19 @@ class StageDirectory:
         if storage.read_text(uri) is None:
             return None
         return _read_record(uri, keys=("num_steps",), remedy=f"Delete {uri}; it only serves the display.")["num_steps"]
+
+    def seconds_spent(self) -> float:
+        """Wall time of all attempts so far, as it was last written down; 0 for a stage that was never computed."""
+        uri = storage.join(self.uri, TIME_FILE)
+        if storage.read_text(uri) is None:
+            return 0.0
+        return float(
+            _read_record(uri, keys=("seconds",), remedy=f"Delete {uri}; it only serves the display.")["seconds"]
+        )
+
+    def record_seconds(self, seconds: float) -> None:
+        """Writes down the wall time of all attempts so far."""
+        storage.write_text(storage.join(self.uri, TIME_FILE), json.dumps({"seconds": seconds}))
 
     @property
     def metrics_directory(self) -> str:

@@ -130,6 +130,7 @@ def test_importing_the_light_modules_loads_nothing_heavy():
         "pipeline.config.recipe",
         "pipeline.config.load",
         "pipeline.data.run_data",
+        "pipeline.models.checkpoint_files",
         "pipeline.serving.client",
         "pipeline.serving.trl_reward",
         "pipeline.stages.workspace",

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.data.chat import encode_prompt, encode_response, require_chat_template
-from pipeline.data.collate import PairCollator, tokenise_pairs
+from pipeline.data.chat import encode_prompt, encode_response
+from pipeline.data.chat_rendering import require_chat_template
+from pipeline.data.collate import PairCollator, objective_truth, tokenise_pairs
 from pipeline.data.planted import OBJECTIVES
 from pipeline.data.score_statistics import MixtureStatistics, ScoreStatistics
 from pipeline.errors import DataError
@@ -59,3 +60,15 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer):
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, name_or_path="bare")
     with pytest.raises(DataError, match="'bare' has no chat template"):
         require_chat_template(bare)
+
+
+def test_the_truth_of_pairs_is_that_of_the_gold_annotator(world):
+    pairs = world.heldout_pairs()[:3]
+    truth = objective_truth(world.gold, pairs, OBJECTIVES)
+    assert (truth.weights.shape, truth.scores.shape) == ((3, 4), (6, 4))
+    assert truth.weights.sum(1).tolist() == pytest.approx([1.0] * 3)
+    # Held-out labels are clean: the chosen response has the higher true reward.
+    for row, pair in enumerate(pairs):
+        rewards = [float(truth.weights[row] @ truth.scores[r]) for r in (row, 3 + row)]
+        assert rewards[0] > rewards[1]
+        assert rewards == pytest.approx([world.gold.reward(pair.prompt, y) for y in (pair.chosen, pair.rejected)])

@@ -9,7 +9,8 @@ from pipeline.config.data import DataConfig, SourceConfig
 from pipeline.config.recipe import ExperimentConfig
 from pipeline.config.reward import RewardConfig, VariationalLossConfig
 from pipeline.data.preferences import LeftOut, normalised_prompt
-from pipeline.data.run_data import data_files, data_fingerprints, load_data, read_sources
+from pipeline.data.recipe_files import data_files, read_sources
+from pipeline.data.run_data import data_fingerprints, load_data
 from pipeline.data.score_statistics import MixtureStatistics
 from pipeline.data.sources import in_their_shares
 from pipeline.errors import DataError
@@ -275,7 +276,8 @@ def test_the_files_of_a_recipe_are_all_that_a_run_reads(tmp_path, monkeypatch):
         jsonl(tmp_path / f"{name}.jsonl", [{"prompt": name}])
     sources = (SourceConfig(path="a.jsonl"), SourceConfig(hub="some/set"), SourceConfig(path="b.jsonl"))
     experiment = recipe(*sources, prompts=("prompts.jsonl",), evaluation_prompts=("reported.jsonl",))
-    assert data_files(experiment) == [str(tmp_path / f"{name}.jsonl") for name in ("prompts", "reported", "a", "b")]
+    names = "prompts", "reported", "a", "b"
+    assert [file.path for file in data_files(experiment)] == [str(tmp_path / f"{name}.jsonl") for name in names]
     assert len(data_fingerprints(experiment)) == 4
 
 

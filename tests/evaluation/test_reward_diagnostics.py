@@ -9,7 +9,7 @@ import torch
 from pipeline.config.reward import VRMHeadConfig
 from pipeline.evaluation.reward_diagnostics import reward_diagnostics, target_correlations
 from pipeline.models.reward_heads import RewardOutput, VRMHead
-from pipeline.records import PreferenceBatch, PromptGroup
+from pipeline.records import ObjectiveTruth, PreferenceBatch, PromptGroup
 
 
 def batch_of(lengths, target=None, mask=None):
@@ -114,6 +114,55 @@ def test_the_uncertainty_of_a_pair_is_that_of_the_difference_under_one_draw_of_t
     assert nll == pytest.approx(math.log1p(math.exp(-margin / math.sqrt(1 + math.pi / 8 * variance))), rel=2e-3)
     independent = output.variance.sum().item()
     assert abs(independent - variance) > 0.2 * variance  # else this could not tell
+
+
+def test_the_accuracy_has_an_interval_over_prompts_and_one_against_length():
+    nothing = torch.zeros(40, 0, dtype=torch.float64)
+    margins = [1.0] * 15 + [-1.0] * 5
+    mean = double([*margins, *[0.0] * 20])
+    batch = batch_of([4] * 10 + [2] * 10 + [3] * 20)  # half of the chosen responses are the longer ones
+    pairs = tuple(replace(pair, prompt_ids=(n,)) for n, pair in enumerate(batch.pairs))
+    output = RewardOutput(mean, mean, torch.zeros(40), *[nothing] * 7)
+    metrics = reward_diagnostics(output, replace(batch, pairs=pairs), ("a", "b"))
+    # 20 independent trials at 3/4: the normal approximation gives 0.75 +- 0.19.
+    assert metrics["eval/accuracy_low"] == pytest.approx(0.55, abs=0.06)
+    assert metrics["eval/accuracy_high"] == pytest.approx(0.95, abs=0.06)
+    assert metrics["eval/accuracy_over_length_low"] < 0.25 < metrics["eval/accuracy_over_length_high"]
+    # As sure as length of every pair: the paired interval has no width.
+    by_length = RewardOutput(*[double([1.0] * 10 + [-1.0] * 10 + [0.0] * 20)] * 2, torch.zeros(40), *[nothing] * 7)
+    same = reward_diagnostics(by_length, replace(batch, pairs=pairs), ("a", "b"))
+    assert (same["eval/accuracy_over_length_low"], same["eval/accuracy_over_length_high"]) == (0.0, 0.0)
+
+
+def test_reasons_of_a_batch_with_annotations_and_the_truth():
+    output = RewardOutput(
+        sampled=double([2.0, 0.0]),
+        mean=double([2.0, 0.0]),
+        variance=double([0.0, 0.0]),
+        alpha=torch.zeros(2, 0, dtype=torch.float64),
+        mu=torch.zeros(2, 0, dtype=torch.float64),
+        logvar=torch.zeros(2, 0, dtype=torch.float64),
+        scores=double([[4.0, 0.0], [0.0, 0.0]]),
+        annotation_scores=double([[2.0, 0.0], [0.0, 0.0]]),
+        weights=double([[0.5, 0.5], [0.5, 0.5]]),
+        deviations=torch.zeros(2, 0, dtype=torch.float64),
+    )
+    batch = replace(
+        batch_of([3, 3]),
+        scores=torch.tensor([[1.0, 0.0], [0.0, 0.0]]),
+        score_mask=torch.ones(2, 2, dtype=torch.bool),
+        truth=ObjectiveTruth(weights=double([[0.9, 0.1]]), scores=double([[5.0, 1.0], [1.0, 1.0]])),
+    )
+    metrics = reward_diagnostics(output, batch, ("honesty", "safety"))
+    assert metrics["eval/scale"] == pytest.approx(2.0)
+    # The annotation is one standard deviation, which is two units of the reward, at weight 1/2.
+    assert metrics["reasons/honesty/contribution"] == pytest.approx(2.0)
+    assert metrics["reasons/honesty/contribution_by_annotations"] == pytest.approx(1.0)
+    assert metrics["reasons/decisive_pairs"] == 0.0  # one pair verifies nothing
+    assert "reasons/weight_correlation" in metrics
+    assert "reasons/weight_correlation" not in reward_diagnostics(
+        output, replace(batch, truth=None), ("honesty", "safety")
+    )
 
 
 def test_a_bradley_terry_head_has_no_posterior_to_diagnose():

@@ -16,6 +16,7 @@ FEW = ("reward.num_steps=3",)
         ("supervision_weight", 5),
         ("collapse", 6),
         ("overoptimization", 8),
+        ("supervised_alignment", 4),
         ("label_noise", 10),
     ],
 )
@@ -68,9 +69,19 @@ def test_the_arms_of_over_optimisation_differ_in_head_reward_and_kl_alone():
     }
 
 
-def test_every_contrast_is_between_two_arms():
-    names = {variant.name for variant in EXPERIMENTS["overoptimization"].variants}
-    assert {name for contrast in EXPERIMENTS["overoptimization"].contrasts for name in contrast} == names
+def test_the_arms_of_supervised_alignment_differ_in_supervision_alone():
+    experiment = EXPERIMENTS["supervised_alignment"]
+    told = varied_settings(plan_runs(experiment, experiment.recipe, (), [0]))
+    assert told == {
+        "reward.loss.supervision_weight": ["0.1", "0", "0.1", "0"],
+        "reward.loss.score_weight": ["None", "None", "0", "0"],  # None: the weight of every recipe
+    }
+
+
+@pytest.mark.parametrize("experiment", ["overoptimization", "supervised_alignment"])
+def test_every_contrast_is_between_two_arms(experiment):
+    names = {variant.name for variant in EXPERIMENTS[experiment].variants}
+    assert {name for contrast in EXPERIMENTS[experiment].contrasts for name in contrast} == names
 
 
 def test_what_an_experiment_varies_cannot_be_set_beside_it():

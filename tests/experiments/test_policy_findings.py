@@ -19,6 +19,7 @@ from pipeline.experiments.policy_findings import (
 )
 
 OVEROPTIMIZATION = EXPERIMENTS["overoptimization"]
+SUPERVISED = EXPERIMENTS["supervised_alignment"]
 
 
 def aligned(*, gold=(2.0, 3.0), fall=0.0, gap=0.5, steps=7):
@@ -38,9 +39,9 @@ def aligned(*, gold=(2.0, 3.0), fall=0.0, gap=0.5, steps=7):
     }
 
 
-def finished(results, seeds):
+def finished(results, seeds, experiment=OVEROPTIMIZATION):
     """`results`: arm -> what every seed left behind."""
-    runs = plan_runs(OVEROPTIMIZATION, OVEROPTIMIZATION.recipe, (), seeds)
+    runs = plan_runs(experiment, experiment.recipe, (), seeds)
     return [
         FinishedRun(run=run, result=results[run.variant.name][seeds.index(run.seed)])
         for run in runs
@@ -95,6 +96,21 @@ def test_the_words_say_what_rose_what_stayed_up_and_what_the_seeds_do_not_tell()
     )
 
 
+def test_an_experiment_about_the_gold_reward_says_how_much_higher_it_ends():
+    arms = {
+        "weights and scores": [aligned(gold=(2.0, 3.5)), aligned(gold=(2.0, 3.4))],
+        "scores only": [aligned(gold=(2.0, 3.5)), aligned(gold=(2.0, 3.6))],
+        "nothing": [aligned(gold=(2.0, 3.0)), aligned(gold=(2.0, 3.1))],
+    }
+    words = policy_findings_text(SUPERVISED, finished(arms, [0, 1], SUPERVISED))
+    assert "scores only: the gold reward ends 0.50 higher than with nothing." in words
+    assert (
+        "weights and scores: the gold reward ends 0.10 lower than with scores only, which these seeds do not tell "
+        "from 0." in words
+    )
+    assert "gold by seed +0.50 +0.50" in words
+
+
 def test_the_win_rate_counts_a_tie_half_and_its_interval_draws_prompts():
     # prompt a ties, prompt b wins, in both seeds: a draw of prompts sees one of them or both
     assert gold_win_rate(finished({"bt": [aligned()] * 2}, [0, 1])) == (0.75, 0.5, 1.0)
@@ -113,8 +129,11 @@ def test_the_tables_have_a_row_per_run_and_a_row_per_step():
     assert steps[3]["gold/gap"] == "0.75"
 
 
-def test_figures_are_drawn_even_while_arms_and_seeds_are_missing(tmp_path):
-    runs = finished({"bt": [aligned(), aligned()], "vrm, KL 0": [aligned(), aligned()]}, [0, 1])[:3]
-    written = write_figures("overoptimization", OVEROPTIMIZATION, runs, tmp_path)
-    assert [path.name for path in written] == ["overoptimization.png", "overoptimization_curves.png"]
+@pytest.mark.parametrize(
+    ("experiment", "arms"), [(OVEROPTIMIZATION, ("bt", "vrm, KL 0")), (SUPERVISED, ("scores only", "nothing"))]
+)
+def test_figures_are_drawn_even_while_arms_and_seeds_are_missing(experiment, arms, tmp_path):
+    runs = finished({arm: [aligned(), aligned()] for arm in arms}, [0, 1], experiment)[:3]
+    written = write_figures("figure", experiment, runs, tmp_path)
+    assert [path.name for path in written] == ["figure.png", "figure_curves.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from actors.alignment_tasks import align_one, prepare_policy, train_shared_reward_model
 from actors.experiment_tasks import train_one
 from actors.frozen_state_tasks import compute_missing_states, keep_states, states_of
 from actors.ray_tasks import ProcessResources
@@ -136,7 +137,7 @@ def test_files_are_an_experiment_too_with_a_frozen_backbone_in_bfloat16(world, t
     ]
     outcome = train_one(load_recipe("experiments_tiny", [*SMALL, *overrides]), ONE_CORE)
     assert len(outcome["prompts"]) == len(outcome["margins"]["mean"]) > 5
-    assert "weight_correlation" not in outcome["metrics"]  # nobody knows the truth
+    assert "reasons/weight_correlation" not in outcome["metrics"]  # nobody knows the truth
     assert outcome["metrics"]["eval/accuracy"] >= 0.0
 
 
@@ -163,6 +164,28 @@ def test_alignments_are_reported_by_their_gold_reward(tmp_path, capsys):
     }
 
 
+def test_arms_with_and_without_supervision_start_alike_and_learn_from_other_reward_models(tmp_path, monkeypatch):
+    whole = EXPERIMENTS["supervised_alignment"]
+    two = replace(whole, variants=tuple(v for v in whole.variants if v.name in ("weights and scores", "nothing")))
+    monkeypatch.setitem(EXPERIMENTS, "supervised_alignment", two)
+
+    def in_this_process(runs, out):
+        for index, run in enumerate(runs):
+            policy = prepare_policy(run.recipe, out, ONE_CORE)
+            reward_model = train_shared_reward_model(run.recipe, policy, out, ONE_CORE)
+            yield index, align_one(run.recipe, policy, reward_model, ONE_CORE)
+
+    command = ["supervised_alignment", "--out", str(tmp_path), "--seeds", "0", *SMALL_ALIGNMENT]
+    words = run_experiment(parse(command), in_this_process)
+    assert "weights and scores: the gold reward ends" in words
+    records = {r["variant"]: r for r in (json.loads(p.read_text()) for p in (tmp_path / "runs").iterdir())}
+    supervised, free = records["weights and scores"], records["nothing"]
+    assert [point["step"] for point in supervised["curve"]] == [0.0, 1.0, 2.0]
+    assert supervised["curve"][0]["gold/mean"] == free["curve"][0]["gold/mean"]
+    assert supervised["curve"][0]["reward/mean"] != free["curve"][0]["reward/mean"]
+    assert run_experiment(parse(command), Fake()) == words  # all is committed: the fake has nothing to compute
+
+
 def test_alignments_without_a_known_truth_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="compares the reward with the planted truth"):
         run_experiment(options_of("overoptimization", tmp_path, "data.sources=[{path: mine.jsonl}]"), Fake())
@@ -181,6 +204,7 @@ def test_states_of_a_frozen_backbone_are_computed_once_for_all_seeds_and_labels(
     assert min(first, second) > 40
     assert list(compute_missing_states([recipe, flipped], ONE_CORE, states, 0, 1)) == [(0, 0)]
     as_needed = train_one(recipe, ONE_CORE)
+    assert {"reasons/weight_correlation", "reasons/decisive_pairs"} <= as_needed["metrics"].keys()
     monkeypatch.delattr("pipeline.models.reward_model.packed_states")  # from here on no trainer can compute any
     looked_up = train_one(recipe, ONE_CORE, states)
     assert looked_up["margins"]["mean"] == pytest.approx(as_needed["margins"]["mean"], abs=1e-5)
@@ -216,8 +240,8 @@ def test_a_small_grid_trains_for_real_over_the_cluster(tmp_path, local_ray, monk
     vrm, ensemble = records["vrm"], records["ensemble"]
     assert vrm["prompts"] == ensemble["prompts"]
     assert (set(vrm["margins"]), set(ensemble["margins"])) == ({"mean", "lcb"}, {"mean", "lcb", "min"})
-    assert -1.0 <= vrm["metrics"]["weight_correlation"] <= 1.0
-    assert "weight_correlation" not in ensemble["metrics"]
+    assert -1.0 <= vrm["metrics"]["reasons/weight_correlation"] <= 1.0
+    assert "reasons/weight_correlation" not in ensemble["metrics"]
     assert ensemble["metrics"]["eval/posterior_std"] > 0.0
     assert [point["step"] for point in vrm["curve"]] == [2.0, 4.0]
 

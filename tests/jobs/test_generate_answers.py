@@ -236,6 +236,7 @@ def test_questions_with_ids_may_have_the_same_text(tmp_path):
         (["--name", "other"], r"mt_bench.answers, line 1: .* sampled with model = 'tiny', this run has 'other'"),
         (["--max-response-tokens", "5"], r"line 1: .* with max_response_tokens = 1024, this run has 5"),
         (["seed=3"], r"line 1: .* with seed = 0, this run has 3"),
+        (["--keep-thoughts"], r"line 1: .* with keep_thoughts = False, this run has True"),
     ],
 )
 def test_answers_of_another_model_or_other_settings_are_not_mixed(answer, more, message):
@@ -345,6 +346,27 @@ def test_arena_hard_is_written_for_both_editions_with_the_lengths_of_each(answer
     assert answer("arena_hard", ARENA, "--max-response-tokens", "6") == []
     assert summary_of(tmp_path / "out")["token_len"] == {"v0.1": "the model's own", "v2": "the model's own"}
     assert "token_len counts the model's own tokens" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("options", "first"), [([], "The Elbe"), (["--keep-thoughts"], "I weigh it.\n</think>\n\nThe Elbe")]
+)
+def test_thoughts_are_in_the_files_only_if_asked_for_and_never_in_the_next_turn(
+    answer, tmp_path, monkeypatch, options, first
+):
+    def generate(self, prompts, sampling):
+        thought = "I weigh it.\n</think>\n\nThe Elbe"  # of a template that opens the block in the prompt
+        return [replace(rollout, response_text=thought) for rollout in FakeRollouts.generate(self, prompts, sampling)]
+
+    monkeypatch.setattr(Recording, "generate", generate)
+    requests = answer("mt_bench", QUESTIONS[:1], *options)
+    assert [[message["content"] for message in prompt.messages] for prompt, _ in requests] == [
+        ["the boat ?"],
+        ["the boat ?", "The Elbe", "and the kite ?"],
+    ]
+    [answered] = read_mt_bench_answers([str(tmp_path / "out/model_answer/tiny.jsonl")])
+    assert answered.turns == (first, first)
+    assert summary_of(tmp_path / "out")["keep_thoughts"] == bool(options)
 
 
 def test_the_official_json_list_is_read_and_cut_or_empty_answers_are_counted(answer, tmp_path):

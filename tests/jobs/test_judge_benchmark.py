@@ -341,6 +341,11 @@ def test_a_judge_that_cannot_judge_is_refused_before_anything_is_asked_or_writte
     assert not Path(alpaca[-1]).exists()
 
 
+def test_an_unknown_judge_is_named_before_the_files_it_would_need():
+    with pytest.raises(ConfigError, match="--judge 'foo': give an endpoint"):
+        parse(["--benchmark", "alpaca_eval", "--answers", "a", "--judge", "foo", "--out", "o.json"])
+
+
 def test_a_judge_that_reads_prompts_needs_them(capsys):
     files = ["--answers", "a", "--baseline", "b", "--out", "o.json", "--judge"]
     with pytest.raises(SystemExit):
@@ -360,5 +365,5 @@ def test_a_judge_that_reads_prompts_needs_them(capsys):
 )
 def test_files_a_benchmark_needs_or_does_not_know_are_named(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        parse([*arguments, "--answers", "a", "--templates", "t", "--judge", "j", "--out", "o.jsonl"])
+        parse([*arguments, "--answers", "a", "--templates", "t", "--judge", "replay:j", "--out", "o.jsonl"])
     assert message in capsys.readouterr().err

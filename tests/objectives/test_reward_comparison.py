@@ -8,7 +8,12 @@ import torch
 from pipeline.config.reward import EnsembleConfig, VRMHeadConfig
 from pipeline.evaluation.reward_scorer import reward_scores
 from pipeline.models.reward_heads import EnsembleHead, VRMHead
-from pipeline.objectives.reward_comparison import compare_rewards, rank_by_lower_bound, reward_covariance
+from pipeline.objectives.reward_comparison import (
+    compare_rewards,
+    rank_by_lower_bound,
+    relative_contributions,
+    reward_covariance,
+)
 from pipeline.objectives.variational import reward_mean_and_variance, sampled_reward_moments
 from pipeline.records import RewardScore
 
@@ -46,6 +51,13 @@ def test_the_deciding_objective_speaks_for_the_preferred_response():
     nothing = RewardScore(mean=0.0, std=0.1, objective_weights=(0.5, 0.5), objective_scores=(0.0, 0.0))
     assert compare_rewards(worse, nothing).contributions == (2.0, -5.0)
     assert compare_rewards(worse, nothing).deciding == 1
+
+
+def test_a_contribution_is_what_an_objective_adds_above_the_mean_held_out_response():
+    score = RewardScore(mean=-3.0, std=0.1, objective_weights=(0.5, 0.5), objective_scores=(4.0, -10.0))
+    assert relative_contributions(score, (1.5, -1.0)) == (0.5, -4.0)  # -3.5, and the reward is -3 against 0.5
+    assert relative_contributions(score, ()) == (2.0, -5.0)  # a model that was never evaluated has the mean 0
+    assert relative_contributions(plain(2.0), ()) == ()
 
 
 def test_a_response_against_itself_is_an_even_match_without_doubt():

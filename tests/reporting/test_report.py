@@ -1,7 +1,13 @@
-import pytest
-
 from pipeline.records import Answer, RewardScore
-from pipeline.reporting.report import ReportData, StageSummary, report_page, results_table, weight_correlation
+from pipeline.reporting.report import (
+    ReasonBar,
+    ReportData,
+    StageSummary,
+    reason_bars,
+    report_page,
+    results_table,
+    source_rows,
+)
 
 
 def answer(prompt_id, output, mean, weights=(0.7, 0.3)):
@@ -15,8 +21,15 @@ def answer(prompt_id, output, mean, weights=(0.7, 0.3)):
     )
 
 
-def stage(**metrics):
-    return StageSummary(name="align_policy", seconds=65.0, node_peak_gib=7.25, versions={"torch": "2"}, metrics=metrics)
+def stage(name="align_policy", is_skipped=False, **metrics):
+    return StageSummary(
+        name=name,
+        seconds=65.0,
+        is_skipped=is_skipped,
+        node_peak_gib=7.25,
+        versions={"torch": "2"},
+        metrics=metrics,
+    )
 
 
 def report(**changes):
@@ -29,7 +42,9 @@ def report(**changes):
         "alignment_rows": [{"step": s, "reward/mean": s, "kl/per_response": 1.5, "gate/max": 1e-6} for s in range(3)],
         "reward_metrics": {
             "eval/accuracy": 0.9, "eval/longer_is_better": 0.4, "eval/nll": 0.3, "eval/margin": 2.0,
-            "eval/active_units": 7.0,
+            "eval/active_units": 7.0, "eval/accuracy_low": 0.85, "eval/accuracy_high": 0.94, "data/heldout_pairs": 512,
+            "eval/accuracy_over_length_low": 0.4, "eval/accuracy_over_length_high": 0.6, "eval/scale": 2.0,
+            "reasons/collinearity": 0.2,
         },
         "reward_model_fingerprint": "0123456789abcdef",
         "benchmark_metrics": {
@@ -44,6 +59,21 @@ def report(**changes):
         },
     }  # fmt: skip
     return ReportData(**(values | changes))
+
+
+def test_the_page_shows_each_source_with_its_intervals_and_what_was_left_out():
+    sources = {
+        "eval/source/a/pairs": 20.0, "eval/source/a/accuracy": 0.7, "eval/source/a/accuracy_low": 0.6,
+        "eval/source/a/accuracy_high": 0.8, "eval/source/a/nll": 0.5, "eval/source/a/longer_is_better": 0.45,
+        "data/source/a/train_pairs": 180.0, "data/left_out/a/an_empty_response": 3.0,
+        "data/left_out/ab/identical_responses": 9.0,
+    }  # fmt: skip
+    metrics = report().reward_metrics | sources
+    assert source_rows(metrics) == [
+        ("a", "180", "20", "0.700 [0.600, 0.800]", "0.500", "0.450", "3 with an empty response")
+    ]
+    assert "<td>0.700 [0.600, 0.800]</td>" in report_page(report(reward_metrics=metrics))
+    assert "Sources of the pairs" not in report_page(report())
 
 
 def test_the_page_is_self_contained_and_escapes_what_models_say():
@@ -68,6 +98,12 @@ def test_the_table_names_the_headline_numbers():
     assert table["peak memory of the driver's node, GiB"] == "7.2"
 
 
+def test_a_stage_that_an_earlier_job_finished_adds_no_time_and_is_named():
+    data = report(stages=[stage(name="sft", is_skipped=True), stage()])
+    assert dict(results_table(data))["time"] == "1:05, without what an earlier job finished: sft"
+    assert "sft (earlier job)" in report_page(data)
+
+
 def test_the_gap_to_the_truth_is_told_and_drawn_where_the_truth_is_known():
     assert "gold-proxy gap in sd, first to last step" not in dict(results_table(report()))
     rows = [
@@ -78,9 +114,24 @@ def test_the_gap_to_the_truth_is_told_and_drawn_where_the_truth_is_known():
     assert len(report_page(known)) > 0
 
 
-def test_the_weight_correlation_by_hand():
-    # inferred (.7, .3, .2, .8) against (.9, .1, .1, .9): deviations (.2, -.2, -.3, .3) and (.4, -.4, -.4, .4)
-    assert weight_correlation(report()) == pytest.approx(0.4 / (0.26 * 0.64) ** 0.5)
+def test_the_page_opens_with_the_verdict():
+    page = report_page(report())
+    opening = page.split("<h2>")[1]
+    assert opening.startswith("Verdict")
+    assert '<p class="finding good"><strong>good</strong> The reward is usable: it orders 90.0% [85.0, 94.0]' in opening
+    assert '<p class="finding unsure"><strong>unsure</strong> Its reasons cannot be verified' in opening
+    assert (
+        '<p class="finding bad"><strong>bad</strong> The policy did not improve: even by its own reward model'
+        in opening
+    )
+
+
+def test_where_the_truth_is_known_weights_and_named_reasons_are_held_against_it():
+    assert not [label for label in dict(results_table(report())) if "planted weights" in label]
+    known = {"reasons/weight_correlation": 0.977, "reasons/decisive_accuracy": 0.8}
+    told = dict(results_table(report(reward_metrics=report().reward_metrics | known)))
+    assert told["correlation of inferred with planted weights, held out"] == "0.977"
+    assert told["named reasons that are the true ones, held out"] == "0.800"
 
 
 def test_a_bradley_terry_run_has_no_weights_to_show():
@@ -115,6 +166,38 @@ def test_only_verified_objectives_are_reasons_and_their_fidelity_is_told():
     assert "helpfulness +0.70" in samples
     assert "helpfulness -0.60" in samples
     assert "honesty" not in samples.split("<h2>")[0]
+    # With the objective that is not verified, the tags add up to the margins 1 and -3.
+    assert "what the model cannot tell apart +0.30" in samples
+    assert "what the model cannot tell apart -2.40" in samples
+
+
+CONTRIBUTIONS = {
+    "reasons/helpfulness/contribution": 0.8,
+    "reasons/helpfulness/contribution_by_annotations": 1.0,
+    "reasons/honesty/contribution": -0.2,
+    "reasons/honesty/contribution_by_annotations": 0.1,
+}
+
+
+def test_bars_of_reasons_stand_beside_the_annotators_for_verified_objectives_alone():
+    data = report(reward_metrics=report().reward_metrics | FIDELITY | CONTRIBUTIONS)
+    bar = ReasonBar(objective="helpfulness", pair_accuracy=0.82, by_score=0.8, by_annotations=1.0)
+    assert reason_bars(data) == ([bar], ["honesty"])
+    reasons = report_page(data).split("<h2>Reasons</h2>")[1].split("<h2>")[0]
+    assert "helpfulness (82%)" in reasons
+    assert 'class="bar by-score" style="width: 80.0%"' in reasons
+    assert 'class="bar by-annotations" style="width: 100.0%"' in reasons
+    assert "The model cannot tell what honesty adds: a reason needs annotated held-out pairs" in reasons
+    both = report(
+        reward_metrics=data.reward_metrics | {"reasons/honesty/pair_accuracy": 0.7},
+    )
+    assert 'class="bar by-score negative" style="width: 20.0%"' in report_page(both)
+
+
+def test_below_the_bound_there_are_no_bars():
+    reasons = report_page(report()).split("<h2>Reasons</h2>")[1].split("<h2>")[0]
+    assert "bar-row" not in reasons
+    assert "The model cannot tell what helpfulness, honesty add:" in reasons
 
 
 def test_without_verified_objectives_no_reason_is_shown():

@@ -1,9 +1,11 @@
 """Finished stages are skipped, unfinished ones go on behind their last commit."""
 
+import time
+
 import pytest
 
 from pipeline.errors import WorkerDied
-from pipeline.stages import storage
+from pipeline.stages import attempt_clock, storage
 from pipeline.stages.runner import StageRunner
 from pipeline.stages.stage_spec import StageSpec
 from pipeline.stages.workspace import Workspace
@@ -115,6 +117,39 @@ def test_a_restart_does_not_see_what_was_not_committed(stages):
 
     stages.run(spec("train", 1, {}), compute, max_restarts=1)
     assert seen == [None, None]
+
+
+def test_the_time_of_a_stage_is_that_of_all_its_attempts_and_a_skipped_one_takes_none(stages, capsys):
+    attempts = []
+
+    def compute(stage):
+        attempts.append(stage)
+        time.sleep(0.2)
+        if len(attempts) == 1:
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        stages.run(spec("train", 1, {}), compute)
+    assert attempts[0].seconds_spent() >= 0.2
+    result = stages.run(spec("train", 1, {}), compute)
+    assert stages.workspace.stage("train", result.fingerprint).manifest()["seconds"] >= 0.4
+    assert "of it in earlier attempts" in capsys.readouterr().out
+    assert stages.skipped == set()
+    stages.run(spec("train", 1, {}), compute)
+    assert stages.skipped == {"train"}
+
+
+def test_the_time_is_written_down_while_a_stage_runs_so_that_a_kill_loses_little(stages, monkeypatch):
+    monkeypatch.setattr(attempt_clock, "PERIOD_S", 0.01)
+
+    def compute(stage):
+        deadline = time.monotonic() + 10
+        while stage.seconds_spent() < 0.02:
+            assert time.monotonic() < deadline
+        return {}
+
+    stages.run(spec("train", 1, {}), compute)
 
 
 def test_the_manifest_tells_what_the_result_was_made_of(stages):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.config.data import DataConfig, SourceConfig
 from pipeline.config.recipe import ExperimentConfig
-from pipeline.data.run_data import read_sources
+from pipeline.data.recipe_files import read_sources
 from pipeline.data.sources import read_source, require_known_objectives
 
 

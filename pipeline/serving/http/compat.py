@@ -55,7 +55,7 @@ class RemoteRewardAnswer(Lenient):
     scores: list[float]
     """The rewards again: OpenRLHF filters prompts by this field."""
     extra_logs: dict[str, list[float]]
-    """Standard deviation, and the contribution of each objective. OpenRLHF logs the means."""
+    """Standard deviation, and what each objective adds above the mean held-out response. OpenRLHF logs the means."""
     model_fingerprint: str
 
 
@@ -225,11 +225,8 @@ def _encoded(value: float, encoding: Literal["float", "base64"]) -> list[float] 
 
 
 def _contributions(service: ScoringService, scores: Sequence[RewardScore]) -> dict[str, list[float]]:
-    return {
-        f"vrm/{name}": [score.objective_weights[k] * score.objective_scores[k] for score in scores]
-        for k, name in enumerate(service.model.objectives)
-        if scores[0].objective_scores
-    }
+    relative = [service.contributions(score) for score in scores]
+    return {f"vrm/{name}": [row[name] for row in relative] for name in relative[0]}
 
 
 def _header(kind: str, service: ScoringService) -> dict[str, Any]:

@@ -29,6 +29,7 @@ CARD = RewardModelCard(
     reward_std=2.0,
     metrics={"eval/accuracy": 0.75, "reasons/brevity/pair_accuracy": 0.8, "reasons/brevity/pairs": 50.0},
     scale=2.0,
+    mean_contributions=(1.25, -0.75),
 )
 
 
@@ -92,7 +93,9 @@ def test_one_prompt_with_many_responses():
     answer = ask("POST", "/v1/score", {"prompt": "hi", "responses": ["a b", "abcd"]}).json()
     assert answer["model_fingerprint"] == "f00d"
     assert [score["reward"] for score in answer["scores"]] == [-0.5, -1.5]
-    assert answer["scores"][0]["contributions"] == {"helpfulness": 1.0, "brevity": -1.5}
+    # 1 and -3/2 against 5/4 and -3/4 of the mean held-out response; together the reward minus its mean, -1/2 - 1/2.
+    assert answer["scores"][0]["contributions"] == {"helpfulness": -0.25, "brevity": -0.75}
+    assert ask("GET", "/v1/model").json()["mean_contributions"] == {"helpfulness": 1.25, "brevity": -0.75}
     assert answer["scores"][0]["concentration"] == 3.0
 
 
@@ -146,7 +149,7 @@ def test_the_model_introduces_itself():
     answer = ask("GET", "/v1/model").json()
     assert answer["model_fingerprint"] == "f00d"
     assert (answer["head"], answer["decoder"], answer["objectives"]) == ("vrm", "bilinear", ["helpfulness", "brevity"])
-    assert answer["objective_statistics"]["brevity"] == {"mean": 2.0, "std": 0.5}
+    assert answer["objective_statistics"]["brevity"] == {"mean": 2.0, "std": 0.5, "source": ""}
     assert answer["versions"] == {"torch": "2"}
 
 

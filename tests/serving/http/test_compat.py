@@ -30,8 +30,8 @@ def test_openrlhf_gets_one_reward_per_query():
     assert answer["rewards"] == answer["scores"] == [-0.5, -2.5]
     assert answer["extra_logs"] == {
         "vrm/reward_std": [1.25, 1.75],
-        "vrm/helpfulness": [1.0, 0.5],
-        "vrm/brevity": [-1.5, -3.0],
+        "vrm/helpfulness": [1.0 - 1.25, 0.5 - 1.25],  # above the mean held-out response
+        "vrm/brevity": [-1.5 + 0.75, -3.0 + 0.75],
     }
     assert answer["model_fingerprint"] == "f00d"
 

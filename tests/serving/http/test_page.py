@@ -32,6 +32,10 @@ CHART = """
 }))
 """
 
+RATINGS = """
+[...document.querySelectorAll("#ratings tbody tr")].map(row => [...row.children].map(cell => cell.textContent))
+"""
+
 DRAWN_IN_THE_PIXELS_THERE_ARE = """
 [...document.querySelectorAll("svg")].every(svg => svg.viewBox.baseVal.width === svg.parentElement.clientWidth)
 """
@@ -68,6 +72,8 @@ def signed(value):
 
 def test_the_page_shows_what_the_service_says(url, browser, artefacts):
     answer = httpx.post(f"{url}/v1/compare", json={"prompt": PROMPT, "a": A, "b": B}).json()
+    model = httpx.get(f"{url}/v1/model").json()
+    assert model["reward_mean"] != 0.0
     browser.open(url)
     for element, text in (("prompt", PROMPT), ("a", A), ("b", B)):
         browser.type_into(element, text)
@@ -84,7 +90,8 @@ def test_the_page_shows_what_the_service_says(url, browser, artefacts):
     because = "" if answer["decided_by"] is None else f", because of {answer['decided_by']}"
     assert text("verdict") == f"{better} is better with probability {sure:.1f}%{because}."
     assert [row["value"] for row in chart("rewards")] == [
-        f"{signed(answer[side]['reward'])} ± {1.96 * answer[side]['reward_std']:.3f}" for side in "ab"
+        f"{signed(answer[side]['reward'] - model['reward_mean'])} ± {1.96 * answer[side]['reward_std']:.3f}"
+        for side in "ab"
     ]
     weights = answer["a"]["objective_weights"]
     drawn = chart("weights")
@@ -97,6 +104,11 @@ def test_the_page_shows_what_the_service_says(url, browser, artefacts):
         "helpfulness (81% right)",
         "honesty (70% right)",
         "safety (66% right)",
+    ]
+    assert browser.evaluate(RATINGS) == [
+        [name, *(f"{answer[side]['ratings'][name]:.1f}" for side in "ab"), f"{statistics['mean']:.1f}"]
+        for name, statistics in model["objective_statistics"].items()
+        if name in VERIFIED
     ]
     assert text("unverified").startswith("This model cannot tell what brevity contributed")
     assert [row["fill"] for row in margins] == [

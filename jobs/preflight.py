@@ -1,0 +1,78 @@
+"""What a job looks at before it starts anything: its data files, its checkpoints.
+
+Imports neither torch nor ray, so that bad input is answered at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pipeline.config.recipe import Recipe
+from pipeline.data.recipe_files import check_data
+from pipeline.errors import CheckpointError
+from pipeline.models.checkpoint_files import check_checkpoint
+from pipeline.stages import storage
+from pipeline.stages.workspace import StageDirectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedCheckpoint:
+    """A checkpoint of a recipe, and the stage that reads it."""
+
+    setting: str
+    checkpoint: str
+    stage: str
+
+
+def check_recipe(recipe: Recipe, *, workspace: str | None = None) -> None:
+    """Opens each data file and each checkpoint of a recipe; prints what was looked at, and for how long.
+
+    Args:
+        workspace: where a stage may have finished with a checkpoint. Then the checkpoint may be gone.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: one of them cannot be used.
+    """
+    started = time.monotonic()
+    num_files = check_data(recipe)
+    seen, unseen = [f"{num_files} data file{'' if num_files == 1 else 's'}"], []
+    on_the_hub = [source.hub for source in recipe.data.sources if source.hub is not None]
+    if on_the_hub:
+        unseen.append(f"data.sources of the hub: {', '.join(on_the_hub)}")
+    for named in _checkpoints(recipe):
+        try:
+            reason = check_checkpoint(named.checkpoint)
+        except CheckpointError:
+            if workspace is None or not _is_in_a_finished_stage(named, workspace):
+                raise
+            reason = f"{named.stage} is finished"
+        if reason is None:
+            seen.append(named.setting)
+        else:
+            unseen.append(f"{named.setting} = {named.checkpoint} ({reason})")
+    print(f"{'preflight':<19} {', '.join(seen)} looked at in {time.monotonic() - started:.2f} s", flush=True)
+    for what in unseen:
+        print(f"{'preflight':<19} not looked at: {what}", flush=True)
+
+
+def _checkpoints(recipe: Recipe) -> Iterator[NamedCheckpoint]:
+    if recipe.policy.checkpoint is not None:
+        yield NamedCheckpoint(setting="policy.checkpoint", checkpoint=recipe.policy.checkpoint, stage="sft")
+    if recipe.reward.backbone is not None:
+        yield NamedCheckpoint(setting="reward.backbone", checkpoint=recipe.reward.backbone, stage="train_reward_model")
+
+
+def _is_in_a_finished_stage(named: NamedCheckpoint, workspace: str) -> bool:
+    section, _, key = named.setting.partition(".")
+    stages = storage.join(workspace, "stages")
+    for directory in storage.list_directories(stages):
+        name, _, fingerprint = directory.rpartition("-")
+        if name != named.stage:
+            continue
+        stage = StageDirectory(storage.join(stages, directory), name, fingerprint)
+        config = {} if stage.result() is None else stage.manifest().get("config", {})
+        if config.get(section, {}).get(key) == named.checkpoint:
+            return True
+    return False

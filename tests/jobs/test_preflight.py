@@ -1,0 +1,157 @@
+"""Bad input is answered before anything is started, by every command, and without what takes long to import."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from jobs.command_line import job_options, print_dry_run
+from jobs.preflight import check_recipe
+from jobs.run_job import job_command
+from pipeline.config.load import load_recipe
+from pipeline.errors import CheckpointError, DataError
+from pipeline.stages import storage
+from pipeline.stages.stage_spec import StageSpec
+from pipeline.stages.workspace import Workspace
+from tests.support.paths import ROOT
+
+HEAVY = ("torch", "ray", "transformers", "vllm", "deepspeed")
+
+EVERY_COMMAND = """
+import json, sys
+from jobs.vrm import vrm_command
+for words in json.load(sys.stdin):
+    try:
+        vrm_command(words)
+    except SystemExit as end:
+        print("code", end.code, "loaded", *[name for name in {heavy!r} if name in sys.modules], file=sys.stderr)
+"""
+
+
+def pairs_file(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def good_pair(number):
+    return {"prompt": f"question {number}", "chosen": "yes .", "rejected": "no ."}
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Overrides that take good files of pairs and prompts."""
+    pairs = pairs_file(tmp_path / "pairs.jsonl", [good_pair(n) for n in range(40)])
+    prompts = pairs_file(tmp_path / "prompts.jsonl", [{"prompt": f"ask {n}"} for n in range(40)])
+    return [f"data.sources=[{{path: {pairs}}}]", f"data.prompts=[{prompts}]"]
+
+
+def test_a_bad_recipe_file_or_checkpoint_is_refused_by_every_command_before_anything_heavy(tmp_path, files):
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text('{"prompt": "a", "chosen": "b"')
+    nowhere = str(tmp_path / "nowhere")
+    out = str(tmp_path / "out")
+    question = {"question_id": 1, "category": "writing", "turns": ["a", "b"]}
+    questions = pairs_file(tmp_path / "questions.jsonl", [question])
+    bad_pairs = [f"data.sources=[{{path: {cut}}}]"]
+    cases = [
+        (["run", "tiny", "sft.num_stps=1"], "unknown key"),
+        (["run", "tiny", "--workspace", out, *bad_pairs], "cut.jsonl, line 1: no JSON"),
+        (["run", "tiny", "--workspace", out, *files, f"data.prompts=[{nowhere}]"], f"{nowhere} does not exist"),
+        (["run", "tiny", "--workspace", out, f"policy.checkpoint={nowhere}"], f"'{nowhere}' does not exist"),
+        (["run", "tiny", "--dry-run", *bad_pairs], "cut.jsonl, line 1: no JSON"),
+        (["experiment", "heads", "--out", out, *bad_pairs], "cut.jsonl, line 1: no JSON"),
+        (["evaluate", "--model", nowhere, "--pairs", str(cut), "--out", out], "it is no reward model"),
+        (["serve", "--model", nowhere], "it is no reward model"),
+        (
+            f"benchmark generate --benchmark mt_bench --model {nowhere} --out {out} --prompts {questions}".split(),
+            f"--model {nowhere} is no directory with a config.json",
+        ),
+        (
+            f"benchmark judge --benchmark alpaca_eval --answers {cut} --baseline {cut} --judge vrm:{nowhere} "
+            f"--out {out}.json".split(),
+            "it is no reward model",
+        ),
+        (["benchmark", "score", "--benchmark", "mt_bench", "--judgments", str(cut), "--out", out], "no JSON"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", EVERY_COMMAND.format(heavy=HEAVY)],
+        cwd=ROOT,
+        input=json.dumps([words for words, _ in cases]),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    answers = done.stderr.split("code 2 loaded\n")
+    assert len(answers) == len(cases) + 1, done.stderr
+    for (words, message), answer in zip(cases, answers, strict=False):
+        assert message in answer, words
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_says_what_was_looked_at_what_was_not_and_for_how_long(files, tiny_policy, capsys):
+    check_recipe(load_recipe("tiny", [*files, f"policy.checkpoint={tiny_policy}", "reward.backbone=Qwen/Qwen3-0.6B"]))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("preflight           2 data files, policy.checkpoint looked at in 0.")
+    assert second == "preflight           not looked at: reward.backbone = Qwen/Qwen3-0.6B (a name of the hub)"
+
+
+def test_a_dry_run_looks_at_the_files_unless_the_job_runs_elsewhere(files, tmp_path, monkeypatch, capsys):
+    (tmp_path / "prompts.jsonl").unlink()
+    options = job_options(job_command("", lambda job: None).options(files))
+    with pytest.raises(DataError, match=r"prompts\.jsonl does not exist"):
+        print_dry_run(options)
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    print_dry_run(options)
+    assert "looked at where the job runs" in capsys.readouterr().out
+
+
+def test_files_without_a_row_are_refused(files, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=r"prompts\.jsonl has no rows"):
+        check_recipe(load_recipe("tiny", files))
+
+
+@pytest.mark.parametrize(
+    ("source", "letter"),
+    [
+        ("objectives: {usefull: helpfulness}", r"no row has the annotation column 'usefull'.*Did you mean 'useful'"),
+        ("where: {part: a}", r"line 1: .*names the column 'part'; the row has chosen, id, prompt"),
+        ("where: {id: none}", r"no row has the values .* id has 0, 1"),
+        ("format: pairs", r"line 1, field 'scores_chosen': unknown objective 'useful'"),
+        ("objectives: {useful: helpfulness, preferred: honesty}", r"unknown objective 'safety': no source annotates"),
+    ],
+)
+def test_sources_that_do_not_fit_the_recipe_are_refused(tmp_path, source, letter):
+    rows = [{**good_pair(n), "id": str(n), "scores_chosen": {"useful": 3}} for n in range(20)]
+    path = pairs_file(tmp_path / "pairs.jsonl", rows)
+    with pytest.raises(DataError, match=letter):
+        check_recipe(load_recipe("tiny", [f"data.sources=[{{path: {path}, {source}}}]"]))
+
+
+def test_an_annotation_behind_the_first_rows_is_found(tmp_path):
+    rows = [{**good_pair(n), "scores_chosen": {"useful": 3} if n > 30 else None} for n in range(40)]
+    path = pairs_file(tmp_path / "pairs.jsonl", rows)
+    columns = "{useful: helpfulness, preferred: safety}"
+    objectives = "objectives=[helpfulness,safety]"
+    check_recipe(load_recipe("tiny", [f"data.sources=[{{path: {path}, objectives: {columns}}}]", objectives]))
+    claimed = [f"{{path: {path}, name: {side}, side: {side}, where: {{}}}}" for side in ("train", "heldout")]
+    with pytest.raises(DataError, match="is the same as"):
+        check_recipe(load_recipe("tiny", [f"data.sources=[{', '.join(claimed)}]", objectives]))
+
+
+def test_a_checkpoint_that_a_finished_stage_has_copied_may_be_gone(tmp_path, capsys):
+    gone = str(tmp_path / "gone")
+    recipe = load_recipe("tiny", [f"policy.checkpoint={gone}"])
+    workspace = str(tmp_path / "ws")
+    with Workspace.open(workspace, job="job-1", needs_bytes=0) as opened:
+        spec = StageSpec(name="sft", version=1, config={"policy": {"checkpoint": gone}})
+        stage = opened.stage(spec.name, spec.fingerprint)
+        with pytest.raises(CheckpointError, match="does not exist"):
+            check_recipe(recipe, workspace=workspace)
+        storage.write_text(storage.join(stage.result_uri, "model"), "trained")
+        stage.finish({}, {"config": dict(spec.config)})
+    check_recipe(recipe, workspace=workspace)
+    assert f"not looked at: policy.checkpoint = {gone} (sft is finished)" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match="does not exist"):
+        check_recipe(load_recipe("tiny", [f"policy.checkpoint={gone}-too"]), workspace=workspace)
