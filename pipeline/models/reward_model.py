@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -42,7 +43,7 @@ STANDARD_ENSEMBLE = EnsembleConfig()
 class RewardModel(nn.Module):
     """r(x, y) and its posterior from one causal pass over prompt and response (docs/method.md section 2)."""
 
-    def __init__(self, backbone: PreTrainedModel, head: RewardHead, pooling: Literal[last, mean] = "last") -> None:
+    def __init__(self, backbone: PreTrainedModel, head: RewardHead, pooling: Literal["last", "mean"] = "last") -> None:
         """
         Args:
             pooling: the state of a response is that of its last token, or the mean over its tokens.
@@ -51,7 +52,7 @@ class RewardModel(nn.Module):
         use_packed_attention(backbone)
         self.backbone = backbone
         self.head = head
-        self.pooling: Literal[last, mean] = pooling
+        self.pooling: Literal["last", "mean"] = pooling
         self.frozen_states: FrozenStates | None = None
         """States of a backbone that does not train. Known states are not computed again."""
 
