@@ -25,8 +25,8 @@ def run_pipeline(job: Job) -> None:
     stages, recipe, read_data, actors = job.stages, job.recipe, job.read_data, job.actors
     policy = sft(stages, recipe, read_data)
     reward_model = train_reward_model(stages, recipe, read_data, policy)
-    aligned = align_policy(stages, recipe, read_data, actors, policy, reward_model)
     judge = train_judge(stages, recipe, read_data, policy)
+    aligned = align_policy(stages, recipe, read_data, actors, policy, reward_model)
     benchmark = generate_benchmark(stages, recipe, read_data, actors, policy, aligned, reward_model, judge)
     write_report(stages, recipe, policy, reward_model, aligned, benchmark, judge)
 
