@@ -15,6 +15,8 @@ from pipeline.config.cluster import ClusterConfig, RanksConfig, RolloutPlacement
 from pipeline.errors import ResourceError
 
 TOLERANCE = 1e-6
+MOST_WORKERS = 1024
+"""Nobody asks for more rollout workers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,16 @@ def plan_resources(
             demands=(*sampling, scoring, *([replace(scoring, role="judge's replica")] if judge else [])),
         ),
     )
+
+
+def room_for_workers(cluster: ClusterConfig, placement: RolloutPlacement, nodes: Sequence[Mapping[str, float]]) -> int:
+    """The most rollout workers that an alignment can have beside the rest of it, as the nodes are now."""
+    if placement == "colocated":
+        return cluster.alignment.ranks
+    [aligning] = [stage for stage in plan_resources(cluster) if stage.stage == "align_policy"]
+    workers = _rollout(cluster)
+    others = [demand for demand in aligning.demands if demand.role != workers.role]
+    return _largest_count(others, workers, nodes, below=MOST_WORKERS + 1)
 
 
 def plan_generation(cluster: ClusterConfig) -> tuple[StageDemand, ...]:
@@ -153,20 +165,27 @@ def _what_fits(demands: Sequence[Demand], nodes: Sequence[Mapping[str, float]]) 
     """The cure: one count to lower, or all of them, or the shares themselves."""
     single = []
     for n, demand in enumerate(demands):
-        # The largest count that fits beside the others, by bisection.
-        fits, too_many = 0, demand.count
-        while too_many - fits > 1:
-            middle = (fits + too_many) // 2
-            smaller = [*demands[:n], replace(demand, count=middle), *demands[n + 1 :]]
-            fits, too_many = (middle, too_many) if _fits(smaller, nodes) else (fits, middle)
-        if fits:
-            single.append(f"{demand.setting}={fits}")
+        count = _largest_count([*demands[:n], *demands[n + 1 :]], demand, nodes, below=demand.count)
+        if count:
+            single.append(f"{demand.setting}={count}")
     if single:
         return f"{' or '.join(single)} would fit; or add a node."
     if _fits([replace(demand, count=1) for demand in demands], nodes):
         return f"{' '.join(f'{demand.setting}=1' for demand in demands)} would fit; or add a node."
     needs = ", ".join(f"{d.role} {d.cpus:g} CPU and {d.gpus:g} GPU ({d.setting.rpartition('.')[0]})" for d in demands)
     return f"Not even one of each fits: {needs}. Lower what each takes, or add a node."
+
+
+def _largest_count(
+    others: Sequence[Demand], demand: Demand, nodes: Sequence[Mapping[str, float]], *, below: int
+) -> int:
+    """The largest count of a demand that fits beside the others, by bisection; 0 where none does."""
+    fits, too_many = 0, below
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        is_room = _fits([*others, replace(demand, count=middle)], nodes)
+        fits, too_many = (middle, too_many) if is_room else (fits, middle)
+    return fits
 
 
 def _fits(demands: Sequence[Demand], nodes: Sequence[Mapping[str, float]]) -> bool:

@@ -61,8 +61,8 @@ def running_cluster() -> Iterator[None]:
         ray.init(address=address, log_to_driver=False)
     except (OSError, RuntimeError, ValueError) as error:
         raise ResourceError(
-            f"no Ray cluster answers at {address}: {error}. Set RAY_ADDRESS to the job's cluster, or give the "
-            "workspace instead of --job."
+            f"no Ray cluster answers at {address}: {str(error).rstrip('.')}. Set RAY_ADDRESS to the job's cluster, or "
+            "give the workspace instead of --job."
         ) from error
     try:
         yield

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray._private import services
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.resources import StageDemand, check_plan
@@ -84,7 +85,14 @@ def remove_from_nodes(directory: str) -> None:
 
 
 def require_listener(address: str) -> None:
-    """Ray itself takes minutes to notice that nobody listens at host:port; "auto" names no port to try."""
+    """Ray itself takes minutes to notice that nobody listens at host:port.
+
+    Raises:
+        OSError: nobody does; or there is no cluster on this machine, for "auto".
+    """
+    if address == "auto":
+        # The cluster that `ray start` last noted here, which may be gone.
+        address = services.canonicalize_bootstrap_address(address) or address
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=CONNECT_S).close()

@@ -99,7 +99,8 @@ def add_recipe(parser: argparse.ArgumentParser, flag: str = "--recipe", **settin
 
 def add_overrides(parser: argparse.ArgumentParser, help_text: str) -> None:
     """`key.path=value` of the recipe; completes the keys."""
-    action = parser.add_argument("overrides", nargs="*", metavar="key.path=value", help=help_text)
+    # Without a default argparse calls them required where anything else is missing.
+    action = parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help=help_text)
     complete_with(action, lambda: [f"{key}=" for key in recipe_keys()])
 
 

@@ -61,7 +61,7 @@ def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace)
     """
     options.recipe = options.recipe or EXPERIMENTS[options.experiment].recipe
     # argparse takes overrides that stand behind the seeds for seeds.
-    options.overrides += [word for word in options.seeds if "=" in word]
+    options.overrides = [*options.overrides, *(word for word in options.seeds if "=" in word)]
     seeds = [word for word in options.seeds if "=" not in word]
     if not all(word.isdecimal() for word in seeds):
         raise ConfigError(f"--seeds {' '.join(seeds)}: seeds are whole numbers from 0, as in --seeds 0 1 2")

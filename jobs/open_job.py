@@ -7,13 +7,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import NoReturn
 
 from cluster.engine_build import require_engine_for
 from cluster.resources import check_plan, plan_resources
 from cluster.rollout_plan import plan_rollouts
+from cluster.rollout_room import RolloutRoom
 from cluster.session import node_resources, open_cluster
 from cluster.submission import job_id
 from jobs.command_line import JobOptions
@@ -24,7 +25,7 @@ from pipeline.data.run_data import RunData, load_data
 from pipeline.models.native_dtype import with_native_dtype
 from pipeline.stages.preemption import PreemptionNotice
 from pipeline.stages.runner import StageRunner
-from pipeline.stages.scaling_requests import forget_requests
+from pipeline.stages.scaling_requests import forget_requests, publish_room
 from pipeline.stages.workspace import Workspace
 
 ReadData = Callable[[], RunData]
@@ -59,12 +60,25 @@ def open_job(options: JobOptions) -> Iterator[Job]:
         nodes = node_resources()
         rollout_plan = plan_rollouts(recipe, nodes)
         check_plan(plan_resources(recipe.cluster, rollout_plan.placement, judge=recipe.judge is not None), nodes)
-        actors = SharedActors(recipe, rollout_plan, workspace.uri, exits)
+
+        def room() -> RolloutRoom:
+            return RolloutRoom.of(recipe, rollout_plan, node_resources())
+
+        publish_room(workspace.uri, asdict(room()))
+        say_what_autoscaling_cannot_reach(recipe, room())
+        actors = SharedActors(recipe, rollout_plan, workspace.uri, exits, room=room)
         exits.enter_context(notice.watching())  # behind ray.init, which handles SIGTERM by leaving at once
         exits.callback(actors.leave_service)
         yield Job(
             recipe=recipe, stages=StageRunner(workspace), read_data=cache(lambda: load_data(recipe)), actors=actors
         )
+
+
+def say_what_autoscaling_cannot_reach(recipe: Recipe, room: RolloutRoom) -> None:
+    autoscale = recipe.cluster.rollout.autoscale
+    remark = "" if autoscale is None else room.remark(autoscale.max_workers)
+    if remark:
+        print(f"cluster.rollout.autoscale.max_workers: {remark}", flush=True)
 
 
 def leave_at_once(workspace: Workspace, recipe: Recipe) -> NoReturn:

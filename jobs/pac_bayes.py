@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
@@ -26,12 +27,16 @@ from pipeline.models.checkpoint_files import check_reward_model
 from pipeline.models.reward_model_card import require_posterior
 from pipeline.stages import storage
 from pipeline.stages.fingerprint import directory_fingerprint
+from pipeline.stages.metrics_log import as_clock
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from pipeline.models.reward_model_card import RewardModelCard
     from pipeline.records import PreferencePair
+
+
+SECONDS_BETWEEN_LINES = 5.0
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +84,7 @@ def check_pairs(options: argparse.Namespace, recipe: Recipe | None, card: Reward
             source = SourceConfig(name="pairs", path=file, format=options.format or "pairs")
             pair_file(file, source, card.objectives).look_at()
         return
-    if recipe.objectives != card.objectives:
+    if card.objectives not in (recipe.objectives, recipe.factor_names):
         raise ConfigError(
             f"{options.model} was trained on the objectives {', '.join(card.objectives)}, recipe {recipe.name} has "
             f"{', '.join(recipe.objectives)}: it is not the recipe of this model."
@@ -156,6 +161,7 @@ def measure_model(options: argparse.Namespace) -> str:
         seed=options.seed,
         max_tokens_per_batch=options.max_tokens_per_batch,
         device=options.device,
+        report=progress(len(pairs.training) + len(pairs.heldout)),
     )
     report = measure_pac_bayes(pairs, risk_of, delta=options.delta)
     record = {
@@ -168,6 +174,24 @@ def measure_model(options: argparse.Namespace) -> str:
     output = options.output if "://" in options.output else os.path.abspath(options.output)
     storage.write_text(output, json.dumps(record, indent=2, allow_nan=False) + "\n")
     return pac_bayes_text(report)
+
+
+def progress(total: int) -> Callable[[int], None]:
+    """Prints a line every few seconds. The training pairs are counted first, then the held-out pairs from 1 again."""
+    started = printed = time.monotonic()
+    before = last = 0
+
+    def report(num_measured: int) -> None:
+        nonlocal printed, before, last
+        if num_measured < last:
+            before += last
+        last, now = num_measured, time.monotonic()
+        done = before + num_measured
+        if now - printed >= SECONDS_BETWEEN_LINES or done == total:
+            printed, left = now, (now - started) * (total - done) / done
+            print(f"pac_bayes  {done:,}/{total:,} pairs  {as_clock(left)} left", flush=True)
+
+    return report
 
 
 def _measure_and_report(options: argparse.Namespace) -> None:

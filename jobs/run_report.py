@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.benchmark.scored_answers import read_scored_answers
 from pipeline.config.recipe import Recipe
+from pipeline.models.reward_model_card import read_card
 from pipeline.records import StageResult
 from pipeline.stages import storage
 from pipeline.stages.fingerprint import directory_fingerprint
@@ -34,12 +35,13 @@ def write_report(
         planted_file = Path(directory) / "planted.json"
         planted = json.loads(planted_file.read_text()) if planted_file.exists() else {"kinds": {}, "weights": {}}
     with storage.reading(reward_model.location) as directory:
+        objectives = read_card(directory).objectives
         reward_model_fingerprint = directory_fingerprint(directory)
     manifests = [directory.manifest() for directory in directories]
     data = ReportData(
         name=recipe.name,
         recipe=recipe.model_dump(mode="json"),
-        objectives=recipe.objectives,
+        objectives=objectives,
         stages=[
             StageSummary(
                 name=manifest["name"],

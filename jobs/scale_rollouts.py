@@ -12,13 +12,19 @@ from __future__ import annotations
 
 import argparse
 
+from cluster.rollout_room import room_of_running_job
 from jobs.command_line import Command
 from pipeline.stages.scaling_requests import request_rollout_workers
 
 
 def scale_rollouts(options: argparse.Namespace) -> None:
-    request_rollout_workers(options.workspace or _workspace_of(options.job), options.workers)
+    workspace = options.workspace or _workspace_of(options.job)
+    request_rollout_workers(workspace, options.workers)
     print(f"requested {options.workers} rollout workers; metrics.jsonl shows them as rollout/workers")
+    room = room_of_running_job(workspace)
+    remark = "" if room is None else room.remark(options.workers)
+    if remark:
+        print(remark)
 
 
 def _workspace_of(job: str) -> str:

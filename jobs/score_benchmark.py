@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -138,12 +139,14 @@ def score_alpaca_eval(options: argparse.Namespace) -> Scored:
                 "Score them apart."
             )
         m = alpaca_eval.length_controlled_win_rate(annotations, difficulty, gamed=gamed)
-        models[annotations.model] = m | {"baseline": annotations.baseline}
+        # A single verdict has no standard error, and JSON no NaN.
+        error = None if math.isnan(m["standard_error"]) else m["standard_error"]
+        models[annotations.model] = m | {"standard_error": error, "baseline": annotations.baseline}
         rows.append(
             (
                 annotations.model,
                 _number(m["win_rate"]),
-                _number(m["standard_error"]),
+                "" if error is None else _number(error),
                 _number(m["discrete_win_rate"]),
                 "withheld" if m["length_controlled_winrate"] is None else _number(m["length_controlled_winrate"]),
                 "far from the raw one" if m["extreme_change"] else "",

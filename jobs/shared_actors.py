@@ -8,18 +8,20 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from cluster.autoscaler import Autoscaler
 from cluster.placement import Placement, pack_bundles
 from cluster.rollout_plan import RolloutPlan
+from cluster.rollout_room import RolloutRoom
 from cluster.session import remove_from_nodes
 from pipeline.config.recipe import Recipe
 from pipeline.records import StageResult
-from pipeline.stages.scaling_requests import requested_rollout_workers
+from pipeline.stages.scaling_requests import publish_room, requested_rollout_workers
 
 if TYPE_CHECKING:
     from actors.rollout_pool import RolloutPool
@@ -29,17 +31,28 @@ if TYPE_CHECKING:
 class SharedActors:
     """Starts engines and service when a stage first asks, and keeps them for the stages after it."""
 
-    def __init__(self, recipe: Recipe, rollout_plan: RolloutPlan, workspace: str, exits: ExitStack) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        rollout_plan: RolloutPlan,
+        workspace: str,
+        exits: ExitStack,
+        *,
+        room: Callable[[], RolloutRoom],
+    ) -> None:
         """Starts nothing yet.
 
         Args:
             workspace: where the job's results go.
             exits: the exit stack of the job; closing it ends the actors.
+            room: how many rollout workers the cluster has room for now.
         """
         self.rollout_plan = rollout_plan
         self._recipe = recipe
         self._workspace = workspace
         self._exits = exits
+        self._room = room
+        self._last_request: int | None = None
         self._shared_gpus: Placement | None = None
         self._pool: RolloutPool | None = None
         self._scorers: dict[str, ServedScorer] = {}
@@ -70,11 +83,21 @@ class SharedActors:
                     recipe.cluster.rollout,
                     recipe.cluster.deadlines,
                     actors=WorkerActors(placement=self.shared_gpus(), workspace=self._workspace),
-                    requested_workers=lambda: requested_rollout_workers(self._workspace),
+                    requested_workers=self.requested_workers,
                     autoscaler=None if autoscale is None else Autoscaler(autoscale),
                 )
             )
         return self._pool
+
+    def requested_workers(self) -> int | None:
+        """The number of rollout workers that the user asks for; says at once which of them find no room."""
+        request = requested_rollout_workers(self._workspace)
+        if request is not None and request != self._last_request:
+            room = self._room()
+            publish_room(self._workspace, asdict(room))
+            print(f"{'rollout workers':<19} {room.remark(request) or f'{request} asked'}", flush=True)
+        self._last_request = request
+        return request
 
     def shared_gpus(self) -> Placement | None:
         """The learner's GPUs with room for an engine on each, where the plan says so; kept as long as the engines."""

@@ -37,9 +37,10 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
             raise ConfigError(f"{override!r} is no override; write key.path=value, as in alignment.num_steps=50")
     try:
         merged = OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides)))
-        plain = OmegaConf.to_container(merged, resolve=True)
+        plain = cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
     except (YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path.name} with overrides {list(overrides)}: {error}") from error
+    plain.setdefault("own_objectives", _are_objectives_own(path, overrides))
     try:
         return Recipe.model_validate(plain)
     except ValidationError as error:
@@ -63,6 +64,16 @@ def _read(path: Path, *, below: tuple[Path, ...]) -> DictConfig:
     if parent is None:
         return values
     return cast(DictConfig, OmegaConf.merge(_read(recipe_path(str(parent)), below=(*below, path)), values))
+
+
+def _are_objectives_own(path: Path, overrides: Sequence[str]) -> bool:
+    """Whether an override or a recipe outside the package names the objectives."""
+    if any(override.startswith("objectives=") for override in overrides):
+        return True
+    values = cast(DictConfig, OmegaConf.load(path))
+    if "objectives" in values or EXTENDS not in values:
+        return path.resolve().parent != RECIPES.resolve()
+    return _are_objectives_own(recipe_path(str(values[EXTENDS])), ())
 
 
 def recipe_names() -> list[str]:

@@ -28,6 +28,9 @@ class ExperimentConfig(Frozen):
     seed: int = 0
     objectives: Annotated[tuple[str, ...], Field(min_length=2)]
     """The K objectives, in their fixed order."""
+    own_objectives: bool = True
+    """The user named the objectives. False where the names come from a recipe of the package: if no pair is scored,
+    the objectives are then called factor 1 to factor K. Set by the reader of recipes."""
     data: DataConfig = DataConfig()
     policy: PolicyConfig = PolicyConfig()
     sft: SFTConfig = SFTConfig()
@@ -36,6 +39,11 @@ class ExperimentConfig(Frozen):
     """An independent judge for the benchmark; None leaves all training pairs to the reward model."""
     alignment: AlignmentConfig = AlignmentConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
+
+    @property
+    def factor_names(self) -> tuple[str, ...]:
+        """Names of the K objectives that claim nothing of what they are."""
+        return tuple(f"factor {k + 1}" for k in range(len(self.objectives)))
 
     @model_validator(mode="after")
     def _sources_annotate_these_objectives(self) -> ExperimentConfig:

@@ -53,24 +53,33 @@ class Row:
 
     @property
     def identity(self) -> str:
-        """Its `id`, or its place where the `id` is absent, null, NaN or empty: never one value for many rows."""
+        """Its `id`; where that is absent, null, NaN or empty, its place: never one value for many rows.
+
+        The place without the directory: what follows from an identity, such as a flipped label, must not depend on
+        where the data lie.
+        """
         value = self.values.get("id")
-        return self.place if value is None or value == "" or value != value else str(value)
+        return self.place.rpartition("/")[2] if value is None or value == "" or value != value else str(value)
 
     def require(self, field: str, kind: type[T] | tuple[type[T], ...]) -> T:
         """The value of a field.
 
         Raises:
-            DataError: the field is missing or of another kind.
+            DataError: the field is missing or of another kind. A truth value is no number, though Python's `bool` is an
+                `int`.
         """
         value = self.values.get(field)
-        if not isinstance(value, kind):
+        if not isinstance(value, kind) or (isinstance(value, bool) and bool not in _kinds(kind)):
             raise DataError(f"{self.place}, field {field!r}: {value!r:.60} is no {_name(kind)}")
         return value
 
 
+def _kinds(kind: type | tuple[type, ...]) -> tuple[type, ...]:
+    return kind if isinstance(kind, tuple) else (kind,)
+
+
 def _name(kind: type | tuple[type, ...]) -> str:
-    return " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
+    return " or ".join(each.__name__ for each in _kinds(kind))
 
 
 def distinct(identities: Iterable[str]) -> Iterator[str]:

@@ -29,6 +29,11 @@ class ScoreStatistics:
     count: tuple[int, ...]
     """Annotated responses per objective; a missing score counts nowhere."""
 
+    @property
+    def has_scores(self) -> bool:
+        """Whether anything was annotated."""
+        return any(self.count)
+
     @classmethod
     def of(cls, pairs: Iterable[PreferencePair], objectives: Sequence[str]) -> ScoreStatistics:
         """One pass over both responses of every pair (Welford 1962). Give it the training split only."""
@@ -113,6 +118,17 @@ class MixtureStatistics:
     @property
     def objectives(self) -> tuple[str, ...]:
         return next(iter(self.sources.values())).objectives
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether any training response was annotated."""
+        return any(source.has_scores for source in self.sources.values())
+
+    def named(self, objectives: tuple[str, ...]) -> MixtureStatistics:
+        """The same statistics of objectives with other names."""
+        return MixtureStatistics(
+            sources={name: replace(source, objectives=objectives) for name, source in self.sources.items()}
+        )
 
     @property
     def scale_sources(self) -> tuple[str, ...]:

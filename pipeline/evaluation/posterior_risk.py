@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +61,7 @@ def posterior_risk(
     seed: int,
     max_tokens_per_batch: int,
     device: str,
+    report: Callable[[int], None] = lambda num_measured: None,
 ) -> PosteriorRisk:
     """R_hat(Q) by seeded posterior draws, and D(Q||P), of a VRM on n pairs, in micro-batches.
 
@@ -75,6 +76,7 @@ def posterior_risk(
         samples: S >= 2 draws per pair.
         seed: seed of the draws.
         max_tokens_per_batch: token limit of one forward pass, including both responses of each pair.
+        report: told after each forward pass how many pairs are measured.
 
     Raises:
         ConfigError: samples is below 2.
@@ -86,6 +88,7 @@ def posterior_risk(
     wrong_means = torch.zeros(len(pairs), dtype=torch.bool)
     kl_w, kl_z = torch.zeros(len(pairs), dtype=torch.float64), torch.zeros(2, len(pairs), dtype=torch.float64)
     lengths = [pair.tokens.num_tokens for pair in pairs]
+    num_measured = 0
     for rows in plan_micro_batches(lengths, world_size=1, max_tokens=max_tokens_per_batch)[0]:
         prompts, responses = model.encode(pack([pairs[i].tokens for i in rows]).to(device))
         posterior: RewardOutput = model.head(prompts, responses, None)
@@ -94,6 +97,8 @@ def posterior_risk(
             seeds = torch.tensor([stable_seed("posterior risk", seed, i, s) for i in rows])
             wrong_draws[rows, s] = _wrong(model.head(prompts, responses, seeds).sampled)
         kl_w[rows], kl_z[:, rows] = _divergences(posterior, prior)
+        num_measured += len(rows)
+        report(num_measured)
     share = wrong_draws.double().mean(1)
     return PosteriorRisk(
         num_pairs=len(pairs),

@@ -22,6 +22,8 @@ class Alarm:
     is_raised: Callable[..., bool]
     """Takes the values of the signals, in their order."""
     advice: str
+    unscored_advice: str | None = None
+    """The advice where no training pair has objective scores, if another one: what weighs scores then does nothing."""
 
 
 ALARMS = (
@@ -36,6 +38,8 @@ ALARMS = (
         ("eval/weight_variance",),
         lambda variance: variance < 1e-4,
         "every prompt gets the same objective weights. Raise loss.supervision_weight, or lower loss.kl_weight_w.",
+        "every prompt gets the same objective weights, and no objective scores supervise them. Lower loss.kl_weight_w, "
+        "or give annotated pairs.",
     ),
     Alarm(
         "over_concentration",
@@ -61,6 +65,8 @@ ALARMS = (
         ("reasons/collinearity",),
         lambda correlation: correlation > 0.95,
         "the objective scores are one score under several names. Set loss.score_weight, or raise vrm.semantic_dims.",
+        "the objectives are one score several times, and no objective scores tell them apart. Raise "
+        "vrm.semantic_dims, or give annotated pairs.",
     ),
     Alarm(
         "scale",
@@ -117,12 +123,16 @@ def check_alarms(metrics: Metrics) -> Metrics:
     return checked | {"eval/alarms": sum(checked.values())}
 
 
-def alarm_messages(metrics: Metrics) -> list[str]:
-    """One line for each alarm raised in `metrics`: its name, its signals and the advice."""
+def alarm_messages(metrics: Metrics, *, are_pairs_scored: bool) -> list[str]:
+    """One line for each alarm raised in `metrics`: its name, its signals and the advice.
+
+    Args:
+        are_pairs_scored: whether any training pair has objective scores.
+    """
     return [
         f"alarm {alarm.name} ("
         + ", ".join(f"{signal} = {metrics[signal]:.3g}" for signal in alarm.signals if signal in metrics)
-        + f"): {alarm.advice}"
+        + f"): {alarm.advice if are_pairs_scored or alarm.unscored_advice is None else alarm.unscored_advice}"
         for alarm in ALARMS
         if metrics.get(ALARM_PREFIX + alarm.name)
     ]

@@ -23,8 +23,19 @@ LOSS = "reward.loss"
 
 Trained = Literal["reward_model", "policy"]
 READS: Mapping[Trained, set[str]] = {
-    "reward_model": {"seed", "objectives", "data", "policy", "reward", "judge"},
-    "policy": {"seed", "objectives", "data", "policy", "sft", "reward", "judge", "alignment", "benchmark"},
+    "reward_model": {"seed", "objectives", "own_objectives", "data", "policy", "reward", "judge"},
+    "policy": {
+        "seed",
+        "objectives",
+        "own_objectives",
+        "data",
+        "policy",
+        "sft",
+        "reward",
+        "judge",
+        "alignment",
+        "benchmark",
+    },
 }
 """What an experiment trains -> the sections of a recipe that its runs read."""
 

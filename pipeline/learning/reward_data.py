@@ -62,6 +62,9 @@ class RewardData:
         statistics = MixtureStatistics.of(
             [p.pair for p in pairs], experiment.objectives, heldout=[p.pair for p in heldout]
         )
+        if not statistics.has_scores and not experiment.own_objectives:
+            # What nobody scored is no helpfulness.
+            statistics = statistics.named(experiment.factor_names)
         return cls(
             pairs=pairs,
             heldout_pairs=heldout,

@@ -11,6 +11,7 @@ from pipeline.errors import NumericsError
 from pipeline.objectives.divergence import adapt_kl_coefficient
 from pipeline.ports import PolicyLearner
 from pipeline.records import Metrics, Rollout
+from pipeline.rollouts.prefetch import remark_on_prefetch
 from pipeline.stages.workspace import StageDirectory
 
 
@@ -27,6 +28,7 @@ class AlignmentRun:
         self._config = config
         self._clock = Stopwatch()
         self._ended_by_kl = False
+        self._prefetch_is_measured = False
         checkpoint = stage.checkpoints.latest()
         if checkpoint is not None:
             learner.restore(checkpoint.uri)
@@ -79,6 +81,10 @@ class AlignmentRun:
             self.kl_coefficient, self._config.kl, measured=metrics["kl/per_response"], num_responses=len(samples)
         )
         self._metrics = metrics | self._clock.metrics(sum(len(sample.response_ids) for sample in samples))
+        if not self._prefetch_is_measured and "rollout/seconds" in self._metrics:
+            self._prefetch_is_measured = True
+            if remark := remark_on_prefetch(self._metrics):
+                print(f"{self._stage.name}  {remark}", flush=True)
         return self._metrics
 
     def commit_if_due(self, step: int) -> None:

@@ -35,7 +35,9 @@ def reward_stage(experiment: ExperimentConfig, policy: str) -> StageSpec:
     return StageSpec(
         name="train_reward_model",
         version=VERSION,
-        config=experiment.model_dump(mode="json", include={"seed", "objectives", "data", "reward", "judge"}),
+        config=experiment.model_dump(
+            mode="json", include={"seed", "objectives", "own_objectives", "data", "reward", "judge"}
+        ),
         inputs=(policy,),
         data=tuple(data_fingerprints(experiment)),
         keep_best=experiment.reward.keep_best,
@@ -139,7 +141,10 @@ class RewardTraining:
             f"tokens, {len(self.data.heldout_pairs)} pairs held out, "
             f"{about_the_data['data/shared_prompts']:.0f} prompts on both sides",
         ]
-        if len(self.data.statistics.sources) > 1:
+        if not self.data.statistics.has_scores:
+            names = ", ".join(self.data.statistics.objectives)
+            notes.append(f"no training pair has objective scores: no reason can be verified. Objectives: {names}")
+        elif len(self.data.statistics.sources) > 1:
             listed = ", ".join(f"{objective} of {source}" for objective, source in scales.items())
             notes.append(f"scores are shown on the scale of the source with most annotations: {listed}")
         return notes + [f"{name} {count:.0f}" for name, count in self.contamination.items()]
@@ -158,6 +163,6 @@ class RewardTraining:
             eval_every=self.spec.config.eval_every,
             checkpoint_every=self.spec.config.checkpoint_every,
         )
-        for message in alarm_messages(metrics):
+        for message in alarm_messages(metrics, are_pairs_scored=self.data.statistics.has_scores):
             print(f"{stage.name}  {message}", flush=True)
         return metrics | trainer.peak_memory() | about_the_data

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
@@ -22,6 +21,8 @@ from pipeline.stages.stage_spec import StageSpec
 from pipeline.stages.workspace import StageDirectory
 
 VERSION = 3
+STARTING_POLICY = "starting_policy"
+"""Directory of the stage that holds, while it trains, the policy that it starts from."""
 HELDOUT_TEXTS = 256
 """Texts held out at most; of few texts, a tenth is held out."""
 
@@ -59,8 +60,12 @@ def run_sft(
         with storage.writing(stage.result_uri) as directory:
             write_starting_policy(experiment.policy, directory, seed=experiment.seed)
         return {}
-    with tempfile.TemporaryDirectory() as start:
+    # In the workspace: a rank on another node reads it there.
+    start = storage.join(stage.uri, STARTING_POLICY)
+    try:
         return _fine_tune(stage, experiment, read_data(), open_trainer, start)
+    finally:
+        storage.delete_directory(start)
 
 
 def _fine_tune(
@@ -69,8 +74,9 @@ def _fine_tune(
     config, seed = experiment.sft, experiment.seed
     for note in data.source_notes:
         print(f"{stage.name}  {note}", flush=True)
-    tokenizer = write_starting_policy(experiment.policy, start, seed=seed)
-    require_lora_targets(start, config.lora, "sft")
+    with storage.writing(start) as directory:
+        tokenizer = write_starting_policy(experiment.policy, directory, seed=seed)
+        require_lora_targets(directory, config.lora, "sft")
     fitting = tokenise_texts(
         data.sft_texts, tokenizer, max_length=config.max_length, max_too_long=experiment.data.max_too_long
     )

@@ -12,6 +12,9 @@ from pipeline.errors import StaleEngineError
 from pipeline.ports import BackgroundRolloutSource, RolloutSource
 from pipeline.records import Metrics, Prompt, Rollout, SamplingParams
 
+LEAST_GAIN = 0.05
+"""Share of a step's seconds; prefetch that saves less has no effect."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
@@ -78,6 +81,24 @@ class PrefetchingRollouts:
 def rollouts_by_step(source: BackgroundRolloutSource, plan: StepPlan) -> OnPolicyRollouts | PrefetchingRollouts:
     """The rollouts of each step, on policy or one step ahead, as `alignment.prefetch` of the recipe says."""
     return OnPolicyRollouts(source, plan) if plan.config.prefetch is None else PrefetchingRollouts(source, plan)
+
+
+def remark_on_prefetch(step: Metrics) -> str:
+    """What to tell where sampling ahead saved next to nothing; empty where it did, or where nothing was ahead.
+
+    Args:
+        step: metrics of a step, with the seconds of its phases and who waited for whom.
+    """
+    if "rollout/seconds" not in step:
+        return ""
+    sampling_s, waited_s = step["rollout/seconds"], step["rollout/learner_wait_s"]
+    step_s = sum(seconds for name, seconds in step.items() if name.startswith("seconds/"))
+    if sampling_s - waited_s >= LEAST_GAIN * step_s:
+        return ""
+    return (
+        f"alignment.prefetch has no effect: of {sampling_s:.1f} s of sampling the learner waited {waited_s:.1f} s, "
+        f"in a step of {step_s:.1f} s. alignment.prefetch=null takes as long, and samples from the current policy."
+    )
 
 
 def staleness(samples: Sequence[Rollout], step: int, *, at_most: int) -> Metrics:

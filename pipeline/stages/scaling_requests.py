@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from pipeline.errors import ConfigError, WorkspaceError
 from pipeline.stages import storage
 from pipeline.stages.ownership import read_owner
 
 REQUEST_FILE = "rollout_workers.json"
+ROOM_FILE = "rollout_room.json"
 
 
 def request_rollout_workers(workspace: str, num_workers: int) -> None:
@@ -38,3 +41,15 @@ def requested_rollout_workers(workspace: str) -> int | None:
 def forget_requests(workspace: str) -> None:
     """Deletes a request: it is for the job that runs, and the next job starts as its recipe says."""
     storage.delete_file(storage.join(workspace, REQUEST_FILE))
+    storage.delete_file(storage.join(workspace, ROOM_FILE))
+
+
+def publish_room(workspace: str, room: Mapping[str, Any]) -> None:
+    """Writes down how many rollout workers the running job can have, for whoever asks for another number."""
+    storage.write_text(storage.join(workspace, ROOM_FILE), json.dumps(room))
+
+
+def published_room(workspace: str) -> dict[str, Any] | None:
+    """What the running job wrote by `publish_room`; None before it did."""
+    text = storage.read_text(storage.join(workspace, ROOM_FILE))
+    return None if text is None else json.loads(text)

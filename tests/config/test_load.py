@@ -230,3 +230,17 @@ def test_choices_that_cannot_go_together_are_an_error_message(overrides, message
     with pytest.raises(ConfigError) as error:
         load_recipe("tiny", overrides)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "own"),
+    [
+        ("name: mine\nobjectives: [kind, short]\n", (), True),
+        ("extends: tiny\nname: mine\n", (), False),
+        ("extends: tiny\nobjectives: [kind, short]\n", (), True),
+        ("extends: tiny\n", ("objectives=[kind,short]",), True),
+        ("extends: tiny\nown_objectives: true\n", (), True),
+    ],
+)
+def test_objectives_are_the_users_own_unless_the_package_named_them(tmp_path, recipe, overrides, own):
+    assert load_recipe(write(tmp_path, recipe), overrides).own_objectives == own

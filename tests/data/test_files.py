@@ -3,6 +3,7 @@
 import codecs
 import json
 import re
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,7 +11,7 @@ import pytest
 
 from pipeline.data.decontamination import EvaluationPrompts
 from pipeline.data.evaluation_examples import read_examples
-from pipeline.data.files import read_json, read_rows
+from pipeline.data.files import Row, read_json, read_rows
 from pipeline.data.prompts import read_prompts
 from pipeline.data.run_data import with_flipped_labels
 from pipeline.errors import DataError
@@ -76,7 +77,7 @@ def test_a_row_without_an_identity_is_known_by_its_place(tmp_path, read, row, no
     again = {**row, "id": "7"}
     path = lines(tmp_path, *2 * [row if no_identity == "absent" else {**row, "id": no_identity}], again)
     identities = [item[0] if isinstance(item, tuple) else item.id for item in read(path)]
-    assert identities == [f"{path}, line 1", f"{path}, line 2", "7"]
+    assert identities == [f"{Path(path).name}, line 1", f"{Path(path).name}, line 2", "7"]
 
 
 @pytest.mark.parametrize("identity", [{"id": None}, {"id": "constant"}, {}])
@@ -93,7 +94,32 @@ def test_prompts_that_share_an_identity_or_a_directory_are_told_apart(tmp_path):
     for part, noun in (("a", "sky"), ("b", "sea")):
         (tmp_path / f"{part}.jsonl").write_text(f'{{"prompt": "why {noun} ?"}}\n{{"prompt": "how ?", "id": "p"}}\n')
     identities = [identity for identity, _ in read_prompts([str(tmp_path)])]
-    assert identities == [f"{tmp_path}/a.jsonl, line 1", "p", f"{tmp_path}/b.jsonl, line 1", "p (2)"]
+    assert identities == ["a.jsonl, line 1", "p", "b.jsonl, line 1", "p (2)"]
+
+
+def test_flipped_labels_do_not_depend_on_where_the_data_lie(tmp_path):
+    def flipped(directory):
+        directory.mkdir()
+        path = lines(directory, *({**PAIR, "prompt": f"q {i}"} for i in range(60)))
+        return [pair.chosen == "no" for pair in with_flipped_labels(read_preferences(path), 0.3, seed=0)]
+
+    assert flipped(tmp_path / "here") == flipped(tmp_path / "there")
+
+
+def test_files_of_one_name_have_identities_of_their_own(tmp_path):
+    for part in ("a", "b"):
+        (tmp_path / part).mkdir()
+    files = [lines(tmp_path / part, {"prompt": f"ask {part}"}) for part in ("a", "b")]
+    identities = [identity for identity, _ in read_prompts([str(file) for file in files])]
+    assert len(set(identities)) == 2
+
+
+@pytest.mark.parametrize(("value", "kind"), [(True, int), (False, (int, float)), (1, bool)])
+def test_a_truth_value_is_no_number(value, kind):
+    row = Row(place="x.jsonl, line 1", number=1, values={"turn": value})
+    with pytest.raises(DataError, match=rf"x\.jsonl, line 1, field 'turn': {value} is no "):
+        row.require("turn", kind)
+    assert Row(place="", number=1, values={"turn": True}).require("turn", bool) is True
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,15 @@
 """Alarms go off on their side of the threshold, and only where their signals were measured."""
 
-import pytest
+import math
+import re
 
+import pytest
+import torch
+
+from pipeline.config.reward import RewardConfig
 from pipeline.evaluation.reward_alarms import ALARMS, alarm_messages, check_alarms
+from pipeline.models.reward_heads import SCALE_SPEED
+from tests.support.learners import collator, reward_trainer, tokenised
 
 HEALTHY = {
     "train/accuracy": 0.80,
@@ -27,7 +34,7 @@ def test_a_healthy_model_raises_no_alarm_and_all_are_checked():
     checked = check_alarms(HEALTHY)
     assert set(checked) == {f"alarm/{alarm.name}" for alarm in ALARMS} | {"eval/alarms"}
     assert set(checked.values()) == {0.0}
-    assert alarm_messages(HEALTHY | checked) == []
+    assert alarm_messages(HEALTHY | checked, are_pairs_scored=True) == []
 
 
 @pytest.mark.parametrize(
@@ -91,6 +98,47 @@ def test_what_was_not_measured_cannot_alarm():
 
 def test_the_letter_gives_the_value_and_the_cure():
     metrics = HEALTHY | {"eval/min_alpha": 0.05}
-    [letter] = alarm_messages(metrics | check_alarms(metrics))
+    [letter] = alarm_messages(metrics | check_alarms(metrics), are_pairs_scored=True)
     assert letter.startswith("alarm small_alpha (eval/min_alpha = 0.05): ")
     assert "Raise vrm.alpha_min" in letter
+
+
+def test_every_setting_that_an_advice_names_exists():
+    named = [
+        path
+        for alarm in ALARMS
+        for path in re.findall(r"\b(?:loss|pair_loss|vrm)\.\w+|\bhead_learning_rate\b", alarm.advice)
+    ]
+    assert len(named) >= 10
+    for path in named:
+        setting = RewardConfig()
+        for part in path.split("."):
+            setting = getattr(setting, part)  # an AttributeError names the setting
+
+
+@pytest.mark.parametrize(("tau", "raised"), [(0.01, 1.0), (0.05, 0.0), (40.0, 0.0), (80.0, 1.0)])
+def test_a_head_whose_scale_collapsed_or_exploded_raises_the_alarm_on_held_out_pairs(
+    tau, raised, tiny_policy, world, tokenizer
+):
+    trainer = reward_trainer(tiny_policy, world, tokenizer)
+    with torch.no_grad():
+        trainer.engine.module.head.units.rho.fill_(math.log(tau) / SCALE_SPEED)
+    metrics = trainer.evaluate(collator(world, tokenizer)(tokenised(world, tokenizer, "heldout"), 0))
+    assert metrics["eval/scale"] == pytest.approx(tau, rel=1e-3)
+    assert metrics["alarm/scale"] == raised
+    messages = alarm_messages(metrics, are_pairs_scored=True)
+    assert any("vrm.learned_scale=false" in message for message in messages) == bool(raised)
+
+
+@pytest.mark.parametrize(
+    ("change", "without_effect"),
+    [({"eval/weight_variance": 0.0}, "supervision_weight"), ({"reasons/collinearity": 1.0}, "score_weight")],
+)
+def test_without_scores_no_alarm_advises_a_weight_of_scores(change, without_effect):
+    metrics = HEALTHY | change
+    [scored], [unscored] = (
+        alarm_messages(metrics | check_alarms(metrics), are_pairs_scored=scored) for scored in (True, False)
+    )
+    assert without_effect in scored
+    assert without_effect not in unscored
+    assert "no objective scores" in unscored

@@ -1,6 +1,7 @@
 """A stage is defined once: a job over actors and an experiment in one process compute the same from the same recipe."""
 
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from actors.alignment_tasks import align_one, prepare_policy, train_shared_rewar
 from actors.deepspeed_learners import deepspeed_reward_trainer, deepspeed_sft_trainer
 from actors.ray_tasks import ProcessResources
 from cluster.rollout_plan import THROUGH_FILES
+from cluster.rollout_room import RolloutRoom
 from jobs.align_policy import align_policy
 from jobs.generate_benchmark import generate_benchmark
 from jobs.open_job import Job
@@ -29,7 +31,7 @@ from pipeline.loops.align_policy import AlignmentPorts, alignment_stage
 from pipeline.loops.benchmark import benchmark_stage
 from pipeline.loops.reward import reward_stage
 from pipeline.loops.sft import sft_stage
-from pipeline.models.reward_model import read_card
+from pipeline.models.reward_model_card import read_card
 from pipeline.rollouts.torch_rollouts import TorchRollouts
 from pipeline.stages.runner import StageRunner
 from pipeline.stages.workspace import Workspace
@@ -92,7 +94,9 @@ def job(tmp_path, monkeypatch):
     recipe = recipe_of()
     with ExitStack() as exits:
         workspace = exits.enter_context(Workspace.open(str(tmp_path / "run"), job="test", needs_bytes=0))
-        engines = OneProcess(recipe, THROUGH_FILES, workspace.uri, exits)
+        engines = OneProcess(
+            recipe, THROUGH_FILES, workspace.uri, exits, room=lambda: RolloutRoom(workers=1, reason="")
+        )
         engines.publish_directory = str(tmp_path / "published")
         yield Job(recipe=recipe, stages=StageRunner(workspace), read_data=lambda: load_data(recipe), actors=engines)
 
@@ -117,6 +121,21 @@ def test_job_and_experiment_have_the_same_stages_with_the_same_numbers(job, tmp_
     of_the_stages = aligned.metrics | benchmark.metrics
     assert of_the_stages.keys() <= run.keys()
     assert {name: run[name] for name in computed(of_the_stages)} == pytest.approx(computed(of_the_stages), rel=1e-6)
+
+
+def test_objectives_that_nobody_scored_and_the_package_named_are_factors_in_the_card(job):
+    data = job.read_data()
+    unscored = {
+        side: [replace(pair, scores_chosen=None, scores_rejected=None) for pair in getattr(data, side)]
+        for side in ("train_pairs", "heldout_pairs")
+    }
+    policy = sft(job.stages, job.recipe, job.read_data)
+    for own, names in ((False, ("factor 1", "factor 2", "factor 3", "factor 4")), (True, job.recipe.objectives)):
+        recipe = job.recipe.model_copy(update={"own_objectives": own})
+        trained = train_reward_model(job.stages, recipe, lambda: replace(data, gold=None, **unscored), policy)
+        assert read_card(trained.location).objectives == names
+        scored = train_reward_model(job.stages, recipe.model_copy(update={"seed": 1}), job.read_data, policy)
+        assert read_card(scored.location).objectives == job.recipe.objectives
 
 
 def test_a_job_with_a_judge_ends_with_its_verdict(job):

@@ -2,10 +2,12 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import jobs.pac_bayes
 from jobs.pac_bayes import measure_model, pac_bayes_command
 from pipeline.data.planted import OBJECTIVES
 from pipeline.data.preferences import normalised_prompt
@@ -54,17 +56,34 @@ def write_pairs(path, pairs):
     return str(path)
 
 
-def test_the_data_of_a_recipe_is_measured_with_one_heldout_pair_a_prompt(model, tmp_path):
+def test_the_data_of_a_recipe_is_measured_with_one_heldout_pair_a_prompt(model, tmp_path, capsys):
     output = tmp_path / "report.json"
     text = run("--model", model, "--output", str(output), "--recipe", "tiny", *SMALL)
+    last_line = capsys.readouterr().out.splitlines()[-1]
     record = json.loads(output.read_text())
     assert record["model_fingerprint"] == directory_fingerprint(model)
     assert record["training"]["num_pairs"] == 40
     assert record["heldout"]["num_pairs"] == record["heldout"]["num_prompts"] <= 10
+    num_pairs = 40 + record["heldout"]["num_pairs"]
+    assert last_line == f"pac_bayes  {num_pairs}/{num_pairs} pairs  0:00 left"
     assert record["shared_prompts"] == 0
     parts = [record["training"][name] for name in ("kl_w", "kl_z_chosen", "kl_z_rejected")]
     assert record["kl"] == pytest.approx(sum(parts))
     assert f"{record['heldout_mean_reward_at_most']:.4f}" in text
+
+
+def test_progress_is_said_every_few_seconds_over_both_splits(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(jobs.pac_bayes, "time", SimpleNamespace(monotonic=lambda: now))
+    report = jobs.pac_bayes.progress(total=15)
+    for moment, measured in ((2.0, 4), (6.0, 8), (7.0, 10), (13.0, 3), (14.0, 5)):
+        now = moment
+        report(measured)
+    assert capsys.readouterr().out.splitlines() == [
+        "pac_bayes  8/15 pairs  0:05 left",
+        "pac_bayes  13/15 pairs  0:02 left",
+        "pac_bayes  15/15 pairs  0:00 left",
+    ]
 
 
 def test_files_are_measured_and_the_report_may_have_a_bare_name(model, world, tmp_path, monkeypatch):

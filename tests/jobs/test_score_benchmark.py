@@ -134,6 +134,27 @@ def test_a_withheld_rate_is_said_and_ranked_last(tmp_path):
     assert models["draws"]["length_controlled_winrate"] is None
 
 
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_few_verdicts_have_a_raw_rate_and_no_length_controlled_one(num_rows, tmp_path):
+    file = tmp_path / "1.json"
+    annotations_of(file, "few", "gpt-4")
+    file.write_text(json.dumps(json.loads(file.read_text())[:num_rows]))
+    out = tmp_path / "scores"
+    _, line, *notes = score_benchmark(
+        parse(["--benchmark", "alpaca_eval", "--judgments", str(file), "--out", str(out)])
+    ).splitlines()
+    assert line.split()[1] == "20.00"
+    assert "withheld" in line
+    assert f"5 folds, and {num_rows} rows have a preference" in " ".join(notes)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    [model] = json.loads((out / "alpaca_eval.json").read_text(), parse_constant=refuse)["models"].values()
+    assert model["win_rate"] == pytest.approx(20.0)
+    assert (model["standard_error"] is None) == (num_rows == 1)
+
+
 def test_an_alpaca_eval_file_counts_once_however_it_is_named(tmp_path):
     file, link = annotations_of(tmp_path / "1.json", "a", "gpt-4"), tmp_path / "link.json"
     link.symlink_to(file)

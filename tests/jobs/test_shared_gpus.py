@@ -10,6 +10,7 @@ import actors.rank_group
 import actors.rollout_pool
 import pipeline.loops.align_policy
 from cluster.rollout_plan import RolloutPlan, plan_rollouts
+from cluster.rollout_room import RolloutRoom
 from jobs.align_policy import align_policy
 from jobs.shared_actors import SharedActors
 from pipeline.config.load import load_recipe
@@ -89,7 +90,7 @@ def test_a_rank_and_an_engine_share_each_gpu_and_weights_pass_within_it(
         Workspace.open(str(tmp_path / "run"), job="test", needs_bytes=0) as workspace,
         ExitStack() as exits,
     ):
-        shared = SharedActors(recipe, plan, workspace.uri, exits)
+        shared = SharedActors(recipe, plan, workspace.uri, exits, room=lambda: RolloutRoom(workers=2, reason=""))
         shared.publish_directory = str(tmp_path / "published")
         stages = StageRunner(workspace)
         result = align_policy(stages, recipe, lambda: load_data(recipe), shared, policy, reward_model)

@@ -15,10 +15,12 @@ import pipeline.loops.align_policy
 import pipeline.loops.reward
 from cluster.autoscaler import RolloutWaits
 from cluster.rollout_plan import THROUGH_FILES
+from cluster.rollout_room import RolloutRoom
 from jobs.align_policy import align_policy
 from jobs.command_line import JobOptions
 from jobs.exit_codes import PREEMPTED
 from jobs.open_job import Job
+from jobs.scale_rollouts import scale_rollouts_command
 from jobs.sft import sft
 from jobs.shared_actors import SharedActors
 from jobs.train_reward_model import train_reward_model
@@ -41,6 +43,9 @@ SMALL = (
 )
 
 
+ROOM = RolloutRoom(workers=2, reason="a node holds no more")
+
+
 @pytest.fixture
 def job_of(tmp_path, monkeypatch):
     def no_rank(*arguments, **options):
@@ -56,7 +61,7 @@ def job_of(tmp_path, monkeypatch):
                 recipe=recipe,
                 stages=StageRunner(workspace),
                 read_data=lambda: load_data(recipe),
-                actors=SharedActors(recipe, THROUGH_FILES, workspace.uri, exits),
+                actors=SharedActors(recipe, THROUGH_FILES, workspace.uri, exits, room=lambda: ROOM),
             )
 
         yield job_of
@@ -74,6 +79,23 @@ def test_input_that_is_right_comes_as_far_as_the_ranks(job_of):
 def test_adapters_on_layers_that_the_policy_does_not_have(job_of):
     with pytest.raises(ConfigError, match=r"sft\.lora\.targets: a qwen3 model has no linear layer named c_attn"):
         fine_tune(job_of("sft.lora={targets: [c_attn]}"))
+
+
+def test_the_policy_that_fine_tuning_starts_from_lies_in_the_workspace_while_it_trains(job_of, monkeypatch):
+    seen = []
+
+    def open_learner(name, build, ranks, deadlines, spec):
+        seen.append((spec.policy_uri, Path(spec.policy_uri, "config.json").is_file()))
+        raise KeyError("far enough")
+
+    monkeypatch.setattr(actors.deepspeed_learners, "open_ranked_learner", open_learner)
+    job = job_of()
+    with pytest.raises(KeyError, match="far enough"):
+        fine_tune(job)
+    [(place, was_there)] = seen
+    assert place.startswith(f"{job.stages.workspace.uri}/stages/sft-")
+    assert was_there
+    assert not Path(place).exists()
 
 
 def test_texts_of_which_none_fits(job_of):
@@ -136,6 +158,19 @@ def test_a_stage_keeps_the_commits_that_the_recipe_asks_for(
     assert found == {"align_policy": aligning, "train_reward_model": training}
 
 
+def test_a_request_beyond_the_room_is_answered_in_the_log_and_to_who_asks(job_of, capsys):
+    job = job_of()
+    workspace = job.stages.workspace.uri
+    request_rollout_workers(workspace, 4)
+    assert [job.actors.requested_workers() for _ in range(3)] == [4, 4, 4]
+    remark = "4 rollout workers asked, room for 2: a node holds no more"
+    assert capsys.readouterr().out.splitlines() == [f"rollout workers     {remark}"]
+    scale_rollouts_command(["--workers", "4", workspace])
+    assert capsys.readouterr().out.splitlines()[1:] == [remark]
+    scale_rollouts_command(["--workers", "2", workspace])
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
 def test_a_job_forgets_what_was_asked_of_the_last_one_and_hears_what_is_asked_from_its_beginning(tmp_path, monkeypatch):
     """Also before its pool is there: models may train for hours until then."""
     place = str(tmp_path)
@@ -195,6 +230,7 @@ CANNOT_BE_INTERRUPTED = """
 import contextlib, os, signal, sys, time
 import jobs.open_job
 from cluster.rollout_plan import THROUGH_FILES
+from cluster.rollout_room import RolloutRoom
 from cluster.autoscaler import RolloutWaits
 from jobs.command_line import job_options
 from jobs.run_job import job_command

@@ -54,7 +54,7 @@ def test_help_lists_every_command_with_one_line(monkeypatch, capsys):
         (["runn"], "invalid choice: 'runn' (choose from 'run', 'recipes'"),
         (["benchmark"], "vrm benchmark: error: the following arguments are required: COMMAND"),
         (["benchmark", "jugde"], "invalid choice: 'jugde'"),
-        (["run"], "vrm run: error: the following arguments are required: recipe"),
+        (["run"], "vrm run: error: the following arguments are required: recipe\n"),
         (["scale", "--workers", "2"], "vrm scale: error: name the running job once"),
     ],
 )

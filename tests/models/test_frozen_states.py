@@ -66,7 +66,7 @@ def test_a_checkpoint_remembers_its_layers_and_its_pooling(tiny_policy, tokenize
     ]
     assert scores[0] == scores[1]
     assert loaded.pooling == "mean"
-    written = json.loads((tmp_path / "config.json").read_text())
+    written = json.loads((tmp_path / "config.json").read_text())["backbone"]
     assert (written["num_hidden_layers"], len(loaded.backbone.layers)) == (1, 1)
 
 

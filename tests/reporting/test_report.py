@@ -121,7 +121,7 @@ def test_the_page_opens_with_the_verdict():
     assert '<p class="finding good"><strong>good</strong> The reward is usable: it orders 90.0% [85.0, 94.0]' in opening
     assert '<p class="finding unsure"><strong>unsure</strong> Its reasons cannot be verified' in opening
     assert (
-        '<p class="finding bad"><strong>bad</strong> The policy did not improve: even by its own reward model'
+        '<p class="finding unsure"><strong>unsure</strong> It is not known whether the policy improved: even by'
         in opening
     )
 

@@ -13,7 +13,7 @@ from pipeline.data.prompts import PromptStream
 from pipeline.errors import StaleEngineError
 from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.loops.alignment import align
-from pipeline.rollouts.prefetch import staleness
+from pipeline.rollouts.prefetch import remark_on_prefetch, staleness
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from pipeline.stages.workspace import StageDirectory
 from tests.support.fakes import FakeRollouts, FakeScorer
@@ -131,6 +131,23 @@ def test_a_killed_prefetched_run_trains_on_every_prompt_once(killed_in, tiny_pol
     assert after[0][0] == first
     assert consumed(before)[:first] + consumed(after) == consumed(whole)
     assert {s.policy_version for s in after[0][1]} == {first}  # nothing to hide behind: on policy
+
+
+@pytest.mark.parametrize(
+    ("sampling_s", "waited_s", "has_effect"), [(6.0, 0.5, True), (6.0, 5.8, False), (0.3, 0.0, False)]
+)
+def test_prefetch_that_saves_next_to_nothing_is_said(sampling_s, waited_s, has_effect):
+    step = {
+        "rollout/seconds": sampling_s,
+        "rollout/learner_wait_s": waited_s,
+        "seconds/rollout": waited_s,
+        "seconds/update": 10.0,
+    }
+    remark = remark_on_prefetch(step)
+    assert (remark == "") == has_effect
+    if not has_effect:
+        assert f"of {sampling_s:.1f} s of sampling the learner waited {waited_s:.1f} s" in remark
+    assert remark_on_prefetch({"seconds/update": 10.0}) == ""
 
 
 def test_samples_older_than_allowed_are_refused(tiny_policy, world, tokenizer, tmp_path):

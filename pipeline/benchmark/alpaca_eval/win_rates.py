@@ -163,26 +163,34 @@ def length_controlled_win_rate(
         `length_controlled_winrate` and `lc_standard_error` in percent. The error is that of the mean over instructions.
         As on the leaderboard, it does not contain the error of the coefficients. The error is None where the fit
         predicts the same for every instruction, and both are None where every coefficient of the fit is 0: such a fit
-        says nothing of the model, and its 50 is no measurement;
+        says nothing of the model, and its 50 is no measurement. Both are also None where there is no fit;
         `variant`: AlpacaEval's name for the terms of the fit, or "given" for given coefficients;
-        `coefficients`: by name;
+        `coefficients`: by name, None where there is no fit;
         `extreme_change`: whether the correction is so large that the fit may have failed;
         `notes`: sentences to print below the number.
 
     Raises:
-        DataError: as `raw_win_rate` and `fit_coefficients`; an instruction has no difficulty; or `gamed` or
+        DataError: as `raw_win_rate`; an instruction has no difficulty; or `gamed` or
             `coefficients` need the difficulty, which is None.
     """
     if difficulty is None and (gamed is not None or (coefficients is not None and coefficients.difficulty != 0.0)):
         raise DataError("gamed rows and coefficients need AlpacaEval's instruction difficulty. Give it as well.")
     raw = raw_win_rate(annotations.preferences)
     gamma = None if difficulty is None else _difficulty_of(annotations, difficulty)
-    variant, coefficients = _variant_and_coefficients(annotations, gamma, gamed, coefficients)
+    variant = _variant(annotations, gamma, gamed, coefficients)
+    notes = _notes(variant, annotations.baseline, has_difficulty=gamma is not None)
+    if annotations.model == annotations.baseline:
+        coefficients = Coefficients(0.0, 0.0, 0.0)
+    elif coefficients is None:
+        try:
+            coefficients = fit_coefficients(annotations, gamma, gamed)
+        except DataError as reason:
+            notes.append(f"The length-controlled win rate is withheld, and the raw one stands: {reason}")
+            return _withheld(raw, variant, notes)
     p = preferences_at_equal_length(coefficients, np.zeros(len(annotations.instructions)) if gamma is None else gamma)
     length_controlled: float | None = 100.0 * float(p.mean())
     error: float | None = 100.0 * _standard_error(p)
     is_extreme = is_extreme_change(raw["win_rate"], 100.0 * float(p.mean()))
-    notes = _notes(variant, annotations.baseline, has_difficulty=gamma is not None)
     if variant != "given" and not any(coefficients):
         length_controlled, error, is_extreme = None, None, False
         notes.append(
@@ -211,16 +219,27 @@ def length_controlled_win_rate(
     }
 
 
-def _variant_and_coefficients(
+def _variant(
     annotations: Annotations, gamma: np.ndarray | None, gamed: GamedRows | None, given: Coefficients | None
-) -> tuple[str, Coefficients]:
-    """AlpacaEval's name for the terms of the fit, and the coefficients: by definition, given, or fitted."""
-    if annotations.model == annotations.baseline:
-        return "given", Coefficients(0.0, 0.0, 0.0)
-    if given is not None:
-        return "given", given
+) -> str:
+    """AlpacaEval's name for the terms of the fit, or "given": by the caller, or by definition."""
+    if given is not None or annotations.model == annotations.baseline:
+        return "given"
     terms = "minimal" if gamma is None else "noreg" if gamed is None else "v1"
-    return f"length_controlled_{terms}", fit_coefficients(annotations, gamma, gamed)
+    return f"length_controlled_{terms}"
+
+
+def _withheld(raw: Mapping[str, float], variant: str, notes: list[str]) -> dict[str, Any]:
+    """The result without a fit."""
+    return {
+        **raw,
+        "length_controlled_winrate": None,
+        "lc_standard_error": None,
+        "variant": variant,
+        "coefficients": None,
+        "extreme_change": False,
+        "notes": notes,
+    }
 
 
 def _notes(variant: str, baseline: str, *, has_difficulty: bool) -> list[str]:
@@ -268,7 +287,7 @@ def fit_coefficients(
     if num_parsed < FOLDS:
         raise DataError(
             f"annotations of {annotations.model}: a length-controlled win rate is fitted in {FOLDS} folds, and "
-            f"{num_parsed} rows have a preference. Annotate more, or report `win_rate` alone."
+            f"{num_parsed} rows have a preference. Annotate more."
         )
     features, weights = _model_features(annotations, difficulty), np.ones(len(p))
     if gamed is not None:
@@ -282,7 +301,7 @@ def fit_coefficients(
     if p[parsed].max() == 0.0 or p[parsed].min() == 1.0:
         raise DataError(
             f"annotations of {annotations.model}: every preference is {p[parsed][0] + 1.0:g}, so the likelihood has no "
-            "maximum. Report `win_rate` alone, or fit with gamed rows."
+            "maximum. Fit with gamed rows."
         )
     fitted = _fit_soft_logistic(features[parsed], p[parsed], weights[parsed])
     return Coefficients(fitted[0], 0.0 if difficulty is None else fitted[1], fitted[-1])
@@ -295,7 +314,7 @@ def _model_features(annotations: Annotations, difficulty: np.ndarray | None) -> 
     if spread == 0.0:
         raise DataError(
             f"annotations of {annotations.model}: every answer is {-differences[0]:.0f} characters longer than the "
-            "baseline's, so length and quality cannot be told apart. Report `win_rate` alone."
+            "baseline's, so length and quality cannot be told apart."
         )
     columns = [np.tanh(differences / spread), np.ones(len(differences))]
     if difficulty is not None:

@@ -221,20 +221,24 @@ def test_difficulties_by_position_need_every_row():
         length_controlled_win_rate(annotations([1.0] * 803), [0.0] * 805)
 
 
-def test_equal_length_differences_are_refused():
-    with pytest.raises(DataError, match="every answer is 7 characters longer"):
-        length_controlled_win_rate(annotations([1.2] * 9, model_lengths=[107] * 9), [0.0] * 9)
-
-
-def test_fewer_rows_than_folds_are_refused():
-    with pytest.raises(DataError, match="5 folds, and 4 rows"):
-        length_controlled_win_rate(annotations([1.2] * 4 + [None]), [0.0] * 5)
-
-
-@pytest.mark.parametrize("verdict", [1.0, 2.0])
-def test_certain_verdicts_for_one_side_have_no_fit(verdict):
-    with pytest.raises(DataError, match=f"every preference is {verdict:g}"):
-        length_controlled_win_rate(annotations([verdict] * 9), [0.0] * 9)
+@pytest.mark.parametrize(
+    ("preferences", "model_lengths", "reason"),
+    [
+        ([1.2] * 9, [107] * 9, "every answer is 7 characters longer"),
+        ([1.2] * 4 + [None], [101, 99, 107, 90, 95], "5 folds, and 4 rows"),
+        ([1.0] * 9, [101, 99, 107, 90, 95, 80, 120, 100, 90], "every preference is 1"),
+        ([2.0] * 9, [101, 99, 107, 90, 95, 80, 120, 100, 90], "every preference is 2"),
+    ],
+)
+def test_without_a_fit_the_raw_rate_stands_alone_and_says_why(preferences, model_lengths, reason):
+    rows = annotations(preferences, model_lengths=model_lengths)
+    result = length_controlled_win_rate(rows, [0.0] * len(preferences))
+    assert {name: result[name] for name in raw_win_rate(preferences)} == raw_win_rate(preferences)
+    assert (result["length_controlled_winrate"], result["lc_standard_error"], result["coefficients"]) == (None,) * 3
+    assert not result["extreme_change"]
+    assert reason in result["notes"][-1]
+    with pytest.raises(DataError, match=reason):
+        fit_coefficients(rows, np.zeros(len(preferences)))
 
 
 def test_gamed_rows_need_the_difficulty():
