@@ -95,7 +95,8 @@ def demand_of(recipe: Recipe) -> Demand:
 def compute_on_the_cluster(runs: Sequence[Run], out: str) -> Iterable[tuple[int, dict[str, Any] | PipelineError]]:
     """Computes runs on the cluster this job was submitted to, or on its own. Frozen backbones run once for all runs."""
     from actors.alignment_tasks import align_everywhere
-    from actors.experiment_tasks import keep_states, train_everywhere
+    from actors.experiment_tasks import train_everywhere
+    from actors.frozen_state_tasks import keep_states
     from cluster.session import open_cluster
 
     cluster = runs[0].recipe.cluster

@@ -18,7 +18,7 @@ from pipeline.config.cluster import ClusterConfig
 from pipeline.config.comparison import ComparisonConfig
 from pipeline.config.data import DataConfig
 from pipeline.config.models import PolicyConfig
-from pipeline.config.reward import RewardConfig
+from pipeline.config.reward import JudgeConfig, RewardConfig
 from pipeline.config.sft import SFTConfig
 
 
@@ -36,6 +36,8 @@ class ExperimentConfig(Frozen):
     policy: PolicyConfig = PolicyConfig()
     sft: SFTConfig = SFTConfig()
     reward: RewardConfig = RewardConfig()
+    judge: JudgeConfig | None = None
+    """An independent judge for the benchmark; None leaves all training pairs to the reward model."""
     alignment: AlignmentConfig = AlignmentConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
 

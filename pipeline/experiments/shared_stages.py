@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 from pipeline.config.recipe import ExperimentConfig
-from pipeline.data.run_data import load_data
+from pipeline.data.run_data import load_data, pairs_of_the_reward_model
 from pipeline.learning.builders import build_reward_trainer, build_sft_trainer, engine_in_process
 from pipeline.loops.reward import reward_stage, run_reward_training
 from pipeline.loops.sft import run_sft, sft_stage
@@ -41,7 +41,7 @@ def shared_reward_model(experiment: ExperimentConfig, policy: StageResult, root:
         lambda stage: run_reward_training(
             stage,
             experiment,
-            load_data(experiment),
+            pairs_of_the_reward_model(load_data(experiment), experiment.judge),
             policy.location,
             lambda spec: nullcontext(build_reward_trainer(spec, engine_in_process(device))),
         ),

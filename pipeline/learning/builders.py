@@ -26,8 +26,15 @@ from pipeline.learning.ppo_learner import PPOLearner, frozen_reference, referenc
 from pipeline.learning.reward_trainer import RewardTrainer
 from pipeline.learning.schedule import LearningRateSchedule
 from pipeline.learning.sft_trainer import SFTTrainer
-from pipeline.models.backbone import load_backbone, load_causal_lm, load_tokenizer, train_only_last_layers
+from pipeline.models.backbone import (
+    keep_first_layers,
+    load_backbone,
+    load_causal_lm,
+    load_tokenizer,
+    train_only_last_layers,
+)
 from pipeline.models.critic import Policy, PolicyWithCritic, ResponsePolicy
+from pipeline.models.frozen_states import FrozenStates
 from pipeline.models.lora import add_lora
 from pipeline.models.reward_heads import RewardHead
 from pipeline.models.reward_model import RewardModel, load_reward_model, make_head
@@ -83,6 +90,8 @@ class RewardTrainerSpec:
     statistics: MixtureStatistics
     num_steps: int
     seed: int
+    states_uri: str | None = None
+    """Where the states of a backbone that does not train are kept; None computes them as they are needed."""
 
 
 def build_reward_trainer(spec: RewardTrainerSpec, make_engine: MakeEngine) -> RewardTrainer:
@@ -90,13 +99,17 @@ def build_reward_trainer(spec: RewardTrainerSpec, make_engine: MakeEngine) -> Re
     with storage.reading(spec.backbone_uri) as directory:
         backbone = load_backbone(directory, dtype="float32")
         tokenizer = load_tokenizer(directory)
+    keep_first_layers(backbone, config.backbone_layers)
     train_only_last_layers(backbone, config.trainable_layers)
     add_lora(backbone, config.lora, seed=spec.seed)
     if config.gradient_checkpointing:
         backbone.gradient_checkpointing_enable()
     head = _new_head(spec, backbone.config.hidden_size)
+    model = RewardModel(backbone, head, config.pooling)
+    if spec.states_uri is not None:
+        model.frozen_states = FrozenStates.read(spec.states_uri)
     engine = make_engine(
-        RewardModel(backbone, head),
+        model,
         parameter_groups(backbone, head, config.optimiser, head_learning_rate=config.head_learning_rate),
         betas=config.optimiser.betas,
         max_grad_norm=config.optimiser.max_grad_norm,
@@ -146,6 +159,7 @@ def _card_before_training(spec: RewardTrainerSpec) -> RewardModelCard:
         reward_weights=spec.config.reward_weights,
         ensemble=spec.config.ensemble,
         calibration=RewardCalibration(answer_error=spec.config.answer_error),
+        pooling=spec.config.pooling,
     )
 
 

@@ -156,6 +156,12 @@ def results_table(data: ReportData) -> list[tuple[str, str]]:
         ("mean reward, base to aligned", f"{benchmark['reward/base']:.3f} to {benchmark['reward/aligned']:.3f}"),
         ("mean length in words, base to aligned", f"{benchmark['words/base']:.1f} to {benchmark['words/aligned']:.1f}"),
     ]
+    if "judge/win_rate" in benchmark:
+        rows.append(("win rate over base, by the judge, trained on other prompts", _win_rate_text(benchmark, "judge")))
+        rows += [
+            (f"  on the prompts of {source}", _win_rate_text(benchmark, f"judge/{source}"))
+            for source in sorted({name.split("/")[1] for name in benchmark if name.endswith("/prompts")})
+        ]
     if "gold/win_rate" in benchmark:
         rows += [
             ("win rate over base, by the gold annotator", _win_rate_text(benchmark, "gold")),
