@@ -72,7 +72,7 @@ def _compute(recipe: Recipe, out: str) -> dict[str, Any]:
         stages = StagesOfAMethod(job)
         aligned = align_policy(stages, recipe, job.read_data, job.actors, policy, reward_model)
     with open_job(_options(judge_recipe, workspace)) as job:
-        answers = generate_benchmark(job.stages, recipe, job.read_data, job.actors, policy, aligned, judge)
+        answers = generate_benchmark(job.stages, recipe, job.read_data, job.actors, policy, aligned, judge, None)
     inputs = CellInputs(
         policy=policy,
         judge=judge,

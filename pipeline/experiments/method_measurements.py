@@ -162,7 +162,7 @@ def evaluate_reward(
         write_scored_rows(
             examples(), path, scored_by=identity, load_scorer=lambda: scorer, report=lambda done, kept: None
         )
-        evaluation = evaluate(read_scored_rows(path)[0], benchmark.benchmark, seed=seed)
+        evaluation = evaluate(read_scored_rows(path)[0], benchmark.benchmark, seed=seed, answer_threshold=None)
         found = dict(evaluation.accuracies)
         if benchmark.benchmark == "pairs":
             found = {"accuracy": evaluation.accuracies[PRINTED_PAIR_METRIC]} | {
