@@ -16,6 +16,7 @@ from pipeline.data.preferences import require_annotations, shared_prompts
 from pipeline.data.run_data import RunData
 from pipeline.data.score_statistics import ScoreStatistics
 from pipeline.evaluation.pair_metrics import longer_is_better
+from pipeline.evaluation.reward_alarms import OBJECTIVE_SCORES
 from pipeline.records import Metrics, PreferenceBatch
 
 
@@ -97,5 +98,6 @@ class RewardData:
             "data/train_pairs": float(len(self.pairs)),
             "data/heldout_pairs": float(len(self.heldout_pairs)),
             "data/shared_prompts": float(num_shared),
+            OBJECTIVE_SCORES: float(sum(self.statistics.count)),
             "eval/longer_is_better": longer_is_better(gaps),
         }

@@ -132,6 +132,6 @@ class RewardTraining:
             eval_every=self.spec.config.eval_every,
             checkpoint_every=self.spec.config.checkpoint_every,
         )
-        for message in alarm_messages(metrics, are_pairs_scored=self.data.statistics.has_scores):
+        for message in alarm_messages(metrics | about_the_data):
             print(f"{stage.name}  {message}", flush=True)
         return metrics | trainer.peak_memory() | about_the_data

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.evaluation.reward_alarms import ALARMS, alarm_messages, check_alarms
+from pipeline.evaluation.reward_alarms import ALARMS, OBJECTIVE_SCORES, alarm_messages, check_alarms
 
 HEALTHY = {
     "train/accuracy": 0.80,
@@ -27,7 +27,7 @@ def test_a_healthy_model_raises_no_alarm_and_all_are_checked():
     checked = check_alarms(HEALTHY)
     assert set(checked) == {f"alarm/{alarm.name}" for alarm in ALARMS} | {"eval/alarms"}
     assert set(checked.values()) == {0.0}
-    assert alarm_messages(HEALTHY | checked, are_pairs_scored=True) == []
+    assert alarm_messages(HEALTHY | checked) == []
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_what_was_not_measured_cannot_alarm():
 
 def test_the_letter_gives_the_value_and_the_cure():
     metrics = HEALTHY | {"eval/min_alpha": 0.05}
-    [letter] = alarm_messages(metrics | check_alarms(metrics), are_pairs_scored=True)
+    [letter] = alarm_messages(metrics | check_alarms(metrics))
     assert letter.startswith("alarm small_alpha (eval/min_alpha = 0.05): ")
     assert "Raise vrm.alpha_min" in letter
 
@@ -103,7 +103,7 @@ def test_the_letter_gives_the_value_and_the_cure():
 def test_without_scores_no_alarm_advises_a_weight_of_scores(change, without_effect):
     metrics = HEALTHY | change
     [scored], [unscored] = (
-        alarm_messages(metrics | check_alarms(metrics), are_pairs_scored=scored) for scored in (True, False)
+        alarm_messages(metrics | check_alarms(metrics) | {OBJECTIVE_SCORES: count}) for count in (8.0, 0.0)
     )
     assert without_effect in scored
     assert without_effect not in unscored

@@ -184,8 +184,8 @@ def length_controlled_win_rate(
     elif coefficients is None:
         try:
             coefficients = fit_coefficients(annotations, gamma, gamed)
-        except DataError as error:
-            notes.append(f"The length-controlled win rate is withheld, and the raw one stands: {error}")
+        except DataError as reason:
+            notes.append(f"The length-controlled win rate is withheld, and the raw one stands: {reason}")
             return _withheld(raw, variant, notes)
     p = preferences_at_equal_length(coefficients, np.zeros(len(annotations.instructions)) if gamma is None else gamma)
     length_controlled: float | None = 100.0 * float(p.mean())
