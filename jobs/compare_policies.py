@@ -5,12 +5,13 @@
         --judgments results/annotations.json model_judgment/gpt-4o/aligned.jsonl gpt-4_single.jsonl \\
         --scores scores/alpaca_eval.json scores/arena_hard.json scores/mt_bench.json --out comparison.html
     python jobs/compare_policies.py base/model_outputs.json aligned/model_outputs.json --questions planted.json \\
-        --judgments gold/annotations.json --objectives helpfulness,honesty --out comparison.html
+        --judgments gold/annotations.json --reward-model train_reward_model-.../result --out comparison.html
 
 Reads answers of any generator in the layouts of AlpacaEval, Arena-Hard and MT-Bench. A path is a file of one policy, or
 the directory that generate_benchmark wrote, with every benchmark in it. Answers of the pipeline's own benchmark carry
-rewards; the reward model is then a judge as well. Every other policy is compared with the first one. --judgments are
-files of judge_benchmark about these answers, --scores those of score_benchmark.
+rewards; the reward model is then a judge as well, and --reward-model names its verified reasons. Every other policy is
+compared with the first one. --judgments are files of judge_benchmark about these answers, --scores those of
+score_benchmark.
 """
 
 from __future__ import annotations
@@ -42,8 +43,11 @@ def _comparison_page(options: argparse.Namespace) -> str:
     from pipeline.benchmark.policy_comparison.judgment_files import read_judgments
     from pipeline.benchmark.policy_comparison.leaderboard import leaderboard, read_scores
     from pipeline.benchmark.policy_comparison.policy_answers import answer_files, read_policy_answers, read_questions
+    from pipeline.evaluation.reasons import verified_objectives
+    from pipeline.models.reward_model_card import read_card
     from pipeline.reporting.comparison_page import comparison_page, judged_contests
 
+    card = read_card(options.reward_model) if options.reward_model else None
     questions = read_questions(options.questions)
     files = [file for place in options.answers for file in answer_files(place)]
     contests = build_contests([read_policy_answers(file, questions) for file in files])
@@ -57,7 +61,8 @@ def _comparison_page(options: argparse.Namespace) -> str:
                 for contest in contests
             },
         ),
-        objectives=tuple(filter(None, options.objectives.split(","))),
+        objectives=card.objectives if card else (),
+        verified=verified_objectives(card.metrics, card.objectives) if card else (),
     )
 
 
@@ -73,7 +78,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="question.jsonl of Arena-Hard and MT-Bench; instructions.jsonl or planted.json add categories",
     )
-    parser.add_argument("--objectives", default="", help="their names, in the recipe's order: helpfulness,honesty,...")
+    parser.add_argument("--reward-model", metavar="DIR", help="that scored the answers: names its verified reasons")
     parser.add_argument("--out", type=Path, default=Path("comparison.html"), metavar="FILE", help="%(default)s")
 
 

@@ -4,6 +4,7 @@
         --pairs pairs.jsonl --out runs/eval-vrm
     python jobs/evaluate_reward_model.py --model .../other/result --pairs pairs.jsonl --out runs/eval-bt \\
         --compare runs/eval-vrm/rows.jsonl
+    python jobs/evaluate_reward_model.py --model .../result --recipe tiny --out runs/eval-heldout
     python jobs/evaluate_reward_model.py --policy runs/dpo/.../result --reference runs/sft/.../result --form dpo \\
         --benchmark rewardbench --pairs reward-bench.parquet --out runs/eval-dpo
 
@@ -12,8 +13,10 @@ response minus that of the reference, summed over its tokens, or what the method
 beta of 1 is RewardBench's; accuracies do not depend on it.
 
 A row is {"prompt": text | messages, "chosen": ..., "rejected": ..., "subset", "id"}. Chosen and rejected are a text, a
-conversation that ends with the response, or a list of texts. Writes rows.jsonl (the scores) and metrics.json; the same
-command again continues where it stopped. One process, no Ray.
+conversation that ends with the response, or a list of texts. With "scores_chosen" and "scores_rejected", mappings from
+objective to score, the reasons of the model are held against the annotations. --recipe takes the recipe's held-out
+pairs instead of files. Writes rows.jsonl (the scores) and metrics.json, with `accuracy`, `nll`, `ece` and `reasons/...`
+beside the estimates; the same command again continues where it stopped. One process, no Ray.
 """
 
 from __future__ import annotations
@@ -23,15 +26,16 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from jobs.command_line import Command
+from jobs.command_line import Command, add_overrides, complete_with
 from pipeline.config.cluster import ScoringConfig
 from pipeline.config.implicit_reward import ImplicitRewardName
-from pipeline.data.evaluation_examples import read_examples
+from pipeline.config.load import load_recipe, recipe_names
+from pipeline.data.evaluation_examples import examples_of_pairs, read_examples
 from pipeline.data.files import content_fingerprint
 from pipeline.data.preferences import LeftOut, left_out_counts, require_few_faults
 from pipeline.errors import ConfigError
@@ -40,6 +44,7 @@ from pipeline.evaluation.reward_evaluation import (
     as_json,
     evaluate,
     evaluation_table,
+    headline_metrics,
     metric_differences,
     survey,
 )
@@ -48,6 +53,8 @@ from pipeline.stages.fingerprint import directory_fingerprint
 from pipeline.stages.metrics_log import as_clock
 
 if TYPE_CHECKING:
+    from pipeline.data.evaluation_examples import EvaluationExample
+    from pipeline.data.planted import GoldAnnotator
     from pipeline.evaluation.scored_rows_file import ComparisonScorer
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -62,6 +69,8 @@ class RewardSource:
     record: Mapping[str, Any]
     """What metrics.json says of it."""
     load: Callable[[], ComparisonScorer]
+    objectives: tuple[str, ...]
+    """Those of the reward model; a policy has none."""
 
 
 def require_one_source(options: argparse.Namespace) -> None:
@@ -90,13 +99,14 @@ def reward_source(options: argparse.Namespace, device: str) -> RewardSource:
     from pipeline.evaluation.reward_scorer import RewardModelScorer
     from pipeline.models.reward_model_card import read_card
 
-    read_card(options.model)
+    card = read_card(options.model)
     return RewardSource(
         identity=f"{directory_fingerprint(options.model)[:16]}/{device}",
         record={"model": options.model},
         load=lambda: RewardModelScorer.load(
             options.model, max_tokens_per_batch=options.max_tokens_per_batch, device=device
         ),
+        objectives=card.objectives,
     )
 
 
@@ -129,6 +139,7 @@ def _implied_by_policy(options: argparse.Namespace, device: str) -> RewardSource
             max_tokens_per_batch=options.max_tokens_per_batch,
             device=device,
         ),
+        objectives=(),
     )
 
 
@@ -142,15 +153,20 @@ def evaluate_reward_model(options: argparse.Namespace) -> str:
     require_one_source(options)
     if options.model is not None:
         check_reward_model(options.model)
-    subset_field = options.subset_field or ("domain" if options.benchmark == "rm_bench" else None)
+    comparisons = comparisons_of(options)
     left_out: Counter[LeftOut] = Counter()
-    examples = read_examples(options.pairs, subset_field=subset_field, left_out=left_out)
-    found = survey(examples, options.benchmark)
+    found = survey(comparisons.read(left_out), options.benchmark)
     require_few_faults(
-        len(found.content_key), left_out, ", ".join(options.pairs), options.max_left_out, setting="--max-left-out"
+        len(found.content_key), left_out, ", ".join(comparisons.files), options.max_left_out, setting="--max-left-out"
     )
     # torch is imported behind --help, and behind what is wrong with the input.
-    from pipeline.evaluation.scored_rows_file import read_scored_rows, shared_prompts_note, write_scored_rows
+    from pipeline.evaluation.annotated_reasons import annotated_reasons
+    from pipeline.evaluation.scored_rows_file import (
+        read_pair_scores,
+        read_scored_rows,
+        shared_prompts_note,
+        write_scored_rows,
+    )
 
     source = reward_source(options, scoring_device(options.device))
     notes = list(found.notes)
@@ -166,7 +182,7 @@ def evaluate_reward_model(options: argparse.Namespace) -> str:
     options.out.mkdir(parents=True, exist_ok=True)
     rows_file, metrics_file = options.out / "rows.jsonl", options.out / "metrics.json"
     write_scored_rows(
-        read_examples(options.pairs, subset_field=subset_field),
+        comparisons.read(None),
         rows_file,
         scored_by=source.identity,
         load_scorer=source.load,
@@ -174,21 +190,60 @@ def evaluate_reward_model(options: argparse.Namespace) -> str:
     )
     rows, _ = read_scored_rows(rows_file)
     evaluation = evaluate(rows, options.benchmark, seed=options.seed)
+    reasons = (
+        annotated_reasons(read_pair_scores(rows_file), comparisons.read(None), source.objectives, comparisons.gold)
+        if rows.are_pairs
+        else {}
+    )
     differences = {} if other is None else metric_differences(rows, other_rows, options.benchmark, seed=options.seed)
     record = {
         **source.record,
         "scored_by": source.identity,
         "benchmark": options.benchmark,
-        "files": {file: content_fingerprint(file) for file in options.pairs},
+        "recipe": options.recipe,
+        "files": comparisons.files,
         "seed": options.seed,
         "notes": notes,
         "left_out": dict(left_out),
+        **headline_metrics(evaluation, reasons),
         **as_json(evaluation),
         "compared_with": other,
         "differences": as_json(differences),
     }
     metrics_file.write_text(json.dumps(record, indent=1) + "\n")
-    return "\n".join([evaluation_table(evaluation, differences), "", *notes, f"{rows_file}, {metrics_file}"])
+    return "\n".join([evaluation_table(evaluation, differences, reasons), "", *notes, f"{rows_file}, {metrics_file}"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparisons:
+    """What a model is evaluated on."""
+
+    read: Callable[[Counter[LeftOut] | None], Iterable[EvaluationExample]]
+    """The examples from the first on; counts what is left out, by reason."""
+    files: Mapping[str, str]
+    """File -> fingerprint of its content."""
+    gold: GoldAnnotator | None
+    """The truth, where it is known."""
+
+
+def comparisons_of(options: argparse.Namespace) -> Comparisons:
+    """The rows of the files, or the held-out pairs of the recipe.
+
+    Raises:
+        ConfigError, DataError: as `load_data`.
+    """
+    from pipeline.data.run_data import load_data
+
+    if options.recipe:
+        data = load_data(load_recipe(options.recipe, options.overrides))
+        examples = examples_of_pairs(data.heldout_pairs)
+        return Comparisons(read=lambda left_out: examples, files={}, gold=data.gold)
+    subset_field = options.subset_field or ("domain" if options.benchmark == "rm_bench" else None)
+    return Comparisons(
+        read=lambda left_out: read_examples(options.pairs, subset_field=subset_field, left_out=left_out),
+        files={file: content_fingerprint(file) for file in options.pairs},
+        gold=None,
+    )
 
 
 def scoring_device(name: str | None) -> str:
@@ -229,7 +284,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference", metavar="DIR", help="the checkpoint from which the policy was aligned")
     parser.add_argument("--form", choices=get_args(ImplicitRewardName), help="the method of the policy")
     parser.add_argument("--beta", type=float, metavar="B", help="scale of implied rewards (1)")
-    parser.add_argument("--pairs", required=True, nargs="+", metavar="FILE", help=".jsonl or .parquet, or directories")
+    rows = parser.add_mutually_exclusive_group(required=True)
+    rows.add_argument("--pairs", nargs="+", metavar="FILE", help=".jsonl or .parquet, or directories")
+    complete_with(rows.add_argument("--recipe", metavar="NAME", help="its held-out pairs"), recipe_names)
+    add_overrides(parser, "of the recipe")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="for rows.jsonl and metrics.json")
     parser.add_argument(
         "--benchmark", choices=sorted(REWARD_BENCHMARKS), default="pairs", help="how rows are aggregated"

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.data.files import Row, read_rows, require_distinct_files
 from pipeline.data.preferences import LeftOut, fault_of, normalised_prompt
 from pipeline.data.prompts import prompt_of, split_conversation, with_columns_beside
 from pipeline.errors import DataError
-from pipeline.records import Message
+from pipeline.records import Message, PreferencePair
 
 NO_SUBSET = "all"
 
@@ -31,6 +32,9 @@ class EvaluationExample:
     rejected: tuple[str, ...]
     annotators_tie: bool
     """The data set's own scores of both sides are there, and equal: the label is random."""
+    scores_chosen: Mapping[str, float] = field(default_factory=dict)
+    """Annotated scores of the chosen response by objective; empty where nobody annotated it."""
+    scores_rejected: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def content_key(self) -> str:
@@ -57,7 +61,8 @@ def read_examples(
     A row has `prompt` (a text or a conversation), `chosen` and `rejected`. Each of the two is one text, a list of
     texts, or one conversation that ends with the response. A conversation with turns before the response brings its own
     prompt, which must be the same on both sides. `id` and `subset` are optional. So are the annotators' `score_chosen`
-    and `score_rejected`, as in UltraFeedback.
+    and `score_rejected`, as in UltraFeedback, and `scores_chosen` and `scores_rejected`, mappings from objective to
+    score.
 
     Args:
         files: files, or directories of such files.
@@ -78,6 +83,24 @@ def read_examples(
                 left_out[fault] += 1
 
 
+def examples_of_pairs(pairs: Iterable[PreferencePair]) -> list[EvaluationExample]:
+    """The pairs of a run as examples; the subset is the source."""
+    return [
+        EvaluationExample(
+            id=pair.id,
+            subset=pair.source,
+            place=f"pair {pair.id!r} of {pair.source}",
+            prompt=pair.prompt,
+            chosen=(pair.chosen,),
+            rejected=(pair.rejected,),
+            annotators_tie=False,
+            scores_chosen=pair.scores_chosen or {},
+            scores_rejected=pair.scores_rejected or {},
+        )
+        for pair in pairs
+    ]
+
+
 def _example(row: Row, subset_field: str | None) -> EvaluationExample:
     score = row.values.get("score_chosen")
     chosen, chosen_prompt = _responses(row, "chosen")
@@ -95,7 +118,29 @@ def _example(row: Row, subset_field: str | None) -> EvaluationExample:
         chosen=chosen,
         rejected=rejected,
         annotators_tie=score is not None and bool(score == row.values.get("score_rejected")),
+        scores_chosen=_scores(row, "scores_chosen"),
+        scores_rejected=_scores(row, "scores_rejected"),
     )
+
+
+def _scores(row: Row, name: str) -> dict[str, float]:
+    """The annotated scores of a response, of any objective; null, "" and "N/A" mean: not annotated."""
+    values = row.values.get(name)
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        raise DataError(f"{row.place}, field {name!r}: {values!r:.60} is no mapping from objective to score")
+    scores = {}
+    for objective, value in values.items():
+        if value is None or (isinstance(value, str) and value.strip().upper() in ("", "N/A")):
+            continue
+        try:
+            scores[objective] = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            scores[objective] = math.nan
+        if not math.isfinite(scores[objective]):
+            raise DataError(f"{row.place}, field '{name}.{objective}': {value!r:.40} is no finite number")
+    return scores
 
 
 def _responses(row: Row, field: str) -> tuple[tuple[str, ...], tuple[Message, ...]]:

@@ -118,7 +118,8 @@ def require_scorable(policy: str, reference: str | None) -> None:
     load_config(policy)
     if reference is None:
         return
-    differing = differing_tokens(tokenizer, reference)
+    num_rows = int(load_config(reference).vocab_size)
+    differing = differing_tokens(tokenizer, load_tokenizer(reference), num_rows=num_rows)
     if differing:
         raise ConfigError(
             f"the reference {reference!r} has another vocabulary: {len(differing):,} of the policy's "

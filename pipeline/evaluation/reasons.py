@@ -16,6 +16,9 @@ REASON_PREFIX = "reasons/"
 TRUSTED_PAIR_ACCURACY = 0.65
 """A score that orders fewer of the annotator's held-out pairs than this is not shown as a reason. Chance is 0.5."""
 
+UNVERIFIED = "what the model cannot tell apart"
+"""Stands in the place of the objectives that are no reasons."""
+
 SAME_PART = 1e-9
 """True parts of a lead that differ by no more are equal: rounding."""
 
@@ -166,6 +169,22 @@ def verified_objectives(metrics: Mapping[str, float], objectives: Sequence[str])
         if metrics.get(f"{REASON_PREFIX}{objective}/pairs", 0.0) >= LEAST_PAIRS
         and metrics.get(f"{REASON_PREFIX}{objective}/pair_accuracy", 0.0) >= TRUSTED_PAIR_ACCURACY
     )
+
+
+def named_contributions(
+    contributions: Sequence[float], objectives: Sequence[str], verified: Sequence[str]
+) -> list[tuple[str, float]]:
+    """(verified objective, its contribution), then the sum of all others under `UNVERIFIED`: all add up as before.
+
+    Nothing is named where no objective is verified, or where there are no contributions.
+
+    Args:
+        contributions: [K] in the order of `objectives`, or empty.
+    """
+    by_name = dict(zip(objectives, contributions, strict=bool(contributions)))
+    told = [(name, value) for name, value in by_name.items() if name in verified]
+    rest = [value for name, value in by_name.items() if name not in verified]
+    return [*told, (UNVERIFIED, sum(rest))] if told and rest else told
 
 
 def score_collinearity(scores: torch.Tensor) -> float:

@@ -282,8 +282,22 @@ def as_json(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def evaluation_table(evaluation: Evaluation, differences: Mapping[str, Estimate]) -> str:
-    """The numbers as a table for the terminal."""
+def headline_metrics(evaluation: Evaluation, reasons: Metrics) -> Metrics:
+    """`accuracy`, `nll`, `ece` and `reasons/...`, as far as they were measured: public names, which stay."""
+    measured = {
+        "accuracy": evaluation.accuracies.get("accuracy"),
+        "nll": evaluation.diagnostics.get("nll"),
+        "ece": evaluation.diagnostics.get("calibration_error"),
+    }
+    return {name: estimate.value for name, estimate in measured.items() if estimate is not None} | reasons
+
+
+def evaluation_table(evaluation: Evaluation, differences: Mapping[str, Estimate], reasons: Mapping[str, float]) -> str:
+    """The numbers as a table for the terminal.
+
+    Args:
+        reasons: `reasons/...` of annotated pairs.
+    """
     lines = [
         f"{evaluation.rows:,} rows of {evaluation.prompts:,} prompts, {evaluation.responses:,} responses; "
         f"{evaluation.cut:,} rows longer than the model reads, and cut",
@@ -296,6 +310,9 @@ def evaluation_table(evaluation: Evaluation, differences: Mapping[str, Estimate]
     ]
     if evaluation.diagnostics:
         lines += ["", *(f"{name:<28}{_estimate(value)}" for name, value in evaluation.diagnostics.items())]
+    if reasons:
+        width = max(map(len, reasons))
+        lines += ["", *(f"{name:<{width}}{value:>9.3f}" for name, value in reasons.items())]
     if len(evaluation.subsets) > 1:
         lines += ["", f"{'subset':<28}{'accuracy':>9}  {'95% interval':<18}{'rows':>18}"]
         lines += [

@@ -97,6 +97,15 @@ def read_scored_rows(path: Path) -> tuple[ScoredRows, str]:
     return rows, scored_by.pop()
 
 
+def read_pair_scores(path: Path) -> Iterator[tuple[RewardScore, RewardScore]]:
+    """The whole scores of the first chosen and the first rejected response of every row, in order.
+
+    The file must be one that `read_scored_rows` takes.
+    """
+    for row in read_rows(str(path)):
+        yield _reward_score(row.values["chosen"][0]), _reward_score(row.values["rejected"][0])
+
+
 def _read_rows(path: Path, scored_by: set[str]) -> Iterator[ScoredComparison]:
     """Yields the rows one by one, and adds the identities of their models to `scored_by`."""
     for row in read_rows(str(path)):

@@ -14,6 +14,7 @@ from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.learning.builders import PPOLearnerSpec
 from pipeline.loops.alignment import align
 from pipeline.models.backbone import load_tokenizer, require_context, require_lora_targets, require_same_tokens
+from pipeline.models.reward_model import load_reward_tokenizer, read_backbone_config
 from pipeline.models.reward_model_card import read_card
 from pipeline.ports import BackgroundRolloutSource, PolicyLearner, RewardScorer
 from pipeline.records import Metrics
@@ -84,7 +85,8 @@ def run_alignment(
     with storage.reading(reward_model_uri) as directory:
         card = read_card(directory)
         if config.ppo.critic_reads_policy_tokens:
-            require_same_tokens(tokenizer, directory)
+            num_rows = int(read_backbone_config(directory).vocab_size)
+            require_same_tokens(tokenizer, load_reward_tokenizer(directory), num_rows=num_rows)
     prompts = tokenise_prompts(
         data.train_prompts,
         tokenizer,

@@ -38,23 +38,33 @@ def load_config(checkpoint: str, *, trust_remote_code: bool = False) -> Pretrain
             f"{checkpoint!r} is no model: {_first_sentence(error)}. Give a directory with config.json and safetensors, "
             "or a hub name."
         ) from error
+    require_decoder(config, checkpoint)
+    return config
+
+
+def require_decoder(config: PretrainedConfig, checkpoint: str) -> None:
+    """Raises CheckpointError for an encoder, or an architecture that is unknown."""
     if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
         raise CheckpointError(
             f"{checkpoint!r} is a {config.model_type} model, not a causal decoder: the prompt's state must not see the "
             "response, or the objective weights would depend on it. Use a decoder such as Qwen3 or Llama."
         )
-    return config
 
 
-def load_tokenizer(checkpoint: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    checkpoint: str, *, trust_remote_code: bool = False, config: PretrainedConfig | None = None
+) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer, with a padding token.
+
+    Args:
+        config: of the decoder that reads the tokens; None takes the checkpoint's.
 
     Raises:
         CheckpointError: there is none, or it cannot end a turn.
     """
     checkpoint = unpacked(checkpoint)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code, config=config)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{checkpoint!r} holds no tokenizer that can be read: {_first_sentence(error)}. Copy tokenizer.json and "
@@ -229,14 +239,16 @@ def require_context(checkpoint: str, num_tokens: int, section: str) -> None:
         )
 
 
-def differing_tokens(tokenizer: PreTrainedTokenizerBase, checkpoint: str) -> list[str]:
-    """Tokens of the tokenizer whose id is another token, or none, to a checkpoint.
+def differing_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, *, num_rows: int) -> list[str]:
+    """Tokens of the tokenizer whose id is another token, or none, to another model.
 
-    An id passes where the checkpoint has a row for it and its tokenizer no token: families add special tokens at the
+    An id passes where the other model has a row for it and its tokenizer no token: families add special tokens at the
     end.
+
+    Args:
+        num_rows: of the other model's embeddings.
     """
-    token_of_id = {index: token for token, index in load_tokenizer(checkpoint).get_vocab().items()}
-    num_rows = int(load_config(checkpoint).vocab_size)
+    token_of_id = {index: token for token, index in other.get_vocab().items()}
     return [
         token
         for token, index in tokenizer.get_vocab().items()
@@ -244,9 +256,11 @@ def differing_tokens(tokenizer: PreTrainedTokenizerBase, checkpoint: str) -> lis
     ]
 
 
-def require_same_tokens(policy: PreTrainedTokenizerBase, reward_model: str) -> None:
+def require_same_tokens(
+    policy: PreTrainedTokenizerBase, reward_model: PreTrainedTokenizerBase, *, num_rows: int
+) -> None:
     """Raises ConfigError where a token id of the policy is another token, or none, to the reward model's backbone."""
-    differing = differing_tokens(policy, reward_model)
+    differing = differing_tokens(policy, reward_model, num_rows=num_rows)
     if differing:
         raise ConfigError(
             f"alignment.ppo.critic = 'separate' gives the reward model's backbone the policy's token ids, but "

@@ -112,7 +112,9 @@ def gguf_file(distribution: str) -> Path:
 
 
 def _check_directory(directory: Path) -> None:
-    config = _read_object(directory / CONFIG_FILE)
+    written = _read_object(directory / CONFIG_FILE)
+    # The config of a reward model holds its decoder's (docs/checkpoints.md).
+    config = written.get("backbone", written)
     if config.get("is_encoder_decoder"):
         raise CheckpointError(
             f"{str(directory)!r} is a {config.get('model_type')} model, not a causal decoder: the prompt's state must "

@@ -1,7 +1,8 @@
 """The reward model: a decoder backbone, a head, and the card that describes them.
 
-A checkpoint is a directory: `model.safetensors` (backbone.* and head.*), `reward_model.json` (the card),
-`config.json` (the backbone's architecture) and the tokenizer's files. Nothing in it is a pickle.
+A checkpoint is a directory: `model.safetensors` (backbone.* and head.*), `reward_model.json` (the card), `config.json`
+(the backbone's architecture, under `backbone`), the tokenizer's files, and a Python file for transformers alone
+(`pipeline/models/transformers_form.py`). Nothing in it is a pickle, and this project runs none of its code.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from pipeline.config.reward import EnsembleConfig, VRMHeadConfig
 from pipeline.errors import CheckpointError
-from pipeline.models.backbone import load_config, load_tokenizer
+from pipeline.models.backbone import load_tokenizer, require_decoder
 from pipeline.models.frozen_states import FrozenStates, response_keys
 from pipeline.models.onednn_linear import with_onednn
 from pipeline.models.packing import PackedTokens, pack, packed_states, use_packed_attention
@@ -34,7 +35,8 @@ from pipeline.models.reward_heads import (
     VRMHead,
 )
 from pipeline.models.reward_model_card import CARD_FILE, HeadKind, RewardModelCard, read_card
-from pipeline.models.transformers_auto import AutoModel
+from pipeline.models.transformers_auto import AutoConfig, AutoModel
+from pipeline.models.transformers_form import MODEL_TYPE, MODELING_FILE, modeling_source, transformers_config
 from pipeline.records import PromptGroup
 
 REWARD_MODEL_FILE = "model.safetensors"
@@ -132,10 +134,47 @@ def save_reward_model(
     """Writes a reward-model checkpoint; `state_dict` holds backbone.* and head.*."""
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in state_dict.items()}, path / REWARD_MODEL_FILE)
-    (path / "config.json").write_text(json.dumps(backbone_config, indent=2, sort_keys=True))
+    state = {name: tensor.contiguous() for name, tensor in state_dict.items()}
+    save_file(state, path / REWARD_MODEL_FILE, metadata={"format": "pt"})  # transformers asks for the format
+    head = card.model_dump(mode="json", include={"vrm", "reward_weights", "ensemble"})
+    head |= {"kind": card.head, "num_objectives": len(card.objectives)}
+    config = transformers_config(backbone=backbone_config, head=head, tokenizer=tokenizer)
+    (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+    (path / MODELING_FILE).write_text(modeling_source())
     (path / CARD_FILE).write_text(card.model_dump_json(indent=2))
     tokenizer.save_pretrained(directory)
+
+
+def read_backbone_config(directory: str) -> PretrainedConfig:
+    """The architecture of a reward model's decoder.
+
+    Raises:
+        CheckpointError: config.json is missing, cannot be read, or is that of another kind of model.
+    """
+    path = Path(directory) / "config.json"
+    try:
+        written = json.loads(path.read_text())
+        if not isinstance(written, dict) or written.get("model_type") != MODEL_TYPE:
+            raise CheckpointError(
+                f"{path} does not have the model_type {MODEL_TYPE!r}, so it is no reward model's. Give the result "
+                "directory of train_reward_model; one that an earlier version wrote must be trained again."
+            )
+        config = AutoConfig.for_model(**written["backbone"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error!r}. The checkpoint is incomplete, or edited; export it again."
+        ) from error
+    require_decoder(config, directory)
+    return config
+
+
+def load_reward_tokenizer(directory: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a reward model.
+
+    Raises:
+        CheckpointError: as `load_tokenizer` and `read_backbone_config`.
+    """
+    return load_tokenizer(directory, config=read_backbone_config(directory))
 
 
 def load_reward_model(
@@ -150,7 +189,7 @@ def load_reward_model(
         CheckpointError: files are missing or damaged, or the weights belong to another architecture.
     """
     card = read_card(directory)
-    config = load_config(directory)
+    config = read_backbone_config(directory)
     # Every weight is read below: drawing random ones first would take a minute for four billion.
     with no_init_weights():
         backbone = AutoModel.from_config(config, dtype=dtype)
@@ -175,4 +214,4 @@ def load_reward_model(
             f"{weights} does not fit the architecture in {directory}/config.json and {CARD_FILE} (a {card.head!r} head "
             f"for {len(card.objectives)} objectives, {', '.join(card.objectives)}): {error}"
         ) from error
-    return RewardModel(with_onednn(backbone), head).eval(), load_tokenizer(directory), card
+    return RewardModel(with_onednn(backbone), head).eval(), load_reward_tokenizer(directory), card

@@ -13,9 +13,9 @@ from pipeline.benchmark.mt_bench.grades import MT_BENCH_CATEGORIES, mean_grades
 from pipeline.benchmark.policy_comparison.contest import (
     Contest,
     answer_summaries,
+    margin_contributions,
     mean_contributions,
     num_words,
-    objective_contributions,
 )
 from pipeline.benchmark.policy_comparison.judgment_files import Judgments
 from pipeline.benchmark.policy_comparison.leaderboard import Leaderboard
@@ -98,24 +98,29 @@ def prompt_orders(contest: Contest, all_verdicts: Sequence[Verdicts]) -> list[Pr
 
 
 def comparison_page(
-    judged: Sequence[JudgedContest], *, leaderboard: Leaderboard | None = None, objectives: Sequence[str] = ()
+    judged: Sequence[JudgedContest],
+    *,
+    leaderboard: Leaderboard | None = None,
+    objectives: Sequence[str] = (),
+    verified: Sequence[str] = (),
 ) -> str:
     """The page as HTML. It loads nothing from elsewhere.
 
     Args:
         leaderboard: the benchmarks' own statistics of the policies.
         objectives: names of the objectives, in the order of the reward model.
+        verified: those that may be given as reasons.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline.reporting", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     policies = list(dict.fromkeys(policy for each in judged for policy in each.contest.policies))
     return environment.get_template("comparison.html.j2").render(
-        policies=policies, leaderboard=leaderboard, parts=[_part(each, objectives) for each in judged]
+        policies=policies, leaderboard=leaderboard, parts=[_part(each, objectives, verified) for each in judged]
     )
 
 
-def _part(judged: JudgedContest, objectives: Sequence[str]) -> dict[str, Any]:
+def _part(judged: JudgedContest, objectives: Sequence[str], verified: Sequence[str]) -> dict[str, Any]:
     """The values of one benchmark that the template shows."""
     contest = judged.contest
     orders = prompt_orders(contest, judged.verdicts)
@@ -139,7 +144,7 @@ def _part(judged: JudgedContest, objectives: Sequence[str]) -> dict[str, Any]:
         ],
         "summaries": answer_summaries(contest),
         "breakdowns": [(verdicts.judge, *pair, breakdown(contest, verdicts, pair)) for verdicts, pair in pairs],
-        "mean_contributions": mean_contributions(contest, objectives),
+        "mean_contributions": mean_contributions(contest, objectives, verified),
         "orders": orders,
         "categories": sorted(set(contest.categories)) if len(set(contest.categories)) > 1 else [],
         "rows": [
@@ -147,7 +152,7 @@ def _part(judged: JudgedContest, objectives: Sequence[str]) -> dict[str, Any]:
                 "turns": contest.turns[i],
                 "category": contest.categories[i],
                 "margins": [order.margins[i] for order in orders],
-                "answers": [_answer(judged, policy, i, objectives) for policy in contest.policies],
+                "answers": [_answer(judged, policy, i, objectives, verified) for policy in contest.policies],
                 "verdicts": [
                     (verdicts.judge, *pair, verdicts.pairs[pair][i])
                     for verdicts, pair in pairs
@@ -169,8 +174,12 @@ def _indirect_differences(contest: Contest, verdicts: Verdicts) -> dict[Pair, tu
     return {pair: difference for pair, difference in differences.items() if difference is not None}
 
 
-def _answer(judged: JudgedContest, policy: str, i: int, objectives: Sequence[str]) -> dict[str, Any]:
+def _answer(
+    judged: JudgedContest, policy: str, i: int, objectives: Sequence[str], verified: Sequence[str]
+) -> dict[str, Any]:
     contest = judged.contest
+    first = contest.policies[0]
+    is_compared = policy != first and first in contest.rewards and policy in contest.rewards
     score = contest.rewards[policy][i] if policy in contest.rewards else None
     outputs = contest.outputs[policy][i]
     graded = [verdicts for verdicts in judged.verdicts if policy in verdicts.grades]
@@ -182,7 +191,9 @@ def _answer(judged: JudgedContest, policy: str, i: int, objectives: Sequence[str
         ],
         "words": num_words(outputs),
         "score": score,
-        "parts": objective_contributions(score, objectives, policy=policy) if score else [],
+        "parts": margin_contributions(score, contest.rewards[first][i], objectives, verified, policy=policy)
+        if score is not None and is_compared
+        else [],
     }
 
 

@@ -17,7 +17,12 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from pipeline.evaluation.reasons import REASON_PREFIX, TRUSTED_PAIR_ACCURACY, verified_objectives
+from pipeline.evaluation.reasons import (
+    REASON_PREFIX,
+    TRUSTED_PAIR_ACCURACY,
+    named_contributions,
+    verified_objectives,
+)
 from pipeline.objectives.reward_comparison import compare_rewards
 from pipeline.records import Answer, Metrics
 from pipeline.reporting.axis_style import style_axis
@@ -33,7 +38,6 @@ TRUTH_ROWS = {
     "reasons/decisive_accuracy": "named reasons that are the true ones, held out",
 }
 """Metrics that exist where the truth is known -> their labels."""
-UNVERIFIED = "what the model cannot tell apart"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,16 +297,9 @@ def _png(figure: Any) -> str:
 
 
 def _reasons(data: ReportData, base: Answer, aligned: Answer) -> list[tuple[str, float]]:
-    """(verified objective, what it adds to the reward of the aligned answer above that of the base answer).
-
-    The last entry is the sum of the objectives that are not verified, so that all entries add up to the margin. Nothing
-    is told where no objective is verified.
-    """
+    """What each verified objective adds to the reward of the aligned answer above that of the base answer."""
     verified = verified_objectives(data.reward_metrics, data.objectives)
-    contributions = dict(zip(data.objectives, compare_rewards(aligned.score, base.score).contributions, strict=False))
-    told = [(name, value) for name, value in contributions.items() if name in verified]
-    rest = [value for name, value in contributions.items() if name not in verified]
-    return [*told, (UNVERIFIED, sum(rest))] if told and rest else told
+    return named_contributions(compare_rewards(aligned.score, base.score).contributions, data.objectives, verified)
 
 
 def _fidelity_rows(data: ReportData) -> list[tuple[str, str]]:

@@ -16,8 +16,11 @@ Level = Literal["good", "unsure", "bad"]
 OWN_JUDGE = "reward"
 """Prefix of the win rate by the reward model that the policy was trained on."""
 
-JUDGES = {"gold": "the planted truth", OWN_JUDGE: "its own reward model"}
+JUDGES = {"gold": "the planted truth", "judge": "an independent judge", OWN_JUDGE: "its own reward model"}
 """Prefix of a win rate -> who judged, in words; any other prefix is the name of its judge."""
+
+KL_METRICS = ("kl/per_response", "eval/kl")
+"""Nats a response to the start: of the rollouts of PPO, of the held-out responses of a direct alignment."""
 
 FAR_KL = 10.0
 """Nats a response. A policy that far from its start often fools the reward model (docs/LOG.md, over-optimisation)."""
@@ -125,7 +128,8 @@ def reason_findings(reward: Metrics, objectives: Sequence[str]) -> list[Finding]
 def policy_findings(benchmark: Metrics, last_step: Mapping[str, float]) -> list[Finding]:
     """Whether the policy beats its start, by whose judgement, how far it went, and what else may explain it."""
     judges = [key.removesuffix("/win_rate") for key in benchmark if key.endswith("/win_rate")]
-    independent = [judge for judge in judges if judge != OWN_JUDGE]
+    # A judge with a source behind it is the same judge on a part of the prompts.
+    independent = [judge for judge in judges if judge != OWN_JUDGE and "/" not in judge]
     context = _distance(benchmark, last_step)
     findings = [_judged_finding(benchmark, judge, context) for judge in independent]
     own = _win_rate_text(benchmark, OWN_JUDGE)
@@ -181,8 +185,8 @@ def _judged_finding(benchmark: Metrics, judge: str, context: str) -> Finding:
 
 def _side_effects(benchmark: Metrics, last_step: Mapping[str, float]) -> list[Finding]:
     findings = []
-    kl, stopped = last_step.get("kl/per_response", 0.0), last_step.get("response/stopped", 1.0)
-    if kl > FAR_KL:
+    kl, stopped = _kl(last_step), last_step.get("response/stopped", 1.0)
+    if kl is not None and kl > FAR_KL:
         findings.append(
             _unsure(
                 f"The policy is far from its start, {kl:.1f} nats a response: read the samples, and raise "
@@ -204,8 +208,13 @@ def _side_effects(benchmark: Metrics, last_step: Mapping[str, float]) -> list[Fi
 
 
 def _distance(benchmark: Metrics, last_step: Mapping[str, float]) -> str:
-    kl = f"KL {last_step['kl/per_response']:.1f} nats a response, " if "kl/per_response" in last_step else ""
-    return f"{kl}{benchmark['words/base']:.0f} words an answer before and {benchmark['words/aligned']:.0f} after"
+    kl = _kl(last_step)
+    nats = "" if kl is None else f"KL {kl:.1f} nats a response, "
+    return f"{nats}{benchmark['words/base']:.0f} words an answer before and {benchmark['words/aligned']:.0f} after"
+
+
+def _kl(last_step: Mapping[str, float]) -> float | None:
+    return next((last_step[name] for name in KL_METRICS if name in last_step), None)
 
 
 def _win_rate_text(benchmark: Metrics, judge: str) -> str:

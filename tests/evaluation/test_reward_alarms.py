@@ -1,8 +1,15 @@
 """Alarms go off on their side of the threshold, and only where their signals were measured."""
 
-import pytest
+import math
+import re
 
+import pytest
+import torch
+
+from pipeline.config.reward import RewardConfig
 from pipeline.evaluation.reward_alarms import ALARMS, OBJECTIVE_SCORES, alarm_messages, check_alarms
+from pipeline.models.reward_heads import SCALE_SPEED
+from tests.support.learners import collator, reward_trainer, tokenised
 
 HEALTHY = {
     "train/accuracy": 0.80,
@@ -94,6 +101,32 @@ def test_the_letter_gives_the_value_and_the_cure():
     [letter] = alarm_messages(metrics | check_alarms(metrics))
     assert letter.startswith("alarm small_alpha (eval/min_alpha = 0.05): ")
     assert "Raise vrm.alpha_min" in letter
+
+
+def test_every_setting_that_an_advice_names_exists():
+    named = [
+        path
+        for alarm in ALARMS
+        for path in re.findall(r"\b(?:loss|pair_loss|vrm)\.\w+|\bhead_learning_rate\b", alarm.advice)
+    ]
+    assert len(named) >= 10
+    for path in named:
+        setting = RewardConfig()
+        for part in path.split("."):
+            setting = getattr(setting, part)  # an AttributeError names the setting
+
+
+@pytest.mark.parametrize(("tau", "raised"), [(0.01, 1.0), (0.05, 0.0), (40.0, 0.0), (80.0, 1.0)])
+def test_a_head_whose_scale_collapsed_or_exploded_raises_the_alarm_on_held_out_pairs(
+    tau, raised, tiny_policy, world, tokenizer
+):
+    trainer = reward_trainer(tiny_policy, world, tokenizer)
+    with torch.no_grad():
+        trainer.engine.module.head.units.rho.fill_(math.log(tau) / SCALE_SPEED)
+    metrics = trainer.evaluate(collator(world, tokenizer)(tokenised(world, tokenizer, "heldout"), 0))
+    assert metrics["eval/scale"] == pytest.approx(tau, rel=1e-3)
+    assert metrics["alarm/scale"] == raised
+    assert any("vrm.learned_scale=false" in message for message in alarm_messages(metrics)) == bool(raised)
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,9 @@ def test_the_other_models_file_may_name_its_subsets_otherwise():
 def test_the_table_names_what_matters():
     rows = [scored(2, 1, subset="a", lengths=(9, 4)), scored(0, 1, subset="b", prompt="q", lengths=(9, 4))]
     evaluation = evaluate(rows, "pairs", seed=0)
-    table = evaluation_table(evaluation, differences_of(rows, rows, "pairs", seed=0))
+    table = evaluation_table(
+        evaluation, differences_of(rows, rows, "pairs", seed=0), {"reasons/honesty/correlation": 0.5}
+    )
     assert "2 rows of 2 prompts, 4 responses; 0 rows longer than the model reads" in table
     accuracy = next(line for line in table.splitlines() if line.startswith("accuracy "))
     assert accuracy.split() == ["accuracy", "0.500", "[0.000,", "1.000]", "1.000"]  # the last: longer is better

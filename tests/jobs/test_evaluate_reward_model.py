@@ -3,13 +3,17 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from jobs.evaluate_reward_model import evaluate_reward_model, evaluate_reward_model_command
+from pipeline.config.load import load_recipe
 from pipeline.config.reward import VRMHeadConfig
-from pipeline.data.planted import OBJECTIVES
+from pipeline.data.collate import objective_truth
+from pipeline.data.planted import OBJECTIVES, PlantedWorld
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.evaluation.reward_scorer import RewardModelScorer
 from pipeline.models.backbone import load_backbone
@@ -111,6 +115,81 @@ def test_the_numbers_are_those_of_training(tiny_policy, world, tokenizer, pairs,
     assert diagnostics["nll"] == pytest.approx(trained["eval/nll"], abs=1e-5)
     assert diagnostics["mean_abs_margin"] == pytest.approx(trained["eval/margin"], abs=1e-5)
     assert diagnostics["calibration_error"] == pytest.approx(trained["eval/calibration_error"], abs=1e-5)
+
+
+def annotated(world):
+    return [
+        {
+            "prompt": list(p.prompt),
+            "chosen": p.chosen,
+            "rejected": p.rejected,
+            "scores_chosen": dict(p.scores_chosen) | {"wit": 3},  # of no objective of the model
+            "scores_rejected": dict(p.scores_rejected) | {"wit": "N/A"},
+        }
+        for p in world.heldout_pairs()
+    ]
+
+
+def test_reasons_of_annotated_pairs_are_those_of_training(tiny_policy, world, tokenizer, tmp_path):
+    trainer = reward_trainer(tiny_policy, world, tokenizer)
+    collate, heldout = collator(world, tokenizer), tokenised(world, tokenizer, "heldout")
+    for step in range(4):
+        trainer.update(collate(tokenised(world, tokenizer)[:16], step), step)
+    truth = objective_truth(world.gold, [pair.pair for pair in heldout], OBJECTIVES)
+    trained = trainer.evaluate(replace(collate(heldout, 0), truth=truth))
+    trainer.export(str(tmp_path / "model"))
+    file = write(tmp_path / "pairs.jsonl", annotated(world))
+    table = run("--model", tmp_path / "model", "--pairs", file, "--out", tmp_path / "out")
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["accuracy"] == pytest.approx(trained["eval/accuracy"])
+    assert metrics["nll"] == pytest.approx(trained["eval/nll"], abs=1e-5)
+    assert metrics["ece"] == pytest.approx(trained["eval/calibration_error"], abs=1e-5)
+    for name in OBJECTIVES:
+        for measure in ("correlation", "pair_accuracy", "pairs"):
+            key = f"reasons/{name}/{measure}"
+            assert metrics[key] == pytest.approx(trained[key], abs=1e-5), key
+    assert metrics["reasons/collinearity"] == pytest.approx(trained["reasons/collinearity"], abs=1e-5)
+    assert "reasons/honesty/pair_accuracy" in table
+    assert not [name for name in metrics if "/wit/" in name or "weight_correlation" in name]
+
+
+def test_held_out_pairs_of_a_recipe_are_held_against_the_truth_too(models, tmp_path):
+    small = ["data.planted.num_train_pairs=8", "data.planted.num_heldout_pairs=40", "data.planted.num_sft_texts=1"]
+    run("--model", models["vrm"], "--out", tmp_path / "out", "--recipe", "experiments_tiny", "seed=3", *small)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (metrics["rows"], metrics["recipe"], metrics["files"]) == (40, "experiments_tiny", {})
+    assert metrics["subsets"]["planted"]["rows"] == 40
+    world = PlantedWorld(load_recipe("experiments_tiny", ["seed=3", *small]).data.planted, OBJECTIVES, 3)
+    scorer = RewardModelScorer.load(models["vrm"], max_tokens_per_batch=4096)
+    pairs = world.heldout_pairs()
+    weights = [score.objective_weights for score in scorer.score([p.prompt for p in pairs], [p.chosen for p in pairs])]
+    planted = [[world.gold.objective_weights(p.prompt)[name] for name in OBJECTIVES] for p in pairs]
+    expected = float(np.corrcoef(np.ravel(weights), np.ravel(planted))[0, 1])
+    assert metrics["reasons/weight_correlation"] == pytest.approx(expected, abs=1e-5)
+    assert metrics["reasons/helpfulness/pairs"] > 30
+    assert "reasons/decisive_pairs" in metrics
+
+
+def test_rows_without_annotations_and_heads_without_scores_have_no_reasons(models, pairs, world, tmp_path):
+    for name, model, rows in (("plain", "vrm", pairs), ("bt", "bt", annotated(world))):
+        out = tmp_path / name
+        run("--model", models[model], "--pairs", write(tmp_path / f"{name}.jsonl", rows), "--out", out)
+        metrics = json.loads((out / "metrics.json").read_text())
+        assert {"accuracy", "nll", "ece"} <= metrics.keys()
+        assert not [key for key in metrics if key.startswith("reasons/")]
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ({"honesty": "good"}, r"line 1, field 'scores_chosen.honesty': 'good' is no finite number"),
+        ([4.0], r"line 1, field 'scores_chosen': \[4.0\] is no mapping from objective to score"),
+    ],
+)
+def test_an_annotation_that_is_no_number_is_named(scores, message, models, pairs, tmp_path):
+    file = write(tmp_path / "pairs.jsonl", [pairs[0] | {"scores_chosen": scores}])
+    with pytest.raises(DataError, match=message):
+        run("--model", models["vrm"], "--pairs", file, "--out", tmp_path / "out")
 
 
 def test_scores_do_not_depend_on_what_shared_a_batch(models, pairs, tmp_path):

@@ -190,7 +190,9 @@ def test_base_and_aligned_are_judged_scored_and_compared_and_every_number_agrees
     options = ["--judgments", *(str(tmp_path / name / "annotations.json") for name in scores)]
     options += ["--scores", str(tmp_path / "gold" / "alpaca_eval.json"), "--questions", str(result / "planted.json")]
     compare_policies(
-        compare_policies_command.options([*map(str, files), *options, "--objectives", "a,b,c,d", "--out", str(page)])
+        compare_policies_command.options(
+            [*map(str, files), *options, "--reward-model", str(reward_model), "--out", str(page)]
+        )
     )
     assert f"{scores['gold']['win_rate']:.2f} ± {scores['gold']['standard_error']:.2f}" in page.read_text()
     contest = build_contest([read_policy_answers(file, read_questions([])) for file in files])

@@ -8,27 +8,21 @@ from pipeline.errors import ConfigError
 from pipeline.models.backbone import kv_bytes_per_token, require_same_tokens
 
 
-def checkpoint_with(tokenizer, tmp_path, *, vocab_size):
-    Qwen3Config(vocab_size=vocab_size).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    return str(tmp_path)
-
-
-def test_a_critic_reads_a_policy_whose_vocabulary_is_its_own_or_longer_by_special_tokens(tmp_path):
+def test_a_critic_reads_a_policy_whose_vocabulary_is_its_own_or_longer_by_special_tokens():
     known, policy = build_tokenizer(), build_tokenizer()
     policy.add_special_tokens({"additional_special_tokens": ["<think>"]})
-    require_same_tokens(policy, checkpoint_with(known, tmp_path, vocab_size=len(policy)))
+    require_same_tokens(policy, known, num_rows=len(policy))
 
 
-def test_a_token_that_is_another_one_or_none_to_the_critic_is_refused(tmp_path):
+def test_a_token_that_is_another_one_or_none_to_the_critic_is_refused():
     policy = build_tokenizer()
     with pytest.raises(ConfigError, match=r"'separate' .* 3 of [\d,]+ are other tokens to it or none .*value_head"):
-        require_same_tokens(policy, checkpoint_with(policy, tmp_path / "a", vocab_size=len(policy) - 3))
+        require_same_tokens(policy, policy, num_rows=len(policy) - 3)
     other = build_tokenizer()
     other.add_special_tokens({"additional_special_tokens": ["<image>"]})
     policy.add_special_tokens({"additional_special_tokens": ["<think>"]})
     with pytest.raises(ConfigError, match=r"1 of [\d,]+ are other tokens .*'<think>'"):
-        require_same_tokens(policy, checkpoint_with(other, tmp_path / "b", vocab_size=len(policy)))
+        require_same_tokens(policy, other, num_rows=len(policy))
 
 
 def test_a_cached_token_is_a_key_and_a_value_in_every_layer_and_key_value_head():

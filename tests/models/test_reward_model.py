@@ -356,7 +356,8 @@ def test_weights_of_one_decoder_are_refused_under_the_card_of_another(tiny_polic
 def test_a_checkpoint_of_another_architecture_is_refused(tiny_policy, tokenizer, tmp_path):
     saved(vrm(tiny_policy), tokenizer, card(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3, "layer_types": None}))
+    config["backbone"] |= {"num_hidden_layers": 3, "layer_types": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="does not fit the architecture"):
         load_reward_model(str(tmp_path))
 

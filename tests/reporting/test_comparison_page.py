@@ -14,7 +14,9 @@ from pipeline.benchmark.policy_comparison.verdicts import (
 )
 from pipeline.benchmark.policy_comparison.win_matrix import difference_over_shared_opponent
 from pipeline.benchmark.scored_answers import write_scored_answers
+from pipeline.config.reward import VRMHeadConfig
 from pipeline.errors import DataError
+from pipeline.models.reward_model_card import CARD_FILE, RewardModelCard
 from pipeline.records import Answer
 from pipeline.reporting.comparison_page import comparison_page, judged_contests, prompt_orders
 from tests.benchmark.policy_comparison.policies import (
@@ -78,13 +80,14 @@ def test_two_that_only_met_a_third_are_compared_over_it_prompt_by_prompt():
 
 def test_the_page_fetches_nothing_and_answers_cannot_run_in_it():
     hostile = answers_of("hostile", [0.0] * 4, output="<script>alert('x')</script><img src=http://elsewhere/a.png>")
-    page = page_of(build_contest([BASE, hostile]), objectives=("helpfulness", "honesty"))
+    names = ("helpfulness", "honesty")
+    page = page_of(build_contest([BASE, hostile]), objectives=names, verified=names)
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert" in page
     assert page.count("<script>") == 1
     assert not any(f'{attribute}="http' in page for attribute in ("src", "href"))
-    assert "helpfulness 0.25 × 1.00 = +0.25" in page
-    assert "honesty 0.75 × 1.00 = +0.75" in page
+    # Rewards 0 against 1: an objective is told by what it adds above the first policy's answer, never by itself.
+    assert page.count("helpfulness -0.25") == page.count("honesty -0.75") == 4
 
 
 def test_answers_that_nobody_scored_can_be_read_and_judged():
@@ -102,7 +105,7 @@ def test_a_policy_without_rewards_among_others_is_named():
 
 
 def test_wrong_names_of_objectives_are_refused():
-    with pytest.raises(DataError, match="1 objectives are named, 'base' was scored on 2"):
+    with pytest.raises(DataError, match="1 objectives are named, 'aligned' was scored on 2"):
         page_of(TWO, objectives=("helpfulness",))
 
 
@@ -121,6 +124,26 @@ def test_the_job_reads_what_the_benchmark_wrote(tmp_path, monkeypatch, capsys):
     compare_policies.compare_policies_command()
     assert "75.0" in out.read_text()
     assert str(out) in capsys.readouterr().out
+    assert "is made of" not in out.read_text()  # without the reward model nobody knows what its objectives are
+
+    card = RewardModelCard(
+        head="gate",
+        vrm=VRMHeadConfig(),
+        objectives=("helpfulness", "honesty"),
+        max_length=64,
+        score_mean=(),
+        score_std=(),
+        reward_mean=0.0,
+        reward_std=1.0,
+        metrics={"reasons/honesty/pair_accuracy": 0.8, "reasons/honesty/pairs": 100.0},
+    )
+    (tmp_path / CARD_FILE).write_text(card.model_dump_json())
+    monkeypatch.setattr("sys.argv", ["compare_policies", *files, "--out", str(out), "--reward-model", str(tmp_path)])
+    compare_policies.compare_policies_command()
+    # Rewards 2 and 1 against 1 and 1, at weights 1/4 and 3/4; helpfulness is not verified.
+    assert "honesty +0.75" in out.read_text()
+    assert "what the model cannot tell apart +0.25" in out.read_text()
+    assert "<td>+0.375</td><td>+0.125</td>" in out.read_text()
 
     (tmp_path / "bare.json").write_text(json.dumps([{"instruction": "p", "generator": "y"}]))
     monkeypatch.setattr("sys.argv", ["compare_policies", files[0], str(tmp_path / "bare.json"), "--out", str(out)])

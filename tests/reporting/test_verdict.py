@@ -167,11 +167,13 @@ def test_an_independent_judge_decides_whether_the_policy_improved(gold, own, lev
     assert words in findings[-1].text
 
 
-def test_a_judge_that_is_no_planted_truth_is_called_by_its_name():
-    other = {"another reward model/win_rate": 0.6, "another reward model/low": 0.53, "another reward model/high": 0.67}
-    level, text = only(policy_findings(OWN | other, LAST_STEP))
+def test_other_judges_are_called_by_their_names_and_parts_of_the_prompts_are_no_judges():
+    judged = {"judge/win_rate": 0.6, "judge/low": 0.53, "judge/high": 0.67, "judge/safety/win_rate": 0.4}
+    level, text = only(policy_findings(OWN | judged, {"eval/kl": 1.25}))
     assert level == "good"
-    assert "by another reward model it wins 60.0% [53.0, 67.0]" in text
+    assert "by an independent judge it wins 60.0% [53.0, 67.0] against its start; KL 1.2 nats" in text
+    named = {"gpt-4/win_rate": 0.6, "gpt-4/low": 0.53, "gpt-4/high": 0.67}
+    assert "by gpt-4 it wins 60.0%" in only(policy_findings(OWN | named, {}))[1]
 
 
 def test_the_reward_model_alone_proves_no_improvement():

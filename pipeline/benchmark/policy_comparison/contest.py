@@ -9,6 +9,8 @@ from typing import NamedTuple
 from pipeline.benchmark.arena_hard.style_control import markdown_counts
 from pipeline.benchmark.policy_comparison.policy_answers import BENCHMARK_TITLES, PolicyAnswers
 from pipeline.errors import DataError
+from pipeline.evaluation.reasons import named_contributions
+from pipeline.objectives.reward_comparison import compare_rewards
 from pipeline.records import Metrics, RewardScore
 
 
@@ -126,27 +128,43 @@ def answer_summaries(contest: Contest) -> dict[str, Metrics]:
     return summaries
 
 
-def objective_contributions(
-    score: RewardScore, objectives: Sequence[str], *, policy: str
-) -> list[tuple[str, float, float]]:
-    """(objective, weight, score), in the order of the objectives; empty where the reward has no objectives.
+def margin_contributions(
+    score: RewardScore, first: RewardScore, objectives: Sequence[str], verified: Sequence[str], *, policy: str
+) -> list[tuple[str, float]]:
+    """`named_contributions` to the reward of one answer minus that of the first policy's to the same prompt.
+
+    Args:
+        objectives: names in the order of the reward model; empty where they are unknown, and nothing is named.
+        verified: those that are reasons.
 
     Raises:
         DataError: the number of names differs from the number of scores. Names the policy.
     """
-    weights, scores = score.objective_weights, score.objective_scores
-    names = objectives or [f"objective {k + 1}" for k in range(len(scores))]
-    if scores and len(names) != len(scores):
-        raise DataError(f"{len(names)} objectives are named, {policy!r} was scored on {len(scores)}.")
-    return [(name, w, s) for name, w, s in zip(names, weights, scores, strict=False)]
+    scores = score.objective_scores
+    if not objectives or not scores:
+        return []
+    if len(objectives) != len(scores):
+        raise DataError(f"{len(objectives)} objectives are named, {policy!r} was scored on {len(scores)}.")
+    return named_contributions(compare_rewards(score, first).contributions, objectives, verified)
 
 
-def mean_contributions(contest: Contest, objectives: Sequence[str]) -> dict[str, list[tuple[str, float]]]:
-    """Policy -> (objective, mean of weight x score over its answers); the values add up to its mean reward."""
-    means = {}
-    for policy, rewards in contest.rewards.items():
-        parts = [objective_contributions(score, objectives, policy=policy) for score in rewards]
-        means[policy] = [(column[0][0], mean([w * s for _, w, s in column])) for column in zip(*parts, strict=True)]
+def mean_contributions(
+    contest: Contest, objectives: Sequence[str], verified: Sequence[str]
+) -> dict[str, list[tuple[str, float]]]:
+    """Policy after the first -> (verified objective, mean of what it adds to the reward above the first policy's).
+
+    The values add up to the difference of the mean rewards.
+    """
+    first, *others = contest.policies
+    means: dict[str, list[tuple[str, float]]] = {}
+    if first not in contest.rewards:
+        return means
+    for policy in (name for name in others if name in contest.rewards):
+        parts = [
+            margin_contributions(score, other, objectives, verified, policy=policy)
+            for score, other in zip(contest.rewards[policy], contest.rewards[first], strict=True)
+        ]
+        means[policy] = [(column[0][0], mean([value for _, value in column])) for column in zip(*parts, strict=True)]
     return means
 
 

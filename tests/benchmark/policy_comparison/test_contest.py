@@ -8,6 +8,7 @@ from pipeline.benchmark.policy_comparison.contest import (
     mean_contributions,
 )
 from pipeline.errors import DataError
+from pipeline.evaluation.reasons import UNVERIFIED
 from tests.benchmark.policy_comparison.policies import ALIGNED, BASE, TWO, answers_of
 
 
@@ -17,9 +18,19 @@ def test_reward_length_and_style_are_means_over_answers():
     assert (summary["words"], summary["headers"], summary["list_items"], summary["bold"]) == (6, 1, 2, 1)
 
 
-def test_mean_contributions_add_up_to_the_mean_reward():
-    parts = mean_contributions(TWO, ("helpfulness", "honesty"))["aligned"]
-    assert parts == [("helpfulness", 0.25 * 1.5), ("honesty", 0.75 * 1.5)]
+def test_mean_contributions_add_up_to_the_difference_of_the_mean_rewards():
+    objectives = ("helpfulness", "honesty")
+    # Mean rewards 1.5 and 1 of the first policy.
+    assert mean_contributions(TWO, objectives, objectives) == {
+        "aligned": [("helpfulness", 0.25 * 0.5), ("honesty", 0.75 * 0.5)]
+    }
+    assert mean_contributions(TWO, objectives, ("honesty",)) == {
+        "aligned": [("honesty", 0.75 * 0.5), (UNVERIFIED, 0.25 * 0.5)]
+    }
+    assert mean_contributions(TWO, objectives, ()) == {"aligned": []}  # nothing verified, nothing named
+    assert mean_contributions(TWO, (), ()) == {"aligned": []}
+    bare_first = build_contest([answers_of("bare", []), ALIGNED])
+    assert mean_contributions(bare_first, objectives, objectives) == {}
 
 
 def test_only_prompts_that_all_answered_are_compared_and_the_others_counted():
