@@ -13,12 +13,12 @@ import argparse
 import json
 import os
 import time
-from collections import Counter
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
 
 from jobs.command_line import Command, add_overrides, add_recipe
+from pipeline.config.data import DataConfig, SourceConfig
 from pipeline.config.load import load_recipe
 from pipeline.config.recipe import Recipe
 from pipeline.data.recipe_files import check_data, pair_file
@@ -30,9 +30,8 @@ from pipeline.stages.fingerprint import directory_fingerprint
 from pipeline.stages.metrics_log import as_clock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
-    from pipeline.data.preferences import LeftOut
     from pipeline.models.reward_model_card import RewardModelCard
     from pipeline.records import PreferencePair
 
@@ -82,7 +81,8 @@ def check_pairs(options: argparse.Namespace, recipe: Recipe | None, card: Reward
     """
     if recipe is None:
         for file in (*options.train, *options.heldout):
-            pair_file(file, options.format or "pairs", card.objectives).look_at()
+            source = SourceConfig(name="pairs", path=file, format=options.format or "pairs")
+            pair_file(file, source, card.objectives).look_at()
         return
     if card.objectives not in (recipe.objectives, recipe.factor_names):
         raise ConfigError(
@@ -94,27 +94,29 @@ def check_pairs(options: argparse.Namespace, recipe: Recipe | None, card: Reward
 
 def load_pairs(
     options: argparse.Namespace, recipe: Recipe | None, card: RewardModelCard
-) -> tuple[Sequence[PreferencePair], Sequence[PreferencePair], Mapping[LeftOut, int]]:
-    """(training pairs, held-out pairs, comparisons of the files that gave no pair by reason)."""
-    from pipeline.config.data import DataConfig
-    from pipeline.data.preferences import read_pairs
+) -> tuple[Sequence[PreferencePair], Sequence[PreferencePair], Sequence[str]]:
+    """(training pairs, held-out pairs, a sentence about every source)."""
     from pipeline.data.run_data import load_data
+    from pipeline.data.sources import read_source
 
     if recipe is None:
         train, heldout = (
-            read_pairs(
-                files,
-                options.format or "pairs",
-                card.objectives,
-                hub=False,
-                seed=options.seed,
-                max_left_out=DataConfig().max_left_out,
-            )
-            for files in (options.train, options.heldout)
+            [
+                read_source(
+                    SourceConfig(name=f"{side}_{number}", path=file, format=options.format or "pairs"),
+                    file,
+                    card.objectives,
+                    seed=options.seed,
+                    max_left_out=DataConfig().max_left_out,
+                )
+                for number, file in enumerate(files, start=1)
+            ]
+            for side, files in (("train", options.train), ("heldout", options.heldout))
         )
-        return train.pairs, heldout.pairs, Counter(train.left_out) + Counter(heldout.left_out)
+        training, tested = ([pair for source in side for pair in source.pairs] for side in (train, heldout))
+        return training, tested, [source.note() for source in (*train, *heldout)]
     data = load_data(recipe)
-    return data.train_pairs, data.heldout_pairs, data.left_out
+    return data.train_pairs, data.heldout_pairs, data.source_notes
 
 
 def measure_model(options: argparse.Namespace) -> str:
@@ -127,18 +129,19 @@ def measure_model(options: argparse.Namespace) -> str:
         # torch is imported behind --help, and behind what is wrong with the input.
         import torch
 
-        from pipeline.data.preferences import left_out_counts
-        from pipeline.data.score_statistics import ScoreStatistics
+        from pipeline.data.score_statistics import MixtureStatistics
         from pipeline.evaluation.pac_bayes_measurement import MeasuredPairs, measure_pac_bayes
         from pipeline.evaluation.pac_bayes_report import pac_bayes_text
         from pipeline.evaluation.posterior_risk import posterior_risk
         from pipeline.models.reward_model import load_reward_model
         from pipeline.stages.runner import installed_versions
 
-        training, heldout, left_out = load_pairs(options, recipe, card)
-        ScoreStatistics.of(training, card.objectives).require_scale_of(
-            card.score_mean, card.score_std, place=", ".join(options.train) or f"the data of recipe {options.recipe}"
-        )
+        training, heldout, notes = load_pairs(options, recipe, card)
+        for name, found in MixtureStatistics.of(training, card.objectives).sources.items():
+            known = card.score_statistics.get(name)
+            mean, std = (known.mean, known.std) if known else (card.score_mean, card.score_std)
+            place = f"source {name} of recipe {options.recipe}" if recipe else ", ".join(options.train)
+            found.require_scale_of(mean, std, place=place)
         dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
         model, tokenizer, _ = load_reward_model(directory, dtype=dtype)
         model_fingerprint = directory_fingerprint(directory)
@@ -148,8 +151,8 @@ def measure_model(options: argparse.Namespace) -> str:
         f"and one of the {len(heldout):,} held-out pairs for each of {len(pairs.heldout):,} prompts\n",
         flush=True,
     )
-    if left_out:
-        print(f"left out of the files: {left_out_counts(left_out)}\n", flush=True)
+    for note in notes:
+        print(note, flush=True)
     risk_of = partial(
         posterior_risk,
         model,

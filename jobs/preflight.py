@@ -38,8 +38,9 @@ def check_recipe(recipe: Recipe, *, workspace: str | None = None) -> None:
     started = time.monotonic()
     num_files = check_data(recipe)
     seen, unseen = [f"{num_files} data file{'' if num_files == 1 else 's'}"], []
-    if recipe.data.source == "hub":
-        unseen.append(f"data.preferences = {', '.join(recipe.data.preferences)} (names of the hub)")
+    on_the_hub = [source.hub for source in recipe.data.sources if source.hub is not None]
+    if on_the_hub:
+        unseen.append(f"data.sources of the hub: {', '.join(on_the_hub)}")
     for named in _checkpoints(recipe):
         try:
             reason = check_checkpoint(named.checkpoint)

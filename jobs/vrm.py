@@ -49,6 +49,12 @@ def _status() -> Command:
     return status_command
 
 
+def _preview() -> Command:
+    from jobs.preview_data import preview_command
+
+    return preview_command
+
+
 def _scale() -> Command:
     from jobs.scale_rollouts import scale_rollouts_command
 
@@ -104,6 +110,7 @@ def _recipes() -> Command:
 COMMANDS: Mapping[str, Entry] = {
     "run": Entry(summary="run the whole pipeline on a recipe, or resume it", load=_run),
     "recipes": Entry(summary="list the recipes, and what each needs", load=_recipes),
+    "preview": Entry(summary="show the data of a recipe as its models will see it", load=_preview),
     "status": Entry(summary="show what a workspace holds", load=_status),
     "scale": Entry(summary="give a running job more or fewer rollout workers", load=_scale),
     "serve": Entry(summary="serve a trained reward model over HTTP", load=_serve),

@@ -35,6 +35,7 @@ class PreferencePair:
     scores_chosen: Mapping[str, float] | None
     scores_rejected: Mapping[str, float] | None
     source: str
+    """Name of the recipe's source; "planted" in the planted world."""
     margin: float | None
 
 
@@ -84,6 +85,8 @@ class PreferenceBatch:
     """[2B, K] bool: which scores were annotated."""
     margins: torch.Tensor
     """[B] float32: by how much the chosen response was rated better, on the annotators' scale; NaN where unknown."""
+    sources: tuple[str, ...]
+    """[B] the source of each pair."""
     truth: ObjectiveTruth | None = None
     """Only evaluation reads it, so training batches have none. None also where nobody knows it."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -134,6 +135,7 @@ def _error_message(detail: Any) -> str:
 
 def _nearest(key: str) -> str:
     """What the user may have meant by an unknown key: a like-named neighbour, or the same name elsewhere."""
+    key = _without_positions(key)
     section, _, name = key.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in _siblings(key)}
     near = difflib.get_close_matches(name, siblings, n=1)
@@ -148,7 +150,13 @@ def _nearest(key: str) -> str:
 
 def _siblings(key: str) -> list[str]:
     """All keys with the same parent."""
-    return [k for k in recipe_keys() if k.rpartition(".")[0] == key.rpartition(".")[0]]
+    parent = _without_positions(key.rpartition(".")[0])
+    return [k for k in recipe_keys() if k.rpartition(".")[0] == parent]
+
+
+def _without_positions(key: str) -> str:
+    """All entries of a list have the same settings."""
+    return re.sub(r"\[\d+\]", "", key)
 
 
 def _all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -6,6 +6,7 @@ finished stage.
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -41,6 +42,19 @@ class ExperimentConfig(Frozen):
     def factor_names(self) -> tuple[str, ...]:
         """Names of the K objectives that claim nothing of what they are."""
         return tuple(f"factor {k + 1}" for k in range(len(self.objectives)))
+
+    @model_validator(mode="after")
+    def _sources_annotate_these_objectives(self) -> ExperimentConfig:
+        for i, source in enumerate(self.data.sources):
+            unknown = sorted({*(source.objectives or {}).values()} - {*self.objectives})
+            if unknown:
+                near = difflib.get_close_matches(unknown[0], self.objectives, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ValueError(
+                    f"data.sources[{i}].objectives: source {source.name!r} maps a column to {unknown[0]!r}, which is "
+                    f"no objective of the recipe; its objectives are {', '.join(self.objectives)}.{hint}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _one_reward_weight_an_objective(self) -> ExperimentConfig:

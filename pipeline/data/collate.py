@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.data.batching import stable_seed
 from pipeline.data.chat import encode_prompt, encode_response, fit_prompt, strip_thinking
 from pipeline.data.planted import GoldAnnotator
-from pipeline.data.score_statistics import ScoreStatistics
+from pipeline.data.score_statistics import MixtureStatistics
 from pipeline.data.token_limit import require_enough_fit
 from pipeline.objectives.variational import supervision_scores, supervision_target
 from pipeline.records import Message, ObjectiveTruth, PreferenceBatch, PreferencePair, PromptGroup
@@ -65,8 +65,8 @@ def tokenise_pairs(
 class PairCollator:
     """B tokenised pairs to one batch."""
 
-    statistics: ScoreStatistics
-    """Score statistics of the training split. They standardise the responses' scores (Eq. 13)."""
+    statistics: MixtureStatistics
+    """Score statistics of the training split, by source. They standardise the responses' scores (Eq. 13)."""
     temperature: float
     """tau of the supervision target."""
     seed: int
@@ -75,8 +75,9 @@ class PairCollator:
 
     def __call__(self, pairs: Sequence[TokenisedPair], step: int) -> PreferenceBatch:
         """The batch of a step; (seed, step, position) make each pair's noise seed."""
-        chosen, chosen_mask = self.statistics.standardise([p.pair.scores_chosen for p in pairs])
-        rejected, rejected_mask = self.statistics.standardise([p.pair.scores_rejected for p in pairs])
+        sources = tuple(p.pair.source for p in pairs)
+        chosen, chosen_mask = self.statistics.standardise([p.pair.scores_chosen for p in pairs], sources)
+        rejected, rejected_mask = self.statistics.standardise([p.pair.scores_rejected for p in pairs], sources)
         target, target_mask = supervision_target(
             *supervision_scores(chosen, chosen_mask, rejected, rejected_mask, target_from=self.target_from),
             temperature=self.temperature,
@@ -89,6 +90,7 @@ class PairCollator:
             scores=torch.cat([chosen, rejected]),
             score_mask=torch.cat([chosen_mask, rejected_mask]),
             margins=torch.tensor([math.nan if p.pair.margin is None else p.pair.margin for p in pairs]),
+            sources=sources,
         )
 
 

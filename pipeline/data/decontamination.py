@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from pipeline.data.files import Row, read_rows
 from pipeline.data.preferences import normalised_prompt
@@ -58,6 +58,15 @@ class FileContamination:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceContamination:
+    """How much of one source of training prompts is in the evaluation files. Repeated prompts count each time."""
+
+    prompts: int
+    exact: int
+    overlapping: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Contamination:
     """What a training run logs of its data and its evaluation files."""
 
@@ -67,9 +76,11 @@ class Contamination:
     training_overlapping: int
     """Training prompts that are not, but share 13 words in a row with one."""
     files: tuple[FileContamination, ...]
+    sources: Mapping[str, SourceContamination]
+    """The same counts for every source of training prompts."""
 
     def metrics(self) -> Metrics:
-        """The counts, named by file."""
+        """The counts, named by file and by source."""
         counts = {
             "contamination/training_prompts": float(self.training_prompts),
             "contamination/training_exact": float(self.training_exact),
@@ -79,6 +90,9 @@ class Contamination:
             counts[f"contamination/{file.file}/prompts"] = float(file.prompts)
             counts[f"contamination/{file.file}/exact"] = float(file.exact)
             counts[f"contamination/{file.file}/overlapping"] = float(file.overlapping)
+        for name, source in self.sources.items():
+            for kind, count in asdict(source).items():
+                counts[f"contamination/source/{name}/{kind}"] = float(count)
         return counts
 
 
@@ -129,28 +143,35 @@ class EvaluationPrompts:
 
 
 def find_contamination(
-    training: Iterable[tuple[str, Sequence[Message]]], evaluation: EvaluationPrompts
+    training: Iterable[tuple[str, str, Sequence[Message]]], evaluation: EvaluationPrompts
 ) -> Contamination:
-    """Streams (id, messages) of every training prompt past the evaluation prompts (docs/method.md section 8)."""
+    """Streams (source, id, messages) of every training prompt past the evaluation prompts.
+
+    See docs/method.md section 8.
+    """
     exact: dict[int, SharedPrompt] = {}
     overlapping: dict[int, SharedPrompt] = {}
-    training_prompts = training_exact = training_overlapping = 0
-    for identity, messages in training:
+    prompts, same_prompts, similar_prompts = Counter[str](), Counter[str](), Counter[str]()
+    for source, identity, messages in training:
         text = _text(messages)
         same, similar = evaluation.exact(text), evaluation.overlapping(text)
-        training_prompts += 1
-        training_exact += bool(same)
-        training_overlapping += bool(similar) and not same
+        prompts[source] += 1
+        same_prompts[source] += bool(same)
+        similar_prompts[source] += bool(similar) and not same
         for matches, found in ((same, exact), (similar, overlapping)):
             for position, shared in matches.items():
                 if position not in found:
                     place = evaluation.prompts[position].place
                     found[position] = SharedPrompt(evaluation=place, training_id=identity, shared=shared)
     return Contamination(
-        training_prompts=training_prompts,
-        training_exact=training_exact,
-        training_overlapping=training_overlapping,
+        training_prompts=prompts.total(),
+        training_exact=same_prompts.total(),
+        training_overlapping=similar_prompts.total(),
         files=tuple(_of_file(file, evaluation, exact, overlapping) for file in evaluation.files),
+        sources={
+            name: SourceContamination(prompts=count, exact=same_prompts[name], overlapping=similar_prompts[name])
+            for name, count in prompts.items()
+        },
     )
 
 

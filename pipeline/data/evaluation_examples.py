@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 from pipeline.data.files import Row, read_rows, require_distinct_files
@@ -25,6 +26,8 @@ class EvaluationExample:
 
     id: str
     subset: str
+    source: str
+    """Its `source`, or the name of its file where the row has none."""
     place: str
     """"<file>, line <n>": what an error message needs."""
     prompt: tuple[Message, ...]
@@ -75,7 +78,7 @@ def read_examples(
     require_distinct_files(files)
     for file in files:
         for row in read_rows(file):
-            example = _example(row, subset_field)
+            example = _example(row, subset_field, PurePath(file).stem)
             fault = fault_of(example.chosen, example.rejected)
             if fault is None:
                 yield example
@@ -89,6 +92,7 @@ def examples_of_pairs(pairs: Iterable[PreferencePair]) -> list[EvaluationExample
         EvaluationExample(
             id=pair.id,
             subset=pair.source,
+            source=pair.source,
             place=f"pair {pair.id!r} of {pair.source}",
             prompt=pair.prompt,
             chosen=(pair.chosen,),
@@ -101,7 +105,8 @@ def examples_of_pairs(pairs: Iterable[PreferencePair]) -> list[EvaluationExample
     ]
 
 
-def _example(row: Row, subset_field: str | None) -> EvaluationExample:
+def _example(row: Row, subset_field: str | None, file: str) -> EvaluationExample:
+    source = row.values.get("source")
     score = row.values.get("score_chosen")
     chosen, chosen_prompt = _responses(row, "chosen")
     rejected, rejected_prompt = _responses(row, "rejected")
@@ -113,6 +118,7 @@ def _example(row: Row, subset_field: str | None) -> EvaluationExample:
     return EvaluationExample(
         id=row.identity,
         subset=_subset(row, subset_field),
+        source=source if isinstance(source, str) and source.strip() else file,
         place=row.place,
         prompt=with_columns_beside(row, "chosen", chosen_prompt) if chosen_prompt else prompt_of(row, ("prompt",)),
         chosen=chosen,

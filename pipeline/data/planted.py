@@ -175,7 +175,7 @@ class GoldAnnotator:
         if text not in self._prompts:
             raise DataError(
                 f"the gold annotator does not know the prompt {text!r:.80}: it is not of the planted world. "
-                "Leave benchmark.prompts empty, or set data.source to your own data."
+                "Leave benchmark.prompts empty, or set data.sources to your own data."
             )
         return self._prompts[text]
 
@@ -187,7 +187,7 @@ class PlantedWorld:
         if tuple(objectives) != OBJECTIVES:
             raise ConfigError(
                 f"objectives = {tuple(objectives)}: the planted world has {OBJECTIVES}, in this order. "
-                "Set objectives to these, or data.source to your own data."
+                "Set objectives to these, or data.sources to your own data."
             )
         prompts = _all_prompts()
         wanted = config.num_heldout_prompts + config.num_train_prompts

@@ -6,7 +6,6 @@ import difflib
 import math
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -16,10 +15,10 @@ import numpy as np
 
 from pipeline.data.batching import stable_seed
 from pipeline.data.chat import strip_thinking
-from pipeline.data.files import Row, distinct, read_hub_rows, read_rows, require_distinct_files
+from pipeline.data.files import Row
 from pipeline.data.prompts import parse_messages, prompt_of, split_conversation, with_columns_beside
 from pipeline.errors import DataError
-from pipeline.records import Message, PreferencePair
+from pipeline.records import Message, Metrics, PreferencePair
 
 INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
@@ -44,13 +43,64 @@ FAULTS = {LeftOut.EMPTY, LeftOut.IDENTICAL, LeftOut.OTHER_PROMPT, LeftOut.ALONE}
 """What no annotator meant. Many of them say that the file is read as something else than it is."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PairsRead:
-    """What the files of a run hold."""
+LEFT_OUT_PREFIX = "data/left_out/"
 
-    pairs: list[PreferencePair]
-    left_out: Mapping[LeftOut, int]
-    """Comparisons that gave no pair, by reason."""
+PREFERRED = "preferred"
+"""The annotation column that every format has: 1 for the chosen response, 0 for the rejected one."""
+
+
+class AnnotationColumns:
+    """The annotation columns of one source: which objective each one is, and which its rows have."""
+
+    def __init__(self, source: str, objective_of: Mapping[str, str], *, refuse_others: bool) -> None:
+        """
+        Args:
+            source: name of the source.
+            objective_of: column -> objective, of the columns to read.
+            refuse_others: in the project's own schema, another column is a mistake.
+        """
+        self.source = source
+        self.objective_of = objective_of
+        self.refuse_others = refuse_others
+        self.found: dict[str, None] = {}
+        """Columns that a row had, in the order of their appearance."""
+
+    @classmethod
+    def of(cls, source: str, given: Mapping[str, str] | None, objectives: Sequence[str]) -> AnnotationColumns:
+        """The columns of a source's map; without a map, the columns that are named as an objective."""
+        if given is None:
+            return cls(source, {objective: objective for objective in objectives}, refuse_others=True)
+        return cls(source, given, refuse_others=False)
+
+    def scores(
+        self, row: Row, field: str, values: Mapping[str, Any], *, low: float = 0.0, high: float = 10.0
+    ) -> dict[str, float]:
+        """Objective -> score, of the columns that are annotated. "N/A" and null mean: not annotated."""
+        self.found.update(dict.fromkeys(values))
+        return {
+            objective: _number(row, f"{field}.{column}", values[column], low, high)
+            for column, objective in self.objective_of.items()
+            if not _is_missing(values.get(column))
+        }
+
+    def require_all(self, place: str) -> None:
+        """Raises where no row has a column of the map.
+
+        Raises:
+            DataError: names the columns that were found.
+        """
+        if missing := self.missing():
+            raise DataError(f"{place}: {missing}")
+
+    def missing(self) -> str:
+        """A sentence about the first column that no row has; empty where there is none."""
+        missing = [column for column in self.objective_of if column not in {*self.found, PREFERRED}]
+        if not missing:
+            return ""
+        near = difflib.get_close_matches(missing[0], self.found, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        found = ", ".join([*self.found, PREFERRED])
+        return f"no row has the annotation column {missing[0]!r}. The columns found are {found}.{hint}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,48 +111,23 @@ class Annotated:
     scores: Mapping[str, float]
     overall: float
     """What orders the responses of a prompt, on the annotators' scale."""
-
-
-def read_pairs(
-    sources: Sequence[str], data_format: str, objectives: Sequence[str], *, hub: bool, seed: int, max_left_out: float
-) -> PairsRead:
-    """Reads every source and maps it to pairs. Pairs with an empty response, or twice the same, are left out.
-
-    Args:
-        sources: files or directories, or hub data sets when `hub`.
-        data_format: a key of `ADAPTERS`.
-        objectives: the K objectives of the run, in order.
-        seed: decides ties and the choice of the rejected response.
-        max_left_out: share of the comparisons that may be left out for one of `FAULTS`.
-
-    Raises:
-        DataError: names file, line and field; or no pair is left, or too many are left out.
-    """
-    adapt = ADAPTERS[data_format]
-    if not hub:
-        require_distinct_files(sources)
-    pairs: list[PreferencePair] = []
-    left_out: Counter[LeftOut] = Counter()
-    for source in sources:
-        for read in adapt(_rows(source, hub), tuple(objectives), seed):
-            outcome = read if isinstance(read, LeftOut) else fault_of([read.chosen], [read.rejected]) or read
-            if isinstance(outcome, LeftOut):
-                left_out[outcome] += 1
-            else:
-                pairs.append(outcome)
-    _require_enough(pairs, left_out, sources, max_left_out)
-    # Publishers give one id to all pairs of a prompt, or one to all rows. What follows from an id, such as a flipped
-    # label, must not be the same for all of them.
-    identities = distinct(pair.id for pair in pairs)
-    return PairsRead(
-        pairs=[replace(pair, id=identity) for pair, identity in zip(pairs, identities, strict=True)], left_out=left_out
-    )
+    fives: int = 0
+    """How many of UltraFeedback's ratings are the best one."""
 
 
 def left_out_counts(left_out: Mapping[LeftOut, int]) -> str:
     """The reasons with their counts, the most frequent first."""
     ordered = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{count} with {reason}" for reason, count in ordered)
+
+
+def left_out_metrics(left_out: Mapping[str, Mapping[LeftOut, int]]) -> Metrics:
+    """`data/left_out/<source>/<reason>`, from the counts by source and reason."""
+    return {
+        f"{LEFT_OUT_PREFIX}{source}/{reason.replace(' ', '_')}": float(count)
+        for source, counts in left_out.items()
+        for reason, count in counts.items()
+    }
 
 
 def fault_of(chosen: Sequence[str], rejected: Sequence[str]) -> LeftOut | None:
@@ -114,16 +139,6 @@ def fault_of(chosen: Sequence[str], rejected: Sequence[str]) -> LeftOut | None:
     if "" in better | worse:
         return LeftOut.EMPTY
     return LeftOut.IDENTICAL if better & worse else None
-
-
-def _require_enough(
-    pairs: Sequence[PreferencePair], left_out: Mapping[LeftOut, int], sources: Sequence[str], max_left_out: float
-) -> None:
-    names = ", ".join(sources) or "data.preferences = ()"
-    if not pairs:
-        counts = f"; left out: {left_out_counts(left_out)}" if left_out else ""
-        raise DataError(f"no preference pair in {names}{counts}")
-    require_few_faults(len(pairs), left_out, names, max_left_out, setting="data.max_left_out")
 
 
 def require_few_faults(
@@ -145,26 +160,6 @@ def require_few_faults(
             f"{names}: {num_faults} of {num_read} comparisons cannot be used ({left_out_counts(faults)}), more than "
             f"{setting} = {max_left_out} allows. Correct the data or its format, or raise the setting."
         )
-
-
-def split_by_prompt(
-    pairs: Sequence[PreferencePair], heldout_fraction: float, seed: int
-) -> tuple[list[PreferencePair], list[PreferencePair]]:
-    """(training, held-out) pairs; all pairs of one normalised prompt go to one side.
-
-    Raises:
-        DataError: one side is empty.
-    """
-    sides: tuple[list[PreferencePair], list[PreferencePair]] = ([], [])
-    for pair in pairs:
-        draw = stable_seed("split", seed, normalised_prompt(pair.prompt)) / 2**62
-        sides[draw < heldout_fraction].append(pair)
-    if not sides[0] or not sides[1]:
-        raise DataError(
-            f"splitting {len(pairs)} pairs by prompt with data.heldout_fraction = {heldout_fraction} leaves "
-            f"{len(sides[0])} for training and {len(sides[1])} held out. Give more data, or another fraction."
-        )
-    return sides
 
 
 def require_annotations(pairs: Sequence[PreferencePair], *, scores: bool, margins: bool) -> None:
@@ -209,12 +204,23 @@ def normalised_prompt(messages: Sequence[Message]) -> str:
     return " ".join(unicodedata.normalize("NFC", text.lower()).split())
 
 
-def take_pairs(pairs: Sequence[PreferencePair], max_pairs: int | None, seed: int) -> list[PreferencePair]:
-    """At most `max_pairs` of the pairs, chosen by seed, in their original order."""
-    if max_pairs is None or max_pairs >= len(pairs):
+def take_pairs(pairs: Sequence[PreferencePair], count: int, seed: int, *, salt: str) -> list[PreferencePair]:
+    """At most `count` of the pairs, in their order. A pair's content alone decides with the seed whether it is chosen.
+
+    Args:
+        salt: choices with another salt are independent of this one.
+    """
+    if count >= len(pairs):
         return list(pairs)
-    chosen = np.random.default_rng(seed).choice(len(pairs), size=max_pairs, replace=False)
+    draws = [stable_seed("take", salt, seed, *_content(pair)) for pair in pairs]
+    chosen = sorted(range(len(pairs)), key=draws.__getitem__)[:count]
     return [pairs[i] for i in sorted(chosen)]
+
+
+def _content(pair: PreferencePair) -> tuple[str, ...]:
+    scores = [sorted((side or {}).items()) for side in (pair.scores_chosen, pair.scores_rejected)]
+    turns = [(turn["role"], turn["content"]) for turn in pair.prompt]
+    return repr(turns), pair.chosen, pair.rejected, repr((scores, pair.margin))
 
 
 def first_of_each_prompt(pairs: Iterable[PreferencePair]) -> list[PreferencePair]:
@@ -230,7 +236,7 @@ def first_of_each_prompt(pairs: Iterable[PreferencePair]) -> list[PreferencePair
 Adapted = Iterator[PreferencePair | LeftOut]
 
 
-def _from_pairs(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> Adapted:
+def _from_pairs(rows: Iterable[Row], columns: AnnotationColumns, seed: int) -> Adapted:
     """The project's own schema: prompt, chosen, rejected and optionally scores, source, margin, id."""
     for row in rows:
         conversations = _conversations(row)
@@ -244,22 +250,22 @@ def _from_pairs(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> 
             prompt=prompt,
             chosen=chosen,
             rejected=rejected,
-            scores_chosen=_scores(row, "scores_chosen", row.values.get("scores_chosen"), objectives),
-            scores_rejected=_scores(row, "scores_rejected", row.values.get("scores_rejected"), objectives),
-            source=str(row.values.get("source", "pairs")),
+            scores_chosen=_own_scores(row, "scores_chosen", columns),
+            scores_rejected=_own_scores(row, "scores_rejected", columns),
+            source=columns.source,
             margin=None if _is_missing(margin) else _number(row, "margin", margin),
         )
 
 
-def _from_helpsteer2(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> Adapted:
+def _from_helpsteer2(rows: Iterable[Row], columns: AnnotationColumns, seed: int) -> Adapted:
     """HelpSteer2: two responses a prompt; the one with the higher human helpfulness is chosen.
 
     Helpfulness alone decides: complexity and verbosity describe a response and do not praise it, so a weighted sum
     would reward length. Ties and responses without helpfulness are left out.
     Two layouts: one row a prompt with lists `responses` and `labels`, or NVIDIA's one row a response. Scores are 0-4
-    or any smaller unit (0-1 in some copies); do not mix units in one run, statistics are taken over all of it.
+    or any smaller unit (0-1 in some copies); do not mix units in one source, statistics are taken over all of it.
     """
-    for group in _helpsteer2_groups(rows, objectives):
+    for group in _helpsteer2_groups(rows, columns):
         if isinstance(group, LeftOut):
             yield group
             continue
@@ -270,11 +276,11 @@ def _from_helpsteer2(rows: Iterable[Row], objectives: tuple[str, ...], seed: int
             yield LeftOut.TIE
         else:
             chosen, rejected = (first, second) if first.overall > second.overall else (second, first)
-            yield _pair(row, prompt, chosen, rejected, source="helpsteer2")
+            yield _pair(row, prompt, chosen, rejected, source=columns.source)
 
 
 def _helpsteer2_groups(
-    rows: Iterable[Row], objectives: tuple[str, ...]
+    rows: Iterable[Row], columns: AnnotationColumns
 ) -> Iterator[tuple[Row, tuple[Message, ...], tuple[Annotated | None, Annotated | None]] | LeftOut]:
     """Yields row, prompt and both responses; a response is None if its helpfulness is not annotated."""
     waiting: tuple[Any, Annotated | None] | None = None
@@ -286,11 +292,11 @@ def _helpsteer2_groups(
             if not (_is_list(texts, str) and _is_list(labels, Mapping) and len(texts) == len(labels) == 2):
                 raise DataError(f"{row.place}: 'responses' must be a list of two texts, 'labels' of their two ratings")
             first, second = (
-                _helpsteer2_rated(row, text, label, objectives) for text, label in zip(texts, labels, strict=True)
+                _helpsteer2_rated(row, text, label, columns) for text, label in zip(texts, labels, strict=True)
             )
             yield row, messages, (first, second)
             continue
-        rated = _helpsteer2_rated(row, _text(row, "response"), row.values, objectives)
+        rated = _helpsteer2_rated(row, _text(row, "response"), row.values, columns)
         if waiting is not None and waiting[0] == prompt:
             yield row, messages, (waiting[1], rated)
             waiting = None
@@ -324,22 +330,21 @@ def _helpsteer2_turns(messages: tuple[Message, ...], *, place: str) -> tuple[Mes
 
 
 def _helpsteer2_rated(
-    row: Row, response: str, values: Mapping[str, Any], objectives: tuple[str, ...]
+    row: Row, response: str, values: Mapping[str, Any], columns: AnnotationColumns
 ) -> Annotated | None:
-    known = [name for name, value in values.items() if isinstance(value, int | float)]
-    for name in objectives:
-        if name not in values:
-            raise unknown_objective(name, known, row.place)
     if _is_missing(values.get("helpfulness")):
         return None
+    # NVIDIA's rows hold the texts beside the ratings.
+    not_ratings = {"prompt", "response", "id"}
+    labels = {name: value for name, value in values.items() if name not in not_ratings}
     return Annotated(
         response=response,
-        scores=_scores(row, "labels", {name: values[name] for name in objectives}, objectives, high=4.0) or {},
+        scores=columns.scores(row, "labels", labels, high=4.0),
         overall=_number(row, "labels.helpfulness", values["helpfulness"], 0.0, 4.0),
     )
 
 
-def _from_ultrafeedback(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> Adapted:
+def _from_ultrafeedback(rows: Iterable[Row], columns: AnnotationColumns, seed: int) -> Adapted:
     """UltraFeedback, raw (four rated completions a prompt) or binarized (chosen and rejected); one pair a prompt.
 
     Prompts taken from TruthfulQA are left out: they are an evaluation set (docs/method.md section 8).
@@ -349,30 +354,31 @@ def _from_ultrafeedback(rows: Iterable[Row], objectives: tuple[str, ...], seed: 
             yield LeftOut.TRUTHFUL_QA
             continue
         binarized = "chosen" in row.values and "completions" not in row.values
-        yield _binarized_pair(row) if binarized else _pair_of_completions(row, objectives, seed)
+        yield _binarized_pair(row, columns) if binarized else _pair_of_completions(row, columns, seed)
 
 
-def _pair_of_completions(row: Row, objectives: tuple[str, ...], seed: int) -> PreferencePair | LeftOut:
+def _pair_of_completions(row: Row, columns: AnnotationColumns, seed: int) -> PreferencePair | LeftOut:
     """Each completion has `annotations.<objective>.Rating`, "1".."5" or "N/A" (docs/method.md section 8).
 
-    Chosen is the best mean rating (ties: most fives, then by seed), rejected is drawn by seed among the strictly lower.
-    The overall score is not used: some of its upstream values are wrong.
+    Chosen is the best mean rating over the source's columns, or over all where it reads none (ties: most fives, then by
+    seed); rejected is drawn by seed among the strictly lower. The overall score is not used: some of its upstream
+    values are wrong.
     """
     prompt = prompt_of(row, ("instruction",))
     completions = row.values.get("completions")
     if not _is_list(completions, Mapping):
         raise DataError(f"{row.place}, field 'completions': {completions!r:.60} is no list of rated completions")
-    rated = [a for a in (_ultrafeedback_rated(row, c, objectives) for c in completions) if a is not None]
+    rated = [a for a in (_ultrafeedback_rated(row, c, columns) for c in completions) if a is not None]
     if not rated:
         return LeftOut.UNRATED
     rng = np.random.default_rng(stable_seed("ultrafeedback", seed, normalised_prompt(prompt)))
     order = [rated[i] for i in rng.permutation(len(rated))]
-    best = max(order, key=lambda a: (a.overall, list(a.scores.values()).count(5.0)))
+    best = max(order, key=lambda a: (a.overall, a.fives))
     lower = [a for a in order if a.overall < best.overall]
-    return _pair(row, prompt, best, lower[0], source="ultrafeedback") if lower else LeftOut.TIE
+    return _pair(row, prompt, best, lower[0], source=columns.source) if lower else LeftOut.TIE
 
 
-def _ultrafeedback_rated(row: Row, completion: Mapping[str, Any], objectives: tuple[str, ...]) -> Annotated | None:
+def _ultrafeedback_rated(row: Row, completion: Mapping[str, Any], columns: AnnotationColumns) -> Annotated | None:
     """A completion with the mean of its known ratings; None when none is known."""
     response, annotations = completion.get("response"), completion.get("annotations")
     if not isinstance(response, str):
@@ -380,23 +386,23 @@ def _ultrafeedback_rated(row: Row, completion: Mapping[str, Any], objectives: tu
     if not isinstance(annotations, Mapping):
         raise DataError(f"{row.place}: a completion has no field 'annotations'")
     ratings = {}
-    for name in objectives:
-        if name not in annotations:
-            raise unknown_objective(name, list(annotations), row.place)
-        annotation = annotations[name]
+    for name, annotation in annotations.items():
         if annotation is not None and not isinstance(annotation, Mapping):
             raise DataError(f"{row.place}, field 'annotations.{name}': {annotation!r:.60} has no field 'Rating'")
         ratings[name] = annotation.get("Rating") if annotation else None
-    scores = _scores(row, "annotations", ratings, objectives, low=1.0, high=5.0)
-    if scores is None:
+    scores = columns.scores(row, "annotations", ratings, low=1.0, high=5.0)
+    read = [*scores.values()]
+    if not columns.objective_of:
+        read = [_number(row, f"annotations.{k}", v, 1.0, 5.0) for k, v in ratings.items() if not _is_missing(v)]
+    if not read:
         return None
-    return Annotated(response=response, scores=scores, overall=sum(scores.values()) / len(scores))
+    return Annotated(response=response, scores=scores, overall=sum(read) / len(read), fives=read.count(5.0))
 
 
-def _binarized_pair(row: Row) -> PreferencePair | LeftOut:
-    """`chosen` and `rejected` as texts next to a `prompt`, or as conversations; overall scores, no objective scores.
+def _binarized_pair(row: Row, columns: AnnotationColumns) -> PreferencePair | LeftOut:
+    """`chosen` and `rejected` as texts next to a `prompt`, or as conversations, with one overall `score` each.
 
-    Without objective scores nothing supervises the weights. Equal scores are left out.
+    Equal scores are left out.
     """
     conversations = _conversations(row)
     if isinstance(conversations, LeftOut):
@@ -410,10 +416,11 @@ def _binarized_pair(row: Row) -> PreferencePair | LeftOut:
         return LeftOut.TIE
     if margin is not None and margin < 0 and chosen != rejected:
         raise DataError(f"{row.place}: score_chosen = {high} is below score_rejected = {low}")
-    return _unrated_pair(row, prompt, chosen, rejected, margin=margin, source="ultrafeedback")
+    pair = _unrated_pair(row, prompt, chosen, rejected, margin=margin, source=columns.source)
+    return _with_overall_scores(row, pair, high, low, columns)
 
 
-def _from_hh_rlhf(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> Adapted:
+def _from_hh_rlhf(rows: Iterable[Row], columns: AnnotationColumns, seed: int) -> Adapted:
     """HH-RLHF: dialogues of "\\n\\nHuman: ..." and "\\n\\nAssistant: ..." that differ in the last answer.
 
     `chosen` and `rejected` are whole dialogues, as Anthropic publishes them, or the answers next to a `prompt`. A pair
@@ -426,7 +433,8 @@ def _from_hh_rlhf(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -
         if prompt_turns != other_turns:
             yield LeftOut.OTHER_PROMPT
             continue
-        yield _unrated_pair(row, prompt_turns, chosen["content"], rejected["content"], margin=None, source="hh_rlhf")
+        answers = chosen["content"], rejected["content"]
+        yield _unrated_pair(row, prompt_turns, *answers, margin=None, source=columns.source)
 
 
 def _dialogue(row: Row, field: str, prompt: str) -> list[Message]:
@@ -438,12 +446,12 @@ def _dialogue(row: Row, field: str, prompt: str) -> list[Message]:
     if start.strip() or len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise DataError(
             f"{row.place}, field {field!r}: no dialogue of '\\n\\nHuman: ...' and '\\n\\nAssistant: ...' that ends "
-            "with the assistant. For a prompt that is no dialogue use data.preferences_format=pairs."
+            "with the assistant. For a prompt that is no dialogue use the format 'pairs'."
         )
     return messages
 
 
-def _from_webgpt(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> Adapted:
+def _from_webgpt(rows: Iterable[Row], columns: AnnotationColumns, seed: int) -> Adapted:
     """WebGPT comparisons: two answers with preference scores, whose difference is the margin. Ties are left out.
 
     As OpenAI publishes them (`question.full_text`, `answer_0`, `answer_1`, `score_0`, `score_1`), or as `prompt`,
@@ -468,11 +476,12 @@ def _from_webgpt(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) ->
         field = "question" if "question" in row.values else "prompt"
         messages = with_columns_beside(row, field, parse_messages(prompt, place=f"{row.place}, field {field!r}"))
         margin = abs(scores[0] - scores[1])
-        yield _unrated_pair(row, messages, answers[best], answers[1 - best], margin=margin, source="webgpt")
+        pair = _unrated_pair(row, messages, answers[best], answers[1 - best], margin=margin, source=columns.source)
+        yield _with_overall_scores(row, pair, scores[best], scores[1 - best], columns)
 
 
-def _from_pku_saferlhf(rows: Iterable[Row], objectives: tuple[str, ...], seed: int) -> Adapted:
-    """PKU-SafeRLHF: the safer of two responses is chosen. Its score `safety` is 3 - severity, if that is an objective.
+def _from_pku_saferlhf(rows: Iterable[Row], columns: AnnotationColumns, seed: int) -> Adapted:
+    """PKU-SafeRLHF: the safer of two responses is chosen. Columns: `safety`, 3 - severity, and `is_safe`, 0 or 1.
 
     As PKU-Alignment publishes it (`response_0`, `response_1`, `safer_response_id`, `response_0_severity_level`, ...),
     or as `prompt`, `chosen` (the safer) and `rejected`. The publisher's other preference, helpfulness, is not read.
@@ -480,19 +489,28 @@ def _from_pku_saferlhf(rows: Iterable[Row], objectives: tuple[str, ...], seed: i
     for row in rows:
         messages = prompt_of(row, ("prompt",))
         if "safer_response_id" not in row.values:
-            yield _unrated_pair(row, messages, _text(row, "chosen"), _text(row, "rejected"), margin=None, source="pku")
+            texts = _text(row, "chosen"), _text(row, "rejected")
+            yield _unrated_pair(row, messages, *texts, margin=None, source=columns.source)
             continue
         safer = int(_number(row, "safer_response_id", row.values["safer_response_id"], 0.0, 1.0))
-        sides = []
-        for side in (safer, 1 - safer):
-            severity = row.values.get(f"response_{side}_severity_level")
-            rated = "safety" in objectives and not _is_missing(severity)
-            name = f"response_{side}_severity_level"
-            scores = {"safety": 3.0 - _number(row, name, severity, 0.0, 3.0)} if rated else None
-            sides.append((_text(row, f"response_{side}"), scores))
-        (chosen, scores_chosen), (rejected, scores_rejected) = sides
-        pair = _unrated_pair(row, messages, chosen, rejected, margin=None, source="pku")
+        chosen, rejected = (_text(row, f"response_{side}") for side in (safer, 1 - safer))
+        scores_chosen, scores_rejected = (
+            columns.scores(row, f"response_{side}", _pku_annotations(row, side), high=3.0) or None
+            for side in (safer, 1 - safer)
+        )
+        pair = _unrated_pair(row, messages, chosen, rejected, margin=None, source=columns.source)
         yield replace(pair, scores_chosen=scores_chosen, scores_rejected=scores_rejected)
+
+
+def _pku_annotations(row: Row, side: int) -> dict[str, Any]:
+    name = f"response_{side}_severity_level"
+    severity, is_safe = row.values.get(name), row.values.get(f"is_response_{side}_safe")
+    annotations: dict[str, Any] = {}
+    if not _is_missing(severity):
+        annotations["safety"] = 3.0 - _number(row, name, severity, 0.0, 3.0)
+    if isinstance(is_safe, bool):
+        annotations["is_safe"] = float(is_safe)
+    return annotations
 
 
 HELPSTEER2_TURN = re.compile(r"\n?<extra_id_[01]>(\w+)(?:\n|$)")
@@ -500,7 +518,7 @@ HELPSTEER2_ROLES = {"System": "system", "User": "user", "Assistant": "assistant"
 
 DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
 
-ADAPTERS: dict[str, Callable[[Iterable[Row], tuple[str, ...], int], Adapted]] = {
+ADAPTERS: dict[str, Callable[[Iterable[Row], AnnotationColumns, int], Adapted]] = {
     "pairs": _from_pairs,
     "helpsteer2": _from_helpsteer2,
     "ultrafeedback": _from_ultrafeedback,
@@ -513,12 +531,6 @@ ADAPTERS: dict[str, Callable[[Iterable[Row], tuple[str, ...], int], Adapted]] = 
 # ----------------------------------------------------------------------------- fields
 
 
-def _rows(source: str, hub: bool) -> Iterator[Row]:
-    if hub:
-        return read_hub_rows(source, "train", remedy='set data.source to "files"')
-    return read_rows(source)
-
-
 def _pair(
     row: Row, prompt: tuple[Message, ...], chosen: Annotated, rejected: Annotated, *, source: str
 ) -> PreferencePair:
@@ -527,8 +539,8 @@ def _pair(
         prompt=prompt,
         chosen=chosen.response,
         rejected=rejected.response,
-        scores_chosen=chosen.scores,
-        scores_rejected=rejected.scores,
+        scores_chosen=chosen.scores or None,
+        scores_rejected=rejected.scores or None,
         source=source,
         margin=chosen.overall - rejected.overall,
     )
@@ -590,23 +602,28 @@ def _is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.strip().upper() in ("", "N/A"))
 
 
-def _scores(
-    row: Row, field: str, values: Any, objectives: tuple[str, ...], *, low: float = 0.0, high: float = 10.0
-) -> Mapping[str, float] | None:
-    """The known scores among `values`; None when there are none. "N/A" and null mean: not annotated."""
+def _own_scores(row: Row, field: str, columns: AnnotationColumns) -> Mapping[str, float] | None:
+    """The known scores in a field of the project's own schema; None when there are none."""
+    values = row.values.get(field)
     if values is None:
         return None
     if not isinstance(values, Mapping):
         raise DataError(f"{row.place}, field {field!r}: {values!r:.60} is no mapping from objective to score")
-    for name in values:
-        if name not in objectives:
-            raise unknown_objective(name, objectives, f"{row.place}, field {field!r}")
-    scores = {
-        name: _number(row, f"{field}.{name}", values[name], low, high)
-        for name in objectives
-        if not _is_missing(values.get(name))
-    }
-    return scores or None
+    for name in values if columns.refuse_others else ():
+        if name not in columns.objective_of:
+            raise unknown_objective(name, [*columns.objective_of], f"{row.place}, field {field!r}")
+    return columns.scores(row, field, values) or None
+
+
+def _with_overall_scores(
+    row: Row, pair: PreferencePair, chosen: Any, rejected: Any, columns: AnnotationColumns
+) -> PreferencePair:
+    """The pair with its overall scores as the annotation column `score`."""
+    scores_chosen, scores_rejected = (
+        columns.scores(row, "score", {"score": value}, low=-math.inf, high=math.inf) or None
+        for value in (chosen, rejected)
+    )
+    return replace(pair, scores_chosen=scores_chosen, scores_rejected=scores_rejected)
 
 
 def _number(row: Row, field: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:

@@ -7,12 +7,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from pipeline.config.data import DataConfig
+from pipeline.config.data import SourceConfig
 from pipeline.config.recipe import ExperimentConfig
-from pipeline.data.files import Row, first_rows
-from pipeline.data.preferences import ADAPTERS
+from pipeline.data.files import Row, first_rows, require_distinct_files
+from pipeline.data.preferences import ADAPTERS, PREFERRED, AnnotationColumns
 from pipeline.data.prompts import EVALUATION_PROMPT_FIELDS, PROMPT_FIELDS, prompt_of
-from pipeline.errors import ConfigError, DataError
+from pipeline.data.sources import (
+    OVERALL,
+    HeldoutRule,
+    SourceRead,
+    in_their_shares,
+    is_of,
+    read_source,
+    require_known_objectives,
+    require_usable_annotations,
+)
+from pipeline.errors import DataError
 
 DATA_ROOT = "VRM_DATA_ROOT"
 ROWS_LOOKED_AT = 16
@@ -50,38 +60,81 @@ def data_files(experiment: ExperimentConfig) -> Iterator[DataFile]:
         yield DataFile(path=resolve(path), read=partial(_read_prompts, fields=EVALUATION_PROMPT_FIELDS))
     for path in experiment.benchmark.prompts:
         yield DataFile(path=resolve(path), read=partial(_read_prompts, fields=PROMPT_FIELDS))
-    if data.source == "files":
-        for path in data.preferences:
-            yield pair_file(resolve(path), data.preferences_format, experiment.objectives)
+    for source in data.sources:
+        if source.path is not None:
+            yield pair_file(resolve(source.path), source, experiment.objectives)
 
 
 def check_data(experiment: ExperimentConfig) -> int:
     """Looks at the first rows of each file of a run; returns how many files there are.
 
+    Reads the sources to their end where the first rows cannot tell whether they fit the recipe: an annotation column or
+    an objective does not occur in them, or sources claim prompts for training and for evaluation.
+
     Raises:
-        ConfigError: the recipe names no data.
-        DataError: a file cannot be used; names file, line and field.
+        DataError: a file cannot be used, or the sources do not fit the recipe; names file, line and field.
     """
-    require_named_data(experiment.data)
     files = list(data_files(experiment))
     for file in files:
         file.look_at()
+    data = experiment.data
+    if all(source.hub is None for source in data.sources) and not _first_rows_tell(experiment):
+        HeldoutRule.of(read_sources(experiment), data.heldout_fraction, experiment.seed)
     return len(files)
 
 
-def require_named_data(data: DataConfig) -> None:
-    """Raises ConfigError where pairs come from files or from the hub, and none is named."""
-    if data.source != "planted" and not data.preferences:
-        raise ConfigError(f'data.preferences = (): data.source = "{data.source}" needs at least one data set')
+def pair_file(path: str, source: SourceConfig, objectives: Sequence[str]) -> DataFile:
+    """A file of preference pairs."""
+    return DataFile(path=path, read=partial(_read_pairs, source=source, objectives=tuple(objectives)))
 
 
-def pair_file(path: str, data_format: str, objectives: Sequence[str]) -> DataFile:
-    """A file of preference pairs.
+def read_sources(experiment: ExperimentConfig) -> list[SourceRead]:
+    """Reads every source of the recipe and takes its share.
 
-    Args:
-        data_format: a key of `ADAPTERS`.
+    Raises:
+        DataError: a source cannot be used, or an objective is annotated in none; names the place and the cure.
     """
-    return DataFile(path=path, read=partial(_read_pairs, data_format=data_format, objectives=tuple(objectives)))
+    data, seed = experiment.data, experiment.seed
+    # One file may be two sources only where `where` tells their rows apart.
+    for where in {tuple(sorted(source.where.items())) for source in data.sources}:
+        same = [source for source in data.sources if tuple(sorted(source.where.items())) == where]
+        require_distinct_files([resolve(source.path) for source in same if source.path is not None])
+    sources = [
+        read_source(
+            source,
+            source.hub or resolve(str(source.path)),
+            experiment.objectives,
+            seed=seed,
+            max_left_out=data.max_left_out,
+        )
+        for source in data.sources
+    ]
+    require_known_objectives(sources, experiment.objectives)
+    if experiment.reward.loss.score_weight:
+        require_usable_annotations(sources, experiment.reward.loss.score_weight)
+    return in_their_shares(sources, seed)
+
+
+def _first_rows_tell(experiment: ExperimentConfig) -> bool:
+    """Whether the first rows show every annotation column and objective that the recipe asks for."""
+    data = experiment.data
+    if {"train", "heldout"} <= {source.side for source in data.sources}:
+        return False
+    annotated: set[str] = set()
+    columns_seen = False
+    for source in data.sources:
+        rows = [row for row in first_rows(resolve(str(source.path)), ROWS_LOOKED_AT) if is_of(row, source)]
+        if not rows:
+            return False
+        columns = AnnotationColumns.of(source.name, source.objectives, experiment.objectives)
+        _read_pairs(rows, source=source, objectives=experiment.objectives, columns=columns)
+        missing = columns.missing()
+        if missing and (source.objectives is not None or experiment.reward.loss.score_weight):
+            return False
+        seen = {*columns.found, PREFERRED}
+        annotated.update(objective for name, objective in columns.objective_of.items() if name in seen)
+        columns_seen |= source.objectives != {} and bool(columns.found.keys() - OVERALL)
+    return annotated == {*experiment.objectives} or not (annotated or columns_seen)
 
 
 def resolve(path: str) -> str:
@@ -94,6 +147,13 @@ def _read_prompts(rows: Iterable[Row], *, fields: Sequence[str]) -> None:
         prompt_of(row, fields)
 
 
-def _read_pairs(rows: Iterable[Row], *, data_format: str, objectives: tuple[str, ...]) -> None:
-    for _ in ADAPTERS[data_format](rows, objectives, 0):
+def _read_pairs(
+    rows: Iterable[Row],
+    *,
+    source: SourceConfig,
+    objectives: tuple[str, ...],
+    columns: AnnotationColumns | None = None,
+) -> None:
+    columns = columns or AnnotationColumns.of(source.name, source.objectives, objectives)
+    for _ in ADAPTERS[source.format]((row for row in rows if is_of(row, source)), columns, 0):
         pass

@@ -10,13 +10,17 @@ from pipeline.data.batching import stable_seed
 from pipeline.data.decontamination import Contamination, EvaluationPrompts, find_contamination
 from pipeline.data.files import content_fingerprint
 from pipeline.data.planted import GoldAnnotator, PlantedWorld
-from pipeline.data.preferences import LeftOut, normalised_prompt, read_pairs, split_by_prompt, take_pairs
+from pipeline.data.preferences import LeftOut, take_pairs
 from pipeline.data.prompts import read_prompts
-from pipeline.data.recipe_files import data_files, require_named_data, resolve
+from pipeline.data.recipe_files import data_files, read_sources, resolve
+from pipeline.data.sources import HeldoutRule, SourceRead
 from pipeline.errors import DataError
 from pipeline.records import Message, PreferencePair
 
 NamedPrompt = tuple[str, tuple[Message, ...]]
+
+FROM_PROMPT_FILES = "prompts"
+"""How counts call the files of `data.prompts`, among the names of the sources."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +32,10 @@ class RunData:
     train_prompts: Sequence[NamedPrompt]
     heldout_prompts: Sequence[NamedPrompt]
     sft_texts: Sequence[tuple[tuple[Message, ...], str]]
-    left_out: Mapping[LeftOut, int]
-    """Comparisons of the preference files that gave no pair, by reason."""
+    left_out: Mapping[str, Mapping[LeftOut, int]]
+    """Comparisons that gave no pair, by source and reason."""
+    source_notes: Sequence[str]
+    """A sentence or two about every source: how much of it is used, and what was left out."""
     gold: GoldAnnotator | None
     """The truth, where it is known."""
     contamination: Contamination | None
@@ -41,10 +47,9 @@ def load_data(experiment: ExperimentConfig) -> RunData:
     """Reads or makes the data of a run.
 
     Raises:
-        ConfigError: the recipe names no data.
         DataError: a file cannot be used; names file, line and field.
     """
-    data = _planted(experiment) if experiment.data.source == "planted" else _from_files(experiment)
+    data = _planted(experiment) if experiment.data.is_planted else _from_sources(experiment)
     return replace(
         data, train_pairs=with_flipped_labels(data.train_pairs, experiment.data.label_flips, experiment.seed)
     )
@@ -84,38 +89,25 @@ def _planted(experiment: ExperimentConfig) -> RunData:
         heldout_prompts=[(prompt.id, prompt.messages) for prompt in world.heldout_prompts],
         sft_texts=world.sft_texts(),
         left_out={},
+        source_notes=(),
         gold=world.gold,
         contamination=None,
     )
 
 
-def _from_files(experiment: ExperimentConfig) -> RunData:
+def _from_sources(experiment: ExperimentConfig) -> RunData:
     data, seed = experiment.data, experiment.seed
-    require_named_data(data)
-    hub = data.source == "hub"
-    sources = data.preferences if hub else [resolve(path) for path in data.preferences]
-    read = read_pairs(
-        sources,
-        data.preferences_format,
-        experiment.objectives,
-        hub=hub,
-        seed=seed,
-        max_left_out=data.max_left_out,
-    )
-    pairs = read.pairs
-    train_pairs, heldout_pairs = split_by_prompt(take_pairs(pairs, data.max_pairs, seed), data.heldout_fraction, seed)
+    sources = read_sources(experiment)
+    rule = HeldoutRule.of(sources, data.heldout_fraction, seed)
+    train_pairs, heldout_pairs = rule.split(_used_pairs(sources, data.max_pairs, seed))
     # Without prompt files the policy is aligned on the prompts of the pairs; either way the same rule splits them.
-    prompts = (
-        list(read_prompts([resolve(path) for path in data.prompts]))
-        if data.prompts
-        else [(pair.id, pair.prompt) for pair in pairs]
-    )
-    heldout_texts = {normalised_prompt(pair.prompt) for pair in heldout_pairs}
-    sides: tuple[list[NamedPrompt], list[NamedPrompt]] = ([], [])
-    for identity, messages in prompts:
-        text = normalised_prompt(messages)
-        draw = stable_seed("split", seed, text) / 2**62
-        sides[text in heldout_texts or draw < data.heldout_fraction].append((identity, messages))
+    if data.prompts:
+        prompts = [(FROM_PROMPT_FILES, *named) for named in read_prompts([resolve(path) for path in data.prompts])]
+    else:
+        prompts = [(pair.source, pair.id, pair.prompt) for pair in _used_pairs(sources, None, seed)]
+    sides: tuple[list[tuple[str, str, tuple[Message, ...]]], ...] = ([], [])
+    for prompt in prompts:
+        sides[rule.holds_out(prompt[2])].append(prompt)
     if not sides[0] or not sides[1]:
         raise DataError(
             f"splitting {len(prompts)} prompts with data.heldout_fraction = {data.heldout_fraction} leaves "
@@ -125,10 +117,10 @@ def _from_files(experiment: ExperimentConfig) -> RunData:
     files = [resolve(path) for path in _evaluation_files(experiment)]
     if files:
         evaluation = EvaluationPrompts(files)
-        training = [*((pair.id, pair.prompt) for pair in train_pairs), *sides[0]]
+        training = [*((pair.source, pair.id, pair.prompt) for pair in train_pairs), *sides[0]]
         contamination = find_contamination(training, evaluation)
         train_pairs = [pair for pair in train_pairs if not evaluation.holds(pair.prompt)]
-        sides[0][:] = [named for named in sides[0] if not evaluation.holds(named[1])]
+        sides[0][:] = [prompt for prompt in sides[0] if not evaluation.holds(prompt[2])]
         if not train_pairs or not sides[0]:
             raise DataError(
                 f"every training {'prompt' if train_pairs else 'pair'} stands in an evaluation file "
@@ -137,10 +129,26 @@ def _from_files(experiment: ExperimentConfig) -> RunData:
     return RunData(
         train_pairs=train_pairs,
         heldout_pairs=heldout_pairs,
-        train_prompts=sides[0],
-        heldout_prompts=sides[1],
+        train_prompts=[(identity, messages) for _, identity, messages in sides[0]],
+        heldout_prompts=[(identity, messages) for _, identity, messages in sides[1]],
         sft_texts=[(pair.prompt, pair.chosen) for pair in train_pairs],
-        left_out=read.left_out,
+        left_out={source.name: source.left_out for source in sources},
+        source_notes=[*(source.note() for source in sources), *rule.moved(sources)],
         gold=None,
         contamination=contamination,
     )
+
+
+def _used_pairs(sources: Sequence[SourceRead], max_pairs: int | None, seed: int) -> list[PreferencePair]:
+    """The pairs of all sources. `max_pairs` limits what is trained on: it leaves held-out sources whole."""
+    several = len(sources) > 1
+    trained, heldout = (
+        [
+            replace(pair, id=f"{source.name}/{pair.id}") if several else pair
+            for source in sources
+            if (source.config.side == "heldout") == is_heldout
+            for pair in source.pairs
+        ]
+        for is_heldout in (False, True)
+    )
+    return [*(trained if max_pairs is None else take_pairs(trained, max_pairs, seed, salt="mixture")), *heldout]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,7 +21,7 @@ scale. From 0-4 to 1-10 or 0-100 is farther."""
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreStatistics:
-    """Mean and population standard deviation of each objective over all annotated training responses."""
+    """Mean and population standard deviation of each objective over the annotated training responses of one source."""
 
     objectives: tuple[str, ...]
     mean: tuple[float, ...]
@@ -79,13 +79,92 @@ class ScoreStatistics:
                     "rescale them, or give the data of this model."
                 )
 
-    def standardise(self, scores: Sequence[Mapping[str, float] | None]) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B] score mappings to (s_hat [B, K] float32, mask [B, K] bool); s_hat = (s - mean) / std, 0 where missing."""
+    def completed_by(self, other: ScoreStatistics) -> ScoreStatistics:
+        """These statistics, and those of `other` for objectives without annotations here. `count` stays as it is."""
+        mine = [count > 0 for count in self.count]
+        return replace(
+            self,
+            mean=tuple(a if keep else b for keep, a, b in zip(mine, self.mean, other.mean, strict=True)),
+            std=tuple(a if keep else b for keep, a, b in zip(mine, self.std, other.std, strict=True)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureStatistics:
+    """The statistics of every source: two annotators' scales do not mix."""
+
+    sources: Mapping[str, ScoreStatistics]
+    """Source -> its statistics; at least one."""
+
+    @classmethod
+    def of(
+        cls, pairs: Sequence[PreferencePair], objectives: Sequence[str], *, heldout: Sequence[PreferencePair] = ()
+    ) -> MixtureStatistics:
+        """
+        Args:
+            pairs: the training split.
+            heldout: pairs to standardise as well. They decide only where a source has no annotated training response.
+        """
+        names = dict.fromkeys(pair.source for pair in (*pairs, *heldout))
+        return cls(
+            sources={
+                name: ScoreStatistics.of((p for p in pairs if p.source == name), objectives).completed_by(
+                    ScoreStatistics.of((p for p in heldout if p.source == name), objectives)
+                )
+                for name in names
+            }
+        )
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return next(iter(self.sources.values())).objectives
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether any training response was annotated."""
+        return any(source.has_scores for source in self.sources.values())
+
+    def named(self, objectives: tuple[str, ...]) -> MixtureStatistics:
+        """The same statistics of objectives with other names."""
+        return MixtureStatistics(
+            sources={name: replace(source, objectives=objectives) for name, source in self.sources.items()}
+        )
+
+    @property
+    def scale_sources(self) -> tuple[str, ...]:
+        """[K] for each objective the source with most annotations: its scale is the one that a person is shown."""
+        return tuple(
+            max(self.sources, key=lambda name: self.sources[name].count[k]) for k in range(len(self.objectives))
+        )
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """[K] on the scale of `scale_sources`."""
+        return tuple(self.sources[name].mean[k] for k, name in enumerate(self.scale_sources))
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """[K] on the scale of `scale_sources`."""
+        return tuple(self.sources[name].std[k] for k, name in enumerate(self.scale_sources))
+
+    def standardise(
+        self, scores: Sequence[Mapping[str, float] | None], sources: Sequence[str]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Standardises each row by the statistics of its own source: s_hat = (s - mean) / std, 0 where missing.
+
+        Args:
+            scores: [B] annotated scores of one response a row.
+            sources: [B] its source.
+
+        Returns:
+            s_hat [B, K] float32 and mask [B, K] bool.
+        """
         values = torch.zeros(len(scores), len(self.objectives))
         mask = torch.zeros(len(scores), len(self.objectives), dtype=torch.bool)
-        for b, row in enumerate(scores):
+        for b, (row, source) in enumerate(zip(scores, sources, strict=True)):
             for k, objective in enumerate(self.objectives):
                 if row is not None and objective in row:
-                    values[b, k] = (row[objective] - self.mean[k]) / self.std[k]
+                    of_source = self.sources[source]
+                    values[b, k] = (row[objective] - of_source.mean[k]) / of_source.std[k]
                     mask[b, k] = True
         return values, mask

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from pipeline.data.score_statistics import SMALLEST_STD
 from pipeline.evaluation.reasons import SummedRewards, agreement_with_truth, reason_fidelity, verified_objectives
 from pipeline.records import Metrics, ObjectiveTruth, RewardScore
 
@@ -41,11 +42,13 @@ def annotated_reasons(
     Raises:
         DataError: the truth is to be used, and a prompt is not of the planted world.
     """
+    sources: list[str] = []
     columns = {name: array("d") for name in ("weights", "scores", "annotations", "true_weights", "true_scores")}
     for both, example in zip(scored, examples, strict=True):
         given = (example.scores_chosen, example.scores_rejected)
         if not both[0].objective_scores or not any(name in scores for scores in given for name in objectives):
             continue
+        sources.append(example.source)
         responses = (example.chosen[0], example.rejected[0])
         for score, annotated, response in zip(both, given, responses, strict=True):
             columns["weights"].extend(score.objective_weights)
@@ -60,7 +63,8 @@ def annotated_reasons(
         return {}
     of = {name: _chosen_first(column, len(objectives)) for name, column in columns.items()}
     mask = ~of["annotations"].isnan()
-    metrics = reason_fidelity(of["scores"], of["annotations"].nan_to_num(), mask, objectives)
+    annotations = _standardised_by_source(of["annotations"], mask, sources)
+    metrics = reason_fidelity(of["scores"], annotations, mask, objectives)
     if gold is not None:
         metrics |= agreement_with_truth(
             SummedRewards(weights=of["weights"], scores=of["scores"]),
@@ -69,6 +73,20 @@ def annotated_reasons(
             verified_objectives(metrics, objectives),
         )
     return metrics
+
+
+def _standardised_by_source(annotations: torch.Tensor, mask: torch.Tensor, sources: Sequence[str]) -> torch.Tensor:
+    """[2B, K] annotations in standard deviations of their source, 0 where masked: annotators' scales do not mix."""
+    standardised = torch.zeros_like(annotations)
+    names = np.array([*sources, *sources])
+    for source in dict.fromkeys(sources):
+        rows = torch.from_numpy(names == source)
+        for k in range(annotations.shape[1]):
+            known = rows & mask[:, k]
+            if known.any():
+                own = annotations[known, k]
+                standardised[known, k] = (own - own.mean()) / own.std(correction=0).clamp(min=SMALLEST_STD)
+    return standardised
 
 
 def _chosen_first(column: array[float], num_objectives: int) -> torch.Tensor:

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pipeline.records import Metrics
 
 ALARM_PREFIX = "alarm/"
-OBJECTIVE_SCORES = "data/objective_scores"
-"""Metric: how many objective scores the training pairs have."""
 
 
 @dataclass(frozen=True)
@@ -125,16 +123,16 @@ def check_alarms(metrics: Metrics) -> Metrics:
     return checked | {"eval/alarms": sum(checked.values())}
 
 
-def alarm_messages(metrics: Metrics) -> list[str]:
+def alarm_messages(metrics: Metrics, *, are_pairs_scored: bool) -> list[str]:
     """One line for each alarm raised in `metrics`: its name, its signals and the advice.
 
-    Where `OBJECTIVE_SCORES` is 0, nothing that weighs objective scores is advised.
+    Args:
+        are_pairs_scored: whether any training pair has objective scores.
     """
-    is_scored = metrics.get(OBJECTIVE_SCORES) != 0.0
     return [
         f"alarm {alarm.name} ("
         + ", ".join(f"{signal} = {metrics[signal]:.3g}" for signal in alarm.signals if signal in metrics)
-        + f"): {alarm.advice if is_scored else alarm.unscored_advice or alarm.advice}"
+        + f"): {alarm.advice if are_pairs_scored or alarm.unscored_advice is None else alarm.unscored_advice}"
         for alarm in ALARMS
         if metrics.get(ALARM_PREFIX + alarm.name)
     ]

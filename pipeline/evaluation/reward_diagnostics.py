@@ -19,6 +19,7 @@ from pipeline.evaluation.reasons import (
     verified_objectives,
 )
 from pipeline.evaluation.reward_scorer import reward_scores
+from pipeline.evaluation.source_metrics import source_metrics
 from pipeline.models.reward_heads import RewardOutput
 from pipeline.objectives.preference import bradley_terry_loss, ranked_correctly
 from pipeline.objectives.reward_comparison import compare_rewards
@@ -56,11 +57,11 @@ def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch, objectives:
         objectives: K names.
 
     Returns:
-        Scale and calibration of the reward, its relation to length, and intervals of its accuracy. For a head that
-        predicts annotations, how well its scores agree with them (`_reasons`). For a VRM or gate head, also active
-        units, and the spread and supervision of the objective weights. With a posterior, also the concentration of the
-        weights, the divergence of the least and the most used feature, and the accuracy of one posterior sample. Means
-        are over the batch.
+        Scale and calibration of the reward, its relation to length, the metrics of each source, and intervals of its
+        accuracy. For a head that predicts annotations, how well its scores agree with them (`_reasons`). For a VRM or
+        gate head, also active units, and the spread and supervision of the objective weights. With a posterior, also
+        the concentration of the weights, the divergence of the least and the most used feature, and the accuracy of one
+        posterior sample. Means are over the batch.
     """
     num_pairs = batch.num_pairs
     metrics = {
@@ -68,6 +69,7 @@ def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch, objectives:
         "eval/reward_std": float(output.mean.std(correction=0)),
         "eval/posterior_std": float(output.variance.sqrt().mean()),
         **_margin_metrics(output, batch),
+        **_source_metrics(output, batch),
         **_accuracy_intervals(output, batch),
     }
     if output.alpha.shape[1]:
@@ -163,6 +165,17 @@ def _margin_metrics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
             for name in PAIR_METRICS
             if name in measured and not math.isnan(measured[name])
         }
+    )
+
+
+def _source_metrics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
+    means = output.mean.cpu().numpy()
+    numbers: dict[tuple[int, ...], int] = {}
+    return source_metrics(
+        means[: batch.num_pairs] - means[batch.num_pairs :],
+        np.array([len(chosen) - len(rejected) for chosen, rejected in (p.response_ids for p in batch.pairs)]),
+        [numbers.setdefault(pair.prompt_ids, len(numbers)) for pair in batch.pairs],
+        batch.sources,
     )
 
 

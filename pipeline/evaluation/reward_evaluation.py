@@ -25,6 +25,7 @@ from pipeline.evaluation.rewardbench import (
 )
 from pipeline.evaluation.rm_bench import DOMAINS, rm_bench_scores, style_wins
 from pipeline.evaluation.scored_rows import ScoredRows, key_number
+from pipeline.evaluation.source_metrics import source_metrics, source_results
 from pipeline.evaluation.win_rate import wilson_interval
 from pipeline.records import Metrics
 
@@ -69,6 +70,8 @@ class Evaluation:
     """The same accuracies with the length in characters as the reward."""
     diagnostics: Mapping[str, Estimate]
     """`pair_diagnostics`; empty for lists of responses."""
+    sources: Metrics
+    """`source_metrics`; empty for lists of responses."""
     subsets: Mapping[str, Mapping[str, float]]
     """Subset -> rows, accuracy (ties are wrong) and its 95% Wilson interval, over rows with one chosen response."""
 
@@ -254,6 +257,7 @@ def evaluate(rows: ScoredRows, benchmark: str, *, seed: int) -> Evaluation:
         accuracies=_estimates(accuracies(rows), rows, seed),
         longer_is_better=accuracies(rows.scored_by_length())(np.arange(len(rows))),
         diagnostics=_estimates(_diagnostics(rows), rows, seed) if rows.are_pairs else {},
+        sources=_source_metrics(rows, seed) if rows.are_pairs else {},
         subsets=_subset_table(rows),
     )
 
@@ -313,6 +317,15 @@ def evaluation_table(evaluation: Evaluation, differences: Mapping[str, Estimate]
     if reasons:
         width = max(map(len, reasons))
         lines += ["", *(f"{name:<{width}}{value:>9.3f}" for name, value in reasons.items())]
+    results = source_results(evaluation.sources)
+    if len(results) > 1:
+        lines += ["", f"{'source':<28}{'accuracy':>9}  {'95% interval':<18}{'longer is better':>18}{'rows':>9}"]
+        lines += [
+            f"{source.name:<28}{_estimate(Estimate(value=source.accuracy, low=low, high=high))}"
+            f"{source.longer_is_better:>18.3f}{source.pairs:>9}"
+            for source in results
+            for low, high in [source.accuracy_interval or (math.nan, math.nan)]
+        ]
     if len(evaluation.subsets) > 1:
         lines += ["", f"{'subset':<28}{'accuracy':>9}  {'95% interval':<18}{'rows':>18}"]
         lines += [
@@ -359,6 +372,17 @@ def _diagnostics(rows: ScoredRows) -> Statistic:
         length_gap=(rows.characters[chosen] - rows.characters[rejected]).astype(np.float64),
     )
     return lambda indices: pair_diagnostics(pairs.take(indices))
+
+
+def _source_metrics(rows: ScoredRows, seed: int) -> Metrics:
+    chosen, rejected = rows.first, rows.first_rejected
+    return source_metrics(
+        rows.rewards[chosen] - rows.rewards[rejected],
+        (rows.characters[chosen] - rows.characters[rejected]).astype(np.float64),
+        _groups(rows),
+        rows.sources,
+        seed=seed,
+    )
 
 
 def _subset_means(values: np.ndarray, rows: ScoredRows) -> Callable[[np.ndarray], dict[str, float]]:

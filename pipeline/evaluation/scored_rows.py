@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ class ScoredComparison:
 
     id: str
     subset: str
+    source: str
     content_key: int
     prompt_key: int
     cut: bool
@@ -58,6 +60,8 @@ class ScoredRows:
     """[N] index into `subset_names`."""
     subset_names: tuple[str, ...]
     """The names of the subsets, sorted."""
+    sources: tuple[str, ...]
+    """[N] name of the source of each row."""
     content_key: np.ndarray
     """[N] uint64"""
     prompt_key: np.ndarray
@@ -77,6 +81,7 @@ class ScoredRows:
         content_key, prompt_key = array("Q"), array("Q")
         cut, annotators_tie = array("b"), array("b")
         numbers: dict[str, int] = {}
+        sources: list[str] = []
         ties_ids = {}
         for n, row in enumerate(rows):
             responses = (*row.chosen, *row.rejected)
@@ -86,6 +91,7 @@ class ScoredRows:
             num_responses.append(len(responses))
             margin_std.append(row.margin_std)
             subset.append(numbers.setdefault(row.subset, len(numbers)))
+            sources.append(sys.intern(row.source))
             content_key.append(row.content_key)
             prompt_key.append(row.prompt_key)
             cut.append(row.cut)
@@ -102,6 +108,7 @@ class ScoredRows:
             margin_std=np.asarray(margin_std),
             subset=place[np.asarray(subset)],
             subset_names=tuple(names),
+            sources=tuple(sources),
             content_key=np.asarray(content_key),
             prompt_key=np.asarray(prompt_key),
             cut=np.asarray(cut).astype(bool),
@@ -162,6 +169,7 @@ class ScoredRows:
             num_responses=sizes,
             margin_std=self.margin_std[rows],
             subset=self.subset[rows],
+            sources=tuple(self.sources[row] for row in rows),
             content_key=self.content_key[rows],
             prompt_key=self.prompt_key[rows],
             cut=self.cut[rows],

@@ -26,7 +26,7 @@ from pipeline.records import Message, RewardScore
 ROWS_PER_CHUNK = 128
 """Rows in memory at a time; enough to put rows of similar length into one micro-batch."""
 
-FIELDS = ("id", "subset", "cut", "annotators_tie")
+FIELDS = ("id", "subset", "source", "cut", "annotators_tie")
 
 
 class ComparisonScorer(RewardScorer, Protocol):
@@ -151,8 +151,8 @@ def _skip_scored(rows: Iterator[EvaluationExample], path: Path, scored_by: str) 
 def _is_line_of(line: bytes, row: EvaluationExample, scored_by: str) -> bool:
     try:
         values = json.loads(line)
-        found = [values[name] for name in ("scored_by", "content_key", "id", "subset", "annotators_tie")]
-        return found == [scored_by, row.content_key, row.id, row.subset, row.annotators_tie]
+        found = [values[name] for name in ("scored_by", "content_key", "id", "subset", "source", "annotators_tie")]
+        return found == [scored_by, row.content_key, row.id, row.subset, row.source, row.annotators_tie]
     except (ValueError, KeyError, TypeError):  # not a line of this format
         return False
 
@@ -167,6 +167,7 @@ def _score_chunk(chunk: Sequence[EvaluationExample], scorer: ComparisonScorer, s
         line = {
             "id": row.id,
             "subset": row.subset,
+            "source": row.source,
             "content_key": row.content_key,
             "prompt_key": row.prompt_key,
             "scored_by": scored_by,

@@ -253,10 +253,10 @@ def plan_runs(
     for seed in dict.fromkeys(seeds):
         for variant in experiment.variants:
             loaded = with_native_dtype(load_recipe(recipe, [*overrides, *variant.overrides, f"seed={seed}"]))
-            if experiment.trains == "policy" and loaded.data.source != "planted":
+            if experiment.trains == "policy" and not loaded.data.is_planted:
                 raise ConfigError(
-                    f'data.source = "{loaded.data.source}": this experiment compares the reward with the planted '
-                    'truth, which other data does not have. Leave data.source at "planted".'
+                    "data.sources names real data: this experiment compares the reward with the planted truth, which "
+                    "other data does not have. Leave data.sources empty."
                 )
             identity = config_hash(loaded, data, trains=experiment.trains)
             runs.append(Run(trains=experiment.trains, variant=variant, seed=seed, recipe=loaded, config_hash=identity))

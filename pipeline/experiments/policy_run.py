@@ -58,8 +58,8 @@ def align_and_measure(
     """
     if data.gold is None:
         raise ConfigError(
-            f'data.source = "{experiment.data.source}": the truth is not known, so there is nothing to measure. '
-            'Use data.source = "planted".'
+            "data.sources names real data, of which the truth is not known: there is nothing to measure. Use the "
+            "planted world (data.sources=[])."
         )
     # Prompts that do not fit are found before the alignment, not after it.
     conversations = [prompt.messages for prompt in benchmark_prompts(experiment, data, policy.location)[0]]

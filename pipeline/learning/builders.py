@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from pipeline.config.alignment import AlignmentConfig
 from pipeline.config.reward import RewardConfig
 from pipeline.config.sft import SFTConfig
-from pipeline.data.score_statistics import ScoreStatistics
+from pipeline.data.score_statistics import MixtureStatistics
 from pipeline.learning.engine import TorchEngine, TrainEngine
 from pipeline.learning.parameter_groups import parameter_groups, policy_parameter_groups
 from pipeline.learning.ppo_learner import PPOLearner, frozen_reference, reference_without_adapters
@@ -29,7 +29,7 @@ from pipeline.models.critic import Policy, PolicyWithCritic
 from pipeline.models.lora import add_lora
 from pipeline.models.reward_heads import RewardHead
 from pipeline.models.reward_model import RewardModel, load_reward_model, make_head
-from pipeline.models.reward_model_card import RewardModelCard
+from pipeline.models.reward_model_card import RewardModelCard, SourceScale
 from pipeline.records import PromptGroup
 from pipeline.stages import storage
 
@@ -78,7 +78,7 @@ class RewardTrainerSpec:
     config: RewardConfig
     backbone_uri: str
     """A directory, or a hub name."""
-    statistics: ScoreStatistics
+    statistics: MixtureStatistics
     num_steps: int
     seed: int
 
@@ -133,6 +133,11 @@ def _card_before_training(spec: RewardTrainerSpec) -> RewardModelCard:
         max_length=spec.config.max_length,
         score_mean=spec.statistics.mean,
         score_std=spec.statistics.std,
+        score_scale_of=spec.statistics.scale_sources,
+        score_statistics={
+            name: SourceScale(mean=source.mean, std=source.std, count=source.count)
+            for name, source in spec.statistics.sources.items()
+        },
         reward_mean=0.0,
         reward_std=1.0,
         metrics={},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,10 +15,9 @@ from pipeline.data.collate import PairCollator, TokenisedPair, objective_truth, 
 from pipeline.data.planted import GoldAnnotator
 from pipeline.data.preferences import require_annotations, shared_prompts
 from pipeline.data.run_data import RunData
-from pipeline.data.score_statistics import ScoreStatistics
+from pipeline.data.score_statistics import MixtureStatistics
 from pipeline.evaluation.pair_metrics import longer_is_better
-from pipeline.evaluation.reward_alarms import OBJECTIVE_SCORES
-from pipeline.records import Metrics, PreferenceBatch
+from pipeline.records import Metrics, PreferenceBatch, PreferencePair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class RewardData:
 
     pairs: Sequence[TokenisedPair]
     heldout_pairs: Sequence[TokenisedPair]
-    statistics: ScoreStatistics
+    statistics: MixtureStatistics
     collate: PairCollator
     batch_pairs: int
     num_steps: int
@@ -51,15 +51,20 @@ class RewardData:
             max_too_long=experiment.data.max_too_long,
         )
         heldout = tokenise_pairs(
-            data.heldout_pairs[: config.max_eval_pairs], tokenizer, max_length=config.max_length, drop_too_long=False
+            share_by_source(data.heldout_pairs, config.max_eval_pairs),
+            tokenizer,
+            max_length=config.max_length,
+            drop_too_long=False,
         )
         require_annotations(
             [p.pair for p in pairs], scores=config.head == "regression", margins=config.pair_loss.form != "bt"
         )
-        statistics = ScoreStatistics.of((p.pair for p in pairs), experiment.objectives)
+        statistics = MixtureStatistics.of(
+            [p.pair for p in pairs], experiment.objectives, heldout=[p.pair for p in heldout]
+        )
         if not statistics.has_scores and not experiment.own_objectives:
             # What nobody scored is no helpfulness.
-            statistics = replace(statistics, objectives=experiment.factor_names)
+            statistics = statistics.named(experiment.factor_names)
         return cls(
             pairs=pairs,
             heldout_pairs=heldout,
@@ -91,13 +96,31 @@ class RewardData:
         return replace(batch, truth=objective_truth(self.gold, pairs, self.statistics.objectives))
 
     def metrics(self) -> Metrics:
-        """Sizes of the splits, the prompts they share, and the accuracy of length alone on the held-out pairs."""
+        """Sizes of the splits, in all and by source, the prompts they share, and the accuracy of length alone."""
         num_shared = shared_prompts((p.pair.prompt for p in self.pairs), (p.pair.prompt for p in self.heldout_pairs))
         gaps = [len(chosen) - len(rejected) for chosen, rejected in (p.tokens.response_ids for p in self.heldout_pairs)]
-        return {
+        by_source = {
+            f"data/source/{name}/{split}_pairs": float(count)
+            for split, pairs in (("train", self.pairs), ("heldout", self.heldout_pairs))
+            for name, count in Counter(p.pair.source for p in pairs).items()
+        }
+        return by_source | {
             "data/train_pairs": float(len(self.pairs)),
             "data/heldout_pairs": float(len(self.heldout_pairs)),
             "data/shared_prompts": float(num_shared),
-            OBJECTIVE_SCORES: float(sum(self.statistics.count)),
             "eval/longer_is_better": longer_is_better(gaps),
         }
+
+
+def share_by_source(pairs: Sequence[PreferencePair], count: int) -> list[PreferencePair]:
+    """At most `count` pairs, in their order: the first ones of every source, as many as its share, at least one."""
+    if count >= len(pairs):
+        return list(pairs)
+    sizes = Counter(pair.source for pair in pairs)
+    room = {source: max(1, size * count // len(pairs)) for source, size in sizes.items()}
+    kept = []
+    for pair in pairs:
+        if room[pair.source]:
+            room[pair.source] -= 1
+            kept.append(pair)
+    return kept

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from pipeline.config.recipe import ExperimentConfig
-from pipeline.data.preferences import LeftOut, left_out_counts
+from pipeline.data.preferences import LeftOut, left_out_metrics
 from pipeline.data.run_data import RunData, data_fingerprints
 from pipeline.evaluation.reward_alarms import alarm_messages
 from pipeline.learning.builders import RewardTrainerSpec
@@ -71,8 +71,9 @@ class RewardTraining:
     data: RewardData
     num_pairs_read: int
     """Training pairs before those that are too long were left out."""
-    left_out: Mapping[LeftOut, int]
-    """Comparisons of the preference files that gave no pair, by reason."""
+    left_out: Mapping[str, Mapping[LeftOut, int]]
+    """Comparisons that gave no pair, by source and reason."""
+    source_notes: Sequence[str]
     contamination: Metrics
 
     @classmethod
@@ -94,28 +95,29 @@ class RewardTraining:
             data=training,
             num_pairs_read=len(data.train_pairs),
             left_out=data.left_out,
+            source_notes=data.source_notes,
             contamination=data.contamination.metrics() if data.contamination else {},
         )
 
     def about_the_data(self) -> Metrics:
-        """Sizes of the splits and what was left out, by reason."""
-        left_out = {
-            f"data/left_out/{reason.replace(' ', '_')}": float(count) for reason, count in self.left_out.items()
-        }
-        return self.data.metrics() | self.contamination | left_out
+        """Sizes of the splits, and what was left out by source and reason."""
+        return self.data.metrics() | self.contamination | left_out_metrics(self.left_out)
 
     def notes(self, about_the_data: Metrics) -> list[str]:
         """What a run says of its data before it trains."""
+        scales = dict(zip(self.data.statistics.objectives, self.data.statistics.scale_sources, strict=True))
         notes = [
+            *self.source_notes,
             f"{len(self.data.pairs)} of {self.num_pairs_read} training pairs fit in {self.spec.config.max_length} "
             f"tokens, {len(self.data.heldout_pairs)} pairs held out, "
-            f"{about_the_data['data/shared_prompts']:.0f} prompts on both sides"
+            f"{about_the_data['data/shared_prompts']:.0f} prompts on both sides",
         ]
         if not self.data.statistics.has_scores:
             names = ", ".join(self.data.statistics.objectives)
             notes.append(f"no training pair has objective scores: no reason can be verified. Objectives: {names}")
-        if self.left_out:
-            notes.append(f"left out of the preference files: {left_out_counts(self.left_out)}")
+        elif len(self.data.statistics.sources) > 1:
+            listed = ", ".join(f"{objective} of {source}" for objective, source in scales.items())
+            notes.append(f"scores are shown on the scale of the source with most annotations: {listed}")
         return notes + [f"{name} {count:.0f}" for name, count in self.contamination.items()]
 
     def run(self, trainer: Learner[PreferenceBatch], stage: StageDirectory) -> Metrics:
@@ -132,6 +134,6 @@ class RewardTraining:
             eval_every=self.spec.config.eval_every,
             checkpoint_every=self.spec.config.checkpoint_every,
         )
-        for message in alarm_messages(metrics | about_the_data):
+        for message in alarm_messages(metrics, are_pairs_scored=self.data.statistics.has_scores):
             print(f"{stage.name}  {message}", flush=True)
         return metrics | trainer.peak_memory() | about_the_data

@@ -72,6 +72,8 @@ def _fine_tune(
     stage: StageDirectory, experiment: ExperimentConfig, data: RunData, open_trainer: OpenSFTTrainer, start: str
 ) -> Metrics:
     config, seed = experiment.sft, experiment.seed
+    for note in data.source_notes:
+        print(f"{stage.name}  {note}", flush=True)
     with storage.writing(start) as directory:
         tokenizer = write_starting_policy(experiment.policy, directory, seed=seed)
         require_lora_targets(directory, config.lora, "sft")

@@ -95,12 +95,8 @@ class VRMRewardModel(PreTrainedModel):
         is_end = (input_ids == self.config.turn_end) & (mask > 0) & (places >= starts.unsqueeze(1))
         _require(is_end.any(1), "end of the assistant's turn behind the answer")
         ends = torch.where(is_end, places, -1).amax(1)
-        states = self.backbone(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            use_cache=False,
-        ).last_hidden_state
+        # Padding on the left moves every position alike, which rotary decoders do not see.
+        states = self.backbone(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
         rows = torch.arange(len(states), device=states.device)
         logits = self.head(states[rows, starts - 1], states[rows, ends]).unsqueeze(1)
         return SequenceClassifierOutput(logits=logits)

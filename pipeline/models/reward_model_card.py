@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from pipeline.config.base import Frozen
 from pipeline.config.reward import EnsembleConfig, VRMHeadConfig
@@ -14,6 +14,15 @@ from pipeline.errors import CheckpointError
 CARD_FILE = "reward_model.json"
 
 HeadKind = Literal["vrm", "gate", "regression", "bt", "bt_aux", "ensemble"]
+
+
+class SourceScale(Frozen):
+    """On which scale the annotators of one source scored each objective, over its training responses."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    count: tuple[int, ...]
+    """Annotated responses; 0 where the source does not annotate the objective."""
 
 
 class RewardModelCard(Frozen):
@@ -25,7 +34,8 @@ class RewardModelCard(Frozen):
     objectives: tuple[str, ...]
     max_length: int
     score_mean: tuple[float, ...]
-    """Mean annotated score per objective over the training split; empty without annotations."""
+    """Mean annotated score per objective over the training split of the source in `score_scale_of`, whose scale a
+    person is shown; empty without annotations."""
     score_std: tuple[float, ...]
     reward_mean: float
     """Mean posterior-mean reward over held-out chosen and rejected responses."""
@@ -36,6 +46,10 @@ class RewardModelCard(Frozen):
     """Weights of the objectives in the reward of a regression head; empty is the mean."""
     ensemble: EnsembleConfig = EnsembleConfig()
     """Size and combination of an ensemble."""
+    score_scale_of: tuple[str, ...] = ()
+    """For each objective the source with most annotations."""
+    score_statistics: dict[str, SourceScale] = Field(default_factory=dict)
+    """Source -> the scale of its annotators: training standardised each source's scores by its own."""
     scale: float = 1.0
     """tau: the reward's units per standard deviation of the annotations; 1 where none was learned."""
     mean_contributions: tuple[float, ...] = ()

@@ -17,12 +17,14 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from pipeline.data.preferences import LEFT_OUT_PREFIX
 from pipeline.evaluation.reasons import (
     REASON_PREFIX,
     TRUSTED_PAIR_ACCURACY,
     named_contributions,
     verified_objectives,
 )
+from pipeline.evaluation.source_metrics import source_results
 from pipeline.objectives.reward_comparison import compare_rewards
 from pipeline.records import Answer, Metrics
 from pipeline.reporting.axis_style import style_axis
@@ -196,6 +198,7 @@ def report_page(data: ReportData) -> str:
         untold=untold,
         trusted=TRUSTED_PAIR_ACCURACY,
         results=results_table(data),
+        sources=source_rows(data.reward_metrics),
         reward_figure=_reward_figure(data.reward_rows),
         alignment_figure=_alignment_figure(data.alignment_rows),
         weights_figure=_weights_figure(data),
@@ -204,6 +207,34 @@ def report_page(data: ReportData) -> str:
         versions=data.stages[-1].versions if data.stages else {},
         recipe=json.dumps(data.recipe, indent=2),
     )
+
+
+def source_rows(metrics: Metrics) -> list[tuple[str, ...]]:
+    """The table of the sources of the pairs; empty where none is known."""
+    return [
+        (
+            source.name,
+            f"{metrics.get(f'data/source/{source.name}/train_pairs', 0.0):.0f}",
+            f"{source.pairs}",
+            _with_interval(source.accuracy, source.accuracy_interval),
+            _with_interval(source.nll, source.nll_interval),
+            f"{source.longer_is_better:.3f}",
+            _left_out_words(metrics, source.name),
+        )
+        for source in source_results(metrics)
+    ]
+
+
+def _with_interval(value: float, interval: tuple[float, ...]) -> str:
+    return " ".join([f"{value:.3f}", *([f"[{interval[0]:.3f}, {interval[1]:.3f}]"] if interval else [])])
+
+
+def _left_out_words(metrics: Metrics, source: str) -> str:
+    prefix = f"{LEFT_OUT_PREFIX}{source}/"
+    reasons = {
+        key.removeprefix(prefix).replace("_", " "): count for key, count in metrics.items() if key.startswith(prefix)
+    }
+    return ", ".join(f"{count:.0f} with {reason}" for reason, count in reasons.items())
 
 
 # ----------------------------------------------------------------------------- figures

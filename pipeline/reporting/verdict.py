@@ -141,8 +141,12 @@ def policy_findings(benchmark: Metrics, last_step: Mapping[str, float]) -> list[
                     "trained to do that, and nobody else judged, so that is no proof of an improvement."
                 )
             )
+        elif benchmark[f"{OWN_JUDGE}/high"] < 0.5:
+            findings.append(_bad(f"The policy got worse: even {own}; {context}."))
         else:
-            findings.append(_bad(f"The policy did not improve: even {own}; {context}."))
+            findings.append(
+                _unsure(f"It is not known whether the policy improved: even {own}; {context}. The interval holds 50%.")
+            )
     elif benchmark[f"{OWN_JUDGE}/low"] > 0.5 and all(finding.level != "good" for finding in findings):
         findings.append(
             _bad(
@@ -155,7 +159,9 @@ def policy_findings(benchmark: Metrics, last_step: Mapping[str, float]) -> list[
 
 def alarm_findings(reward: Metrics) -> list[Finding]:
     """One sentence for each alarm, or that there is none. An alarm is a reason to look, not a verdict."""
-    raised = [_unsure(f"Look at this: {message}") for message in alarm_messages(reward)]
+    are_pairs_scored = any(name.startswith(REASON_PREFIX) and name.endswith("/pairs") for name in reward)
+    messages = alarm_messages(reward, are_pairs_scored=are_pairs_scored)
+    raised = [_unsure(f"Look at this: {message}") for message in messages]
     checked = sum(name.startswith(ALARM_PREFIX) for name in reward)
     return raised or [_good(f"Nothing looks wrong: none of {checked} alarms is raised.")] if checked else []
 

@@ -151,10 +151,12 @@ class BestOfAnswer(ServiceAnswer):
 
 
 class ObjectiveStatistics(BaseModel):
-    """Statistics of the annotated scores of the training split."""
+    """Statistics of the annotated scores of the training split, of the source with most annotations."""
 
     mean: float
     std: float
+    source: str = ""
+    """The source of pairs whose annotators' scale it is; empty where the model was not told."""
 
 
 class RequestLimits(BaseModel):

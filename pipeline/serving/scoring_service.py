@@ -189,6 +189,17 @@ def _transposed(rows: Sequence[Row]) -> Rows:
     return [prompt for prompt, _ in rows], [response for _, response in rows]
 
 
+def _annotators_scales(card: RewardModelCard) -> dict[str, ObjectiveStatistics]:
+    """The scale of each annotated objective; empty without annotations."""
+    sources = card.score_scale_of or ("",) * len(card.score_mean)
+    scales = zip(card.score_mean, card.score_std, sources, strict=True)
+    return {
+        objective: ObjectiveStatistics(mean=mean, std=std, source=source)
+        for k, (objective, (mean, std, source)) in enumerate(zip(card.objectives, scales, strict=False))
+        if source not in card.score_statistics or card.score_statistics[source].count[k]
+    }
+
+
 DECODERS = {"gate": "bilinear", "regression": "linear", "bt": "linear", "bt_aux": "linear", "ensemble": "linear"}
 """Decoders of the heads that have only one; a vrm head has the decoder of its config."""
 
@@ -197,8 +208,6 @@ def describe_model(
     card: RewardModelCard, config: ScoringConfig, fingerprint: str, versions: Mapping[str, str]
 ) -> ModelDescription:
     """The answer to `GET /v1/model` for a checkpoint."""
-    # Without annotations there are objectives, but no statistics.
-    statistics = zip(card.objectives, card.score_mean, card.score_std, strict=False)
     return ModelDescription(
         model_fingerprint=fingerprint,
         head=card.head,
@@ -209,7 +218,7 @@ def describe_model(
         reward_mean=card.reward_mean,
         reward_std=card.reward_std,
         mean_contributions=dict(zip(card.objectives, card.mean_contributions, strict=False)),
-        objective_statistics={name: ObjectiveStatistics(mean=mean, std=std) for name, mean, std in statistics},
+        objective_statistics=_annotators_scales(card),
         scale=card.scale,
         verified_objectives=list(verified_objectives(card.metrics, card.objectives)),
         metrics=dict(card.metrics),

@@ -8,13 +8,13 @@ from pipeline.data.chat import encode_prompt, encode_response
 from pipeline.data.chat_rendering import require_chat_template
 from pipeline.data.collate import PairCollator, objective_truth, tokenise_pairs
 from pipeline.data.planted import OBJECTIVES
-from pipeline.data.score_statistics import ScoreStatistics
+from pipeline.data.score_statistics import MixtureStatistics, ScoreStatistics
 from pipeline.errors import DataError
 
 
 def test_a_batch_holds_each_prompt_once_then_the_chosen_and_the_rejected_response(world, tokenizer):
     pairs = tokenise_pairs(world.train_pairs()[:3], tokenizer, max_length=128, drop_too_long=True)
-    statistics = ScoreStatistics.of(world.train_pairs(), OBJECTIVES)
+    statistics = MixtureStatistics.of(world.train_pairs(), OBJECTIVES)
     collate = PairCollator(statistics=statistics, temperature=1.0, seed=0)
     batch = collate(pairs, step=4)
     for b in range(3):
@@ -36,7 +36,9 @@ def test_a_batch_holds_the_standardised_scores_of_both_responses_and_the_margins
     )
     bare = replace(pairs[1].pair, scores_chosen=None, scores_rejected=None, margin=None)
     rows = [replace(row, pair=pair) for row, pair in zip(pairs, (annotated, bare), strict=True)]
-    batch = PairCollator(statistics=statistics, temperature=1.0, seed=0)(rows, 0)
+    batch = PairCollator(statistics=MixtureStatistics(sources={"planted": statistics}), temperature=1.0, seed=0)(
+        rows, 0
+    )
     assert batch.scores.tolist() == [[1.0, 0.0], [0.0, 0.0], [0.0, 2.0], [0.0, 0.0]]
     assert batch.score_mask.tolist() == [[True, True], [False, False], [False, True], [False, False]]
     assert batch.margins[0].item() == 1.5

@@ -22,7 +22,9 @@ def asks(text):
 
 def contamination(tmp_path, evaluation, *training):
     file = jsonl(tmp_path / "evaluation.jsonl", *({"instruction": text} for text in evaluation))
-    return find_contamination(((f"t{i}", asks(text)) for i, text in enumerate(training)), EvaluationPrompts([file]))
+    return find_contamination(
+        (("mine", f"t{i}", asks(text)) for i, text in enumerate(training)), EvaluationPrompts([file])
+    )
 
 
 def counts(found):
@@ -78,7 +80,7 @@ def test_a_system_turn_does_not_hide_a_repeated_prompt(tmp_path):
     messages = ({"role": "system", "content": "You are kind."}, *asks("why?"))
     assert evaluation.holds(messages)
     assert not evaluation.holds((*asks("hello"), {"role": "assistant", "content": "hi"}, *asks("why?")))
-    assert find_contamination([("a", messages)], evaluation).training_exact == 1
+    assert find_contamination([("mine", "a", messages)], evaluation).training_exact == 1
 
 
 @pytest.mark.parametrize(
@@ -110,13 +112,14 @@ def test_a_row_without_a_prompt_is_named(tmp_path, row, letter):
 def test_each_file_has_its_counts_and_few_examples(tmp_path):
     first = jsonl(tmp_path / "first.jsonl", *({"prompt": f"question {i}"} for i in range(9)))
     second = jsonl(tmp_path / "second.jsonl", {"prompt": "question 3"}, {"prompt": "other"})
-    training = ((f"t{i}", asks(f"Question {i}")) for i in range(7))
+    training = (("even" if i % 2 == 0 else "odd", f"t{i}", asks(f"Question {i}")) for i in range(7))
     found = find_contamination(training, EvaluationPrompts([first, second]))
     assert [(file.prompts, file.exact) for file in found.files] == [(9, 7), (2, 1)]
     assert [example.training_id for example in found.files[0].examples] == ["t0", "t1", "t2", "t3", "t4"]
     metrics = found.metrics()
     assert metrics[f"contamination/{second}/exact"] == 1.0
     assert metrics["contamination/training_prompts"] == metrics["contamination/training_exact"] == 7.0
+    assert [metrics[f"contamination/source/{name}/exact"] for name in ("even", "odd")] == [4.0, 3.0]
 
 
 @needs_public_data
@@ -124,9 +127,13 @@ def test_alpaca_eval_stands_in_the_instruction_mixture_and_not_in_alpaca():
     # The mixture holds the test sets of Self-Instruct and Koala, which AlpacaEval is made of.
     evaluation = EvaluationPrompts([str(SHARED_DATA / "alpaca_eval" / "instructions.jsonl")])
     assert len(evaluation.prompts) == 805
-    mixture = find_contamination(read_prompts([str(SHARED_DATA / "instructions" / "instructions.parquet")]), evaluation)
+    mixture, alpaca = (
+        find_contamination(
+            (("mine", *prompt) for prompt in read_prompts([str(SHARED_DATA / "instructions" / file)])), evaluation
+        )
+        for file in ("instructions.parquet", "alpaca_5000.parquet")
+    )
     assert (mixture.files[0].exact, mixture.files[0].overlapping) == (292, 7)
-    alpaca = find_contamination(read_prompts([str(SHARED_DATA / "instructions" / "alpaca_5000.parquet")]), evaluation)
     assert (alpaca.files[0].exact, alpaca.files[0].overlapping) == (0, 0)
 
 

@@ -12,10 +12,10 @@ import pytest
 from pipeline.data.decontamination import EvaluationPrompts
 from pipeline.data.evaluation_examples import read_examples
 from pipeline.data.files import Row, read_json, read_rows
-from pipeline.data.preferences import read_pairs
 from pipeline.data.prompts import read_prompts
 from pipeline.data.run_data import with_flipped_labels
 from pipeline.errors import DataError
+from tests.support.sources import read_mixture, read_pairs
 
 OBJECTIVES = ("helpfulness",)
 PAIR = {"prompt": "why ?", "chosen": "because", "rejected": "no"}
@@ -24,7 +24,7 @@ TURNS = {side: f"\n\nHuman: why ?\n\nAssistant: {text}" for side, text in (("cho
 
 
 def read_preferences(path, data_format="pairs"):
-    return read_pairs([path], data_format, OBJECTIVES, hub=False, seed=0, max_left_out=0.0).pairs
+    return read_pairs(path, data_format, OBJECTIVES, max_left_out=0.0)
 
 
 READERS = {
@@ -127,7 +127,7 @@ def test_a_truth_value_is_no_number(value, kind):
     [
         lambda files: list(read_prompts(files)),
         lambda files: list(read_examples(files)),
-        lambda files: read_pairs(files, "pairs", ("a", "b"), hub=False, seed=0, max_left_out=1.0),
+        read_mixture,
     ],
     ids=["prompts", "evaluation examples", "pairs"],
 )

@@ -5,22 +5,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config.data import DataConfig
+from pipeline.config.data import DataConfig, SourceConfig
 from pipeline.config.recipe import ExperimentConfig
 from pipeline.data.preferences import (
     LeftOut,
-    read_pairs,
     require_annotations,
     shared_prompts,
-    split_by_prompt,
     take_pairs,
 )
 from pipeline.data.prompts import read_prompts, tokenise_prompts
 from pipeline.data.run_data import load_data
-from pipeline.data.score_statistics import ScoreStatistics
-from pipeline.errors import ConfigError, DataError
+from pipeline.data.score_statistics import MixtureStatistics, ScoreStatistics
+from pipeline.data.sources import HeldoutRule, read_source
+from pipeline.errors import DataError
 from pipeline.loops.reward import RewardTraining
 from tests.support.paths import SHARED_DATA, needs_public_data
+from tests.support.sources import read_pairs, source_of
 
 OBJECTIVES = ("helpfulness", "honesty")
 
@@ -33,16 +33,20 @@ def pairs_file(tmp_path, *rows):
     return str(path)
 
 
+def split_by_prompt(pairs, fraction, seed):
+    return HeldoutRule.of([], fraction, seed).split(pairs)
+
+
 def row(**changes):
     return {"prompt": "why ?", "chosen": "because", "rejected": "no", **changes}
 
 
 def read(path, data_format="pairs", objectives=OBJECTIVES):
-    return read_all(path, data_format, objectives).pairs
+    return read_pairs(path, data_format, objectives)
 
 
 def read_all(path, data_format="pairs", objectives=OBJECTIVES, max_left_out=1.0):
-    return read_pairs([path], data_format, objectives, hub=False, seed=0, max_left_out=max_left_out)
+    return source_of(path, data_format, objectives, max_left_out)
 
 
 def test_a_pair_is_read_with_its_scores(tmp_path):
@@ -200,14 +204,14 @@ def test_a_run_says_what_it_left_out(tmp_path, tiny_policy):
     rows = [row(prompt=f"is the bread number {i} ?") for i in range(58)]
     path = pairs_file(tmp_path, *rows, row(rejected="because"), row(chosen=""))
     experiment = ExperimentConfig(
-        name="own", objectives=OBJECTIVES, data=DataConfig(source="files", preferences=(path,), heldout_fraction=0.2)
+        name="own", objectives=OBJECTIVES, data=DataConfig(sources=(SourceConfig(path=path),), heldout_fraction=0.2)
     )
     training = RewardTraining.prepare(experiment, load_data(experiment), str(tiny_policy))
     about = training.about_the_data()
-    assert about["data/left_out/an_empty_response"] == about["data/left_out/identical_responses"] == 1.0
-    assert "left out of the preference files: 1 with an empty response, 1 with identical responses" in training.notes(
-        about
-    )
+    prefix = "data/left_out/pairs"
+    assert about[f"{prefix}/an_empty_response"] == about[f"{prefix}/identical_responses"] == 1.0
+    note = "without scores; left out: 1 with an empty response, 1 with identical responses"
+    assert f"source pairs: 58 of 58 pairs, {note}" in training.notes(about)
 
 
 def completion(text, helpfulness, honesty):
@@ -360,11 +364,11 @@ def test_pku_chooses_the_safer_response_and_scores_it_by_its_severity(tmp_path):
     published = {"prompt": "why ?", "response_0": "harm", "response_1": "care", "better_response_id": 0}
     severities = {"response_0_severity_level": 2, "response_1_severity_level": 0}
     path = pairs_file(tmp_path, {**published, **severities, "safer_response_id": 1}, row())
-    first, second = read(path, "pku_saferlhf", objectives=("helpfulness", "safety"))
+    first, second = read_all(path, "pku_saferlhf", ("helpfulness", "safety")).pairs
     assert (first.chosen, first.rejected) == ("care", "harm")
     assert (first.scores_chosen, first.scores_rejected) == ({"safety": 3.0}, {"safety": 1.0})
     assert (second.chosen, second.scores_chosen) == ("because", None)
-    assert read(path, "pku_saferlhf")[0].scores_chosen is None
+    assert read_all(path, "pku_saferlhf").pairs[0].scores_chosen is None
     with pytest.raises(DataError, match=r"safer_response_id.*2.0 is outside"):
         read(pairs_file(tmp_path, {**published, "safer_response_id": 2}), "pku_saferlhf")
 
@@ -449,7 +453,7 @@ def test_a_missing_rating_is_masked_and_a_missing_helpfulness_leaves_the_pair_ou
         ({"responses": ["good", None]}, r"'responses' must be a list of two texts"),
         ({"labels": [1, 2]}, r"'labels' of their two ratings"),
         ({"labels": [{"helpfulness": 5, "honesty": 2}] * 2}, r"'labels.helpfulness': 5.0 is outside \[0.0, 4.0\]"),
-        ({"labels": [{"helpfulness": 3, "honest": 2}] * 2}, r"unknown objective 'honesty'.*Did you mean 'honest'\?"),
+        ({"labels": [{"helpfulness": 3, "honest": 2}] * 2}, r"annotation column 'honesty'.*Did you mean 'honest'\?"),
     ],
 )
 def test_a_bad_helpsteer2_row_is_named(tmp_path, changes, letter):
@@ -465,7 +469,7 @@ def test_a_hub_that_cannot_be_reached_is_a_letter(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(DataError, match=r"'some/set' cannot be opened: no network\. .*data\.source"):
-        read_pairs(["some/set"], "pairs", OBJECTIVES, hub=True, seed=0, max_left_out=0.05)
+        read_source(SourceConfig(hub="some/set"), "some/set", OBJECTIVES, seed=0, max_left_out=0.05)
 
 
 @needs_public_data
@@ -493,14 +497,15 @@ def test_score_statistics_by_hand(tmp_path):
     assert statistics.mean == pytest.approx((3.0, 2.0))
     assert statistics.std == pytest.approx(((8 / 3) ** 0.5, 1.0))  # a constant objective keeps its scale
     assert statistics.count == (3, 1)
-    values, mask = statistics.standardise([{"helpfulness": 3 + (8 / 3) ** 0.5}, None])
+    mixture = MixtureStatistics(sources={"pairs": statistics})
+    values, mask = mixture.standardise([{"helpfulness": 3 + (8 / 3) ** 0.5}, None], ["pairs", "pairs"])
     assert values[0].tolist() == pytest.approx([1.0, 0.0])
     assert mask.tolist() == [[True, False], [False, False]]
 
 
 def test_taking_fewer_pairs_keeps_their_order(tmp_path):
     pairs = read(pairs_file(tmp_path, *(row(id=str(i)) for i in range(20))))
-    ids = [int(p.id) for p in take_pairs(pairs, 5, seed=0)]
+    ids = [int(p.id) for p in take_pairs(pairs, 5, seed=0, salt="")]
     assert len(ids) == 5
     assert ids == sorted(ids)
 
@@ -518,13 +523,11 @@ def test_prompts_are_read_from_parquet_and_too_long_ones_dropped(tmp_path, token
 def test_files_become_a_run_whose_heldout_prompts_are_held_out(tmp_path):
     path = pairs_file(tmp_path, *(row(prompt=f"Question {i} ?", id=str(i)) for i in range(60)))
     experiment = ExperimentConfig(
-        name="own", objectives=OBJECTIVES, data=DataConfig(source="files", preferences=(path,), heldout_fraction=0.2)
+        name="own", objectives=OBJECTIVES, data=DataConfig(sources=(SourceConfig(path=path),), heldout_fraction=0.2)
     )
     data = load_data(experiment)
     assert len(data.train_pairs) + len(data.heldout_pairs) == 60
     assert shared_prompts((m for _, m in data.heldout_prompts), (p.prompt for p in data.train_pairs)) == 0
-    with pytest.raises(ConfigError, match="needs at least one data set"):
-        load_data(experiment.model_copy(update={"data": DataConfig(source="files")}))
 
 
 def test_pairs_that_lack_what_the_loss_learns_from_are_refused(tmp_path):
@@ -534,7 +537,7 @@ def test_pairs_that_lack_what_the_loss_learns_from_are_refused(tmp_path):
         require_annotations([bare], scores=True, margins=False)
     with pytest.raises(DataError, match="none of 1 training pairs has a margin"):
         require_annotations([bare], scores=False, margins=True)
-    annotated = read(pairs_file(tmp_path, row(margin=0, scores_rejected={"honesty": 1})))
+    annotated = read_all(pairs_file(tmp_path, row(margin=0, scores_rejected={"honesty": 1}))).pairs
     require_annotations([bare, *annotated], scores=True, margins=True)  # one that has it is enough
     swapped = read(pairs_file(tmp_path, row(id="p7", margin=-1)))
     with pytest.raises(DataError, match=r"pair 'p7' has margin -1\.0: its chosen response was rated worse"):
@@ -545,7 +548,8 @@ def test_what_will_be_reported_on_is_left_out_of_training_and_counted(tmp_path):
     pairs = pairs_file(tmp_path, *(row(prompt=f"question {i} ?") for i in range(60)))
     reported = tmp_path / "reported.jsonl"
     reported.write_text("".join(json.dumps({"instruction": f"Question  {i} ?"}) + "\n" for i in range(30)))
-    data = DataConfig(source="files", preferences=(pairs,), heldout_fraction=0.2, evaluation_prompts=(str(reported),))
+    sources = (SourceConfig(path=pairs),)
+    data = DataConfig(sources=sources, heldout_fraction=0.2, evaluation_prompts=(str(reported),))
     experiment = ExperimentConfig(name="files", objectives=OBJECTIVES, data=data)
     clean, whole = (
         load_data(experiment.model_copy(update={"data": data.model_copy(update={"evaluation_prompts": files})}))

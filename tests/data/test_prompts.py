@@ -6,9 +6,9 @@ import pytest
 
 from pipeline.data.decontamination import EvaluationPrompts
 from pipeline.data.evaluation_examples import read_examples
-from pipeline.data.preferences import read_pairs
 from pipeline.data.prompts import read_prompts
 from pipeline.errors import DataError
+from tests.support.sources import read_pairs
 
 ASKED, SYSTEM = {"role": "user", "content": "Name a river"}, {"role": "system", "content": "Answer in German"}
 SAID = {"role": "assistant", "content": "The Elbe"}
@@ -44,7 +44,7 @@ def test_columns_beside_the_prompt_are_used_by_every_reader(tmp_path, beside, be
     assert [example.prompt for example in read_examples([path])] == [prompt]
     assert EvaluationPrompts([path]).holds(prompt)
     for data_format in ("pairs", "ultrafeedback", "pku_saferlhf"):
-        [pair] = read_pairs([path], data_format, (), hub=False, seed=0, max_left_out=0.0).pairs
+        [pair] = read_pairs(path, data_format, ())
         assert pair.prompt == prompt
     assert read(tmp_path, **{**row, "prompt": [*before, ASKED], "history": None}) == prompt
 

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from pipeline.data.decontamination import EvaluationPrompts, find_contamination
 from pipeline.data.evaluation_examples import read_examples
-from pipeline.data.preferences import normalised_prompt, read_pairs, shared_prompts, split_by_prompt
+from pipeline.data.preferences import normalised_prompt, shared_prompts
 from pipeline.data.score_statistics import ScoreStatistics
+from pipeline.data.sources import HeldoutRule
 from pipeline.errors import DataError
+from tests.support.sources import source_of
 
 OBJECTIVES = ("helpfulness", "honesty")
 
@@ -46,7 +48,7 @@ def named(rows):
 
 
 def read(path):
-    return read_pairs([path], "pairs", OBJECTIVES, hub=False, seed=0, max_left_out=1.0)
+    return source_of(path, "pairs", OBJECTIVES)
 
 
 @with_files
@@ -81,11 +83,12 @@ def test_the_order_of_rows_changes_no_pair_no_split_and_no_statistic(tmp_path, r
     assert statistics.std == pytest.approx(of_shuffled.std)
 
     assume(len({normalised_prompt(pair.prompt) for pair in kept}) > 2)
+    rule = HeldoutRule.of([], 0.5, 1)
     try:
-        heldout = {pair.id for pair in split_by_prompt(kept, 0.5, seed=1)[1]}
+        heldout = {pair.id for pair in rule.split(kept)[1]}
     except DataError:  # all of these few prompts fall on one side
         return
-    assert heldout == {pair.id for pair in split_by_prompt(shuffled, 0.5, seed=1)[1]}
+    assert heldout == {pair.id for pair in rule.split(shuffled)[1]}
 
 
 @given(text=WORDS, form=st.sampled_from(["NFC", "NFD"]), invisible=st.sampled_from("\u200b\u200d\ufeff\u00ad"))
@@ -101,6 +104,6 @@ def test_a_prompt_in_another_unicode_form_is_the_same_prompt(text, form, invisib
 def test_a_training_prompt_in_another_unicode_form_is_contamination(tmp_path, text, form):
     evaluation = EvaluationPrompts([written(tmp_path, [{"prompt": f"why {text} ?"}])])
     training = ({"role": "user", "content": unicodedata.normalize(form, f"why {text} ?")},)
-    found = find_contamination([("a", training)], evaluation)
+    found = find_contamination([("mine", "a", training)], evaluation)
     assert found.training_exact == 1
     assert evaluation.holds(training)

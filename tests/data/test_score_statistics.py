@@ -8,7 +8,7 @@ import pytest
 from pipeline.config.load import load_recipe
 from pipeline.data.planted import OBJECTIVES
 from pipeline.data.run_data import load_data, with_flipped_labels
-from pipeline.data.score_statistics import ScoreStatistics
+from pipeline.data.score_statistics import MixtureStatistics, ScoreStatistics
 from pipeline.errors import DataError
 from pipeline.learning.reward_data import RewardData
 
@@ -28,7 +28,7 @@ def test_training_reads_its_statistics_from_the_training_split_alone(tokenizer):
     data = load_data(recipe)
     elsewhere = [replace(p, scores_chosen=dict.fromkeys(OBJECTIVES, 5.0)) for p in data.heldout_pairs]
     trained, other = (RewardData.of(recipe, one, tokenizer) for one in (data, replace(data, heldout_pairs=elsewhere)))
-    assert trained.statistics == other.statistics == ScoreStatistics.of(data.train_pairs, OBJECTIVES)
+    assert trained.statistics == other.statistics == MixtureStatistics.of(data.train_pairs, OBJECTIVES)
 
 
 def test_scores_on_another_scale_than_the_saved_statistics_are_refused(world):

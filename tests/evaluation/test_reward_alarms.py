@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.config.reward import RewardConfig
-from pipeline.evaluation.reward_alarms import ALARMS, OBJECTIVE_SCORES, alarm_messages, check_alarms
+from pipeline.evaluation.reward_alarms import ALARMS, alarm_messages, check_alarms
 from pipeline.models.reward_heads import SCALE_SPEED
 from tests.support.learners import collator, reward_trainer, tokenised
 
@@ -34,7 +34,7 @@ def test_a_healthy_model_raises_no_alarm_and_all_are_checked():
     checked = check_alarms(HEALTHY)
     assert set(checked) == {f"alarm/{alarm.name}" for alarm in ALARMS} | {"eval/alarms"}
     assert set(checked.values()) == {0.0}
-    assert alarm_messages(HEALTHY | checked) == []
+    assert alarm_messages(HEALTHY | checked, are_pairs_scored=True) == []
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_what_was_not_measured_cannot_alarm():
 
 def test_the_letter_gives_the_value_and_the_cure():
     metrics = HEALTHY | {"eval/min_alpha": 0.05}
-    [letter] = alarm_messages(metrics | check_alarms(metrics))
+    [letter] = alarm_messages(metrics | check_alarms(metrics), are_pairs_scored=True)
     assert letter.startswith("alarm small_alpha (eval/min_alpha = 0.05): ")
     assert "Raise vrm.alpha_min" in letter
 
@@ -126,7 +126,8 @@ def test_a_head_whose_scale_collapsed_or_exploded_raises_the_alarm_on_held_out_p
     metrics = trainer.evaluate(collator(world, tokenizer)(tokenised(world, tokenizer, "heldout"), 0))
     assert metrics["eval/scale"] == pytest.approx(tau, rel=1e-3)
     assert metrics["alarm/scale"] == raised
-    assert any("vrm.learned_scale=false" in message for message in alarm_messages(metrics)) == bool(raised)
+    messages = alarm_messages(metrics, are_pairs_scored=True)
+    assert any("vrm.learned_scale=false" in message for message in messages) == bool(raised)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +137,7 @@ def test_a_head_whose_scale_collapsed_or_exploded_raises_the_alarm_on_held_out_p
 def test_without_scores_no_alarm_advises_a_weight_of_scores(change, without_effect):
     metrics = HEALTHY | change
     [scored], [unscored] = (
-        alarm_messages(metrics | check_alarms(metrics) | {OBJECTIVE_SCORES: count}) for count in (8.0, 0.0)
+        alarm_messages(metrics | check_alarms(metrics), are_pairs_scored=scored) for scored in (True, False)
     )
     assert without_effect in scored
     assert without_effect not in unscored

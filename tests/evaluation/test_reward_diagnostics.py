@@ -26,6 +26,7 @@ def batch_of(lengths, target=None, mask=None):
         scores=torch.zeros(len(lengths), 2),
         score_mask=torch.zeros(len(lengths), 2, dtype=torch.bool),
         margins=torch.full((num_pairs,), math.nan),
+        sources=("mine",) * num_pairs,
     )
 
 
@@ -179,6 +180,10 @@ def test_a_bradley_terry_head_has_no_posterior_to_diagnose():
         "eval/margin_p05",
         "eval/margin_p50",
         "eval/margin_p95",
+        "eval/source/mine/pairs",
+        "eval/source/mine/accuracy",
+        "eval/source/mine/nll",
+        "eval/source/mine/longer_is_better",
     }
 
 

@@ -22,6 +22,7 @@ def scored(chosen, rejected, *, subset="all", name="r", prompt="p", std=0.0, len
     fields = {
         "id": name,
         "subset": subset,
+        "source": "mine",
         "content_key": as_key(name),
         "prompt_key": as_key(prompt),
         "cut": False,
@@ -154,6 +155,24 @@ def test_the_table_names_what_matters():
     assert "*" not in table.split("* the interval excludes 0")[0]
 
 
+def test_pairs_of_several_sources_are_told_apart():
+    rows = [
+        scored(2, 1, name="1", prompt="1", source="a", lengths=(3, 1)),
+        scored(0, 1, name="2", prompt="2", source="a"),
+        scored(1, 3, name="3", prompt="3", source="b"),
+    ]
+    evaluation = evaluate(rows, "pairs", seed=0)
+    of_a, of_b = ({k.rpartition("/")[2]: v for k, v in evaluation.sources.items() if f"/{s}/" in k} for s in "ab")
+    assert (of_a["pairs"], of_a["accuracy"], of_a["longer_is_better"]) == (2, 0.5, 0.75)
+    assert of_a["nll"] == pytest.approx((math.log1p(math.exp(-1)) + math.log1p(math.exp(1))) / 2)
+    assert (of_a["accuracy_low"], of_a["accuracy_high"]) == (0.0, 1.0)
+    assert of_b.keys() == {"pairs", "accuracy", "nll", "longer_is_better"}  # one prompt varies nowhere
+    table = evaluation_table(evaluation, {})
+    assert "source                       accuracy" in table
+    keys = ScoredRows.of(rows).content_key[[2, 0, 1]]
+    assert ScoredRows.of(rows).in_order_of(keys, place="f.jsonl").sources == ("b", "a", "a")
+
+
 def test_numbers_that_are_not_there_are_null_in_json():
     evaluation = evaluate([scored(2, 1, lengths=(9, 4))], "pairs", seed=0)
     written = json.loads(json.dumps(as_json(evaluation), allow_nan=False))
@@ -165,6 +184,7 @@ def comparison(chosen, rejected, *, subset="all", name="r"):
     return EvaluationExample(
         id=name,
         subset=subset,
+        source="f",
         place="f.jsonl, line 3",
         prompt=({"role": "user", "content": "why ?"},),
         chosen=("a",) * chosen,
@@ -210,6 +230,7 @@ def rated_by_length(row):
     return ScoredComparison(
         id=row.id,
         subset=row.subset,
+        source=row.source,
         content_key=key_number(row.content_key),
         prompt_key=key_number(row.prompt_key),
         cut=False,

@@ -34,6 +34,7 @@ def comparison(n, **changes):
     fields = {
         "id": str(n),
         "subset": "all",
+        "source": "rows",
         "place": f"rows.jsonl, line {n}",
         "prompt": ({"role": "user", "content": f"question {n}"},),
         "chosen": ("x" * (n % 7),),

@@ -22,6 +22,7 @@ def comparisons(draw):
     return ScoredComparison(
         id=str(key),
         subset=draw(st.sampled_from(["easy", "hard"])),
+        source=draw(st.sampled_from(["mine", "theirs"])),
         content_key=key,
         prompt_key=draw(st.integers(0, 5)),
         cut=draw(st.booleans()),

@@ -124,7 +124,7 @@ def test_files_are_an_experiment_too_with_a_frozen_backbone_in_bfloat16(world, t
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(asdict(pair)) + "\n" for pair in world.train_pairs()))
     overrides = [
-        *("data.source=files", f"data.preferences=[{pairs}]", "data.heldout_fraction=0.3"),
+        *(f"data.sources=[{{path: {pairs}}}]", "data.heldout_fraction=0.3"),
         *("reward.trainable_layers=0", "reward.backbone_dtype=bfloat16"),
     ]
     outcome = train_one(load_recipe("experiments_tiny", [*SMALL, *overrides]), ONE_CORE)
@@ -180,7 +180,7 @@ def test_arms_with_and_without_supervision_start_alike_and_learn_from_other_rewa
 
 def test_alignments_without_a_known_truth_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="compares the reward with the planted truth"):
-        run_experiment(options_of("overoptimization", tmp_path, "data.source=files"), Fake())
+        run_experiment(options_of("overoptimization", tmp_path, "data.sources=[{path: mine.jsonl}]"), Fake())
 
 
 def test_states_of_a_frozen_backbone_are_computed_once_for_all_seeds_and_labels(tiny_policy, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from jobs.command_line import job_options, print_dry_run
 from jobs.preflight import check_recipe
 from jobs.run_job import job_command
 from pipeline.config.load import load_recipe
-from pipeline.errors import CheckpointError, ConfigError, DataError
+from pipeline.errors import CheckpointError, DataError
 from pipeline.stages import storage
 from pipeline.stages.stage_spec import StageSpec
 from pipeline.stages.workspace import Workspace
@@ -43,7 +43,7 @@ def files(tmp_path):
     """Overrides that take good files of pairs and prompts."""
     pairs = pairs_file(tmp_path / "pairs.jsonl", [good_pair(n) for n in range(40)])
     prompts = pairs_file(tmp_path / "prompts.jsonl", [{"prompt": f"ask {n}"} for n in range(40)])
-    return ["data.source=files", f"data.preferences=[{pairs}]", f"data.prompts=[{prompts}]"]
+    return [f"data.sources=[{{path: {pairs}}}]", f"data.prompts=[{prompts}]"]
 
 
 def test_a_bad_recipe_file_or_checkpoint_is_refused_by_every_command_before_anything_heavy(tmp_path, files):
@@ -53,7 +53,7 @@ def test_a_bad_recipe_file_or_checkpoint_is_refused_by_every_command_before_anyt
     out = str(tmp_path / "out")
     question = {"question_id": 1, "category": "writing", "turns": ["a", "b"]}
     questions = pairs_file(tmp_path / "questions.jsonl", [question])
-    bad_pairs = ["data.source=files", f"data.preferences=[{cut}]"]
+    bad_pairs = [f"data.sources=[{{path: {cut}}}]"]
     cases = [
         (["run", "tiny", "sft.num_stps=1"], "unknown key"),
         (["run", "tiny", "--workspace", out, *bad_pairs], "cut.jsonl, line 1: no JSON"),
@@ -107,12 +107,38 @@ def test_a_dry_run_looks_at_the_files_unless_the_job_runs_elsewhere(files, tmp_p
     assert "looked at where the job runs" in capsys.readouterr().out
 
 
-def test_files_without_a_name_or_without_a_row_are_refused(files, tmp_path):
-    with pytest.raises(ConfigError, match=r'data\.source = "files" needs at least one data set'):
-        check_recipe(load_recipe("tiny", ["data.source=files"]))
+def test_files_without_a_row_are_refused(files, tmp_path):
     (tmp_path / "prompts.jsonl").write_text("\n")
     with pytest.raises(DataError, match=r"prompts\.jsonl has no rows"):
         check_recipe(load_recipe("tiny", files))
+
+
+@pytest.mark.parametrize(
+    ("source", "letter"),
+    [
+        ("objectives: {usefull: helpfulness}", r"no row has the annotation column 'usefull'.*Did you mean 'useful'"),
+        ("where: {part: a}", r"line 1: .*names the column 'part'; the row has chosen, id, prompt"),
+        ("where: {id: none}", r"no row has the values .* id has 0, 1"),
+        ("format: pairs", r"line 1, field 'scores_chosen': unknown objective 'useful'"),
+        ("objectives: {useful: helpfulness, preferred: honesty}", r"unknown objective 'safety': no source annotates"),
+    ],
+)
+def test_sources_that_do_not_fit_the_recipe_are_refused(tmp_path, source, letter):
+    rows = [{**good_pair(n), "id": str(n), "scores_chosen": {"useful": 3}} for n in range(20)]
+    path = pairs_file(tmp_path / "pairs.jsonl", rows)
+    with pytest.raises(DataError, match=letter):
+        check_recipe(load_recipe("tiny", [f"data.sources=[{{path: {path}, {source}}}]"]))
+
+
+def test_an_annotation_behind_the_first_rows_is_found(tmp_path):
+    rows = [{**good_pair(n), "scores_chosen": {"useful": 3} if n > 30 else None} for n in range(40)]
+    path = pairs_file(tmp_path / "pairs.jsonl", rows)
+    columns = "{useful: helpfulness, preferred: safety}"
+    objectives = "objectives=[helpfulness,safety]"
+    check_recipe(load_recipe("tiny", [f"data.sources=[{{path: {path}, objectives: {columns}}}]", objectives]))
+    claimed = [f"{{path: {path}, name: {side}, side: {side}, where: {{}}}}" for side in ("train", "heldout")]
+    with pytest.raises(DataError, match="is the same as"):
+        check_recipe(load_recipe("tiny", [f"data.sources=[{', '.join(claimed)}]", objectives]))
 
 
 def test_a_checkpoint_that_a_finished_stage_has_copied_may_be_gone(tmp_path, capsys):

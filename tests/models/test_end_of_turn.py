@@ -50,6 +50,15 @@ def test_a_checkpoint_names_every_end_of_a_turn(name, tmp_path):
     assert stop_token_ids(ours, load_config(ours), load_tokenizer(ours)) == tuple(expected)
 
 
+def test_a_config_that_names_no_end_is_completed_as_it_is_saved(tmp_path):
+    theirs = FAMILIES["Gemma"].write(tmp_path / "theirs")
+    model, config = AutoModelForCausalLM.from_pretrained(theirs), load_config(theirs)
+    assert config.eos_token_id is None
+    save_causal_lm(model.state_dict(), config, load_tokenizer(theirs), str(tmp_path / "ours"))
+    for file in ("generation_config.json", "config.json"):
+        assert json.loads((tmp_path / "ours" / file).read_text())["eos_token_id"] == [259, 257]
+
+
 @pytest.mark.parametrize(
     ("name", "ending"),
     [

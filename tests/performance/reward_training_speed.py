@@ -19,11 +19,12 @@ import trl
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
+from pipeline.config.data import SourceConfig
 from pipeline.config.models import OptimiserConfig
 from pipeline.config.reward import PairLossConfig, VariationalLossConfig, VRMHeadConfig
 from pipeline.data.collate import PairCollator, TokenisedPair, tokenise_pairs
-from pipeline.data.preferences import read_pairs
-from pipeline.data.score_statistics import ScoreStatistics
+from pipeline.data.score_statistics import MixtureStatistics
+from pipeline.data.sources import read_source
 from pipeline.learning.engine import TorchEngine
 from pipeline.learning.memory import keep_freed_memory
 from pipeline.learning.parameter_groups import parameter_groups
@@ -51,7 +52,8 @@ def main() -> None:
     keep_freed_memory(torch.device("cpu"))  # as our ranks and replicas do; the peer gains as well
 
     tokenizer = load_tokenizer(options.tokenizer)
-    read = read_pairs([options.pairs], "helpsteer2", OBJECTIVES, hub=False, seed=0, max_left_out=1.0)
+    source = SourceConfig(name="helpsteer2", path=options.pairs, format="helpsteer2")
+    read = read_source(source, options.pairs, OBJECTIVES, seed=0, max_left_out=1.0)
     pairs = tokenise_pairs(read.pairs, tokenizer, max_length=options.max_length, drop_too_long=True)
     pairs = pairs[: options.batch_pairs * (options.steps + 1)]
     if len(pairs) < options.batch_pairs * (options.steps + 1):
@@ -74,7 +76,7 @@ def time_ours(config, pairs, tokenizer, options, head) -> list[float]:
     torch.manual_seed(0)
     backbone = AutoModelForSequenceClassification.from_config(config).base_model
     module = make_head(head, config.hidden_size, len(OBJECTIVES), VRMHeadConfig())
-    statistics = ScoreStatistics.of((p.pair for p in pairs), OBJECTIVES)
+    statistics = MixtureStatistics.of([p.pair for p in pairs], OBJECTIVES)
     optimiser = OptimiserConfig(learning_rate=LEARNING_RATE)
     engine = TorchEngine(
         RewardModel(backbone, module),

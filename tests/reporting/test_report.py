@@ -1,5 +1,13 @@
 from pipeline.records import Answer, RewardScore
-from pipeline.reporting.report import ReasonBar, ReportData, StageSummary, reason_bars, report_page, results_table
+from pipeline.reporting.report import (
+    ReasonBar,
+    ReportData,
+    StageSummary,
+    reason_bars,
+    report_page,
+    results_table,
+    source_rows,
+)
 
 
 def answer(prompt_id, output, mean, weights=(0.7, 0.3)):
@@ -53,6 +61,21 @@ def report(**changes):
     return ReportData(**(values | changes))
 
 
+def test_the_page_shows_each_source_with_its_intervals_and_what_was_left_out():
+    sources = {
+        "eval/source/a/pairs": 20.0, "eval/source/a/accuracy": 0.7, "eval/source/a/accuracy_low": 0.6,
+        "eval/source/a/accuracy_high": 0.8, "eval/source/a/nll": 0.5, "eval/source/a/longer_is_better": 0.45,
+        "data/source/a/train_pairs": 180.0, "data/left_out/a/an_empty_response": 3.0,
+        "data/left_out/ab/identical_responses": 9.0,
+    }  # fmt: skip
+    metrics = report().reward_metrics | sources
+    assert source_rows(metrics) == [
+        ("a", "180", "20", "0.700 [0.600, 0.800]", "0.500", "0.450", "3 with an empty response")
+    ]
+    assert "<td>0.700 [0.600, 0.800]</td>" in report_page(report(reward_metrics=metrics))
+    assert "Sources of the pairs" not in report_page(report())
+
+
 def test_the_page_is_self_contained_and_escapes_what_models_say():
     page = report_page(report())
     assert "<b>" not in page.replace("<body>", "")
@@ -98,7 +121,7 @@ def test_the_page_opens_with_the_verdict():
     assert '<p class="finding good"><strong>good</strong> The reward is usable: it orders 90.0% [85.0, 94.0]' in opening
     assert '<p class="finding unsure"><strong>unsure</strong> Its reasons cannot be verified' in opening
     assert (
-        '<p class="finding bad"><strong>bad</strong> The policy did not improve: even by its own reward model'
+        '<p class="finding unsure"><strong>unsure</strong> It is not known whether the policy improved: even by'
         in opening
     )
 

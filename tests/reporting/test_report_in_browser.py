@@ -17,9 +17,10 @@ pytestmark = [
 
 
 def test_a_report_fits_the_screen_and_its_verdict_stands_first(tmp_path):
-    alarm = {"alarm/scale": 1.0, "eval/scale": 71.0}
+    reward = report().reward_metrics | FIDELITY | CONTRIBUTIONS | {"alarm/scale": 1.0, "eval/scale": 71.0}
+    worse = report().benchmark_metrics | {"reward/high": 0.49}
     page = tmp_path / "report.html"
-    page.write_text(report_page(report(reward_metrics=report().reward_metrics | FIDELITY | CONTRIBUTIONS | alarm)))
+    page.write_text(report_page(report(reward_metrics=reward, benchmark_metrics=worse)))
     photographs = Path(os.environ.get("VRM_TEST_ARTEFACTS", tmp_path))
     with contextlib.closing(Browser(tmp_path / "profile")) as browser:
         browser.open(page.as_uri())

@@ -182,8 +182,11 @@ def test_the_reward_model_alone_proves_no_improvement():
     assert "by its own reward model it wins 90.0% [86.0, 93.0] against its start; 24 words an answer" in text
     assert "nobody else judged" in text
     level, text = only(policy_findings(OWN | {"reward/low": 0.45}, LAST_STEP))
+    assert level == "unsure"
+    assert "It is not known whether the policy improved: even by its own reward model it wins 90.0%" in text
+    level, text = only(policy_findings(OWN | {"reward/low": 0.41, "reward/high": 0.49}, LAST_STEP))
     assert level == "bad"
-    assert "did not improve: even by its own reward model it wins 90.0%" in text
+    assert text.startswith("The policy got worse: even by its own reward model")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pipeline.config.reward import PairLossConfig, RewardConfig, VariationalLoss
 from pipeline.data.collate import PairCollator, tokenise_pairs
 from pipeline.data.planted import OBJECTIVES
 from pipeline.data.prompts import tokenise_prompts
-from pipeline.data.score_statistics import ScoreStatistics
+from pipeline.data.score_statistics import MixtureStatistics
 from pipeline.learning.builders import (
     PPOLearnerSpec,
     RewardTrainerSpec,
@@ -46,7 +46,7 @@ ALIGNMENT = AlignmentConfig(
 
 
 def statistics_of(world):
-    return ScoreStatistics.of(world.train_pairs(), OBJECTIVES)
+    return MixtureStatistics.of(world.train_pairs(), OBJECTIVES)
 
 
 def collator(world, tokenizer):

@@ -149,7 +149,7 @@ def test_the_model_introduces_itself():
     answer = ask("GET", "/v1/model").json()
     assert answer["model_fingerprint"] == "f00d"
     assert (answer["head"], answer["decoder"], answer["objectives"]) == ("vrm", "bilinear", ["helpfulness", "brevity"])
-    assert answer["objective_statistics"]["brevity"] == {"mean": 2.0, "std": 0.5}
+    assert answer["objective_statistics"]["brevity"] == {"mean": 2.0, "std": 0.5, "source": ""}
     assert answer["versions"] == {"torch": "2"}
 
 
