@@ -73,6 +73,7 @@ def test_a_bad_recipe_file_or_checkpoint_is_refused_by_every_command_before_anyt
             f"--out {out}.json".split(),
             "it is no reward model",
         ),
+        (f"benchmark compare {nowhere}.json {nowhere}.json".split(), f"{nowhere}.json does not exist"),
         (["benchmark", "score", "--benchmark", "mt_bench", "--judgments", str(cut), "--out", out], "no JSON"),
     ]
     done = subprocess.run(
