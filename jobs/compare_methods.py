@@ -12,7 +12,9 @@ engines. The same command computes only the cells that are missing, so a method 
 on after its last committed step.
 
 Writes runs/<cell>.json, comparison.md, comparison.json and learning_curves.png. Policies and answers lie in
-cells/<cell>/, and what cells share in shared/. `vrm benchmark judge` reads the answers.
+cells/<cell>/, and what cells share in shared/. Any other judge adds a column: let `vrm benchmark judge --benchmark
+alpaca_eval` compare the aligned answers of every cell with those of the base, write cells/<cell>/NAME, and run this
+command again with --judgments NAME.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help=f"of {', '.join(get_args(Method))}; default those of the paper",
     )
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"], metavar="SEED", help="0 1 2")
+    parser.add_argument("--judgments", metavar="NAME", help="annotations of another judge, cells/<cell>/NAME")
     parser.add_argument("--dry-run", action="store_true", help="print the cells and what each of them holds, and stop")
     add_overrides(parser, "of the recipe")
 
@@ -108,6 +111,20 @@ def report(finished: Sequence[FinishedRun], out: str) -> str:
     return text
 
 
+def judged(f: FinishedRun, place: str) -> FinishedRun:
+    """The cell with the verdicts of another judge.
+
+    Raises:
+        DataError: they cannot be read, or lack a prompt of the cell.
+    """
+    from pipeline.benchmark.alpaca_eval.annotations import read_annotations
+    from pipeline.experiments.method_tables import with_judgments
+
+    with storage.reading(place.rpartition("/")[0]) as directory:
+        annotations = read_annotations(Path(directory, place.rpartition("/")[2]))
+    return with_judgments(f, annotations)
+
+
 def compare_methods(options: argparse.Namespace, compute: Compute = compute_on_the_cluster) -> str:
     """Plans, computes what is missing, reports.
 
@@ -124,6 +141,8 @@ def compare_methods(options: argparse.Namespace, compute: Compute = compute_on_t
         listed = "\n".join(f"{cell.config_hash}  seed {cell.seed}  {cell.variant.name}" for cell in cells)
         return f"{listed}\n\n{plan_table(plan_of(recipe))}"
     finished, failures = finish_runs(cells, out, compute)
+    if options.judgments:
+        finished = [judged(f, storage.join(out, f"cells/{f.run.config_hash}/{options.judgments}")) for f in finished]
     text = report(finished, out) if finished else ""
     if failures:
         print(text, flush=True)

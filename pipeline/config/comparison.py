@@ -41,7 +41,7 @@ class ComparisonConfig(Frozen):
     """What `jobs/compare_methods.py` reads beside the sections that all methods share."""
 
     settings: Mapping[Method, tuple[str, ...]] = {}
-    """Settings of single methods, `key.path=value` as on the command line. They come from a search on other seeds."""
+    """Settings of single methods, `key.path=value` as on the command line. Choose them on seeds that no table shows."""
     reward_benchmarks: tuple[RewardBenchmarkFiles, ...] = ()
     """Columns of Table 2, beside the held-out pairs."""
     cells: Literal["process", "pipeline"] = "process"

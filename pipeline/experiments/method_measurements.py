@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from pipeline.config.comparison import ComparisonConfig, RewardBenchmarkFiles
 from pipeline.config.recipe import ExperimentConfig
 from pipeline.data.batching import plan_micro_batches, stable_seed
-from pipeline.data.evaluation_examples import EvaluationExample, read_examples
+from pipeline.data.evaluation_examples import EvaluationExample, examples_of_pairs, read_examples
 from pipeline.data.planted import GoldAnnotator
 from pipeline.data.run_data import RunData, resolve
 from pipeline.evaluation.reward_evaluation import Estimate, evaluate, survey
@@ -128,20 +129,11 @@ def training_budget(
 
 
 def heldout_examples(pairs: Sequence[PreferencePair], gold: GoldAnnotator | None) -> list[EvaluationExample]:
-    """Held-out pairs as rows of an evaluation; the subset is the kind of the prompt, where it is known."""
-    return [
-        EvaluationExample(
-            id=pair.id,
-            subset=pair.source if gold is None else gold.kind(pair.prompt),
-            source=pair.source,
-            place=f"held-out pair {pair.id}",
-            prompt=pair.prompt,
-            chosen=(pair.chosen,),
-            rejected=(pair.rejected,),
-            annotators_tie=False,
-        )
-        for pair in pairs
-    ]
+    """Held-out pairs as rows of an evaluation. The subset is the kind of the prompt if it is known, else the source."""
+    examples = examples_of_pairs(pairs)
+    if gold is None:
+        return examples
+    return [replace(example, subset=gold.kind(example.prompt)) for example in examples]
 
 
 def evaluate_reward(

@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.benchmark.alpaca_eval.annotations import Annotations
+from pipeline.data.preferences import normalised_prompt
+from pipeline.errors import DataError
 from pipeline.evaluation.bootstrap import bootstrap_intervals
 from pipeline.evaluation.pair_metrics import accuracy_metrics
 from pipeline.experiments.findings import FinishedRun, Spread, spread
 from pipeline.experiments.method_measurements import TABLE2
 from pipeline.records import Metrics
 
-JUDGES = {"gold": "gold", "reward": "VRM"}
+JUDGES = {"gold": "gold", "reward": "VRM", "judge": "judge"}
 """Reading of the margins -> what the table calls the judge."""
 
 BUDGET = {
@@ -47,19 +50,47 @@ def comparison_tables(finished: Sequence[FinishedRun]) -> dict[str, Any]:
 def win_rate(runs: Sequence[FinishedRun], judge: str) -> tuple[float, float, float]:
     """(value, low, high): share of prompts on which the aligned policy's answer is better than the start's.
 
-    A tie counts one half. The prompts of all seeds are pooled; the 95% interval resamples prompts, so it does not
-    cover the variation with the seed.
+    A tie counts one half. A judge of the benchmark room gives probabilities, which are averaged; prompts without a
+    verdict do not count. The prompts of all seeds are pooled; the 95% interval resamples prompts, so it does not cover
+    the variation with the seed.
 
     Args:
         judge: a key of `JUDGES` that all runs have.
     """
-    margins = np.concatenate([f.result["margins"][judge] for f in runs])
-    prompts = [prompt for f in runs for prompt in f.result["prompts"]]
+    margins = np.concatenate([np.array(f.result["margins"][judge], dtype=float) for f in runs])
+    judged = ~np.isnan(margins)
+    prompts = np.array([prompt for f in runs for prompt in f.result["prompts"]])[judged]
+    margins = margins[judged]
 
     def statistic(rows: np.ndarray) -> Metrics:
+        if judge == "judge":
+            return {"win_rate": float(margins[rows].mean()) + 0.5}
         return {"win_rate": accuracy_metrics(margins[rows])["accuracy_tie_half"]}
 
     return statistic(np.arange(len(margins)))["win_rate"], *bootstrap_intervals(statistic, prompts, seed=0)["win_rate"]
+
+
+def with_judgments(f: FinishedRun, annotations: Annotations) -> FinishedRun:
+    """The cell with a judge's win probabilities minus one half, NaN where the judge gave no verdict.
+
+    Args:
+        annotations: the aligned policy's answers against the start's, to prompts of one turn.
+
+    Raises:
+        DataError: a prompt of the cell was not judged.
+    """
+    texts = [normalised_prompt([{"role": "user", "content": text}]) for text in annotations.instructions]
+    probabilities = dict(zip(texts, annotations.win_probabilities(), strict=True))
+    prompts = f.result["prompts"]
+    missing = [prompt for prompt in prompts if prompt not in probabilities]
+    if missing:
+        raise DataError(
+            f"the judgments of {f.run.variant.name}, seed {f.run.seed}, lack {len(missing)} of {len(prompts)} prompts, "
+            f"first {missing[0]!r:.60}. Judge all answers of the cell."
+        )
+    found = [probabilities[prompt] for prompt in prompts]
+    margins = {**f.result["margins"], "judge": [math.nan if p is None else p - 0.5 for p in found]}
+    return FinishedRun(run=f.run, result={**f.result, "margins": margins})
 
 
 def reading(method: str, runs: Sequence[FinishedRun]) -> str:

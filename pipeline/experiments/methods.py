@@ -20,13 +20,15 @@ from pipeline.stages.fingerprint import fingerprint
 CELL_VERSION = 1
 """Raised when the computation of a cell changes its result."""
 
+OWN_PAIRS = ("alignment.pairs=policy", "alignment.samples_per_prompt=8", "reward.head=vrm")
+
 METHODS: Mapping[Method, tuple[str, ...]] = {
     **{
         name: (f"alignment.algorithm={name}",)
         for name in ("dpo", "ipo", "kto", "simpo", "cpo", "orpo", "wpo", "selective_dpo", "beta_dpo")
     },
-    "online_dpo": ("alignment.algorithm=dpo", "alignment.pairs=policy", "reward.head=vrm"),
-    "raft": ("alignment.algorithm=raft", "alignment.pairs=policy", "reward.head=vrm"),
+    "online_dpo": ("alignment.algorithm=dpo", *OWN_PAIRS),
+    "raft": ("alignment.algorithm=raft", *OWN_PAIRS),
     "ppo": ("alignment.algorithm=ppo", "reward.head=bt"),
     "vrm_ppo": ("alignment.algorithm=ppo", "reward.head=vrm"),
 }

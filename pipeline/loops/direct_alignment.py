@@ -245,10 +245,8 @@ class DirectAlignment:
         """Pairs or labelled responses, and the rows of their files that gave none, by reason."""
         files = self.config.labelled_responses
         if not files:
-            counts: Counter[str] = Counter()
-            for reasons in data.left_out.values():
-                counts.update({str(reason): count for reason, count in reasons.items()})
-            return data.train_pairs, counts
+            by_source = (Counter({str(reason): n for reason, n in counts.items()}) for counts in data.left_out.values())
+            return data.train_pairs, sum(by_source, Counter())
         heldout_prompts = {normalised_prompt(pair.prompt) for pair in data.heldout_pairs}
         return read_labelled([resolve(path) for path in files], heldout_prompts=heldout_prompts)
 

@@ -4,12 +4,13 @@ import json
 
 import pytest
 
+from pipeline.benchmark.alpaca_eval.annotations import Annotations
 from pipeline.config.load import load_recipe
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.experiments.findings import FinishedRun
 from pipeline.experiments.grid import Run, Variant
 from pipeline.experiments.method_measurements import heldout_examples, training_budget
-from pipeline.experiments.method_tables import as_markdown, comparison_tables, reading, win_rate
+from pipeline.experiments.method_tables import as_markdown, comparison_tables, reading, win_rate, with_judgments
 from pipeline.experiments.methods import METHODS, judge_of, plan_cells
 from pipeline.loops.reward import reward_stage
 from pipeline.loops.sft import sft_stage
@@ -73,7 +74,7 @@ def test_what_the_comparison_varies_cannot_be_set(override):
 
 
 def test_every_method_is_a_recipe_that_loads():
-    assert len(cells(list(METHODS), overrides=["alignment.samples_per_prompt=2"])) == len(METHODS)
+    assert len(cells(list(METHODS))) == len(METHODS)
 
 
 # ----------------------------------------------------------------------------- budget
@@ -203,6 +204,28 @@ def test_the_reading_of_a_row_follows_its_interval(gold, verdict, above):
     assert f"in {above} seeds" in sentence
     assert "10% longer, at a KL of 2.5 nats" in sentence
     assert "orders 75% of the held-out pairs" in sentence
+
+
+def annotations(preferences, instructions=("P0", "p1", "p2", "p3")):
+    return Annotations(
+        baseline="base",
+        model="aligned",
+        instructions=instructions,
+        preferences=preferences,
+        baseline_lengths=[1] * len(instructions),
+        model_lengths=[1] * len(instructions),
+    )
+
+
+def test_another_judge_adds_a_column_of_mean_probabilities():
+    run = with_judgments(finished("dpo", 0, [1.0, 1.0, -1.0, -1.0]), annotations([1.9, 1.6, None, 1.0]))
+    assert win_rate([run], "judge")[0] == pytest.approx((0.9 + 0.6 + 0.0) / 3)
+    assert "| gold win rate % | VRM win rate % | judge win rate % |" in as_markdown(comparison_tables([run]))
+
+
+def test_a_prompt_that_was_not_judged_is_named():
+    with pytest.raises(DataError, match="dpo, seed 0, lack 1 of 4 prompts, first 'p3'"):
+        with_judgments(finished("dpo", 0, [1.0] * 4), annotations([1.9, 1.6, 1.0], ("p0", "p1", "p2")))
 
 
 def test_without_the_truth_the_reward_model_judges():

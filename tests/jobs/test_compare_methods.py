@@ -68,6 +68,27 @@ def test_a_cell_that_fails_leaves_the_others_committed(tmp_path):
     assert again.computed == [("ppo", 0)]
 
 
+def test_judgments_of_another_judge_are_read_from_the_cells(tmp_path):
+    compare_methods(options_of(tmp_path, "--methods", "dpo", "--seeds", "0"), Fake())
+    (cell,) = plan_cells("table1_tiny", (), ["dpo"], [0])
+    place = tmp_path / "cells" / cell.config_hash
+    place.mkdir(parents=True)
+    rows = [
+        {
+            "instruction": f"p{n}",
+            "generator_1": "base",
+            "generator_2": "aligned",
+            "preference": 1.75,
+            "output_1": "a",
+            "output_2": "b",
+        }
+        for n in range(3)
+    ]
+    (place / "gpt4.json").write_text(json.dumps(rows))
+    again = options_of(tmp_path, "--methods", "dpo", "--seeds", "0", "--judgments", "gpt4.json")
+    assert "75.0 [75.0, 75.0] (75)" in compare_methods(again, Fake())
+
+
 def test_a_dry_run_lists_the_cells(tmp_path):
     table = compare_methods(options_of(tmp_path, "--dry-run", "--seeds", "0", "1"), Fake())
     assert table.count("vrm_ppo") == 2
