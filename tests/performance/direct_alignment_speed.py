@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from pipeline.config.data import SourceConfig
 from pipeline.config.direct_alignment import DirectConfig
 from pipeline.config.models import OptimiserConfig
-from pipeline.data.preferences import read_pairs
+from pipeline.data.sources import read_source
 from pipeline.learning.direct_data import DirectData, DirectExamples, tokenise_examples
 from pipeline.learning.direct_trainer import DirectAlignmentTrainer
 from pipeline.learning.engine import TorchEngine
@@ -66,7 +67,8 @@ def main() -> None:
         return
     keep_freed_memory(torch.device("cpu"))  # as our ranks do; the peer gains as well
     tokenizer = load_tokenizer(options.tokenizer)
-    read = read_pairs([options.pairs], "helpsteer2", OBJECTIVES, hub=False, seed=0, max_left_out=1.0)
+    source = SourceConfig(name="helpsteer2", path=options.pairs, format="helpsteer2")
+    read = read_source(source, options.pairs, OBJECTIVES, seed=0, max_left_out=1.0)
     num_pairs = options.batch_pairs * (options.steps + 1)
     examples = tokenise_examples(read.pairs[: 8 * num_pairs], tokenizer, max_length=options.max_length)
     if len(examples) < num_pairs:
