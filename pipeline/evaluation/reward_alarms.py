@@ -124,7 +124,7 @@ def check_alarms(metrics: Metrics, alarms: Sequence[Alarm] = ALARMS) -> Metrics:
     return checked | {"eval/alarms": sum(checked.values())}
 
 
-def alarm_messages(metrics: Metrics, alarms: Sequence[Alarm] = ALARMS, *, are_pairs_scored: bool = True) -> list[str]:
+def alarm_messages(metrics: Metrics, alarms: Sequence[Alarm] = ALARMS, *, are_pairs_scored: bool) -> list[str]:
     """One line for each alarm raised in `metrics`: its name, its signals and the advice.
 
     Args:

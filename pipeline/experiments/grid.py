@@ -22,30 +22,11 @@ RUN_VERSION = 4
 LOSS = "reward.loss"
 
 Trained = Literal["reward_model", "policy", "method"]
+ALIGNED_BY = {"seed", "objectives", "own_objectives", "data", "policy", "sft", "reward", "alignment", "benchmark"}
 READS: Mapping[Trained, set[str]] = {
     "reward_model": {"seed", "objectives", "own_objectives", "data", "policy", "reward"},
-    "policy": {
-        "seed",
-        "objectives",
-        "own_objectives",
-        "data",
-        "policy",
-        "sft",
-        "reward",
-        "alignment",
-        "benchmark",
-    },
-    "method": {
-        "seed",
-        "objectives",
-        "own_objectives",
-        "data",
-        "policy",
-        "sft",
-        "reward",
-        "alignment",
-        "benchmark",
-    },
+    "policy": ALIGNED_BY,
+    "method": ALIGNED_BY,
 }
 """What an experiment trains -> the sections of a recipe that its runs read."""
 

@@ -41,6 +41,7 @@ from pipeline.learning.direct_data import (
     tokenise_examples,
 )
 from pipeline.learning.reference_logprobs import ReferenceLogprobs
+from pipeline.learning.reward_data import share_by_source
 from pipeline.loops.training import fit, train
 from pipeline.models.backbone import differing_tokens, load_config, load_tokenizer, require_lora_targets
 from pipeline.ports import DirectLearner
@@ -187,7 +188,7 @@ class DirectAlignment:
                 checkpoint_every=self.config.checkpoint_every,
             )
             metrics |= trainer.peak_memory()
-        for message in alarm_messages(metrics, DIRECT_ALARMS):
+        for message in alarm_messages(metrics, DIRECT_ALARMS, are_pairs_scored=True):
             print(f"{stage.name}  {message}", flush=True)
         return metrics | about_the_data
 
@@ -251,7 +252,7 @@ class DirectAlignment:
 
     def heldout(self, data: RunData, tokenizer: PreTrainedTokenizerBase) -> DirectExamples:
         """Held-out pairs in the policy's tokens."""
-        pairs = data.heldout_pairs[: self.config.max_eval_pairs]
+        pairs = share_by_source(data.heldout_pairs, self.config.max_eval_pairs)
         return tokenise_examples(pairs, tokenizer, max_length=self.config.max_length)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
