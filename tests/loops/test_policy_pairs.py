@@ -16,23 +16,25 @@ from pipeline.experiments.local_run import LocalRun
 from pipeline.experiments.shared_stages import from_root_or_computed
 from pipeline.learning.builders import build_direct_trainer, engine_in_process
 from pipeline.loops.policy_pairs import PAIRS_FILE, OwnPairs, RankingPorts, read_pairs
+from pipeline.models.reward_model_card import read_card
 from pipeline.records import RewardScore, StageResult
 from pipeline.stages.workspace import StageDirectory
 
 OVERRIDES = (
     *("data.planted.num_train_pairs=16", "data.planted.num_heldout_pairs=8", "data.planted.num_sft_texts=8"),
     *("data.planted.num_train_prompts=16", "data.planted.num_heldout_prompts=8"),
-    *("alignment.algorithm=dpo", "alignment.pairs=policy", "alignment.samples_per_prompt=4"),
-    *("alignment.max_response_tokens=40", "alignment.policy_pairs.prompts_per_round=8"),
+    *("alignment.algorithm=dpo", "alignment.pairs=policy", "alignment.samples_per_prompt=8"),
+    *("alignment.max_response_tokens=80", "alignment.policy_pairs.prompts_per_round=8"),
+    "alignment.policy_pairs.rounds=1",
     *("alignment.direct.num_steps=4", "alignment.direct.batch_pairs=4", "alignment.direct.eval_every=2"),
     *("alignment.direct.optimiser.learning_rate=3e-3",),
 )
 
 
-class LongerIsBetter:
-    """Scores words; remembers how many responses it was given."""
+class ShorterIsBetter:
+    """Scores words; remembers how many responses it was given. A response that ends is shorter than one that is cut."""
 
-    def __init__(self, score=lambda text: float(len(text.split()))):
+    def __init__(self, score=lambda text: -float(len(text.split()))):
         self.scored = []
         self._score = score
 
@@ -59,7 +61,7 @@ class Rounds:
 
     def __init__(self, start, reward_model, directory, *overrides, scorer=None):
         experiment = load_recipe("table1_tiny", [*OVERRIDES, *overrides])
-        self.scorer = scorer or LongerIsBetter()
+        self.scorer = scorer or ShorterIsBetter()
         self.stages = []
         self.opened = 0
         self.directory = str(directory)
@@ -100,9 +102,9 @@ def test_the_best_of_the_policys_own_responses_meets_the_worst(start, reward_mod
     run = Rounds(start, reward_model, tmp_path)
     result = run.align()
     examples, measured = run.pairs(0)
-    assert run.scorer.scored == [8 * 4]
+    assert run.scorer.scored == [8 * 8]
     assert 1 <= len(examples) <= 8
-    assert all(len(best) > len(worst) for best, worst in (group.response_ids for group in examples.groups))
+    assert all(len(best) < len(worst) for best, worst in (group.response_ids for group in examples.groups))
     assert examples.desirable.tolist() == [[True, False]] * len(examples)
     assert measured["gate/mean"] < 1e-4
     assert result.metrics["pairs/rows"] == len(examples)
@@ -173,7 +175,7 @@ def test_raft_learns_the_best_response_alone(start, reward_model, tmp_path):
 
 
 def test_responses_that_all_score_alike_are_named_with_a_cure(start, reward_model, tmp_path):
-    run = Rounds(start, reward_model, tmp_path, scorer=LongerIsBetter(lambda text: 1.0))
+    run = Rounds(start, reward_model, tmp_path, scorer=ShorterIsBetter(lambda text: 1.0))
     with pytest.raises(
         DataError, match=r"none of 8 prompts gives a pair: all responses score alike \(8\)\. Sample more"
     ):
@@ -181,7 +183,8 @@ def test_responses_that_all_score_alike_are_named_with_a_cure(start, reward_mode
 
 
 def test_prompts_that_give_no_pair_are_counted_and_shown(start, reward_model, tmp_path, capsys):
-    run = Rounds(start, reward_model, tmp_path, "alignment.policy_pairs.least_margin=4")
+    words = 40 / read_card(reward_model.location).reward_std  # a margin is in units of the reward's spread
+    run = Rounds(start, reward_model, tmp_path, f"alignment.policy_pairs.least_margin={words}")
     result = run.align()
     left_out = result.metrics["pairs/left_out/best_and_worst_too_close"]
     assert left_out >= 1
