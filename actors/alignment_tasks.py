@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from actors.experiment_tasks import ProcessResources, RunOutcome, as_remote_tasks, outcomes_as_they_end
+from actors.ray_tasks import ProcessResources, RunOutcome, as_remote_tasks, outcomes_as_they_end
 from cluster.resources import Demand
 from pipeline.config.recipe import Recipe
 from pipeline.records import StageResult

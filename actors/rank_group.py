@@ -84,6 +84,10 @@ class Rank:
         result = self._learner.calibrate(batches, heldout)
         return result if self._rank == 0 else None
 
+    def logprobs(self, groups: Any) -> Any:
+        result = self._learner.logprobs(groups)
+        return result if self._rank == 0 else None
+
     def publish_weights(self, version: int) -> PolicyWeights:
         from pipeline.learning.memory import free_cached_memory
 

@@ -42,7 +42,9 @@ class StageDemand:
         return sum(d.count * (d.cpus if resource == "CPU" else d.gpus) for d in self.demands)
 
 
-def plan_resources(cluster: ClusterConfig, placement: RolloutPlacement = "disaggregated") -> tuple[StageDemand, ...]:
+def plan_resources(
+    cluster: ClusterConfig, placement: RolloutPlacement = "disaggregated", *, judge: bool = False
+) -> tuple[StageDemand, ...]:
     """What each stage holds, in the order of the stages.
 
     Rollout workers and scoring replicas stay up from alignment through the benchmark.
@@ -50,6 +52,7 @@ def plan_resources(cluster: ClusterConfig, placement: RolloutPlacement = "disagg
     Args:
         placement: where the rollout workers stand (`cluster/rollout_plan.py`). Workers that share the learner's GPUs
             keep them reserved for both.
+        judge: whether a judge scores beside the reward model in the benchmark.
     """
     scoring = Demand(
         role="scoring replica",
@@ -74,7 +77,10 @@ def plan_resources(cluster: ClusterConfig, placement: RolloutPlacement = "disagg
         StageDemand(stage="sft", demands=(_ranks("sft", cluster.sft),)),
         StageDemand(stage="train_reward_model", demands=(_ranks("reward", cluster.reward),)),
         StageDemand(stage="align_policy", demands=(*aligning, scoring)),
-        StageDemand(stage="generate_benchmark", demands=(*sampling, scoring)),
+        StageDemand(
+            stage="generate_benchmark",
+            demands=(*sampling, scoring, *([replace(scoring, role="judge's replica")] if judge else [])),
+        ),
     )
 
 

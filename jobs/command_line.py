@@ -177,7 +177,7 @@ def print_dry_run(options: JobOptions) -> None:
     recipe, here = options.recipe, this_machine()
     elsewhere = bool(CLUSTERS & os.environ.keys())
     rollouts = plan_rollouts(recipe, [] if elsewhere or not here["GPU"] else [here])
-    plan = plan_resources(recipe.cluster, rollouts.placement)
+    plan = plan_resources(recipe.cluster, rollouts.placement, judge=recipe.judge is not None)
     print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     print(f"workspace: {options.workspace}\n\n{plan_table(plan)}\n\n{rollouts}")
     rollout = recipe.cluster.rollout

@@ -48,7 +48,7 @@ from pipeline.evaluation.reward_evaluation import (
     metric_differences,
     survey,
 )
-from pipeline.models.checkpoint_files import check_reward_model
+from pipeline.models.checkpoint_files import check_checkpoint, check_reward_model
 from pipeline.stages.fingerprint import directory_fingerprint
 from pipeline.stages.metrics_log import as_clock
 
@@ -157,6 +157,8 @@ def evaluate_reward_model(options: argparse.Namespace) -> str:
     require_one_source(options)
     if options.model is not None:
         check_reward_model(options.model)
+    for checkpoint in filter(None, (options.policy, options.reference)):
+        check_checkpoint(checkpoint)
     comparisons = comparisons_of(options)
     left_out: Counter[LeftOut] = Counter()
     found = survey(comparisons.read(left_out), options.benchmark)

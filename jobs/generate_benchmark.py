@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from jobs.align_policy import align_policy
 from jobs.run_job import run_job
 from jobs.sft import sft
-from jobs.train_reward_model import train_reward_model
+from jobs.train_reward_model import train_judge, train_reward_model
 from pipeline.config.recipe import Recipe
 from pipeline.records import StageResult
 from pipeline.stages.runner import StageRunner
@@ -32,11 +32,18 @@ def generate_benchmark(
     policy: StageResult,
     aligned: StageResult,
     reward_model: StageResult,
+    judge: StageResult | None,
 ) -> StageResult:
     from pipeline.loops.benchmark import BenchmarkPorts, benchmark_stage, run_benchmark
 
     return stages.run(
-        benchmark_stage(recipe, policy.fingerprint, aligned.fingerprint, reward_model.fingerprint),
+        benchmark_stage(
+            recipe,
+            policy.fingerprint,
+            aligned.fingerprint,
+            reward_model.fingerprint,
+            None if judge is None else judge.fingerprint,
+        ),
         lambda stage: run_benchmark(
             stage,
             recipe,
@@ -44,7 +51,11 @@ def generate_benchmark(
             policy_uri=policy.location,
             aligned_uri=aligned.location,
             publish_directory=actors.publish_directory,
-            open_ports=lambda: BenchmarkPorts(rollouts=actors.rollouts(policy), scorer=actors.scorer(reward_model)),
+            open_ports=lambda: BenchmarkPorts(
+                rollouts=actors.rollouts(policy),
+                scorer=actors.scorer(reward_model),
+                judge=None if judge is None else actors.judge(judge),
+            ),
         ),
     )
 
@@ -53,8 +64,9 @@ def main(job: Job) -> None:
     stages, recipe, read_data, actors = job.stages, job.recipe, job.read_data, job.actors
     policy = sft(stages, recipe, read_data)
     reward_model = train_reward_model(stages, recipe, read_data, policy)
+    judge = train_judge(stages, recipe, read_data, policy)
     aligned = align_policy(stages, recipe, read_data, actors, policy, reward_model)
-    generate_benchmark(stages, recipe, read_data, actors, policy, aligned, reward_model)
+    generate_benchmark(stages, recipe, read_data, actors, policy, aligned, reward_model, judge)
 
 
 def command() -> None:

@@ -59,7 +59,7 @@ def open_job(options: JobOptions) -> Iterator[Job]:
         exits.enter_context(open_cluster(recipe.cluster, ()))
         nodes = node_resources()
         rollout_plan = plan_rollouts(recipe, nodes)
-        check_plan(plan_resources(recipe.cluster, rollout_plan.placement), nodes)
+        check_plan(plan_resources(recipe.cluster, rollout_plan.placement, judge=recipe.judge is not None), nodes)
 
         def room() -> RolloutRoom:
             return RolloutRoom.of(recipe, rollout_plan, node_resources())

@@ -21,12 +21,14 @@ def write_report(
     reward_model: StageResult,
     aligned: StageResult,
     benchmark: StageResult,
+    judge: StageResult | None,
 ) -> str:
     """Writes <workspace>/report.html from the finished stages, prints the results. Cheap: always made anew."""
     from pipeline.loops.benchmark import ALIGNED, BASE, answers_file
     from pipeline.reporting.report import ReportData, StageSummary, findings, report_page, results_table
 
-    results, workspace = (policy, reward_model, aligned, benchmark), stages.workspace
+    workspace = stages.workspace
+    results = (policy, reward_model, aligned, benchmark, *([] if judge is None else [judge]))
     directories = [workspace.stage(result.name, result.fingerprint) for result in results]
     with storage.reading(benchmark.location) as directory:
         answers = {name: read_scored_answers(answers_file(directory, name)) for name in (BASE, ALIGNED)}

@@ -55,7 +55,7 @@ class SharedActors:
         self._last_request: int | None = None
         self._shared_gpus: Placement | None = None
         self._pool: RolloutPool | None = None
-        self._scorer: ServedScorer | None = None
+        self._scorers: dict[str, ServedScorer] = {}
 
     def rollouts(self, policy: StageResult) -> RolloutPool:
         """The pool, with engines of the policy's architecture; it holds whatever weights it was last given."""
@@ -116,27 +116,35 @@ class SharedActors:
 
     def scorer(self, reward_model: StageResult) -> ServedScorer:
         """The scoring service of this job's reward model."""
-        if self._scorer is None:
+        return self._service(reward_model, self._service_name)
+
+    def judge(self, judge: StageResult) -> ServedScorer:
+        """The scoring service of this job's judge."""
+        return self._service(judge, f"{self._service_name}-judge")
+
+    def _service(self, model: StageResult, name: str) -> ServedScorer:
+        if name not in self._scorers:
             from actors.reward_service import start_service
 
             cluster = self._recipe.cluster
-            self._scorer = start_service(
-                reward_model.location,
+            self._scorers[name] = start_service(
+                model.location,
                 # No cache: a cached row would leave its batch, and the rows of a batch decide each other's last digits.
                 # A resumed run would then not repeat an uninterrupted one.
                 cluster.scoring.model_copy(update={"cache_entries": 0}),
                 start_s=cluster.deadlines.start_s,
                 deadline_s=cluster.deadlines.score_s,
-                name=self._service_name,
+                name=name,
             )
-        return self._scorer
+        return self._scorers[name]
 
     def leave_service(self) -> None:
         """The last thing before the cluster is left."""
-        if self._scorer is not None:
+        if self._scorers:
             from actors.reward_service import leave_service
 
-            leave_service(self._service_name)
+            for name in self._scorers:
+                leave_service(name)
 
     @cached_property
     def publish_directory(self) -> str:

@@ -164,6 +164,9 @@ class ClusterConfig(Frozen):
     rollout: RolloutConfig = RolloutConfig()
     scoring: ScoringConfig = ScoringConfig()
     deadlines: DeadlinesConfig = DeadlinesConfig()
+    states_gib: Positive = 2.0
+    """Largest size of the states of a frozen backbone (`reward.trainable_layers: 0`), on disk and in the memory of each
+    trainer. A response takes 8 bytes a dimension: 4.6 KB for SmolLM2-135M, 33 KB for Qwen3-8B."""
     object_store_gib: Positive | None = None
     """Only used when the job starts its own local cluster."""
 

@@ -135,6 +135,12 @@ class RewardConfig(Frozen):
     """A checkpoint for the backbone; None starts from the prepared policy."""
     backbone_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     """"auto" is bfloat16 where the processor of the job's driver multiplies it natively, else float32."""
+    backbone_layers: Count | None = None
+    """Keep only the first n transformer layers of the backbone, and its final norm; None keeps all. The last layers of
+    a language model turn towards its next word: where the backbone does not train, layers in the middle may say more of
+    a response, and cost less."""
+    pooling: Literal["last", "mean"] = "last"
+    """The state of a response that the head reads: that of its last token, or the mean over its tokens."""
     trainable_layers: Annotated[int, Field(ge=0)] | None = None
     """Train only the last n transformer layers (and the final norm); None trains all, 0 freezes the backbone."""
     lora: LoRAConfig | None = None
@@ -190,3 +196,17 @@ class RewardConfig(Frozen):
         if self.reward_weights and self.head != "regression":
             raise ValueError(f"reward_weights belong to head = 'regression', not to {self.head!r}")
         return self
+
+
+class JudgeConfig(Frozen):
+    """A second reward model, which judges the aligned policy and which the policy is not trained on.
+
+    It is trained as `reward` says, on prompts that the reward model does not see. What the policy learns to exploit in
+    one of them is then less often a weakness of the other.
+    """
+
+    head: Literal["vrm", "gate", "regression", "bt", "bt_aux", "ensemble"] = "bt"
+    seed: int = 1
+    """Decides its first parameters, the order of its pairs, and which prompts are its own."""
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the training prompts that are the judge's; the reward model gets the others."""

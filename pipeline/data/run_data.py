@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.config.recipe import ExperimentConfig
+from pipeline.config.reward import JudgeConfig
 from pipeline.data.batching import stable_seed
 from pipeline.data.decontamination import Contamination, EvaluationPrompts, find_contamination
 from pipeline.data.files import content_fingerprint
 from pipeline.data.planted import GoldAnnotator, PlantedWorld
-from pipeline.data.preferences import LeftOut, take_pairs
+from pipeline.data.preferences import LeftOut, first_of_each_prompt, normalised_prompt, take_pairs
 from pipeline.data.prompts import read_prompts
 from pipeline.data.recipe_files import data_files, read_sources, resolve
 from pipeline.data.sources import HeldoutRule, SourceRead
@@ -71,6 +72,35 @@ def with_flipped_labels(pairs: Sequence[PreferencePair], share: float, seed: int
     ]
 
 
+def pairs_of_the_reward_model(data: RunData, judge: JudgeConfig | None) -> RunData:
+    """The data without the training pairs that are the judge's."""
+    return data if judge is None else _with_pairs_of(data, judge, judges=False)
+
+
+def pairs_of_the_judge(data: RunData, judge: JudgeConfig) -> RunData:
+    """The data with the judge's training pairs alone. The held-out pairs are those of the reward model."""
+    return _with_pairs_of(data, judge, judges=True)
+
+
+def _with_pairs_of(data: RunData, judge: JudgeConfig, *, judges: bool) -> RunData:
+    """Split by prompt, so that the two models share none.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    pairs = [
+        pair
+        for pair in data.train_pairs
+        if (stable_seed("judge", judge.seed, normalised_prompt(pair.prompt)) / 2**62 < judge.share) == judges
+    ]
+    if not pairs:
+        raise DataError(
+            f"judge.share = {judge.share:g} of {len(data.train_pairs)} training pairs leaves the "
+            f"{'judge' if judges else 'reward model'} none. Give more pairs, or another share."
+        )
+    return replace(data, train_pairs=pairs)
+
+
 def data_fingerprints(experiment: ExperimentConfig) -> list[str]:
     """Content hashes of the files a run reads: a changed file is another input. A hub data set counts by its name."""
     return [content_fingerprint(file.path) for file in data_files(experiment)]
@@ -104,7 +134,9 @@ def _from_sources(experiment: ExperimentConfig) -> RunData:
     if data.prompts:
         prompts = [(FROM_PROMPT_FILES, *named) for named in read_prompts([resolve(path) for path in data.prompts])]
     else:
-        prompts = [(pair.source, pair.id, pair.prompt) for pair in _used_pairs(sources, None, seed)]
+        # Some publishers compare many responses to one prompt: it is asked once all the same.
+        pairs = first_of_each_prompt(_used_pairs(sources, None, seed))
+        prompts = [(pair.source, pair.id, pair.prompt) for pair in pairs]
     sides: tuple[list[tuple[str, str, tuple[Message, ...]]], ...] = ([], [])
     for prompt in prompts:
         sides[rule.holds_out(prompt[2])].append(prompt)

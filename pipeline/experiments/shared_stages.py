@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 
 from pipeline.config.recipe import ExperimentConfig
-from pipeline.data.run_data import load_data
+from pipeline.data.run_data import load_data, pairs_of_the_reward_model
 from pipeline.learning.builders import build_reward_trainer, build_sft_trainer, engine_in_process
 from pipeline.loops.reward import reward_stage, run_reward_training
 from pipeline.loops.sft import run_sft, sft_stage
 from pipeline.records import Metrics, StageResult
 from pipeline.stages.stage_spec import StageSpec
 from pipeline.stages.workspace import StageDirectory
+
+SECONDS = "seconds"
+"""How long a shared stage took, in its manifest."""
 
 
 def shared_policy(experiment: ExperimentConfig, root: str, *, device: str) -> StageResult:
@@ -37,7 +41,7 @@ def shared_reward_model(experiment: ExperimentConfig, policy: StageResult, root:
         lambda stage: run_reward_training(
             stage,
             experiment,
-            load_data(experiment),
+            pairs_of_the_reward_model(load_data(experiment), experiment.judge),
             policy.location,
             lambda spec: nullcontext(build_reward_trainer(spec, engine_in_process(device))),
         ),
@@ -51,4 +55,12 @@ def from_root_or_computed(spec: StageSpec, root: str, compute: Callable[[StageDi
     if finished is not None:
         return finished
     stage.delete_uncommitted()
-    return stage.finish(compute(stage), {})
+    started = time.monotonic()
+    metrics = compute(stage)
+    return stage.finish(metrics, {SECONDS: time.monotonic() - started})
+
+
+def seconds_of(result: StageResult) -> float:
+    """How long the finished stage took."""
+    directory, _, _ = result.location.rpartition("/")
+    return float(StageDirectory(directory, result.name, result.fingerprint).manifest()[SECONDS])

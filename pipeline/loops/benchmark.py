@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.benchmark.scored_answers import write_scored_answers
 from pipeline.config.recipe import ExperimentConfig
 from pipeline.data.planted import GoldAnnotator
 from pipeline.data.prompts import read_prompts, tokenise_prompts
 from pipeline.data.recipe_files import resolve
 from pipeline.data.run_data import RunData, data_fingerprints
-from pipeline.evaluation.win_rate import compare_answers
+from pipeline.evaluation.win_rate import compare_answers, win_rate
 from pipeline.loops.generation import answer_prompts
 from pipeline.models.backbone import load_tokenizer, require_context
 from pipeline.ports import RewardScorer, RolloutSource
@@ -34,19 +36,23 @@ class BenchmarkPorts:
 
     rollouts: RolloutSource
     scorer: RewardScorer
+    judge: RewardScorer | None = None
+    """Scores the finished answers once more, and chooses none of them."""
 
 
-def benchmark_stage(experiment: ExperimentConfig, policy: str, aligned: str, reward_model: str) -> StageSpec:
+def benchmark_stage(
+    experiment: ExperimentConfig, policy: str, aligned: str, reward_model: str, judge: str | None = None
+) -> StageSpec:
     """The identity of the benchmark stage.
 
     Args:
-        policy, aligned, reward_model: fingerprints of the stages whose results it reads.
+        policy, aligned, reward_model, judge: fingerprints of the stages whose results it reads.
     """
     return StageSpec(
         name="generate_benchmark",
         version=VERSION,
         config=experiment.model_dump(mode="json", include={"seed", "data", "benchmark"}),
-        inputs=(policy, aligned, reward_model),
+        inputs=(policy, aligned, reward_model, *([] if judge is None else [judge])),
         data=tuple(data_fingerprints(experiment)),
     )
 
@@ -96,7 +102,26 @@ def run_benchmark(
             write_scored_answers(answers_file(result, name), answers[name], dataset=experiment.name)
         if data.gold is not None:
             (Path(result) / "planted.json").write_text(json.dumps(planted_truth(prompts, data.gold)))
-    return compare_answers(answers[ALIGNED], answers[BASE], prompts, data.gold)
+    metrics = compare_answers(answers[ALIGNED], answers[BASE], prompts, data.gold)
+    return metrics | (judge_answers(ports.judge, prompts, answers[ALIGNED], answers[BASE]) if ports.judge else {})
+
+
+def judge_answers(
+    judge: RewardScorer, prompts: Sequence[Prompt], aligned: Sequence[Answer], base: Sequence[Answer]
+) -> Metrics:
+    """The win rate of aligned against base by the judge, over all prompts and over those of each source of pairs."""
+    conversations = [prompt.messages for prompt in prompts]
+    scores = [
+        [score.mean for score in judge.score(conversations, [answer.output for answer in answers])]
+        for answers in (aligned, base)
+    ]
+    metrics = {f"judge/{name}": value for name, value in win_rate(*scores).items()}
+    sources = [prompt.id.partition("/")[0] for prompt in prompts]
+    for source in sorted({*sources}) if len({*sources}) < len(prompts) else ():
+        of_source = [[score for score, name in zip(each, sources, strict=True) if name == source] for each in scores]
+        metrics |= {f"judge/{source}/{name}": value for name, value in win_rate(*of_source).items()}
+        metrics[f"judge/{source}/prompts"] = float(len(of_source[0]))
+    return metrics
 
 
 def benchmark_prompts(
@@ -115,8 +140,14 @@ def benchmark_prompts(
         max_too_long=experiment.data.max_too_long,
     )
     print(f"benchmark  {len(fitting)} of {len(named)} prompts fit in {config.max_prompt_tokens} tokens", flush=True)
-    prompts = fitting[: config.num_prompts]
+    prompts = drawn(fitting, config.num_prompts, experiment.seed)
     return prompts, choose_probes(prompts, vocabulary_size=len(tokenizer), seed=experiment.seed)
+
+
+def drawn(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
+    """At most `count` of the prompts, in their order; drawn, since a mixture lies in the order of its sources."""
+    chosen = np.random.default_rng([seed, len(prompts)]).permutation(len(prompts))[:count]
+    return [prompts[i] for i in sorted(chosen)]
 
 
 def answers_file(result: str, name: str) -> Path:

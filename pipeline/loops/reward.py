@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.config.recipe import ExperimentConfig
 from pipeline.data.preferences import LeftOut, left_out_metrics
 from pipeline.data.run_data import RunData, data_fingerprints
+from pipeline.errors import ConfigError
 from pipeline.evaluation.reward_alarms import alarm_messages
 from pipeline.learning.builders import RewardTrainerSpec
 from pipeline.learning.reward_data import RewardData
@@ -34,11 +35,35 @@ def reward_stage(experiment: ExperimentConfig, policy: str) -> StageSpec:
     return StageSpec(
         name="train_reward_model",
         version=VERSION,
-        config=experiment.model_dump(mode="json", include={"seed", "objectives", "own_objectives", "data", "reward"}),
+        config=experiment.model_dump(
+            mode="json", include={"seed", "objectives", "own_objectives", "data", "reward", "judge"}
+        ),
         inputs=(policy,),
         data=tuple(data_fingerprints(experiment)),
         keep_best=experiment.reward.keep_best,
     )
+
+
+def judge_stage(experiment: ExperimentConfig, policy: str) -> StageSpec:
+    """The identity of the stage that trains the judge; `experiment` has one.
+
+    Args:
+        policy: fingerprint of the policy before alignment.
+    """
+    return replace(reward_stage(experiment, policy), name="train_judge")
+
+
+def as_judge(experiment: ExperimentConfig) -> ExperimentConfig:
+    """The experiment whose reward model is the judge. Its data is `pairs_of_the_judge`.
+
+    Raises:
+        ConfigError: the recipe has no judge.
+    """
+    judge = experiment.judge
+    if judge is None:
+        raise ConfigError("judge = null: the recipe has no judge to train. Set judge.head, for example.")
+    reward = experiment.reward.model_copy(update={"head": judge.head})
+    return experiment.model_copy(update={"seed": judge.seed, "reward": reward})
 
 
 def run_reward_training(
@@ -47,19 +72,23 @@ def run_reward_training(
     data: RunData,
     policy_uri: str,
     open_trainer: OpenRewardTrainer,
+    *,
+    states_uri: str | None = None,
 ) -> Metrics:
     """Trains the reward model and writes it to the stage's result. Returns the metrics of `RewardTraining.run`.
 
     Args:
+        data: the pairs of this model, where the recipe has a judge.
         policy_uri: the policy whose decoder is the backbone, where the recipe names no other.
         open_trainer: opens the trainer of a specification, in this process or on Ray actors.
+        states_uri: where the states of a frozen backbone are kept; None computes them as they are needed.
 
     Raises:
         ConfigError: adapters on layers that the model does not have.
         DataError: no pair fits, or pairs lack annotations that the head or the loss needs.
     """
     training = RewardTraining.prepare(experiment, data, experiment.reward.backbone or policy_uri)
-    with open_trainer(training.spec) as trainer:
+    with open_trainer(replace(training.spec, states_uri=states_uri)) as trainer:
         return training.run(trainer, stage)
 
 

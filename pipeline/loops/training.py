@@ -24,7 +24,33 @@ def train(
     checkpoint_every: int,
     evaluate_finished: Callable[[], Metrics] | None = None,
 ) -> Metrics:
-    """Restores the last commit, trains to `num_steps`, evaluates once more and exports the model.
+    """As `fit`, then exports the model to the stage's result."""
+    final = fit(
+        learner,
+        stage,
+        batch_of=batch_of,
+        heldout=heldout,
+        num_steps=num_steps,
+        eval_every=eval_every,
+        checkpoint_every=checkpoint_every,
+        evaluate_finished=evaluate_finished,
+    )
+    learner.export(stage.result_uri)
+    return final
+
+
+def fit(
+    learner: Learner[TrainingBatch],
+    stage: StageDirectory,
+    *,
+    batch_of: Callable[[int], TrainingBatch],
+    heldout: TrainingBatch,
+    num_steps: int,
+    eval_every: int,
+    checkpoint_every: int,
+    evaluate_finished: Callable[[], Metrics] | None = None,
+) -> Metrics:
+    """Restores the last commit, trains to `num_steps` and evaluates once more.
 
     Consumes batches `batch_of(step)`, a pure function, so a resumed run sees the same data. The commit of step s holds
     the state after step s; a run killed anywhere resumes after its last commit and ends with the same weights.
@@ -59,5 +85,4 @@ def train(
     if best is not None:
         learner.restore(best.uri)
         final = evaluate_finished()
-    learner.export(stage.result_uri)
     return final

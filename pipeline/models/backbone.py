@@ -289,6 +289,37 @@ def require_lora_targets(checkpoint: str, lora: LoRAConfig | None, section: str)
         )
 
 
+def keep_first_layers(model: PreTrainedModel, num_layers: int | None) -> None:
+    """Takes the layers after the first `num_layers` out of a decoder; its config says so. None keeps all.
+
+    Raises:
+        ConfigError: the decoder has fewer layers, or they have names this project does not know.
+    """
+    if num_layers is None:
+        return
+    decoder, config = _layered(model, f"backbone_layers = {num_layers}"), model.config
+    if num_layers > len(decoder.layers):
+        raise ConfigError(
+            f"reward.backbone_layers = {num_layers}, but the backbone has {len(decoder.layers)} layers. Lower it, or "
+            "set it to null to keep all."
+        )
+    decoder.layers = decoder.layers[:num_layers]
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_layers]
+
+
+def _layered(model: PreTrainedModel, setting: str) -> Any:
+    """The decoder of a model, with its transformer layers under `layers` and its final norm under `norm`."""
+    decoder: Any = model.base_model
+    if not (hasattr(decoder, "layers") and hasattr(decoder, "norm")):
+        raise ConfigError(
+            f"{setting}: a {model.config.model_type} model does not keep its layers under `layers` and `norm`, as "
+            "Qwen3 and Llama do. Use one of those, or set it to null."
+        )
+    return decoder
+
+
 def train_only_last_layers(model: PreTrainedModel, num_layers: int | None) -> None:
     """Freezes a decoder except its last transformer layers and its final norm.
 
@@ -301,16 +332,9 @@ def train_only_last_layers(model: PreTrainedModel, num_layers: int | None) -> No
     """
     if num_layers is None:
         return
-    decoder: Any = model.base_model
-    try:
-        layers, norm = decoder.layers, decoder.norm
-    except AttributeError as error:
-        raise ConfigError(
-            f"trainable_layers = {num_layers}: a {model.config.model_type} model does not keep its layers under "
-            "`layers` and `norm`, as Qwen3 and Llama do. Use one of those, or trainable_layers = null to train all."
-        ) from error
+    decoder = _layered(model, f"trainable_layers = {num_layers}")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if num_layers > 0:
-        for module in (*layers[-num_layers:], norm):
+        for module in (*decoder.layers[-num_layers:], decoder.norm):
             module.requires_grad_(True)

@@ -7,8 +7,8 @@
 
 The messages end with the assistant's answer, without its thoughts. The logit is the posterior mean of the reward, as
 the scoring service gives it. The weights of the objectives are read where the prompt ends, and the features where the
-answer's turn ends, so both places must be in the text. Needs torch and transformers, and nothing of the project that
-wrote it: https://arxiv.org/abs/2603.04974 has the mathematics.
+answer's turn ends or over all of the answer, so both places must be in the text. Needs torch and transformers, and
+nothing of the project that wrote it: https://arxiv.org/abs/2603.04974 has the mathematics.
 """
 
 from __future__ import annotations
@@ -99,7 +99,13 @@ class VRMRewardModel(PreTrainedModel):
         # Padding on the left moves every position alike, which rotary decoders do not see.
         states = self.backbone(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
         rows = torch.arange(len(states), device=states.device)
-        logits = self.head(states[rows, starts - 1], states[rows, ends]).unsqueeze(1)
+        if self.config.head["pooling"] == "mean":
+            of_answer = (places >= starts.unsqueeze(1)) & (places <= ends.unsqueeze(1))
+            sums = (states.float() * of_answer.unsqueeze(-1)).sum(1)
+            answers = sums / of_answer.sum(1, keepdim=True)
+        else:
+            answers = states[rows, ends]
+        logits = self.head(states[rows, starts - 1], answers).unsqueeze(1)
         return SequenceClassifierOutput(logits=logits)
 
     def _answer_starts(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

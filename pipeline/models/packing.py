@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch.nn import functional as F
@@ -114,6 +114,22 @@ def packed_states(backbone: PreTrainedModel, packed: PackedTokens) -> torch.Tens
         use_cache=False,
         group_lengths=packed.lengths,
     ).last_hidden_state.squeeze(0)
+
+
+def prompt_and_response_states(
+    states: torch.Tensor, packed: PackedTokens, pooling: Literal["last", "mean"]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[R, H] twice, of [T, H] states: at the last prompt token of each response, and of the response.
+
+    Args:
+        pooling: the state of a response is that of its last token, or the mean over its tokens.
+    """
+    if pooling == "last":
+        return states[packed.prompt_ends], states[packed.response_ends]
+    tokens = states[packed.response_tokens].float()
+    row = torch.repeat_interleave(packed.response_lengths)
+    sums = tokens.new_zeros(len(packed.response_lengths), tokens.shape[1]).index_add(0, row, tokens)
+    return states[packed.prompt_ends], sums / packed.response_lengths.unsqueeze(1)
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:

@@ -8,8 +8,8 @@ A checkpoint is a directory: `model.safetensors` (backbone.* and head.*), `rewar
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -21,9 +21,9 @@ from transformers.initialization import no_init_weights
 from pipeline.config.reward import EnsembleConfig, VRMHeadConfig
 from pipeline.errors import CheckpointError
 from pipeline.models.backbone import load_tokenizer, require_decoder
-from pipeline.models.frozen_states import FrozenStates, response_keys
+from pipeline.models.frozen_states import FrozenStates
 from pipeline.models.onednn_linear import with_onednn
-from pipeline.models.packing import PackedTokens, pack, packed_states, use_packed_attention
+from pipeline.models.packing import PackedTokens, packed_states, prompt_and_response_states, use_packed_attention
 from pipeline.models.reward_heads import (
     BradleyTerryAuxiliaryHead,
     BradleyTerryHead,
@@ -37,7 +37,6 @@ from pipeline.models.reward_heads import (
 from pipeline.models.reward_model_card import CARD_FILE, HeadKind, RewardModelCard, read_card
 from pipeline.models.transformers_auto import AutoConfig, AutoModel
 from pipeline.models.transformers_form import MODEL_TYPE, MODELING_FILE, modeling_source, transformers_config
-from pipeline.records import PromptGroup
 
 REWARD_MODEL_FILE = "model.safetensors"
 STANDARD_ENSEMBLE = EnsembleConfig()
@@ -46,11 +45,16 @@ STANDARD_ENSEMBLE = EnsembleConfig()
 class RewardModel(nn.Module):
     """r(x, y) and its posterior from one causal pass over prompt and response (docs/method.md section 2)."""
 
-    def __init__(self, backbone: PreTrainedModel, head: RewardHead) -> None:
+    def __init__(self, backbone: PreTrainedModel, head: RewardHead, pooling: Literal["last", "mean"] = "last") -> None:
+        """
+        Args:
+            pooling: the state of a response is that of its last token, or the mean over its tokens.
+        """
         super().__init__()
         use_packed_attention(backbone)
         self.backbone = backbone
         self.head = head
+        self.pooling: Literal["last", "mean"] = pooling
         self.frozen_states: FrozenStates | None = None
         """States of a backbone that does not train. Known states are not computed again."""
 
@@ -67,12 +71,11 @@ class RewardModel(nn.Module):
         return tuple(self.head(*self.encode(packed), noise_seeds))
 
     def encode(self, packed: PackedTokens) -> tuple[torch.Tensor, torch.Tensor]:
-        """[R, H] states at the last prompt token and at the last token of each response: what the head sees."""
+        """[R, H] states at the last prompt token and of each response: what the head sees."""
         known = self.frozen_states.look_up(packed) if self.frozen_states else None
         if known is not None:
             return known
-        states = packed_states(self.backbone, packed)
-        return states[packed.prompt_ends], states[packed.response_ends]
+        return prompt_and_response_states(packed_states(self.backbone, packed), packed, self.pooling)
 
 
 def make_head(
@@ -106,23 +109,6 @@ def score_packed(model: RewardModel, packed: PackedTokens) -> RewardOutput:
         return RewardOutput(*model(packed))
 
 
-def compute_states(model: RewardModel, groups: Iterable[PromptGroup], *, dtype: str) -> dict[str, torch.Tensor]:
-    """The states of every response, by key; one group at a time, so that they do not depend on one another.
-
-    Args:
-        dtype: "bfloat16" computes under autocast, as training does.
-    """
-    device = next(model.parameters()).device
-    states: dict[str, torch.Tensor] = {}
-    model.eval()
-    for group in groups:
-        packed = pack([group]).to(device)
-        with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-            prompts, responses = model.encode(packed)
-        states |= zip(response_keys(packed), torch.stack([prompts, responses], dim=1).float().cpu(), strict=True)
-    return states
-
-
 def save_reward_model(
     directory: str,
     *,
@@ -136,7 +122,7 @@ def save_reward_model(
     path.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.contiguous() for name, tensor in state_dict.items()}
     save_file(state, path / REWARD_MODEL_FILE, metadata={"format": "pt"})  # transformers asks for the format
-    head = card.model_dump(mode="json", include={"vrm", "reward_weights", "ensemble"})
+    head = card.model_dump(mode="json", include={"vrm", "reward_weights", "ensemble", "pooling"})
     head |= {"kind": card.head, "num_objectives": len(card.objectives)}
     config = transformers_config(backbone=backbone_config, head=head, tokenizer=tokenizer)
     (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
@@ -214,4 +200,4 @@ def load_reward_model(
             f"{weights} does not fit the architecture in {directory}/config.json and {CARD_FILE} (a {card.head!r} head "
             f"for {len(card.objectives)} objectives, {', '.join(card.objectives)}): {error}"
         ) from error
-    return RewardModel(with_onednn(backbone), head).eval(), load_reward_tokenizer(directory), card
+    return RewardModel(with_onednn(backbone), head, card.pooling).eval(), load_reward_tokenizer(directory), card

@@ -70,6 +70,8 @@ class RewardModelCard(Frozen):
     """For each objective the source with most annotations."""
     score_statistics: dict[str, SourceScale] = Field(default_factory=dict)
     """Source -> the scale of its annotators: training standardised each source's scores by its own."""
+    pooling: Literal["last", "mean"] = "last"
+    """What the head reads of a response: the state of its last token, or the mean over its tokens."""
     scale: float = 1.0
     """tau: the reward's units per standard deviation of the annotations; 1 where none was learned."""
     mean_contributions: tuple[float, ...] = ()

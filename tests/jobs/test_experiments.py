@@ -6,9 +6,12 @@ from dataclasses import asdict, replace
 import pytest
 
 from actors.alignment_tasks import align_one, prepare_policy, train_shared_reward_model
-from actors.experiment_tasks import ProcessResources, backbone_key, compute_missing_states, keep_states, train_one
+from actors.experiment_tasks import train_one
+from actors.frozen_state_tasks import compute_missing_states, keep_states, states_of
+from actors.ray_tasks import ProcessResources
 from jobs.experiments import compute_on_the_cluster, demand_of, experiment_command, run_experiment
 from pipeline.config.load import load_recipe
+from pipeline.data.run_data import load_data
 from pipeline.errors import CheckpointError, ConfigError, CorruptManifest, NumericsError, WorkerError
 from pipeline.experiments.grid import EXPERIMENTS
 from tests.experiments.test_findings import result
@@ -42,6 +45,11 @@ SMALL_ALIGNMENT = (
 
 def options_of(name, out, *more):
     return parse([name, "--out", str(out), "--seeds", "0", "1", *more])
+
+
+def pairs_of(recipe):
+    data = load_data(recipe)
+    return [*data.train_pairs, *data.heldout_pairs]
 
 
 class Fake:
@@ -116,7 +124,7 @@ def test_bad_input_ends_before_anything_is_computed(tmp_path, capsys):
 
 
 def test_a_run_holds_what_the_recipe_gives_all_ranks():
-    demand = demand_of(load_recipe("smollm2_cpu"))
+    demand = demand_of(load_recipe("experiments_tiny", ["cluster.reward={ranks: 2, cpus_per_rank: 1}"]))
     assert (demand.count, demand.cpus, demand.gpus) == (1, 2.0, 0.0)
 
 
@@ -190,19 +198,23 @@ def test_states_of_a_frozen_backbone_are_computed_once_for_all_seeds_and_labels(
     states = str(tmp_path / "states")
     counts = [list(compute_missing_states([recipe], ONE_CORE, states, shard, 2)) for shard in (0, 1)]
     (zero, first), (also_zero, second) = (of_shard[0] for of_shard in counts)
-    assert (zero, also_zero, first + second) == (0, 0, 64 + 16)
+    texts = {(str(p.prompt), y) for p in pairs_of(recipe) for y in (p.chosen, p.rejected)}
+    assert (zero, also_zero, first + second) == (0, 0, len(texts))
     assert [of_shard[-1] for of_shard in counts] == [(first, first), (second, second)]
-    assert min(first, second) > 20
+    assert min(first, second) > 40
     assert list(compute_missing_states([recipe, flipped], ONE_CORE, states, 0, 1)) == [(0, 0)]
     as_needed = train_one(recipe, ONE_CORE)
     assert {"reasons/weight_correlation", "reasons/decisive_pairs"} <= as_needed["metrics"].keys()
-    monkeypatch.delattr("pipeline.models.reward_model.packed_states")  # from here on nothing can be computed
+    monkeypatch.delattr("pipeline.models.reward_model.packed_states")  # from here on no trainer can compute any
     looked_up = train_one(recipe, ONE_CORE, states)
     assert looked_up["margins"]["mean"] == pytest.approx(as_needed["margins"]["mean"], abs=1e-5)
     assert looked_up["metrics"]["train/accuracy"] == as_needed["metrics"]["train/accuracy"]
     assert train_one(flipped, ONE_CORE, states)["metrics"]["eval/accuracy"] >= 0.0
     with pytest.raises(NameError):  # another precision is another function
         train_one(load_recipe("experiments_tiny", [*overrides, BFLOAT16]), ONE_CORE, states)
+    too_small = load_recipe("experiments_tiny", [*overrides, "cluster.states_gib=1e-6"])
+    with pytest.raises(ConfigError, match=r"more than cluster\.states_gib = 1e-06. Raise it"):
+        list(compute_missing_states([too_small], ONE_CORE, states, 0, 1))
     [damaged, *_] = (tmp_path / "states").glob("*/*.safetensors")
     damaged.write_bytes(damaged.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=r"cannot be read.*Delete it to compute it again"):
@@ -211,9 +223,9 @@ def test_states_of_a_frozen_backbone_are_computed_once_for_all_seeds_and_labels(
 
 def test_a_backbone_that_trains_or_starts_from_noise_has_no_states(tiny_policy):
     frozen, given = "reward.trainable_layers=0", f"policy.checkpoint={tiny_policy}"
-    keys = [backbone_key(load_recipe("experiments_tiny", overrides)) for overrides in ([frozen], [given], [])]
-    assert keys == [None, None, None]
-    assert backbone_key(load_recipe("experiments_tiny", [frozen, given])) is not None
+    places = [states_of(load_recipe("experiments_tiny", overrides), "states") for overrides in ([frozen], [given], [])]
+    assert places == [None, None, None]
+    assert states_of(load_recipe("experiments_tiny", [frozen, given]), "states").startswith("states/")
 
 
 @pytest.mark.components
@@ -245,7 +257,8 @@ def test_a_pass_over_frozen_states_tells_how_far_it_is(tiny_policy, tmp_path, lo
     recipe = load_recipe("experiments_tiny", overrides)
     lines = []
     keep_states([recipe], demand_of(recipe), str(tmp_path), max_restarts=0, report=lines.append)
-    assert lines[-1] == "states of the frozen backbone  80/80 pairs  0:00 left"
+    count = len({(str(p.prompt), y) for p in pairs_of(recipe) for y in (p.chosen, p.rejected)})
+    assert lines[-1] == f"states of the frozen backbone  {count}/{count} responses  0:00 left"
     lines.clear()
     keep_states([recipe], demand_of(recipe), str(tmp_path), max_restarts=0, report=lines.append)
     assert lines == []

@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -9,15 +10,16 @@ import actors.deepspeed_learners
 import jobs.align_policy
 from actors.alignment_tasks import align_one, prepare_policy, train_shared_reward_model
 from actors.deepspeed_learners import deepspeed_reward_trainer, deepspeed_sft_trainer
-from actors.experiment_tasks import ProcessResources
+from actors.ray_tasks import ProcessResources
 from cluster.rollout_plan import THROUGH_FILES
 from cluster.rollout_room import RolloutRoom
 from jobs.align_policy import align_policy
 from jobs.generate_benchmark import generate_benchmark
 from jobs.open_job import Job
+from jobs.run_report import write_report
 from jobs.sft import sft
 from jobs.shared_actors import SharedActors
-from jobs.train_reward_model import train_reward_model
+from jobs.train_reward_model import train_judge, train_reward_model
 from pipeline.config.load import load_recipe
 from pipeline.data.run_data import load_data
 from pipeline.errors import ConfigError
@@ -70,6 +72,9 @@ class OneProcess(SharedActors):
         budget = self._recipe.alignment.max_tokens_per_micro_batch
         return RewardModelScorer.load(reward_model.location, max_tokens_per_batch=budget)
 
+    def judge(self, judge):
+        return self.scorer(judge)
+
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
@@ -101,7 +106,8 @@ def test_job_and_experiment_have_the_same_stages_with_the_same_numbers(job, tmp_
     policy = sft(stages, recipe, read_data)
     reward_model = train_reward_model(stages, recipe, read_data, policy)
     aligned = align_policy(stages, recipe, read_data, job.actors, policy, reward_model)
-    benchmark = generate_benchmark(stages, recipe, read_data, job.actors, policy, aligned, reward_model)
+    judge = train_judge(stages, recipe, read_data, policy)
+    benchmark = generate_benchmark(stages, recipe, read_data, job.actors, policy, aligned, reward_model, judge)
 
     shared = str(tmp_path / "shared")
     shared_policy = prepare_policy(recipe, shared, ONE_CORE)
@@ -130,6 +136,28 @@ def test_objectives_that_nobody_scored_and_the_package_named_are_factors_in_the_
         assert read_card(trained.location).objectives == names
         scored = train_reward_model(job.stages, recipe.model_copy(update={"seed": 1}), job.read_data, policy)
         assert read_card(scored.location).objectives == job.recipe.objectives
+
+
+def test_a_job_with_a_judge_ends_with_its_verdict(job):
+    recipe = recipe_of("judge={head: gate, share: 0.3}")
+    stages, data = job.stages, load_data(recipe)
+
+    def read_data():
+        return data
+
+    policy = sft(stages, recipe, read_data)
+    reward_model = train_reward_model(stages, recipe, read_data, policy)
+    judge = train_judge(stages, recipe, read_data, policy)
+    assert read_card(judge.location).head == "gate"
+    sizes = [model.metrics["data/train_pairs"] for model in (reward_model, judge)]
+    assert sum(sizes) == len(data.train_pairs)
+    assert min(sizes) > 0
+    aligned = align_policy(stages, recipe, read_data, job.actors, policy, reward_model)
+    benchmark = generate_benchmark(stages, recipe, read_data, job.actors, policy, aligned, reward_model, judge)
+    metrics = benchmark.metrics
+    assert 0.0 <= metrics["judge/low"] <= metrics["judge/win_rate"] <= metrics["judge/high"] <= 1.0
+    report = write_report(stages, recipe, policy, reward_model, aligned, benchmark, judge)
+    assert "by the judge, trained on other prompts" in Path(report).read_text()
 
 
 def test_an_experiments_run_is_told_apart_by_all_that_its_stages_read():
