@@ -131,7 +131,7 @@ class DirectAlignmentTrainer:
             stay = pairs_that_stay(weights, share=dynamic.keep_share, generator=generator).nonzero().squeeze(1)
         beta = self._dynamic_beta(margins, stay, dynamic)
         self.gaps = self.gaps.updated(margins, momentum=dynamic.momentum)
-        return stay, replace(values, counts=StepCounts.of(batch, stay), beta=beta.to(self.engine.device))
+        return stay, replace(values, counts=StepCounts.of(batch, stay), beta=beta.to(self.engine.device, torch.float32))
 
     def _dynamic_beta(self, margins: torch.Tensor, stay: torch.Tensor, dynamic: DynamicBetaConfig) -> torch.Tensor:
         """A scalar from the pairs that stay, or one for each of all pairs [B]."""
