@@ -161,7 +161,7 @@ def _responses(row: Row, field: str) -> tuple[tuple[str, ...], tuple[Message, ..
         return (response,), prompt
     raise DataError(
         f"{place}: {value!r:.60} is no response; give a text, a non-empty list of texts, or a conversation of "
-        "{role, content}. Rename the columns of a file that calls its responses otherwise."
+        f"{{role, content}}. Of this row {row.found}; rename the columns of a file that calls its responses otherwise."
     )
 
 

@@ -61,6 +61,12 @@ class Row:
         value = self.values.get("id")
         return self.place.rpartition("/")[2] if value is None or value == "" or value != value else str(value)
 
+    @property
+    def found(self) -> str:
+        """The fields that have a value, for the message about one that has none."""
+        names = ", ".join(sorted(name for name, value in self.values.items() if value is not None))
+        return f"the fields with a value are {names or 'none'}"
+
     def require(self, field: str, kind: type[T] | tuple[type[T], ...]) -> T:
         """The value of a field.
 
@@ -70,7 +76,8 @@ class Row:
         """
         value = self.values.get(field)
         if not isinstance(value, kind) or (isinstance(value, bool) and bool not in _kinds(kind)):
-            raise DataError(f"{self.place}, field {field!r}: {value!r:.60} is no {_name(kind)}")
+            found = f"; {self.found}" if value is None else ""
+            raise DataError(f"{self.place}, field {field!r}: {value!r:.60} is no {_name(kind)}{found}")
         return value
 
 

@@ -564,7 +564,8 @@ def _unrated_pair(
 def _text(row: Row, field: str) -> str:
     value = row.values.get(field)
     if not isinstance(value, str):
-        raise DataError(f"{row.place}, field {field!r}: {value!r:.60} is no text")
+        found = f"; {row.found}" if value is None else ""
+        raise DataError(f"{row.place}, field {field!r}: {value!r:.60} is no text{found}")
     return value
 
 

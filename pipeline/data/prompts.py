@@ -82,10 +82,9 @@ def prompt_of(row: Row, fields: Sequence[str]) -> tuple[Message, ...]:
     """
     field = next((name for name in fields if row.values.get(name) is not None), None)
     if field is None:
-        found = ", ".join(sorted(name for name, value in row.values.items() if value is not None)) or "none"
         if len(fields) == 1:
-            raise DataError(f"{row.place}, field {fields[0]!r}: None is no prompt; the fields with a value are {found}")
-        raise DataError(f"{row.place}: none of the fields {', '.join(fields)} is there; those with a value are {found}")
+            raise DataError(f"{row.place}, field {fields[0]!r}: None is no prompt; {row.found}")
+        raise DataError(f"{row.place}: none of the fields {', '.join(fields)} is there; {row.found}")
     place = f"{row.place}, field {field!r}"
     value = row.values[field]
     if field == "turns":

@@ -62,7 +62,7 @@ def test_a_pair_is_read_with_its_scores(tmp_path):
     [
         ('{"prompt": ', r"pairs\.jsonl, line 2: no JSON"),
         ("[1, 2]", r"line 2: \[1, 2\] is JSON but no object"),
-        (row(chosen=None), r"line 2, field 'chosen': None is no text"),
+        (row(chosen=None), r"line 2, field 'chosen': None is no text; the fields with a value are prompt, rejected"),
         (row(prompt=""), r"line 2, field 'prompt': '' is no prompt"),
         (row(scores_chosen={"helpfulnes": 1}), r"unknown objective 'helpfulnes'.*Did you mean 'helpfulness'\?"),
         (row(scores_chosen={"honesty": 11}), r"'scores_chosen.honesty': 11.0 is outside \[0.0, 10.0\]"),

@@ -70,7 +70,7 @@ def test_alpacas_input_follows_its_instruction(tmp_path):
         ({"prompt": [SYSTEM]}, r"line 1, field 'prompt': no turn of the user"),
         (
             {"question": "why ?"},
-            r"none of the fields messages, prompt, instruction is there; those with a value are question",
+            r"none of the fields messages, prompt, instruction is there; the fields with a value are question",
         ),
     ],
 )
