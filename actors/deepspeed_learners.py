@@ -8,14 +8,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from actors.rank_group import RankGroup
-from actors.ranked_learner import RankedLearner
+from actors.ranked_learner import RankedDirectLearner, RankedLearner
+from cluster.placement import Placement
 from pipeline.config.cluster import DeadlinesConfig, RanksConfig
 from pipeline.learning import builders
-from pipeline.learning.builders import PPOLearnerSpec, RewardTrainerSpec, SFTTrainerSpec
+from pipeline.learning.builders import DirectTrainerSpec, PPOLearnerSpec, RewardTrainerSpec, SFTTrainerSpec
 
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.learning.direct_trainer import DirectAlignmentTrainer
     from pipeline.learning.ppo_learner import PPOLearner
     from pipeline.learning.reward_trainer import RewardTrainer
     from pipeline.learning.sft_trainer import SFTTrainer
@@ -45,6 +47,14 @@ def deepspeed_ppo_learner(spec: PPOLearnerSpec, ranks: RanksConfig, device: torc
     )
 
 
+def deepspeed_direct_trainer(
+    spec: DirectTrainerSpec, ranks: RanksConfig, device: torch.device
+) -> DirectAlignmentTrainer:
+    from actors.deepspeed_engine import DeepSpeedEngine
+
+    return builders.build_direct_trainer(spec, partial(DeepSpeedEngine, ranks=ranks, device=device))
+
+
 # ------------------------------------------------------------------ runs in the job
 
 
@@ -61,3 +71,17 @@ def open_ranked_learner(
     with RankGroup(name, ranks, start_s=deadlines.start_s) as group:
         group.build(build, spec, ranks)
         yield RankedLearner(group, deadlines)
+
+
+@contextmanager
+def open_ranked_direct_learner(
+    ranks: RanksConfig, deadlines: DeadlinesConfig, spec: DirectTrainerSpec, *, placement: Placement | None = None
+) -> Iterator[RankedDirectLearner]:
+    """Ranks that each hold the trainer of `spec`, as one learner; they end with the block.
+
+    Args:
+        placement: GPUs that the ranks share with engines, where there are some.
+    """
+    with RankGroup("direct alignment", ranks, start_s=deadlines.start_s, placement=placement) as group:
+        group.build(deepspeed_direct_trainer, spec, ranks)
+        yield RankedDirectLearner(group, deadlines)

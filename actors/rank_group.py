@@ -80,6 +80,14 @@ class Rank:
         result = self._learner.evaluate(batch)
         return result if self._rank == 0 else None
 
+    def calibrate(self, batches: Any, heldout: Any) -> Any:
+        result = self._learner.calibrate(batches, heldout)
+        return result if self._rank == 0 else None
+
+    def logprobs(self, groups: Any) -> Any:
+        result = self._learner.logprobs(groups)
+        return result if self._rank == 0 else None
+
     def publish_weights(self, version: int) -> PolicyWeights:
         from pipeline.learning.memory import free_cached_memory
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from actors.rank_group import RankGroup
 from pipeline.config.cluster import DeadlinesConfig, WeightTransfer
 from pipeline.learning.memory import largest
-from pipeline.records import Experience, Metrics, PolicyWeights, Rollout, TokenEvaluation
+from pipeline.records import Experience, Metrics, PolicyWeights, PromptGroup, Rollout, TokenEvaluation
+
+if TYPE_CHECKING:
+    import torch
 
 
 class RankedLearner:
@@ -31,6 +34,10 @@ class RankedLearner:
         reference = ray.put(batch)
         return self._all(lambda rank: rank.evaluate.remote(reference), "evaluating")
 
+    def calibrate(self, batches: Sequence[Any], heldout: Any) -> Metrics:
+        references = ray.put(batches), ray.put(heldout)
+        return self._all(lambda rank: rank.calibrate.remote(*references), "calibrating")
+
     def snapshot(self) -> RankedSnapshot:
         self._all(lambda rank: rank.snapshot.remote(), "copying its state")
         return RankedSnapshot(self._group, self._deadline_s)
@@ -48,6 +55,14 @@ class RankedLearner:
     def _all(self, call: Callable[[Any], Any], doing: str) -> Any:
         """Calls every rank. Returns the result of rank 0, which equals that of every rank."""
         return self._group.all(call, doing=doing, deadline_s=self._deadline_s)[0]
+
+
+class RankedDirectLearner(RankedLearner):
+    """Implements `DirectLearner` over ranks that each have a learner."""
+
+    def logprobs(self, groups: Sequence[PromptGroup]) -> torch.Tensor:
+        reference = ray.put(groups)
+        return self._all(lambda rank: rank.logprobs.remote(reference), f"measuring {len(groups)} prompts")
 
 
 class RankedSnapshot:

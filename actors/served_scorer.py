@@ -94,4 +94,5 @@ def as_reward_score(scored: ExplainedReward) -> RewardScore:
         objective_scores=tuple(scored.objective_scores.values()),
         concentration=scored.concentration,
         deviations=tuple(scored.deviations),
+        temperature=scored.temperature,
     )

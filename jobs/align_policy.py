@@ -1,8 +1,9 @@
-"""Stage 3: PPO alignment of the policy against the reward model.
+"""Stage 3: alignment of the policy, against the reward model or to preference pairs directly.
 
     python jobs/align_policy.py --recipe tiny
+    python jobs/align_policy.py --recipe tiny alignment.algorithm=dpo
 
-Runs the stages before it when their results are not in the workspace.
+Runs the stages before it when their results are not in the workspace. A direct method needs no reward model.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from pipeline.stages.runner import StageRunner
 if TYPE_CHECKING:
     from jobs.open_job import Job, ReadData
     from jobs.shared_actors import SharedActors
-    from pipeline.learning.builders import PPOLearnerSpec
+    from pipeline.learning.builders import DirectTrainerSpec, PPOLearnerSpec
     from pipeline.loops.align_policy import AlignmentPorts
+    from pipeline.ports import DirectLearner
 
 
 def align_policy(
@@ -36,6 +38,10 @@ def align_policy(
 ) -> StageResult:
     from pipeline.loops.align_policy import alignment_stage, run_alignment
 
+    if recipe.alignment.is_direct and recipe.alignment.pairs == "policy":
+        return align_to_own_pairs(stages, recipe, read_data, actors, policy, reward_model)
+    if recipe.alignment.is_direct:
+        return align_directly(stages, recipe, read_data, policy)
     return stages.run(
         alignment_stage(recipe, policy.fingerprint, reward_model.fingerprint),
         lambda stage: run_alignment(
@@ -49,6 +55,60 @@ def align_policy(
         ),
         max_restarts=recipe.cluster.alignment.max_restarts,
     )
+
+
+def align_directly(stages: StageRunner, recipe: Recipe, read_data: ReadData, policy: StageResult) -> StageResult:
+    from actors.deepspeed_learners import open_ranked_direct_learner
+    from pipeline.loops import direct_alignment
+
+    ranks = recipe.cluster.alignment
+    return direct_alignment.align_directly(
+        recipe,
+        read_data,
+        policy,
+        workspace=stages.workspace.uri,
+        run_stage=partial(stages.run, max_restarts=ranks.max_restarts),
+        open_trainer=partial(open_ranked_direct_learner, ranks, recipe.cluster.deadlines),
+    )
+
+
+def align_to_own_pairs(
+    stages: StageRunner,
+    recipe: Recipe,
+    read_data: ReadData,
+    actors: SharedActors,
+    policy: StageResult,
+    reward_model: StageResult,
+) -> StageResult:
+    """Rounds of direct alignment to responses that the policy samples and the reward model ranks."""
+    from actors.deepspeed_learners import open_ranked_direct_learner
+    from pipeline.loops.policy_pairs import OwnPairs, RankingPorts
+
+    @contextmanager
+    def open_ranking() -> Iterator[RankingPorts]:
+        rollouts = actors.rollouts(policy)
+        try:
+            yield RankingPorts(rollouts=rollouts, scorer=actors.scorer(reward_model))
+        finally:
+            rollouts.sleep()  # the learner of the round may be built on the engines' GPUs
+
+    @contextmanager
+    def open_trainer(spec: DirectTrainerSpec) -> Iterator[DirectLearner]:
+        deadlines, placement = recipe.cluster.deadlines, actors.shared_gpus()
+        with open_ranked_direct_learner(ranks, deadlines, spec, placement=placement) as learner:
+            yield learner
+
+    ranks = recipe.cluster.alignment
+    own = OwnPairs(
+        experiment=recipe,
+        start=policy,
+        reward_model=reward_model,
+        workspace=stages.workspace.uri,
+        publish_directory=actors.publish_directory,
+        open_trainer=open_trainer,
+        open_ranking=open_ranking,
+    )
+    return own.align(read_data, partial(stages.run, max_restarts=ranks.max_restarts))
 
 
 @contextmanager
@@ -75,6 +135,9 @@ def _open_ports(
 
 def main(job: Job) -> None:
     policy = sft(job.stages, job.recipe, job.read_data)
+    if not job.recipe.alignment.needs_reward_model:
+        align_directly(job.stages, job.recipe, job.read_data, policy)
+        return
     reward_model = train_reward_model(job.stages, job.recipe, job.read_data, policy)
     align_policy(job.stages, job.recipe, job.read_data, job.actors, policy, reward_model)
 

@@ -39,23 +39,27 @@ def compare_policies(options: argparse.Namespace) -> None:
 
 
 def _comparison_page(options: argparse.Namespace) -> str:
-    from pipeline.benchmark.policy_comparison.contest import answer_summaries, build_contests
     from pipeline.benchmark.policy_comparison.judgment_files import read_judgments
     from pipeline.benchmark.policy_comparison.leaderboard import leaderboard, read_scores
     from pipeline.benchmark.policy_comparison.policy_answers import answer_files, read_policy_answers, read_questions
-    from pipeline.evaluation.reasons import verified_objectives
     from pipeline.models.reward_model_card import read_card
-    from pipeline.reporting.comparison_page import comparison_page, judged_contests
 
     card = read_card(options.reward_model) if options.reward_model else None
     questions = read_questions(options.questions)
     files = [file for place in options.answers for file in answer_files(place)]
-    contests = build_contests([read_policy_answers(file, questions) for file in files])
+    answers = [read_policy_answers(file, questions) for file in files]
+    judgments, scores = read_judgments(options.judgments), read_scores(options.scores)
+    # These bring torch, which --help and what is wrong with a file do without.
+    from pipeline.benchmark.policy_comparison.contest import answer_summaries, build_contests
+    from pipeline.evaluation.reasons import verified_objectives
+    from pipeline.reporting.comparison_page import comparison_page, judged_contests
+
+    contests = build_contests(answers)
     return comparison_page(
-        judged_contests(contests, read_judgments(options.judgments)),
+        judged_contests(contests, judgments),
         leaderboard=leaderboard(
             tuple(dict.fromkeys(policy for contest in contests for policy in contest.policies)),
-            read_scores(options.scores),
+            scores,
             {
                 contest.benchmark: {policy: means["words"] for policy, means in answer_summaries(contest).items()}
                 for contest in contests

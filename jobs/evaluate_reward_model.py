@@ -1,4 +1,4 @@
-"""A reward model, or the reward a policy implies, on comparisons: RewardBench, RewardBench 2, RM-Bench, your own pairs.
+"""A reward model, or what a policy implies, on RewardBench, RewardBench 2, RM-Bench or your pairs.
 
     python jobs/evaluate_reward_model.py --model runs/tiny/stages/train_reward_model-.../result \\
         --pairs pairs.jsonl --out runs/eval-vrm
@@ -48,7 +48,7 @@ from pipeline.evaluation.reward_evaluation import (
     metric_differences,
     survey,
 )
-from pipeline.models.checkpoint_files import check_reward_model
+from pipeline.models.checkpoint_files import check_checkpoint, check_reward_model
 from pipeline.stages.fingerprint import directory_fingerprint
 from pipeline.stages.metrics_log import as_clock
 
@@ -71,6 +71,8 @@ class RewardSource:
     load: Callable[[], ComparisonScorer]
     objectives: tuple[str, ...]
     """Those of the reward model; a policy has none."""
+    answer_threshold: float | None
+    """Of the reward model's calibration; a policy has none."""
 
 
 def require_one_source(options: argparse.Namespace) -> None:
@@ -107,6 +109,7 @@ def reward_source(options: argparse.Namespace, device: str) -> RewardSource:
             options.model, max_tokens_per_batch=options.max_tokens_per_batch, device=device
         ),
         objectives=card.objectives,
+        answer_threshold=card.calibration.answer_threshold,
     )
 
 
@@ -140,6 +143,7 @@ def _implied_by_policy(options: argparse.Namespace, device: str) -> RewardSource
             device=device,
         ),
         objectives=(),
+        answer_threshold=None,
     )
 
 
@@ -153,6 +157,8 @@ def evaluate_reward_model(options: argparse.Namespace) -> str:
     require_one_source(options)
     if options.model is not None:
         check_reward_model(options.model)
+    for checkpoint in filter(None, (options.policy, options.reference)):
+        check_checkpoint(checkpoint)
     comparisons = comparisons_of(options)
     left_out: Counter[LeftOut] = Counter()
     found = survey(comparisons.read(left_out), options.benchmark)
@@ -189,7 +195,7 @@ def evaluate_reward_model(options: argparse.Namespace) -> str:
         report=progress(len(found.content_key)),
     )
     rows, _ = read_scored_rows(rows_file)
-    evaluation = evaluate(rows, options.benchmark, seed=options.seed)
+    evaluation = evaluate(rows, options.benchmark, seed=options.seed, answer_threshold=source.answer_threshold)
     reasons = (
         annotated_reasons(read_pair_scores(rows_file), comparisons.read(None), source.objectives, comparisons.gold)
         if rows.are_pairs
@@ -282,17 +288,19 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR", help="result directory of train_reward_model")
     parser.add_argument("--policy", metavar="DIR", help="in place of --model: a policy, scored by what it implies")
     parser.add_argument("--reference", metavar="DIR", help="the checkpoint from which the policy was aligned")
-    parser.add_argument("--form", choices=get_args(ImplicitRewardName), help="the method of the policy")
+    forms = get_args(ImplicitRewardName)
+    parser.add_argument("--form", choices=forms, metavar="METHOD", help="its method, as in alignment.algorithm")
     parser.add_argument("--beta", type=float, metavar="B", help="scale of implied rewards (1)")
     rows = parser.add_mutually_exclusive_group(required=True)
     rows.add_argument("--pairs", nargs="+", metavar="FILE", help=".jsonl or .parquet, or directories")
     complete_with(rows.add_argument("--recipe", metavar="NAME", help="its held-out pairs"), recipe_names)
     add_overrides(parser, "of the recipe")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="for rows.jsonl and metrics.json")
+    benchmarks = sorted(REWARD_BENCHMARKS)
     parser.add_argument(
-        "--benchmark", choices=sorted(REWARD_BENCHMARKS), default="pairs", help="how rows are aggregated"
+        "--benchmark", choices=benchmarks, default="pairs", metavar="NAME", help=f"one of {', '.join(benchmarks)}"
     )
-    parser.add_argument("--subset-field", metavar="NAME", help="names the subset (subset, for rm_bench domain)")
+    parser.add_argument("--subset-field", metavar="NAME", help="names the subset")
     parser.add_argument("--compare", type=Path, metavar="ROWS", help="rows.jsonl of another model on the same rows")
     parser.add_argument("--trained-on", nargs="+", default=(), metavar="FILE", help="count prompts shared with these")
     parser.add_argument(
@@ -300,7 +308,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.05,
         metavar="SHARE",
-        help="of the rows, that may have an empty response or the same on both sides (%(default)s)",
+        help="of rows with an empty response, or one on both sides (%(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default cuda where there is one")

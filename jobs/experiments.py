@@ -41,7 +41,11 @@ if TYPE_CHECKING:
 Compute = Callable[[Sequence[Run], str], Iterable[tuple[int, "dict[str, Any] | PipelineError"]]]
 """Runs, and where results go -> (index, plain data of a `RunResult`, or the error that ended the run), as they end."""
 
-HEADLINE = {"reward_model": ("accuracy", "eval/accuracy"), "policy": ("gold win rate", "gold/win_rate")}
+HEADLINE = {
+    "reward_model": ("accuracy", "eval/accuracy"),
+    "policy": ("gold win rate", "gold/win_rate"),
+    "method": ("win rate by VRM", "reward/win_rate"),
+}
 """What an experiment trains -> the number on a progress line, and where the run keeps it."""
 
 
@@ -60,12 +64,20 @@ def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace)
         ConfigError: a seed is no number.
     """
     options.recipe = options.recipe or EXPERIMENTS[options.experiment].recipe
-    # argparse takes overrides that stand behind the seeds for seeds.
+    options.seeds = seeds_and_overrides(options)
+
+
+def seeds_and_overrides(options: argparse.Namespace) -> list[int]:
+    """The seeds; argparse takes overrides that stand behind them for seeds, and they are added to the overrides.
+
+    Raises:
+        ConfigError: a seed is no number.
+    """
     options.overrides = [*options.overrides, *(word for word in options.seeds if "=" in word)]
     seeds = [word for word in options.seeds if "=" not in word]
     if not all(word.isdecimal() for word in seeds):
         raise ConfigError(f"--seeds {' '.join(seeds)}: seeds are whole numbers from 0, as in --seeds 0 1 2")
-    options.seeds = [int(word) for word in seeds]
+    return [int(word) for word in seeds]
 
 
 def demand_of(recipe: Recipe) -> Demand:

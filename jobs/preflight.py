@@ -62,10 +62,14 @@ def _checkpoints(recipe: Recipe) -> Iterator[NamedCheckpoint]:
         yield NamedCheckpoint(setting="policy.checkpoint", checkpoint=recipe.policy.checkpoint, stage="sft")
     if recipe.reward.backbone is not None:
         yield NamedCheckpoint(setting="reward.backbone", checkpoint=recipe.reward.backbone, stage="train_reward_model")
+    reference = recipe.alignment.direct.reference_checkpoint
+    if reference is not None:
+        setting = "alignment.direct.reference_checkpoint"
+        yield NamedCheckpoint(setting=setting, checkpoint=reference, stage="align_policy")
 
 
 def _is_in_a_finished_stage(named: NamedCheckpoint, workspace: str) -> bool:
-    section, _, key = named.setting.partition(".")
+    *sections, key = named.setting.split(".")
     stages = storage.join(workspace, "stages")
     for directory in storage.list_directories(stages):
         name, _, fingerprint = directory.rpartition("-")
@@ -73,6 +77,8 @@ def _is_in_a_finished_stage(named: NamedCheckpoint, workspace: str) -> bool:
             continue
         stage = StageDirectory(storage.join(stages, directory), name, fingerprint)
         config = {} if stage.result() is None else stage.manifest().get("config", {})
-        if config.get(section, {}).get(key) == named.checkpoint:
+        for section in sections:
+            config = config.get(section, {})
+        if config.get(key) == named.checkpoint:
             return True
     return False

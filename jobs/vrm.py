@@ -79,6 +79,12 @@ def _experiment() -> Command:
     return experiment_command
 
 
+def _methods() -> Command:
+    from jobs.compare_methods import compare_methods_command
+
+    return compare_methods_command
+
+
 def _generate() -> Command:
     from jobs.generate_answers import generate_answers_command
 
@@ -116,6 +122,7 @@ COMMANDS: Mapping[str, Entry] = {
     "serve": Entry(summary="serve a trained reward model over HTTP", load=_serve),
     "evaluate": Entry(summary="evaluate a reward model on comparisons, RewardBench, RM-Bench", load=_evaluate),
     "experiment": Entry(summary="run every variant of an experiment with every seed", load=_experiment),
+    "methods": Entry(summary="compare alignment methods as policies and as reward models", load=_methods),
     "benchmark generate": Entry(summary="answer AlpacaEval, Arena-Hard or MT-Bench", load=_generate),
     "benchmark judge": Entry(summary="let a judge compare or grade the answers", load=_judge),
     "benchmark score": Entry(summary="compute the scores of a judge's verdicts", load=_score),

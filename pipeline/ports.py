@@ -8,19 +8,24 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from pipeline.records import (
+    DirectBatch,
     Experience,
     Message,
     Metrics,
     PolicyWeights,
     Prompt,
+    PromptGroup,
     RewardScore,
     Rollout,
     SamplingParams,
     TokenEvaluation,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 Batch = TypeVar("Batch", contravariant=True)
 
@@ -52,6 +57,23 @@ class Learner(Protocol[Batch]):
 
     def peak_memory(self) -> Metrics:
         """The most memory that a process of the learner has taken so far, `memory/*`."""
+
+
+class CalibratedLearner(Learner[Batch], Protocol[Batch]):
+    """A reward model: when it is finished, it is calibrated."""
+
+    def calibrate(self, batches: Sequence[Batch], heldout: Batch) -> Metrics:
+        """Fits error bars to training batches, and the calibration to a part of the held-out batch.
+
+        Returns what `evaluate` returns, with the metrics of the calibrated model.
+        """
+
+
+class DirectLearner(Learner[DirectBatch], Protocol):
+    """A policy under direct alignment."""
+
+    def logprobs(self, groups: Sequence[PromptGroup]) -> torch.Tensor:
+        """[B, k] float32 on the CPU: log pi(y|x) of every response, summed over its tokens. Changes nothing."""
 
 
 class PolicyLearner(Protocol):

@@ -96,6 +96,49 @@ class PreferenceBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReferencedResponses:
+    """B prompts with k responses each, and what the reference policy says of them."""
+
+    groups: tuple[PromptGroup, ...]
+    reference_logprobs: torch.Tensor
+    """[B, k] float32: log pi_ref(y|x), summed over the tokens of each response, nats."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectBatch:
+    """What a policy is aligned to directly in one step: B pairs, or B single responses with a label."""
+
+    groups: tuple[PromptGroup, ...]
+    """k responses each: the chosen and the rejected one of a pair (k = 2), or one response (k = 1)."""
+    desirable: torch.Tensor
+    """[B, k] bool: which responses are to become more likely; (True, False) for a pair."""
+    reference_logprobs: torch.Tensor | None
+    """[B, k] float32: log pi_ref(y|x), summed over tokens, nats; None where the method has no reference."""
+    mismatched: ReferencedResponses | None
+    """KTO's other responses: every prompt of `groups` with the responses of the row before it; None for others."""
+    seed: int
+    """Of the random choices of the step; a function of (seed, step)."""
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.groups)
+
+    @property
+    def num_responses(self) -> int:
+        return self.desirable.numel()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledResponse:
+    """One response that somebody liked or did not like."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    response: str
+    label: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prompt:
     """One prompt to answer, in words and in the policy's tokens."""
 
@@ -145,18 +188,21 @@ class RewardScore:
     """The reward of one response, with its reason and its error bar (docs/method.md section 7).
 
     `mean = sum_k objective_weights[k] * objective_scores[k]` exactly, where there are scores: the "mlp" and "film"
-    decoders have none. A Bradley-Terry head has no reasons at all: both tuples are empty and `std` is 0.
+    decoders have none. A Bradley-Terry head has no reasons at all: both tuples are empty.
     """
 
     mean: float
     std: float
+    """What the model does not know of its reward, against that of a mean response to the same prompt."""
     objective_weights: tuple[float, ...]
     objective_scores: tuple[float, ...]
     concentration: float = 0.0
     """A = sum_k alpha_k of the Dirichlet over the weights; 0 where the weights are not random."""
     deviations: tuple[float, ...] = ()
-    """`RewardOutput.deviations`: what correlates this reward with those of other responses to the prompt, where `mean`
-    is no sum over objectives."""
+    """`RewardOutput.deviations`: `std` is their length, and the covariance with another response to the prompt their
+    inner product. Empty where a score was read from a file without them."""
+    temperature: float = 1.0
+    """T of the model: a margin over T is log-odds, where nothing is uncertain."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,18 +1,25 @@
-"""What the name of an alignment algorithm stands for: its standard values of `alignment.kl` and `alignment.ppo`.
+"""What the name of an alignment algorithm stands for: its standard values of sections of `alignment`.
 
-All of them are one update (`pipeline/learning/ppo_learner.py`). They differ in how advantages come from scored
-rollouts, in the loss of a token and in how tokens are averaged. A name fills in those choices before the recipe is
-read. What a recipe writes wins, and the printed configuration shows what runs.
+Algorithms of the PPO family are one update (`pipeline/learning/ppo_learner.py`) with values of `kl` and `ppo`. They
+differ in how advantages come from scored rollouts, in the loss of a token and in how tokens are averaged. Methods of
+direct alignment are another update (`pipeline/learning/direct_trainer.py`) with values of `direct`.
+
+A name fills in those choices before the recipe is read. What a recipe writes wins, and the printed configuration shows
+what runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel
 
-Algorithm = Literal["ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_plus_plus"]
+PolicyGradientAlgorithm = Literal["ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_plus_plus"]
+DirectAlgorithm = Literal["dpo", "ipo", "kto", "simpo", "cpo", "orpo", "wpo", "selective_dpo", "beta_dpo", "raft"]
+Algorithm = Literal[PolicyGradientAlgorithm, DirectAlgorithm]
+
+DIRECT = frozenset(get_args(DirectAlgorithm))
 
 _CRITIC_FREE_POLICY = {"learning_rate": 1e-6}
 """Values that DeepSeekMath, DAPO, Dr. GRPO and TRL's trainers share."""
@@ -94,6 +101,58 @@ STANDARD_VALUES: Mapping[str, Mapping[str, Any]] = {
     },
     # Hu et al. 2025, arXiv:2501.03262: PPO without its critic, whitened over the batch; KL k1 in the token rewards.
     "reinforce_plus_plus": {"ppo": {"advantages": "rewards_to_go"}},
+    # ---- direct alignment
+    # Rafailov et al. 2023, arXiv:2305.18290. The defaults of the schema.
+    "dpo": {},
+    # Azar et al. 2023, arXiv:2310.12036: sums over tokens, as in the paper. TRL has means (length_normalised).
+    "ipo": {"direct": {"losses": {"sigmoid": 0.0, "squared": 1.0}}},
+    # Ethayarajh et al. 2024, arXiv:2402.01306.
+    "kto": {"direct": {"losses": {"sigmoid": 0.0, "kto": 1.0}}},
+    # Meng et al. 2024, arXiv:2405.14734: beta 2.5 and gamma / beta = 0.5.
+    "simpo": {
+        "direct": {
+            "reference": False,
+            "length_normalised": True,
+            "beta": 2.5,
+            "target_margin": 1.25,
+            "optimiser": {"learning_rate": 6e-7},
+        }
+    },
+    # Xu et al. 2024, arXiv:2401.08417: no reference, and the likelihood of the chosen response beside the preference.
+    "cpo": {"direct": {"reference": False, "losses": {"likelihood": 1.0}}},
+    # Hong et al. 2024, arXiv:2403.07691: lambda 0.1.
+    "orpo": {
+        "direct": {
+            "reference": False,
+            "length_normalised": True,
+            "beta": 1.0,
+            "losses": {"sigmoid": 0.0, "odds_ratio": 0.1, "likelihood": 1.0},
+            "optimiser": {"learning_rate": 8e-6},
+        }
+    },
+    # Zhou et al. 2024, arXiv:2406.11827.
+    "wpo": {"direct": {"weighting": "policy", "beta": 0.01, "epochs": 2, "optimiser": {"learning_rate": 1e-6}}},
+    # Gao et al. 2025 and its code: the easiest half, from easy to hard.
+    "selective_dpo": {
+        "direct": {
+            "order": "easy_first",
+            "keep_easiest": 0.5,
+            "beta": 0.01,
+            "optimiser": {"learning_rate": 8e-7},
+        }
+    },
+    # Wu et al. 2024, arXiv:2407.08639.
+    "beta_dpo": {"direct": {"dynamic_beta": {}}},
+    # Dong et al. 2023, arXiv:2304.06767: imitates the best of the policy's own responses.
+    "raft": {
+        "pairs": "policy",
+        "direct": {
+            "reference": False,
+            "beta": 1.0,
+            "losses": {"sigmoid": 0.0, "likelihood": 1.0},
+            "optimiser": {"learning_rate": 1e-6},
+        },
+    },
 }
 
 

@@ -6,9 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.algorithms import Algorithm, with_standard_values
+from pipeline.config.algorithms import DIRECT, Algorithm, with_standard_values
 from pipeline.config.base import Count, Fraction, Frozen, NonNegative, Positive
+from pipeline.config.direct_alignment import DirectConfig
 from pipeline.config.models import LoRAConfig, OptimiserConfig, _require_one_way_to_train_less
+from pipeline.config.policy_pairs import PolicyPairsConfig
 
 
 class KLConfig(Frozen):
@@ -97,8 +99,7 @@ class PPOConfig(Frozen):
     reward_transform: Literal["none", "zscore", "lcb", "log_sigmoid"] = "zscore"
     """How mean and standard deviation become the reward, in units of held-out rewards (docs/method.md section 11)."""
     lcb_coefficient: NonNegative = 1.0
-    """lcb subtracts this many posterior standard deviations before the z-score. They differ little between responses: 1
-    hardly changes what a policy learns (overoptimization in docs/LOG.md)."""
+    """lcb subtracts this many standard deviations of the reward (docs/method.md section 7) before the z-score."""
     reward_clip: Positive | None = 5.0
     """The transformed reward is clipped to +- this, before penalties (docs/method.md section 14); None is no bound."""
     whiten_rewards: bool = False
@@ -190,11 +191,15 @@ class PPOConfig(Frozen):
 
 
 class AlignmentConfig(Frozen):
-    """Alignment of the policy against the reward model, by PPO or an algorithm of its family."""
+    """Alignment of the policy: against the reward model, by PPO or an algorithm of its family, or to pairs directly.
+
+    A direct method reads `direct`, `max_tokens_per_micro_batch`, `gradient_checkpointing` and `keep_checkpoints`.
+    """
 
     num_steps: Count = 100
     algorithm: Algorithm = "ppo"
-    """A name for values of `kl` and `ppo` (pipeline/config/algorithms.py); what stands beside it wins over them."""
+    """A name for values of `kl` and `ppo`, or of `direct` (pipeline/config/algorithms.py). What stands beside it wins
+    over them."""
     prompts_per_step: Count = 256
     samples_per_prompt: Count = 1
     max_prompt_tokens: Count = 1024
@@ -206,6 +211,11 @@ class AlignmentConfig(Frozen):
     (docs/method.md section 14)."""
     kl: KLConfig = KLConfig()
     ppo: PPOConfig = PPOConfig()
+    direct: DirectConfig = DirectConfig()
+    pairs: Literal["data", "policy"] = "data"
+    """Where a direct method has its pairs from: the data of the recipe, or the policy, whose responses a reward model
+    ranks. "policy" also reads the settings of sampling."""
+    policy_pairs: PolicyPairsConfig = PolicyPairsConfig()
     max_tokens_per_micro_batch: Count = 8192
     gradient_checkpointing: bool = False
     checkpoint_every: Count = 10
@@ -222,10 +232,47 @@ class AlignmentConfig(Frozen):
     """Largest mean absolute logprob difference between engine and learner after a weight update;
     None chooses 1e-4 for float32 and 0.2 for bfloat16."""
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether the policy learns from pairs, without reward model and rollouts."""
+        return self.algorithm in DIRECT
+
     @model_validator(mode="before")
     @classmethod
     def _start_from_the_algorithm(cls, written: Any) -> Any:
         return with_standard_values(written)
+
+    @property
+    def needs_reward_model(self) -> bool:
+        return not self.is_direct or self.pairs == "policy"
+
+    @model_validator(mode="after")
+    def _pairs_of_the_policy_have_a_use(self) -> AlignmentConfig:
+        direct, from_policy = self.direct, self.pairs == "policy"
+        imitates = not (direct.losses.of_pairs or direct.losses.kto)
+        if imitates and self.is_direct and not from_policy:
+            raise ValueError(
+                "direct.losses: no term with a weight above 0 compares responses, and pairs = data; set one of "
+                "sigmoid, robust, squared, odds_ratio and kto, or pairs=policy to imitate the best own responses"
+            )
+        if not from_policy:
+            return self
+        if not self.is_direct:
+            raise ValueError(
+                f"pairs = policy belongs to direct methods, and algorithm = {self.algorithm} samples by itself; "
+                "leave pairs out, or set algorithm=dpo"
+            )
+        if self.samples_per_prompt < 2:
+            raise ValueError(
+                f"pairs = policy ranks the responses to one prompt, so samples_per_prompt = {self.samples_per_prompt} "
+                "must be at least 2; 8 is usual"
+            )
+        if direct.labelled_responses or direct.needs_difficulty:
+            raise ValueError(
+                "pairs = policy makes its pairs itself, so direct.labelled_responses, direct.order = easy_first and "
+                "direct.keep_easiest mean nothing; leave them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _groups_have_members(self) -> AlignmentConfig:

@@ -15,6 +15,7 @@ from pipeline.config.alignment import AlignmentConfig
 from pipeline.config.base import Frozen
 from pipeline.config.benchmark import BenchmarkConfig
 from pipeline.config.cluster import ClusterConfig
+from pipeline.config.comparison import ComparisonConfig
 from pipeline.config.data import DataConfig
 from pipeline.config.models import PolicyConfig
 from pipeline.config.reward import JudgeConfig, RewardConfig
@@ -94,6 +95,7 @@ class Recipe(ExperimentConfig):
     """An experiment and the cluster it runs on: one YAML file in `jobs/recipes/`."""
 
     cluster: ClusterConfig = ClusterConfig()
+    comparison: ComparisonConfig = ComparisonConfig()
 
     def could_share_gpus(self, gpus_per_worker: float) -> bool:
         """Whether engines and learner may take turns on the same GPUs, were there no others."""

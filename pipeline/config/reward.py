@@ -160,6 +160,11 @@ class RewardConfig(Frozen):
     eval_every: Count = 50
     max_eval_pairs: Count = 2048
     checkpoint_every: Count = 50
+    error_bar_pairs: Count = 2048
+    """Training pairs that are read once more after training, for the error bars of rewards."""
+    answer_error: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+    """Share of confident answers of a comparison that may be wrong. Below the confidence that this takes, the service
+    says that it cannot tell."""
     keep_best: Literal["eval/accuracy", "-eval/nll"] | None = None
     """End with the checkpoint that is best by this held-out metric (minus: lowest is best); None ends with the last."""
 

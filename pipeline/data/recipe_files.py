@@ -10,6 +10,7 @@ from functools import partial
 from pipeline.config.data import SourceConfig
 from pipeline.config.recipe import ExperimentConfig
 from pipeline.data.files import Row, first_rows, require_distinct_files
+from pipeline.data.labelled import labelled_response
 from pipeline.data.preferences import ADAPTERS, PREFERRED, AnnotationColumns
 from pipeline.data.prompts import EVALUATION_PROMPT_FIELDS, PROMPT_FIELDS, prompt_of
 from pipeline.data.sources import (
@@ -65,6 +66,12 @@ def data_files(experiment: ExperimentConfig) -> Iterator[DataFile]:
             yield pair_file(resolve(source.path), source, experiment.objectives)
 
 
+def _labelled_files(experiment: ExperimentConfig) -> Iterator[DataFile]:
+    """Read by the alignment alone: no other stage depends on them."""
+    for path in experiment.alignment.direct.labelled_responses:
+        yield DataFile(path=resolve(path), read=_read_labelled)
+
+
 def check_data(experiment: ExperimentConfig) -> int:
     """Looks at the first rows of each file of a run; returns how many files there are.
 
@@ -74,7 +81,7 @@ def check_data(experiment: ExperimentConfig) -> int:
     Raises:
         DataError: a file cannot be used, or the sources do not fit the recipe; names file, line and field.
     """
-    files = list(data_files(experiment))
+    files = [*data_files(experiment), *_labelled_files(experiment)]
     for file in files:
         file.look_at()
     data = experiment.data
@@ -145,6 +152,11 @@ def resolve(path: str) -> str:
 def _read_prompts(rows: Iterable[Row], *, fields: Sequence[str]) -> None:
     for row in rows:
         prompt_of(row, fields)
+
+
+def _read_labelled(rows: Iterable[Row]) -> None:
+    for row in rows:
+        labelled_response(row)
 
 
 def _read_pairs(

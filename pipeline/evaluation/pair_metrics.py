@@ -25,7 +25,9 @@ class ScoredPairs:
     """Posterior-mean reward of the chosen response."""
     rejected: np.ndarray
     margin_std: np.ndarray
-    """Posterior standard deviation of their difference (`compare_rewards`); 0 for a head without a posterior."""
+    """Posterior standard deviation of their difference (`compare_rewards`); 0 for a model without error bars."""
+    log_odds: np.ndarray
+    """Calibrated logits of P(chosen is better), of the same sign as the margin."""
     length_gap: np.ndarray
     """Length of the chosen response minus length of the rejected one, in any unit."""
 
@@ -50,16 +52,20 @@ def accuracy_metrics(margins: np.ndarray) -> Metrics:
     return {"accuracy": accuracy, "accuracy_tie_half": accuracy + 0.5 * ties, "ties": ties}
 
 
-def pair_diagnostics(pairs: ScoredPairs) -> Metrics:
+def pair_diagnostics(pairs: ScoredPairs, *, answer_threshold: float | None) -> Metrics:
     """Calibration, uncertainty and preference for length.
 
-    The `probit/` metrics and the `aurc/` of the standard deviation exist only if some pair has a standard deviation.
+    Args:
+        answer_threshold: least |log-odds| of a confident answer (`RewardCalibration`); None measures no answers.
 
     Returns:
-        `nll`, `brier`, `calibration_error` of p = sigmoid(margin); `probit/...`, the same for the probability that
-        includes the uncertainty (`probit_margins`); `mean_abs_margin`;
-        `aurc/...` (`risk_coverage_area`) with |margin|, the standard deviation and their ratio as confidence;
+        `nll`, `brier`, `ece_uncalibrated` of p = sigmoid(margin); `calibrated/nll`, `calibrated/brier` and `ece`, the
+        same for the calibrated log-odds; `mean_abs_margin`;
+        `aurc/...` (`risk_coverage_area`) with |margin|, |log-odds| and, where there is one, the standard deviation of
+        the margin as confidence;
         `aurc_gain/...`, the error rate minus that area, which is 0 for a confidence unrelated to the errors;
+        `answered`, the share of confident answers, and `answered_error`, the share of them that is wrong, NaN without
+        one;
         `prefers_longer`; `length_correlation`; the accuracy (a tie is one half) on pairs whose chosen response is the
         longer or the shorter one, NaN if there is no such pair.
     """
@@ -67,14 +73,23 @@ def pair_diagnostics(pairs: ScoredPairs) -> Metrics:
     correct = _correct(margins)
     errors = 1.0 - correct
     confidences = {"margin": np.abs(margins)}
-    metrics = calibration(margins) | {"mean_abs_margin": float(np.abs(margins).mean())}
-    variance = pairs.margin_std**2
-    if variance.any():
-        probit = calibration(probit_margins(margins, variance))
-        metrics |= {f"probit/{name}": value for name, value in probit.items()}
-        # A margin without uncertainty has the highest confidence for its size. The floor only avoids 0 / 0.
-        std = np.sqrt(np.maximum(variance, np.finfo(np.float64).tiny))
-        confidences |= {"std": -std, "margin_over_std": np.abs(margins) / std}
+    raw, calibrated = calibration(margins), calibration(pairs.log_odds)
+    metrics = {
+        "nll": raw["nll"],
+        "brier": raw["brier"],
+        "ece_uncalibrated": raw["ece"],
+        "ece": calibrated["ece"],
+        "calibrated/nll": calibrated["nll"],
+        "calibrated/brier": calibrated["brier"],
+        "mean_abs_margin": float(np.abs(margins).mean()),
+    }
+    confidences["log_odds"] = np.abs(pairs.log_odds)
+    if pairs.margin_std.any():
+        confidences["std"] = -pairs.margin_std
+    if answer_threshold is not None:
+        answered = np.abs(pairs.log_odds) > answer_threshold
+        metrics["answered"] = float(answered.mean())
+        metrics["answered_error"] = float((margins[answered] <= 0).mean()) if answered.any() else float("nan")
     areas = {name: risk_coverage_area(errors, confidence) for name, confidence in confidences.items()}
     metrics |= {f"aurc/{name}": area for name, area in areas.items()}
     metrics |= {f"aurc_gain/{name}": float(errors.mean()) - area for name, area in areas.items()}
@@ -91,7 +106,7 @@ def pair_diagnostics(pairs: ScoredPairs) -> Metrics:
 
 
 def calibration(logits: np.ndarray) -> Metrics:
-    """`nll` (nats), `brier` and `calibration_error` of P(chosen is better) = sigmoid(logit); the outcome is always 1.
+    """`nll` (nats), `brier` and `ece` of P(chosen is better) = sigmoid(logit); the outcome is always 1.
 
     nll = mean log(1 + exp(-logit)),   brier = mean (1 - sigmoid(logit))^2   (Brier 1950)
 
@@ -101,7 +116,7 @@ def calibration(logits: np.ndarray) -> Metrics:
     return {
         "nll": float(np.logaddexp(0.0, -logits).mean()),
         "brier": float(((1.0 - _sigmoid(logits)) ** 2).mean()),
-        "calibration_error": calibration_error(logits),
+        "ece": calibration_error(logits),
     }
 
 
@@ -120,19 +135,6 @@ def calibration_error(margins: np.ndarray) -> float:
     gap_of_group = np.bincount(group, _correct(margins)) / size - _sigmoid(confident)
     gaps = np.repeat(gap_of_group, size)
     return float(sum(abs(bin_gaps.sum()) for bin_gaps in np.array_split(gaps, CALIBRATION_BINS))) / len(margins)
-
-
-def probit_margins(margins: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """Logits of the mean of sigmoid(N(margin, variance)), in MacKay's approximation.
-
-    E[sigmoid(m)] ~ sigmoid( m / sqrt(1 + pi/8 variance) )
-
-    Source: MacKay 1992, "The evidence framework applied to classification networks" (docs/method.md section 7).
-
-    Args:
-        margins, variance: [B].
-    """
-    return margins / np.sqrt(1.0 + np.pi / 8.0 * variance)
 
 
 def risk_coverage_area(errors: np.ndarray, confidence: np.ndarray) -> float:

@@ -5,7 +5,7 @@ An alarm is a hint to look, not a verdict. Early evaluations and small held-out 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pipeline.records import Metrics
@@ -83,7 +83,7 @@ ALARMS = (
     ),
     Alarm(
         "miscalibration",
-        ("eval/calibration_error",),
+        ("eval/ece",),
         lambda error: error > 0.1,
         "confidence and accuracy differ. Smooth the labels (pair_loss.label_smoothing), or train less long.",
     ),
@@ -109,21 +109,22 @@ ALARMS = (
 )
 
 
-def check_alarms(metrics: Metrics) -> Metrics:
+def check_alarms(metrics: Metrics, alarms: Sequence[Alarm] = ALARMS) -> Metrics:
     """`alarm/<name>`, 1 or 0, for every alarm whose signals were measured, and `eval/alarms`, the number raised.
 
     Args:
         metrics: those of one evaluation, and of the update before it if there was one.
+        alarms: those of a reward model, unless given.
     """
     checked = {
         ALARM_PREFIX + alarm.name: float(alarm.is_raised(*(metrics[signal] for signal in alarm.signals)))
-        for alarm in ALARMS
+        for alarm in alarms
         if all(signal in metrics for signal in alarm.signals)
     }
     return checked | {"eval/alarms": sum(checked.values())}
 
 
-def alarm_messages(metrics: Metrics, *, are_pairs_scored: bool) -> list[str]:
+def alarm_messages(metrics: Metrics, alarms: Sequence[Alarm] = ALARMS, *, are_pairs_scored: bool) -> list[str]:
     """One line for each alarm raised in `metrics`: its name, its signals and the advice.
 
     Args:
@@ -133,6 +134,6 @@ def alarm_messages(metrics: Metrics, *, are_pairs_scored: bool) -> list[str]:
         f"alarm {alarm.name} ("
         + ", ".join(f"{signal} = {metrics[signal]:.3g}" for signal in alarm.signals if signal in metrics)
         + f"): {alarm.advice if are_pairs_scored or alarm.unscored_advice is None else alarm.unscored_advice}"
-        for alarm in ALARMS
+        for alarm in alarms
         if metrics.get(ALARM_PREFIX + alarm.name)
     ]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from pipeline.evaluation.bootstrap import bootstrap_intervals
+from pipeline.evaluation.calibration import log_odds, split_heldout
 from pipeline.evaluation.correlation import correlation_or_zero
 from pipeline.evaluation.pair_metrics import ScoredPairs, length_slope, pair_diagnostics
 from pipeline.evaluation.reasons import (
@@ -18,26 +19,34 @@ from pipeline.evaluation.reasons import (
     reason_fidelity,
     verified_objectives,
 )
-from pipeline.evaluation.reward_scorer import reward_scores
 from pipeline.evaluation.source_metrics import source_metrics
 from pipeline.models.reward_heads import RewardOutput
+from pipeline.models.reward_model_card import RewardCalibration
 from pipeline.objectives.preference import bradley_terry_loss, ranked_correctly
-from pipeline.objectives.reward_comparison import compare_rewards
 from pipeline.objectives.variational import gaussian_kl_per_dimension
 from pipeline.records import Metrics, PreferenceBatch
 
 PAIR_METRICS = (
-    "calibration_error",
     "brier",
-    "probit/nll",
-    "probit/brier",
-    "probit/calibration_error",
     "prefers_longer",
     "length_correlation",
     "accuracy/chosen_longer",
     "accuracy/chosen_shorter",
 )
 """The metrics of `pair_diagnostics` that every evaluation logs (docs/method.md section 10)."""
+
+REPORTED_METRICS = (
+    "ece",
+    "ece_uncalibrated",
+    "calibrated/nll",
+    "calibrated/brier",
+    "aurc_gain/margin",
+    "aurc_gain/log_odds",
+    "aurc_gain/std",
+    "answered",
+    "answered_error",
+)
+"""Those of a calibrated model, on held-out pairs that had no part in its calibration."""
 
 MARGIN_QUANTILES = (5, 50, 95)
 """Quantiles of r_chosen - r_rejected, in percent."""
@@ -48,13 +57,16 @@ ACTIVE_VARIANCE = 0.01
 """A semantic dimension whose mean varies by more than this over (x, y) is active (docs/method.md section 10)."""
 
 
-def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch, objectives: Sequence[str]) -> Metrics:
+def reward_diagnostics(
+    output: RewardOutput, batch: PreferenceBatch, objectives: Sequence[str], calibration: RewardCalibration | None
+) -> Metrics:
     """The signals of docs/method.md section 10 on a whole held-out batch.
 
     Args:
         output: 2B rows, float64, chosen first. A field that the head does not compute has width 0.
         batch: the same rows.
         objectives: K names.
+        calibration: of the finished model, fitted to a part of these pairs; None while it trains.
 
     Returns:
         Scale and calibration of the reward, its relation to length, the metrics of each source, and intervals of its
@@ -67,8 +79,9 @@ def reward_diagnostics(output: RewardOutput, batch: PreferenceBatch, objectives:
     metrics = {
         "eval/reward_mean": float(output.mean.mean()),
         "eval/reward_std": float(output.mean.std(correction=0)),
-        "eval/posterior_std": float(output.variance.sqrt().mean()),
-        **_margin_metrics(output, batch),
+        "eval/posterior_std": float(output.deviations.norm(dim=-1).mean()),
+        "eval/latent_std": float(output.variance.sqrt().mean()),
+        **_margin_metrics(output, batch, calibration),
         **_source_metrics(output, batch),
         **_accuracy_intervals(output, batch),
     }
@@ -146,26 +159,45 @@ def _accuracy_intervals(output: RewardOutput, batch: PreferenceBatch) -> Metrics
     return {f"{name}_{end}": value for name, ends in intervals.items() for end, value in zip(ENDS, ends, strict=True)}
 
 
-def _margin_metrics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
+def _margin_metrics(output: RewardOutput, batch: PreferenceBatch, calibration: RewardCalibration | None) -> Metrics:
     """Calibration of the margins, and their relation to length."""
     means = output.mean.cpu().numpy()
     n = batch.num_pairs
     margins = means[:n] - means[n:]
     length_gap = np.array([len(chosen) - len(rejected) for chosen, rejected in (p.response_ids for p in batch.pairs)])
-    measured = pair_diagnostics(
-        ScoredPairs(chosen=means[:n], rejected=means[n:], margin_std=_margin_stds(output, n), length_gap=length_gap)
+    margin_std = (output.deviations[:n] - output.deviations[n:]).norm(dim=-1).cpu().numpy()
+    temperature = 1.0 if calibration is None else calibration.temperature
+    pairs = ScoredPairs(
+        chosen=means[:n],
+        rejected=means[n:],
+        margin_std=margin_std,
+        log_odds=log_odds(margins, margin_std**2, temperature),
+        length_gap=length_gap,
     )
+    diagnostics = pair_diagnostics(pairs, answer_threshold=None)
+    measured = _named(diagnostics, PAIR_METRICS) | {"eval/calibration_error": diagnostics["ece_uncalibrated"]}
+    if calibration is not None:
+        measured |= _reported(pairs, split_heldout(batch.pairs).report, calibration)
     quantiles = {f"eval/margin_p{q:02d}": float(np.quantile(margins, q / 100)) for q in MARGIN_QUANTILES}
-    # NaN means that there is no such pair.
-    return (
-        quantiles
-        | {"eval/length_slope": length_slope(margins, length_gap)}
-        | {
-            f"eval/{name.replace('/', '_')}": measured[name]
-            for name in PAIR_METRICS
-            if name in measured and not math.isnan(measured[name])
-        }
-    )
+    return quantiles | {"eval/length_slope": length_slope(margins, length_gap)} | measured
+
+
+def _reported(pairs: ScoredPairs, rows: np.ndarray, calibration: RewardCalibration) -> Metrics:
+    """`REPORTED_METRICS` on the rows that calibrated nothing; empty where there are none."""
+    if not len(rows):
+        return {}
+    threshold = calibration.answer_threshold
+    measured = _named(pair_diagnostics(pairs.take(rows), answer_threshold=threshold), REPORTED_METRICS)
+    return {"eval/reported_pairs": float(len(rows)), "eval/answered": 0.0} | measured
+
+
+def _named(measured: Metrics, names: Sequence[str]) -> Metrics:
+    """`eval/<name>` of the metrics of these names. NaN means that there is no such pair, and is left out."""
+    return {
+        f"eval/{name.replace('/', '_')}": measured[name]
+        for name in names
+        if name in measured and not math.isnan(measured[name])
+    }
 
 
 def _source_metrics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
@@ -176,17 +208,6 @@ def _source_metrics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
         np.array([len(chosen) - len(rejected) for chosen, rejected in (p.response_ids for p in batch.pairs)]),
         [numbers.setdefault(pair.prompt_ids, len(numbers)) for pair in batch.pairs],
         batch.sources,
-    )
-
-
-def _margin_stds(output: RewardOutput, num_pairs: int) -> np.ndarray:
-    """[B] posterior standard deviations of the margins. Both responses use the prompt's weights (the chosen row)."""
-    of_prompts = output._replace(
-        alpha=output.alpha[:num_pairs].repeat(2, 1), weights=output.weights[:num_pairs].repeat(2, 1)
-    )
-    scores = reward_scores(of_prompts)
-    return np.array(
-        [compare_rewards(a, b).margin_std for a, b in zip(scores[:num_pairs], scores[num_pairs:], strict=True)]
     )
 
 

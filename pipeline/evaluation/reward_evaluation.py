@@ -241,12 +241,13 @@ def _listed(names: Iterable[str]) -> str:
 # ----------------------------------------------------------------------------- evaluation
 
 
-def evaluate(rows: ScoredRows, benchmark: str, *, seed: int) -> Evaluation:
+def evaluate(rows: ScoredRows, benchmark: str, *, seed: int, answer_threshold: float | None) -> Evaluation:
     """All numbers of one model. Bootstrap intervals resample prompts, not rows.
 
     Args:
         rows: at least one, all of the form that the benchmark takes (`survey`).
         benchmark: a key of `REWARD_BENCHMARKS`.
+        answer_threshold: of the model (`RewardCalibration`).
     """
     accuracies = REWARD_BENCHMARKS[benchmark].accuracies
     return Evaluation(
@@ -256,7 +257,7 @@ def evaluate(rows: ScoredRows, benchmark: str, *, seed: int) -> Evaluation:
         cut=int(rows.cut.sum()),
         accuracies=_estimates(accuracies(rows), rows, seed),
         longer_is_better=accuracies(rows.scored_by_length())(np.arange(len(rows))),
-        diagnostics=_estimates(_diagnostics(rows), rows, seed) if rows.are_pairs else {},
+        diagnostics=_estimates(_diagnostics(rows, answer_threshold), rows, seed) if rows.are_pairs else {},
         sources=_source_metrics(rows, seed) if rows.are_pairs else {},
         subsets=_subset_table(rows),
     )
@@ -273,7 +274,8 @@ def metric_differences(rows: ScoredRows, others: ScoredRows, benchmark: str, *, 
     others = rows.scored_as(others)
     differences = _estimates(difference_of_statistics(accuracies(rows), accuracies(others)), rows, seed)
     if rows.are_pairs:
-        differences |= _estimates(difference_of_statistics(_diagnostics(rows), _diagnostics(others)), rows, seed)
+        ours, theirs = _diagnostics(rows, None), _diagnostics(others, None)
+        differences |= _estimates(difference_of_statistics(ours, theirs), rows, seed)
     return differences
 
 
@@ -287,11 +289,15 @@ def as_json(value: Any) -> Any:
 
 
 def headline_metrics(evaluation: Evaluation, reasons: Metrics) -> Metrics:
-    """`accuracy`, `nll`, `ece` and `reasons/...`, as far as they were measured: public names, which stay."""
+    """`accuracy`, `nll`, `ece` and `reasons/...`, as far as they were measured: public names, which stay.
+
+    `nll` and `ece_uncalibrated` are those of the bare margin, `ece` that of the calibrated log-odds.
+    """
     measured = {
         "accuracy": evaluation.accuracies.get("accuracy"),
         "nll": evaluation.diagnostics.get("nll"),
-        "ece": evaluation.diagnostics.get("calibration_error"),
+        "ece": evaluation.diagnostics.get("ece"),
+        "ece_uncalibrated": evaluation.diagnostics.get("ece_uncalibrated"),
     }
     return {name: estimate.value for name, estimate in measured.items() if estimate is not None} | reasons
 
@@ -348,7 +354,7 @@ def evaluation_table(evaluation: Evaluation, differences: Mapping[str, Estimate]
 def _estimates(statistic: Statistic, rows: ScoredRows, seed: int) -> dict[str, Estimate]:
     intervals = bootstrap_intervals(statistic, _groups(rows), seed=seed)
     # Resampling adds noise to every bin, and |.| makes it positive: the interval would lie above the value.
-    intervals |= {name: (math.nan, math.nan) for name in intervals if name.endswith("calibration_error")}
+    intervals |= {name: (math.nan, math.nan) for name in intervals if name.startswith("ece")}
     values = statistic(np.arange(len(rows)))
     return {
         name: Estimate(value=value, low=intervals[name][0], high=intervals[name][1]) for name, value in values.items()
@@ -363,15 +369,16 @@ def _groups(rows: ScoredRows) -> np.ndarray:
     return groups
 
 
-def _diagnostics(rows: ScoredRows) -> Statistic:
+def _diagnostics(rows: ScoredRows, answer_threshold: float | None) -> Statistic:
     chosen, rejected = rows.first, rows.first_rejected
     pairs = ScoredPairs(
         chosen=rows.rewards[chosen],
         rejected=rows.rewards[rejected],
         margin_std=rows.margin_std,
+        log_odds=rows.log_odds,
         length_gap=(rows.characters[chosen] - rows.characters[rejected]).astype(np.float64),
     )
-    return lambda indices: pair_diagnostics(pairs.take(indices))
+    return lambda indices: pair_diagnostics(pairs.take(indices), answer_threshold=answer_threshold)
 
 
 def _source_metrics(rows: ScoredRows, seed: int) -> Metrics:

@@ -16,9 +16,8 @@ class RewardScale:
     mean: float
     std: float
     posterior_std: float = 0.0
-    """Mean posterior standard deviation; 0 for a model without uncertainty."""
+    """Mean standard deviation of a reward; 0 for a model without error bars."""
 
     @classmethod
     def of(cls, card: RewardModelCard) -> RewardScale:
-        posterior_std = card.metrics.get("eval/posterior_std", 0.0)
-        return cls(mean=card.reward_mean, std=card.reward_std, posterior_std=posterior_std)
+        return cls(mean=card.reward_mean, std=card.reward_std, posterior_std=card.calibration.posterior_std)

@@ -63,7 +63,7 @@ class RewardModelScorer:
         for batch in plan_micro_batches(lengths, world_size=1, max_tokens=self._max_tokens)[0]:
             output = score_packed(self._model, pack([groups[g] for g in batch]).to(self._device))
             rows = in_packed_order([shared[g] for g in batch])
-            scores |= zip(rows, reward_scores(output), strict=True)
+            scores |= zip(rows, reward_scores(output, temperature=self.card.calibration.temperature), strict=True)
         return [scores[row] for row in range(len(encoded))]
 
     def fits(self, prompt: tuple[Message, ...], response: str) -> bool:
@@ -79,9 +79,10 @@ class RewardModelScorer:
         return prompt_ids, response_ids
 
 
-def reward_scores(output: RewardOutput) -> list[RewardScore]:
+def reward_scores(output: RewardOutput, *, temperature: float) -> list[RewardScore]:
     """The N rows of a head's output as plain numbers."""
     columns = (output.weights, output.scores, output.deviations)
+    stds = output.deviations.norm(dim=-1)
     return [
         RewardScore(
             mean=mean,
@@ -90,9 +91,10 @@ def reward_scores(output: RewardOutput) -> list[RewardScore]:
             objective_scores=tuple(scores),
             concentration=concentration,
             deviations=tuple(deviations),
+            temperature=temperature,
         )
         for mean, std, concentration, weights, scores, deviations in zip(
-            *(c.tolist() for c in (output.mean, output.variance.sqrt(), output.alpha.sum(-1), *columns)), strict=True
+            *(c.tolist() for c in (output.mean, stds, output.alpha.sum(-1), *columns)), strict=True
         )
     ]
 

@@ -39,7 +39,9 @@ class ScoredComparison:
     chosen: tuple[RewardedResponse, ...]
     rejected: tuple[RewardedResponse, ...]
     margin_std: float
-    """Posterior standard deviation of the first chosen minus the first rejected reward, with shared weights."""
+    """Posterior standard deviation of the first chosen minus the first rejected reward."""
+    log_odds: float
+    """Calibrated log-odds that the first chosen response is better than the first rejected one."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,6 +58,8 @@ class ScoredRows:
     """[N], chosen and rejected responses together."""
     margin_std: np.ndarray
     """[N] float64. For this and the following columns see `ScoredComparison`."""
+    log_odds: np.ndarray
+    """[N] float64."""
     subset: np.ndarray
     """[N] index into `subset_names`."""
     subset_names: tuple[str, ...]
@@ -76,7 +80,7 @@ class ScoredRows:
     @staticmethod
     def of(rows: Iterable[ScoredComparison]) -> ScoredRows:
         """Consumes `rows` with one row in memory at a time."""
-        rewards, margin_std = array("d"), array("d")
+        rewards, margin_std, log_odds = array("d"), array("d"), array("d")
         characters, num_chosen, num_responses, subset = array("i"), array("i"), array("i"), array("i")
         content_key, prompt_key = array("Q"), array("Q")
         cut, annotators_tie = array("b"), array("b")
@@ -90,6 +94,7 @@ class ScoredRows:
             num_chosen.append(len(row.chosen))
             num_responses.append(len(responses))
             margin_std.append(row.margin_std)
+            log_odds.append(row.log_odds)
             subset.append(numbers.setdefault(row.subset, len(numbers)))
             sources.append(sys.intern(row.source))
             content_key.append(row.content_key)
@@ -106,6 +111,7 @@ class ScoredRows:
             num_chosen=np.asarray(num_chosen),
             num_responses=np.asarray(num_responses),
             margin_std=np.asarray(margin_std),
+            log_odds=np.asarray(log_odds),
             subset=place[np.asarray(subset)],
             subset_names=tuple(names),
             sources=tuple(sources),
@@ -135,7 +141,7 @@ class ScoredRows:
 
     def scored_as(self, others: ScoredRows) -> ScoredRows:
         """These rows with the rewards of `others`: the same rows, scored by another model."""
-        return replace(self, rewards=others.rewards, margin_std=others.margin_std)
+        return replace(self, rewards=others.rewards, margin_std=others.margin_std, log_odds=others.log_odds)
 
     def scored_by_length(self) -> ScoredRows:
         """These rows with the length in characters as the reward."""
@@ -168,6 +174,7 @@ class ScoredRows:
             num_chosen=self.num_chosen[rows],
             num_responses=sizes,
             margin_std=self.margin_std[rows],
+            log_odds=self.log_odds[rows],
             subset=self.subset[rows],
             sources=tuple(self.sources[row] for row in rows),
             content_key=self.content_key[rows],

@@ -111,14 +111,15 @@ def _read_rows(path: Path, scored_by: set[str]) -> Iterator[ScoredComparison]:
     for row in read_rows(str(path)):
         try:
             chosen, rejected = (tuple(_response(r) for r in row.values[side]) for side in ("chosen", "rejected"))
-            first, other = (_reward_score(row.values[side][0]) for side in ("chosen", "rejected"))
+            compared = compare_rewards(*(_reward_score(row.values[side][0]) for side in ("chosen", "rejected")))
             comparison = ScoredComparison(
                 **{name: row.values[name] for name in FIELDS},
                 content_key=key_number(row.values["content_key"]),
                 prompt_key=key_number(row.values["prompt_key"]),
                 chosen=chosen,
                 rejected=rejected,
-                margin_std=compare_rewards(first, other).margin_std,
+                margin_std=compared.margin_std,
+                log_odds=compared.log_odds,
             )
             scored_by.add(row.values["scored_by"])
         except (KeyError, TypeError, ValueError, IndexError) as error:

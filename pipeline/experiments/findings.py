@@ -20,7 +20,8 @@ from pipeline.experiments.grid import Experiment, Run, varied_settings
 REWARD_COLUMNS: dict[str, str] = {
     "accuracy": "eval/accuracy",
     "nll": "eval/nll",
-    "ece": "eval/calibration_error",
+    "ece": "eval/ece",
+    "ece_uncalibrated": "eval/ece_uncalibrated",
     "margin": "eval/margin",
     "kl_w": "eval/kl_w",
     "kl_z": "eval/kl_z",

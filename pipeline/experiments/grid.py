@@ -21,21 +21,23 @@ RUN_VERSION = 4
 
 LOSS = "reward.loss"
 
-Trained = Literal["reward_model", "policy"]
+Trained = Literal["reward_model", "policy", "method"]
+ALIGNED_BY = {
+    "seed",
+    "objectives",
+    "own_objectives",
+    "data",
+    "policy",
+    "sft",
+    "reward",
+    "judge",
+    "alignment",
+    "benchmark",
+}
 READS: Mapping[Trained, set[str]] = {
     "reward_model": {"seed", "objectives", "own_objectives", "data", "policy", "reward", "judge"},
-    "policy": {
-        "seed",
-        "objectives",
-        "own_objectives",
-        "data",
-        "policy",
-        "sft",
-        "reward",
-        "judge",
-        "alignment",
-        "benchmark",
-    },
+    "policy": ALIGNED_BY,
+    "method": ALIGNED_BY,
 }
 """What an experiment trains -> the sections of a recipe that its runs read."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 
 from pipeline.benchmark.scored_answers import read_scored_answers
 from pipeline.config.recipe import ExperimentConfig
@@ -13,24 +12,11 @@ from pipeline.data.run_data import RunData
 from pipeline.errors import ConfigError
 from pipeline.evaluation.overoptimization import GoldReward, gold_proxy_gap
 from pipeline.evaluation.reward_scale import RewardScale
-from pipeline.evaluation.reward_scorer import RewardModelScorer
+from pipeline.experiments.local_run import LocalRun, scorer_in_process
 from pipeline.experiments.policy_findings import POLICY_CURVE_METRICS, fall_from_peak
 from pipeline.experiments.reward_run import RunResult
-from pipeline.learning.builders import build_ppo_learner, engine_in_process, reference_in_process
-from pipeline.loops.align_policy import AlignmentPorts, alignment_stage, run_alignment
-from pipeline.loops.benchmark import (
-    ALIGNED,
-    BASE,
-    BenchmarkPorts,
-    answers_file,
-    benchmark_prompts,
-    benchmark_stage,
-    run_benchmark,
-)
+from pipeline.loops.benchmark import ALIGNED, BASE, answers_file, benchmark_prompts
 from pipeline.records import Message, Metrics, StageResult
-from pipeline.rollouts.torch_rollouts import TorchRollouts
-from pipeline.stages import storage
-from pipeline.stages.workspace import StageDirectory
 
 
 def align_and_measure(
@@ -64,11 +50,13 @@ def align_and_measure(
     # Prompts that do not fit are found before the alignment, not after it.
     conversations = [prompt.messages for prompt in benchmark_prompts(experiment, data, policy.location)[0]]
     started = time.monotonic()
-    scorer = _scorer(experiment, reward_model, device)
-    alignment, benchmark, metrics = _align_and_answer(experiment, data, policy, reward_model, scorer, directory, device)
-    rows = alignment.metrics_rows()
+    scorer = scorer_in_process(experiment, reward_model, device)
+    run = LocalRun.open(experiment, data, policy, directory=directory, device=device)
+    alignment, aligned = run.align(reward_model, scorer)
+    benchmark = run.answer(aligned, reward_model, scorer)
+    metrics, rows = aligned.metrics | benchmark.metrics, alignment.metrics_rows()
     gold = GoldReward.of(data.gold, data.heldout_pairs)
-    gaps, margins = _against_the_truth(benchmark.result_uri, conversations, gold, RewardScale.of(scorer.card))
+    gaps, margins = against_the_truth(benchmark.location, conversations, gold, RewardScale.of(scorer.card))
     metrics |= gaps | {"gold/fall": fall_from_peak([row["gold/mean"] for row in rows])}
     metrics |= {f"reward_model/{name}": reward_model.metrics[f"eval/{name}"] for name in ("accuracy", "nll")}
     return RunResult(
@@ -80,59 +68,7 @@ def align_and_measure(
     )
 
 
-def _align_and_answer(
-    experiment: ExperimentConfig,
-    data: RunData,
-    policy: StageResult,
-    reward_model: StageResult,
-    scorer: RewardModelScorer,
-    directory: str,
-    device: str,
-) -> tuple[StageDirectory, StageDirectory, Metrics]:
-    """Runs both stages in this process. Returns the directories of alignment and benchmark, and the metrics of both."""
-    dtype = experiment.policy.dtype
-    spec = alignment_stage(experiment, policy.fingerprint, reward_model.fingerprint)
-    alignment = StageDirectory.shared(directory, spec)
-    benchmark = StageDirectory.shared(
-        directory, benchmark_stage(experiment, policy.fingerprint, spec.fingerprint, reward_model.fingerprint)
-    )
-    with storage.reading(policy.location) as start:
-        rollouts = TorchRollouts(start, dtype=dtype, gate_tolerance=experiment.alignment.gate_tolerance, device=device)
-    published = storage.join(directory, "published")
-    metrics = run_alignment(
-        alignment,
-        experiment,
-        data,
-        policy_uri=policy.location,
-        reward_model_uri=reward_model.location,
-        publish_directory=published,
-        open_ports=lambda spec: nullcontext(
-            AlignmentPorts(
-                rollouts=rollouts,
-                scorer=scorer,
-                learner=build_ppo_learner(spec, engine_in_process(device), reference_in_process(dtype, device)),
-            )
-        ),
-    )
-    metrics |= run_benchmark(
-        benchmark,
-        experiment,
-        data,
-        policy_uri=policy.location,
-        aligned_uri=alignment.result_uri,
-        publish_directory=published,
-        open_ports=lambda: BenchmarkPorts(rollouts=rollouts, scorer=scorer),
-    )
-    return alignment, benchmark, metrics
-
-
-def _scorer(experiment: ExperimentConfig, reward_model: StageResult, device: str) -> RewardModelScorer:
-    budget = experiment.alignment.max_tokens_per_micro_batch
-    with storage.reading(reward_model.location) as directory:
-        return RewardModelScorer.load(directory, max_tokens_per_batch=budget, device=device)
-
-
-def _against_the_truth(
+def against_the_truth(
     result: str, conversations: Sequence[Sequence[Message]], gold: GoldReward, reward_scale: RewardScale
 ) -> tuple[Metrics, dict[str, list[float]]]:
     """The gaps between reward and truth in the finished benchmark `result`, and what alignment changed in both."""

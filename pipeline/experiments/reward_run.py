@@ -52,8 +52,9 @@ def train_and_measure(training: RewardTraining, trainer: RewardTrainer, director
     metrics = training.run(trainer, stage)
     output = trainer.score(heldout)
     margins = {"mean": _margins(output.mean)}
-    if bool(output.variance.any()):
-        margins["lcb"] = _margins(output.mean - LCB_COEFFICIENT * output.variance.sqrt())
+    stds = output.deviations.norm(dim=-1)
+    if bool(stds.any()):
+        margins["lcb"] = _margins(output.mean - LCB_COEFFICIENT * stds)
     head = trainer.engine.module.head
     if isinstance(head, EnsembleHead):
         margins["min"] = _margins(_read_as_minimum(trainer, head, data).mean)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -13,6 +14,9 @@ from pipeline.loops.sft import run_sft, sft_stage
 from pipeline.records import Metrics, StageResult
 from pipeline.stages.stage_spec import StageSpec
 from pipeline.stages.workspace import StageDirectory
+
+SECONDS = "seconds"
+"""How long a shared stage took, in its manifest."""
 
 
 def shared_policy(experiment: ExperimentConfig, root: str, *, device: str) -> StageResult:
@@ -51,4 +55,12 @@ def from_root_or_computed(spec: StageSpec, root: str, compute: Callable[[StageDi
     if finished is not None:
         return finished
     stage.delete_uncommitted()
-    return stage.finish(compute(stage), {})
+    started = time.monotonic()
+    metrics = compute(stage)
+    return stage.finish(metrics, {SECONDS: time.monotonic() - started})
+
+
+def seconds_of(result: StageResult) -> float:
+    """How long the finished stage took."""
+    directory, _, _ = result.location.rpartition("/")
+    return float(StageDirectory(directory, result.name, result.fingerprint).manifest()[SECONDS])

@@ -15,9 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.config.alignment import AlignmentConfig
+from pipeline.config.direct_alignment import DirectConfig
 from pipeline.config.reward import RewardConfig
 from pipeline.config.sft import SFTConfig
 from pipeline.data.score_statistics import MixtureStatistics
+from pipeline.learning.direct_trainer import DirectAlignmentTrainer
 from pipeline.learning.engine import TorchEngine, TrainEngine
 from pipeline.learning.parameter_groups import parameter_groups, policy_parameter_groups
 from pipeline.learning.ppo_learner import PPOLearner, frozen_reference, reference_without_adapters
@@ -31,12 +33,12 @@ from pipeline.models.backbone import (
     load_tokenizer,
     train_only_last_layers,
 )
-from pipeline.models.critic import Policy, PolicyWithCritic
+from pipeline.models.critic import Policy, PolicyWithCritic, ResponsePolicy
 from pipeline.models.frozen_states import FrozenStates
 from pipeline.models.lora import add_lora
 from pipeline.models.reward_heads import RewardHead
 from pipeline.models.reward_model import RewardModel, load_reward_model, make_head
-from pipeline.models.reward_model_card import RewardModelCard, SourceScale
+from pipeline.models.reward_model_card import RewardCalibration, RewardModelCard, SourceScale
 from pipeline.records import PromptGroup
 from pipeline.stages import storage
 
@@ -156,6 +158,7 @@ def _card_before_training(spec: RewardTrainerSpec) -> RewardModelCard:
         metrics={},
         reward_weights=spec.config.reward_weights,
         ensemble=spec.config.ensemble,
+        calibration=RewardCalibration(answer_error=spec.config.answer_error),
         pooling=spec.config.pooling,
     )
 
@@ -220,6 +223,46 @@ def _critic_backbone(reward_model_uri: str) -> PreTrainedModel:
     with storage.reading(reward_model_uri) as directory:
         reward_model, _, _ = load_reward_model(directory)
     return reward_model.backbone
+
+
+# ------------------------------------------------------------------ direct alignment
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectTrainerSpec:
+    config: DirectConfig
+    policy_uri: str
+    """A directory, or a hub name."""
+    dtype: str
+    num_steps: int
+    max_tokens_per_micro_batch: int
+    gradient_checkpointing: bool
+    seed: int
+
+
+def build_direct_trainer(spec: DirectTrainerSpec, make_engine: MakeEngine) -> DirectAlignmentTrainer:
+    config = spec.config
+    with storage.reading(spec.policy_uri) as directory:
+        policy, tokenizer = load_causal_lm(directory, dtype="float32")
+    train_only_last_layers(policy, config.trainable_layers)
+    add_lora(policy, config.lora, seed=spec.seed)
+    if spec.gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
+    engine = make_engine(
+        ResponsePolicy(policy),
+        parameter_groups(policy, None, config.optimiser, head_learning_rate=config.optimiser.learning_rate),
+        betas=config.optimiser.betas,
+        max_grad_norm=config.optimiser.max_grad_norm,
+        dtype=spec.dtype,
+    )
+    return DirectAlignmentTrainer(
+        engine,
+        config=config,
+        model_config=policy.config,
+        tokenizer=tokenizer,
+        schedule=LearningRateSchedule(num_steps=spec.num_steps, warmup_fraction=config.optimiser.warmup_fraction),
+        max_tokens_per_micro_batch=spec.max_tokens_per_micro_batch,
+    )
 
 
 # ------------------------------------------------------------------ in one process

@@ -86,6 +86,11 @@ class RewardData:
         rows = step_indices(len(self.pairs), self.batch_pairs, step, self.seed)
         return self.collate([self.pairs[i] for i in rows], step)
 
+    def last_batches(self, num_pairs: int) -> list[PreferenceBatch]:
+        """The batches of the last steps, at least one, of at most `num_pairs` pairs and of at most one epoch."""
+        count = min(num_pairs, len(self.pairs)) // self.batch_pairs
+        return [self.batch(step) for step in range(max(0, self.num_steps - max(1, count)), self.num_steps)]
+
     @property
     def heldout(self) -> PreferenceBatch:
         """All held-out pairs as one batch, with the truth about them where it is known."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from pipeline.evaluation.reward_diagnostics import reward_diagnostics
 from pipeline.learning.engine import TrainEngine
 from pipeline.learning.memory import peak_memory
 from pipeline.learning.micro_batches import MicroBatch, RowValues, Sums, own_micro_batches
+from pipeline.learning.reward_calibration import calibrate_head
 from pipeline.learning.schedule import LearningRateSchedule, warmup_factor
 from pipeline.learning.training_state import TrainingStatePart
 from pipeline.models.lora import merged
@@ -24,11 +25,12 @@ from pipeline.models.reward_heads import (
     BradleyTerryAuxiliaryHead,
     GateHead,
     RegressionHead,
+    RewardHead,
     RewardOutput,
     VRMHead,
 )
-from pipeline.models.reward_model import save_reward_model
-from pipeline.models.reward_model_card import RewardModelCard
+from pipeline.models.reward_model import RewardModel, save_reward_model
+from pipeline.models.reward_model_card import RewardCalibration, RewardModelCard
 from pipeline.objectives.preference import (
     bradley_terry_loss,
     margin_loss,
@@ -140,15 +142,40 @@ class RewardTrainer:
         return _split_fields(rows.over_ranks(self.engine), like=output)
 
     def evaluate(self, batch: PreferenceBatch) -> Metrics:
-        output = self.score(batch)
+        return self._measure(batch, self.score(batch), None)
+
+    def calibrate(self, batches: Sequence[PreferenceBatch], heldout: PreferenceBatch) -> Metrics:
+        """Fits error bar and calibration of the finished model (`calibrate_head`); returns its held-out metrics.
+
+        Every rank computes the same numbers, because `score` gathers the rows of all ranks.
+        """
+        output = self.score(heldout)
+        calibration, deviations = calibrate_head(
+            self._head,
+            map(self.score, batches),
+            output,
+            heldout.pairs,
+            error=self.card.calibration.answer_error,
+            delta=self.card.calibration.answer_delta,
+        )
+        self.card = self.card.model_copy(update={"calibration": calibration})
+        return self._measure(heldout, output._replace(deviations=deviations), calibration)
+
+    @property
+    def _head(self) -> RewardHead:
+        model = self.engine.module
+        assert isinstance(model, RewardModel), "a reward trainer trains a reward model"
+        return model.head
+
+    def _measure(self, batch: PreferenceBatch, output: RewardOutput, calibration: RewardCalibration | None) -> Metrics:
+        """The metrics of an output, which also go into the card: the loop measures once more before it exports."""
         whole_batch = MicroBatch(rows=torch.arange(batch.num_pairs), weight=1.0, last=True, most_response_tokens=0)
         terms = self._terms(batch, whole_batch, output._replace(sampled=output.mean))
         totals = {name: term.double().sum() for name, term in terms.items()}
         metrics = self._means(totals, batch, "eval") | reward_diagnostics(
-            RewardOutput(*(field.double() for field in output)), batch, self.card.objectives
+            RewardOutput(*(field.double() for field in output)), batch, self.card.objectives, calibration
         )
         metrics |= check_alarms(self.training | metrics)
-        # The card keeps the statistics of the latest evaluation; the loop evaluates once more before it exports.
         self.card = self.card.model_copy(
             update={
                 "reward_mean": metrics["eval/reward_mean"],
@@ -168,6 +195,9 @@ class RewardTrainer:
     def export(self, directory: str) -> None:
         state = self.engine.full_state_dict()
         if self.engine.rank == 0:
+            # Under ZeRO-3 the engine knows parameters alone.
+            last_layer = self._head.last_layer.named_buffers()
+            state |= {f"head.last_layer.{name}": buffer.cpu() for name, buffer in last_layer}
             save_reward_model(
                 directory,
                 state_dict=merged(state, self.engine.module),
@@ -314,7 +344,7 @@ def _both(micro: MicroBatch, batch: PreferenceBatch) -> torch.Tensor:
 
 
 def _side_by_side(output: RewardOutput) -> torch.Tensor:
-    """[n, 3 + 3K + 2d + 2L]: the fields of n rows as one tensor, for one collective."""
+    """[n, columns]: the fields of n rows as one tensor, for one collective."""
     return torch.cat([field.view(len(field), _width(field)) for field in output], dim=1)
 
 

@@ -15,7 +15,7 @@ from pipeline.learning.builders import RewardTrainerSpec
 from pipeline.learning.reward_data import RewardData
 from pipeline.loops.training import train
 from pipeline.models.backbone import load_tokenizer, require_lora_targets
-from pipeline.ports import Learner
+from pipeline.ports import CalibratedLearner
 from pipeline.records import Metrics, PreferenceBatch
 from pipeline.stages import storage
 from pipeline.stages.stage_spec import StageSpec
@@ -23,7 +23,7 @@ from pipeline.stages.workspace import StageDirectory
 
 VERSION = 3
 
-OpenRewardTrainer = Callable[[RewardTrainerSpec], AbstractContextManager[Learner[PreferenceBatch]]]
+OpenRewardTrainer = Callable[[RewardTrainerSpec], AbstractContextManager[CalibratedLearner[PreferenceBatch]]]
 
 
 def reward_stage(experiment: ExperimentConfig, policy: str) -> StageSpec:
@@ -149,7 +149,7 @@ class RewardTraining:
             notes.append(f"scores are shown on the scale of the source with most annotations: {listed}")
         return notes + [f"{name} {count:.0f}" for name, count in self.contamination.items()]
 
-    def run(self, trainer: Learner[PreferenceBatch], stage: StageDirectory) -> Metrics:
+    def run(self, trainer: CalibratedLearner[PreferenceBatch], stage: StageDirectory) -> Metrics:
         """Trains from the last commit; returns the held-out metrics of the finished model, memory, and the data's."""
         about_the_data = self.about_the_data()
         for note in self.notes(about_the_data):
@@ -162,6 +162,9 @@ class RewardTraining:
             num_steps=self.data.num_steps,
             eval_every=self.spec.config.eval_every,
             checkpoint_every=self.spec.config.checkpoint_every,
+            evaluate_finished=lambda: trainer.calibrate(
+                self.data.last_batches(self.spec.config.error_bar_pairs), self.data.heldout
+            ),
         )
         for message in alarm_messages(metrics, are_pairs_scored=self.data.statistics.has_scores):
             print(f"{stage.name}  {message}", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 from pipeline.ports import Learner
@@ -21,11 +22,41 @@ def train(
     num_steps: int,
     eval_every: int,
     checkpoint_every: int,
+    evaluate_finished: Callable[[], Metrics] | None = None,
 ) -> Metrics:
-    """Restores the last commit, trains to `num_steps`, evaluates once more and exports the model.
+    """As `fit`, then exports the model to the stage's result."""
+    final = fit(
+        learner,
+        stage,
+        batch_of=batch_of,
+        heldout=heldout,
+        num_steps=num_steps,
+        eval_every=eval_every,
+        checkpoint_every=checkpoint_every,
+        evaluate_finished=evaluate_finished,
+    )
+    learner.export(stage.result_uri)
+    return final
+
+
+def fit(
+    learner: Learner[TrainingBatch],
+    stage: StageDirectory,
+    *,
+    batch_of: Callable[[int], TrainingBatch],
+    heldout: TrainingBatch,
+    num_steps: int,
+    eval_every: int,
+    checkpoint_every: int,
+    evaluate_finished: Callable[[], Metrics] | None = None,
+) -> Metrics:
+    """Restores the last commit, trains to `num_steps` and evaluates once more.
 
     Consumes batches `batch_of(step)`, a pure function, so a resumed run sees the same data. The commit of step s holds
     the state after step s; a run killed anywhere resumes after its last commit and ends with the same weights.
+
+    Args:
+        evaluate_finished: measures the finished model, and may complete it; None evaluates it on `heldout`.
 
     Returns:
         The held-out metrics of the finished model: the last, or the one that `keep_best` prefers.
@@ -33,6 +64,7 @@ def train(
     Raises:
         Preempted: the process is about to be ended; the step it was in is committed.
     """
+    evaluate_finished = evaluate_finished or partial(learner.evaluate, heldout)
     checkpoint = stage.checkpoints.latest()
     if checkpoint is not None:
         learner.restore(checkpoint.uri)
@@ -47,11 +79,10 @@ def train(
             if step + 1 < num_steps and stage.is_commit_due(step, every=checkpoint_every):
                 stage.checkpoints.save(step, learner.snapshot, state={"metrics": metrics})
                 stage.leave_if_preempted(step)
-        final = learner.evaluate(heldout)
+        final = evaluate_finished()
         log.write(num_steps - 1, final)
     best = stage.checkpoints.better_than(final)
     if best is not None:
         learner.restore(best.uri)
-        final = learner.evaluate(heldout)
-    learner.export(stage.result_uri)
+        final = evaluate_finished()
     return final

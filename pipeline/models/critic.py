@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from pipeline.models.lora import adapters_off
 from pipeline.models.packing import PackedTokens, packed_states, use_packed_attention
-from pipeline.objectives.logprobs import token_logprobs_and_entropy
+from pipeline.objectives.logprobs import token_logprobs, token_logprobs_and_entropy
 
 
 class TokenStatistics(NamedTuple):
@@ -82,6 +82,35 @@ class Policy(nn.Module):
         """[B, T] float32 log-probabilities, 0 on padding; arguments as in `PolicyWithCritic.forward`."""
         states = packed_states(_trunk(self.policy), packed)
         return _to_rows(_logprobs_and_entropy(self.policy, states, packed, temperature)[0], packed, num_columns)
+
+
+class ResponsePolicy(nn.Module):
+    """log pi(y|x) of whole responses: direct alignment."""
+
+    def __init__(self, policy: PreTrainedModel) -> None:
+        super().__init__()
+        use_packed_attention(policy)
+        self.policy = policy
+
+    def forward(self, packed: PackedTokens, with_collisions: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """[R] float32 sums over the tokens of each response: log pi(y_t), and log sum_v pi(v)^2 without gradient.
+
+        Args:
+            packed: R responses, on the model's device.
+            with_collisions: whether to compute the second, which is 0 otherwise.
+        """
+        states = packed_states(_trunk(self.policy), packed)
+        per_token = token_logprobs(
+            states[packed.predictors],
+            self.policy.get_output_embeddings(),
+            packed.token_ids[packed.response_tokens],
+            temperature=1.0,
+            most_positions=packed.most_response_tokens,
+            diagnostic="log_collision" if with_collisions else "none",
+        )
+        longest = int(packed.response_lengths.max())
+        logprobs, collisions = (_to_rows(flat, packed, longest).sum(-1) for flat in per_token)
+        return logprobs, collisions
 
 
 def _trunk(policy: Any) -> PreTrainedModel:

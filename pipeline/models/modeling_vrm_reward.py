@@ -62,6 +62,7 @@ class VRMRewardModel(PreTrainedModel):
     base_model_prefix = "backbone"
     _supports_sdpa = True
     _supports_flash_attn = True
+    _keys_to_ignore_on_load_unexpected = [r"^head\.last_layer\."]  # noqa: RUF012 -- error bars, which no logit reads
     _keep_in_fp32_modules_strict = {"head"}  # noqa: RUF012 -- transformers reads a set or a list
 
     def __init__(self, config: VRMRewardConfig) -> None:

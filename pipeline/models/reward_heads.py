@@ -13,7 +13,9 @@ from torch import nn
 
 from pipeline.config.reward import EnsembleConfig, VRMHeadConfig
 from pipeline.errors import ShapeError
+from pipeline.models.last_layer import ErrorBar, LastLayerPosterior, no_error_bar
 from pipeline.models.reward_decoders import FiLMDecoder, MLPDecoder
+from pipeline.objectives.last_layer import LastLayerInputs
 from pipeline.objectives.variational import (
     gaussian_noise,
     reward_mean_and_variance,
@@ -36,7 +38,7 @@ class RewardOutput(NamedTuple):
     mean: torch.Tensor
     """[N] posterior mean of the reward."""
     variance: torch.Tensor
-    """[N] posterior variance of the reward."""
+    """[N] variance of the reward under q(w|x) q(z|x,y): the method's own. The error bar of a reward is `deviations`."""
     alpha: torch.Tensor
     """[N, K] Dirichlet concentrations of the objective weights."""
     mu: torch.Tensor
@@ -52,8 +54,20 @@ class RewardOutput(NamedTuple):
     weights: torch.Tensor
     """[N, K] posterior mean objective weights."""
     deviations: torch.Tensor
-    """[N, 2L] what two responses to a prompt share of their variance, where that has no closed form. For the "mlp" and
-    "film" decoders as in `sampled_reward_moments`; for an ensemble twice the deviations of its L members."""
+    """[N, L] error bar of the reward: its length is the standard deviation, an inner product of two rows with one
+    prompt their covariance (`LastLayerPosterior`). For an ensemble, the members around their mean. 0 wide in training.
+    """
+    prompt_features: torch.Tensor
+    """[N, G] last hidden layer behind the weights; 0 wide in training. `last_layer_inputs` reads it."""
+    response_features: torch.Tensor
+    """[N, F] last hidden layer behind the scores or the reward, times the reward's scale; 0 wide in training."""
+
+    @property
+    def last_layer_inputs(self) -> LastLayerInputs:
+        """What `deviations` are a function of. Only a head with prompt features learns its objective weights."""
+        width = self.weights.shape[1] if self.prompt_features.shape[1] else 0
+        weights, scores = self.weights[:, :width], self.scores[:, :width]
+        return LastLayerInputs(weights, scores, self.prompt_features, self.response_features)
 
 
 def bounded_softplus(u: torch.Tensor, *, low: float, high: float) -> torch.Tensor:
@@ -109,7 +123,11 @@ class TwoLayerHead(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, input_size] -> [N, output_size]."""
-        return self.output(nn.functional.silu(self.hidden(x)))
+        return self.output(self.features(x))
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, hidden_size] what the output layer is linear in."""
+        return nn.functional.silu(self.hidden(x))
 
 
 class RewardUnits(nn.Module):
@@ -145,7 +163,13 @@ class VRMHead(nn.Module):
         self.weight_head = TwoLayerHead(hidden_size, config.hidden_size, num_objectives + separate_mean)
         self.feature_head = TwoLayerHead(hidden_size, config.hidden_size, 2 * config.semantic_dims)
         self.decoder: MLPDecoder | FiLMDecoder | None = None
-        self.units = RewardUnits() if config.learned_scale and config.decoder in ("bilinear", "hadamard") else None
+        linear = config.decoder in ("bilinear", "hadamard")
+        self.units = RewardUnits() if config.learned_scale and linear else None
+        self.last_layer = LastLayerPosterior(
+            response_size=config.hidden_size if linear else hidden_size,
+            prompt_size=config.hidden_size if linear else 0,
+            num_objectives=num_objectives if linear else 0,
+        )
         match config.decoder:
             case "bilinear":
                 self.score_matrix = nn.Parameter(torch.empty(num_objectives, config.semantic_dims, dtype=torch.float32))
@@ -207,17 +231,24 @@ class VRMHead(nn.Module):
                 matrix = self._scaled_matrix()
                 mean, variance = reward_mean_and_variance(alpha, mu, logvar, matrix)
                 annotation_scores, scores = mu @ self.score_matrix.T, mu @ matrix.T
-                deviations = mu.new_zeros(len(mu), 0)
             else:
                 with torch.no_grad():  # the loss takes the sample alone
-                    mean, variance, deviations = sampled_reward_moments(
+                    mean, variance = sampled_reward_moments(
                         self.decoder, alpha, mu, logvar, draws=config.inference_draws
                     )
                 annotation_scores = scores = mu.new_zeros(len(mu), 0)
             sampled = mean if noise_seeds is None else self._sampled_rewards(alpha, mu, logvar, noise_seeds)
             weights = alpha / alpha.sum(-1, keepdim=True)
+            if self.training:
+                error_bar = no_error_bar(mean)
+            elif self.decoder is None:
+                prompt_features = self.weight_head.features(prompt_hidden.float())
+                response_features = scaled(self.feature_head.features(response_hidden.float()), self.units)
+                error_bar = self.last_layer(LastLayerInputs(weights, scores, prompt_features, response_features))
+            else:
+                error_bar = linear_error_bar(self.last_layer, response_hidden)
             return RewardOutput(
-                sampled, mean, variance, alpha, mu, logvar, scores, annotation_scores, weights, deviations
+                sampled, mean, variance, alpha, mu, logvar, scores, annotation_scores, weights, *error_bar
             )
 
     def _scaled_matrix(self) -> torch.Tensor:
@@ -253,6 +284,9 @@ class GateHead(nn.Module):
         self.weight_head = TwoLayerHead(hidden_size, config.hidden_size, num_objectives)
         self.feature_head = TwoLayerHead(hidden_size, config.hidden_size, config.semantic_dims)
         self.units = RewardUnits() if config.learned_scale else None
+        self.last_layer = LastLayerPosterior(
+            response_size=config.hidden_size, prompt_size=config.hidden_size, num_objectives=num_objectives
+        )
         self.score_matrix = nn.Parameter(torch.empty(num_objectives, config.semantic_dims, dtype=torch.float32))
         nn.init.normal_(self.feature_head.output.weight, std=1.0 / math.sqrt(config.hidden_size))
         nn.init.normal_(self.score_matrix, std=1.0 / math.sqrt(config.semantic_dims))
@@ -265,11 +299,17 @@ class GateHead(nn.Module):
             weights = torch.softmax(self.weight_head(prompt_hidden.float()), dim=-1)
             mu = self.feature_head(response_hidden.float())
             annotation_scores = mu @ self.score_matrix.T
-            scores = annotation_scores if self.units is None else self.units() * annotation_scores
+            scores = scaled(annotation_scores, self.units)
             reward = (weights * scores).sum(-1)
             empty, no_variance = reward.new_zeros(len(reward), 0), torch.zeros_like(reward)
+            if self.training:
+                error_bar = no_error_bar(reward)
+            else:
+                prompt_features = self.weight_head.features(prompt_hidden.float())
+                response_features = scaled(self.feature_head.features(response_hidden.float()), self.units)
+                error_bar = self.last_layer(LastLayerInputs(weights, scores, prompt_features, response_features))
             return RewardOutput(
-                reward, reward, no_variance, empty, mu, empty, scores, annotation_scores, weights, empty
+                reward, reward, no_variance, empty, mu, empty, scores, annotation_scores, weights, *error_bar
             )
 
 
@@ -284,6 +324,7 @@ class RegressionHead(nn.Module):
         super().__init__()
         self.reward_weights = reward_weights or (1.0 / num_objectives,) * num_objectives
         self.linear = nn.Linear(hidden_size, num_objectives, dtype=torch.float32)
+        self.last_layer = LastLayerPosterior(response_size=hidden_size)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
@@ -297,7 +338,8 @@ class RegressionHead(nn.Module):
             reward = (weights * scores).sum(-1)
             empty = reward.new_zeros(len(reward), 0)
             no_variance = torch.zeros_like(reward)
-            return RewardOutput(reward, reward, no_variance, empty, empty, empty, scores, scores, weights, empty)
+            error_bar = linear_error_bar(self.last_layer, response_hidden)
+            return RewardOutput(reward, reward, no_variance, empty, empty, empty, scores, scores, weights, *error_bar)
 
 
 class BradleyTerryHead(nn.Module):
@@ -306,6 +348,7 @@ class BradleyTerryHead(nn.Module):
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.linear = nn.Linear(hidden_size, 1, bias=False, dtype=torch.float32)
+        self.last_layer = LastLayerPosterior(response_size=hidden_size)
         nn.init.normal_(self.linear.weight, std=1.0 / math.sqrt(hidden_size))
 
     def forward(
@@ -315,7 +358,9 @@ class BradleyTerryHead(nn.Module):
         with torch.autocast(response_hidden.device.type, enabled=False):
             reward = self.linear(response_hidden.float()).squeeze(-1)
             empty = reward.new_zeros(len(reward), 0)
-            return RewardOutput(reward, reward, torch.zeros_like(reward), *[empty] * 7)
+            error_bar = linear_error_bar(self.last_layer, response_hidden)
+            no_variance = torch.zeros_like(reward)
+            return RewardOutput(reward, reward, no_variance, empty, empty, empty, empty, empty, empty, *error_bar)
 
 
 class BradleyTerryAuxiliaryHead(nn.Module):
@@ -329,6 +374,7 @@ class BradleyTerryAuxiliaryHead(nn.Module):
         super().__init__()
         self.linear = nn.Linear(hidden_size, 1, bias=False, dtype=torch.float32)
         self.auxiliary = nn.Linear(hidden_size, num_objectives, dtype=torch.float32)
+        self.last_layer = LastLayerPosterior(response_size=hidden_size)
         nn.init.normal_(self.linear.weight, std=1.0 / math.sqrt(hidden_size))
         nn.init.zeros_(self.auxiliary.weight)
         nn.init.zeros_(self.auxiliary.bias)
@@ -342,8 +388,9 @@ class BradleyTerryAuxiliaryHead(nn.Module):
             reward = self.linear(states).squeeze(-1)
             empty, no_variance = reward.new_zeros(len(reward), 0), torch.zeros_like(reward)
             annotation_scores = self.auxiliary(states)
+            error_bar = linear_error_bar(self.last_layer, response_hidden)
             return RewardOutput(
-                reward, reward, no_variance, empty, empty, empty, empty, annotation_scores, empty, empty
+                reward, reward, no_variance, empty, empty, empty, empty, annotation_scores, empty, *error_bar
             )
 
 
@@ -361,6 +408,7 @@ class EnsembleHead(nn.Module):
         super().__init__()
         self.reward = config.reward
         self.linear = nn.Linear(hidden_size, config.members, bias=False, dtype=torch.float32)
+        self.last_layer = LastLayerPosterior(response_size=config.members, draws=member_spread(config.members))
         nn.init.normal_(self.linear.weight, std=1.0 / math.sqrt(hidden_size))
 
     def forward(
@@ -382,11 +430,28 @@ class EnsembleHead(nn.Module):
                 member = (noise_seeds % members.shape[1]).to(members.device).repeat(2)
                 sampled = members.gather(1, member.unsqueeze(1)).squeeze(1)
             empty = reward.new_zeros(len(reward), 0)
-            deviations = (members - members.mean(-1, keepdim=True)) / members.shape[1] ** 0.5
-            variance = deviations.square().sum(-1)
-            # A member ranks both responses of a pair: no part of the variance belongs to one response alone.
-            both = torch.cat([deviations, deviations], dim=1)
-            return RewardOutput(sampled, reward, variance, empty, empty, empty, empty, empty, empty, both)
+            error_bar = self.last_layer(LastLayerInputs(empty, empty, empty, members))
+            variance = members.var(-1, correction=0)
+            return RewardOutput(sampled, reward, variance, empty, empty, empty, empty, empty, empty, *error_bar)
+
+
+def member_spread(members: int) -> torch.Tensor:
+    """[M, M] matrix that takes M members' rewards to their deviations from the mean, over sqrt(M)."""
+    return (torch.eye(members) - 1.0 / members) / members**0.5
+
+
+def scaled(rows: torch.Tensor, units: RewardUnits | None) -> torch.Tensor:
+    """tau times the rows; the rows where no scale is learned."""
+    return rows if units is None else units() * rows
+
+
+def linear_error_bar(last_layer: LastLayerPosterior, response_hidden: torch.Tensor) -> ErrorBar:
+    """The error bar of a reward that is read as a linear map of the response's state, [N, H]."""
+    states = response_hidden.float()
+    empty = states.new_zeros(len(states), 0)
+    if last_layer.training:
+        return no_error_bar(states)
+    return last_layer(LastLayerInputs(empty, empty, empty, states))
 
 
 def require_pairs(num_rows: int, noise_seeds: torch.Tensor) -> None:

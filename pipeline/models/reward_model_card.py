@@ -16,6 +16,25 @@ CARD_FILE = "reward_model.json"
 HeadKind = Literal["vrm", "gate", "regression", "bt", "bt_aux", "ensemble"]
 
 
+class RewardCalibration(Frozen):
+    """What held-out pairs say of margins and error bars (`RewardTrainer.calibrate`; docs/method.md section 7)."""
+
+    temperature: float = 1.0
+    """T: log-odds are margin / sqrt(T^2 + pi/8 Var[margin])."""
+    variance_factor: float = 1.0
+    """Factor of the Laplace variances; the stored draws contain it."""
+    prior_precision: float = 0.0
+    """Of the last layer's weights; 0 for an ensemble, whose members are the draws."""
+    posterior_std: float = 0.0
+    """Mean standard deviation of the reward of a held-out response; 0 where it was never fitted."""
+    answer_threshold: float | None = None
+    """Least |log-odds| of a confident answer; None where no answer is."""
+    answer_error: float = 0.1
+    """Share of confident answers that may be wrong."""
+    answer_delta: float = 0.1
+    """Probability, over the calibration pairs, that the threshold breaks that promise."""
+
+
 class SourceScale(Frozen):
     """On which scale the annotators of one source scored each objective, over its training responses."""
 
@@ -46,6 +65,7 @@ class RewardModelCard(Frozen):
     """Weights of the objectives in the reward of a regression head; empty is the mean."""
     ensemble: EnsembleConfig = EnsembleConfig()
     """Size and combination of an ensemble."""
+    calibration: RewardCalibration = RewardCalibration()
     score_scale_of: tuple[str, ...] = ()
     """For each objective the source with most annotations."""
     score_statistics: dict[str, SourceScale] = Field(default_factory=dict)

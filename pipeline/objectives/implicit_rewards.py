@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pipeline.config.direct_alignment import DirectConfig
 from pipeline.config.implicit_reward import ImplicitRewardName
 from pipeline.errors import ShapeError
 from pipeline.objectives.direct_alignment import length_normalised, log_odds
@@ -78,3 +79,12 @@ def implicit_rewards(
     if form.needs_reference != (reference_logprobs is not None):
         raise ShapeError(f"{form.formula} with{'' if form.needs_reference else 'out'} lr: give exactly what it reads")
     return beta * form.read(logprobs if reference_logprobs is None else logprobs - reference_logprobs, lengths)
+
+
+def form_of_method(config: DirectConfig) -> ImplicitForm:
+    """The reward that a configured method of direct alignment implies."""
+    if config.losses.odds_ratio and not config.losses.of_margins:
+        return IMPLICIT_FORMS["orpo"]
+    if config.reference:
+        return IMPLICIT_FORMS["ipo_mean" if config.length_normalised else "dpo"]
+    return IMPLICIT_FORMS["simpo" if config.length_normalised else "cpo"]

@@ -98,11 +98,3 @@ def score_error(scores: torch.Tensor, annotated: torch.Tensor, mask: torch.Tenso
 def ranked_correctly(margins: torch.Tensor) -> torch.Tensor:
     """[B] 1 where the chosen response scores strictly higher; a tie is an error (RewardBench's rule)."""
     return (margins > 0).to(torch.float32)
-
-
-def probit_preference(mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
-    """P(y_w > y_l) under a Gaussian posterior of the margin: sigmoid(E / sqrt(1 + pi/8 * Var)).
-
-    Source: MacKay 1992's approximation, as in docs/method.md section 7. Any shape; variance >= 0.
-    """
-    return torch.sigmoid(mean / torch.sqrt(1.0 + math.pi / 8.0 * variance))

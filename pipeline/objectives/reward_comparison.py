@@ -6,9 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
-from pipeline.objectives.preference import probit_preference
 from pipeline.records import RewardScore
 
 
@@ -16,8 +13,8 @@ from pipeline.records import RewardScore
 class RewardComparison:
     """The posterior of Delta = r(x, a) - r(x, b), and the preference that follows from it."""
 
-    probability: float
-    """P(a > b)."""
+    log_odds: float
+    """ln P(a > b) - ln P(b > a), calibrated."""
     margin: float
     """E[Delta], in units of the reward."""
     margin_std: float
@@ -27,27 +24,33 @@ class RewardComparison:
     deciding: int | None
     """The objective that adds most to the preferred response's lead; None for a tie, or without objectives."""
 
+    @property
+    def probability(self) -> float:
+        """P(a > b)."""
+        return 0.5 * (1.0 + math.tanh(0.5 * self.log_odds))
+
+    def is_confident(self, threshold: float | None) -> bool:
+        """Whether an answer may be given (`RewardCalibration.answer_threshold`); None allows none."""
+        return threshold is not None and abs(self.log_odds) > threshold
+
 
 def compare_rewards(a: RewardScore, b: RewardScore) -> RewardComparison:
     """Compares the rewards of two responses a and b to one prompt.
 
     E[Delta]   = sum_k w_bar_k * (s_ak - s_bk)
-    Var[Delta] = Var[r_a] + Var[r_b] - 2 * Cov[r_a, r_b],   Cov[r_a, r_b] = s_a^T C s_b
-    P(a > b)   = sigmoid( E / sqrt(1 + pi/8 * Var) )
+    Var[Delta] = |u_a - u_b|^2,   u the deviations of a reward
+    P(a > b)   = sigmoid( E / sqrt(T^2 + pi/8 * Var) )
 
-    Source: docs/method.md section 7, for the bilinear decoder; for a network, and for an ensemble, the covariance
-    is that of draws. The source writes Var[Delta] with the difference D = s_a - s_b and the sum of both feature
-    covariances; this is the same number, written with what a `RewardScore` holds. Only w is shared by the two
-    responses, so only C = Cov[w] correlates them.
+    Source: docs/method.md section 7.
     """
     margin = a.mean - b.mean
     variance = max(0.0, a.std**2 + b.std**2 - 2.0 * reward_covariance(a, b))
+    temperature = math.sqrt(a.temperature * b.temperature)  # of one model, and so equal
     contributions = tuple(x - y for x, y in zip(_contributions(a), _contributions(b), strict=True))
     sign = math.copysign(1.0, margin)
     has_deciding = margin != 0.0 and len(contributions) > 0
-    probability = probit_preference(torch.tensor(margin, dtype=torch.float64), torch.tensor(variance))
     return RewardComparison(
-        probability=float(probability),
+        log_odds=margin / math.sqrt(temperature**2 + math.pi / 8.0 * variance),
         margin=margin,
         margin_std=math.sqrt(variance),
         contributions=contributions,
@@ -56,18 +59,8 @@ def compare_rewards(a: RewardScore, b: RewardScore) -> RewardComparison:
 
 
 def reward_covariance(a: RewardScore, b: RewardScore) -> float:
-    """Cov[r_a, r_b] = s_a^T C s_b,  C = (diag(w_bar) - w_bar w_bar^T) / (A + 1), the covariance of a Dirichlet.
-
-    A prompt that had to be cut to fit its response may have been cut differently for a and b. C is then the mean of the
-    two posteriors' covariances, so the result stays symmetric. It is 0 where the weights are not random.
-
-    Where the reward is no sum over objectives, 1/2 (u_a . v_b + v_a . u_b) with the halves u and v of the deviations.
-    """
-    if a.deviations:
-        half = len(a.deviations) // 2
-        crossed = (*b.deviations[half:], *b.deviations[:half])
-        return 0.5 * sum(x * y for x, y in zip(a.deviations, crossed, strict=True))
-    return 0.5 * (_weight_form(a, a, b) + _weight_form(b, a, b))
+    """Cov[r_a, r_b] = <u_a, u_b> of the deviations; 0 where a score has none."""
+    return sum(x * y for x, y in zip(a.deviations, b.deviations, strict=True))
 
 
 def rank_by_lower_bound(scores: Sequence[RewardScore], *, lcb: float) -> list[tuple[int, float]]:
@@ -79,17 +72,6 @@ def rank_by_lower_bound(scores: Sequence[RewardScore], *, lcb: float) -> list[tu
     """
     bounds = [(i, score.mean - lcb * score.std) for i, score in enumerate(scores)]
     return sorted(bounds, key=lambda bound: -bound[1])
-
-
-def _weight_form(weights_of: RewardScore, a: RewardScore, b: RewardScore) -> float:
-    """s_a^T C s_b with C of one response's posterior."""
-    if weights_of.concentration == 0.0 or not a.objective_scores:
-        return 0.0
-    w_bar = weights_of.objective_weights
-    products = sum(w * s * t for w, s, t in zip(w_bar, a.objective_scores, b.objective_scores, strict=True))
-    mean_a = sum(w * s for w, s in zip(w_bar, a.objective_scores, strict=True))
-    mean_b = sum(w * s for w, s in zip(w_bar, b.objective_scores, strict=True))
-    return (products - mean_a * mean_b) / (weights_of.concentration + 1.0)
 
 
 def relative_contributions(score: RewardScore, mean_contributions: Sequence[float]) -> tuple[float, ...]:

@@ -297,20 +297,15 @@ def sampled_reward_moments(
     logvar: torch.Tensor,
     *,
     draws: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Monte-Carlo estimates of E[r] and Var[r] of r = g(w, z) for any decoder, and what Cov[r_a, r_b] needs.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Monte-Carlo estimates of E[r] and Var[r] of r = g(w, z) for any decoder.
 
     u_l = g(w_l, mu + sigma * eps_l),  v_l = g(w_l, mu + sigma * eps'_l):  L draws of w, each with two of z
     E[r] = mean of u and v,   Var[r] = 1/2 (var u + var v)
 
-    All rows share one fixed set of noise. So a score does not depend on when it is computed or with which other rows,
-    and two responses to a prompt get the same weights. Their features are independent, so u of one goes with v of the
-    other:
+    All rows share one fixed set of noise, so a score does not depend on when it is computed or with which other rows.
 
-    Cov[r_a, r_b] = 1/2 ( cov(u_a, v_b) + cov(v_a, u_b) ),
-    Var[r_a - r_b] = 1/2 ( var(u_a - v_b) + var(v_a - u_b) ) >= 0, without bias.
-
-    Source: docs/method.md section 7; the crossed noise is ours.
+    Source: docs/method.md section 7.
 
     Args:
         decode: g, [*, K] and [*, d] -> [*].
@@ -318,12 +313,10 @@ def sampled_reward_moments(
         draws: L >= 2.
 
     Returns:
-        mean [N], variance [N] >= 0, and the deviations [N, 2L] of u, then of v, from their means, divided by
-        sqrt(L - 1), so that covariances are sums of products (`objectives.reward_comparison.reward_covariance`).
+        mean [N] and variance [N] >= 0.
     """
     weights = dirichlet_draws(alpha, draws=draws, seed=INFERENCE_SEED)
     noise = gaussian_noise(torch.tensor([INFERENCE_SEED]), draws=2 * draws, dims=mu.shape[-1]).to(mu.device)
     features = mu.unsqueeze(1) + torch.exp(0.5 * logvar).unsqueeze(1) * noise
     rewards = decode(torch.cat([weights, weights], dim=1), features).unflatten(1, (2, draws))
-    deviations = (rewards - rewards.mean(-1, keepdim=True)) / (draws - 1) ** 0.5
-    return rewards.mean((1, 2)), 0.5 * deviations.square().sum((1, 2)), deviations.flatten(1)
+    return rewards.mean((1, 2)), rewards.var(-1).mean(-1)

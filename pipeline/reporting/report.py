@@ -167,22 +167,34 @@ def results_table(data: ReportData) -> list[tuple[str, str]]:
             ("win rate over base, by the gold annotator", _win_rate_text(benchmark, "gold")),
             ("mean gold reward, base to aligned", f"{benchmark['gold/base']:.3f} to {benchmark['gold/aligned']:.3f}"),
         ]
-    if data.alignment_rows:
-        last = data.alignment_rows[-1]
-        rows += [
-            ("KL to the reference, nats per response", f"{last['kl/per_response']:.2f}"),
-            (
-                "largest engine-learner logprob gap at the gate",
-                f"{max(r['gate/max'] for r in data.alignment_rows):.1e}",
-            ),
-        ]
-        gaps = [row["gold/gap"] for row in data.alignment_rows if "gold/gap" in row]
-        if gaps:
-            rows.append(("gold-proxy gap in sd, first to last step", f"{gaps[0]:+.2f} to {gaps[-1]:+.2f}"))
+    rows += _alignment_rows(data)
     rows += [
         ("time", _time_text(data.stages)),
         ("peak memory of the driver's node, GiB", f"{max(stage.node_peak_gib for stage in data.stages):.1f}"),
     ]
+    return rows
+
+
+def _alignment_rows(data: ReportData) -> list[tuple[str, str]]:
+    if not data.alignment_rows:
+        return []
+    last = data.alignment_rows[-1]
+    if "eval/kl" in last:  # aligned directly: the last row is the evaluation of the finished policy
+        return [
+            ("implicit reward: held-out accuracy", f"{last['eval/accuracy']:.3f}"),
+            ("implicit reward: held-out margin", f"{last['eval/margin']:.3f}"),
+            (
+                "change of log-probability, chosen and rejected, nats per response",
+                f"{last['eval/chosen_change']:+.2f} and {last['eval/rejected_change']:+.2f}",
+            ),
+        ]
+    rows = [
+        ("KL to the reference, nats per response", f"{last['kl/per_response']:.2f}"),
+        ("largest engine-learner logprob gap at the gate", f"{max(r['gate/max'] for r in data.alignment_rows):.1e}"),
+    ]
+    gaps = [row["gold/gap"] for row in data.alignment_rows if "gold/gap" in row]
+    if gaps:
+        rows.append(("gold-proxy gap in sd, first to last step", f"{gaps[0]:+.2f} to {gaps[-1]:+.2f}"))
     return rows
 
 
@@ -259,6 +271,8 @@ def _reward_figure(rows: Sequence[MetricsRow]) -> str:
 
 
 def _alignment_figure(rows: Sequence[MetricsRow]) -> str:
+    if any("eval/kl" in row for row in rows):
+        return _direct_figure(rows)
     panels = {
         "reward": ("reward/mean", ""),
         "KL per response, nats": ("kl/per_response", ""),
@@ -275,6 +289,18 @@ def _alignment_figure(rows: Sequence[MetricsRow]) -> str:
             "gold-proxy gap, standard deviations": ("gold/gap", ""),
         }
     return _grid(rows, panels, ("sampling", "gate, or whole step"))
+
+
+def _direct_figure(rows: Sequence[MetricsRow]) -> str:
+    panels = {
+        "loss": ("train/loss", "eval/loss"),
+        "accuracy of the implicit reward": ("train/accuracy", "eval/accuracy"),
+        "its margin": ("train/margin", "eval/margin"),
+        "chosen: change of log-probability, nats": ("train/chosen_change", "eval/chosen_change"),
+        "rejected: change of log-probability, nats": ("train/rejected_change", "eval/rejected_change"),
+        "gradient norm": ("grad_norm", ""),
+    }
+    return _grid(rows, panels, ("training", "held out"))
 
 
 def _grid(rows: Sequence[MetricsRow], panels: Mapping[str, tuple[str, str]], labels: tuple[str, str]) -> str:

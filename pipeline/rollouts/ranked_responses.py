@@ -55,7 +55,8 @@ def rank_samples(
     """The best response to each prompt against the worst.
 
     Responses are ranked by mean - c * std, so an uncertain reward must be larger to win (docs/method.md section 7).
-    The best is chosen among responses that ended by themselves: one cut at the length limit may lose, never win.
+    The best is chosen among responses with words that ended by themselves: an empty one, or one cut at the length
+    limit, may lose, never win.
 
     Source: best against worst of n as in Yuan et al. 2024, arXiv:2401.10020, and Dong et al. 2024, arXiv:2405.07863
     (online-iterative DPO). The best alone is what RAFT trains on (Dong et al. 2023, arXiv:2304.06767).
@@ -117,7 +118,11 @@ def _ranked(
     worst, lowest = ranking[-1]
     if ranking[0][1] == lowest:
         return ALIKE
-    finished = [(row, bound) for row, bound in ranking if group[row].finish_reason == "stop"]
+    finished = [
+        (row, bound)
+        for row, bound in ranking
+        if group[row].finish_reason == "stop" and group[row].response_text.strip()
+    ]
     if not finished:
         return UNFINISHED
     best, highest = finished[0]

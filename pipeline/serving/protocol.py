@@ -69,14 +69,13 @@ class ExplainedReward(BaseModel):
     """The reward of one response with its error bar and, for a VRM model, its reasons.
 
     A reward has no zero, so a reason is a difference: `contributions` say what each objective adds above the mean
-    held-out response. A Bradley-Terry model gives no reasons: the mappings are empty, and `reward_std` and
-    `concentration` are 0.
+    held-out response. A Bradley-Terry model gives no reasons: the mappings are empty, and `concentration` is 0.
     """
 
     reward: float
     """Posterior mean."""
     reward_std: float
-    """Posterior standard deviation."""
+    """What the model does not know of the reward, against that of a mean response to the same prompt."""
     concentration: float
     """Total concentration of the posterior over the weights: a larger one means more certainty."""
     objective_weights: dict[str, float]
@@ -88,8 +87,9 @@ class ExplainedReward(BaseModel):
     """weight * score, minus its mean over held-out responses. They add up to `reward` minus `reward_mean` of the model.
     Only those of `verified_objectives` are reasons."""
     deviations: list[float] = []
-    """Halves u and v, where the reward is no sum of contributions: rewards a and b of two responses to one prompt have
-    the covariance (u_a . v_b + v_a . u_b) / 2."""
+    """u: `reward_std` is its length, and two responses to one prompt have the covariance u_a . u_b."""
+    temperature: float = 1.0
+    """T of the model: log-odds are margin / sqrt(T^2 + pi/8 Var[margin])."""
 
 
 class ScoreAnswer(ServiceAnswer):
@@ -112,8 +112,11 @@ class CompareRequest(ServiceRequest):
 
 class CompareAnswer(ServiceAnswer):
     probability: float
-    """P(a > b) = sigmoid(E / sqrt(1 + pi/8 * Var)) of the margin r(a) - r(b)."""
+    """P(a > b) = sigmoid(E / sqrt(T^2 + pi/8 * Var)) of the margin r(a) - r(b), calibrated on held-out pairs."""
     preferred: Literal["a", "b", "tie"]
+    confident: bool
+    """Whether `preferred` may be taken as an answer. Of all confident ones at most a share `answer_error` of the model
+    is wrong, for pairs like its held-out ones. Otherwise the model cannot tell."""
     margin: float
     margin_std: float
     contributions: dict[str, float]
@@ -189,6 +192,12 @@ class ModelDescription(ServiceAnswer):
     over objectives."""
     objective_statistics: dict[str, ObjectiveStatistics]
     """Empty without annotations."""
+    temperature: float
+    """T of the log-odds, from held-out pairs; 1 for a model that was never calibrated."""
+    answer_threshold: float | None
+    """Least |log-odds| of a confident comparison; null where none is confident."""
+    answer_error: float
+    """Share of confident comparisons that may be wrong."""
     scale: float
     """Units of the reward per standard deviation of the annotations; 1 where none was learned."""
     verified_objectives: list[str]

@@ -96,6 +96,7 @@ class ScoringService:
             model_fingerprint=self.fingerprint,
             probability=result.probability,
             preferred="tie" if result.margin == 0.0 else "a" if result.margin > 0.0 else "b",
+            confident=result.is_confident(self.model.answer_threshold),
             margin=result.margin,
             margin_std=result.margin_std,
             contributions=dict(zip(self.model.objectives, result.contributions, strict=False)),
@@ -182,6 +183,7 @@ class ScoringService:
             },
             contributions=self.contributions(score),
             deviations=list(score.deviations),
+            temperature=score.temperature,
         )
 
 
@@ -219,6 +221,9 @@ def describe_model(
         reward_std=card.reward_std,
         mean_contributions=dict(zip(card.objectives, card.mean_contributions, strict=False)),
         objective_statistics=_annotators_scales(card),
+        temperature=card.calibration.temperature,
+        answer_threshold=card.calibration.answer_threshold,
+        answer_error=card.calibration.answer_error,
         scale=card.scale,
         verified_objectives=list(verified_objectives(card.metrics, card.objectives)),
         metrics=dict(card.metrics),

@@ -15,6 +15,8 @@ from pipeline.stages import storage
 METRICS_FILE = "metrics.jsonl"
 
 SHOWN = {
+    "train/loss": "loss",
+    "eval/loss": "held-out loss",
     "train/nll": "nll",
     "eval/nll": "held-out nll",
     "train/accuracy": "accuracy",

@@ -10,6 +10,7 @@
         checkpoints/step-000009/          a resumable state ...
         checkpoints/step-000009.json      ... and its commit, written after it
         metrics.jsonl, tensorboard/
+      reference_logprobs/<hash>/            what direct alignments share (pipeline/learning/reference_logprobs.py)
 
 One idea serves both levels of resume: the manifest is the commit. Whatever has none does not exist.
 """

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from actors.deepspeed_engine import zero_config
-from actors.deepspeed_learners import deepspeed_ppo_learner, deepspeed_reward_trainer
+from actors.deepspeed_learners import deepspeed_ppo_learner, deepspeed_reward_trainer, open_ranked_direct_learner
 from actors.rank_group import RankGroup
 from actors.ranked_learner import RankedLearner, RankedPolicyLearner
 from pipeline.config.alignment import PPOConfig
@@ -25,13 +25,30 @@ from pipeline.config.cluster import DeadlinesConfig, RanksConfig
 from pipeline.config.models import LoRAConfig, OptimiserConfig
 from pipeline.config.reward import RewardConfig
 from pipeline.errors import DeadlineExceeded, WorkerDied
-from pipeline.learning.builders import PPOLearnerSpec, RewardTrainerSpec, build_ppo_learner, reference_in_process
+from pipeline.learning.builders import (
+    DirectTrainerSpec,
+    PPOLearnerSpec,
+    RewardTrainerSpec,
+    build_ppo_learner,
+    reference_in_process,
+)
 from pipeline.learning.engine import TorchEngine
 from pipeline.models.lora import merged
 from pipeline.models.onednn_linear import OneDNNLinear
 from pipeline.rollouts.numerics_gate import choose_probes
 from tests.learning.test_updates import experience_of, samples_of
-from tests.support.learners import ALIGNMENT, HEAD, collator, prompts_of, reward_trainer, statistics_of, tokenised
+from tests.support.learners import (
+    ALIGNMENT,
+    HEAD,
+    collator,
+    direct_config,
+    direct_data,
+    direct_trainer,
+    prompts_of,
+    reward_trainer,
+    statistics_of,
+    tokenised,
+)
 
 LORA = LoRAConfig(rank=4)
 
@@ -134,6 +151,49 @@ def test_two_ranks_agree_with_one_process_and_each_resumes_what_the_other_saved(
     exported = load_file(tmp_path / "result" / "model.safetensors")
     one_process = merged(alone.engine.full_state_dict(), alone.engine.module)
     assert_nearly_equal(exported, one_process)
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "method", "lora"), [(1, "wpo", None), (2, "kto", None), (3, "beta_dpo", LORA), (3, "orpo", None)]
+)
+def test_direct_alignment_on_two_ranks_agrees_with_one_process_and_each_resumes_what_the_other_saved(
+    zero_stage, method, lora, local_ray, tiny_policy, world, tokenizer, tmp_path
+):
+    config = direct_config(method, lora=lora)
+    alone = direct_trainer(tiny_policy, config)
+    data = direct_data(world, tokenizer, config)
+    reference = alone.logprobs(data.examples.groups)
+    batches = data.with_references(alone.logprobs)
+    expected = [alone.update(batches.batch(step), step) for step in range(3)]
+    alone.snapshot().write(str(tmp_path / "one process"))
+    expected.append(alone.update(batches.batch(3), 3))
+    spec = DirectTrainerSpec(
+        config=config,
+        policy_uri=tiny_policy,
+        dtype="float32",
+        num_steps=8,
+        max_tokens_per_micro_batch=100,
+        gradient_checkpointing=True,
+        seed=0,
+    )
+    ranks = RanksConfig(ranks=2, cpus_per_rank=1, zero_stage=zero_stage)
+    with open_ranked_direct_learner(ranks, DeadlinesConfig(start_s=240), spec) as learner:
+        measured = learner.logprobs(data.examples.groups)
+        torch.testing.assert_close(measured, reference, atol=1e-4, rtol=1e-5)
+        learner.restore(str(tmp_path / "one process"))
+        snapshot = learner.snapshot()
+        once = learner.update(batches.batch(3), 3)
+        assert once == pytest.approx(expected[3], rel=1e-4, abs=1e-4)
+        snapshot.write(str(tmp_path / "two ranks"))
+        learner.restore(str(tmp_path / "two ranks"))
+        assert learner.update(batches.batch(3), 3) == once
+        learner.export(str(tmp_path / "result"))
+    resumed = direct_trainer(tiny_policy, config)
+    resumed.restore(str(tmp_path / "two ranks"))
+    assert resumed.update(batches.batch(3), 3) == pytest.approx(expected[3], rel=1e-4, abs=1e-4)
+    exported = load_file(tmp_path / "result" / "model.safetensors")
+    one_process = merged(alone.engine.full_state_dict(), alone.engine.module)
+    assert_nearly_equal(exported, {name.removeprefix("policy."): tensor for name, tensor in one_process.items()})
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from pipeline.evaluation.pair_metrics import (
     longer_is_better,
     pair_diagnostics,
     prefers_longer,
-    probit_margins,
     risk_coverage_area,
 )
 from tests.support.paths import SHARED_DATA
@@ -73,18 +72,6 @@ def test_calibration_error_is_the_distance_of_confidence_from_accuracy():
     assert calibration_error(np.tile([LN3, LN3, LN3, -LN3], 15)) == pytest.approx(0.0)
 
 
-def test_uncertainty_pulls_a_probability_to_one_half():
-    # variance 24/pi: 1 + pi/8 * 24/pi = 4, so the logit is halved
-    np.testing.assert_allclose(
-        probit_margins(numbers(2.0, -1.0, 5.0), numbers(24 / math.pi, 24 / math.pi, 0.0)), [1, -0.5, 5]
-    )
-    # The approximation against the integral: E[sigmoid(N(2, 4))], Gauss-Hermite with 60 nodes.
-    x, w = np.polynomial.hermite_e.hermegauss(60)
-    exact = (w / (1.0 + np.exp(-(2.0 + 2.0 * x)))).sum() / w.sum()
-    approximate = 1.0 / (1.0 + math.exp(-probit_margins(numbers(2.0), numbers(4.0))[0]))
-    assert approximate == pytest.approx(exact, abs=0.02)
-
-
 def test_risk_coverage_area_by_hand():
     # By confidence: right, right, wrong, right. Errors of the k surest: 0, 0, 1/3, 1/4.
     errors, confidence = numbers(0, 1, 0, 0), numbers(9, 3, 7, 1)
@@ -133,33 +120,57 @@ def pairs(std=0.0):
         chosen=numbers(2, 0, 1),
         rejected=numbers(0, 1, 0),
         margin_std=std * numbers(0.5, 2.0, 1.0),
+        log_odds=numbers(1.0, -0.25, 0.5),
         length_gap=numbers(10, 5, -5),
     )
 
 
+def diagnostics(std=0.0, threshold=None):
+    return pair_diagnostics(pairs(std), answer_threshold=threshold)
+
+
 def test_diagnostics_of_three_pairs_by_hand():
-    metrics = pair_diagnostics(pairs())
+    metrics = diagnostics()
     assert metrics["mean_abs_margin"] == pytest.approx(4 / 3)
     # |margin| 2 is right; the other two tie with one error: 0, then 1/2 of 2, then 1 of 3
     assert metrics["aurc/margin"] == pytest.approx((0 + 0.25 + 1 / 3) / 3)
     assert metrics["accuracy/chosen_longer"] == 0.5
     assert metrics["accuracy/chosen_shorter"] == 1.0
     assert metrics["prefers_longer"] == pytest.approx(1 / 3)
-    assert not [name for name in metrics if "probit" in name or "std" in name]
+    assert not [name for name in metrics if "std" in name or "answered" in name]
+
+
+def test_the_calibrated_log_odds_have_metrics_of_their_own():
+    metrics = diagnostics()
+    assert metrics["nll"] == pytest.approx(sum(math.log1p(math.exp(-x)) for x in (2, -1, 1)) / 3)
+    assert metrics["calibrated/nll"] == pytest.approx(sum(math.log1p(math.exp(-x)) for x in (1, -0.25, 0.5)) / 3)
+    # One pair a bin: right at sigmoid(1) and sigmoid(1/2), wrong at sigmoid(1/4).
+    sigmoid = [1 / (1 + math.exp(-x)) for x in (1.0, 0.5, 0.25)]
+    assert metrics["ece"] == pytest.approx((1 - sigmoid[0] + 1 - sigmoid[1] + sigmoid[2]) / 3)
+    assert metrics["ece_uncalibrated"] == pytest.approx(
+        (1 - 1 / (1 + math.exp(-2.0)) + 2 * (1 / (1 + math.exp(-1.0)) - 0.5)) / 3  # one of the two equal ones is right
+    )
+    # By |log-odds| the error comes last.
+    assert metrics["aurc_gain/log_odds"] == pytest.approx(1 / 3 - 1 / 9)
+
+
+def test_answers_are_the_pairs_above_the_threshold():
+    assert (diagnostics(threshold=0.3)["answered"], diagnostics(threshold=0.3)["answered_error"]) == (2 / 3, 0.0)
+    assert diagnostics(threshold=0.1)["answered_error"] == pytest.approx(1 / 3)
+    none = diagnostics(threshold=1.0)  # not above it
+    assert none["answered"] == 0.0
+    assert math.isnan(none["answered_error"])
 
 
 def test_a_standard_deviation_that_knows_the_error_lowers_the_risk():
-    metrics = pair_diagnostics(pairs(std=1.0))
+    metrics = diagnostics(std=1.0)
     assert metrics["aurc/std"] == pytest.approx((0 + 0 + 1 / 3) / 3)
     assert metrics["aurc_gain/std"] == pytest.approx(1 / 3 - 1 / 9)
-    assert metrics["aurc/margin_over_std"] == pytest.approx((0 + 0 + 1 / 3) / 3)  # 4, 1/2, 1
-    logits = [m / math.sqrt(1 + math.pi / 8 * v) for m, v in ((2, 0.25), (-1, 4.0), (1, 1.0))]
-    assert metrics["probit/nll"] == pytest.approx(sum(math.log1p(math.exp(-x)) for x in logits) / 3)
 
 
 def test_no_pair_with_a_shorter_chosen_response_has_no_accuracy():
     only = pairs().take(np.array([0, 0]))
-    assert math.isnan(pair_diagnostics(only)["accuracy/chosen_shorter"])
+    assert math.isnan(pair_diagnostics(only, answer_threshold=None)["accuracy/chosen_shorter"])
 
 
 @pytest.mark.parametrize("rows", [[], [0]])
@@ -169,5 +180,6 @@ def test_columns_of_unequal_length_or_without_rows_are_refused(rows):
             chosen=numbers(*rows),
             rejected=numbers(*rows, *rows),
             margin_std=numbers(*rows),
+            log_odds=numbers(*rows),
             length_gap=numbers(*rows),
         )

@@ -24,7 +24,7 @@ HEALTHY = {
     "reasons/collinearity": 0.4,
     "eval/reward_std": 1.3,
     "eval/scale": 3.0,
-    "eval/calibration_error": 0.04,
+    "eval/ece": 0.04,
     "eval/length_correlation": 0.1,
     "eval/target_correlation": 0.3,
 }
@@ -51,7 +51,7 @@ def test_a_healthy_model_raises_no_alarm_and_all_are_checked():
         ("scale", {"eval/scale": 51.0}),
         ("scale_drift", {"eval/reward_std": 2.1}),
         ("scale_drift", {"eval/reward_std": 0.49}),
-        ("miscalibration", {"eval/calibration_error": 0.11}),
+        ("miscalibration", {"eval/ece": 0.11}),
         ("length_bias", {"eval/length_correlation": 0.41}),
         ("supervision_mismatch", {"eval/target_correlation": 0.04}),
         ("memorised_prompts", {"train/accuracy": 0.84}),
@@ -76,7 +76,7 @@ def test_each_failure_raises_its_alarm_and_no_other(name, change):
         {"eval/scale": 49.0},
         {"eval/reward_std": 1.9},
         {"eval/reward_std": 0.51},
-        {"eval/calibration_error": 0.09},
+        {"eval/ece": 0.09},
         {"eval/length_correlation": 0.39},
         {"eval/target_correlation": 0.06},
         {"train/accuracy": 0.82},
@@ -90,7 +90,7 @@ def test_what_was_not_measured_cannot_alarm():
     bradley_terry = {
         "eval/accuracy": 0.7,
         "eval/margin": 0.0,
-        "eval/calibration_error": 0.3,
+        "eval/ece": 0.3,
         "eval/length_correlation": 0.1,
     }
     assert check_alarms(bradley_terry) == {"alarm/miscalibration": 1.0, "alarm/length_bias": 0.0, "eval/alarms": 1.0}

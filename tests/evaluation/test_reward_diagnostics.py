@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.config.reward import VRMHeadConfig
+from pipeline.evaluation.calibration import split_heldout
 from pipeline.evaluation.reward_diagnostics import reward_diagnostics, target_correlations
-from pipeline.models.reward_heads import RewardOutput, VRMHead
+from pipeline.models.reward_heads import RewardOutput
+from pipeline.models.reward_model_card import RewardCalibration
 from pipeline.records import ObjectiveTruth, PreferenceBatch, PromptGroup
 
 
@@ -45,16 +46,19 @@ def test_diagnostics_of_two_pairs_by_hand():
         scores=double([[1.0, -2.0], [2.0, -4.0], [3.0, -6.0], [4.0, -8.0]]),
         annotation_scores=double([[0.5, -1.0], [1.0, -2.0], [1.5, -3.0], [2.0, -4.0]]),
         weights=double([[0.75, 0.25], [0.25, 0.75], [0.5, 0.5], [0.5, 0.5]]),
-        deviations=torch.zeros(4, 0, dtype=torch.float64),
+        deviations=double([[3.0, 0.0], [0.0, 1.0], [3.0, 4.0], [0.0, 1.0]]),
+        prompt_features=torch.zeros(4, 0, dtype=torch.float64),
+        response_features=torch.zeros(4, 0, dtype=torch.float64),
     )
     batch = batch_of([5, 4, 3, 4], target=[[0.5, 0.5], [1.0, 0.0]], mask=[[True] * 2] * 2)
-    metrics = reward_diagnostics(output, batch, ("honesty", "safety"))
+    metrics = reward_diagnostics(output, batch, ("honesty", "safety"), None)
 
     assert metrics["eval/prefers_longer"] == 1.0  # the second pair has equal lengths
     assert metrics["eval/calibration_error"] == pytest.approx(1.0 - 1.0 / (1.0 + math.exp(-2.0)))
     assert metrics["eval/reward_mean"] == 1.0
     assert metrics["eval/reward_std"] == pytest.approx(math.sqrt(2.0))  # deviations 2, 0, 0, -2
-    assert metrics["eval/posterior_std"] == 2.0
+    assert metrics["eval/latent_std"] == 2.0
+    assert metrics["eval/posterior_std"] == 2.5  # lengths 3, 1, 5 and 1
     assert metrics["eval/active_units"] == 1.0  # variances 1/4 and about 0.002
     assert metrics["eval/weight_variance"] == pytest.approx(1 / 16)  # w_bar (3/4, 1/4) and (1/4, 3/4)
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
@@ -76,44 +80,43 @@ def test_diagnostics_of_two_pairs_by_hand():
     assert metrics["eval/scale"] == pytest.approx(2.0)
     assert metrics["eval/accuracy_chosen_longer"] == 1.0  # 5 against 3 tokens, and 4 against 4
     assert "eval/accuracy_chosen_shorter" not in metrics
-    # Variance 4 + 4 - 2 s_w^T C s_l under the chosen row's weights: w_bar (3/4, 1/4), A = 4 and (1/4, 3/4), A = 8
-    # give covariances (5.25 - 1/4 * 3/4) / 5 = 1.0125 and (26 - 2.5 * 5) / 9 = 1.5.
-    probit = [2.0 / math.sqrt(1 + math.pi / 8 * variance) for variance in (5.975, 5.0)]
-    assert metrics["eval/probit_nll"] == pytest.approx(sum(math.log(1 + math.exp(-x)) for x in probit) / 2)
     assert metrics["eval/target_entropy"] == pytest.approx(math.log(2.0) / 2)
     assert metrics["eval/target_correlation"] == pytest.approx(-1.0)
     assert metrics["eval/target_correlation_1"] == pytest.approx(-1.0)
     assert [metrics[f"eval/margin_p{q}"] for q in ("05", "50", "95")] == [2.0, 2.0, 2.0]
     assert metrics["eval/length_slope"] == 1.0  # margins 2 and 2, gaps 2 and 0: 4 / 4
-    certain = [1 / (1 + math.exp(-x)) for x in probit]
-    assert metrics["eval/probit_brier"] == pytest.approx(sum((1 - p) ** 2 for p in certain) / 2)
-    assert metrics["eval/probit_calibration_error"] == pytest.approx(1 - sum(certain) / 2)
+    assert "eval/ece" not in metrics  # nothing is calibrated while the model trains
 
 
-def test_the_uncertainty_of_a_pair_is_that_of_the_difference_under_one_draw_of_the_weights():
-    torch.manual_seed(0)
-    head = VRMHead(
-        8,
-        3,
-        VRMHeadConfig(semantic_dims=5, hidden_size=16, initial_logvar=-3.0, weight_param="softplus", prior_alpha=1.0),
+def test_a_calibrated_model_is_measured_on_the_pairs_that_had_no_part_in_it():
+    prompts = [(n,) for n in range(40)]
+    pairs = tuple(PromptGroup(prompt_ids=p, response_ids=((1,), (2,))) for p in prompts)
+    batch = replace(
+        batch_of([1] * 80),
+        pairs=pairs,
+        scores=torch.zeros(80, 2),
+        score_mask=torch.zeros(80, 2, dtype=torch.bool),
     )
-    with torch.no_grad():
-        torch.nn.init.normal_(head.weight_head.output.weight, std=0.5)
-        prompt, chosen, rejected = torch.randn(3, 1, 8)
-        draws = 20_000
-        rows = torch.cat([chosen.expand(draws, 8), rejected.expand(draws, 8)])
-        sampled = head(prompt.expand(2 * draws, 8), rows, torch.arange(draws)).sampled.double()
-        alone = RewardOutput(*head(prompt.expand(2, 8), torch.cat([chosen, rejected]), None))
-    output = RewardOutput(*(field.double() for field in alone))
-    margins = sampled[:draws] - sampled[draws:]
-    [margin] = (alone.mean[:1] - alone.mean[1:]).tolist()
-    variance = margins.var().item()
-    batch = batch_of([3, 3])
-    three = {"scores": torch.zeros(2, 3), "score_mask": torch.zeros(2, 3, dtype=torch.bool)}
-    nll = reward_diagnostics(output, replace(batch, **three), ("a", "b", "c"))["eval/probit_nll"]
-    assert nll == pytest.approx(math.log1p(math.exp(-margin / math.sqrt(1 + math.pi / 8 * variance))), rel=2e-3)
-    independent = output.variance.sum().item()
-    assert abs(independent - variance) > 0.2 * variance  # else this could not tell
+    report = split_heldout(pairs).report
+    # Of the reported pairs one is wrong by a small margin; all others are wrong.
+    margins = torch.full((40,), -5.0, dtype=torch.float64)
+    margins[report] = 2.0
+    margins[report[0]] = -1.0
+    rewards = torch.cat([margins, torch.zeros(40, dtype=torch.float64)])
+    nothing = torch.zeros(80, 0, dtype=torch.float64)
+    output = RewardOutput(rewards, rewards, torch.zeros_like(rewards), *[nothing] * 9)
+    calibration = RewardCalibration(temperature=2.0, answer_threshold=0.6)
+    metrics = reward_diagnostics(output, batch, ("a", "b"), calibration)
+    n = len(report)
+    assert metrics["eval/reported_pairs"] == n
+    # The log-odds are 1 and, once, -1/2: below the threshold, so no answer is wrong.
+    assert (metrics["eval/answered"], metrics["eval/answered_error"]) == ((n - 1) / n, 0.0)
+    expected = ((n - 1) * math.log1p(math.exp(-1.0)) + math.log1p(math.exp(0.5))) / n
+    assert metrics["eval/calibrated_nll"] == pytest.approx(expected)
+    # Bins of equal mass: the one with the error holds a few of the others, each bin counts its own gap.
+    assert 0.0 < metrics["eval/ece"] != metrics["eval/ece_uncalibrated"]
+    silent = calibration.model_copy(update={"answer_threshold": None})
+    assert reward_diagnostics(output, batch, ("a", "b"), silent)["eval/answered"] == 0.0
 
 
 def test_the_accuracy_has_an_interval_over_prompts_and_one_against_length():
@@ -122,15 +125,15 @@ def test_the_accuracy_has_an_interval_over_prompts_and_one_against_length():
     mean = double([*margins, *[0.0] * 20])
     batch = batch_of([4] * 10 + [2] * 10 + [3] * 20)  # half of the chosen responses are the longer ones
     pairs = tuple(replace(pair, prompt_ids=(n,)) for n, pair in enumerate(batch.pairs))
-    output = RewardOutput(mean, mean, torch.zeros(40), *[nothing] * 7)
-    metrics = reward_diagnostics(output, replace(batch, pairs=pairs), ("a", "b"))
+    output = RewardOutput(mean, mean, torch.zeros(40), *[nothing] * 9)
+    metrics = reward_diagnostics(output, replace(batch, pairs=pairs), ("a", "b"), None)
     # 20 independent trials at 3/4: the normal approximation gives 0.75 +- 0.19.
     assert metrics["eval/accuracy_low"] == pytest.approx(0.55, abs=0.06)
     assert metrics["eval/accuracy_high"] == pytest.approx(0.95, abs=0.06)
     assert metrics["eval/accuracy_over_length_low"] < 0.25 < metrics["eval/accuracy_over_length_high"]
     # As sure as length of every pair: the paired interval has no width.
-    by_length = RewardOutput(*[double([1.0] * 10 + [-1.0] * 10 + [0.0] * 20)] * 2, torch.zeros(40), *[nothing] * 7)
-    same = reward_diagnostics(by_length, replace(batch, pairs=pairs), ("a", "b"))
+    by_length = RewardOutput(*[double([1.0] * 10 + [-1.0] * 10 + [0.0] * 20)] * 2, torch.zeros(40), *[nothing] * 9)
+    same = reward_diagnostics(by_length, replace(batch, pairs=pairs), ("a", "b"), None)
     assert (same["eval/accuracy_over_length_low"], same["eval/accuracy_over_length_high"]) == (0.0, 0.0)
 
 
@@ -146,6 +149,8 @@ def test_reasons_of_a_batch_with_annotations_and_the_truth():
         annotation_scores=double([[2.0, 0.0], [0.0, 0.0]]),
         weights=double([[0.5, 0.5], [0.5, 0.5]]),
         deviations=torch.zeros(2, 0, dtype=torch.float64),
+        prompt_features=torch.zeros(2, 0, dtype=torch.float64),
+        response_features=torch.zeros(2, 0, dtype=torch.float64),
     )
     batch = replace(
         batch_of([3, 3]),
@@ -153,7 +158,7 @@ def test_reasons_of_a_batch_with_annotations_and_the_truth():
         score_mask=torch.ones(2, 2, dtype=torch.bool),
         truth=ObjectiveTruth(weights=double([[0.9, 0.1]]), scores=double([[5.0, 1.0], [1.0, 1.0]])),
     )
-    metrics = reward_diagnostics(output, batch, ("honesty", "safety"))
+    metrics = reward_diagnostics(output, batch, ("honesty", "safety"), None)
     assert metrics["eval/scale"] == pytest.approx(2.0)
     # The annotation is one standard deviation, which is two units of the reward, at weight 1/2.
     assert metrics["reasons/honesty/contribution"] == pytest.approx(2.0)
@@ -161,17 +166,18 @@ def test_reasons_of_a_batch_with_annotations_and_the_truth():
     assert metrics["reasons/decisive_pairs"] == 0.0  # one pair verifies nothing
     assert "reasons/weight_correlation" in metrics
     assert "reasons/weight_correlation" not in reward_diagnostics(
-        output, replace(batch, truth=None), ("honesty", "safety")
+        output, replace(batch, truth=None), ("honesty", "safety"), None
     )
 
 
 def test_a_bradley_terry_head_has_no_posterior_to_diagnose():
     nothing = torch.zeros(2, 0, dtype=torch.float64)
-    output = RewardOutput(double([1, 0]), double([1, 0]), double([0, 0]), *[nothing] * 7)
-    assert reward_diagnostics(output, batch_of([3, 3]), ("a", "b")).keys() == {
+    output = RewardOutput(double([1, 0]), double([1, 0]), double([0, 0]), *[nothing] * 9)
+    assert reward_diagnostics(output, batch_of([3, 3]), ("a", "b"), None).keys() == {
         "eval/reward_mean",
         "eval/reward_std",
         "eval/posterior_std",
+        "eval/latent_std",
         "eval/calibration_error",
         "eval/brier",
         "eval/prefers_longer",

@@ -30,6 +30,7 @@ def scored(chosen, rejected, *, subset="all", name="r", prompt="p", std=0.0, len
         "chosen": tuple(RewardedResponse(reward=r, characters=lengths[0]) for r in chosen),
         "rejected": tuple(RewardedResponse(reward=r, characters=lengths[1]) for r in rejected),
         "margin_std": std,
+        "log_odds": chosen[0] - rejected[0],
     }
     return ScoredComparison(**{**fields, **changes})
 
@@ -39,7 +40,7 @@ def as_key(text):
 
 
 def evaluate(rows, benchmark, **options):
-    return reward_evaluation.evaluate(ScoredRows.of(rows), benchmark, **options)
+    return reward_evaluation.evaluate(ScoredRows.of(rows), benchmark, answer_threshold=None, **options)
 
 
 def differences_of(rows, others, benchmark, **options):
@@ -167,7 +168,7 @@ def test_pairs_of_several_sources_are_told_apart():
     assert of_a["nll"] == pytest.approx((math.log1p(math.exp(-1)) + math.log1p(math.exp(1))) / 2)
     assert (of_a["accuracy_low"], of_a["accuracy_high"]) == (0.0, 1.0)
     assert of_b.keys() == {"pairs", "accuracy", "nll", "longer_is_better"}  # one prompt varies nowhere
-    table = evaluation_table(evaluation, {})
+    table = evaluation_table(evaluation, {}, {})
     assert "source                       accuracy" in table
     keys = ScoredRows.of(rows).content_key[[2, 0, 1]]
     assert ScoredRows.of(rows).in_order_of(keys, place="f.jsonl").sources == ("b", "a", "a")
@@ -238,6 +239,7 @@ def rated_by_length(row):
         chosen=side(row.chosen),
         rejected=side(row.rejected),
         margin_std=0.0,
+        log_odds=0.0,
     )
 
 

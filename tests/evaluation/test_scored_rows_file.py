@@ -68,24 +68,24 @@ def test_scores_are_read_back_as_they_were_given(tmp_path):
     assert (rows.num_chosen.tolist(), rows.num_responses.tolist()) == ([2, 1], [3, 2])
     assert (rows.annotators_tie.tolist(), rows.cut.tolist()) == ([True, False], [False, True])
     assert [f"{key:016x}" for key in rows.content_key] == [lists.content_key, longer.content_key]
-    assert rows.margin_std[1] == pytest.approx(math.sqrt(0.5))  # weights that are certain: 1/4 + 1/4
+    assert rows.margin_std[1] == pytest.approx(math.sqrt(0.5))  # nothing says that they are correlated: 1/4 + 1/4
     line = json.loads(path.read_text().splitlines()[0])
     assert line["chosen"][1]["objective_scores"] == [4.0]  # the reasons of a reward stay in the file
 
 
-def test_both_responses_to_a_prompt_are_scored_under_one_draw_of_its_weights(tmp_path):
+def test_error_bar_and_log_odds_of_a_pair_are_those_of_its_difference(tmp_path):
     class Scorer(LengthScorer):
         def score(self, prompts, responses):
-            # w ~ Dirichlet(1.5, 1.5), no noise in the features: Var[r_w] = 1/4, Var[r_l] = 1/16
-            ws = {"objective_weights": (0.5, 0.5), "concentration": 3.0}
-            chosen = RewardScore(mean=1.0, std=0.5, objective_scores=(2.0, 0.0), **ws)
-            rejected = RewardScore(mean=0.5, std=0.25, objective_scores=(0.0, 1.0), **ws)
+            bare = {"objective_weights": (), "objective_scores": (), "temperature": 2.0}
+            chosen = RewardScore(mean=1.0, std=5.0, deviations=(3.0, 4.0), **bare)
+            rejected = RewardScore(mean=0.5, std=4.0, deviations=(0.0, 4.0), **bare)
             return [chosen, rejected]
 
     score([comparison(1)], tmp_path / "rows.jsonl", scorer=Scorer())
     rows, _ = read_scored_rows(tmp_path / "rows.jsonl")
-    # Var[<w, D>] with D = (2, -1) is (2 + 1)^2 Var[w_1] = 9 / 16; the sum of the two would be 5 / 16.
-    assert rows.margin_std == pytest.approx([0.75])
+    # Both do not know the same thing, which cancels: 3, and not the root of 25 + 16.
+    assert rows.margin_std == pytest.approx([3.0])
+    assert rows.log_odds == pytest.approx([0.5 / math.sqrt(4.0 + math.pi / 8 * 9.0)])
 
 
 def test_rows_are_scored_while_they_are_read(tmp_path):

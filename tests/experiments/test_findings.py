@@ -27,7 +27,8 @@ def result(margins, prompts=None, **metrics):
     measured = {
         "eval/accuracy": float(np.mean([m > 0 for m in margins])),
         "eval/nll": float(np.logaddexp(0.0, -np.array(margins)).mean()),
-        "eval/calibration_error": 0.1,
+        "eval/ece": 0.1,
+        "eval/ece_uncalibrated": 0.2,
         "eval/margin": float(np.abs(margins).mean()),
         "eval/kl_w": 0.0,
         "eval/kl_z": 0.0,

@@ -96,7 +96,7 @@ def test_pairs_from_file_to_metrics(models, pairs, tmp_path):
     assert metrics["rows"] == len(pairs) == 16
     assert metrics["cut"] == 0
     assert metrics["subsets"]["s0"]["rows"] == 8
-    assert {"aurc/std", "probit/nll", "length_correlation"} <= metrics["diagnostics"].keys()
+    assert {"aurc/log_odds", "calibrated/nll", "ece", "length_correlation"} <= metrics["diagnostics"].keys()
     assert f"accuracy{right / 16:>29.3f}" in table
 
 
@@ -114,7 +114,7 @@ def test_the_numbers_are_those_of_training(tiny_policy, world, tokenizer, pairs,
     assert metrics["accuracies"]["accuracy_tie_half"]["value"] == pytest.approx(trained["eval/accuracy"])
     assert diagnostics["nll"] == pytest.approx(trained["eval/nll"], abs=1e-5)
     assert diagnostics["mean_abs_margin"] == pytest.approx(trained["eval/margin"], abs=1e-5)
-    assert diagnostics["calibration_error"] == pytest.approx(trained["eval/calibration_error"], abs=1e-5)
+    assert diagnostics["ece_uncalibrated"] == pytest.approx(trained["eval/calibration_error"], abs=1e-5)
 
 
 def annotated(world):
@@ -143,7 +143,7 @@ def test_reasons_of_annotated_pairs_are_those_of_training(tiny_policy, world, to
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["accuracy"] == pytest.approx(trained["eval/accuracy"])
     assert metrics["nll"] == pytest.approx(trained["eval/nll"], abs=1e-5)
-    assert metrics["ece"] == pytest.approx(trained["eval/calibration_error"], abs=1e-5)
+    assert metrics["ece_uncalibrated"] == pytest.approx(trained["eval/calibration_error"], abs=1e-5)
     for name in OBJECTIVES:
         for measure in ("correlation", "pair_accuracy", "pairs"):
             key = f"reasons/{name}/{measure}"
@@ -215,7 +215,7 @@ def test_two_models_are_compared_on_the_same_rows(models, pairs, tmp_path):
     accuracy = [record["accuracies"]["accuracy"]["value"] for record in (ours, theirs)]
     assert ours["differences"]["accuracy"]["value"] == pytest.approx(accuracy[0] - accuracy[1])
     assert ours["compared_with"] == theirs["scored_by"] != ours["scored_by"]
-    assert "aurc/std" not in ours["diagnostics"]  # a Bradley-Terry head has no posterior
+    assert "aurc/std" not in ours["diagnostics"]  # a model that was never calibrated has no error bar
 
 
 def test_the_same_command_again_scores_nothing_and_says_the_same(models, pairs, tmp_path, capsys):

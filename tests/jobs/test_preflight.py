@@ -59,9 +59,24 @@ def test_a_bad_recipe_file_or_checkpoint_is_refused_by_every_command_before_anyt
         (["run", "tiny", "--workspace", out, *bad_pairs], "cut.jsonl, line 1: no JSON"),
         (["run", "tiny", "--workspace", out, *files, f"data.prompts=[{nowhere}]"], f"{nowhere} does not exist"),
         (["run", "tiny", "--workspace", out, f"policy.checkpoint={nowhere}"], f"'{nowhere}' does not exist"),
+        (
+            [
+                "run",
+                "tiny",
+                "--dry-run",
+                "alignment.algorithm=kto",
+                f"alignment.direct.labelled_responses=[{questions}]",
+            ],
+            "none of the fields messages, prompt, instruction is there",
+        ),
+        (
+            ["run", "tiny", "--dry-run", "alignment.algorithm=dpo", f"alignment.direct.reference_checkpoint={nowhere}"],
+            f"'{nowhere}' does not exist",
+        ),
         (["run", "tiny", "--dry-run", *bad_pairs], "cut.jsonl, line 1: no JSON"),
         (["experiment", "heads", "--out", out, *bad_pairs], "cut.jsonl, line 1: no JSON"),
         (["evaluate", "--model", nowhere, "--pairs", str(cut), "--out", out], "it is no reward model"),
+        (f"evaluate --policy {nowhere} --form dpo --pairs {cut} --out {out}".split(), f"'{nowhere}' does not exist"),
         (["serve", "--model", nowhere], "it is no reward model"),
         (
             f"benchmark generate --benchmark mt_bench --model {nowhere} --out {out} --prompts {questions}".split(),
@@ -72,6 +87,7 @@ def test_a_bad_recipe_file_or_checkpoint_is_refused_by_every_command_before_anyt
             f"--out {out}.json".split(),
             "it is no reward model",
         ),
+        (f"benchmark compare {nowhere}.json {nowhere}.json".split(), f"{nowhere}.json does not exist"),
         (["benchmark", "score", "--benchmark", "mt_bench", "--judgments", str(cut), "--out", out], "no JSON"),
     ]
     done = subprocess.run(

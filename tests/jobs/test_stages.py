@@ -256,5 +256,5 @@ def test_a_job_that_is_not_done_within_the_grace_leaves_with_its_code_and_lets_i
 def test_pairs_of_which_none_fits(job_of, tiny_policy):
     policy = StageResult(name="sft", location=tiny_policy, fingerprint="0", metrics={})
     job = job_of("reward.max_length=2")
-    with pytest.raises(DataError, match=r"none of 16 pairs fits in max_length = 2 tokens"):
+    with pytest.raises(DataError, match=r"none of 16 pairs fits in reward\.max_length = 2 tokens"):
         train_reward_model(job.stages, job.recipe, job.read_data, policy)

@@ -15,7 +15,7 @@ from pipeline.errors import ConfigError, Preempted
 from tests.support.paths import ROOT
 
 HEAVY = ("torch", "ray", "transformers", "deepspeed", "vllm")
-SCREEN_LINES, SCREEN_COLUMNS = 24, 100
+SCREEN_LINES, SCREEN_COLUMNS = 25, 100
 
 
 def option_strings(parser):

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 import torch
 
-from pipeline.config.algorithms import Algorithm
+from pipeline.config.algorithms import PolicyGradientAlgorithm
 from pipeline.config.alignment import AlignmentConfig, KLConfig, PPOConfig
 from pipeline.config.models import OptimiserConfig
 from pipeline.errors import NumericsError, ShapeError
@@ -23,7 +23,7 @@ from tests.support.fakes import FakeScorer
 from tests.support.learners import ppo_learner
 from tests.support.lockstep import run_ranks
 
-ALGORITHMS = get_args(Algorithm)
+ALGORITHMS = get_args(PolicyGradientAlgorithm)
 
 
 def config_of(algorithm, **ppo):

@@ -67,6 +67,20 @@ def test_reward_training_in_step(head, tiny_policy, world, tokenizer):
     assert_ranks_agree((2, 3, 5), build, work, tolerance=1e-4)
 
 
+def test_calibration_in_step(tiny_policy, world, tokenizer):
+    pairs, collate = tokenised(world, tokenizer), collator(world, tokenizer)
+
+    def build(make_engine):
+        return reward_trainer(tiny_policy, world, tokenizer, make_engine=make_engine, max_tokens=200)
+
+    def work(learner):
+        batches = [collate(pairs[first : first + 7], first) for first in (0, 7)]
+        metrics = learner.calibrate(batches, collate(pairs[20:51], 0))
+        return [metrics], dict(learner.engine.module.head.last_layer.named_buffers())
+
+    assert_ranks_agree((2, 3), build, work, tolerance=1e-3)
+
+
 def test_supervised_fine_tuning_in_step(tiny_policy, world, tokenizer):
     texts = tokenise_texts(world.sft_texts()[:9], tokenizer, max_length=128)
 

@@ -6,10 +6,13 @@ from typing import get_args
 import pytest
 import torch
 
+from pipeline.config.algorithms import DirectAlgorithm
+from pipeline.config.alignment import AlignmentConfig
+from pipeline.config.direct_alignment import DirectConfig, LossWeights
 from pipeline.config.implicit_reward import ImplicitRewardName
 from pipeline.errors import ShapeError
 from pipeline.objectives.direct_alignment import cpo_loss, dpo_loss, ipo_loss, orpo_loss, simpo_loss
-from pipeline.objectives.implicit_rewards import IMPLICIT_FORMS, implicit_rewards
+from pipeline.objectives.implicit_rewards import IMPLICIT_FORMS, form_of_method, implicit_rewards
 from pipeline.objectives.preference import bradley_terry_loss
 
 LOGPROBS, REFERENCE, LENGTHS = torch.tensor([-1.5, -6.0]), torch.tensor([-2.0, -5.0]), torch.tensor([3, 4])
@@ -48,6 +51,18 @@ def test_the_loss_of_a_method_is_a_function_of_its_implicit_margin():
     )
     torch.testing.assert_close(cpo_loss(LOGPROBS[:1], LOGPROBS[1:], beta=0.3), bradley_terry_loss(margin("cpo", 0.3)))
     torch.testing.assert_close(orpo_loss(means[:1], means[1:]), bradley_terry_loss(margin("orpo")))
+
+
+@pytest.mark.parametrize("name", [*get_args(DirectAlgorithm)])
+def test_the_form_of_a_configured_method_is_the_one_of_its_name(name):
+    config = AlignmentConfig.model_validate({"algorithm": name, "samples_per_prompt": 2}).direct
+    expected = "cpo" if name == "raft" else name
+    assert form_of_method(config) == IMPLICIT_FORMS[expected]
+
+
+def test_ipo_of_means_implies_a_mean():
+    config = DirectConfig(losses=LossWeights(sigmoid=0.0, squared=1.0), length_normalised=True)
+    assert form_of_method(config) == IMPLICIT_FORMS["ipo_mean"]
 
 
 def test_every_name_has_a_form():

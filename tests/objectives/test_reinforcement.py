@@ -7,10 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipeline.errors import ShapeError
 from pipeline.objectives.advantages import generalized_advantages, token_rewards, transform_reward
 from pipeline.objectives.divergence import adapt_kl_coefficient, kl_estimate
-from pipeline.objectives.logprobs import overwrite_logits, token_logprobs_and_entropy
+from pipeline.objectives.logprobs import overwrite_logits, token_logprobs, token_logprobs_and_entropy
 from pipeline.objectives.masked import masked_mean, whiten
 from pipeline.objectives.policy import clipped_policy_loss, clipped_tokens, importance_ratio
-from pipeline.objectives.preference import bradley_terry_loss, probit_preference, ranked_correctly
+from pipeline.objectives.preference import bradley_terry_loss, ranked_correctly
 from pipeline.objectives.value import clipped_value_loss
 
 
@@ -223,12 +223,24 @@ def test_entropy_of_a_uniform_policy_is_the_log_of_the_vocabulary():
     assert entropy.item() == pytest.approx(math.log(8))
 
 
+def test_the_log_collision_is_the_logarithm_of_the_summed_squares_and_no_diagnostic_is_zero():
+    torch.manual_seed(0)
+    head = torch.nn.Linear(4, 11, bias=False)
+    hidden, ids = torch.randn(5, 4, requires_grad=True), torch.randint(11, (5,))
+    expected = head(hidden).softmax(-1).square().sum(-1).log()
+    options = {"temperature": 1.0, "chunk_size": 2}
+    logprobs, collisions = token_logprobs(hidden, head, ids, diagnostic="log_collision", **options)
+    torch.testing.assert_close(collisions, expected)
+    assert not collisions.requires_grad
+    plain, nothing = token_logprobs(hidden, head, ids, diagnostic="none", **options)
+    assert torch.equal(plain, logprobs)
+    assert torch.equal(nothing, torch.zeros(5))
+    for values in (logprobs, plain):
+        [gradient] = torch.autograd.grad(values.sum(), hidden)
+        [by_torch] = torch.autograd.grad(head(hidden).log_softmax(-1).gather(1, ids.unsqueeze(1)).sum(), hidden)
+        torch.testing.assert_close(gradient, by_torch)
+
+
 def test_bradley_terry_says_ln_two_when_it_knows_nothing():
     assert bradley_terry_loss(torch.tensor([0.0])).item() == pytest.approx(math.log(2))
     assert ranked_correctly(torch.tensor([1.0, 0.0, -1.0])).tolist() == [1.0, 0.0, 0.0]
-
-
-def test_uncertainty_pulls_a_preference_toward_one_half():
-    # 1.2 / sqrt(1 + pi/8 * 4) = .7482
-    p = probit_preference(torch.tensor(1.2), torch.tensor(4.0)).item()
-    assert p == pytest.approx(1 / (1 + math.exp(-1.2 / math.sqrt(1 + math.pi / 2))))

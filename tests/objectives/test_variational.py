@@ -90,7 +90,7 @@ def test_sampled_moments_agree_with_the_closed_form():
     alpha, matrix = torch.tensor([[2.0, 1.0, 0.5]]), torch.tensor([[1.0, 0.5], [-0.3, 2.0], [0.7, -1.2]])
     mu, logvar = torch.tensor([[0.3, -1.0]]), torch.tensor([[-0.5, 0.2]])
     mean, variance = reward_mean_and_variance(alpha, mu, logvar, matrix)
-    sampled_mean, sampled_variance, _ = sampled_reward_moments(
+    sampled_mean, sampled_variance = sampled_reward_moments(
         lambda w, z: (w * (z @ matrix.T)).sum(-1), alpha, mu, logvar, draws=100_000
     )
     assert sampled_mean.item() == pytest.approx(mean.item(), abs=4 * math.sqrt(variance.item() / 100_000))

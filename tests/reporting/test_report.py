@@ -203,3 +203,21 @@ def test_below_the_bound_there_are_no_bars():
 def test_without_verified_objectives_no_reason_is_shown():
     samples = report_page(report()).split("Samples, before and after")[1].split("<h2>")[0]
     assert "aligned minus base" not in samples
+
+
+def test_a_policy_that_was_aligned_directly_is_reported_by_its_implicit_reward():
+    rows = [{"step": s, "train/loss": 0.6, "train/margin": 0.1 * s} for s in range(3)]
+    held_out = {
+        "loss": 0.5,
+        "accuracy": 0.71,
+        "margin": 0.25,
+        "chosen_change": -1.5,
+        "rejected_change": -4.0,
+        "kl": 3.0,
+    }
+    rows.append({"step": 2} | {f"eval/{name}": value for name, value in held_out.items()})
+    table = dict(results_table(report(alignment_rows=rows)))
+    assert table["implicit reward: held-out accuracy"] == "0.710"
+    assert table["change of log-probability, chosen and rejected, nats per response"] == "-1.50 and -4.00"
+    assert "KL to the reference, nats per response" not in table
+    assert "data:image/png;base64," in report_page(report(alignment_rows=rows))

@@ -15,9 +15,21 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt install chromium"),
 ]
 
+SOURCE_METRICS = (
+    "pairs",
+    "accuracy",
+    "accuracy_low",
+    "accuracy_high",
+    "nll",
+    "nll_low",
+    "nll_high",
+    "longer_is_better",
+)
+
 
 def test_a_report_fits_the_screen_and_its_verdict_stands_first(tmp_path):
-    reward = report().reward_metrics | FIDELITY | CONTRIBUTIONS | {"alarm/scale": 1.0, "eval/scale": 71.0}
+    source = dict.fromkeys((f"eval/source/{'a' * 30}/{name}" for name in SOURCE_METRICS), 0.5)
+    reward = report().reward_metrics | FIDELITY | CONTRIBUTIONS | {"alarm/scale": 1.0, "eval/scale": 71.0} | source
     worse = report().benchmark_metrics | {"reward/high": 0.49}
     page = tmp_path / "report.html"
     page.write_text(report_page(report(reward_metrics=reward, benchmark_metrics=worse)))

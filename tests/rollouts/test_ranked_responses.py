@@ -1,5 +1,7 @@
 """Which of the policy's own responses become a pair, on literal scores."""
 
+from dataclasses import replace
+
 import pytest
 
 from pipeline.errors import DataError, NumericsError, ShapeError
@@ -68,6 +70,12 @@ def test_a_response_that_was_cut_may_lose_and_never_wins():
     none = [sample("p", i, finished=False) for i in range(3)]
     found = ranked([*none, *group("q")], [score(x) for x in (5.0, 1.0, 0.0, 0.0, 1.0, 2.0)])
     assert found.left_out == {"no response finished": 1}
+
+
+def test_an_empty_response_may_lose_and_never_wins():
+    samples = [replace(sample("p", 0), response_text=" "), sample("p", 1), sample("p", 2)]
+    assert ranked(samples, [score(5.0), score(1.0), score(0.0)]).rows[0].best.response_text == "p1"
+    assert ranked(samples, [score(-5.0), score(1.0), score(0.0)]).rows[0].worst.response_text == " "
 
 
 def test_the_metrics_show_the_lengths_of_both_sides():

@@ -13,12 +13,15 @@ from pipeline.data.planted import OBJECTIVES
 from pipeline.data.prompts import tokenise_prompts
 from pipeline.data.score_statistics import MixtureStatistics
 from pipeline.learning.builders import (
+    DirectTrainerSpec,
     PPOLearnerSpec,
     RewardTrainerSpec,
+    build_direct_trainer,
     build_ppo_learner,
     build_reward_trainer,
     reference_in_process,
 )
+from pipeline.learning.direct_data import DirectData, tokenise_examples
 from pipeline.learning.engine import TorchEngine
 from pipeline.models.backbone import load_backbone, load_causal_lm, load_tokenizer
 from pipeline.models.critic import Policy
@@ -152,3 +155,31 @@ def ppo_learner(
             seed=0,
         )
         return build_ppo_learner(spec, make_engine, reference_in_process(dtype, "cpu"))
+
+
+def direct_config(algorithm="dpo", **direct):
+    """The section of an algorithm, with a learning rate that moves the tiny policy."""
+    written = {"optimiser": {"learning_rate": 1e-3, "warmup_fraction": 0.0}, "batch_pairs": 6, "max_length": 128}
+    config = {"algorithm": algorithm, "direct": written | direct, "samples_per_prompt": 2}
+    return AlignmentConfig.model_validate(config).direct
+
+
+def direct_trainer(tiny_policy, config, *, make_engine=TorchEngine, max_tokens=512, num_steps=8):
+    spec = DirectTrainerSpec(
+        config=config,
+        policy_uri=tiny_policy,
+        dtype="float32",
+        num_steps=num_steps,
+        max_tokens_per_micro_batch=max_tokens,
+        gradient_checkpointing=False,
+        seed=0,
+    )
+    return build_direct_trainer(spec, make_engine)
+
+
+def direct_data(world, tokenizer, config, *, num_pairs=32):
+    examples, heldout = (
+        tokenise_examples(pairs, tokenizer, max_length=config.max_length)
+        for pairs in (world.train_pairs()[:num_pairs], world.heldout_pairs())
+    )
+    return DirectData(config=config, examples=examples, trained=range(len(examples)), heldout=heldout, seed=0)

@@ -11,7 +11,7 @@ import pytest
 from pipeline.config.cluster import ScoringConfig
 from pipeline.config.reward import VRMHeadConfig
 from pipeline.errors import DataError
-from pipeline.models.reward_model import RewardModelCard
+from pipeline.models.reward_model_card import RewardCalibration, RewardModelCard
 from pipeline.records import RewardScore
 from pipeline.serving.admission import Admission
 from pipeline.serving.cache import ScoreCache
@@ -29,6 +29,7 @@ CARD = RewardModelCard(
     reward_std=2.0,
     metrics={"eval/accuracy": 0.75, "reasons/brevity/pair_accuracy": 0.8, "reasons/brevity/pairs": 50.0},
     scale=2.0,
+    calibration=RewardCalibration(temperature=2.0, answer_threshold=0.5),
     mean_contributions=(1.25, -0.75),
 )
 
@@ -36,15 +37,17 @@ CARD = RewardModelCard(
 def words_and_letters(prompt, response):
     """About half the weight on the number of words, half on minus the number of messages.
 
-    alpha = (3/2, 3/2), so Cov[w] = [[1, -1], [-1, 1]] / 16; nothing else is uncertain.
+    What is uncertain is how one weighs against the other.
     """
     helpfulness, brevity = float(len(response.split())), -float(len(response))
     return RewardScore(
         mean=0.5 * helpfulness + 0.5 * brevity,
-        std=(helpfulness - brevity) / 4,
+        std=abs(helpfulness - brevity) / 4,
         objective_weights=(0.5, 0.5),
         objective_scores=(helpfulness, brevity),
         concentration=3.0,
+        deviations=((helpfulness - brevity) / 4,),
+        temperature=2.0,
     )
 
 
@@ -110,11 +113,11 @@ def test_many_prompts_keep_their_own_responses():
 
 def test_a_comparison_says_how_surely_and_because_of_what():
     answer = ask("POST", "/v1/compare", {"prompt": "hi", "a": "a b", "b": "abcde"}).json()
-    # Scores (2, -3) against (1, -5): D = (1, 2), E = 1/2 + 2/2, Var = (1 - 2)^2 / 16.
+    # Scores (2, -3) against (1, -5): D = (1, 2), E = 1/2 + 2/2, Var = (1 - 2)^2 / 16; the temperature is 2.
     assert (answer["margin"], answer["margin_std"]) == (1.5, 0.25)
-    assert answer["probability"] == pytest.approx(1 / (1 + math.exp(-1.5 / math.sqrt(1 + math.pi / 8 / 16))))
+    assert answer["probability"] == pytest.approx(1 / (1 + math.exp(-1.5 / math.sqrt(4 + math.pi / 8 / 16))))
     assert answer["contributions"] == {"helpfulness": 0.5, "brevity": 1.0}
-    assert (answer["preferred"], answer["decided_by"]) == ("a", "brevity")
+    assert (answer["preferred"], answer["decided_by"], answer["confident"]) == ("a", "brevity", True)
     assert answer["b"]["reward"] == -2.0
 
 
@@ -123,6 +126,7 @@ def test_an_objective_that_held_out_pairs_did_not_verify_is_no_reason():
     answer = ask("POST", "/v1/compare", {"prompt": "hi", "a": "a b", "b": "abc"}).json()
     assert answer["contributions"] == {"helpfulness": 0.5, "brevity": 0.0}
     assert (answer["preferred"], answer["decided_by"]) == ("a", None)
+    assert not answer["confident"]  # the log-odds are 1/4, and the threshold is 1/2
     assert ask("GET", "/v1/model").json()["verified_objectives"] == ["brevity"]
 
 
