@@ -1,7 +1,7 @@
 # make install      the environment alone, which every other target makes when it is missing
 # make quickstart   install, then run the whole pipeline on the tiny recipe through `ray job submit`
 # make test         install, then run the tests
-# make smollm2      install, then the real run: SmolLM2-135M-Instruct on HelpSteer2
+# make smollm2      install, then the real run: SmolLM2-135M-Instruct on six sources of real preferences
 # make serve        install, then serve the reward model of the last quickstart on 127.0.0.1:8000
 # make lint         ruff and mypy
 SHELL := /bin/bash

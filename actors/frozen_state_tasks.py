@@ -53,9 +53,9 @@ def keep_states(
         ConfigError: the states are larger than `cluster.states_gib`.
         PipelineError: the data or the backbone cannot be read, or a process died too often.
     """
-    frozen = [recipe for recipe in recipes if _spec_of(recipe)]
-    of_each_seed = list({recipe.seed: recipe for recipe in frozen}.values())
-    if not of_each_seed:
+    of_each_seed = list({recipe.seed: recipe for recipe in recipes if _spec_of(recipe)}.values())
+    specs = [spec for spec in map(_spec_of, of_each_seed) if spec is not None]
+    if not specs:
         return
     available = ray.cluster_resources()
     if demand.gpus:
@@ -65,6 +65,7 @@ def keep_states(
     remote, resources = as_remote_tasks(demand, max_restarts)
     task = remote(compute_missing_states, num_returns="streaming")
     streams = {task.remote(of_each_seed, resources, states_uri, shard, shards): shard for shard in range(shards)}
+    of_one = specs[0].bytes_per_response
     progress: dict[int, tuple[int, int]] = {}
     started = last_report = time.monotonic()
     for shard, outcome in outcomes_of_streams(streams):
@@ -75,7 +76,8 @@ def keep_states(
         now = time.monotonic()
         if done and (now - last_report >= REPORT_PERIOD_S or done == total):
             last_report, left = now, as_clock((now - started) * (total - done) / done)
-            report(f"states of the frozen backbone  {done:,}/{total:,} responses  {left} left")
+            size = f"{done * of_one / 2**20:.1f} MiB"
+            report(f"states of the frozen backbone  {done:,}/{total:,} responses, {size}  {left} left")
 
 
 def compute_missing_states(

@@ -258,7 +258,8 @@ def test_a_pass_over_frozen_states_tells_how_far_it_is(tiny_policy, tmp_path, lo
     lines = []
     keep_states([recipe], demand_of(recipe), str(tmp_path), max_restarts=0, report=lines.append)
     count = len({(str(p.prompt), y) for p in pairs_of(recipe) for y in (p.chosen, p.rejected)})
-    assert lines[-1] == f"states of the frozen backbone  {count}/{count} responses  0:00 left"
+    size = f"{count * 2 * 64 * 4 / 2**20:.1f} MiB"  # prompt and response, 64 dimensions in float32
+    assert lines[-1] == f"states of the frozen backbone  {count}/{count} responses, {size}  0:00 left"
     lines.clear()
     keep_states([recipe], demand_of(recipe), str(tmp_path), max_restarts=0, report=lines.append)
     assert lines == []
