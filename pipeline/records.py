@@ -200,7 +200,7 @@ class RewardScore:
     """A = sum_k alpha_k of the Dirichlet over the weights; 0 where the weights are not random."""
     deviations: tuple[float, ...] = ()
     """`RewardOutput.deviations`: `std` is their length, and the covariance with another response to the prompt their
-    inner product. Empty where a score was read from a file without them."""
+    inner product."""
     temperature: float = 1.0
     """T of the model: a margin over T is log-odds, where nothing is uncertain."""
 

@@ -30,6 +30,8 @@ def write_scored_answers(path: Path, answers: Sequence[Answer], *, dataset: str)
             "reward_mean": answer.score.mean,
             "reward_std": answer.score.std,
             "reward_concentration": answer.score.concentration,
+            "reward_temperature": answer.score.temperature,
+            "reward_deviations": " ".join(f"{value:.6g}" for value in answer.score.deviations),
             **{f"{WEIGHT_PREFIX}{k}": value for k, value in enumerate(answer.score.objective_weights)},
             **{f"{SCORE_PREFIX}{k}": value for k, value in enumerate(answer.score.objective_scores)},
         }
@@ -59,11 +61,13 @@ def read_scored_answers(path: Path) -> list[Answer]:
                     objective_weights=_numbered(row, WEIGHT_PREFIX),
                     objective_scores=_numbered(row, SCORE_PREFIX),
                     concentration=_finite(row, "reward_concentration"),
+                    temperature=_finite(row, "reward_temperature"),
+                    deviations=tuple(float(value) for value in row["reward_deviations"].split()),
                 ),
             )
             for row in rows
         ]
-    except (DataError, ValueError, KeyError, TypeError) as error:
+    except (DataError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} holds no scored answers: {error!r}") from error
 
 

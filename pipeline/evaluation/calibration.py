@@ -85,7 +85,10 @@ def fit_scale(margins: np.ndarray, variances: np.ndarray) -> Scale:
     best: tuple[float, float, float] | None = None
     for start in (-1.5, 0.0, 1.5) if has_variance else (0.0,):
         logs = torch.tensor([0.0, start], dtype=torch.float64, requires_grad=True)
-        optimiser = torch.optim.LBFGS([logs], max_iter=100, line_search_fn="strong_wolfe")
+        # To the bottom: along a direction that the pairs leave flat, an early end depends on rounding.
+        optimiser = torch.optim.LBFGS(
+            [logs], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+        )
 
         def objective(logs: torch.Tensor = logs, optimiser: torch.optim.LBFGS = optimiser) -> torch.Tensor:
             optimiser.zero_grad()

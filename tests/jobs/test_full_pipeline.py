@@ -234,7 +234,12 @@ def test_a_driver_killed_in_two_stages_and_preempted_once_resumes_to_the_same_re
     one, other = (manifest(w, "train_reward_model")["metrics"] for w in (whole, workspace))
     assert one.keys() == other.keys()
     learned = {name: value for name, value in one.items() if not name.startswith("memory/")}
-    assert {name: other[name] for name in learned} == pytest.approx(learned, rel=1e-4, abs=1e-5)
+    moved = {
+        name: (value, other[name])
+        for name, value in learned.items()
+        if other[name] != pytest.approx(value, rel=1e-4, abs=1e-5)
+    }
+    assert moved == {}
     # vLLM samples by seed; a token that flips on a rounding difference moves a mean over 32 responses a little.
     one, other = (manifest(w, "align_policy")["metrics"] for w in (whole, workspace))
     assert other["reward/mean"] == pytest.approx(one["reward/mean"], abs=0.3)

@@ -215,7 +215,7 @@ GOOD = {
         ({"score": 0}, r"line 1, field 'score': 0 is not in \[1, 10\]"),
         ({"score": -0.5}, r"line 1, field 'score': -0.5 is not in \[1, 10\]"),
         ({"score": math.inf}, r"line 1, field 'score': inf is not in \[1, 10\]"),
-        ({"turn": True}, "line 1, field 'turn': True is neither 1 nor 2"),
+        ({"turn": True}, "line 1, field 'turn': True is no int"),
         ({"question_id": "81"}, "field 'question_id': '81' is no int"),
         ({"question_id": 161}, r"j.jsonl, line 1, field 'question_id': MT-Bench has questions 81 to 160, not 161"),
     ],
