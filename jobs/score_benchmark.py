@@ -37,6 +37,8 @@ from pipeline.errors import DataError
 class Scored:
     """What a benchmark says: all of it for the file, the headline for the terminal."""
 
+    judges: list[str]
+    """Sorted; a file that names none has judge "unnamed"."""
     metrics: dict[str, Any]
     header: tuple[str, ...]
     rows: list[tuple[str, ...]]
@@ -74,13 +76,13 @@ def score_arena_hard(options: argparse.Namespace) -> Scored:
                 columns[model].append(_number(m["win_rate"]))
     metrics = {
         "baseline": options.baseline,
-        "judges": games.judges,
         "failures": games.failures,
         "models": models,
         "style_control": {name: asdict(control) for name, control in controlled.items()},
     }
     ranked = sorted(columns, key=lambda model: -models[model]["win_rate"])
     return Scored(
+        judges=sorted(games.judges),
         metrics=metrics,
         header=tuple(header),
         rows=[(model, *columns[model]) for model in ranked],
@@ -102,7 +104,8 @@ def score_mt_bench(options: argparse.Namespace) -> Scored:
         counts = (f"{m['judgments']:.0f}", f"{m['failures']:.0f}")
         rows.append((model, grades[0], _interval(m["low"], m["high"]), *grades[1:], *counts))
     return Scored(
-        metrics={"judges": sorted({judgment.judge for judgment in judgments}), "models": models},
+        judges=sorted({judgment.judge for judgment in judgments}),
+        metrics={"models": models},
         header=(
             "model",
             "average",
@@ -141,7 +144,8 @@ def score_alpaca_eval(options: argparse.Namespace) -> Scored:
         m = alpaca_eval.length_controlled_win_rate(annotations, difficulty, gamed=gamed)
         # A single verdict has no standard error, and JSON no NaN.
         error = None if math.isnan(m["standard_error"]) else m["standard_error"]
-        models[annotations.model] = m | {"standard_error": error, "baseline": annotations.baseline}
+        judge = annotations.judge or "unnamed"
+        models[annotations.model] = m | {"standard_error": error, "baseline": annotations.baseline, "judge": judge}
         rows.append(
             (
                 annotations.model,
@@ -155,6 +159,7 @@ def score_alpaca_eval(options: argparse.Namespace) -> Scored:
             )
         )
     return Scored(
+        judges=sorted({m["judge"] for m in models.values()}),
         metrics={"models": models},
         header=("model", "win rate", "SE", "discrete", "length-controlled", "", "instructions", "unparsed"),
         rows=sorted(rows, key=lambda row: _alpaca_eval_rank(models[row[0]])),
@@ -185,6 +190,7 @@ def score_benchmark(options: argparse.Namespace) -> str:
     }
     metrics = {
         "benchmark": options.benchmark,
+        "judges": scored.judges,
         **scored.metrics,
         "verdict_rule": VERDICT_RULE,
         "seed": options.seed,
@@ -193,7 +199,12 @@ def score_benchmark(options: argparse.Namespace) -> str:
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"{options.benchmark}.json").write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
     return "\n".join(
-        [aligned_columns(scored.header, scored.rows), *scored.notes, *([VERDICT_RULE] if scored.num_failed else [])]
+        [
+            aligned_columns(scored.header, scored.rows),
+            f"judged by {', '.join(scored.judges)}",
+            *scored.notes,
+            *([VERDICT_RULE] if scored.num_failed else []),
+        ]
     )
 
 

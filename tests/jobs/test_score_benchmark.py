@@ -44,7 +44,9 @@ def arguments(tmp_path, benchmark, judgments, *more):
 
 def test_arena_hard_ranks_the_models_and_keeps_what_the_numbers_depend_on(tmp_path):
     options = arguments(tmp_path, "arena_hard", arena_games(tmp_path), "--baseline", "base")
-    header, first, second = score_benchmark(parse([*options, "--answers", arena_answers(tmp_path)])).splitlines()
+    table = score_benchmark(parse([*options, "--answers", arena_answers(tmp_path)]))
+    header, first, second, judges = table.splitlines()
+    assert judges == "judged by gpt-4o"
     assert header.split()[-5:] == ["questions", "failed", "games", "sc_upstream", "sc_uncentred"]
     assert first.split()[:2] == ["x", "75.00"]
     assert first.split()[-4:-2] == ["2", "0"]
@@ -60,7 +62,8 @@ def test_mt_bench_shows_turns_and_categories(tmp_path):
     grades = [(81, 1, 8), (81, 2, 6), (101, 1, 1), (102, 1, -1)]
     rows = [{**common, "question_id": q, "turn": turn, "score": s} for q, turn, s in grades]
     table = score_benchmark(parse(arguments(tmp_path, "mt_bench", jsonl(tmp_path / "j.jsonl", rows))))
-    header, line, note = table.splitlines()
+    header, line, judges, note = table.splitlines()
+    assert judges == "judged by gpt-4"
     assert note.startswith("A judgment without a verdict (null, NaN, MT-Bench's -1, an unknown label) counts as failed")
     assert header.split()[-3:] == ["humanities", "turns", "failed"]
     # model, average, its interval, turn 1, turn 2, writing, reasoning; the other categories are empty.
@@ -79,6 +82,7 @@ def test_alpaca_eval_ranks_models_by_their_length_controlled_rate(tmp_path):
             "instruction": f"instruction {i}",
             "generator_1": "base",
             "generator_2": "long",
+            "annotator": "weighted_gpt4",
             "output_1": "x" * 30,
             "output_2": "x" * length,
             "preference": preference,
@@ -87,13 +91,17 @@ def test_alpaca_eval_ranks_models_by_their_length_controlled_rate(tmp_path):
     ]
     annotations = tmp_path / "annotations.json"
     annotations.write_text(json.dumps(rows))
-    header, line, *notes = score_benchmark(parse(arguments(tmp_path, "alpaca_eval", str(annotations)))).splitlines()
+    header, line, judges, *notes = score_benchmark(
+        parse(arguments(tmp_path, "alpaca_eval", str(annotations)))
+    ).splitlines()
     assert header.split() == ["model", "win", "rate", "SE", "discrete", "length-controlled", "instructions", "unparsed"]
     assert line.split()[:2] == ["long", "75.00"]
+    assert judges == "judged by weighted_gpt4"
     assert "fitted without instruction difficulty and gamed rows" in " ".join(notes)
     [model] = json.loads((tmp_path / "scores" / "alpaca_eval.json").read_text())["models"].values()
     assert model["length_controlled_winrate"] < 75.0
     assert (model["baseline"], model["variant"]) == ("base", "length_controlled_minimal")
+    assert model["judge"] == "weighted_gpt4"
 
 
 def annotations_of(path, model, baseline):
