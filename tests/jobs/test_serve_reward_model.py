@@ -1,6 +1,7 @@
 """The serving job, in a process of its own: whether Ray runs is a fact of the whole process."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.models.reward_model_card import read_card
 from pipeline.stages.fingerprint import directory_fingerprint
-from tests.support.learners import reward_card, statistics_of
 
 SERVE = """
 import os, sys
@@ -35,12 +36,12 @@ assert not ray.is_initialized(), "what was started must be shut down"
 
 
 @pytest.mark.components
-def test_the_job_swaps_when_told_and_stops_when_interrupted(world, tmp_path):
+def test_the_job_swaps_when_told_and_stops_when_interrupted(trained_reward_model, tmp_path):
     """Beside the address of a cluster that ended: `ray.init()` without an address would wait a minute for it."""
-    card = reward_card("vrm", statistics_of(world))
+    card = read_card(trained_reward_model)
     models = [tmp_path / name for name in ("old", "new")]
     for number, model in enumerate(models):
-        model.mkdir()
+        shutil.copytree(trained_reward_model, model)
         (model / "reward_model.json").write_text(card.model_copy(update={"reward_mean": number}).model_dump_json())
     old, new = map(str, models)
     current = tmp_path / "current"

@@ -205,10 +205,11 @@ def test_no_more_requests_are_open_than_allowed():
 
 
 def test_requests_start_no_faster_than_the_rate():
-    # 600 a minute: 0.1 s apart, so the sixth no earlier than 0.5 s after the first.
+    # 600 a minute: 0.1 s apart, so the sixth no earlier than 0.5 s after the beginning. A busy machine only delays it.
     with judge_server(lambda body, n: completion("ok")) as server:
+        begun = time.monotonic()
         outcomes_of(server, [ask(str(i)) for i in range(6)], limits=ChatLimits(requests_per_minute=600.0))
-    assert server.seen[5].time - server.seen[0].time >= 0.45
+    assert max(seen.time for seen in server.seen) - begun >= 0.5
 
 
 @pytest.mark.parametrize(

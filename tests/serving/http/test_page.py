@@ -88,7 +88,8 @@ def test_the_page_shows_what_the_service_says(url, browser, artefacts):
 
     better, sure = answer["preferred"].upper(), 100 * max(answer["probability"], 1 - answer["probability"])
     because = "" if answer["decided_by"] is None else f", because of {answer['decided_by']}"
-    assert text("verdict") == f"{better} is better with probability {sure:.1f}%{because}."
+    unsure = "" if answer["confident"] else " That is too unsure to count as an answer."
+    assert text("verdict") == f"{better} is better with probability {sure:.1f}%{because}.{unsure}"
     assert [row["value"] for row in chart("rewards")] == [
         f"{signed(answer[side]['reward'] - model['reward_mean'])} ± {1.96 * answer[side]['reward_std']:.3f}"
         for side in "ab"
@@ -106,7 +107,11 @@ def test_the_page_shows_what_the_service_says(url, browser, artefacts):
         "safety (66% right)",
     ]
     assert browser.evaluate(RATINGS) == [
-        [name, *(f"{answer[side]['ratings'][name]:.1f}" for side in "ab"), f"{statistics['mean']:.1f}"]
+        [
+            f"{name} (scale of planted)",
+            *(f"{answer[side]['ratings'][name]:.1f}" for side in "ab"),
+            f"{statistics['mean']:.1f}",
+        ]
         for name, statistics in model["objective_statistics"].items()
         if name in VERIFIED
     ]
