@@ -187,20 +187,28 @@ def length_controlled_win_rate(
         except DataError as reason:
             notes.append(f"The length-controlled win rate is withheld, and the raw one stands: {reason}")
             return _withheld(raw, variant, notes)
-    p = preferences_at_equal_length(coefficients, np.zeros(len(annotations.instructions)) if gamma is None else gamma)
+    difficulties = np.zeros(len(annotations.instructions)) if gamma is None else gamma
+    p = preferences_at_equal_length(coefficients, difficulties)
+    return _corrected(raw, p, coefficients, variant, annotations.model, notes)
+
+
+def _corrected(
+    raw: Mapping[str, float], p: np.ndarray, coefficients: Coefficients, variant: str, model: str, notes: list[str]
+) -> dict[str, Any]:
+    """The result of a fit, with what to know of it; `p` [N] are the preferences at equal length."""
     length_controlled: float | None = 100.0 * float(p.mean())
     error: float | None = 100.0 * _standard_error(p)
     is_extreme = is_extreme_change(raw["win_rate"], 100.0 * float(p.mean()))
     if variant != "given" and not any(coefficients):
         length_controlled, error, is_extreme = None, None, False
         notes.append(
-            f"The length-controlled win rate of {annotations.model} is withheld: the fit set every coefficient to 0, "
+            f"The length-controlled win rate of {model} is withheld: the fit set every coefficient to 0, "
             "so it found nothing in these preferences. Annotate more, or report the win rate alone."
         )
     elif variant != "given" and np.ptp(p) < SAME_PREDICTION:
         error = None
         notes.append(
-            f"The length-controlled win rate of {annotations.model} has no standard error: the fit predicts the same "
+            f"The length-controlled win rate of {model} has no standard error: the fit predicts the same "
             "for every instruction."
         )
     if is_extreme:
