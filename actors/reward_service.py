@@ -238,6 +238,22 @@ def scoring_application(model_uri: str, config: ScoringConfig, *, token: str | N
     )
 
 
+def scorer_of_application(name: str, config: ScoringConfig, *, deadline_s: float) -> ServedScorer:
+    """A scorer of an application that somebody else runs on this cluster, with the token of the environment.
+
+    Raises:
+        ConfigError: Serve has no such application.
+    """
+    applications = serve.status().applications
+    if name not in applications:
+        raise ConfigError(
+            f"Serve has no application {name!r} on this cluster (alignment.rewards: model); it has "
+            f"{', '.join(sorted(applications)) or 'none'}. Start it with `vrm serve`, or give the URL of an endpoint."
+        )
+    token = os.environ.get(TOKEN_VARIABLE)
+    return ServedScorer(serve.get_app_handle(name), config, deadline_s=deadline_s, token=token)
+
+
 def stop_service(name: str = APPLICATION) -> None:
     """Ends this application, and Serve itself if no other application is left on the cluster."""
     _delete(name)

@@ -15,8 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from actors.ray_errors import ACTOR_DIED
 from pipeline.config.cluster import ScoringConfig
 from pipeline.records import Message, RewardScore
-from pipeline.serving.client import VRMScorer
-from pipeline.serving.protocol import ExplainedReward
+from pipeline.serving.client import VRMScorer, as_reward_score
 
 ADDRESS = "http://scoring-service"
 """The service's name in error messages; no socket has this name."""
@@ -83,16 +82,3 @@ class ServedScorer:
         """
         with self.client(rows=len(responses)) as scorer:
             return [as_reward_score(scored) for scored in scorer.score_rows(prompts, responses).scores]
-
-
-def as_reward_score(scored: ExplainedReward) -> RewardScore:
-    """The model's score, from the form in which the service sends it."""
-    return RewardScore(
-        mean=scored.reward,
-        std=scored.reward_std,
-        objective_weights=tuple(scored.objective_weights.values()),
-        objective_scores=tuple(scored.objective_scores.values()),
-        concentration=scored.concentration,
-        deviations=tuple(scored.deviations),
-        temperature=scored.temperature,
-    )

@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 
 from cluster.engine_build import resolve_rollout
 from pipeline.config.cluster import ClusterConfig, RanksConfig, RolloutPlacement
+from pipeline.config.recipe import Recipe
 from pipeline.errors import ResourceError
 
 TOLERANCE = 1e-6
+TRAIN_REWARD_MODEL = "train_reward_model"
 MOST_WORKERS = 1024
 """Nobody asks for more rollout workers."""
 
@@ -42,8 +44,29 @@ class StageDemand:
         return sum(d.count * (d.cpus if resource == "CPU" else d.gpus) for d in self.demands)
 
 
+def plan_recipe(recipe: Recipe, placement: RolloutPlacement) -> tuple[StageDemand, ...]:
+    """What each stage of a recipe holds: `plan_resources` without a reward model where its rewards need none."""
+    alignment = recipe.alignment
+    checkpoints = {s.model.place for s in alignment.rewards if s.model is not None and s.model.is_checkpoint}
+    functions = sum(source.python is not None or source.math is not None for source in alignment.rewards)
+    return plan_resources(
+        recipe.cluster,
+        placement,
+        judge=recipe.judge is not None,
+        reward_model=recipe.scores_by_reward_model,
+        other_models=len(checkpoints),
+        functions=functions,
+    )
+
+
 def plan_resources(
-    cluster: ClusterConfig, placement: RolloutPlacement = "disaggregated", *, judge: bool = False
+    cluster: ClusterConfig,
+    placement: RolloutPlacement = "disaggregated",
+    *,
+    judge: bool = False,
+    reward_model: bool = True,
+    other_models: int = 0,
+    functions: int = 0,
 ) -> tuple[StageDemand, ...]:
     """What each stage holds, in the order of the stages.
 
@@ -53,6 +76,9 @@ def plan_resources(
         placement: where the rollout workers stand (`cluster/rollout_plan.py`). Workers that share the learner's GPUs
             keep them reserved for both.
         judge: whether a judge scores beside the reward model in the benchmark.
+        reward_model: whether the run trains a reward model and serves it.
+        other_models: further reward models that are served while the policy is aligned.
+        functions: rewards that run in processes of their own.
     """
     scoring = Demand(
         role="scoring replica",
@@ -61,6 +87,15 @@ def plan_resources(
         cpus=cluster.scoring.cpus_per_replica,
         gpus=cluster.scoring.gpus_per_replica,
     )
+    services = replace(scoring, count=scoring.count * (reward_model + other_models))
+    processes = Demand(
+        role="reward function",
+        setting="cluster.reward_functions.processes",
+        count=cluster.reward_functions.processes * functions,
+        cpus=cluster.reward_functions.cpus_per_process,
+        gpus=0.0,
+    )
+    rewards = tuple(demand for demand in (services, processes) if demand.count)
     if placement == "colocated":
         shared = Demand(
             role="rank and engine",
@@ -75,11 +110,11 @@ def plan_resources(
         aligning, sampling = [_ranks("alignment", cluster.alignment), rollout], [rollout]
     return (
         StageDemand(stage="sft", demands=(_ranks("sft", cluster.sft),)),
-        StageDemand(stage="train_reward_model", demands=(_ranks("reward", cluster.reward),)),
-        StageDemand(stage="align_policy", demands=(*aligning, scoring)),
+        *([StageDemand(stage=TRAIN_REWARD_MODEL, demands=(_ranks("reward", cluster.reward),))] if reward_model else []),
+        StageDemand(stage="align_policy", demands=(*aligning, *rewards)),
         StageDemand(
             stage="generate_benchmark",
-            demands=(*sampling, scoring, *([replace(scoring, role="judge's replica")] if judge else [])),
+            demands=(*sampling, *rewards, *([replace(scoring, role="judge's replica")] if judge else [])),
         ),
     )
 

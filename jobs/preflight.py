@@ -1,4 +1,4 @@
-"""What a job looks at before it starts anything: its data files, its checkpoints.
+"""What a job looks at before it starts anything: its data files, its checkpoints, its rewards.
 
 Imports neither torch nor ray, so that bad input is answered at once.
 """
@@ -13,6 +13,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.data.recipe_files import check_data
 from pipeline.errors import CheckpointError
 from pipeline.models.checkpoint_files import check_checkpoint
+from pipeline.rewards.preflight import check_rewards
 from pipeline.stages import storage
 from pipeline.stages.workspace import StageDirectory
 
@@ -27,13 +28,13 @@ class NamedCheckpoint:
 
 
 def check_recipe(recipe: Recipe, *, workspace: str | None = None) -> None:
-    """Opens each data file and each checkpoint of a recipe; prints what was looked at, and for how long.
+    """Opens each data file, each checkpoint and each reward of a recipe; prints what was looked at, and for how long.
 
     Args:
         workspace: where a stage may have finished with a checkpoint. Then the checkpoint may be gone.
 
     Raises:
-        ConfigError, DataError, CheckpointError: one of them cannot be used.
+        ConfigError, DataError, CheckpointError, WorkerError: one of them cannot be used.
     """
     started = time.monotonic()
     num_files = check_data(recipe)
@@ -52,6 +53,7 @@ def check_recipe(recipe: Recipe, *, workspace: str | None = None) -> None:
             seen.append(named.setting)
         else:
             unseen.append(f"{named.setting} = {named.checkpoint} ({reason})")
+    seen += check_rewards(recipe.alignment.rewards)
     print(f"{'preflight':<19} {', '.join(seen)} looked at in {time.monotonic() - started:.2f} s", flush=True)
     for what in unseen:
         print(f"{'preflight':<19} not looked at: {what}", flush=True)

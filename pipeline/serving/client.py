@@ -25,11 +25,12 @@ import httpx
 from pydantic import ValidationError
 
 from pipeline.errors import ConfigError, DataError, DeadlineExceeded, WorkerDied, WorkerError
-from pipeline.records import Message
+from pipeline.records import Message, RewardScore
 from pipeline.serving.protocol import (
     TOKEN_VARIABLE,
     BestOfAnswer,
     CompareAnswer,
+    ExplainedReward,
     ModelDescription,
     ScoreAnswer,
     ScoreManyAnswer,
@@ -413,6 +414,19 @@ def merge(answers: Sequence[ScoreManyAnswer]) -> ScoreAnswer:
     """The scores of all answers, which come from one model, in order."""
     scores = [score for answer in answers for item in answer.items for score in item]
     return ScoreAnswer(model_fingerprint=answers[0].model_fingerprint, scores=scores)
+
+
+def as_reward_score(scored: ExplainedReward) -> RewardScore:
+    """The model's score, from the form in which the service sends it."""
+    return RewardScore(
+        mean=scored.reward,
+        std=scored.reward_std,
+        objective_weights=tuple(scored.objective_weights.values()),
+        objective_scores=tuple(scored.objective_scores.values()),
+        concentration=scored.concentration,
+        deviations=tuple(scored.deviations),
+        temperature=scored.temperature,
+    )
 
 
 def _batches(rows: Sequence[tuple[Any, str]], batch_size: int) -> Iterator[list[tuple[Any, str]]]:

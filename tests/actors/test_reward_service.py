@@ -21,14 +21,14 @@ from ray.serve.schema import ServeDeploySchema
 from ray.serve.scripts import build as serve_build
 
 from actors.reward_service import start_service, stop_service, swap_model
-from actors.served_scorer import ServedScorer, as_reward_score
+from actors.served_scorer import ServedScorer
 from pipeline.config.cluster import ScoringConfig
 from pipeline.data.planted import OBJECTIVES
 from pipeline.errors import ConfigError, DataError, DeadlineExceeded, PipelineError, ResourceError, WorkerError
 from pipeline.evaluation.reward_scorer import RewardModelScorer
 from pipeline.models.backbone import load_backbone
 from pipeline.models.reward_model import RewardModel, make_head, save_reward_model
-from pipeline.serving.client import PATIENCE_S, VRMScorer
+from pipeline.serving.client import PATIENCE_S, VRMScorer, as_reward_score
 from pipeline.serving.trl_reward import VRMReward
 from pipeline.stages.fingerprint import directory_fingerprint
 from tests.support.learners import HEAD, reward_card, statistics_of

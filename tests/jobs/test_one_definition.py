@@ -32,6 +32,7 @@ from pipeline.loops.benchmark import benchmark_stage
 from pipeline.loops.reward import reward_stage
 from pipeline.loops.sft import sft_stage
 from pipeline.models.reward_model_card import read_card
+from pipeline.rewards.opened import open_sources
 from pipeline.rollouts.torch_rollouts import TorchRollouts
 from pipeline.stages.runner import StageRunner
 from pipeline.stages.workspace import Workspace
@@ -87,7 +88,9 @@ def job(tmp_path, monkeypatch):
     @contextmanager
     def open_ports(recipe, actors, policy, reward_model, spec):
         learner = build_ppo_learner(spec, TorchEngine, reference_in_process(spec.dtype, "cpu"))
-        yield AlignmentPorts(rollouts=actors.rollouts(policy), scorer=actors.scorer(reward_model), learner=learner)
+        with ExitStack() as exits:
+            sources = open_sources(recipe.alignment.rewards, actors.reward_openers(reward_model), exits)
+            yield AlignmentPorts(rollouts=actors.rollouts(policy), sources=sources, learner=learner)
 
     monkeypatch.setattr(actors.deepspeed_learners, "open_ranked_learner", open_learner)
     monkeypatch.setattr(jobs.align_policy, "_open_ports", open_ports)

@@ -67,7 +67,7 @@ def test_a_bad_recipe_file_or_checkpoint_is_refused_by_every_command_before_anyt
                 "alignment.algorithm=kto",
                 f"alignment.direct.labelled_responses=[{questions}]",
             ],
-            "none of the fields messages, prompt, instruction is there",
+            "none of the fields messages, prompt, instruction, question is there",
         ),
         (
             ["run", "tiny", "--dry-run", "alignment.algorithm=dpo", f"alignment.direct.reference_checkpoint={nowhere}"],
