@@ -153,13 +153,15 @@ class SharedActors:
 
         def open_model(config: ModelReward) -> ScaledScorer:
             if config.is_served:
-                return ScaledScorer(scorer=self._scorer_of_application(config), scale=None)
-            location = config.place
+                application = self._scorer_of_application(config)
+                return ScaledScorer(scorer=_steered(application, config), scale=None)
             if config.is_of_this_run:
                 assert reward_model is not None, "the recipe says so: `needs_reward_model`"
-                return ScaledScorer(scorer=self.scorer(reward_model), scale=scale_of_checkpoint(reward_model.location))
-            scorer = self._service(location, f"{self._service_name}-{identity(location)}")
-            return ScaledScorer(scorer=scorer, scale=scale_of_checkpoint(location))
+                scorer, location = self.scorer(reward_model), reward_model.location
+            else:
+                location = config.place
+                scorer = self._service(location, f"{self._service_name}-{identity(location)}")
+            return ScaledScorer(scorer=_steered(scorer, config), scale=scale_of_checkpoint(location))
 
         return RewardOpeners(model=open_model, function=self._function)
 
@@ -199,6 +201,10 @@ class SharedActors:
     def _service_name(self) -> str:
         """A name made from the workspace, so that a job finds the service that its killed predecessor left."""
         return f"vrm-{identity(self._workspace)}"
+
+
+def _steered(scorer: ServedScorer, config: ModelReward) -> ServedScorer:
+    return scorer.steered(config.weights) if config.weights else scorer
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pipeline.models.packing import in_packed_order, pack
 from pipeline.models.reward_heads import RewardOutput
 from pipeline.models.reward_model import RewardModel, load_reward_model, score_packed
 from pipeline.models.reward_model_card import RewardModelCard
+from pipeline.objectives.reweighting import Factors, reweighted
 from pipeline.records import Message, PromptGroup, RewardScore
 
 
@@ -42,11 +43,22 @@ class RewardModelScorer:
         model, tokenizer, card = load_reward_model(directory, dtype=dtype)
         return cls(model, tokenizer, card, max_tokens_per_batch=max_tokens_per_batch, device=device)
 
-    def score(self, prompts: Sequence[tuple[Message, ...]], responses: Sequence[str]) -> list[RewardScore]:
+    def score(
+        self,
+        prompts: Sequence[tuple[Message, ...]],
+        responses: Sequence[str],
+        factors: Sequence[Factors | None] | None = None,
+    ) -> list[RewardScore]:
         """Posterior mean and standard deviation of each reward, with weights and scores (docs/method.md section 7).
 
         If prompt and response exceed the model's length, the prompt is cut from the left. A response that alone exceeds
         it is cut at its end. The end-of-turn token is always scored, or truncation would become a feature.
+
+        Args:
+            factors: of each row's objective weights (`reweighted`); None for the model's own.
+
+        Raises:
+            DataError: not one prompt a response; or factors for a model that learns no objective weights.
         """
         if len(prompts) != len(responses):
             raise DataError(f"{len(prompts)} prompts but {len(responses)} responses to score")
@@ -63,8 +75,31 @@ class RewardModelScorer:
         for batch in plan_micro_batches(lengths, world_size=1, max_tokens=self._max_tokens)[0]:
             output = score_packed(self._model, pack([groups[g] for g in batch]).to(self._device))
             rows = in_packed_order([shared[g] for g in batch])
+            if factors is not None:
+                output = self._steered(output, [factors[row] for row in rows])
             scores |= zip(rows, reward_scores(output, temperature=self.card.calibration.temperature), strict=True)
         return [scores[row] for row in range(len(encoded))]
+
+    def _steered(self, output: RewardOutput, factors: Sequence[Factors | None]) -> RewardOutput:
+        """The output with other objective weights, and all that follows from them; rows without factors as they are."""
+        chosen = [row for row, given in enumerate(factors) if given is not None]
+        if not chosen:
+            return output
+        inputs = output.last_layer_inputs
+        if not inputs.weights.shape[1] or not inputs.scores.shape[1]:
+            raise DataError(
+                f"this reward model has no objective weights of its own to re-weigh (head {self.card.head!r}, decoder "
+                f"{self.card.vrm.decoder!r}). Leave `weights` out, or take a vrm model with the bilinear decoder."
+            )
+        table = torch.tensor([factors[row] for row in chosen], dtype=torch.float32, device=self._device)
+        weights = output.weights.clone()
+        weights[chosen] = reweighted(weights[chosen], table)
+        mean, deviations = output.mean.clone(), output.deviations.clone()
+        mean[chosen] = (weights * output.scores)[chosen].sum(-1)
+        # The gradient of the re-weighted reward has the same form: the factors only shift the logits of the weights.
+        error_bar = self._model.head.last_layer(inputs._replace(weights=weights))
+        deviations[chosen] = error_bar.deviations[chosen]
+        return output._replace(weights=weights, mean=mean, deviations=deviations)
 
     def fits(self, prompt: tuple[Message, ...], response: str) -> bool:
         """Whether prompt and response fit in the model's length, so that `score` cuts neither."""

@@ -71,7 +71,7 @@ class LocalRun:
                     "Give the URL of the service."
                 )
             other = None if config.is_of_this_run else scorer_in_process(self.experiment, config.place, device)
-            return ScaledScorer.of(other or scorer)
+            return ScaledScorer.of(other or scorer, config.weights)
 
         @contextmanager
         def open_ports(spec: PPOLearnerSpec) -> Iterator[AlignmentPorts]:

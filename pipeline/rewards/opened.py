@@ -17,7 +17,7 @@ from pipeline.rewards.combined import Combination, CombinedRewards, WeightedSour
 from pipeline.rewards.endpoints import Endpoint
 from pipeline.rewards.function_spec import FunctionSpec, math_spec, python_spec
 from pipeline.rewards.judge_reward import JudgeRewardSource
-from pipeline.rewards.model_reward import ModelRewardSource, RemoteVRM
+from pipeline.rewards.model_reward import ModelRewardSource, RemoteVRM, SteeredModel
 from pipeline.rewards.rows import RewardSource
 from pipeline.stages import storage
 
@@ -32,9 +32,9 @@ class ScaledScorer:
     scale: RewardScale | None
 
     @classmethod
-    def of(cls, scorer: RewardModelScorer) -> ScaledScorer:
-        """A model in this process, whose card holds the scale."""
-        return cls(scorer=scorer, scale=RewardScale.of(scorer.card))
+    def of(cls, scorer: RewardModelScorer, weights: Mapping[str, float] | None = None) -> ScaledScorer:
+        """A model in this process, whose card holds the scale. Re-weighted objectives keep it: they move it little."""
+        return cls(scorer=SteeredModel(scorer, weights) if weights else scorer, scale=RewardScale.of(scorer.card))
 
 
 @dataclass(frozen=True, kw_only=True)
