@@ -250,10 +250,15 @@ class AlignmentConfig(Frozen):
         return with_standard_values(written)
 
     @property
+    def samples_prompts(self) -> bool:
+        """Whether the policy answers training prompts: all but direct methods on given pairs."""
+        return not self.is_direct or self.pairs == "policy"
+
+    @property
     def needs_reward_model(self) -> bool:
         """Whether this run trains a reward model: its scores are asked for."""
         if self.is_direct:
-            return self.pairs == "policy"
+            return self.samples_prompts
         return any(source.is_this_runs_model for source in self.rewards)
 
     @model_validator(mode="after")

@@ -62,9 +62,8 @@ def data_files(experiment: ExperimentConfig) -> Iterator[DataFile]:
     for path in data.evaluation_prompts:
         yield DataFile(path=resolve(path), read=partial(_read_prompts, fields=EVALUATION_PROMPT_FIELDS))
     for path in experiment.benchmark.prompts:
-        scored_by_rewards = not experiment.alignment.needs_reward_model and not experiment.alignment.is_direct
         read_plainly = partial(_read_prompts, fields=PROMPT_FIELDS)
-        yield DataFile(path=resolve(path), read=read_asked if scored_by_rewards else read_plainly)
+        yield DataFile(path=resolve(path), read=read_plainly if experiment.scores_by_reward_model else read_asked)
     for source in data.sources:
         if source.path is not None:
             yield pair_file(resolve(source.path), source, experiment.objectives)
