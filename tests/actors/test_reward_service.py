@@ -20,7 +20,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 from ray.serve.scripts import build as serve_build
 
-from actors.reward_service import start_service, stop_service, swap_model
+from actors.reward_service import scorer_of_application, start_service, stop_service, swap_model
 from actors.served_scorer import ServedScorer
 from pipeline.config.cluster import ScoringConfig
 from pipeline.data.planted import OBJECTIVES
@@ -28,7 +28,9 @@ from pipeline.errors import ConfigError, DataError, DeadlineExceeded, PipelineEr
 from pipeline.evaluation.reward_scorer import RewardModelScorer
 from pipeline.models.backbone import load_backbone
 from pipeline.models.reward_model import RewardModel, make_head, save_reward_model
+from pipeline.rewards.model_reward import SteeredModel
 from pipeline.serving.client import PATIENCE_S, VRMScorer, as_reward_score
+from pipeline.serving.protocol import TOKEN_VARIABLE
 from pipeline.serving.trl_reward import VRMReward
 from pipeline.stages.fingerprint import directory_fingerprint
 from tests.support.learners import HEAD, reward_card, statistics_of
@@ -103,6 +105,21 @@ def test_served_scores_equal_the_model_in_this_process(service, reward_model, wo
         assert served.mean == pytest.approx(expected.mean, abs=1e-5)
         assert served.std == pytest.approx(expected.std, abs=1e-5)
         assert served.objective_weights == pytest.approx(expected.objective_weights, abs=1e-5)
+
+
+def test_another_job_scores_through_the_application_with_its_own_weights(service, reward_model, world, monkeypatch):
+    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
+    pair = world.heldout_pairs()[0]
+    rows = [pair.prompt] * 2, [pair.chosen, pair.rejected]
+    other = scorer_of_application("under-test", config_of(0), deadline_s=60.0)
+    assert other.score(*rows) == service[0].score(*rows)
+    assert other.steered(dict.fromkeys(OBJECTIVES, 5.0)).score(*rows) == other.score(*rows)
+    model = RewardModelScorer.load(reward_model, max_tokens_per_batch=4096)
+    expected = SteeredModel(model, {OBJECTIVES[2]: 3.0}).score(*rows)
+    for served, alone in zip(other.steered({OBJECTIVES[2]: 3.0}).score(*rows), expected, strict=True):
+        assert (served.mean, served.std) == pytest.approx((alone.mean, alone.std), abs=1e-5)
+    with pytest.raises(ConfigError, match=r"no application 'nowhere' .* it has .*under-test"):
+        scorer_of_application("nowhere", config_of(0), deadline_s=60.0)
 
 
 def test_contributions_add_up_to_the_reward_above_the_mean_held_out_response(service, world):
