@@ -275,6 +275,11 @@ class AlignmentConfig(Frozen):
                 f"{self.ppo.advantages} would not leave it so; set ppo.advantages=group_centred and "
                 "ppo.whiten_advantages=true, the normalisation over the batch that GDPO ends with"
             )
+        if self.combine_rewards == "gdpo" and self.keep_best is not None:
+            raise ValueError(
+                f"combine_rewards = gdpo gives every group a mean of 0, so keep_best = {self.keep_best} has nothing to "
+                "compare; set keep_best=null"
+            )
         if self.samples_per_prompt < 2 and (pairwise := [s.name for s in self.rewards if s.compares_a_group]):
             raise ValueError(
                 f"rewards: {pairwise[0]!r} compares the responses to one prompt, so samples_per_prompt = "

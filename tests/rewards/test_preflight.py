@@ -43,6 +43,13 @@ def recipe(*overrides):
         (["alignment.rewards=[{model: {weights: {kindness: 2}}}]"], "re-weighs 'kindness', which is no objective"),
         (["alignment.rewards=[{model: {weights: {safety: 0}}}]"], "weights are all 0"),
         (["alignment.combine_rewards=gdpo"], "set ppo.advantages=group_centred"),
+        (
+            [
+                *("alignment.combine_rewards=gdpo", "alignment.ppo.advantages=group_centred"),
+                "alignment.keep_best=reward/mean",
+            ],
+            "set keep_best=null",
+        ),
         (["alignment.algorithm=dpo", "alignment.rewards=[{length: {at_most: 9}}]"], "set algorithm=grpo"),
         (
             [
