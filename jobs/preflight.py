@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.config.recipe import Recipe
+from pipeline.config.rewards import THIS_RUNS_MODEL
 from pipeline.data.recipe_files import check_data
 from pipeline.errors import CheckpointError
 from pipeline.models.checkpoint_files import check_checkpoint
-from pipeline.rewards.preflight import check_rewards
 from pipeline.stages import storage
 from pipeline.stages.workspace import StageDirectory
 
@@ -53,7 +53,10 @@ def check_recipe(recipe: Recipe, *, workspace: str | None = None) -> None:
             seen.append(named.setting)
         else:
             unseen.append(f"{named.setting} = {named.checkpoint} ({reason})")
-    seen += check_rewards(recipe.alignment.rewards)
+    if recipe.alignment.rewards != (THIS_RUNS_MODEL,):
+        from pipeline.rewards.preflight import check_rewards
+
+        seen += check_rewards(recipe.alignment.rewards)
     print(f"{'preflight':<19} {', '.join(seen)} looked at in {time.monotonic() - started:.2f} s", flush=True)
     for what in unseen:
         print(f"{'preflight':<19} not looked at: {what}", flush=True)
