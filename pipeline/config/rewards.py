@@ -103,6 +103,7 @@ class JudgeReward(Frozen):
     url: str
     """Base URL with the version, as in http://127.0.0.1:8000/v1."""
     model: str
+    """Name of the model that judges, as the endpoint calls it."""
     form: Literal["graded", "pairwise"] = "graded"
     """"graded": a number for each response. "pairwise": each response against two others to the same prompt, once shown
     first and once shown second; its score is its share of wins, a tie counts one half."""
@@ -112,6 +113,7 @@ class JudgeReward(Frozen):
     grade_range: tuple[float, float] = (1.0, 10.0)
     """Smallest and largest grade. Another grade counts as unreadable."""
     temperature: NonNegative = 0.0
+    """Divides the judge's logits; at 0 it always takes the likeliest token."""
     max_tokens: Count = 1024
     """Tokens of a judgment, at most."""
     api_key_env: str | None = None
@@ -139,15 +141,18 @@ class ExactMatch(Frozen):
     """1 where the response is the text of a column, else 0; `exact_match: <column>` stands for its `column` alone."""
 
     column: str = "answer"
+    """Column of the prompt files with the expected text."""
     after: str | None = None
     """Only what follows the last occurrence of this text counts, in response and column; None takes the whole."""
     ignore_case: bool = False
+    """Capital and small letters count as the same."""
 
 
 class RegexMatch(Frozen):
     """1 where a pattern is found in the response, else 0; `regex: <pattern>` stands for its `pattern` alone."""
 
     pattern: str
+    """A regular expression of Python; a dot stands for a line end too."""
     column: str | None = None
     """1 only where the first group of the last match is the text of this column."""
 
@@ -169,6 +174,7 @@ class MathAnswer(Frozen):
     """
 
     column: str = "answer"
+    """Column of the prompt files with the expected answer."""
     after: str | None = None
     """What the expected answer follows in its column, "####" in GSM8K; None takes the last expression of the column."""
     deadline_s: Positive = 60.0
