@@ -161,7 +161,13 @@ def with_standard_values(written: Any) -> Any:
     if not isinstance(written, Mapping):
         return written
     # An unknown name has no values; the schema says which names there are.
-    return _overlay(STANDARD_VALUES.get(str(written.get("algorithm", "ppo")), {}), written)
+    standard = STANDARD_VALUES.get(str(written.get("algorithm", "ppo")), {})
+    merged = _overlay(standard, written)
+    direct = written.get("direct")
+    says_steps = isinstance(direct, Mapping) and direct.get("num_steps") is not None
+    if says_steps and "epochs" not in direct and "epochs" in standard.get("direct", {}):
+        merged["direct"] = {**merged["direct"], "epochs": None}
+    return merged
 
 
 def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

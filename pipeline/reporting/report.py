@@ -179,7 +179,7 @@ def _alignment_rows(data: ReportData) -> list[tuple[str, str]]:
     if not data.alignment_rows:
         return []
     last = data.alignment_rows[-1]
-    if "eval/kl" in last:  # aligned directly: the last row is the evaluation of the finished policy
+    if "eval/chosen_change" in last:  # aligned directly: the last row is the evaluation of the finished policy
         return [
             ("implicit reward: held-out accuracy", f"{last['eval/accuracy']:.3f}"),
             ("implicit reward: held-out margin", f"{last['eval/margin']:.3f}"),
@@ -271,7 +271,7 @@ def _reward_figure(rows: Sequence[MetricsRow]) -> str:
 
 
 def _alignment_figure(rows: Sequence[MetricsRow]) -> str:
-    if any("eval/kl" in row for row in rows):
+    if any("eval/chosen_change" in row for row in rows):
         return _direct_figure(rows)
     panels = {
         "reward": ("reward/mean", ""),

@@ -20,7 +20,12 @@ parse = compare_methods_command.options
 
 SMALL_CELL = (
     *SMALL_ALIGNMENT,
-    *("alignment.direct.num_steps=4", "alignment.direct.batch_pairs=8", "alignment.direct.eval_every=2"),
+    *(
+        "alignment.direct.epochs=null",
+        "alignment.direct.num_steps=4",
+        "alignment.direct.batch_pairs=8",
+        "alignment.direct.eval_every=2",
+    ),
     *("alignment.samples_per_prompt=4", "alignment.policy_pairs.prompts_per_round=8", "comparison.kl_samples=16"),
     "alignment.policy_pairs.rounds=1",
     *("alignment.max_response_tokens=40", "benchmark.max_response_tokens=40"),

@@ -145,6 +145,35 @@ def test_every_engine_held_the_learners_weights(finished):
     assert max(row["engine_gap/max"] for row in rows) < 1e-3
 
 
+def test_a_direct_method_goes_from_the_finished_reward_model_to_its_report(finished, tmp_path):
+    """The alignment starts no engine and no scoring service: its ranks alone hold the policy."""
+    workspace = tmp_path / "direct"
+    for name in ("sft", "train_reward_model"):
+        stage = stage_directory(finished[0], name)
+        shutil.copytree(stage, workspace / "stages" / stage.name)
+    direct = ("algorithm=dpo", "direct.num_steps=6", "direct.batch_pairs=16", "direct.eval_every=3")
+    command = [sys.executable, "jobs/full_pipeline.py", "--workspace", str(workspace), *REDUCED, *FEWER_PROCESSES]
+    done = subprocess.run(
+        [*command, *(f"alignment.{setting}" for setting in direct)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+    )
+    output = done.stdout
+    assert done.returncode == 0, output[-4000:] + done.stderr[-4000:]
+    for name in ("sft", "train_reward_model"):
+        assert f"{name:<19} finished before, skipped" in output
+    rows = read_metrics(stage_directory(workspace, "align_policy") / METRICS_FILE)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 5]
+    assert 0.0 < rows[-1]["eval/change_rms"] < 100.0
+    assert not any(metric.startswith(("rollout/", "gate/")) for row in rows for metric in row)
+    assert "win rate over base, by the gold annotator" in output
+    assert "implicit reward: held-out accuracy" in output
+    assert "implicit reward: held-out accuracy" in (workspace / "report.html").read_text()
+
+
 def test_answers_have_the_form_alpaca_eval_reads(finished):
     for generator in ("base", "aligned"):
         path = stage_directory(finished[0], "generate_benchmark") / "result" / generator / "model_outputs.json"

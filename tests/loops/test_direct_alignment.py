@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from pipeline.config.load import load_recipe
 from pipeline.config.models import TinyModelConfig
 from pipeline.data.preferences import normalised_prompt
-from pipeline.data.run_data import load_data
+from pipeline.data.run_data import load_data, pairs_of_the_reward_model
 from pipeline.errors import ConfigError, DataError, Preempted
 from pipeline.learning.builders import build_direct_trainer, engine_in_process
 from pipeline.learning.direct_trainer import DirectAlignmentTrainer
@@ -112,6 +112,25 @@ def test_references_are_computed_once_and_read_by_other_methods_and_runs(tiny_po
     changed.policy = replace(changed.policy, fingerprint="another policy")
     changed.align(recipe("alignment.algorithm=dpo"))
     assert changed.measured == 48 + 12
+
+
+def test_the_reference_is_measured_of_what_the_steps_read(tiny_policy, tmp_path):
+    """Two steps of eight read 16 of 48 pairs; the cross-fitting scores all of them."""
+    few = Process(tiny_policy, tmp_path / "few")
+    few.align(recipe("alignment.algorithm=dpo", "alignment.direct.num_steps=2"))
+    assert few.measured == 16 + 12
+    selective = Process(tiny_policy, tmp_path / "selective")
+    settings = ("alignment.direct.num_steps=2", "alignment.direct.difficulty={seeds: 1, lora: null}")
+    selective.align(recipe("alignment.algorithm=selective_dpo", *settings))
+    assert selective.measured == 48 + 12 + 48  # the reference, the held-out pairs, and either half by its model
+
+
+def test_the_pairs_of_the_judge_are_not_trained_on(tiny_policy, tmp_path):
+    experiment = recipe("alignment.algorithm=dpo", "judge={head: bt, share: 0.5}")
+    data = load_data(experiment)
+    result = Process(tiny_policy, tmp_path).align(experiment, data)
+    trained = pairs_of_the_reward_model(data, experiment.judge).train_pairs
+    assert result.metrics["data/train_rows"] == len(trained) < 48 == len(data.train_pairs)
 
 
 @pytest.mark.parametrize("method", ["dpo", "beta_dpo", "kto", "selective_dpo"])
