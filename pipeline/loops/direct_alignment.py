@@ -20,11 +20,12 @@ from pipeline.data.labelled import read_labelled
 from pipeline.data.preferences import normalised_prompt
 from pipeline.data.run_data import RunData, data_fingerprints, pairs_of_the_reward_model, resolve
 from pipeline.errors import ConfigError
-from pipeline.evaluation.direct_alarms import DIRECT_ALARMS
-from pipeline.evaluation.reward_alarms import alarm_messages
+from pipeline.evaluation.direct_alarms import DIFFICULTY_ALARMS, DIRECT_ALARMS
+from pipeline.evaluation.reward_alarms import alarm_messages, check_alarms
 from pipeline.learning.builders import DirectTrainerSpec
 from pipeline.learning.difficulty import (
     NUM_HALVES,
+    about_difficulty,
     easiest_first,
     fold_config,
     pair_losses,
@@ -160,12 +161,18 @@ class DirectAlignment:
     def align(self, stage: StageDirectory, data: RunData, folds: Sequence[Sequence[StageResult]]) -> Metrics:
         """Trains from the last commit. Returns the held-out metrics of the finished policy, memory, and the data's."""
         examples, heldout = self._examples(data)
-        trained: Sequence[int] = range(len(examples))
-        if folds:
-            losses = [read_losses(half.location) | read_losses(other.location) for half, other in folds]
-            table = storage.join(stage.uri, "difficulty")
-            trained = easiest_first(examples, losses, keep=self.config.keep_easiest, uri=table)
-        return self.train_on(stage, examples, trained, heldout, is_scored=bool(folds))
+        if not folds:
+            return self.train_on(stage, examples, range(len(examples)), heldout)
+        losses = [read_losses(half.location) | read_losses(other.location) for half, other in folds]
+        table = storage.join(stage.uri, "difficulty")
+        trained = easiest_first(examples, losses, keep=self.config.keep_easiest, uri=table)
+        about_pairs = about_difficulty(examples, losses, trained)
+        about_pairs |= check_alarms(about_pairs, DIFFICULTY_ALARMS)
+        for message in alarm_messages(about_pairs, DIFFICULTY_ALARMS, are_pairs_scored=True):
+            print(f"{stage.name}  {message}", flush=True)
+        metrics = self.train_on(stage, examples, trained, heldout, is_scored=True)
+        raised = metrics["eval/alarms"] + about_pairs["eval/alarms"]
+        return metrics | about_pairs | {"eval/alarms": raised}
 
     def train_on(
         self,
