@@ -163,9 +163,13 @@ def with_standard_values(written: Any) -> Any:
     # An unknown name has no values; the schema says which names there are.
     standard = STANDARD_VALUES.get(str(written.get("algorithm", "ppo")), {})
     merged = _overlay(standard, written)
-    direct = written.get("direct")
-    says_steps = isinstance(direct, Mapping) and direct.get("num_steps") is not None
-    if says_steps and "epochs" not in direct and "epochs" in standard.get("direct", {}):
+    direct, standard_direct = written.get("direct"), standard.get("direct", {})
+    # Steps that the recipe writes say how long to train, in place of the epochs of the algorithm.
+    if (
+        isinstance(direct, Mapping)
+        and direct.get("num_steps") is not None
+        and "epochs" in standard_direct.keys() - direct
+    ):
         merged["direct"] = {**merged["direct"], "epochs": None}
     return merged
 
