@@ -225,8 +225,17 @@ class AlignmentConfig(Frozen):
     When an update ends, requests that still wait are sampled from the new policy. For begun responses, "continue" lets
     the new policy finish them, and "discard" samples them again. None samples each step after its policy is published.
     """
-    keep_best: Literal["reward/mean", "reward/shaped"] | None = None
-    """End with the checkpoint that is best by this metric of its step; None ends with the last. Rollouts of a step are
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    """Steps from one validation to the next: held-out prompts, which are never trained on, are answered and measured
+    (`eval/*`). The first is before step 1, the last after the last step. 0 is never, the default: what a validation
+    costs depends on the recipe. It changes nothing in the training."""
+    eval_prompts: Count = 64
+    """Held-out prompts of a validation, one response each. They are drawn by seed, and the same at every validation."""
+    eval_greedy: bool = False
+    """Answer them with the most likely tokens; false samples at `temperature`, as training does."""
+    keep_best: Literal["reward/mean", "reward/shaped", "eval/reward"] | None = None
+    """End with the policy that is best by this metric; None ends with the last. "eval/reward" compares all policies
+    that were validated after an update. The other two are of a step, and compare its commits. Rollouts of a step are
     drawn before its update, so they judge the policy that the update began with."""
     gate_tolerance: Positive | None = None
     """Largest mean absolute logprob difference between engine and learner after a weight update;
@@ -271,6 +280,15 @@ class AlignmentConfig(Frozen):
             raise ValueError(
                 "pairs = policy makes its pairs itself, so direct.labelled_responses, direct.order = easy_first and "
                 "direct.keep_easiest mean nothing; leave them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_best_policy_is_validated(self) -> AlignmentConfig:
+        if self.keep_best == "eval/reward" and not self.eval_every:
+            raise ValueError(
+                "keep_best = eval/reward compares validated policies, but eval_every = 0 validates none; set "
+                "eval_every, 10 for example, or keep_best=reward/mean"
             )
         return self
 

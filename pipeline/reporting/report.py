@@ -179,7 +179,7 @@ def _alignment_rows(data: ReportData) -> list[tuple[str, str]]:
     if not data.alignment_rows:
         return []
     last = data.alignment_rows[-1]
-    if "eval/kl" in last:  # aligned directly: the last row is the evaluation of the finished policy
+    if "eval/chosen_change" in last:  # aligned directly: the last row is the evaluation of the finished policy
         return [
             ("implicit reward: held-out accuracy", f"{last['eval/accuracy']:.3f}"),
             ("implicit reward: held-out margin", f"{last['eval/margin']:.3f}"),
@@ -271,12 +271,12 @@ def _reward_figure(rows: Sequence[MetricsRow]) -> str:
 
 
 def _alignment_figure(rows: Sequence[MetricsRow]) -> str:
-    if any("eval/kl" in row for row in rows):
+    if any("eval/chosen_change" in row for row in rows):
         return _direct_figure(rows)
     panels = {
-        "reward": ("reward/mean", ""),
-        "KL per response, nats": ("kl/per_response", ""),
-        "response tokens": ("response/tokens", ""),
+        "reward": ("reward/mean", "eval/reward"),
+        "KL per response, nats": ("kl/per_response", "eval/kl"),
+        "response tokens": ("response/tokens", "eval/length"),
         "entropy, nats": ("ppo/entropy", ""),
         "value loss": ("ppo/value_loss", ""),
         "clip fraction": ("ppo/clip_fraction", ""),
@@ -285,10 +285,11 @@ def _alignment_figure(rows: Sequence[MetricsRow]) -> str:
     }
     if any("gold/mean" in row for row in rows):
         panels |= {
-            "gold reward, by the planted truth": ("gold/mean", ""),
+            "gold reward, by the planted truth": ("gold/mean", "eval/gold"),
             "gold-proxy gap, standard deviations": ("gold/gap", ""),
         }
-    return _grid(rows, panels, ("sampling", "gate, or whole step"))
+    second = "held out; gate; whole step" if any("eval/reward" in row for row in rows) else "gate, or whole step"
+    return _grid(rows, panels, ("sampling", second))
 
 
 def _direct_figure(rows: Sequence[MetricsRow]) -> str:
