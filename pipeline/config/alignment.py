@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.config.algorithms import DIRECT, Algorithm, with_standard_values
 from pipeline.config.base import Count, Fraction, Frozen, NonNegative, Positive
 from pipeline.config.direct_alignment import DirectConfig
 from pipeline.config.models import LoRAConfig, OptimiserConfig, _require_one_way_to_train_less
 from pipeline.config.policy_pairs import PolicyPairsConfig
+
+WHAT_IS_KEPT_OF_ROLLOUTS = frozenset({"keep_rollouts", "keep_token_ids", "keep_rollouts_mib"})
+"""Settings of `alignment` that change no result, and so are no part of a stage's identity."""
+
+
+def _share_of_prompts(written: Any) -> Any:
+    """ "all", "none" or a number between them, or an error that says so."""
+    if written in ("all", "none"):
+        return written
+    is_share = isinstance(written, int | float) and not isinstance(written, bool) and 0 < written < 1
+    if not is_share:
+        raise ValueError(f"{written!r:.80} is no share; give all, none, or a number above 0 and below 1, as in 0.1")
+    return float(written)
 
 
 class KLConfig(Frozen):
@@ -237,6 +250,14 @@ class AlignmentConfig(Frozen):
     """End with the policy that is best by this metric; None ends with the last. "eval/reward" compares all policies
     that were validated after an update. The other two are of a step, and compare its commits. Rollouts of a step are
     drawn before its update, so they judge the policy that the update began with."""
+    keep_rollouts: Annotated[Literal["all", "none"] | float, BeforeValidator(_share_of_prompts)] = "all"
+    """Which rollouts are written to Parquet files, one a step, for `vrm rollouts`: "all", "none", or the share of the
+    prompts, above 0 and below 1, that is kept with all its responses. The seed chooses, so a kept prompt is kept
+    whenever it is sampled. No part of what a run is: it changes no result."""
+    keep_token_ids: bool = False
+    """Write the token ids of prompts and responses to these files too."""
+    keep_rollouts_mib: Positive = 256
+    """MiB that these files may take in a stage. What comes after is left out, and counted."""
     gate_tolerance: Positive | None = None
     """Largest mean absolute logprob difference between engine and learner after a weight update;
     None chooses 1e-4 for float32 and 0.2 for bfloat16."""

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pipeline.config.alignment import WHAT_IS_KEPT_OF_ROLLOUTS
 from pipeline.config.recipe import ExperimentConfig
 from pipeline.data.prompts import PromptStream, tokenise_prompts
 from pipeline.data.run_data import RunData, data_fingerprints
@@ -15,15 +16,17 @@ from pipeline.evaluation.overoptimization import GoldReward
 from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.learning.builders import PPOLearnerSpec
 from pipeline.loops.alignment import align
-from pipeline.loops.alignment_observer import AlignmentObserver
+from pipeline.loops.alignment_observer import AlignmentObserver, KeptRollouts
 from pipeline.loops.validation import Validation, ValidationPlan
 from pipeline.models.backbone import load_tokenizer, require_context, require_lora_targets, require_same_tokens
 from pipeline.models.reward_model import load_reward_tokenizer, read_backbone_config
 from pipeline.models.reward_model_card import read_card
 from pipeline.ports import BackgroundRolloutSource, PolicyLearner, RewardScorer
 from pipeline.records import Metrics
+from pipeline.rollouts.kept_rollouts import RolloutFiles
 from pipeline.rollouts.kept_samples import SamplesOverTime
 from pipeline.rollouts.numerics_gate import choose_probes
+from pipeline.rollouts.prefetch import StepPlan
 from pipeline.stages import storage
 from pipeline.stages.stage_spec import StageSpec
 from pipeline.stages.workspace import StageDirectory
@@ -55,7 +58,11 @@ def alignment_stage(experiment: ExperimentConfig, policy: str, reward_model: str
     return StageSpec(
         name="align_policy",
         version=VERSION,
-        config=experiment.model_dump(mode="json", include={"seed", "data", "alignment", "policy"}),
+        config=experiment.model_dump(
+            mode="json",
+            include={"seed", "data", "alignment", "policy"},
+            exclude={"alignment": WHAT_IS_KEPT_OF_ROLLOUTS},
+        ),
         inputs=(policy, reward_model),
         data=tuple(data_fingerprints(experiment)),
         keep_checkpoints=experiment.alignment.keep_checkpoints,
@@ -116,16 +123,17 @@ def run_alignment(
         publish_directory=publish_directory,
         seed=seed,
     )
+    stream = PromptStream(prompts=tuple(prompts), seed=seed)
     with open_ports(spec) as ports:
         metrics = align(
             ports.rollouts,
             ports.scorer,
             ports.learner,
-            PromptStream(prompts=tuple(prompts), seed=seed),
+            stream,
             stage,
             config,
             reward_scale=RewardScale.of(card),
-            observer=observer_of(ports, stage, plan, data, card.objectives, num_steps=config.num_steps),
+            observer=observer_of(ports, stage, StepPlan(prompts=stream, config=config), plan, data, card.objectives),
         )
         return metrics | ports.learner.peak_memory()
 
@@ -151,23 +159,34 @@ def validation_plan(
 def observer_of(
     ports: AlignmentPorts,
     stage: StageDirectory,
-    plan: ValidationPlan | None,
+    steps: StepPlan,
+    validated: ValidationPlan | None,
     data: RunData,
     objectives: Sequence[str],
-    *,
-    num_steps: int,
 ) -> AlignmentObserver:
     """What looks at the alignment of a stage."""
+    config = steps.config
     gold = None if data.gold is None else GoldReward.of(data.gold, data.heldout_pairs)
-    if plan is None:
-        return AlignmentObserver(gold=gold)
-    validation = Validation(
-        plan,
-        ports.rollouts,
-        ports.scorer,
-        ports.learner,
-        SamplesOverTime(stage.uri, num_steps=num_steps),
-        objectives=objectives,
-        gold=gold,
-    )
-    return AlignmentObserver(gold=gold, validation=validation)
+    validation = None
+    if validated is not None:
+        validation = Validation(
+            validated,
+            ports.rollouts,
+            ports.scorer,
+            ports.learner,
+            SamplesOverTime(stage.uri, num_steps=config.num_steps),
+            objectives=objectives,
+            gold=gold,
+        )
+    kept = None
+    if config.keep_rollouts != "none":
+        files = RolloutFiles(
+            stage.uri,
+            keep=config.keep_rollouts,
+            token_ids=config.keep_token_ids,
+            max_mib=config.keep_rollouts_mib,
+            objectives=objectives,
+            seed=steps.prompts.seed,
+        )
+        kept = KeptRollouts(files=files, plan=steps, stage=stage.name)
+    return AlignmentObserver(gold=gold, validation=validation, kept=kept)

@@ -38,8 +38,8 @@ def align(
     publish:  consumes that policy; waits until every engine passed the numerics gate with it.
     log:      consumes the metrics of all of these; then the step is committed, where a commit is due.
 
-    The observer measures the true reward of the rollouts, and validates the policy that a step begins with. Nothing is
-    trained on that. The finished policy is validated after the last step.
+    The observer measures the true reward of the rollouts, keeps them on disk, and validates the policy that a step
+    begins with. Nothing is trained on that. The finished policy is validated after the last step.
 
     Returns:
         The metrics of the last step, or of the step that `keep_best` prefers. After a KL stop, of the last good commit.
@@ -70,7 +70,7 @@ def align(
             experience, measured = build_experience(
                 samples, scores, evaluations, config, kl_coefficient=run.kl_coefficient, reward_scale=reward_scale
             )
-            measured |= observer.measure(samples, scores, reward_scale)
+            measured |= observer.measure(run, step, samples, scores, evaluations, experience, reward_scale)
             if run.is_past_kl_limit(measured):
                 # Before the update and its commit: a resumed run must come to the same decision.
                 log.write(step, staleness | measured | validated)
