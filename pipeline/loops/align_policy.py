@@ -23,7 +23,7 @@ from pipeline.models.reward_model import load_reward_tokenizer, read_backbone_co
 from pipeline.models.reward_model_card import read_card
 from pipeline.ports import BackgroundRolloutSource, PolicyLearner, RewardScorer
 from pipeline.records import Metrics
-from pipeline.rollouts.kept_rollouts import RolloutFiles
+from pipeline.rollouts.kept_rollouts import RolloutFiles, what_was_kept
 from pipeline.rollouts.kept_samples import SamplesOverTime
 from pipeline.rollouts.numerics_gate import choose_probes
 from pipeline.rollouts.prefetch import StepPlan
@@ -135,6 +135,8 @@ def run_alignment(
             reward_scale=RewardScale.of(card),
             observer=observer_of(ports, stage, StepPlan(prompts=stream, config=config), plan, data, card.objectives),
         )
+        if kept := what_was_kept(stage.metrics_rows()):
+            print(f"{stage.name}  rollouts kept for `vrm rollouts`: {kept}", flush=True)
         return metrics | ports.learner.peak_memory()
 
 

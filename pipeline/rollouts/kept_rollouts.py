@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -163,6 +163,20 @@ class RolloutFiles:
                 stream.write(content)
             os.replace(partial, os.path.join(directory, name))
         self._bytes += len(content)
+
+
+def what_was_kept(rows: Sequence[Mapping[str, Any]]) -> str:
+    """In words, from the metrics of a training: how many rollouts were kept, and in how many MiB; empty without any.
+
+    Args:
+        rows: of metrics.jsonl; the last step may have two.
+    """
+    by_step = {row["step"]: row for row in rows if "rollouts/kept" in row}
+    if not by_step:
+        return ""
+    kept, left_out = (sum(row[f"rollouts/{name}"] for row in by_step.values()) for name in ("kept", "left_out"))
+    mib = by_step[max(by_step)]["rollouts/mib"]
+    return f"{kept:,.0f} of {kept + left_out:,.0f} in {mib:.1f} MiB"
 
 
 def step_file(step: int) -> str:

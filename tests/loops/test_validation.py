@@ -12,9 +12,13 @@ from pipeline.data.prompts import PromptStream, tokenise_prompts
 from pipeline.errors import DataError, Preempted
 from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.loops.alignment import align
-from pipeline.loops.alignment_observer import AlignmentObserver
+from pipeline.loops.alignment_observer import AlignmentObserver, KeptRollouts
 from pipeline.loops.validation import Validation, ValidationPlan, drawn_from_the_end
+from pipeline.rollouts.kept_rollouts import RolloutFiles, what_was_kept
 from pipeline.rollouts.kept_samples import SamplesOverTime, read_samples
+from pipeline.rollouts.prefetch import StepPlan
+from pipeline.rollouts.requests import rollout_requests
+from pipeline.rollouts.rollout_queries import RolloutQueries
 from pipeline.rollouts.torch_rollouts import TorchRollouts
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from pipeline.stages.preemption import PreemptionNotice
@@ -78,6 +82,7 @@ def run(
     kill=None,
     change=lambda learner: None,
     is_observed=True,
+    max_mib=10.0,
     **options,
 ):
     """`kill` is the step in whose update the process dies."""
@@ -103,15 +108,18 @@ def run(
         objectives=(),
         gold=None,
     )
+    stream = PromptStream(prompts=tuple(prompts_of(world, tokenizer)), seed=0)
+    files = RolloutFiles(stage.uri, keep="all", token_ids=True, max_mib=max_mib, objectives=(), seed=0)
+    kept = KeptRollouts(files=files, plan=StepPlan(prompts=stream, config=config), stage=stage.name)
     metrics = align(
         rollouts,
         scorer,
         learner,
-        PromptStream(prompts=tuple(prompts_of(world, tokenizer)), seed=0),
+        stream,
         stage,
         config,
         reward_scale=RewardScale(mean=0.0, std=1.0),
-        observer=AlignmentObserver(validation=validation if is_observed else None),
+        observer=AlignmentObserver(validation=validation, kept=kept) if is_observed else AlignmentObserver(),
     )
     return metrics, rollouts
 
@@ -125,7 +133,8 @@ def rows_of(path):
 
 def trained_on(rows):
     """The rows of steps, without what was only looked at; the last row is the finished policy's."""
-    return [{name: value for name, value in row.items() if not name.startswith("eval/")} for row in rows[:4]]
+    looked_at = ("eval/", "rollouts/")
+    return [{name: value for name, value in row.items() if not name.startswith(looked_at)} for row in rows[:4]]
 
 
 def validations(rows):
@@ -207,6 +216,7 @@ def test_a_resumed_run_validates_no_committed_policy_again(
     assert_bit_equal(weights(tmp_path), weights(path))
     assert resumed["eval/reward"] == metrics["eval/reward"]
     assert read_samples(str(tmp_path)) == read_samples(str(path))
+    assert kept_in(tmp_path) == kept_in(path)
 
 
 def best_of(config):
@@ -292,6 +302,37 @@ def test_a_notice_in_the_last_validation_commits_the_last_step(whole, tiny_polic
     assert rollouts.asked == []
     assert rows_of(tmp_path) == rows_of(path)
     assert_bit_equal(weights(tmp_path), weights(path))
+
+
+def kept_in(path):
+    return list(RolloutQueries(str(path / "rollouts")).all_rows())
+
+
+def test_the_rollouts_of_every_step_are_kept_with_what_was_said_of_them(whole, world, tokenizer):
+    path, _, _ = whole
+    rows = kept_in(path)
+    assert [(row["step"], row["position"]) for row in rows] == [(step, i) for step in range(4) for i in range(8)]
+    plan = StepPlan(prompts=PromptStream(prompts=tuple(prompts_of(world, tokenizer)), seed=0), config=VALIDATED)
+    requests = [request for step in range(4) for request in rollout_requests(*plan.batch(step))]
+    told = [(row["prompt_id"], row["sample"], row["seed"], tuple(row["prompt_ids"])) for row in rows]
+    assert told == [(r.prompt.id, r.sample_index, r.seed, r.prompt.token_ids) for r in requests]
+    for step, metrics in enumerate(rows_of(path)[:4]):
+        of_step = [row for row in rows if row["step"] == step]
+        assert {row["policy_version"] for row in of_step} == {step}
+        assert sum(row["reward"] for row in of_step) / 8 == pytest.approx(metrics["reward/mean"], rel=1e-6)
+        assert sum(row["kl"] for row in of_step) / 8 == pytest.approx(metrics["kl/per_response"], abs=1e-5)
+        assert max(row["logprob_gap"] for row in of_step) == pytest.approx(metrics["engine_gap/max"], abs=1e-6)
+        # Whitened over the tokens of the step: their mean is 0.
+        assert sum(row["advantage"] * row["tokens"] for row in of_step) == pytest.approx(0.0, abs=1e-4)
+        assert (metrics["rollouts/kept"], metrics["rollouts/left_out"]) == (8.0, 0.0)
+
+
+def test_files_that_are_full_are_said_once_and_the_rest_is_counted(tiny_policy, world, tokenizer, tmp_path, capsys):
+    config = VALIDATED.model_copy(update={"eval_every": 0, "num_steps": 3})
+    run(tiny_policy, world, tokenizer, tmp_path, config, max_mib=0.001)
+    assert kept_in(tmp_path) == []
+    assert capsys.readouterr().out.count("rollouts from step 1 on are left out: those before take 0.0 of") == 1
+    assert what_was_kept(rows_of(tmp_path)) == "0 of 24 in 0.0 MiB"
 
 
 def test_greedy_answers_have_a_log_ratio_and_no_kl(tiny_policy, world, tokenizer, tmp_path):

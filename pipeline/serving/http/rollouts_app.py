@@ -86,7 +86,8 @@ def build_rollouts_api(queries: RolloutQueries, *, title: str, token: str, resco
 
     @api.get("/v1/rollouts/{step}/{position}", **guarded)
     def rollout(step: int, position: int) -> dict[str, Any]:
-        return queries.rollout(step, position)
+        kept = queries.rollout(step, position)
+        return kept | {"seed": str(kept["seed"])}  # a number in JavaScript holds 53 of its 62 bits
 
     @api.post("/v1/rescore", **guarded)
     def score_again(place: RolloutPlace) -> ExplainedReward:
