@@ -14,6 +14,7 @@ from jobs.compare_policies import compare_policies, compare_policies_command
 from jobs.exit_codes import PREEMPTED
 from jobs.judge_benchmark import judge_benchmark, judge_benchmark_command
 from jobs.score_benchmark import score_benchmark, score_benchmark_command
+from jobs.show_rollouts import show_rollouts_command
 from pipeline.benchmark.alpaca_eval.annotations import read_annotations
 from pipeline.benchmark.policy_comparison.contest import build_contest
 from pipeline.benchmark.policy_comparison.policy_answers import read_policy_answers, read_questions
@@ -158,6 +159,22 @@ def test_held_out_prompts_were_answered_while_the_policy_was_trained(finished):
         objectives = ("helpfulness", "honesty", "safety", "brevity")
         assert {"eval/gold", *(f"eval/objective/{name}" for name in objectives)} <= row.keys()
     assert [kept.updates for kept in read_samples(str(stage))] == [0, 2, 5]
+
+
+def test_every_rollout_was_kept_and_the_report_says_so_and_shows_samples_over_time(finished, tmp_path):
+    workspace, output = finished
+    show_rollouts_command([str(workspace), "--jsonl", str(tmp_path / "rollouts.jsonl")])
+    kept = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["position"]) for row in kept] == [(step, i) for step in range(5) for i in range(32)]
+    assert all(sum(row["contributions"].values()) == pytest.approx(row["reward"], abs=1e-4) for row in kept)
+    assert "align_policy  rollouts kept for `vrm rollouts`: 160 of 160 in 0." in output
+    assert "160 of 160 in 0." in (workspace / "report.html").read_text()
+    rows = read_metrics(stage_directory(workspace, "align_policy") / METRICS_FILE)
+    assert max(row["logprob_gap"] for row in kept) == pytest.approx(
+        max(row["engine_gap/max"] for row in rows), rel=1e-3
+    )
+    over_time = (workspace / "report.html").read_text().split("<h2>Samples over time</h2>")[1].split("<h2>")[0]
+    assert over_time.count("before the first update") == over_time.count("after 5 updates") == 8
 
 
 def test_answers_have_the_form_alpaca_eval_reads(finished):
