@@ -91,7 +91,8 @@ def about_difficulty(examples: DirectExamples, losses: Sequence[Mapping[str, flo
         0 where one of the two does not vary. `kept_chosen_shorter`: the share of the kept pairs whose chosen response
         is the shorter one.
     """
-    extra = np.array([float(np.subtract(*map(len, group.response_ids))) for group in examples.groups])
+    lengths = np.array([[len(ids) for ids in group.response_ids] for group in examples.groups], dtype=float)
+    extra = lengths[:, 0] - lengths[:, 1]
     difficulty = np.array(mean_losses(examples, losses))
     varies = extra.std() > 0 and difficulty.std() > 0
     return {
