@@ -1,4 +1,4 @@
-"""What a job looks at before it starts anything: its data files, its checkpoints.
+"""What a job looks at before it starts anything: a remote workspace, its data files, its checkpoints.
 
 Imports neither torch nor ray, so that bad input is answered at once.
 """
@@ -30,14 +30,19 @@ def check_recipe(recipe: Recipe, *, workspace: str | None = None) -> None:
     """Opens each data file and each checkpoint of a recipe; prints what was looked at, and for how long.
 
     Args:
-        workspace: where a stage may have finished with a checkpoint. Then the checkpoint may be gone.
+        workspace: a remote one is written to, and what was written deleted. In any, a stage may have finished with a
+            checkpoint. Then the checkpoint may be gone.
 
     Raises:
-        ConfigError, DataError, CheckpointError: one of them cannot be used.
+        ConfigError, DataError, CheckpointError, WorkspaceError: one of them cannot be used.
     """
     started = time.monotonic()
+    seen, unseen = [], []
+    if workspace is not None and not storage.is_local(workspace):
+        storage.require_writable(workspace, needs_bytes=0)
+        seen.append("workspace")
     num_files = check_data(recipe)
-    seen, unseen = [f"{num_files} data file{'' if num_files == 1 else 's'}"], []
+    seen.append(f"{num_files} data file{'' if num_files == 1 else 's'}")
     on_the_hub = [source.hub for source in recipe.data.sources if source.hub is not None]
     if on_the_hub:
         unseen.append(f"data.sources of the hub: {', '.join(on_the_hub)}")
