@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pipeline.config.recipe import Recipe
 from pipeline.data.recipe_files import check_data
 from pipeline.errors import CheckpointError
-from pipeline.models.checkpoint_files import check_checkpoint
+from pipeline.models.checkpoint_files import check_checkpoint, decoder_config
+from pipeline.models.tensor_parallel import check_tensor_parallel
 from pipeline.stages import storage
 from pipeline.stages.workspace import StageDirectory
 
@@ -57,9 +58,25 @@ def check_recipe(recipe: Recipe, *, workspace: str | None = None) -> None:
             seen.append(named.setting)
         else:
             unseen.append(f"{named.setting} = {named.checkpoint} ({reason})")
+    _check_shards(recipe)
     print(f"{'preflight':<19} {', '.join(seen)} looked at in {time.monotonic() - started:.2f} s", flush=True)
     for what in unseen:
         print(f"{'preflight':<19} not looked at: {what}", flush=True)
+
+
+def _check_shards(recipe: Recipe) -> None:
+    """As far as the policy's config is on this machine; a worker looks again."""
+    checkpoint, tiny = recipe.policy.checkpoint, recipe.policy.tiny
+    config = {
+        "num_attention_heads": tiny.num_heads,
+        "num_key_value_heads": tiny.num_kv_heads,
+        "intermediate_size": tiny.intermediate_size,
+    }
+    check_tensor_parallel(
+        config if checkpoint is None else decoder_config(checkpoint),
+        recipe.cluster.rollout.shards,
+        model="policy.tiny" if checkpoint is None else checkpoint,
+    )
 
 
 def _checkpoints(recipe: Recipe) -> Iterator[NamedCheckpoint]:
