@@ -1,17 +1,26 @@
-"""The weights of a vLLM model: compared with the published policy, and replaced without vLLM's loader."""
+"""The weights of a vLLM model: compared with the published policy, and replaced without vLLM's loader.
+
+vLLM imports this file in every process of an engine, for `EngineShard`, and so learns of our weight transfers there.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.platforms import current_platform
+
+from actors.weight_transfer import register_all
+from pipeline.learning.memory import copy_gb_per_s, resident_peak_gib
+from pipeline.rollouts.policy_files import PolicyFiles
+
+register_all()
 
 FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -21,8 +30,39 @@ FUSED = {
 ROUNDING = 32
 """Units in the last place by which two ways to compute one matrix product may differ, relative to its largest entry."""
 
+FILES = PolicyFiles()
+"""Of this process."""
+
 Published = Mapping[str, torch.Tensor]
 """The tensors of a policy by their published names."""
+
+
+class Worker(Protocol):
+    """vLLM's worker, which the extension becomes a part of."""
+
+    def get_model(self) -> torch.nn.Module:
+        """This process's shard."""
+
+
+class EngineShard:
+    """Methods added to vLLM's worker. A location is the directory of a published policy."""
+
+    def holds_published(self: Worker, location: str) -> bool:
+        return holds_by_name(self.get_model(), FILES.read(location))
+
+    def replace_by_published(self: Worker, location: str) -> None:
+        replace_weights(self.get_model(), FILES.read(location))
+
+    def differing_groups(self: Worker, location: str) -> dict[str, float]:
+        return differences(self.get_model(), FILES.read(location))
+
+    def copy_speed(self: Worker, num_bytes: int) -> float:
+        """GB/s of a copy in the memory that holds the weights."""
+        return copy_gb_per_s(num_bytes, next(self.get_model().parameters()).device)
+
+    def peak_gib(self) -> float:
+        """The largest resident size of this process."""
+        return resident_peak_gib()
 
 
 def differences(model: torch.nn.Module, published: Published) -> dict[str, float]:

@@ -33,7 +33,7 @@ PROMPT_TOKENS_AT_ONCE = 4096
 TOKENS_PER_BLOCK = 128
 """The size of a block of a CPU engine's KV cache."""
 
-SHARD = "actors.engine_shard.EngineShard"
+SHARD = "actors.engine_weights.EngineShard"
 """What every process of an engine has beside vLLM's worker."""
 
 TokenLogprobs = list[dict[int, Logprob]]

@@ -40,7 +40,7 @@ class SharedMemoryEngine(IpcWeightTransferEngine):
 
 weight_transfer.ENGINES |= {"nccl": GlooEngine, "ipc": SharedMemoryEngine}
 
-from actors.engine_shard import EngineShard  # noqa: E402  registers the engines above, in every process of an engine
+from actors.engine_weights import EngineShard  # noqa: E402  registers the engines above, in every process of an engine
 
 
 class GlooShard(EngineShard):
