@@ -294,7 +294,6 @@ def require_writable(uri: str, *, needs_bytes: int) -> None:
     Raises:
         WorkspaceError: it cannot be written, or has less than `needs_bytes` free.
     """
-    refuse_credentials(uri)
     # A name of its own: two jobs may try one workspace at the same moment.
     name, objects = f"probe-{uuid.uuid4().hex}.txt", _objects(uri)
     probe = join(uri, name)
@@ -361,8 +360,15 @@ def size_bytes(uri: str) -> int:
 
 
 def _objects(uri: str) -> ObjectPlace | None:
-    """The place in an object store; None for paths and for what pyarrow reaches."""
-    return None if is_local(uri) else ObjectPlace.of(uri)
+    """The place in an object store; None for paths and for what pyarrow reaches.
+
+    Raises:
+        WorkspaceError: the URI carries credentials, or means nothing.
+    """
+    if is_local(uri):
+        return None
+    refuse_credentials(uri)
+    return ObjectPlace.of(uri)
 
 
 def _resolve(uri: str) -> tuple[fs.FileSystem, str]:

@@ -7,8 +7,8 @@ Rows: a plain copy of the file with `shutil.copyfile`, flushed to the disk; a tr
 by piece to a local directory and to the workspace; the file of a directory uploaded part by part, and downloaded the
 same way. The last column is the host memory that a row added: the parts that travel, never a second copy.
 
-The server of the tests is moto's: one thread of Python that keeps every object in the memory of this process. So its
-rows say what the client can do against that server, no more, and their memory is the server's too.
+The server of the tests is moto's: Python, one request at a time. So its rows say what the client can do against that
+server, no more.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
@@ -28,6 +30,7 @@ import torch
 
 from pipeline.learning.training_state import TrainingStatePart
 from pipeline.stages import storage
+from tests.support.s3_server import KEYS
 
 
 class Peak:
@@ -88,6 +91,15 @@ def measure(workspace, mib):
     return rows
 
 
+@contextmanager
+def server_of_its_own():
+    """The URI of a place on a server in another process, whose memory is not ours."""
+    command = [sys.executable, "-m", "tests.support.s3_server"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        yield server.stdout.readline().strip()
+        server.stdin.close()
+
+
 def processor_name():
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown processor")
@@ -102,9 +114,8 @@ def main(arguments=None):
     with ExitStack() as exits:
         workspace = options.workspace
         if workspace is None:
-            from tests.support.s3_server import s3_server
-
-            workspace = exits.enter_context(s3_server()).new_place()
+            os.environ.update(KEYS)
+            workspace = exits.enter_context(server_of_its_own())
         rows = measure(workspace, options.mib)
     print(f"{processor_name()}, {options.mib} MiB, {workspace}")
     for row in rows:

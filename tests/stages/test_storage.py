@@ -186,9 +186,10 @@ def test_a_server_that_does_not_answer_is_refused_within_seconds(s3):
     ],
 )
 def test_uris_that_cannot_be_meant_are_refused(uri, letter):
-    with pytest.raises(WorkspaceError, match=letter) as refusal:
-        storage.require_writable(uri, needs_bytes=0)
-    assert "secret" not in str(refusal.value)
+    for use in (lambda: storage.require_writable(uri, needs_bytes=0), lambda: storage.read_text(uri)):
+        with pytest.raises(WorkspaceError, match=letter) as refusal:
+            use()
+        assert "secret" not in str(refusal.value)
 
 
 def test_credentials_of_a_profile_are_found(s3, monkeypatch, tmp_path):

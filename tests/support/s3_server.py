@@ -1,8 +1,12 @@
-"""An S3 server on this machine: moto's, which understands conditional writes and uploads by parts."""
+"""An S3 server on this machine: moto's, which understands conditional writes and uploads by parts.
+
+python -m tests.support.s3_server        # prints a URI in a new bucket, and serves until its input ends
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import uuid
 from collections.abc import Iterator
@@ -74,3 +78,9 @@ def s3_server() -> Iterator[S3Server]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+if __name__ == "__main__":
+    with s3_server() as server:
+        print(server.new_place(), flush=True)
+        sys.stdin.read()
