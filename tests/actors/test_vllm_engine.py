@@ -67,7 +67,7 @@ def cpu_engines(directory, backend, *, workers, shards=1):
             max_sequences=64,
             max_restarts=1,
         ),
-        DeadlinesConfig(),
+        DeadlinesConfig(start_s=900),  # of a busy machine; an engine of two shards takes half a minute on a quiet one
         actors=WorkerActors(worker=CpuWorker),
     )
 
@@ -606,9 +606,9 @@ def test_an_engine_ends_with_a_killed_shard_and_its_successor_leaves_every_sampl
     assert [pid for pid in pids if os.path.exists(f"/proc/{pid}")] == []
 
 
-def test_shards_that_do_not_divide_the_heads_are_refused_before_the_engine_starts(local_ray, tiny_policy):
+def test_shards_that_do_not_divide_the_heads_are_refused_before_the_engine_starts(tiny_policy, policy, publish):
     with (
         cpu_engines(tiny_policy, "shm", workers=1, shards=3) as pool,
         pytest.raises(ConfigError, match=r"= 3 shards cannot divide .* 2 attention heads, 1 .*Possible are 1, 2\."),
     ):
-        pool.sleep()
+        pool.load_weights(publish(policy))
