@@ -1,6 +1,7 @@
 """One contract for local directories and for file systems behind a URI."""
 
 import errno
+import json
 import os
 import sys
 import time
@@ -18,6 +19,7 @@ from pipeline.errors import WorkspaceError
 from pipeline.learning.training_state import TrainingStatePart
 from pipeline.stages import storage
 from tests.support.disks import on_a_small_disk
+from tests.support.gcs_server import gcs_server
 
 
 @pytest.fixture(params=["local", "file", "memory", "s3"])
@@ -102,6 +104,31 @@ def test_of_callers_that_replace_one_text_one_is_told_so(root):
             told = [*threads.map(lambda text: storage.replace_text(uri, text, expected="dead"), texts)]
     [winner] = [text for text, replaced in zip(texts, told, strict=True) if replaced]
     assert storage.read_text(uri) == winner
+
+
+def test_googles_storage_creates_and_replaces_by_generation(monkeypatch):
+    # What object_store, below obstore, takes for servers of one's own: an account that needs no token.
+    account = {"disable_oauth": True, "client_email": "", "private_key": "", "private_key_id": ""}
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", json.dumps(account))
+    with gcs_server() as address:
+        uri = f"gs://bucket/ws/owner.json?endpoint_override={address}&scheme=http"
+        assert storage.read_text(uri) is None
+        assert not storage.replace_text(uri, "nobody", expected="dead")
+        for replaced in (None, "caller 7"):
+            texts = [f"{replaced} caller {n}" for n in range(8)]
+            if replaced is not None:
+                storage.write_text(uri, replaced)
+
+            def attempt(text, replaced=replaced):
+                if replaced is None:
+                    return storage.create_text(uri, text)
+                return storage.replace_text(uri, text, expected=replaced)
+
+            with ThreadPoolExecutor(len(texts)) as threads:
+                told = [*threads.map(attempt, texts)]
+            assert [text for text, won in zip(texts, told, strict=True) if won] == [storage.read_text(uri)]
+        storage.delete_file(uri)
+        assert storage.read_text(uri) is None
 
 
 def test_pieces_become_one_file(root):
