@@ -55,6 +55,12 @@ def _preview() -> Command:
     return preview_command
 
 
+def _rollouts() -> Command:
+    from jobs.show_rollouts import show_rollouts_command
+
+    return show_rollouts_command
+
+
 def _scale() -> Command:
     from jobs.scale_rollouts import scale_rollouts_command
 
@@ -127,6 +133,12 @@ def _launch_ssh() -> Command:
     return ssh_command
 
 
+def _explain() -> Command:
+    from jobs.explain_settings import explain_command
+
+    return explain_command
+
+
 def _recipes() -> Command:
     return recipes_command
 
@@ -134,8 +146,10 @@ def _recipes() -> Command:
 COMMANDS: Mapping[str, Entry] = {
     "run": Entry(summary="run the whole pipeline on a recipe, or resume it", load=_run),
     "recipes": Entry(summary="list the recipes, and what each needs", load=_recipes),
+    "explain": Entry(summary="say what a setting of a recipe means", load=_explain),
     "preview": Entry(summary="show the data of a recipe as its models will see it", load=_preview),
     "status": Entry(summary="show what a workspace holds", load=_status),
+    "rollouts": Entry(summary="look into the rollouts that an alignment kept", load=_rollouts),
     "scale": Entry(summary="give a running job more or fewer rollout workers", load=_scale),
     "serve": Entry(summary="serve a trained reward model over HTTP", load=_serve),
     "evaluate": Entry(summary="evaluate a reward model on comparisons, RewardBench, RM-Bench", load=_evaluate),

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.config.algorithms import DIRECT, Algorithm, with_standard_values
 from pipeline.config.base import Count, Fraction, Frozen, NonNegative, Positive
 from pipeline.config.direct_alignment import DirectConfig
 from pipeline.config.models import LoRAConfig, OptimiserConfig, _require_one_way_to_train_less
 from pipeline.config.policy_pairs import PolicyPairsConfig
+
+WHAT_IS_KEPT_OF_ROLLOUTS = frozenset({"keep_rollouts", "keep_token_ids", "keep_rollouts_mib"})
+"""Settings of `alignment` that change no result, and so are no part of a stage's identity."""
+
+
+def _share_of_prompts(written: Any) -> Any:
+    """ "all", "none" or a number between them, or an error that says so."""
+    if written in ("all", "none"):
+        return written
+    is_share = isinstance(written, int | float) and not isinstance(written, bool) and 0 < written < 1
+    if not is_share:
+        raise ValueError(f"{written!r:.80} is no share; give all, none, or a number above 0 and below 1, as in 0.1")
+    return float(written)
 
 
 class KLConfig(Frozen):
@@ -197,13 +210,18 @@ class AlignmentConfig(Frozen):
     """
 
     num_steps: Count = 100
+    """Steps: each samples, scores, updates and publishes once."""
     algorithm: Algorithm = "ppo"
     """A name for values of `kl` and `ppo`, or of `direct` (pipeline/config/algorithms.py). What stands beside it wins
     over them."""
     prompts_per_step: Count = 256
+    """Prompts of a step."""
     samples_per_prompt: Count = 1
+    """Responses sampled to each prompt of a step."""
     max_prompt_tokens: Count = 1024
+    """Longest prompt, in tokens. Longer ones are left out and counted."""
     max_response_tokens: Count = 1024
+    """Longest response, in tokens, at which sampling ends."""
     temperature: Positive = 1.0
     """Divides the logits, where responses are sampled and where the learner evaluates them."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -217,17 +235,38 @@ class AlignmentConfig(Frozen):
     ranks. "policy" also reads the settings of sampling."""
     policy_pairs: PolicyPairsConfig = PolicyPairsConfig()
     max_tokens_per_micro_batch: Count = 8192
+    """Tokens of one forward and backward pass of a rank; bounds its memory and changes no result."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory for a third more time."""
     checkpoint_every: Count = 10
+    """Steps between two commits, from which a killed run resumes."""
     keep_checkpoints: Count = 2
+    """How many commits stay on disk; the KL stop needs at least 2."""
     prefetch: Literal["continue", "discard"] | None = None
     """Sample the next step while the learner works on this one: responses come from the policy before its last update.
     When an update ends, requests that still wait are sampled from the new policy. For begun responses, "continue" lets
     the new policy finish them, and "discard" samples them again. None samples each step after its policy is published.
     """
-    keep_best: Literal["reward/mean", "reward/shaped"] | None = None
-    """End with the checkpoint that is best by this metric of its step; None ends with the last. Rollouts of a step are
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    """Steps from one validation to the next: held-out prompts, which are never trained on, are answered and measured
+    (`eval/*`). The first is before step 1, the last after the last step. 0 is never, the default: what a validation
+    costs depends on the recipe. It changes nothing in the training."""
+    eval_prompts: Count = 64
+    """Held-out prompts of a validation, one response each. They are drawn by seed, and the same at every validation."""
+    eval_greedy: bool = False
+    """Answer them with the most likely tokens; false samples at `temperature`, as training does."""
+    keep_best: Literal["reward/mean", "reward/shaped", "eval/reward"] | None = None
+    """End with the policy that is best by this metric; None ends with the last. "eval/reward" compares all policies
+    that were validated after an update. The other two are of a step, and compare its commits. Rollouts of a step are
     drawn before its update, so they judge the policy that the update began with."""
+    keep_rollouts: Annotated[Literal["all", "none"] | float, BeforeValidator(_share_of_prompts)] = "all"
+    """Which rollouts are written to Parquet files, one a step, for `vrm rollouts`: "all", "none", or the share of the
+    prompts, above 0 and below 1, that is kept with all its responses. The seed chooses, so a kept prompt is kept
+    whenever it is sampled. No part of what a run is: it changes no result."""
+    keep_token_ids: bool = False
+    """Write the token ids of prompts and responses to these files too."""
+    keep_rollouts_mib: Positive = 256
+    """MiB that these files may take in a stage. What comes after is left out, and counted."""
     gate_tolerance: Positive | None = None
     """Largest mean absolute logprob difference between engine and learner after a weight update;
     None chooses 1e-4 for float32 and 0.2 for bfloat16."""
@@ -271,6 +310,15 @@ class AlignmentConfig(Frozen):
             raise ValueError(
                 "pairs = policy makes its pairs itself, so direct.labelled_responses, direct.order = easy_first and "
                 "direct.keep_easiest mean nothing; leave them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_best_policy_is_validated(self) -> AlignmentConfig:
+        if self.keep_best == "eval/reward" and not self.eval_every:
+            raise ValueError(
+                "keep_best = eval/reward compares validated policies, but eval_every = 0 validates none; set "
+                "eval_every, 10 for example, or keep_best=reward/mean"
             )
         return self
 

@@ -23,6 +23,7 @@ SHOWN = {
     "eval/accuracy": "held-out accuracy",
     "eval/alarms": "alarms",
     "reward/mean": "reward",
+    "eval/reward": "held-out reward",
     "gold/mean": "gold",
     "kl/per_response": "kl",
     "response/tokens": "length",
