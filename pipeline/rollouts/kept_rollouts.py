@@ -81,7 +81,7 @@ class RolloutFiles:
             seed: chooses the prompts.
         """
         self.uri = storage.join(stage_uri, ROLLOUTS)
-        self._share = {"all": 1.0, "none": 0.0}.get(keep, keep) if isinstance(keep, str) else keep
+        self._share: float = {"all": 1.0, "none": 0.0}[keep] if isinstance(keep, str) else keep
         self._token_ids = token_ids
         self._max_bytes = int(max_mib * 2**20)
         self._objectives = tuple(objectives)
