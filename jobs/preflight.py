@@ -15,6 +15,7 @@ from pipeline.errors import CheckpointError
 from pipeline.models.checkpoint_files import check_checkpoint
 from pipeline.stages import storage
 from pipeline.stages.workspace import StageDirectory
+from pipeline.tracking.logger_names import require_loggers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +34,10 @@ def check_recipe(recipe: Recipe, *, workspace: str | None = None) -> None:
         workspace: where a stage may have finished with a checkpoint. Then the checkpoint may be gone.
 
     Raises:
-        ConfigError, DataError, CheckpointError: one of them cannot be used.
+        ConfigError, DataError, CheckpointError: one of them, or a logger, cannot be used.
     """
     started = time.monotonic()
+    require_loggers(recipe.logging)
     num_files = check_data(recipe)
     seen, unseen = [f"{num_files} data file{'' if num_files == 1 else 's'}"], []
     on_the_hub = [source.hub for source in recipe.data.sources if source.hub is not None]

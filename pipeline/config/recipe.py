@@ -7,7 +7,7 @@ finished stage.
 from __future__ import annotations
 
 import difflib
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -20,6 +20,8 @@ from pipeline.config.data import DataConfig
 from pipeline.config.models import PolicyConfig
 from pipeline.config.reward import JudgeConfig, RewardConfig
 from pipeline.config.sft import SFTConfig
+
+LoggerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 class ExperimentConfig(Frozen):
@@ -96,6 +98,10 @@ class Recipe(ExperimentConfig):
 
     cluster: ClusterConfig = ClusterConfig()
     comparison: ComparisonConfig = ComparisonConfig()
+    logging: tuple[LoggerName, ...] = ("tensorboard",)
+    """Where the numbers of metrics.jsonl go too: tensorboard, wandb, mlflow, trackio; [] is nowhere. A run for each
+    stage; all runs of a workspace have one group. The libraries' own environment variables say where and how
+    (WANDB_MODE, MLFLOW_TRACKING_URI, TRACKIO_DIR). A logger that fails or waits does not end or delay the run."""
 
     def could_share_gpus(self, gpus_per_worker: float) -> bool:
         """Whether engines and learner may take turns on the same GPUs, were there no others."""

@@ -29,7 +29,7 @@ from pipeline.objectives.reward_comparison import compare_rewards
 from pipeline.records import Answer, Metrics
 from pipeline.reporting.axis_style import style_axis
 from pipeline.reporting.verdict import Finding, verdict
-from pipeline.stages.metrics_log import as_clock
+from pipeline.tracking.progress import as_clock
 
 MetricsRow = Mapping[str, Any]
 
