@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 
 
 def run_pipeline(job: Job) -> None:
+    from pipeline.loops.benchmark import require_prompts_fit
+
     stages, recipe, read_data, actors = job.stages, job.recipe, job.read_data, job.actors
     policy = sft(stages, recipe, read_data)
+    require_prompts_fit(recipe, read_data(), policy.location)
     reward_model = train_reward_model(stages, recipe, read_data, policy)
     judge = train_judge(stages, recipe, read_data, policy)
     aligned = align_policy(stages, recipe, read_data, actors, policy, reward_model)

@@ -167,10 +167,12 @@ def tokenise_prompts(
     *,
     max_prompt_tokens: int,
     max_too_long: float = 1.0,
+    section: str = "",
 ) -> list[Prompt]:
     """Encodes prompts and drops those longer than `max_prompt_tokens`.
 
     Args:
+        section: of the recipe, that sets the limit.
         max_too_long: share of the prompts that may be dropped.
 
     Raises:
@@ -182,6 +184,6 @@ def tokenise_prompts(
     ]
     kept = [prompt for prompt in encoded if len(prompt.token_ids) <= max_prompt_tokens]
     lengths = [len(prompt.token_ids) for prompt in encoded]
-    limit = f"max_prompt_tokens = {max_prompt_tokens}"
+    limit = f"{section}{'.' if section else ''}max_prompt_tokens = {max_prompt_tokens}"
     require_enough_fit(lengths, len(kept), kind="prompts", limit=limit, max_too_long=max_too_long)
     return kept

@@ -7,16 +7,14 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.data.batching import plan_micro_batches
-from pipeline.data.chat import encode_prompt, encode_response, fit_prompt, strip_thinking
 from pipeline.data.chat_rendering import require_chat_template
-from pipeline.errors import ConfigError, DataError
-from pipeline.evaluation.reward_scorer import share_prompts
+from pipeline.errors import ConfigError
+from pipeline.evaluation.conversation_tokens import ConversationEncoder, packed_batches
 from pipeline.models.backbone import differing_tokens, load_causal_lm, load_config, load_tokenizer
 from pipeline.models.critic import Policy
-from pipeline.models.packing import PackedTokens, in_packed_order, pack
+from pipeline.models.packing import PackedTokens
 from pipeline.objectives.implicit_rewards import ImplicitForm, implicit_rewards
-from pipeline.records import Message, PromptGroup, RewardScore
+from pipeline.records import Message, RewardScore
 
 
 class ImplicitRewardScorer:
@@ -37,8 +35,8 @@ class ImplicitRewardScorer:
         self._beta = beta
         self._policy = Policy(policy).to(device).eval()
         self._reference = None if reference is None else Policy(reference).to(device).eval()
-        self._tokenizer = tokenizer
-        self._max_length = int(policy.config.max_position_embeddings)
+        max_length = int(policy.config.max_position_embeddings)
+        self._encode = ConversationEncoder(tokenizer=tokenizer, max_length=max_length)
         self._max_tokens = max_tokens_per_batch
         self._device = device
 
@@ -62,24 +60,12 @@ class ImplicitRewardScorer:
     def score(self, prompts: Sequence[tuple[Message, ...]], responses: Sequence[str]) -> list[RewardScore]:
         """The implicit reward of each response, end token included. It has no posterior and no reasons: std is 0.
 
-        If prompt and response exceed the policy's context, the prompt is cut from the left. A response that alone
-        exceeds it is cut at its end.
+        What exceeds the policy's context is cut as `ConversationEncoder` says.
         """
-        if len(prompts) != len(responses):
-            raise DataError(f"{len(prompts)} prompts but {len(responses)} responses to score")
-        encoded = [self._encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-        shared = share_prompts(encoded, max_tokens=self._max_tokens)
-        groups = [
-            PromptGroup(prompt_ids=encoded[rows[0]][0], response_ids=tuple(encoded[row][1] for row in rows))
-            for rows in shared
-        ]
+        encoded = self._encode(prompts, responses)
         rewards: dict[int, float] = {}
-        if not groups:
-            return []
-        lengths = [group.num_tokens for group in groups]
-        for batch in plan_micro_batches(lengths, world_size=1, max_tokens=self._max_tokens)[0]:
-            scored = self._rewards(pack([groups[g] for g in batch]).to(self._device))
-            rewards |= zip(in_packed_order([shared[g] for g in batch]), scored.tolist(), strict=True)
+        for rows, packed in packed_batches(encoded, max_tokens=self._max_tokens):
+            rewards |= zip(rows, self._rewards(packed.to(self._device)).tolist(), strict=True)
         return [
             RewardScore(mean=rewards[row], std=0.0, objective_weights=(), objective_scores=())
             for row in range(len(encoded))
@@ -87,8 +73,7 @@ class ImplicitRewardScorer:
 
     def fits(self, prompt: tuple[Message, ...], response: str) -> bool:
         """Whether prompt and response fit in the policy's context, so that `score` cuts neither."""
-        response_ids = encode_response(self._tokenizer, strip_thinking(response))
-        return len(encode_prompt(self._tokenizer, prompt)) + len(response_ids) <= self._max_length
+        return self._encode.fits(prompt, response)
 
     @torch.inference_mode()
     def _rewards(self, packed: PackedTokens) -> torch.Tensor:
@@ -97,12 +82,6 @@ class ImplicitRewardScorer:
         reference = None if self._reference is None else self._reference(packed, columns, 1.0).sum(-1)
         logprobs = self._policy(packed, columns, 1.0).sum(-1)
         return implicit_rewards(self._form, logprobs, reference, packed.response_lengths, beta=self._beta)
-
-    def _encode(self, prompt: tuple[Message, ...], response: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        response_ids = encode_response(self._tokenizer, strip_thinking(response))
-        if len(response_ids) >= self._max_length:
-            response_ids = (*response_ids[: self._max_length - 2], response_ids[-1])
-        return fit_prompt(encode_prompt(self._tokenizer, prompt), response_ids, self._max_length), response_ids
 
 
 def require_scorable(policy: str, reference: str | None) -> None:

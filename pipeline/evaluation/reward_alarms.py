@@ -12,6 +12,9 @@ from pipeline.records import Metrics
 
 ALARM_PREFIX = "alarm/"
 
+FEWEST_SUPERVISED_PROMPTS = 100
+"""With fewer, a correlation of .05 is within its own standard error of .1."""
+
 
 @dataclass(frozen=True)
 class Alarm:
@@ -95,8 +98,8 @@ ALARMS = (
     ),
     Alarm(
         "supervision_mismatch",
-        ("eval/target_correlation",),
-        lambda correlation: correlation < 0.05,
+        ("eval/target_correlation", "eval/supervised_prompts"),
+        lambda correlation, prompts: correlation < 0.05 and prompts >= FEWEST_SUPERVISED_PROMPTS,
         "the inferred weights do not follow their targets on held-out prompts. Raise loss.supervision_weight.",
     ),
     Alarm(

@@ -114,9 +114,10 @@ def reward_diagnostics(
         supervised = batch.target_mask.any(-1)
         if supervised.any():
             metrics["eval/target_entropy"] = float(_entropy(batch.target[supervised].double()).mean())
+            metrics["eval/supervised_prompts"] = float(supervised.sum())
             correlations = target_correlations(w_bar, batch.target, batch.target_mask)
-            metrics["eval/target_correlation"] = sum(correlations) / len(correlations)
-            metrics |= {f"eval/target_correlation_{k}": value for k, value in enumerate(correlations)}
+            metrics["eval/target_correlation"] = sum(correlations.values()) / len(correlations)
+            metrics |= {f"eval/target_correlation_{k}": value for k, value in correlations.items()}
     return metrics | _reasons(output, batch, objectives)
 
 
@@ -211,18 +212,25 @@ def _source_metrics(output: RewardOutput, batch: PreferenceBatch) -> Metrics:
     )
 
 
-def target_correlations(w_bar: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> list[float]:
-    """Pearson correlation over prompts of inferred and target weight, for each objective in the recipe's order.
+def target_correlations(w_bar: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> dict[int, float]:
+    """Pearson correlation over prompts of inferred and target weight, for each objective that has targets.
 
     A prompt counts only for the objectives annotated on it. Its weights are renormalised over them, as in the loss.
     An objective whose weight or target does not vary has correlation 0.
 
     Args:
         w_bar, target, mask: [B, K].
+
+    Returns:
+        Index of the objective in the recipe's order -> correlation.
     """
     present = torch.where(mask, w_bar, torch.zeros_like(w_bar))
     present = present / present.sum(-1, keepdim=True).clamp(min=1e-12)
-    return [_correlation(present[rows, k], target[rows, k].double()) for k, rows in enumerate(mask.unbind(-1))]
+    return {
+        k: _correlation(present[rows, k], target[rows, k].double())
+        for k, rows in enumerate(mask.unbind(-1))
+        if rows.any()
+    }
 
 
 def _correlation(x: torch.Tensor, y: torch.Tensor) -> float:

@@ -7,14 +7,11 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.data.batching import plan_micro_batches
-from pipeline.data.chat import encode_prompt, encode_response, fit_prompt, strip_thinking
-from pipeline.errors import DataError
-from pipeline.models.packing import in_packed_order, pack
+from pipeline.evaluation.conversation_tokens import ConversationEncoder, packed_batches
 from pipeline.models.reward_heads import RewardOutput
 from pipeline.models.reward_model import RewardModel, load_reward_model, score_packed
 from pipeline.models.reward_model_card import RewardModelCard
-from pipeline.records import Message, PromptGroup, RewardScore
+from pipeline.records import Message, RewardScore
 
 
 class RewardModelScorer:
@@ -31,7 +28,7 @@ class RewardModelScorer:
     ) -> None:
         self.card = card
         self._model = model.to(device)
-        self._tokenizer = tokenizer
+        self._encode = ConversationEncoder(tokenizer=tokenizer, max_length=card.max_length)
         self._max_tokens = max_tokens_per_batch
         self._device = device
 
@@ -45,38 +42,18 @@ class RewardModelScorer:
     def score(self, prompts: Sequence[tuple[Message, ...]], responses: Sequence[str]) -> list[RewardScore]:
         """Posterior mean and standard deviation of each reward, with weights and scores (docs/method.md section 7).
 
-        If prompt and response exceed the model's length, the prompt is cut from the left. A response that alone exceeds
-        it is cut at its end. The end-of-turn token is always scored, or truncation would become a feature.
+        What exceeds the model's length is cut as `ConversationEncoder` says.
         """
-        if len(prompts) != len(responses):
-            raise DataError(f"{len(prompts)} prompts but {len(responses)} responses to score")
-        encoded = [self._encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-        shared = share_prompts(encoded, max_tokens=self._max_tokens)
-        groups = [
-            PromptGroup(prompt_ids=encoded[rows[0]][0], response_ids=tuple(encoded[row][1] for row in rows))
-            for rows in shared
-        ]
+        encoded = self._encode(prompts, responses)
         scores: dict[int, RewardScore] = {}
-        if not groups:
-            return []
-        lengths = [group.num_tokens for group in groups]
-        for batch in plan_micro_batches(lengths, world_size=1, max_tokens=self._max_tokens)[0]:
-            output = score_packed(self._model, pack([groups[g] for g in batch]).to(self._device))
-            rows = in_packed_order([shared[g] for g in batch])
+        for rows, packed in packed_batches(encoded, max_tokens=self._max_tokens):
+            output = score_packed(self._model, packed.to(self._device))
             scores |= zip(rows, reward_scores(output, temperature=self.card.calibration.temperature), strict=True)
         return [scores[row] for row in range(len(encoded))]
 
     def fits(self, prompt: tuple[Message, ...], response: str) -> bool:
         """Whether prompt and response fit in the model's length, so that `score` cuts neither."""
-        response_ids = encode_response(self._tokenizer, strip_thinking(response))
-        return len(encode_prompt(self._tokenizer, prompt)) + len(response_ids) <= self.card.max_length
-
-    def _encode(self, prompt: tuple[Message, ...], response: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        response_ids = encode_response(self._tokenizer, strip_thinking(response))
-        if len(response_ids) >= self.card.max_length:
-            response_ids = (*response_ids[: self.card.max_length - 2], response_ids[-1])
-        prompt_ids = fit_prompt(encode_prompt(self._tokenizer, prompt), response_ids, self.card.max_length)
-        return prompt_ids, response_ids
+        return self._encode.fits(prompt, response)
 
 
 def reward_scores(output: RewardOutput, *, temperature: float) -> list[RewardScore]:
@@ -97,17 +74,3 @@ def reward_scores(output: RewardOutput, *, temperature: float) -> list[RewardSco
             *(c.tolist() for c in (output.mean, stds, output.alpha.sum(-1), *columns)), strict=True
         )
     ]
-
-
-def share_prompts(encoded: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], *, max_tokens: int) -> list[list[int]]:
-    """Groups of rows with equal prompts. A group fits in `max_tokens`, with its prompt counted once."""
-    groups: list[list[int]] = []
-    latest: dict[tuple[int, ...], tuple[list[int], int]] = {}
-    for row, (prompt_ids, response_ids) in enumerate(encoded):
-        group, room = latest.get(prompt_ids, ([], 0))
-        if len(response_ids) > room:
-            group, room = [], max_tokens - len(prompt_ids)
-            groups.append(group)
-        group.append(row)
-        latest[prompt_ids] = group, room - len(response_ids)
-    return groups

@@ -92,6 +92,7 @@ def run_alignment(
         tokenizer,
         max_prompt_tokens=config.max_prompt_tokens,
         max_too_long=experiment.data.max_too_long,
+        section="alignment",
     )
     print(
         f"{stage.name}  {len(prompts)} of {len(data.train_prompts)} prompts fit in {config.max_prompt_tokens} tokens",

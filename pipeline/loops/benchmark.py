@@ -19,7 +19,7 @@ from pipeline.evaluation.win_rate import compare_answers, win_rate
 from pipeline.loops.generation import answer_prompts
 from pipeline.models.backbone import load_tokenizer, require_context
 from pipeline.ports import RewardScorer, RolloutSource
-from pipeline.records import Answer, Metrics, Prompt, PromptGroup
+from pipeline.records import Answer, Message, Metrics, Prompt, PromptGroup
 from pipeline.rollouts.numerics_gate import choose_probes
 from pipeline.rollouts.publishing import publish_checkpoint
 from pipeline.stages import storage
@@ -132,16 +132,44 @@ def benchmark_prompts(
     with storage.reading(policy_uri) as directory:
         tokenizer = load_tokenizer(directory)
         require_context(directory, config.max_prompt_tokens + config.max_response_tokens, "benchmark")
-    named = list(read_prompts([resolve(file) for file in config.prompts])) if config.prompts else data.heldout_prompts
+    named = named_prompts(experiment, data)
     fitting = tokenise_prompts(
         named,
         tokenizer,
         max_prompt_tokens=config.max_prompt_tokens,
         max_too_long=experiment.data.max_too_long,
+        section="benchmark",
     )
     print(f"benchmark  {len(fitting)} of {len(named)} prompts fit in {config.max_prompt_tokens} tokens", flush=True)
     prompts = drawn(fitting, config.num_prompts, experiment.seed)
     return prompts, choose_probes(prompts, vocabulary_size=len(tokenizer), seed=experiment.seed)
+
+
+def named_prompts(experiment: ExperimentConfig, data: RunData) -> Sequence[tuple[str, tuple[Message, ...]]]:
+    """(id, messages) of the prompts that `benchmark.prompts` names, else of the held-out ones."""
+    files = experiment.benchmark.prompts
+    return list(read_prompts([resolve(file) for file in files])) if files else data.heldout_prompts
+
+
+def require_prompts_fit(experiment: ExperimentConfig, data: RunData, policy_uri: str) -> None:
+    """Checks the token limits of alignment and benchmark on their prompts, before the stages in front of them run.
+
+    Raises:
+        DataError: more than `data.max_too_long` of the prompts exceed a limit.
+    """
+    with storage.reading(policy_uri) as directory:
+        tokenizer = load_tokenizer(directory)
+    limits = [("benchmark", named_prompts(experiment, data), experiment.benchmark.max_prompt_tokens)]
+    if experiment.alignment.needs_reward_model:  # else it reads pairs, which have a limit of their own
+        limits.append(("alignment", data.train_prompts, experiment.alignment.max_prompt_tokens))
+    for section, named, limit in limits:
+        tokenise_prompts(
+            named,
+            tokenizer,
+            max_prompt_tokens=limit,
+            max_too_long=experiment.data.max_too_long,
+            section=section,
+        )
 
 
 def drawn(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:

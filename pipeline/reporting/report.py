@@ -92,8 +92,14 @@ class ReportData:
 
 def findings(data: ReportData) -> list[Finding]:
     """The sentences that open the report."""
-    last_step = data.alignment_rows[-1] if data.alignment_rows else {}
-    return verdict(data.reward_metrics, data.benchmark_metrics, last_step, data.objectives)
+    return verdict(data.reward_metrics, data.benchmark_metrics, _exported_step(data), data.objectives)
+
+
+def _exported_step(data: ReportData) -> MetricsRow:
+    """The metrics of the step whose policy the alignment exported. After a KL stop that is not the last one."""
+    last = data.alignment_rows[-1] if data.alignment_rows else {}
+    exported = next((stage.metrics for stage in data.stages if stage.name == "align_policy"), {})
+    return {**last, **exported}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +184,7 @@ def results_table(data: ReportData) -> list[tuple[str, str]]:
 def _alignment_rows(data: ReportData) -> list[tuple[str, str]]:
     if not data.alignment_rows:
         return []
-    last = data.alignment_rows[-1]
+    last = _exported_step(data)
     if "eval/kl" in last:  # aligned directly: the last row is the evaluation of the finished policy
         return [
             ("implicit reward: held-out accuracy", f"{last['eval/accuracy']:.3f}"),
@@ -190,8 +196,14 @@ def _alignment_rows(data: ReportData) -> list[tuple[str, str]]:
         ]
     rows = [
         ("KL to the reference, nats per response", f"{last['kl/per_response']:.2f}"),
-        ("largest engine-learner logprob gap at the gate", f"{max(r['gate/max'] for r in data.alignment_rows):.1e}"),
     ]
+    # A step that the KL limit stopped has no update, so nothing passed the gate behind it.
+    gate = [row["gate/max"] for row in data.alignment_rows if "gate/max" in row]
+    if gate:
+        rows.append(("largest engine-learner logprob gap at the gate", f"{max(gate):.1e}"))
+    if "kl/stopped_at_step" in last:
+        stop = f"step {last['kl/stopped_at_step']:.0f}, at {last['kl/at_stop']:.2f} nats per response"
+        rows.append(("stopped by alignment.kl.stop_above; the commit before is kept", stop))
     gaps = [row["gold/gap"] for row in data.alignment_rows if "gold/gap" in row]
     if gaps:
         rows.append(("gold-proxy gap in sd, first to last step", f"{gaps[0]:+.2f} to {gaps[-1]:+.2f}"))

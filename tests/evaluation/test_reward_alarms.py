@@ -27,6 +27,7 @@ HEALTHY = {
     "eval/ece": 0.04,
     "eval/length_correlation": 0.1,
     "eval/target_correlation": 0.3,
+    "eval/supervised_prompts": 100.0,
 }
 
 
@@ -79,6 +80,7 @@ def test_each_failure_raises_its_alarm_and_no_other(name, change):
         {"eval/ece": 0.09},
         {"eval/length_correlation": 0.39},
         {"eval/target_correlation": 0.06},
+        {"eval/target_correlation": -0.2, "eval/supervised_prompts": 99.0},
         {"train/accuracy": 0.82},
     ],
 )

@@ -83,6 +83,7 @@ def test_diagnostics_of_two_pairs_by_hand():
     assert metrics["eval/target_entropy"] == pytest.approx(math.log(2.0) / 2)
     assert metrics["eval/target_correlation"] == pytest.approx(-1.0)
     assert metrics["eval/target_correlation_1"] == pytest.approx(-1.0)
+    assert metrics["eval/supervised_prompts"] == 2.0
     assert [metrics[f"eval/margin_p{q}"] for q in ("05", "50", "95")] == [2.0, 2.0, 2.0]
     assert metrics["eval/length_slope"] == 1.0  # margins 2 and 2, gaps 2 and 0: 4 / 4
     assert "eval/ece" not in metrics  # nothing is calibrated while the model trains
@@ -196,7 +197,7 @@ def test_a_bradley_terry_head_has_no_posterior_to_diagnose():
 def test_correlation_uses_the_annotated_objectives_and_ignores_what_does_not_vary():
     w_bar = double([[0.2, 0.3, 0.5], [0.4, 0.1, 0.5], [0.6, 0.3, 0.1]])
     mask = torch.tensor([[True, True, False]] * 3)
-    # Renormalised over the first two: 0.4, 0.8, 2/3. Targets 0.4, 0.8, 2/3: correlation 1; the third has none: 0.
+    # Renormalised over the first two: 0.4, 0.8, 2/3. Targets 0.4, 0.8, 2/3: correlation 1; the third has none.
     target = torch.tensor([[0.4, 0.6, 0.0], [0.8, 0.2, 0.0], [2 / 3, 1 / 3, 0.0]])
-    assert target_correlations(w_bar, target, mask) == pytest.approx([1.0, 1.0, 0.0])
-    assert target_correlations(w_bar, torch.full((3, 3), 0.5), mask) == [0.0, 0.0, 0.0]
+    assert target_correlations(w_bar, target, mask) == pytest.approx({0: 1.0, 1: 1.0})
+    assert target_correlations(w_bar, torch.full((3, 3), 0.5), mask) == {0: 0.0, 1: 0.0}

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from pipeline.records import Answer, RewardScore
 from pipeline.reporting.report import (
     ReasonBar,
@@ -112,6 +114,22 @@ def test_the_gap_to_the_truth_is_told_and_drawn_where_the_truth_is_known():
     known = report(alignment_rows=rows)
     assert dict(results_table(known))["gold-proxy gap in sd, first to last step"] == "-0.25 to +1.75"
     assert len(report_page(known)) > 0
+
+
+def test_after_a_kl_stop_the_report_is_about_the_policy_that_was_exported():
+    rows = [
+        {"step": 16, "reward/mean": 0.2, "kl/per_response": 8.8, "gate/max": 1e-6},
+        {"step": 17, "reward/mean": 0.7, "kl/per_response": 12.1},  # the KL limit stopped it in front of its update
+    ]
+    exported = {"kl/per_response": 8.8, "kl/stopped_at_step": 17.0, "kl/at_stop": 12.1}
+    stopped = report(alignment_rows=rows, stages=[replace(stage(name="align_policy"), metrics=exported)])
+    table = dict(results_table(stopped))
+    assert table["KL to the reference, nats per response"] == "8.80"
+    assert (
+        table["stopped by alignment.kl.stop_above; the commit before is kept"] == "step 17, at 12.10 nats per response"
+    )
+    assert table["largest engine-learner logprob gap at the gate"] == "1.0e-06"
+    assert "8.8 nats" in report_page(stopped)
 
 
 def test_the_page_opens_with_the_verdict():
