@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from pipeline.config.alignment import AlignmentConfig, KLConfig
 from pipeline.errors import NumericsError
+from pipeline.evaluation.policy_drift import PolicyAlarms
 from pipeline.objectives.divergence import adapt_kl_coefficient
 from pipeline.ports import PolicyLearner
 from pipeline.records import Metrics, Rollout
@@ -35,6 +36,10 @@ class AlignmentRun:
         self.first_step = 0 if checkpoint is None else checkpoint.step + 1
         self.kl_coefficient: float = config.kl.coefficient if checkpoint is None else checkpoint.state["kl_coefficient"]
         self._metrics: Metrics = {} if checkpoint is None else checkpoint.state["metrics"]
+        self._alarms = PolicyAlarms(
+            [row for row in stage.metrics_rows() if row["step"] < self.first_step],
+            say=lambda message: print(f"{stage.name:<19} {message}", flush=True),
+        )
 
     def steps(self) -> Iterator[int]:
         """The steps that are left to do."""
@@ -80,7 +85,8 @@ class AlignmentRun:
         self.kl_coefficient = next_kl_coefficient(
             self.kl_coefficient, self._config.kl, measured=metrics["kl/per_response"], num_responses=len(samples)
         )
-        self._metrics = metrics | self._clock.metrics(sum(len(sample.response_ids) for sample in samples))
+        metrics |= self._clock.metrics(sum(len(sample.response_ids) for sample in samples))
+        self._metrics = metrics | self._alarms.check(metrics)
         if not self._prefetch_is_measured and "rollout/seconds" in self._metrics:
             self._prefetch_is_measured = True
             if remark := remark_on_prefetch(self._metrics):

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 from pipeline.records import Metrics
 from pipeline.stages import storage
+from pipeline.tracking.alarm_names import raised_alarms
 from pipeline.tracking.background_logger import BackgroundLogger, close_all
 from pipeline.tracking.progress import Progress, as_number
 
@@ -98,6 +99,8 @@ class MetricsLog:
         for logger in self._loggers:
             logger.log(step, metrics)
         words = [*in_words(metrics, TRAINING_NUMBERS), *self._rate(metrics, work)]
+        if alarms := raised_alarms(metrics):
+            words.append(f"alarms: {', '.join(alarms)}")
         self._progress.show(step + 1, "  ".join(words), news="  ".join(in_words(metrics, EVALUATION_NUMBERS)))
 
     def _rate(self, metrics: Metrics, work: StepWork | None) -> list[str]:
