@@ -17,6 +17,8 @@ print(*(holder.getsockname()[1] for holder in holders))')"
   # The head answers nobody without this token, not even on this machine.
   RAY_AUTH_TOKEN=$("$bin/python" -c 'import secrets; print(secrets.token_hex(32))')
   export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
+  # Ray keeps a timeline only if it was told to as it started.
+  [[ "$*" != *profile.steps=* ]] || export RAY_PROFILING=1
   log=$(mktemp -t ray-head.XXXXXX.log)
   echo "submit: starting a Ray head on this machine, dashboard $address"
   "$bin/ray" start --head --block --port "$gcs" --dashboard-host 127.0.0.1 --dashboard-port "$port" \

@@ -69,6 +69,8 @@ def open_job(options: JobOptions) -> Iterator[Job]:
         )
         require_engine_for(recipe.cluster.rollout.gpus_per_worker)
         forget_requests(workspace.uri)  # of the job before; this one hears them from now on
+        if recipe.profile.steps:
+            os.environ["RAY_PROFILING"] = "1"  # read as Ray starts; without it Ray's timeline is empty
         printed = exits.enter_context(library_output_to(library_output_file(workspace.uri)))
         exits.enter_context(open_cluster(recipe.cluster, ()))
         printed.write(f"The processes of this job print to files in {process_logs()}, on their own nodes.\n")

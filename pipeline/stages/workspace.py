@@ -11,6 +11,7 @@
         checkpoints/step-000009/          a resumable state ...
         checkpoints/step-000009.json      ... and its commit, written after it
         metrics.jsonl, tensorboard/
+        profile/step-000002/              what driver, rank and engine did in a step that the recipe has recorded
         logger-<name>.txt                 the run in each logger, which a resumed stage continues
       reference_logprobs/<hash>/            what direct alignments share (pipeline/learning/reference_logprobs.py)
 
