@@ -211,8 +211,8 @@ def _side_effects(benchmark: Metrics, last_step: Mapping[str, float]) -> list[Fi
     if 1.0 - stopped > OFTEN_CUT:
         findings.append(
             _unsure(
-                f"{1.0 - stopped:.0%} of the last responses were cut at the length limit, so the policy may have "
-                "learned little but to end. Raise alignment.max_response_tokens."
+                f"{1.0 - stopped:.0%} of the last responses were cut at the length limit, so rewards are of unfinished "
+                "answers. Raise alignment.max_response_tokens."
             )
         )
     return findings
