@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -118,8 +119,9 @@ class Progress:
         self._done_before = done
         self._clock = clock
         self._started = clock()
+        is_terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
         self._display: Display = (
-            LiveBar(name, total, stream, done=done) if stream.isatty() else LogLines(name, total, stream, clock)
+            LiveBar(name, total, stream, done=done) if is_terminal else LogLines(name, total, stream, clock)
         )
 
     @property

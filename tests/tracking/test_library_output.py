@@ -1,9 +1,12 @@
 """Who prints where: in a process of its own, since it redirects descriptors."""
 
+import os
+import pty
 import subprocess
 import sys
 
 from tests.support.paths import ROOT
+from tests.tracking.test_progress import read_all
 
 SCRIPT = """
 import logging, os, sys
@@ -33,7 +36,7 @@ print("after it")
 def run(tmp_path, *, error="DataError", fails=False):
     path = tmp_path / "workspace" / "libraries.log"
     script = SCRIPT.format(path=str(path), error=error, fails=fails)
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=240)
     return done, path
 
 
@@ -60,3 +63,33 @@ def test_a_preemption_is_no_failure(tmp_path):
     done, _ = run(tmp_path, error="Preempted", fails=True)
     assert "What the libraries printed" not in done.stderr
     assert "Preempted: the end" in done.stderr
+
+
+LIVE = """
+from pipeline.tracking.library_output import library_output_to
+from pipeline.tracking.progress import Progress
+library = type(__import__("sys"))("library")
+exec("def speak(): print('a library prints')", library.__dict__)
+with library_output_to({path!r}):
+    with Progress("sft", 2) as progress:
+        progress.show(1, "nll 3")
+        print("a remark of ours")
+        library.speak()
+        progress.show(2, "nll 2")
+    print("sft finished")
+"""
+
+
+def test_on_a_terminal_our_lines_stand_above_the_bar_and_those_of_libraries_nowhere(tmp_path):
+    path = tmp_path / "libraries.log"
+    reader, writer = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    script = LIVE.format(path=str(path))
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=writer, env=environment, timeout=240)
+    os.close(writer)
+    text = read_all(reader)
+    assert done.returncode == 0
+    assert "━" in text
+    assert text.index("a remark of ours") < text.index("2/2  nll 2") < text.index("sft finished")
+    assert "a library prints" not in text
+    assert path.read_text() == "a library prints\n"

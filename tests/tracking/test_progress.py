@@ -39,7 +39,8 @@ def test_time_left_is_that_of_this_attempt():
     assert log.getvalue() == "align_policy            20/40  reward 1.2  2:00 left\n"
 
 
-def test_a_terminal_gets_a_bar_that_is_drawn_anew_and_lines_above_it():
+def test_a_terminal_gets_a_bar_that_is_drawn_anew_and_lines_above_it(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
     reader, writer = pty.openpty()
     with open(writer, "w", buffering=1) as terminal:
         with Progress("sft", 3, stream=terminal) as progress:
@@ -53,11 +54,23 @@ def test_a_terminal_gets_a_bar_that_is_drawn_anew_and_lines_above_it():
     assert "\x1b[2K" in text  # the line is cleared before the bar is drawn again
 
 
+def test_a_terminal_that_can_only_print_gets_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    reader, writer = pty.openpty()
+    with open(writer, "w", buffering=1) as terminal:
+        with Progress("sft", 3, stream=terminal) as progress:
+            progress.show(3, "nll 2.5")
+        assert read_all(reader) == "sft                       3/3  nll 2.5  0:00 left\r\n"
+
+
 def read_all(descriptor):
     """What a closed work has written to its terminal so far."""
     text = b""
     while select.select([descriptor], [], [], 0.5)[0]:
-        text += os.read(descriptor, 65536)
+        try:
+            text += os.read(descriptor, 65536)
+        except OSError:  # its other end is closed
+            break
     os.close(descriptor)
     return text.decode()
 
