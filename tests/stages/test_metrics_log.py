@@ -46,6 +46,13 @@ def test_an_evaluation_is_shown_at_once_with_three_numbers_of_each_kind_and_the_
     assert " pairs/s  held-out nll 0.4  held-out accuracy 0.8  " in line
 
 
+def test_raised_alarms_stand_in_the_progress_line(tmp_path):
+    console = io.StringIO()
+    with MetricsLog(str(tmp_path), "align_policy", num_steps=1, first_step=0, console=console) as log:
+        log.write(0, {"kl/per_response": 12.0, "alarm/far_from_start": 1.0, "alarm/length_drift": 0.0})
+    assert console.getvalue() == "align_policy              1/1  kl 12  alarms: far_from_start  0:00 left\n"
+
+
 def test_a_full_disk_becomes_a_letter(tmp_path):
     log = MetricsLog(str(tmp_path), "align_policy", num_steps=2, first_step=0, console=io.StringIO())
     log._rows.close()
