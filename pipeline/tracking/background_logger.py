@@ -69,7 +69,8 @@ class BackgroundLogger:
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             self.rows_lost += sum(row is not None for row in list(self._rows.queue))
-            self._say(f"logging: {self.name} did not finish in time; the run does not wait for it")
+            self._failure = "did not finish in time"  # its end is no news
+            self._say(f"logging: {self.name} {self._failure}; the run does not wait for it")
             self._logger.give_up()
         if self.rows_lost:
             self._say(f"logging: {self.name} lost {self.rows_lost} of {self._num_rows} rows; metrics.jsonl has all")

@@ -37,12 +37,16 @@ class ProcessLogger:
         Args:
             output: a file that gets what the library prints.
         """
+        self._name = name
         self._run = run
         self._output = output
+        self._process: subprocess.Popen[str] | None = None
+
+    def open(self) -> str:
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        with open(output, "a", encoding="utf-8") as printed:
+        with open(self._output, "a", encoding="utf-8") as printed:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.tracking.logger_process", name],
+                [sys.executable, "-m", "pipeline.tracking.logger_process", self._name],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=printed,
@@ -51,14 +55,10 @@ class ProcessLogger:
                 # A Ctrl-C of the terminal is for the run, which then closes its loggers.
                 start_new_session=True,
             )
-        self._questions = cast(TextIO, self._process.stdin)
-        self._answers = cast(TextIO, self._process.stdout)
-
-    def open(self) -> str:
         try:
             return str(self._ask(asdict(self._run))["run_id"])
         except LoggerFailed:
-            self._reap()
+            self._reap(self._process)
             raise
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -69,28 +69,34 @@ class ProcessLogger:
         try:
             self._ask({"close": True})
         finally:
-            self._reap()
+            if self._process is not None:
+                self._reap(self._process)
 
     def give_up(self) -> None:
-        self._process.kill()
+        if self._process is not None:
+            self._process.kill()
 
     def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        process = self._process
+        assert process is not None, "open comes first"
+        questions, answers = cast(TextIO, process.stdin), cast(TextIO, process.stdout)
         # A process that has ended has left its reason as its last answer, or none.
         with contextlib.suppress(BrokenPipeError):
-            self._questions.write(json.dumps(message) + "\n")
-            self._questions.flush()
-        line = self._answers.readline()
-        answer = json.loads(line) if line else {"error": f"its process ended with code {self._process.wait()}"}
+            questions.write(json.dumps(message) + "\n")
+            questions.flush()
+        line = answers.readline()
+        answer = json.loads(line) if line else {"error": f"its process ended with code {process.wait()}"}
         if "error" in answer:
             raise LoggerFailed(f"{answer['error']}; what it printed is in {self._output}")
         return answer
 
-    def _reap(self) -> None:
+    @staticmethod
+    def _reap(process: subprocess.Popen[str]) -> None:
         # What could not be written before cannot be written now.
         with contextlib.suppress(BrokenPipeError):
-            self._questions.close()
-        self._answers.close()
-        self._process.wait()
+            cast(TextIO, process.stdin).close()
+        cast(TextIO, process.stdout).close()
+        process.wait()
 
 
 def serve(name: str, questions: TextIO, answers: TextIO) -> None:
