@@ -109,6 +109,12 @@ def _compare() -> Command:
     return compare_policies_command
 
 
+def _explain() -> Command:
+    from jobs.explain_settings import explain_command
+
+    return explain_command
+
+
 def _recipes() -> Command:
     return recipes_command
 
@@ -116,6 +122,7 @@ def _recipes() -> Command:
 COMMANDS: Mapping[str, Entry] = {
     "run": Entry(summary="run the whole pipeline on a recipe, or resume it", load=_run),
     "recipes": Entry(summary="list the recipes, and what each needs", load=_recipes),
+    "explain": Entry(summary="say what a setting of a recipe means", load=_explain),
     "preview": Entry(summary="show the data of a recipe as its models will see it", load=_preview),
     "status": Entry(summary="show what a workspace holds", load=_status),
     "scale": Entry(summary="give a running job more or fewer rollout workers", load=_scale),

@@ -197,13 +197,18 @@ class AlignmentConfig(Frozen):
     """
 
     num_steps: Count = 100
+    """Steps: each samples, scores, updates and publishes once."""
     algorithm: Algorithm = "ppo"
     """A name for values of `kl` and `ppo`, or of `direct` (pipeline/config/algorithms.py). What stands beside it wins
     over them."""
     prompts_per_step: Count = 256
+    """Prompts of a step."""
     samples_per_prompt: Count = 1
+    """Responses sampled to each prompt of a step."""
     max_prompt_tokens: Count = 1024
+    """Longest prompt, in tokens. Longer ones are left out and counted."""
     max_response_tokens: Count = 1024
+    """Longest response, in tokens, at which sampling ends."""
     temperature: Positive = 1.0
     """Divides the logits, where responses are sampled and where the learner evaluates them."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -217,9 +222,13 @@ class AlignmentConfig(Frozen):
     ranks. "policy" also reads the settings of sampling."""
     policy_pairs: PolicyPairsConfig = PolicyPairsConfig()
     max_tokens_per_micro_batch: Count = 8192
+    """Tokens of one forward and backward pass of a rank; bounds its memory and changes no result."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory for a third more time."""
     checkpoint_every: Count = 10
+    """Steps between two commits, from which a killed run resumes."""
     keep_checkpoints: Count = 2
+    """How many commits stay on disk; the KL stop needs at least 2."""
     prefetch: Literal["continue", "discard"] | None = None
     """Sample the next step while the learner works on this one: responses come from the policy before its last update.
     When an update ends, requests that still wait are sampled from the new policy. For begun responses, "continue" lets

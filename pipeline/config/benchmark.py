@@ -13,10 +13,15 @@ class BenchmarkConfig(Frozen):
     prompts: tuple[str, ...] = ()
     """Prompt files; empty uses the held-out prompts of the data source."""
     num_prompts: Count = 128
+    """Prompts that are drawn, at most."""
     max_prompt_tokens: Count = 1024
+    """Longest prompt, in tokens. Longer ones are left out and counted."""
     max_response_tokens: Count = 1024
+    """Longest answer, in tokens, at which generation ends."""
     temperature: NonNegative = 0.0
+    """Divides the logits; 0 is greedy."""
     best_of: Count = 1
+    """Responses sampled to a prompt, of which the reward model keeps the best; 1 samples one."""
     keep_thoughts: bool = False
     """Answers keep their `<think>` blocks. The reward model never reads them."""
 

@@ -16,13 +16,18 @@ class RanksConfig(Frozen):
     """A group of training ranks: one Ray actor each, DeepSpeed between them."""
 
     ranks: Count = 1
+    """Ranks; their number changes the speed and not the result."""
     cpus_per_rank: NonNegative = 1.0
+    """CPUs that one rank reserves."""
     gpus_per_rank: NonNegative = 0.0
+    """GPUs that one rank reserves."""
     threads_per_rank: Count | None = None
     """Threads of one rank's matrix products; None takes its whole CPUs, at least one. Phases that take turns may each
     use cores that others have reserved."""
     zero_stage: Literal[1, 2, 3] = 2
+    """What DeepSpeed shards: 1 the optimiser, 2 the gradients too, 3 the parameters too."""
     offload_optimiser: bool = False
+    """Keep the optimiser in host memory, for models whose optimiser exceeds the GPU."""
     max_restarts: Annotated[int, Field(ge=0)] = 1
     """How often the whole group is restarted from the last commit after a rank died."""
 
@@ -31,7 +36,9 @@ class AutoscaleConfig(Frozen):
     """Bounds of a pool that follows the learner (`cluster/autoscaler.py`); an operator's request goes first."""
 
     min_workers: Count = 1
+    """Fewest workers."""
     max_workers: Count
+    """Most workers."""
     cooldown_s: NonNegative = 60.0
     """A pool that has changed stays as it is for so long: a new engine takes a while to start."""
 
@@ -46,7 +53,9 @@ class RolloutConfig(Frozen):
     """The pool of vLLM engines."""
 
     workers: Count = 1
+    """Engines; their number changes the speed and not the samples."""
     cpus_per_worker: NonNegative = 1.0
+    """CPUs that one worker reserves."""
     gpus_per_worker: NonNegative | None = None
     """None lets the plan decide (`cluster/rollout_plan.py`), by the vLLM that is installed where the job runs. Its CPU
     build needs no GPU. With its CUDA build, all workers together share one GPU."""
@@ -59,7 +68,9 @@ class RolloutConfig(Frozen):
     """Share of each GPU for weights and KV cache. None takes 0.9 of what `gpus_per_worker` gives an engine. On a GPU
     shared with the learner it takes 0.45, for the learner's parameters and optimiser stay there."""
     max_sequences: Count = 256
+    """Responses that one engine decodes at a time, at most."""
     enforce_eager: bool = True
+    """Run the engine without compiled graphs: a faster start, slower sampling on a GPU."""
     chunk_size: Count | None = None
     """Responses handed to a worker at a time, at most: a batch is cut into two chunks a worker or more. None lets the
     plan decide: 32 for a CPU engine, and `max_sequences` for an engine on a GPU."""
@@ -114,18 +125,23 @@ class ScoringConfig(Frozen):
     downscale_delay_s: NonNegative = 300.0
     """How long fewer replicas must suffice for the queue before the others end."""
     cpus_per_replica: NonNegative = 1.0
+    """CPUs that one replica reserves."""
     gpus_per_replica: NonNegative = 0.0
+    """GPUs that one replica reserves."""
     threads_per_replica: Count | None = None
     """Threads of one replica; None takes its whole CPUs, at least one."""
     max_tokens_per_batch: Count = 16384
+    """Tokens of one forward pass of a replica."""
     batch_wait_s: NonNegative = 0.0
     """How long an idle replica waits for more requests. Requests that arrive while it scores share its next batch."""
     max_batch_size: Count = 64
+    """Requests that share one batch, at most."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """HTTP port; 0 serves the Ray handle only."""
     host: str = "127.0.0.1"
     """Address HTTP listens on. Any other than this machine's own needs a token, and TLS in front of it."""
     max_request_bytes: Count = 8 * 2**20
+    """Largest request over HTTP, in bytes; a larger one is refused with 413."""
     max_rows_per_request: Count = 1024
     """Each row costs at most the model's `max_length` tokens, so this bounds the tokens of a request too."""
     max_pending_rows: Count = 8192
@@ -146,10 +162,15 @@ class DeadlinesConfig(Frozen):
     """How long a remote call may take before it counts as hung; and how long this job has to leave."""
 
     start_s: Positive = 300.0
+    """Seconds for an actor to start and load its model."""
     update_s: Positive = 1800.0
+    """Seconds for one update or evaluation of the learner."""
     generate_s: Positive = 1800.0
+    """Seconds for one chunk of responses."""
     score_s: Positive = 600.0
+    """Seconds for the scores of one batch."""
     weights_s: Positive = 600.0
+    """Seconds for new weights to be written, loaded and checked."""
     grace_s: Positive = 30.0
     """Seconds from SIGTERM to SIGKILL on this platform. Kubernetes, Slurm and most clouds' spot machines leave 30 s.
     Raise it on a platform that leaves more: a checkpoint that takes longer to save is lost."""

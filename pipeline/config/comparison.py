@@ -32,9 +32,13 @@ class RewardBenchmarkFiles(Frozen):
     """Comparisons on which every method's reward is evaluated."""
 
     name: str
+    """Name of its column in Table 2."""
     files: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Files of the benchmark."""
     benchmark: Literal["pairs", "best_of_n", "rewardbench", "rewardbench2", "rm_bench"] = "pairs"
+    """How the files are read and scored, as `vrm evaluate --benchmark`."""
     subset_field: str | None = None
+    """Field by which accuracy is also told apart; None tells one number."""
 
 
 class ComparisonConfig(Frozen):

@@ -16,10 +16,15 @@ class PlantedConfig(Frozen):
     """Sizes and noise of the planted world (`pipeline/data/planted.py`), a test world with known truth."""
 
     num_train_pairs: Count = 4096
+    """Pairs that the reward model trains on."""
     num_heldout_pairs: Count = 512
+    """Pairs that are held out, without label noise."""
     num_sft_texts: Count = 4096
+    """Demonstrations for fine-tuning."""
     num_train_prompts: Count = 1024
+    """Prompts that alignment samples responses to."""
     num_heldout_prompts: Count = 128
+    """Prompts on which the finished policy answers."""
     label_temperature: Positive = 0.1
     """Bradley-Terry temperature of the labels: P(chosen is better) = sigmoid(gold gap / temperature)."""
     rating_noise: NonNegative = 0.3
@@ -36,6 +41,7 @@ class SourceConfig(Frozen):
     hub: str | None = None
     """Instead of `path`: the name of a data set of the Hugging Face hub."""
     hub_split: str = "train"
+    """Split of the hub data set."""
     format: Literal["pairs", "helpsteer2", "ultrafeedback", "hh_rlhf", "webgpt", "pku_saferlhf"] = "pairs"
     """"pairs" is the project's own schema (docs/method.md section 8)."""
     where: dict[str, str | bool | int] = Field(default_factory=dict)

@@ -59,7 +59,9 @@ class DifficultyConfig(Frozen):
     seeds: Count = 3
     """Splits into halves; each gives two models."""
     beta: Positive = 0.01
+    """beta of the models that measure difficulty."""
     epochs: Count = 1
+    """Passes of each of these models over its half of the pairs."""
     optimiser: OptimiserConfig = OptimiserConfig(learning_rate=6e-6)
     lora: LoRAConfig | None = LoRAConfig(rank=16, alpha=32)
 
@@ -110,6 +112,7 @@ class DirectConfig(Frozen):
     batch_pairs: Count = 128
     """Pairs of an optimiser step, over all shards; with `labelled_responses` single responses."""
     epochs: Count = 1
+    """Passes over the pairs."""
     num_steps: Count | None = None
     """Optimiser steps; None is `epochs` passes over the pairs."""
     max_length: Count = 1024
@@ -120,8 +123,11 @@ class DirectConfig(Frozen):
     lora: LoRAConfig | None = None
     """Train adapters; the reference is the policy without them, and the result holds them merged."""
     eval_every: Count = 50
+    """Optimiser steps between two evaluations on held-out pairs."""
     max_eval_pairs: Count = 1024
+    """Held-out pairs of an evaluation, at most."""
     checkpoint_every: Count = 50
+    """Optimiser steps between two commits."""
     keep_best: Literal["eval/accuracy", "-eval/loss"] | None = None
     """End with the checkpoint that is best by this held-out metric (minus: lowest is best); None ends with the last."""
 

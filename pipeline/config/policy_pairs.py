@@ -16,7 +16,9 @@ class PolicyPairsConfig(Frozen):
     """
 
     rounds: Count = 1
+    """Rounds of sampling, ranking and training."""
     prompts_per_round: Count = 1024
+    """Prompts of a round."""
     lcb_coefficient: NonNegative = 0.0
     """Responses are ranked by the mean of the reward minus this many posterior standard deviations."""
     least_margin: NonNegative = 0.0

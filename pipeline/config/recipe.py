@@ -29,7 +29,9 @@ class ExperimentConfig(Frozen):
     """What is computed. Two equal experiments have equal results, wherever they run."""
 
     name: str
+    """Name of the recipe in logs and reports."""
     seed: int = 0
+    """Seed of data order, initial weights, noise and sampling."""
     objectives: Annotated[tuple[str, ...], Field(min_length=2)]
     """The K objectives, in their fixed order."""
     own_objectives: bool = True

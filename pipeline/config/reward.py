@@ -23,15 +23,21 @@ class VRMHeadConfig(Frozen):
     semantic_dims: Count = 16
     """d; as many as there are objectives for "hadamard"."""
     hidden_size: Count = 512
+    """Width of the hidden layer of the weight head and of the feature head."""
     weight_param: Literal["softplus", "mean_conc"] = "mean_conc"
     """Concentrations one by one, or as mean times total concentration; their bounds then hold for the average one."""
     alpha_min: Positive = 0.05
+    """Lower bound of the concentrations of the weights' Dirichlet."""
     alpha_max: Positive = 1000.0
+    """Upper bound of the concentrations of the weights' Dirichlet."""
     prior_alpha: Positive | tuple[Positive, ...] = 30.0
     """Concentrations of the Dirichlet prior: one for all objectives, or a list with one for each."""
     logvar_min: float = -8.0
+    """Lower bound of the log-variance of a feature."""
     logvar_max: float = 4.0
+    """Upper bound of the log-variance of a feature."""
     initial_logvar: float = -6.0
+    """Log-variance of the features at the first step. A small one starts nearly without noise."""
     learned_scale: bool = True
     """r = tau <w, s> with a learned tau > 0: scores keep the annotators' units, the reward gets the likelihood's. For
     the linear decoders only; the networks have a scale of their own."""
@@ -59,6 +65,7 @@ class EnsembleConfig(Frozen):
     """Several rewards of one response, and how they become one."""
 
     members: Annotated[int, Field(ge=2)] = 5
+    """Linear rewards; each learns from its own share of the pairs."""
     reward: Literal["mean", "min"] = "mean"
     """How the members' rewards become one. Their standard deviation is reported beside it, so a lower confidence bound
     (`alignment.ppo.reward_transform: lcb`, `lcb` of the scoring service) is mean - c * sd."""
@@ -71,8 +78,11 @@ class VariationalLossConfig(Frozen):
     """
 
     kl_weight_w: NonNegative = 1e-4
+    """Weight of the KL of the objective weights. At 1, with z's at 1, the reward collapses to a constant."""
     kl_weight_z: NonNegative = 1e-4
+    """Weight of the KL of the semantic features."""
     kl_warmup_fraction: Fraction = 0.3
+    """Share of the steps in which both KL weights rise from 0."""
     kl_reduction: Literal["sum", "mean"] = "sum"
     """How the KL is taken over the dimensions of w and of z; the paper's KL is the sum."""
     free_bits: NonNegative = 0.0
@@ -81,7 +91,9 @@ class VariationalLossConfig(Frozen):
     """Weight of the squared error of the objective scores against their annotations, where there are any. None is 0.3
     for a head with objective scores and 0 for the others. At 0 nothing ties a score to the objective in its name."""
     supervision_weight: NonNegative = 0.1
+    """Weight of the supervision loss that ties objective weights to annotated scores."""
     supervision_temperature: Positive = 1.0
+    """tau of Eq. 13: a small one makes targets that follow the best objective alone."""
     supervision: Literal["kl", "mse", "mae", "rank"] = "kl"
     """Distance of the objective weights from their target (docs/method.md section 5)."""
     supervision_on: Literal["mean", "sample", "expected_log"] = "mean"
@@ -150,16 +162,24 @@ class RewardConfig(Frozen):
     loss: VariationalLossConfig = VariationalLossConfig()
     pair_loss: PairLossConfig = PairLossConfig()
     batch_pairs: Count = 128
+    """Pairs of an optimiser step, over all ranks."""
     num_steps: Count | None = None
     """Optimiser steps; None is one pass over the training pairs."""
     max_length: Count = 2048
+    """Longest prompt with response, in tokens. Longer training pairs are left out and counted."""
     max_tokens_per_micro_batch: Count = 8192
+    """Tokens of one forward and backward pass of a rank; bounds its memory and changes no result."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory for a third more time."""
     optimiser: OptimiserConfig = OptimiserConfig(learning_rate=9e-6)
     head_learning_rate: Positive = 9e-5
+    """Peak learning rate of the head; that of the backbone is `optimiser.learning_rate`."""
     eval_every: Count = 50
+    """Optimiser steps between two evaluations on held-out pairs."""
     max_eval_pairs: Count = 2048
+    """Held-out pairs of an evaluation, at most."""
     checkpoint_every: Count = 50
+    """Optimiser steps between two commits."""
     error_bar_pairs: Count = 2048
     """Training pairs that are read once more after training, for the error bars of rewards."""
     answer_error: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
@@ -206,6 +226,7 @@ class JudgeConfig(Frozen):
     """
 
     head: Literal["vrm", "gate", "regression", "bt", "bt_aux", "ensemble"] = "bt"
+    """Head of the judge, one of `reward.head`."""
     seed: int = 1
     """Decides its first parameters, the order of its pairs, and which prompts are its own."""
     share: Annotated[float, Field(gt=0, lt=1)] = 0.5
