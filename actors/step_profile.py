@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayTaskError
+from ray.exceptions import RayError
 
 from actors.ray_errors import ACTOR_DIED
 from pipeline.errors import PipelineError
@@ -78,17 +78,16 @@ class StepProfile:
 
     def _end(self, step: int) -> None:
         place = storage.join(self._uri, f"step-{step:06}")
-        with storage.writing(place) as directory, open(os.path.join(directory, "driver.json"), "w") as file:
-            json.dump({"traceEvents": self._events}, file)
-        writes = [process.stop_profile.remote(place, file) for file, process in self._processes.items()]
         told = place
         try:
-            ray.get(writes, timeout=TRACE_S)
+            with storage.writing(place) as directory, open(os.path.join(directory, "driver.json"), "w") as file:
+                json.dump({"traceEvents": self._events}, file)
+            with storage.writing(self._uri) as directory:
+                ray.timeline(os.path.join(directory, "ray_timeline.json"))
+            ray.get([p.stop_profile.remote(place, file) for file, p in self._processes.items()], timeout=TRACE_S)
         # A record is no reason to end a run.
-        except (*ACTOR_DIED, RayTaskError, GetTimeoutError, PipelineError) as error:
-            told = f"{place}, without some process ({type(error).__name__})"
-        with storage.writing(self._uri) as directory:
-            ray.timeline(os.path.join(directory, "ray_timeline.json"))
+        except (*ACTOR_DIED, RayError, OSError, PipelineError) as error:
+            told = f"{place}, not complete ({type(error).__name__}: {error})"
         print(f"{self._name:<19} profile of step {step}: {told}", flush=True)
 
 
