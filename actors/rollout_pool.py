@@ -200,9 +200,10 @@ class RolloutPool:
             WorkerDied: a worker died and the retry budget is spent.
             DeadlineExceeded: a chunk did not come back in time, and the retry budget is spent.
         """
+        waits = self._waits  # of a batch that was sampled beside the learner: a validation comes after it
         self.begin(prompts, sampling)
         rollouts = self.collect()
-        self._waits = None  # the caller did nothing but wait
+        self._waits = waits  # of these the caller did nothing but wait
         return rollouts
 
     def begin(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, resample_unfinished: bool = False) -> None:

@@ -43,16 +43,22 @@ class StageDemand:
 
 
 def plan_resources(
-    cluster: ClusterConfig, placement: RolloutPlacement = "disaggregated", *, judge: bool = False
+    cluster: ClusterConfig,
+    placement: RolloutPlacement = "disaggregated",
+    *,
+    judge: bool = False,
+    samples: bool = True,
 ) -> tuple[StageDemand, ...]:
     """What each stage holds, in the order of the stages.
 
-    Rollout workers and scoring replicas stay up from alignment through the benchmark.
+    Rollout workers and scoring replicas stay up from alignment through the benchmark; an alignment that samples nothing
+    does not start them.
 
     Args:
         placement: where the rollout workers stand (`cluster/rollout_plan.py`). Workers that share the learner's GPUs
             keep them reserved for both.
         judge: whether a judge scores beside the reward model in the benchmark.
+        samples: whether the alignment samples responses and has them scored (`AlignmentConfig.needs_reward_model`).
     """
     scoring = Demand(
         role="scoring replica",
@@ -61,6 +67,7 @@ def plan_resources(
         cpus=cluster.scoring.cpus_per_replica,
         gpus=cluster.scoring.gpus_per_replica,
     )
+    learning = _ranks("alignment", cluster.alignment)
     if placement == "colocated":
         shared = Demand(
             role="rank and engine",
@@ -72,11 +79,11 @@ def plan_resources(
         aligning = sampling = [shared]
     else:
         rollout = _rollout(cluster)
-        aligning, sampling = [_ranks("alignment", cluster.alignment), rollout], [rollout]
+        aligning, sampling = [learning, rollout], [rollout]
     return (
         StageDemand(stage="sft", demands=(_ranks("sft", cluster.sft),)),
         StageDemand(stage="train_reward_model", demands=(_ranks("reward", cluster.reward),)),
-        StageDemand(stage="align_policy", demands=(*aligning, scoring)),
+        StageDemand(stage="align_policy", demands=(*aligning, scoring) if samples else (learning,)),
         StageDemand(
             stage="generate_benchmark",
             demands=(*sampling, scoring, *([replace(scoring, role="judge's replica")] if judge else [])),

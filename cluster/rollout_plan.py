@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.engine_build import resolve_rollout
-from cluster.resources import fits, plan_resources
+from cluster.resources import StageDemand, fits, plan_resources
 from pipeline.config.cluster import RolloutPlacement, WeightTransfer
 from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError
@@ -61,3 +61,13 @@ def plan_rollouts(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> Rollo
         return RolloutPlan(placement="colocated", weight_transfer=rollout.weight_transfer or "ipc")
     default: WeightTransfer = "nccl" if cluster.takes_whole_gpus(gpus_per_worker) else "shm"
     return RolloutPlan(placement="disaggregated", weight_transfer=rollout.weight_transfer or default)
+
+
+def plan_of_stages(recipe: Recipe, rollouts: RolloutPlan) -> tuple[StageDemand, ...]:
+    """What each stage of the recipe holds, in the order of the stages."""
+    return plan_resources(
+        recipe.cluster,
+        rollouts.placement,
+        judge=recipe.judge is not None,
+        samples=recipe.alignment.needs_reward_model,
+    )

@@ -25,8 +25,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from cluster.resources import StageDemand, plan_resources, plan_table
-from cluster.rollout_plan import plan_rollouts
+from cluster.resources import StageDemand, plan_table
+from cluster.rollout_plan import plan_of_stages, plan_rollouts
 from jobs.command_line import Command, absolute_place, add_overrides, add_recipe
 from jobs.experiments import Compute, demand_of, finish_runs, seeds_and_overrides
 from pipeline.config.comparison import Method
@@ -93,7 +93,7 @@ def compute_on_the_cluster(cells: Sequence[Run], out: str) -> Iterable[tuple[int
 def plan_of(recipe: Recipe) -> Sequence[StageDemand]:
     """What one cell holds."""
     if recipe.comparison.cells == "pipeline":
-        return plan_resources(recipe.cluster, plan_rollouts(recipe, []).placement)
+        return plan_of_stages(recipe, plan_rollouts(recipe, []))
     return [StageDemand(stage="one cell", demands=(demand_of(recipe),))]
 
 

@@ -11,8 +11,8 @@ from functools import cache
 from typing import NoReturn
 
 from cluster.engine_build import require_engine_for
-from cluster.resources import check_plan, plan_resources
-from cluster.rollout_plan import plan_rollouts
+from cluster.resources import check_plan
+from cluster.rollout_plan import plan_of_stages, plan_rollouts
 from cluster.rollout_room import RolloutRoom
 from cluster.session import node_resources, open_cluster, process_logs
 from cluster.submission import job_id
@@ -76,7 +76,7 @@ def open_job(options: JobOptions) -> Iterator[Job]:
         printed.write(f"The processes of this job print to files in {process_logs()}, on their own nodes.\n")
         nodes = node_resources()
         rollout_plan = plan_rollouts(recipe, nodes)
-        check_plan(plan_resources(recipe.cluster, rollout_plan.placement, judge=recipe.judge is not None), nodes)
+        check_plan(plan_of_stages(recipe, rollout_plan), nodes)
 
         def room() -> RolloutRoom:
             return RolloutRoom.of(recipe, rollout_plan, node_resources())

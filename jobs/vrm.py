@@ -55,6 +55,12 @@ def _preview() -> Command:
     return preview_command
 
 
+def _rollouts() -> Command:
+    from jobs.show_rollouts import show_rollouts_command
+
+    return show_rollouts_command
+
+
 def _scale() -> Command:
     from jobs.scale_rollouts import scale_rollouts_command
 
@@ -125,6 +131,7 @@ COMMANDS: Mapping[str, Entry] = {
     "explain": Entry(summary="say what a setting of a recipe means", load=_explain),
     "preview": Entry(summary="show the data of a recipe as its models will see it", load=_preview),
     "status": Entry(summary="show what a workspace holds", load=_status),
+    "rollouts": Entry(summary="look into the rollouts that an alignment kept", load=_rollouts),
     "scale": Entry(summary="give a running job more or fewer rollout workers", load=_scale),
     "serve": Entry(summary="serve a trained reward model over HTTP", load=_serve),
     "evaluate": Entry(summary="evaluate a reward model on comparisons, RewardBench, RM-Bench", load=_evaluate),

@@ -127,6 +127,20 @@ REWARD_ALARMS = (
 FAR_NATS_PER_TOKEN = 0.5
 """A response of 200 tokens is then e^100 times less likely than before."""
 
+LENGTH_CORRELATION = 0.8
+"""Of difficulties with lengths; in the planted world 0.96 went with a policy that lost to its start."""
+
+DIFFICULTY_ALARMS = (
+    Alarm(
+        "difficulty_is_length",
+        ("difficulty/length_correlation",),
+        lambda correlation: abs(correlation) > LENGTH_CORRELATION,
+        "the correlation of difficulties with differences in length is above .8 or below -.8",
+        "the difficulty of a pair is nearly the difference of its responses in length, so the easiest pairs teach "
+        "length. Train the models of the difficulties for longer: direct.difficulty.epochs, direct.difficulty.beta.",
+    ),
+)
+
 DIRECT_ALARMS = (
     Alarm(
         "likelihood_displacement",

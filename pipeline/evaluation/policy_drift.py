@@ -74,7 +74,7 @@ def _mean(rows: Sequence[Mapping[str, Any]], metric: str) -> float | None:
 
 
 def _reward_gap(rows: Sequence[Mapping[str, Any]]) -> Metrics:
-    validated = [i for i, row in enumerate(rows) if "eval/reward" in row]
+    validated = [i for i, row in enumerate(rows) if "eval/reward" in row and "reward/mean" in row]
     spread = rows[0].get("reward/std_over_batch", 0.0)
     if len(validated) < 2 or validated[-1] != len(rows) - 1 or spread <= 0:
         return {}

@@ -33,8 +33,14 @@ def shared_policy(experiment: ExperimentConfig, root: str, *, device: str) -> St
     )
 
 
-def shared_reward_model(experiment: ExperimentConfig, policy: StageResult, root: str, *, device: str) -> StageResult:
-    """The reward model on top of the policy, from `root`, or trained in this process and committed there."""
+def shared_reward_model(
+    experiment: ExperimentConfig, policy: StageResult, root: str, *, device: str, states_uri: str | None = None
+) -> StageResult:
+    """The reward model on top of the policy, from `root`, or trained in this process and committed there.
+
+    Args:
+        states_uri: where the states of a frozen backbone are kept; None computes them as they are needed.
+    """
     return from_root_or_computed(
         reward_stage(experiment, policy.fingerprint),
         root,
@@ -44,6 +50,7 @@ def shared_reward_model(experiment: ExperimentConfig, policy: StageResult, root:
             pairs_of_the_reward_model(load_data(experiment), experiment.judge),
             policy.location,
             lambda spec: nullcontext(build_reward_trainer(spec, engine_in_process(device))),
+            states_uri=states_uri,
         ),
     )
 

@@ -57,6 +57,7 @@ def build_experience(
     mask = batch.mask[kept]
     experience = Experience(
         sequences=tuple(rollouts[row].tokens for row in kept.tolist()),
+        rows=tuple(kept.tolist()),
         mask=mask,
         logprobs=batch.logprobs[kept],
         reference_logprobs=batch.reference_logprobs[kept],

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from pipeline.config.alignment import WHAT_IS_KEPT_OF_ROLLOUTS
 from pipeline.config.recipe import ExperimentConfig
 from pipeline.data.prompts import PromptStream, tokenise_prompts
 from pipeline.data.run_data import RunData, data_fingerprints
+from pipeline.errors import DataError
 from pipeline.evaluation.overoptimization import GoldReward
 from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.learning.builders import PPOLearnerSpec
 from pipeline.loops.alignment import align
+from pipeline.loops.alignment_observer import AlignmentObserver, KeptRollouts
+from pipeline.loops.validation import Validation, ValidationPlan
 from pipeline.models.backbone import load_tokenizer, require_context, require_lora_targets, require_same_tokens
 from pipeline.models.reward_model import load_reward_tokenizer, read_backbone_config
 from pipeline.models.reward_model_card import read_card
 from pipeline.ports import BackgroundRolloutSource, PolicyLearner, RewardScorer
 from pipeline.records import Metrics
+from pipeline.rollouts.kept_rollouts import RolloutFiles, what_was_kept
+from pipeline.rollouts.kept_samples import SamplesOverTime
 from pipeline.rollouts.numerics_gate import choose_probes
+from pipeline.rollouts.prefetch import StepPlan
 from pipeline.stages import storage
 from pipeline.stages.stage_spec import StageSpec
 from pipeline.stages.workspace import StageDirectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 VERSION = 3
 
@@ -47,7 +58,11 @@ def alignment_stage(experiment: ExperimentConfig, policy: str, reward_model: str
     return StageSpec(
         name="align_policy",
         version=VERSION,
-        config=experiment.model_dump(mode="json", include={"seed", "data", "alignment", "policy"}),
+        config=experiment.model_dump(
+            mode="json",
+            include={"seed", "data", "alignment", "policy"},
+            exclude={"alignment": WHAT_IS_KEPT_OF_ROLLOUTS},
+        ),
         inputs=(policy, reward_model),
         data=tuple(data_fingerprints(experiment)),
         keep_checkpoints=experiment.alignment.keep_checkpoints,
@@ -87,6 +102,7 @@ def run_alignment(
         if config.ppo.critic_reads_policy_tokens:
             num_rows = int(read_backbone_config(directory).vocab_size)
             require_same_tokens(tokenizer, load_reward_tokenizer(directory), num_rows=num_rows)
+    plan = validation_plan(experiment, data, tokenizer)
     prompts = tokenise_prompts(
         data.train_prompts,
         tokenizer,
@@ -107,15 +123,72 @@ def run_alignment(
         publish_directory=publish_directory,
         seed=seed,
     )
+    stream = PromptStream(prompts=tuple(prompts), seed=seed)
     with open_ports(spec) as ports:
         metrics = align(
             ports.rollouts,
             ports.scorer,
             ports.learner,
-            PromptStream(prompts=tuple(prompts), seed=seed),
+            stream,
             stage,
             config,
             reward_scale=RewardScale.of(card),
-            gold=None if data.gold is None else GoldReward.of(data.gold, data.heldout_pairs),
+            observer=observer_of(ports, stage, StepPlan(prompts=stream, config=config), plan, data, card.objectives),
         )
+        if kept := what_was_kept(stage.metrics_rows()):
+            print(f"{stage.name}  rollouts kept for `vrm rollouts`: {kept}", flush=True)
         return metrics | ports.learner.peak_memory()
+
+
+def validation_plan(
+    experiment: ExperimentConfig, data: RunData, tokenizer: PreTrainedTokenizerBase
+) -> ValidationPlan | None:
+    """Which held-out prompts the policy answers while it is trained; None where there is none, and none is asked for.
+
+    Raises:
+        DataError: `alignment.eval_every` asks for held-out prompts, and none fits.
+    """
+    config = experiment.alignment
+    try:
+        heldout = tokenise_prompts(data.heldout_prompts, tokenizer, max_prompt_tokens=config.max_prompt_tokens)
+    except DataError:
+        heldout = []
+    if not heldout and not config.eval_every:
+        return None  # the report then shows no samples over time, which is no reason to train nothing
+    return ValidationPlan.of(config, heldout, seed=experiment.seed)
+
+
+def observer_of(
+    ports: AlignmentPorts,
+    stage: StageDirectory,
+    steps: StepPlan,
+    validated: ValidationPlan | None,
+    data: RunData,
+    objectives: Sequence[str],
+) -> AlignmentObserver:
+    """What looks at the alignment of a stage."""
+    config = steps.config
+    gold = None if data.gold is None else GoldReward.of(data.gold, data.heldout_pairs)
+    validation = None
+    if validated is not None:
+        validation = Validation(
+            validated,
+            ports.rollouts,
+            ports.scorer,
+            ports.learner,
+            SamplesOverTime(stage.uri, num_steps=config.num_steps),
+            objectives=objectives,
+            gold=gold,
+        )
+    kept = None
+    if config.keep_rollouts != "none":
+        files = RolloutFiles(
+            stage.uri,
+            keep=config.keep_rollouts,
+            token_ids=config.keep_token_ids,
+            max_mib=config.keep_rollouts_mib,
+            objectives=objectives,
+            seed=steps.prompts.seed,
+        )
+        kept = KeptRollouts(files=files, plan=steps, stage=stage.name)
+    return AlignmentObserver(gold=gold, validation=validation, kept=kept)

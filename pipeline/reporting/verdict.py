@@ -20,8 +20,8 @@ OWN_JUDGE = "reward"
 JUDGES = {"gold": "the planted truth", "judge": "an independent judge", OWN_JUDGE: "its own reward model"}
 """Prefix of a win rate -> who judged, in words; any other prefix is the name of its judge."""
 
-KL_METRICS = ("kl/per_response", "eval/kl")
-"""Nats a response to the start: of the rollouts of PPO, of the held-out responses of a direct alignment."""
+KL_METRIC = "kl/per_response"
+"""Nats a response to the start, of the rollouts of PPO. A direct alignment samples nothing and measures none."""
 
 OTHER_LENGTH = 1.5
 """Factor in mean words from which a win rate may be one of length."""
@@ -225,7 +225,7 @@ def _distance(benchmark: Metrics, last_step: Mapping[str, float]) -> str:
 
 
 def _kl(last_step: Mapping[str, float]) -> float | None:
-    return next((last_step[name] for name in KL_METRICS if name in last_step), None)
+    return last_step.get(KL_METRIC)
 
 
 def _win_rate_text(benchmark: Metrics, judge: str) -> str:

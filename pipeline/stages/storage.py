@@ -189,6 +189,13 @@ def list_directories(uri: str) -> list[str]:
     return sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
 
 
+def file_sizes(uri: str) -> dict[str, int]:
+    """Name -> bytes of the files directly below `uri`, sorted by name; empty when it does not exist."""
+    filesystem, path = _resolve(uri)
+    infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return {info.base_name: info.size or 0 for info in sorted(infos, key=lambda info: info.base_name) if info.is_file}
+
+
 def delete_directory(uri: str) -> None:
     """Removes a directory and everything in it; it may be missing."""
     filesystem, path = _resolve(uri)

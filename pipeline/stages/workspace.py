@@ -136,6 +136,18 @@ class CheckpointStore:
         kept = self._committed_steps()[-self._keep :]
         self._delete_all_but(kept if best is None else [best.step, *kept])
 
+    def amend(self, step: int, state: dict[str, Any]) -> bool:
+        """Replaces what the loop noted at the commit of `step`; False where that step has no commit.
+
+        Waits for a save that runs, which may be the one of that step.
+        """
+        self.settle()
+        if step not in self._committed_steps():
+            return False
+        self._before_commit()
+        storage.write_text(f"{self.uri(step)}.json", json.dumps({"step": step, "state": state}))
+        return True
+
     def better_than(self, metrics: Metrics) -> Checkpoint | None:
         """The best checkpoint, if `keep_best` prefers it to a model with these metrics. Waits for a save that runs."""
         self.settle()

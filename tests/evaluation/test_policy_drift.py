@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.evaluation.alarms import DIRECT_ALARMS, POLICY_ALARMS, REWARD_ALARMS
+from pipeline.evaluation.alarms import DIFFICULTY_ALARMS, DIRECT_ALARMS, POLICY_ALARMS, REWARD_ALARMS
 from pipeline.evaluation.policy_drift import PolicyAlarms, drift
 from pipeline.learning.rollout_tensors import repeated_share
 from pipeline.tracking.alarm_names import raised_alarms
@@ -161,6 +161,5 @@ def test_repetition_is_the_share_of_4_grams_seen_before(tokens, share):
 def test_the_page_shows_every_alarm_with_its_threshold():
     page = (ROOT / "docs" / "alarms.md").read_text()
     rows = [line for line in page.splitlines() if line.startswith("| `")]
-    assert rows == [
-        f"| `{alarm.name}` | {alarm.raised_when} |" for alarm in (*POLICY_ALARMS, *DIRECT_ALARMS, *REWARD_ALARMS)
-    ]
+    alarms = (*POLICY_ALARMS, *DIFFICULTY_ALARMS, *DIRECT_ALARMS, *REWARD_ALARMS)
+    assert rows == [f"| `{alarm.name}` | {alarm.raised_when} |" for alarm in alarms]

@@ -18,6 +18,7 @@ from jobs.compare_policies import compare_policies, compare_policies_command
 from jobs.exit_codes import PREEMPTED
 from jobs.judge_benchmark import judge_benchmark, judge_benchmark_command
 from jobs.score_benchmark import score_benchmark, score_benchmark_command
+from jobs.show_rollouts import show_rollouts_command
 from pipeline.benchmark.alpaca_eval.annotations import read_annotations
 from pipeline.benchmark.policy_comparison.contest import build_contest
 from pipeline.benchmark.policy_comparison.policy_answers import read_policy_answers, read_questions
@@ -26,6 +27,7 @@ from pipeline.benchmark.policy_comparison.win_matrix import win_matrix
 from pipeline.benchmark.scored_answers import read_scored_answers
 from pipeline.data.planted import GoldAnnotator
 from pipeline.objectives.reward_comparison import compare_rewards
+from pipeline.rollouts.kept_samples import read_samples
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from tests.support.paths import ROOT
 
@@ -41,6 +43,8 @@ REDUCED = (
     "alignment.prompts_per_step=32",
     "alignment.ppo.mini_batch_size=16",
     "alignment.checkpoint_every=1",
+    "alignment.eval_every=2",
+    "alignment.eval_prompts=16",
     "benchmark.num_prompts=32",
 )
 
@@ -204,9 +208,66 @@ def test_the_report_needs_nothing_from_outside(finished):
 
 def test_every_engine_held_the_learners_weights(finished):
     rows = read_metrics(stage_directory(finished[0], "align_policy") / METRICS_FILE)
-    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 4]  # the last row is of the finished policy's validation
     assert max(row["gate/max"] for row in rows) < 1e-4
     assert max(row["engine_gap/max"] for row in rows) < 1e-3
+
+
+def test_a_direct_method_goes_from_the_finished_reward_model_to_its_report(finished, tmp_path):
+    """The alignment starts no engine and no scoring service: its ranks alone hold the policy."""
+    workspace = tmp_path / "direct"
+    for name in ("sft", "train_reward_model"):
+        stage = stage_directory(finished[0], name)
+        shutil.copytree(stage, workspace / "stages" / stage.name)
+    direct = ("algorithm=dpo", "direct.num_steps=6", "direct.batch_pairs=16", "direct.eval_every=3")
+    command = [sys.executable, "jobs/full_pipeline.py", "--workspace", str(workspace), *REDUCED, *FEWER_PROCESSES]
+    done = subprocess.run(
+        [*command, *(f"alignment.{setting}" for setting in direct)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+    )
+    output = done.stdout
+    assert done.returncode == 0, output[-4000:] + done.stderr[-4000:]
+    for name in ("sft", "train_reward_model"):
+        assert f"{name:<19} finished before, skipped" in output
+    rows = read_metrics(stage_directory(workspace, "align_policy") / METRICS_FILE)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 5]
+    assert 0.0 < rows[-1]["eval/change_rms"] < 100.0
+    assert not any(metric.startswith(("rollout/", "gate/")) for row in rows for metric in row)
+    assert "win rate over base, by the gold annotator" in output
+    assert "implicit reward: held-out accuracy" in output
+    assert "implicit reward: held-out accuracy" in (workspace / "report.html").read_text()
+
+
+def test_held_out_prompts_were_answered_while_the_policy_was_trained(finished):
+    stage = stage_directory(finished[0], "align_policy")
+    validated = [row for row in read_metrics(stage / METRICS_FILE) if "eval/updates" in row]
+    assert [row["eval/updates"] for row in validated] == [0, 2, 5]
+    assert validated[0]["eval/kl"] == pytest.approx(0.0, abs=1e-3)
+    for row in validated:
+        assert row["eval/reward_low"] < row["eval/reward"] < row["eval/reward_high"]
+        objectives = ("helpfulness", "honesty", "safety", "brevity")
+        assert {"eval/gold", *(f"eval/objective/{name}" for name in objectives)} <= row.keys()
+    assert [kept.updates for kept in read_samples(str(stage))] == [0, 2, 5]
+
+
+def test_every_rollout_was_kept_and_the_report_says_so_and_shows_samples_over_time(finished, tmp_path):
+    workspace, output = finished
+    show_rollouts_command([str(workspace), "--jsonl", str(tmp_path / "rollouts.jsonl")])
+    kept = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["position"]) for row in kept] == [(step, i) for step in range(5) for i in range(32)]
+    assert all(sum(row["contributions"].values()) == pytest.approx(row["reward"], abs=1e-4) for row in kept)
+    assert "align_policy  rollouts kept for `vrm rollouts`: 160 of 160 in 0." in output
+    assert "160 of 160 in 0." in (workspace / "report.html").read_text()
+    rows = read_metrics(stage_directory(workspace, "align_policy") / METRICS_FILE)
+    assert max(row["logprob_gap"] for row in kept) == pytest.approx(
+        max(row["engine_gap/max"] for row in rows), rel=1e-3
+    )
+    over_time = (workspace / "report.html").read_text().split("<h2>Samples over time</h2>")[1].split("<h2>")[0]
+    assert over_time.count("before the first update") == over_time.count("after 5 updates") == 8
 
 
 def test_answers_have_the_form_alpaca_eval_reads(finished):
@@ -309,4 +370,5 @@ def test_a_driver_killed_in_two_stages_and_preempted_once_resumes_to_the_same_re
     assert other["reward/mean"] == pytest.approx(one["reward/mean"], abs=0.3)
     assert other["kl/per_response"] == pytest.approx(one["kl/per_response"], abs=0.3)
     rows = read_metrics(stage_directory(workspace, "align_policy") / METRICS_FILE)
-    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 4]
+    assert [row["eval/updates"] for row in rows if "eval/updates" in row] == [0, 2, 5]

@@ -131,7 +131,7 @@ def test_commands_that_only_answer_load_nothing_heavy(arguments):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("vrm r", {"run", "recipes"}),
+        ("vrm r", {"run", "recipes", "rollouts"}),
         ("vrm run smol", {"smollm2_cpu "}),
         ("vrm run tiny alignment.num", {"alignment.num_steps="}),
         ("vrm run tiny --dr", {"--dry-run "}),

@@ -169,7 +169,7 @@ def test_an_independent_judge_decides_whether_the_policy_improved(gold, own, lev
 
 def test_other_judges_are_called_by_their_names_and_parts_of_the_prompts_are_no_judges():
     judged = {"judge/win_rate": 0.6, "judge/low": 0.53, "judge/high": 0.67, "judge/safety/win_rate": 0.4}
-    level, text = only(policy_findings(OWN | judged, {"eval/kl": 1.25}))
+    level, text = only(policy_findings(OWN | judged, {"kl/per_response": 1.25}))
     assert level == "good"
     assert "by an independent judge it wins 60.0% [53.0, 67.0] against its start; KL 1.2 nats" in text
     named = {"gpt-4/win_rate": 0.6, "gpt-4/low": 0.53, "gpt-4/high": 0.67}
