@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import TracebackType
+from typing import Any
 
 import ray
 
@@ -77,6 +78,11 @@ class RolloutPool:
     @property
     def num_workers(self) -> int:
         return len(self._fleet.workers)
+
+    @property
+    def first_worker(self) -> Any:
+        """The Ray handle of a worker that serves."""
+        return self._fleet.workers[0].actor
 
     def resize(self, num_workers: int) -> None:
         """Grows or shrinks the pool between chunks. A joining worker loads the current weights and passes the gate.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pipeline.rollouts.engine_sampler import EngineSampler
 from pipeline.rollouts.numerics_gate import check_engine
 from pipeline.rollouts.requests import RolloutRequest
 from pipeline.stages import storage
+from pipeline.tracking.trace_recorder import TraceRecorder
 
 COPIED_BYTES = 256 * 2**20
 """Copied at most, to measure once how fast the engine's memory is: more than a cache holds, and quickly done."""
@@ -35,6 +37,14 @@ class RolloutWorker:
     def __init__(self, name: str) -> None:
         self._name = name
         self._copy_gb_per_s: float | None = None
+        self._trace = TraceRecorder()
+
+    def start_profile(self) -> None:
+        self._trace.start()
+
+    def stop_profile(self, uri: str, file: str) -> None:
+        with storage.writing(uri) as directory:
+            self._trace.stop(os.path.join(directory, file))
 
     def start(
         self,
@@ -86,7 +96,8 @@ class RolloutWorker:
         self._sampler.interrupt()
         started = time.perf_counter()
         weights = readable_here(weights)
-        num_bytes = self._engine.load_weights(weights.location)
+        with self._trace.phase("weights"):
+            num_bytes = self._engine.load_weights(weights.location)
         self._transfer = Transfer(seconds=time.perf_counter() - started, num_bytes=num_bytes)
         return self.accept_weights(weights, tolerance)
 
@@ -147,10 +158,14 @@ class RolloutWorker:
         seconds: float = math.inf,
         resample_unfinished: bool = False,
     ) -> list[Rollout] | None:
-        return self._sampler.sample(requests, sampling, ahead, seconds=seconds, resample_unfinished=resample_unfinished)
+        with self._trace.phase("rollout"):
+            return self._sampler.sample(
+                requests, sampling, ahead, seconds=seconds, resample_unfinished=resample_unfinished
+            )
 
     def continue_sampling(self, *, seconds: float = math.inf) -> list[Rollout] | None:
-        return self._sampler.continue_sampling(seconds=seconds)
+        with self._trace.phase("rollout"):
+            return self._sampler.continue_sampling(seconds=seconds)
 
     def advance(
         self, submitted: Mapping[int, tuple[RolloutRequest, SamplingParams]], seconds: float

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pipeline.learning.builders import DirectTrainerSpec, PPOLearnerSpec
     from pipeline.loops.align_policy import AlignmentPorts
     from pipeline.ports import DirectLearner
+    from pipeline.stages.workspace import StageDirectory
 
 
 def align_policy(
@@ -51,7 +52,7 @@ def align_policy(
             policy_uri=policy.location,
             reward_model_uri=reward_model.location,
             publish_directory=actors.publish_directory,
-            open_ports=partial(_open_ports, recipe, actors, policy, reward_model),
+            open_ports=partial(_open_ports, recipe, actors, policy, reward_model, stage),
         ),
         max_restarts=recipe.cluster.alignment.max_restarts,
     )
@@ -113,11 +114,17 @@ def align_to_own_pairs(
 
 @contextmanager
 def _open_ports(
-    recipe: Recipe, actors: SharedActors, policy: StageResult, reward_model: StageResult, spec: PPOLearnerSpec
+    recipe: Recipe,
+    actors: SharedActors,
+    policy: StageResult,
+    reward_model: StageResult,
+    stage: StageDirectory,
+    spec: PPOLearnerSpec,
 ) -> Iterator[AlignmentPorts]:
     from actors.deepspeed_learners import deepspeed_ppo_learner
     from actors.rank_group import RankGroup
     from actors.ranked_learner import RankedPolicyLearner, RankedSender
+    from actors.step_profile import StepProfile, profiled
     from cluster.rollout_plan import WeightReceivers
     from pipeline.loops.align_policy import AlignmentPorts
 
@@ -134,7 +141,11 @@ def _open_ports(
         )
         sender = RankedSender(group, receivers, deadline_s=deadlines.weights_s)
         with rollouts.fed_by(sender):
-            yield AlignmentPorts(rollouts=rollouts, scorer=scorer, learner=RankedPolicyLearner(group, deadlines))
+            ports = AlignmentPorts(rollouts=rollouts, scorer=scorer, learner=RankedPolicyLearner(group, deadlines))
+            if recipe.profile.steps:
+                processes = {"rank-0.json.gz": group.first, "engine-0.json.gz": rollouts.first_worker}
+                ports = profiled(ports, StepProfile(recipe.profile.steps, stage.uri, stage.name, processes))
+            yield ports
 
 
 def main(job: Job) -> None:

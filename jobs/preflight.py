@@ -16,6 +16,7 @@ from pipeline.models.checkpoint_files import check_checkpoint, decoder_config
 from pipeline.models.tensor_parallel import check_tensor_parallel
 from pipeline.stages import storage
 from pipeline.stages.workspace import StageDirectory
+from pipeline.tracking.logger_names import require_loggers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +36,10 @@ def check_recipe(recipe: Recipe, *, workspace: str | None = None) -> None:
             checkpoint. Then the checkpoint may be gone.
 
     Raises:
-        ConfigError, DataError, CheckpointError, WorkspaceError: one of them cannot be used.
+        ConfigError, DataError, CheckpointError, WorkspaceError: one of them, or a logger, cannot be used.
     """
     started = time.monotonic()
+    require_loggers(recipe.logging)
     seen, unseen = [], []
     if workspace is not None and not storage.is_local(workspace):
         storage.require_writable(workspace, needs_bytes=0)

@@ -156,6 +156,7 @@ def batch_metrics(batch: RolloutTensors, rewards: torch.Tensor, *, kl_coefficien
         "kl/coefficient": kl_coefficient,
         "response/tokens": float(batch.response_lengths.float().mean()),
         "response/stopped": float(1.0 - batch.was_cut.mean()),
+        "response/repetition": float(batch.repetition.mean()),
     }
 
 

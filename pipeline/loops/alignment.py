@@ -80,7 +80,7 @@ def align(
                 updated = learner.update(experience, step)
             with run.changing("weights"):
                 gate = rollouts.load_weights(learner.publish_weights(step + 1))
-            metrics = run.complete_step(staleness | measured | updated | gate, samples)
+            metrics = run.complete_step(staleness | measured | updated | gate, samples, validated)
             log.write(step, metrics | validated)
             run.commit_if_due(step)
         observer.validate_finished(run, rollouts, log)

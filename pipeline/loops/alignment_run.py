@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.config.alignment import AlignmentConfig, KLConfig
 from pipeline.errors import NumericsError
+from pipeline.evaluation.policy_drift import PolicyAlarms
 from pipeline.learning.validation_metrics import UPDATES
 from pipeline.objectives.divergence import adapt_kl_coefficient
 from pipeline.ports import PolicyLearner
@@ -38,6 +39,10 @@ class AlignmentRun:
         self.kl_coefficient: float = config.kl.coefficient if checkpoint is None else checkpoint.state["kl_coefficient"]
         self.metrics: Metrics = {} if checkpoint is None else checkpoint.state["metrics"]
         """Of the last completed step; with `eval/*` where the policy after it was validated."""
+        self._alarms = PolicyAlarms(
+            [row for row in stage.metrics_rows() if row["step"] < self.first_step],
+            say=lambda message: print(f"{stage.name:<19} {message}", flush=True),
+        )
 
     @property
     def num_steps(self) -> int:
@@ -107,12 +112,18 @@ class AlignmentRun:
 
     # ------------------------------------------------------------------ end of a step
 
-    def complete_step(self, metrics: Metrics, samples: Sequence[Rollout]) -> Metrics:
-        """Adapts the KL coefficient for the next step. Returns the metrics of this one, with its times."""
+    def complete_step(self, metrics: Metrics, samples: Sequence[Rollout], validated: Metrics) -> Metrics:
+        """Adapts the KL coefficient for the next step. Returns the metrics of this one, with its times and alarms.
+
+        Args:
+            validated: `eval/*` of the policy that sampled, where it was validated.
+        """
         self.kl_coefficient = next_kl_coefficient(
             self.kl_coefficient, self._config.kl, measured=metrics["kl/per_response"], num_responses=len(samples)
         )
-        self.metrics = metrics | self._clock.metrics(sum(len(sample.response_ids) for sample in samples))
+        metrics |= self._clock.metrics(sum(len(sample.response_ids) for sample in samples))
+        # `validated` is of the policy that sampled, the commit of the step holds the policy after it.
+        self.metrics = metrics | self._alarms.check(metrics | validated)
         if not self._prefetch_is_measured and "rollout/seconds" in self.metrics:
             self._prefetch_is_measured = True
             if remark := remark_on_prefetch(self.metrics):

@@ -20,8 +20,7 @@ from pipeline.data.labelled import read_labelled
 from pipeline.data.preferences import normalised_prompt
 from pipeline.data.run_data import RunData, data_fingerprints, pairs_of_the_reward_model, resolve
 from pipeline.errors import ConfigError
-from pipeline.evaluation.direct_alarms import DIFFICULTY_ALARMS, DIRECT_ALARMS
-from pipeline.evaluation.reward_alarms import alarm_messages, check_alarms
+from pipeline.evaluation.alarms import DIFFICULTY_ALARMS, DIRECT_ALARMS, alarm_messages, check_alarms
 from pipeline.learning.builders import DirectTrainerSpec
 from pipeline.learning.difficulty import (
     NUM_HALVES,

@@ -31,7 +31,7 @@ from pipeline.reporting.axis_style import style_axis
 from pipeline.reporting.verdict import Finding, verdict
 from pipeline.rollouts.kept_rollouts import what_was_kept
 from pipeline.rollouts.kept_samples import KeptSample, SamplesOfPolicy
-from pipeline.stages.metrics_log import as_clock
+from pipeline.tracking.progress import as_clock
 
 MetricsRow = Mapping[str, Any]
 

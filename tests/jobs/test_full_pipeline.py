@@ -1,9 +1,13 @@
 """The main job on real Ray, DeepSpeed, Serve and vLLM, reduced; killed, preempted and resumed."""
 
+import gzip
+import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -43,6 +47,11 @@ REDUCED = (
     "alignment.eval_prompts=16",
     "benchmark.num_prompts=32",
 )
+
+LOGGERS_HERE = ["tensorboard", *(["trackio"] if importlib.util.find_spec("trackio") else [])]
+"""With the extra where it is installed; `tests/tracking` says where it is not."""
+
+PROFILED_STEP = 2
 
 GRACE_S = 120
 """Of a machine with two cores for everything; a step of the reduced run takes seconds where it is alone."""
@@ -110,11 +119,15 @@ def finished(tmp_path_factory):
     """An uninterrupted run through `ray job submit`."""
     workspace = tmp_path_factory.mktemp("pipeline") / "whole"
     done = subprocess.run(
-        ["bash", "install/submit.sh", "--recipe", "tiny", "--workspace", str(workspace), *REDUCED],
+        [
+            *("bash", "install/submit.sh", "--recipe", "tiny", "--workspace", str(workspace)),
+            *(*REDUCED, f"logging=[{','.join(LOGGERS_HERE)}]", f"profile.steps=[{PROFILED_STEP}]"),
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=800,
+        env={**os.environ, "TRACKIO_DIR": str(workspace.parent / "trackio")},
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return workspace, done.stdout
@@ -132,7 +145,58 @@ def test_the_submitted_job_shows_progress_and_ends_with_its_results(finished):
     assert "win rate over base, by the gold annotator" in output
     assert "gold-proxy gap in sd, first to last step" in output
     assert "(raylet)" not in output  # Ray tells of processes that ended unbidden
+    assert not re.search(r"\b(INFO|WARNING|DEBUG)\b", output), output
+    assert "Connected to Ray cluster" in (workspace / "libraries.log").read_text()
     assert f"report: {workspace}/report.html" in output
+
+
+def test_each_stage_is_a_run_of_one_group_on_its_own_steps(finished):
+    workspace, output = finished
+    assert "logging:" not in output  # nothing failed
+    for stage in ("sft", "train_reward_model", "align_policy"):
+        assert list((stage_directory(workspace, stage) / "tensorboard").iterdir())
+    if "trackio" in LOGGERS_HERE:
+        with sqlite3.connect(workspace.parent / "trackio" / "tiny.db") as database:
+            rows = database.execute("select run_name, step, metrics from metrics order by step").fetchall()
+            groups = {json.loads(config)["_Group"] for (config,) in database.execute("select config from configs")}
+        [group] = groups
+        assert group.startswith("whole-")
+        steps = {name.split("/")[1].rpartition("-")[0]: [] for name, _, _ in rows}
+        for name, step, _ in rows:
+            steps[name.split("/")[1].rpartition("-")[0]].append(step)
+        # The last step of a training has the final evaluation too.
+        assert steps == {
+            "sft": [*range(20), 19],
+            "train_reward_model": [*range(30), 29],
+            "align_policy": [*range(5)],
+        }
+
+
+def test_a_profiled_step_leaves_what_each_process_did_under_the_names_of_the_phases(finished):
+    workspace, output = finished
+    profile = stage_directory(workspace, "align_policy") / "profile"
+    place = profile / f"step-{PROFILED_STEP:06}"
+    assert f"profile of step {PROFILED_STEP}: {place}\n" in output
+    assert sorted(p.name for p in profile.iterdir()) == ["ray_timeline.json", place.name]
+
+    def names(file):
+        text = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        return [event.get("name") for event in json.loads(text)["traceEvents"]]
+
+    assert names(place / "driver.json") == ["rollout", "score", "evaluate", "update", "weights", "weights"]
+    rank, engine = {*names(place / "rank-0.json.gz")}, {*names(place / "engine-0.json.gz")}
+    assert {"evaluate", "update", "weights", "aten::mm"} <= rank
+    assert {"rollout", "weights"} <= engine
+    assert any(name.startswith("aten::") for name in engine)
+    assert any("score" in str(event["name"]) for event in json.loads((profile / "ray_timeline.json").read_text()))
+
+
+def test_a_healthy_run_raises_no_alarm_of_the_policy(finished):
+    workspace, output = finished
+    rows = read_metrics(stage_directory(workspace, "align_policy") / METRICS_FILE)
+    assert [(row["alarm/far_from_start"], row["alarm/engine_gap"]) for row in rows] == [(0.0, 0.0)] * 5
+    assert [row["train/alarms"] for row in rows] == [0.0] * 5
+    assert "align_policy        alarm " not in output
 
 
 def test_the_report_needs_nothing_from_outside(finished):
