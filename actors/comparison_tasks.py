@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -40,7 +39,7 @@ def compare_everywhere(
 
     shared, states = storage.join(out, "shared"), storage.join(out, "states")
     judged_by = [judge_of(cell.recipe) for cell in cells]
-    keep_states(judged_by, demand, states, max_restarts=max_restarts, report=partial(print, flush=True))
+    keep_states(judged_by, demand, states, max_restarts=max_restarts, name="compare_methods")
     remote, resources = as_remote_tasks(demand, max_restarts)
     policies: dict[str, ray.ObjectRef] = {}
     reward_models: dict[str, ray.ObjectRef] = {}
