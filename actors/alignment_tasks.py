@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from actors.frozen_state_tasks import states_of
 from actors.ray_tasks import ProcessResources, RunOutcome, as_remote_tasks, outcomes_as_they_end
 from cluster.resources import Demand
 from pipeline.config.recipe import Recipe
@@ -55,13 +56,18 @@ def prepare_policy(recipe: Recipe, shared: str, resources: ProcessResources) -> 
 
 
 def train_shared_reward_model(
-    recipe: Recipe, policy: StageResult, shared: str, resources: ProcessResources
+    recipe: Recipe, policy: StageResult, shared: str, resources: ProcessResources, states_uri: str | None = None
 ) -> StageResult:
-    """The reward model on the backbone of `policy`, trained in this process, or as it lies in `shared`."""
+    """The reward model on the backbone of `policy`, trained in this process, or as it lies in `shared`.
+
+    Args:
+        states_uri: what `keep_states` filled; None computes every state as it is needed.
+    """
     from pipeline.experiments.shared_stages import shared_reward_model
 
     resources.apply()
-    return shared_reward_model(recipe, policy, shared, device=resources.device)
+    states = None if states_uri is None else states_of(recipe, states_uri)
+    return shared_reward_model(recipe, policy, shared, device=resources.device, states_uri=states)
 
 
 def align_one(

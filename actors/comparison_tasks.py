@@ -10,6 +10,7 @@ import ray
 
 from actors.alignment_tasks import prepare_policy, train_shared_reward_model
 from actors.experiment_tasks import ProcessResources, RunOutcome, as_remote_tasks, outcomes_as_they_end
+from actors.frozen_state_tasks import keep_states
 from cluster.resources import Demand
 from pipeline.config.recipe import Recipe
 from pipeline.errors import PipelineError
@@ -26,8 +27,8 @@ def compare_everywhere(
 ) -> Iterator[tuple[int, RunOutcome]]:
     """Computes the cells, as many at a time as there is room for.
 
-    Fine-tuned policies and reward models come first, one for all cells that agree on it, and are committed in `out`. An
-    error in one of them ends the cells that need it.
+    The states of frozen backbones come first, then fine-tuned policies and reward models, one for all cells that agree
+    on it. All are kept in `out`. An error in one of the models ends the cells that need it.
 
     Args, Yields:
         As `actors.alignment_tasks.align_everywhere`.
@@ -36,7 +37,9 @@ def compare_everywhere(
     from pipeline.loops.reward import reward_stage
     from pipeline.loops.sft import sft_stage
 
-    shared = storage.join(out, "shared")
+    shared, states = storage.join(out, "shared"), storage.join(out, "states")
+    judged_by = [judge_of(cell.recipe) for cell in cells]
+    keep_states(judged_by, demand, states, max_restarts=max_restarts, name="compare_methods")
     remote, resources = as_remote_tasks(demand, max_restarts)
     policies: dict[str, ray.ObjectRef] = {}
     reward_models: dict[str, ray.ObjectRef] = {}
@@ -49,7 +52,7 @@ def compare_everywhere(
             fingerprint = reward_stage(recipe, policy).fingerprint
             if fingerprint not in reward_models:
                 task = remote(train_shared_reward_model)
-                reward_models[fingerprint] = task.remote(recipe, policies[policy], shared, resources)
+                reward_models[fingerprint] = task.remote(recipe, policies[policy], shared, resources, states)
         given = [reward_models[reward_stage(recipe, policy).fingerprint] for recipe in (judge, own)]
         directory = storage.join(out, f"cells/{cell.config_hash}")
         task = remote(compute_cell).remote(cell.recipe, policies[policy], *given, shared, directory, resources)

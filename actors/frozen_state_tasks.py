@@ -6,9 +6,9 @@ the tokens they are states of.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, TextIO
 
 import ray
 
@@ -19,12 +19,10 @@ from pipeline.data.batching import stable_seed
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.records import PromptGroup
 from pipeline.stages import storage
-from pipeline.stages.metrics_log import as_clock
+from pipeline.tracking.progress import Progress, as_number
 
 if TYPE_CHECKING:
     from pipeline.models.frozen_states import StatesSpec
-
-REPORT_PERIOD_S = 10.0
 
 GROUPS_PER_FILE = 16
 """What a killed pass over the pairs loses at most."""
@@ -42,12 +40,17 @@ def keep_states(
     states_uri: str,
     *,
     max_restarts: int,
-    report: Callable[[str], None],
+    name: str,
+    console: TextIO | None = None,
 ) -> None:
     """Fills `states_uri` with what the frozen backbone of these recipes says of their pairs, where it is not there yet.
 
     The prompts are dealt over the whole cluster; recipes whose backbone trains, or starts from noise, have no states.
     A killed pass goes on where it was.
+
+    Args:
+        name: the stage or the job that waits for them, as the progress names it.
+        console: where the progress is shown; standard output unless given.
 
     Raises:
         ConfigError: the states are larger than `cluster.states_gib`.
@@ -66,18 +69,20 @@ def keep_states(
     task = remote(compute_missing_states, num_returns="streaming")
     streams = {task.remote(of_each_seed, resources, states_uri, shard, shards): shard for shard in range(shards)}
     of_one = specs[0].bytes_per_response
-    progress: dict[int, tuple[int, int]] = {}
-    started = last_report = time.monotonic()
-    for shard, outcome in outcomes_of_streams(streams):
-        if isinstance(outcome, PipelineError):
-            raise outcome
-        progress[shard] = outcome
-        done, total = (sum(counts) for counts in zip(*progress.values(), strict=True))
-        now = time.monotonic()
-        if done and (now - last_report >= REPORT_PERIOD_S or done == total):
-            last_report, left = now, as_clock((now - started) * (total - done) / done)
-            size = f"{done * of_one / 2**20:.1f} MiB"
-            report(f"states of the frozen backbone  {done:,}/{total:,} responses, {size}  {left} left")
+    counts: dict[int, tuple[int, int]] = {}
+    with contextlib.ExitStack() as exits:
+        progress = None
+        for shard, outcome in outcomes_of_streams(streams):
+            if isinstance(outcome, PipelineError):
+                raise outcome
+            counts[shard] = outcome
+            done, total = (sum(numbers) for numbers in zip(*counts.values(), strict=True))
+            # Each shard first tells how much it has to do.
+            if progress is None and len(counts) == shards and total:
+                progress = exits.enter_context(Progress(name, total, stream=console))
+            if progress is not None and done:
+                words = f"states of the frozen backbone, {done * of_one / 2**20:.1f} MiB"
+                progress.show(done, f"{words}  {as_number(done / progress.seconds)} responses/s")
 
 
 def compute_missing_states(

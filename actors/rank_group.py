@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import threading
@@ -18,10 +19,12 @@ from ray.exceptions import RayTaskError
 
 from actors.ray_errors import ACTOR_DIED
 from cluster.placement import Placement, pack_bundles
-from pipeline.config.cluster import RanksConfig, WeightTransfer
+from cluster.rollout_plan import WeightReceivers
+from pipeline.config.cluster import RanksConfig
 from pipeline.errors import DeadlineExceeded, PipelineError, WorkerDied
 from pipeline.records import Metrics, PolicyWeights
 from pipeline.stages import storage
+from pipeline.tracking.trace_recorder import TraceRecorder
 
 if TYPE_CHECKING:
     from actors.weight_sender import WeightSender
@@ -49,6 +52,14 @@ class Rank:
         self._rank = rank
         self._world_size = world_size
         self._sender: WeightSender | None = None
+        self._trace = TraceRecorder()
+
+    def start_profile(self) -> None:
+        self._trace.start()
+
+    def stop_profile(self, uri: str, file: str) -> None:
+        with storage.writing(uri) as directory:
+            self._trace.stop(os.path.join(directory, file))
 
     def free_address(self) -> str:
         """An address of this rank's machine at which others can meet it, "host:port"."""
@@ -74,10 +85,12 @@ class Rank:
             self._learner.restore(directory)
 
     def update(self, batch: Any, step: int) -> Metrics:
-        return self._learner.update(batch, step)
+        with self._trace.phase("update"):
+            return self._learner.update(batch, step)
 
     def evaluate(self, batch: Any) -> Any:
-        result = self._learner.evaluate(batch)
+        with self._trace.phase("evaluate"):
+            result = self._learner.evaluate(batch)
         return result if self._rank == 0 else None
 
     def calibrate(self, batches: Any, heldout: Any) -> Any:
@@ -92,25 +105,23 @@ class Rank:
         from pipeline.learning.memory import free_cached_memory
 
         node = ray.get_runtime_context().get_node_id()
-        weights = replace(self._learner.publish_weights(version), node=node)
+        with self._trace.phase("weights"):
+            weights = replace(self._learner.publish_weights(version), node=node)
         free_cached_memory(self._device)  # engines that share this GPU need the memory next
         return weights
 
-    def meet_engines(
-        self, backend: WeightTransfer, workers: Sequence[Any], address: str, dtype: str, deadline_s: float
-    ) -> None:
+    def meet_engines(self, receivers: WeightReceivers, workers: Sequence[Any], address: str, deadline_s: float) -> None:
         """Connects the learner with rollout workers that will take its weights from this rank's GPU."""
         from actors.weight_sender import WeightSender
 
         if self._sender is not None:
             self._sender.close()
         self._sender = WeightSender(
-            backend,
+            receivers,
             self._learner.policy_tensors,
             workers,
             rank=self._rank,
             address=address,
-            dtype=dtype,
             deadline_s=deadline_s,
         )
 
@@ -204,6 +215,11 @@ class RankGroup:
             doing="building its model",
             deadline_s=self._start_s,
         )
+
+    @property
+    def first(self) -> Any:
+        """The Ray handle of rank 0, for calls that concern no other rank."""
+        return self._ranks[0]
 
     def free_address(self, doing: str, *, deadline_s: float) -> str:
         """An address at which others can meet the first rank, "host:port"."""

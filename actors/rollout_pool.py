@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import TracebackType
+from typing import Any
 
 import ray
 
@@ -77,6 +78,11 @@ class RolloutPool:
     @property
     def num_workers(self) -> int:
         return len(self._fleet.workers)
+
+    @property
+    def first_worker(self) -> Any:
+        """The Ray handle of a worker that serves."""
+        return self._fleet.workers[0].actor
 
     def resize(self, num_workers: int) -> None:
         """Grows or shrinks the pool between chunks. A joining worker loads the current weights and passes the gate.
@@ -194,9 +200,10 @@ class RolloutPool:
             WorkerDied: a worker died and the retry budget is spent.
             DeadlineExceeded: a chunk did not come back in time, and the retry budget is spent.
         """
+        waits = self._waits  # of a batch that was sampled beside the learner: a validation comes after it
         self.begin(prompts, sampling)
         rollouts = self.collect()
-        self._waits = None  # the caller did nothing but wait
+        self._waits = waits  # of these the caller did nothing but wait
         return rollouts
 
     def begin(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, resample_unfinished: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pipeline.rollouts.engine_sampler import EngineSampler
 from pipeline.rollouts.numerics_gate import check_engine
 from pipeline.rollouts.requests import RolloutRequest
 from pipeline.stages import storage
+from pipeline.tracking.trace_recorder import TraceRecorder
 
 COPIED_BYTES = 256 * 2**20
 """Copied at most, to measure once how fast the engine's memory is: more than a cache holds, and quickly done."""
@@ -35,6 +37,14 @@ class RolloutWorker:
     def __init__(self, name: str) -> None:
         self._name = name
         self._copy_gb_per_s: float | None = None
+        self._trace = TraceRecorder()
+
+    def start_profile(self) -> None:
+        self._trace.start()
+
+    def stop_profile(self, uri: str, file: str) -> None:
+        with storage.writing(uri) as directory:
+            self._trace.stop(os.path.join(directory, file))
 
     def start(
         self,
@@ -48,8 +58,11 @@ class RolloutWorker:
         """Builds the engine. Not the constructor's work: an error here reaches the caller, there it ends the actor."""
         from pipeline.data.chat import decode_response
         from pipeline.models.backbone import load_config, load_tokenizer, stop_token_ids
+        from pipeline.models.tensor_parallel import check_tensor_parallel
 
         with storage.reading(model_uri) as directory:
+            model = load_config(directory)
+            check_tensor_parallel(model.get_text_config().to_dict(), config.shards, model=model_uri)
             tokenizer = load_tokenizer(directory)
             # After the tokenizer: its module imports transformers the quick way.
             import torch
@@ -66,7 +79,7 @@ class RolloutWorker:
                 plan=plan,
                 dtype=dtype,
                 max_model_len=max_model_len,
-                stop_token_ids=stop_token_ids(directory, load_config(directory), tokenizer),
+                stop_token_ids=stop_token_ids(directory, model, tokenizer),
                 seed=seed,
             )
         self._sampler = EngineSampler(self._engine, partial(decode_response, tokenizer), name=self._name)
@@ -83,7 +96,8 @@ class RolloutWorker:
         self._sampler.interrupt()
         started = time.perf_counter()
         weights = readable_here(weights)
-        num_bytes = self._engine.load_weights(weights.location)
+        with self._trace.phase("weights"):
+            num_bytes = self._engine.load_weights(weights.location)
         self._transfer = Transfer(seconds=time.perf_counter() - started, num_bytes=num_bytes)
         return self.accept_weights(weights, tolerance)
 
@@ -108,8 +122,6 @@ class RolloutWorker:
 
     def accept_weights(self, weights: PolicyWeights, tolerance: float) -> Metrics:
         """Passes the gate with the weights in the engine, however they came; then this worker samples from them."""
-        from pipeline.learning.memory import resident_peak_gib
-
         gate = self.check(weights, tolerance)
         self._sampler.accept_policy(weights.version)
         seconds, num_bytes = self._transfer.seconds, self._transfer.num_bytes
@@ -119,7 +131,7 @@ class RolloutWorker:
             "weights/seconds": seconds,
             "weights/gb_per_s": num_bytes / 1e9 / seconds,
             "weights/copy_gb_per_s": self._copy_gb_per_s,
-            "memory/rollout_worker_peak_gib": resident_peak_gib(),
+            "memory/rollout_worker_peak_gib": self._engine.peak_gib(),
         }
 
     def check(self, weights: PolicyWeights, tolerance: float) -> Metrics:
@@ -146,10 +158,14 @@ class RolloutWorker:
         seconds: float = math.inf,
         resample_unfinished: bool = False,
     ) -> list[Rollout] | None:
-        return self._sampler.sample(requests, sampling, ahead, seconds=seconds, resample_unfinished=resample_unfinished)
+        with self._trace.phase("rollout"):
+            return self._sampler.sample(
+                requests, sampling, ahead, seconds=seconds, resample_unfinished=resample_unfinished
+            )
 
     def continue_sampling(self, *, seconds: float = math.inf) -> list[Rollout] | None:
-        return self._sampler.continue_sampling(seconds=seconds)
+        with self._trace.phase("rollout"):
+            return self._sampler.continue_sampling(seconds=seconds)
 
     def advance(
         self, submitted: Mapping[int, tuple[RolloutRequest, SamplingParams]], seconds: float

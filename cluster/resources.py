@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 from cluster.engine_build import resolve_rollout
 from pipeline.config.cluster import ClusterConfig, RanksConfig, RolloutPlacement
-from pipeline.config.recipe import Recipe
 from pipeline.errors import ResourceError
 
 TOLERANCE = 1e-6
@@ -44,21 +43,6 @@ class StageDemand:
         return sum(d.count * (d.cpus if resource == "CPU" else d.gpus) for d in self.demands)
 
 
-def plan_recipe(recipe: Recipe, placement: RolloutPlacement) -> tuple[StageDemand, ...]:
-    """What each stage of a recipe holds: `plan_resources` without a reward model where its rewards need none."""
-    alignment = recipe.alignment
-    checkpoints = {s.model.place for s in alignment.rewards if s.model is not None and s.model.is_checkpoint}
-    functions = sum(source.python is not None or source.math is not None for source in alignment.rewards)
-    return plan_resources(
-        recipe.cluster,
-        placement,
-        judge=recipe.judge is not None,
-        reward_model=recipe.scores_by_reward_model,
-        other_models=len(checkpoints),
-        functions=functions,
-    )
-
-
 def plan_resources(
     cluster: ClusterConfig,
     placement: RolloutPlacement = "disaggregated",
@@ -67,10 +51,12 @@ def plan_resources(
     reward_model: bool = True,
     other_models: int = 0,
     functions: int = 0,
+    samples: bool = True,
 ) -> tuple[StageDemand, ...]:
     """What each stage holds, in the order of the stages.
 
-    Rollout workers and scoring replicas stay up from alignment through the benchmark.
+    Rollout workers and scoring replicas stay up from alignment through the benchmark; an alignment that samples nothing
+    does not start them.
 
     Args:
         placement: where the rollout workers stand (`cluster/rollout_plan.py`). Workers that share the learner's GPUs
@@ -79,14 +65,9 @@ def plan_resources(
         reward_model: whether the run trains a reward model and serves it.
         other_models: further reward models that are served while the policy is aligned.
         functions: rewards that run in processes of their own.
+        samples: whether the alignment samples responses and has them scored (`AlignmentConfig.samples_prompts`).
     """
-    scoring = Demand(
-        role="scoring replica",
-        setting="cluster.scoring.replicas",
-        count=max(1, cluster.scoring.replicas),
-        cpus=cluster.scoring.cpus_per_replica,
-        gpus=cluster.scoring.gpus_per_replica,
-    )
+    scoring, learning = _scoring(cluster), _ranks("alignment", cluster.alignment)
     services = replace(scoring, count=scoring.count * (reward_model + other_models))
     processes = Demand(
         role="reward function",
@@ -107,11 +88,11 @@ def plan_resources(
         aligning = sampling = [shared]
     else:
         rollout = _rollout(cluster)
-        aligning, sampling = [_ranks("alignment", cluster.alignment), rollout], [rollout]
+        aligning, sampling = [learning, rollout], [rollout]
     return (
         StageDemand(stage="sft", demands=(_ranks("sft", cluster.sft),)),
         *([StageDemand(stage=TRAIN_REWARD_MODEL, demands=(_ranks("reward", cluster.reward),))] if reward_model else []),
-        StageDemand(stage="align_policy", demands=(*aligning, *rewards)),
+        StageDemand(stage="align_policy", demands=(*aligning, *rewards) if samples else (learning,)),
         StageDemand(
             stage="generate_benchmark",
             demands=(*sampling, *rewards, *([replace(scoring, role="judge's replica")] if judge else [])),
@@ -132,6 +113,21 @@ def room_for_workers(cluster: ClusterConfig, placement: RolloutPlacement, nodes:
 def plan_generation(cluster: ClusterConfig) -> tuple[StageDemand, ...]:
     """Rollout workers alone, for answers that nothing scores."""
     return (StageDemand(stage="generate_benchmark", demands=(_rollout(cluster),)),)
+
+
+def plan_serving(cluster: ClusterConfig) -> tuple[StageDemand, ...]:
+    """Scoring replicas alone, for a reward model that users ask."""
+    return (StageDemand(stage="serve", demands=(_scoring(cluster),)),)
+
+
+def _scoring(cluster: ClusterConfig) -> Demand:
+    return Demand(
+        role="scoring replica",
+        setting="cluster.scoring.replicas",
+        count=max(1, cluster.scoring.replicas),
+        cpus=cluster.scoring.cpus_per_replica,
+        gpus=cluster.scoring.gpus_per_replica,
+    )
 
 
 def _rollout(cluster: ClusterConfig) -> Demand:
@@ -182,12 +178,29 @@ def check_plan(plan: Sequence[StageDemand], nodes: Sequence[Mapping[str, float]]
         ResourceError: names stage, need, have, and what would fit.
     """
     for stage in plan:
+        for demand in stage.demands:
+            require_node_for(demand, stage.stage, nodes)
         if not _fits(stage.demands, nodes):
             cpus, gpus = (sum(node.get(resource, 0.0) for node in nodes) for resource in ("CPU", "GPU"))
             raise ResourceError(
                 f"stage {stage.stage} needs {stage.total('CPU'):g} CPU and {stage.total('GPU'):g} GPU at once; "
                 f"there are {cpus:g} CPU and {gpus:g} GPU on {len(nodes)} node(s). {_what_fits(stage.demands, nodes)}"
             )
+
+
+def require_node_for(demand: Demand, stage: str, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Raises ResourceError for an actor that is larger than every node: it never spans nodes."""
+    if any(_fits([replace(demand, count=1)], [node]) for node in nodes):
+        return
+    cpus, gpus = (max((node.get(resource, 0.0) for node in nodes), default=0.0) for resource in ("CPU", "GPU"))
+    section = demand.setting.rpartition(".")[0]
+    remedy = f"Lower what each takes ({section})"
+    if demand.setting == "cluster.rollout.workers" and demand.gpus > max(1.0, gpus):
+        remedy = f"Set {section}.gpus_per_worker={max(1, int(gpus))} and more workers"
+    raise ResourceError(
+        f"a {demand.role} of stage {stage} takes {demand.cpus:g} CPU and {demand.gpus:g} GPU and never spans nodes; "
+        f"the largest node has {cpus:g} CPU and {gpus:g} GPU. {remedy}, or add a larger node."
+    )
 
 
 def this_machine() -> dict[str, float]:

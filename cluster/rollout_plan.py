@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.engine_build import resolve_rollout
-from cluster.resources import fits, plan_resources
+from cluster.resources import StageDemand, fits, plan_resources
 from pipeline.config.cluster import RolloutPlacement, WeightTransfer
 from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError
@@ -29,6 +29,16 @@ class RolloutPlan:
             f"Rollout engines {places[self.placement]} ({self.placement}); weights reach them by "
             f"{ways[self.weight_transfer]} ({self.weight_transfer})."
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightReceivers:
+    """What the engines have in common that take weights from the learner's GPUs."""
+
+    weight_transfer: WeightTransfer
+    dtype: str
+    shards: int = 1
+    """Processes of one engine, each on a GPU of its own."""
 
 
 THROUGH_FILES = RolloutPlan(placement="disaggregated", weight_transfer="shm")
@@ -61,3 +71,19 @@ def plan_rollouts(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> Rollo
         return RolloutPlan(placement="colocated", weight_transfer=rollout.weight_transfer or "ipc")
     default: WeightTransfer = "nccl" if cluster.takes_whole_gpus(gpus_per_worker) else "shm"
     return RolloutPlan(placement="disaggregated", weight_transfer=rollout.weight_transfer or default)
+
+
+def plan_of_stages(recipe: Recipe, rollouts: RolloutPlan) -> tuple[StageDemand, ...]:
+    """What each stage of the recipe holds, in the order of the stages."""
+    alignment = recipe.alignment
+    checkpoints = {s.model.place for s in alignment.rewards if s.model is not None and s.model.is_checkpoint}
+    functions = sum(source.python is not None or source.math is not None for source in alignment.rewards)
+    return plan_resources(
+        recipe.cluster,
+        rollouts.placement,
+        judge=recipe.judge is not None,
+        reward_model=recipe.scores_by_reward_model,
+        other_models=len(checkpoints),
+        functions=functions,
+        samples=alignment.samples_prompts,
+    )

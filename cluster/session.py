@@ -70,6 +70,13 @@ def node_resources() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+def process_logs() -> str:
+    """The directory in which Ray keeps what the processes of a node print; each node has its own."""
+    node = ray._private.worker._global_node
+    # A driver behind ray:// stands on no node.
+    return "/tmp/ray/session_latest/logs" if node is None else node.get_logs_dir_path()
+
+
 def remove_from_nodes(directory: str) -> None:
     """Deletes a local directory on this node, and on the others as far as they can be reached."""
     shutil.rmtree(directory, ignore_errors=True)

@@ -17,6 +17,8 @@ print(*(holder.getsockname()[1] for holder in holders))')"
   # The head answers nobody without this token, not even on this machine.
   RAY_AUTH_TOKEN=$("$bin/python" -c 'import secrets; print(secrets.token_hex(32))')
   export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
+  # Ray keeps a timeline only if it was told to as it started.
+  [[ "$*" != *profile.steps=* ]] || export RAY_PROFILING=1
   log=$(mktemp -t ray-head.XXXXXX.log)
   echo "submit: starting a Ray head on this machine, dashboard $address"
   "$bin/ray" start --head --block --port "$gcs" --dashboard-host 127.0.0.1 --dashboard-port "$port" \
@@ -31,10 +33,10 @@ print(*(holder.getsockname()[1] for holder in holders))')"
   done
 fi
 
-# VRM_* settings travel to the job; nothing else of this shell does.
+# VRM_* settings and those of loggers travel to the job; nothing else of this shell does.
 environment=$("$bin/python" -c '
 import json, os
-print(json.dumps({"env_vars": {k: v for k, v in os.environ.items() if k.startswith("VRM_")}}))')
+print(json.dumps({"env_vars": {k: v for k, v in os.environ.items() if k.startswith(("VRM_", "WANDB_", "MLFLOW_", "TRACKIO_"))}}))')
 submission=vrm-$(date +%s)-$$
 notes=$(mktemp -t ray-submit.XXXXXX.log)
 # A head that has just started has no job agent for a few seconds.
@@ -45,7 +47,9 @@ for attempt in $(seq 20); do
   sleep 2
 done
 echo "submit: job $submission"
-"$bin/ray" job logs --address "$address" --follow "$submission" 2>/dev/null
+# Without Ray's own lines about the submission.
+"$bin/ray" job logs --address "$address" --follow "$submission" 2>/dev/null |
+  { grep --line-buffered -vE '[[:space:]]INFO (cli|job_manager)\.py:|^Running entrypoint for job ' || true; }
 # Asked without the command line, which takes seconds to start.
 authorization=(${RAY_AUTH_TOKEN:+-H "Authorization: Bearer $RAY_AUTH_TOKEN"})
 answer=$(curl --silent --show-error --fail --max-time 60 "${authorization[@]}" "$address/api/jobs/$submission")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pipeline.learning.builders import DirectTrainerSpec, PPOLearnerSpec
     from pipeline.loops.align_policy import AlignmentPorts
     from pipeline.ports import DirectLearner
+    from pipeline.stages.workspace import StageDirectory
 
 
 def align_policy(
@@ -54,7 +55,7 @@ def align_policy(
             policy_uri=policy.location,
             reward_model_uri=None if needed is None else needed.location,
             publish_directory=actors.publish_directory,
-            open_ports=partial(_open_ports, recipe, actors, policy, needed),
+            open_ports=partial(_open_ports, recipe, actors, policy, needed, stage),
         ),
         max_restarts=recipe.cluster.alignment.max_restarts,
     )
@@ -116,11 +117,18 @@ def align_to_own_pairs(
 
 @contextmanager
 def _open_ports(
-    recipe: Recipe, actors: SharedActors, policy: StageResult, reward_model: StageResult | None, spec: PPOLearnerSpec
+    recipe: Recipe,
+    actors: SharedActors,
+    policy: StageResult,
+    reward_model: StageResult | None,
+    stage: StageDirectory,
+    spec: PPOLearnerSpec,
 ) -> Iterator[AlignmentPorts]:
     from actors.deepspeed_learners import deepspeed_ppo_learner
     from actors.rank_group import RankGroup
     from actors.ranked_learner import RankedPolicyLearner, RankedSender
+    from actors.step_profile import StepProfile, profiled
+    from cluster.rollout_plan import WeightReceivers
     from pipeline.loops.align_policy import AlignmentPorts
     from pipeline.rewards.opened import open_sources
 
@@ -133,11 +141,18 @@ def _open_ports(
         sources = open_sources(recipe.alignment.rewards, actors.reward_openers(reward_model), exits)
         rollouts.sleep()  # the learner may be built on the engines' GPUs
         group.build(deepspeed_ppo_learner, spec, ranks)
-        sender = RankedSender(
-            group, actors.rollout_plan.weight_transfer, dtype=spec.dtype, deadline_s=deadlines.weights_s
+        receivers = WeightReceivers(
+            weight_transfer=actors.rollout_plan.weight_transfer,
+            dtype=spec.dtype,
+            shards=recipe.cluster.rollout.shards,
         )
+        sender = RankedSender(group, receivers, deadline_s=deadlines.weights_s)
         with rollouts.fed_by(sender):
-            yield AlignmentPorts(rollouts=rollouts, sources=sources, learner=RankedPolicyLearner(group, deadlines))
+            ports = AlignmentPorts(rollouts=rollouts, sources=sources, learner=RankedPolicyLearner(group, deadlines))
+            if recipe.profile.steps:
+                processes = {"rank-0.json.gz": group.first, "engine-0.json.gz": rollouts.first_worker}
+                ports = profiled(ports, StepProfile(recipe.profile.steps, stage.uri, stage.name, processes))
+            yield ports
 
 
 def main(job: Job) -> None:

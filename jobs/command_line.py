@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.engine_build import resolution_reasons, resolve_rollout
-from cluster.resources import check_plan, plan_recipe, plan_table, this_machine
-from cluster.rollout_plan import plan_rollouts
+from cluster.resources import check_plan, plan_table, this_machine
+from cluster.rollout_plan import plan_of_stages, plan_rollouts
 from cluster.submission import is_submitted_job
 from jobs.exit_codes import exit_codes
 from jobs.preflight import check_recipe
@@ -177,7 +177,7 @@ def print_dry_run(options: JobOptions) -> None:
     recipe, here = options.recipe, this_machine()
     elsewhere = bool(CLUSTERS & os.environ.keys())
     rollouts = plan_rollouts(recipe, [] if elsewhere or not here["GPU"] else [here])
-    plan = plan_recipe(recipe, rollouts.placement)
+    plan = plan_of_stages(recipe, rollouts)
     print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     print(f"workspace: {options.workspace}\n\n{plan_table(plan)}\n\n{rollouts}")
     rollout = recipe.cluster.rollout

@@ -25,8 +25,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from cluster.resources import StageDemand, plan_resources, plan_table
-from cluster.rollout_plan import plan_rollouts
+from cluster.resources import StageDemand, plan_table
+from cluster.rollout_plan import plan_of_stages, plan_rollouts
 from jobs.command_line import Command, absolute_place, add_overrides, add_recipe
 from jobs.experiments import Compute, demand_of, finish_runs, seeds_and_overrides
 from pipeline.config.comparison import Method
@@ -93,7 +93,7 @@ def compute_on_the_cluster(cells: Sequence[Run], out: str) -> Iterable[tuple[int
 def plan_of(recipe: Recipe) -> Sequence[StageDemand]:
     """What one cell holds."""
     if recipe.comparison.cells == "pipeline":
-        return plan_resources(recipe.cluster, plan_rollouts(recipe, []).placement)
+        return plan_of_stages(recipe, plan_rollouts(recipe, []))
     return [StageDemand(stage="one cell", demands=(demand_of(recipe),))]
 
 
@@ -111,8 +111,12 @@ def report(finished: Sequence[FinishedRun], out: str) -> str:
     return text
 
 
-def judged(f: FinishedRun, place: str) -> FinishedRun:
+def judged(f: FinishedRun, directory: str, file: str) -> FinishedRun:
     """The cell with the verdicts of another judge.
+
+    Args:
+        directory: of the cell.
+        file: the verdicts, below it.
 
     Raises:
         DataError: they cannot be read, or lack a prompt of the cell.
@@ -120,8 +124,8 @@ def judged(f: FinishedRun, place: str) -> FinishedRun:
     from pipeline.benchmark.alpaca_eval.annotations import read_annotations
     from pipeline.experiments.method_tables import with_judgments
 
-    with storage.reading(place.rpartition("/")[0]) as directory:
-        annotations = read_annotations(Path(directory, place.rpartition("/")[2]))
+    with storage.reading(directory) as local:
+        annotations = read_annotations(Path(local, file))
     return with_judgments(f, annotations)
 
 
@@ -142,7 +146,7 @@ def compare_methods(options: argparse.Namespace, compute: Compute = compute_on_t
         return f"{listed}\n\n{plan_table(plan_of(recipe))}"
     finished, failures = finish_runs(cells, out, compute)
     if options.judgments:
-        finished = [judged(f, storage.join(out, f"cells/{f.run.config_hash}/{options.judgments}")) for f in finished]
+        finished = [judged(f, storage.join(out, f"cells/{f.run.config_hash}"), options.judgments) for f in finished]
     text = report(finished, out) if finished else ""
     if failures:
         print(text, flush=True)

@@ -50,7 +50,7 @@ from pipeline.evaluation.reward_evaluation import (
 )
 from pipeline.models.checkpoint_files import check_checkpoint, check_reward_model
 from pipeline.stages.fingerprint import directory_fingerprint
-from pipeline.stages.metrics_log import as_clock
+from pipeline.tracking.progress import as_clock
 
 if TYPE_CHECKING:
     from pipeline.data.evaluation_examples import EvaluationExample

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +106,7 @@ def compute_on_the_cluster(runs: Sequence[Run], out: str) -> Iterable[tuple[int,
             yield from align_everywhere(recipes, demand, storage.join(out, "shared"), max_restarts=restarts)
             return
         states_uri = storage.join(out, "states")
-        keep_states(recipes, demand, states_uri, max_restarts=restarts, report=partial(print, flush=True))
+        keep_states(recipes, demand, states_uri, max_restarts=restarts, name="experiments")
         yield from train_everywhere(recipes, demand, states_uri, max_restarts=restarts)
 
 

@@ -27,7 +27,7 @@ from pipeline.models.checkpoint_files import check_reward_model
 from pipeline.models.reward_model_card import require_posterior
 from pipeline.stages import storage
 from pipeline.stages.fingerprint import directory_fingerprint
-from pipeline.stages.metrics_log import as_clock
+from pipeline.tracking.progress import as_clock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -10,6 +10,7 @@ from pipeline.benchmark.scored_answers import read_scored_answers
 from pipeline.config.recipe import Recipe
 from pipeline.models.reward_model_card import read_card
 from pipeline.records import StageResult
+from pipeline.rollouts.kept_samples import read_samples
 from pipeline.stages import storage
 from pipeline.stages.fingerprint import directory_fingerprint
 from pipeline.stages.runner import StageRunner
@@ -72,6 +73,7 @@ def write_report(
         base=answers[BASE],
         aligned=answers[ALIGNED],
         kinds=planted["kinds"],
+        over_time=read_samples(directories[2].uri),
         planted_weights=planted["weights"],
     )
     location = storage.join(workspace.uri, "report.html")

@@ -14,9 +14,9 @@ from jobs.command_line import Command
 from pipeline.config.cluster import ClusterConfig
 from pipeline.errors import WorkspaceError
 from pipeline.stages import storage
-from pipeline.stages.metrics_log import as_clock
 from pipeline.stages.ownership import read_owner
 from pipeline.stages.workspace import StageDirectory
+from pipeline.tracking.progress import as_clock
 
 HEADER = ("stage", "fingerprint", "state", "steps", "time", "size MiB", "")
 WIDTHS = (20, 14, 13, 10, 9, 10, 0)

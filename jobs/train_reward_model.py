@@ -85,7 +85,7 @@ def _train(
         ),
         states_uri,
         max_restarts=cluster.reward.max_restarts,
-        report=lambda line: print(f"{stage.name}  {line}", flush=True),
+        name=stage.name,
     )
     open_trainer = partial(
         open_ranked_learner, "reward training", deepspeed_reward_trainer, cluster.reward, cluster.deadlines

@@ -55,6 +55,12 @@ def _preview() -> Command:
     return preview_command
 
 
+def _rollouts() -> Command:
+    from jobs.show_rollouts import show_rollouts_command
+
+    return show_rollouts_command
+
+
 def _scale() -> Command:
     from jobs.scale_rollouts import scale_rollouts_command
 
@@ -109,6 +115,24 @@ def _compare() -> Command:
     return compare_policies_command
 
 
+def _launch_kubernetes() -> Command:
+    from jobs.launch import kubernetes_command
+
+    return kubernetes_command
+
+
+def _launch_slurm() -> Command:
+    from jobs.launch import slurm_command
+
+    return slurm_command
+
+
+def _launch_ssh() -> Command:
+    from jobs.launch import ssh_command
+
+    return ssh_command
+
+
 def _explain() -> Command:
     from jobs.explain_settings import explain_command
 
@@ -125,11 +149,15 @@ COMMANDS: Mapping[str, Entry] = {
     "explain": Entry(summary="say what a setting of a recipe means", load=_explain),
     "preview": Entry(summary="show the data of a recipe as its models will see it", load=_preview),
     "status": Entry(summary="show what a workspace holds", load=_status),
+    "rollouts": Entry(summary="look into the rollouts that an alignment kept", load=_rollouts),
     "scale": Entry(summary="give a running job more or fewer rollout workers", load=_scale),
     "serve": Entry(summary="serve a trained reward model over HTTP", load=_serve),
     "evaluate": Entry(summary="evaluate a reward model on comparisons, RewardBench, RM-Bench", load=_evaluate),
     "experiment": Entry(summary="run every variant of an experiment with every seed", load=_experiment),
     "methods": Entry(summary="compare alignment methods as policies and as reward models", load=_methods),
+    "launch kubernetes": Entry(summary="write a RayJob or a RayService for KubeRay", load=_launch_kubernetes),
+    "launch slurm": Entry(summary="write a batch script for Slurm", load=_launch_slurm),
+    "launch ssh": Entry(summary="write a file for `ray up` over ssh", load=_launch_ssh),
     "benchmark generate": Entry(summary="answer AlpacaEval, Arena-Hard or MT-Bench", load=_generate),
     "benchmark judge": Entry(summary="let a judge compare or grade the answers", load=_judge),
     "benchmark score": Entry(summary="compute the scores of a judge's verdicts", load=_score),
@@ -137,7 +165,10 @@ COMMANDS: Mapping[str, Entry] = {
 }
 """The words of a command -> its job, in the order of `vrm --help`."""
 
-GROUPS = {"benchmark": "generate, judge, score or compare answers to benchmarks"}
+GROUPS = {
+    "launch": "write what starts a recipe on Kubernetes, Slurm or machines over ssh",
+    "benchmark": "generate, judge, score or compare answers to benchmarks",
+}
 """First words that several commands share."""
 
 

@@ -246,6 +246,8 @@ class Experience:
 
     sequences: tuple[PromptGroup, ...]
     """B prompts with one response each."""
+    rows: tuple[int, ...]
+    """[B] places of these responses among the rollouts of the step, of which a recipe may leave some out."""
     mask: torch.Tensor
     """[B, T] bool."""
     logprobs: torch.Tensor

@@ -161,7 +161,17 @@ def with_standard_values(written: Any) -> Any:
     if not isinstance(written, Mapping):
         return written
     # An unknown name has no values; the schema says which names there are.
-    return _overlay(STANDARD_VALUES.get(str(written.get("algorithm", "ppo")), {}), written)
+    standard = STANDARD_VALUES.get(str(written.get("algorithm", "ppo")), {})
+    merged = _overlay(standard, written)
+    direct, standard_direct = written.get("direct"), standard.get("direct", {})
+    # Steps that the recipe writes say how long to train, in place of the epochs of the algorithm.
+    if (
+        isinstance(direct, Mapping)
+        and direct.get("num_steps") is not None
+        and "epochs" in standard_direct.keys() - direct
+    ):
+        merged["direct"] = {**merged["direct"], "epochs": None}
+    return merged
 
 
 def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

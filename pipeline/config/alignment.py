@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.config.algorithms import DIRECT, Algorithm, with_standard_values
 from pipeline.config.base import Count, Fraction, Frozen, NonNegative, Positive
@@ -12,6 +12,19 @@ from pipeline.config.direct_alignment import DirectConfig
 from pipeline.config.models import LoRAConfig, OptimiserConfig, _require_one_way_to_train_less
 from pipeline.config.policy_pairs import PolicyPairsConfig
 from pipeline.config.rewards import THIS_RUNS_MODEL, RewardSourceConfig, require_usable_rewards
+
+WHAT_IS_KEPT_OF_ROLLOUTS = frozenset({"keep_rollouts", "keep_token_ids", "keep_rollouts_mib"})
+"""Settings of `alignment` that change no result, and so are no part of a stage's identity."""
+
+
+def _share_of_prompts(written: Any) -> Any:
+    """ "all", "none" or a number between them, or an error that says so."""
+    if written in ("all", "none"):
+        return written
+    is_share = isinstance(written, int | float) and not isinstance(written, bool) and 0 < written < 1
+    if not is_share:
+        raise ValueError(f"{written!r:.80} is no share; give all, none, or a number above 0 and below 1, as in 0.1")
+    return float(written)
 
 
 class KLConfig(Frozen):
@@ -241,9 +254,26 @@ class AlignmentConfig(Frozen):
     When an update ends, requests that still wait are sampled from the new policy. For begun responses, "continue" lets
     the new policy finish them, and "discard" samples them again. None samples each step after its policy is published.
     """
-    keep_best: Literal["reward/mean", "reward/shaped"] | None = None
-    """End with the checkpoint that is best by this metric of its step; None ends with the last. Rollouts of a step are
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    """Steps from one validation to the next: held-out prompts, which are never trained on, are answered and measured
+    (`eval/*`). The first is before step 1, the last after the last step. 0 is never, the default: what a validation
+    costs depends on the recipe. It changes nothing in the training."""
+    eval_prompts: Count = 64
+    """Held-out prompts of a validation, one response each. They are drawn by seed, and the same at every validation."""
+    eval_greedy: bool = False
+    """Answer them with the most likely tokens; false samples at `temperature`, as training does."""
+    keep_best: Literal["reward/mean", "reward/shaped", "eval/reward"] | None = None
+    """End with the policy that is best by this metric; None ends with the last. "eval/reward" compares all policies
+    that were validated after an update. The other two are of a step, and compare its commits. Rollouts of a step are
     drawn before its update, so they judge the policy that the update began with."""
+    keep_rollouts: Annotated[Literal["all", "none"] | float, BeforeValidator(_share_of_prompts)] = "all"
+    """Which rollouts are written to Parquet files, one a step, for `vrm rollouts`: "all", "none", or the share of the
+    prompts, above 0 and below 1, that is kept with all its responses. The seed chooses, so a kept prompt is kept
+    whenever it is sampled. No part of what a run is: it changes no result."""
+    keep_token_ids: bool = False
+    """Write the token ids of prompts and responses to these files too."""
+    keep_rollouts_mib: Positive = 256
+    """MiB that these files may take in a stage. What comes after is left out, and counted."""
     gate_tolerance: Positive | None = None
     """Largest mean absolute logprob difference between engine and learner after a weight update;
     None chooses 1e-4 for float32 and 0.2 for bfloat16."""
@@ -321,6 +351,15 @@ class AlignmentConfig(Frozen):
             raise ValueError(
                 "pairs = policy makes its pairs itself, so direct.labelled_responses, direct.order = easy_first and "
                 "direct.keep_easiest mean nothing; leave them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_best_policy_is_validated(self) -> AlignmentConfig:
+        if self.keep_best == "eval/reward" and not self.eval_every:
+            raise ValueError(
+                "keep_best = eval/reward compares validated policies, but eval_every = 0 validates none; set "
+                "eval_every, 10 for example, or keep_best=reward/mean"
             )
         return self
 

@@ -111,10 +111,10 @@ class DirectConfig(Frozen):
 
     batch_pairs: Count = 128
     """Pairs of an optimiser step, over all shards; with `labelled_responses` single responses."""
-    epochs: Count = 1
-    """Passes over the pairs."""
+    epochs: Count | None = None
+    """Passes over the pairs; None is 1, where `num_steps` does not say how long to train."""
     num_steps: Count | None = None
-    """Optimiser steps; None is `epochs` passes over the pairs."""
+    """Optimiser steps, in place of `epochs`; they also replace the epochs that `alignment.algorithm` stands for."""
     max_length: Count = 1024
     """Longest prompt with response, in tokens. Longer training pairs are left out and counted."""
     optimiser: OptimiserConfig = OptimiserConfig(learning_rate=5e-7, warmup_fraction=0.1)
@@ -145,6 +145,15 @@ class DirectConfig(Frozen):
     @model_validator(mode="after")
     def _one_way_to_train_less(self) -> DirectConfig:
         _require_one_way_to_train_less(self.trainable_layers, self.lora)
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_say_how_long(self) -> DirectConfig:
+        if self.epochs is not None and self.num_steps is not None:
+            raise ValueError(
+                f"epochs = {self.epochs} and num_steps = {self.num_steps} both say how long to train; set one of the "
+                "two to null"
+            )
         return self
 
     @model_validator(mode="after")

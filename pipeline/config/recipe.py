@@ -7,7 +7,7 @@ finished stage.
 from __future__ import annotations
 
 import difflib
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,8 +18,11 @@ from pipeline.config.cluster import ClusterConfig
 from pipeline.config.comparison import ComparisonConfig
 from pipeline.config.data import DataConfig
 from pipeline.config.models import PolicyConfig
+from pipeline.config.profile import ProfileConfig
 from pipeline.config.reward import JudgeConfig, RewardConfig
 from pipeline.config.sft import SFTConfig
+
+LoggerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 class ExperimentConfig(Frozen):
@@ -144,10 +147,15 @@ class Recipe(ExperimentConfig):
 
     cluster: ClusterConfig = ClusterConfig()
     comparison: ComparisonConfig = ComparisonConfig()
+    logging: tuple[LoggerName, ...] = ("tensorboard",)
+    """Where the numbers of metrics.jsonl go too: tensorboard, wandb, mlflow, trackio; [] is nowhere. A run for each
+    stage; all runs of a workspace have one group. The libraries' own environment variables say where and how
+    (WANDB_MODE, MLFLOW_TRACKING_URI, TRACKIO_DIR). A logger that fails or waits does not end or delay the run."""
+    profile: ProfileConfig = ProfileConfig()
 
     def could_share_gpus(self, gpus_per_worker: float) -> bool:
         """Whether engines and learner may take turns on the same GPUs, were there no others."""
-        return self.cluster.takes_whole_gpus(gpus_per_worker) and not self._against_shared_gpus()
+        return gpus_per_worker == 1 and self.cluster.takes_whole_gpus(1) and not self._against_shared_gpus()
 
     def _against_shared_gpus(self) -> str:
         """Why engines cannot stand on the learner's GPUs and sleep while it works; empty where they can."""
@@ -174,5 +182,20 @@ class Recipe(ExperimentConfig):
             raise ValueError(
                 "cluster.rollout.autoscale compares who waits for whom, but without alignment.prefetch the learner "
                 "waits for every rollout; set alignment.prefetch=continue, or cluster.rollout.workers alone"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _profiled_steps_are_steps_of_the_run(self) -> Recipe:
+        beyond = [step for step in self.profile.steps if step >= self.alignment.num_steps]
+        if self.profile.steps and self.alignment.is_direct:
+            raise ValueError(
+                f"profile.steps = {[*self.profile.steps]} records rollouts and updates of an alignment against a "
+                f"reward, but alignment.algorithm = {self.alignment.algorithm} has no such steps; set profile.steps=[]"
+            )
+        if beyond:
+            raise ValueError(
+                f"profile.steps = {[*self.profile.steps]} names step {beyond[0]}, but alignment.num_steps = "
+                f"{self.alignment.num_steps}: the last step is {self.alignment.num_steps - 1}, counted from 0"
             )
         return self

@@ -155,7 +155,7 @@ def _default(field: FieldInfo) -> str:
         return str(value).lower()
     if isinstance(value, float):
         return f"{value:g}"
-    return "[]" if value == () else str(value)
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
 
 
 def _one_line(text: str) -> str:

@@ -18,7 +18,7 @@ from pipeline.reporting.axis_style import style_axis
 CURVES = {
     "eval/accuracy": "held-out accuracy of the implied reward",
     "eval/loss": "held-out loss of the method",
-    "eval/kl": "k2 of held-out responses (nats)",
+    "eval/change_rms": "rms change of held-out log-probabilities (nats)",
     "gold/mean": "gold reward of rollouts",
     "reward/zscore": "reward of rollouts (sd)",
     "kl/per_response": "KL of rollouts (nats a response)",

@@ -11,7 +11,7 @@ from pipeline.config.comparison import ComparisonConfig
 from pipeline.config.recipe import Recipe
 from pipeline.data.planted import GoldAnnotator
 from pipeline.data.preferences import normalised_prompt
-from pipeline.data.run_data import RunData
+from pipeline.data.run_data import RunData, pairs_of_the_reward_model
 from pipeline.evaluation.implicit_reward_scorer import ImplicitRewardScorer
 from pipeline.evaluation.scored_rows_file import ComparisonScorer
 from pipeline.experiments.local_run import LocalRun, scorer_in_process
@@ -33,7 +33,7 @@ METHOD_CURVE_METRICS = (
     "eval/accuracy",
     "eval/loss",
     "eval/margin",
-    "eval/kl",
+    "eval/change_rms",
     "reward/zscore",
     "gold/mean",
     "kl/per_response",
@@ -113,8 +113,9 @@ def cell_result(
     prompts = benchmark_prompts(recipe, data, inputs.policy.location)[0]
     manifests = [stage.manifest() for stage in stages]
     rows = [stage.metrics_rows() for stage in stages]
+    num_pairs = len(pairs_of_the_reward_model(data, recipe.judge).train_pairs)
     budget = training_budget(
-        recipe, [row for stage in rows for row in stage], [m["metrics"] for m in manifests], len(data.train_pairs)
+        recipe, [row for stage in rows for row in stage], [m["metrics"] for m in manifests], num_pairs
     )
     seconds = sum(manifest[SECONDS] for manifest in manifests) + inputs.reward_model_seconds
     return RunResult(

@@ -12,6 +12,7 @@ from pipeline.learning.builders import build_reward_trainer, build_sft_trainer, 
 from pipeline.loops.reward import reward_stage, run_reward_training
 from pipeline.loops.sft import run_sft, sft_stage
 from pipeline.records import Metrics, StageResult
+from pipeline.stages import storage
 from pipeline.stages.stage_spec import StageSpec
 from pipeline.stages.workspace import StageDirectory
 
@@ -33,8 +34,14 @@ def shared_policy(experiment: ExperimentConfig, root: str, *, device: str) -> St
     )
 
 
-def shared_reward_model(experiment: ExperimentConfig, policy: StageResult, root: str, *, device: str) -> StageResult:
-    """The reward model on top of the policy, from `root`, or trained in this process and committed there."""
+def shared_reward_model(
+    experiment: ExperimentConfig, policy: StageResult, root: str, *, device: str, states_uri: str | None = None
+) -> StageResult:
+    """The reward model on top of the policy, from `root`, or trained in this process and committed there.
+
+    Args:
+        states_uri: where the states of a frozen backbone are kept; None computes them as they are needed.
+    """
     return from_root_or_computed(
         reward_stage(experiment, policy.fingerprint),
         root,
@@ -44,6 +51,7 @@ def shared_reward_model(experiment: ExperimentConfig, policy: StageResult, root:
             pairs_of_the_reward_model(load_data(experiment), experiment.judge),
             policy.location,
             lambda spec: nullcontext(build_reward_trainer(spec, engine_in_process(device))),
+            states_uri=states_uri,
         ),
     )
 
@@ -62,5 +70,4 @@ def from_root_or_computed(spec: StageSpec, root: str, compute: Callable[[StageDi
 
 def seconds_of(result: StageResult) -> float:
     """How long the finished stage took."""
-    directory, _, _ = result.location.rpartition("/")
-    return float(StageDirectory(directory, result.name, result.fingerprint).manifest()[SECONDS])
+    return float(StageDirectory(storage.parent(result.location), result.name, result.fingerprint).manifest()[SECONDS])

@@ -15,6 +15,7 @@ from pipeline.data.preferences import normalised_prompt
 from pipeline.errors import DataError
 from pipeline.learning.direct_data import DirectExamples
 from pipeline.objectives.direct_alignment import dpo_loss
+from pipeline.records import Metrics
 from pipeline.stages import storage
 
 DIFFICULTY_FILE = "difficulty.parquet"
@@ -77,20 +78,42 @@ def read_losses(uri: str) -> dict[str, float]:
     return dict(zip(table["id"].to_pylist(), table["loss"].to_pylist(), strict=True))
 
 
+def mean_losses(examples: DirectExamples, losses: Sequence[Mapping[str, float]]) -> list[float]:
+    """The difficulty of each pair: the mean of its losses, one for each split into halves."""
+    return [sum(split[identity] for split in losses) / len(losses) for identity in examples.ids]
+
+
+def about_difficulty(examples: DirectExamples, losses: Sequence[Mapping[str, float]], kept: Sequence[int]) -> Metrics:
+    """`difficulty/*`: whether the difficulties say more than the lengths of the responses.
+
+    Returns:
+        `length_correlation`: of the difficulty with the tokens of the chosen minus those of the rejected response,
+        0 where one of the two does not vary. `kept_chosen_shorter`: the share of the kept pairs whose chosen response
+        is the shorter one.
+    """
+    lengths = np.array([[len(ids) for ids in group.response_ids] for group in examples.groups], dtype=float)
+    extra = lengths[:, 0] - lengths[:, 1]
+    difficulty = np.array(mean_losses(examples, losses))
+    varies = extra.std() > 0 and difficulty.std() > 0
+    return {
+        "difficulty/length_correlation": float(np.corrcoef(extra, difficulty)[0, 1]) if varies else 0.0,
+        "difficulty/kept_chosen_shorter": float((extra[list(kept)] < 0).mean()),
+    }
+
+
 def easiest_first(
     examples: DirectExamples, losses: Sequence[Mapping[str, float]], *, keep: float, uri: str
 ) -> list[int]:
     """The rows of the easiest share of the pairs, from easy to hard; writes a table of all pairs to `uri`.
 
-    The difficulty of a pair is the mean of its losses, one for each split into halves. The table is in the order of
-    difficulty: id, prompt, difficulty, one loss a split, and whether the pair is kept.
+    The table is in the order of difficulty: id, prompt, difficulty, one loss a split, and whether the pair is kept.
 
     Args:
         losses: for each split, the losses of all pairs.
         keep: share of the pairs to keep, at least one.
     """
     by_pair = [[split[identity] for split in losses] for identity in examples.ids]
-    difficulty = [sum(values) / len(values) for values in by_pair]
+    difficulty = mean_losses(examples, losses)
     order = sorted(range(len(examples)), key=lambda row: (difficulty[row], row))
     num_kept = max(1, round(keep * len(examples)))
     columns: dict[str, list] = {

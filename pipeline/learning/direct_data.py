@@ -118,7 +118,7 @@ class DirectData:
 
     @property
     def num_steps(self) -> int:
-        passes = self.config.epochs * len(self.trained)
+        passes = (self.config.epochs or 1) * len(self.trained)
         return self.config.num_steps or max(1, passes // self.config.batch_pairs)
 
     def metrics(self) -> Metrics:
@@ -144,13 +144,24 @@ class DirectData:
         groups = self.examples.groups
         return mismatched_groups([groups[row] for row in rows], max_length=self.config.max_length)
 
-    def with_references(self, reference: ReferenceOf) -> DirectBatches:
+    def rows_read(self) -> list[int]:
+        """The rows of `examples` that a step of the training reads, sorted."""
+        return sorted({row for step in range(self.num_steps) for row in self.rows(step)})
+
+    def with_references(self, reference: ReferenceOf, *, of_every_row: bool = False) -> DirectBatches:
         """The same data with the log-probabilities of the reference that its method asks for.
 
         Held-out pairs always get them: they show how far the policy has moved.
+
+        Args:
+            of_every_row: also of rows that no step reads.
         """
         config = self.config
-        trained_on = reference(self.examples.groups) if config.reference else None
+        trained_on = None
+        if config.reference:
+            rows = list(range(len(self.examples))) if of_every_row else self.rows_read()
+            trained_on = torch.full(self.examples.desirable.shape, torch.nan)
+            trained_on[rows] = reference([self.examples.groups[row] for row in rows])
         mismatched = None
         if config.losses.kto:
             groups = [group for step in range(self.num_steps) for group in self.mismatched(self.rows(step))]
@@ -179,7 +190,7 @@ class DirectBatches:
 
     data: DirectData
     reference_logprobs: torch.Tensor | None
-    """[N, k] of all training examples; None where the method has no reference."""
+    """[N, k] of all training examples, NaN of rows that no step reads; None where the method has no reference."""
     mismatched: torch.Tensor | None
     """[num_steps, B, k] of KTO's mismatched responses of every step."""
     heldout: DirectBatch

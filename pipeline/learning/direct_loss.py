@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,6 @@ from pipeline.objectives.direct_alignment import (
     wpo_pair_weights,
     wpo_response_weights,
 )
-from pipeline.objectives.divergence import kl_estimate
 from pipeline.objectives.preference import ranked_correctly
 from pipeline.records import DirectBatch, Metrics
 
@@ -187,17 +187,20 @@ def metric_sums(responses: Responses, config: DirectConfig) -> dict[str, torch.T
         sums["pair_weight"] = _pair_weights(responses, config).sum()
     if responses.reference_logprobs is not None:
         changes = responses.log_ratios().detach()
-        kl = kl_estimate(responses.logprobs.detach(), responses.reference_logprobs, "k2")
         sums |= {
             "chosen_change": changes[desirable].sum(),
             "rejected_change": changes[~desirable].sum(),
-            "kl": kl.sum(),
+            "squared_change": changes.square().sum(),
         }
     return sums
 
 
 def metric_means(sums: dict[str, torch.Tensor], counts: StepCounts, split: str) -> Metrics:
-    """`<split>/*`: rewards, their margin and accuracy; how far the log-probabilities moved, a response and a token."""
+    """`<split>/*`: rewards, their margin and accuracy; how far the log-probabilities moved, a response and a token.
+
+    `change_rms` is the root mean square of log pi(y) - log pi_ref(y) over the responses of the data, nats. It is no KL:
+    the policy did not sample them.
+    """
     totals = {name: float(total) for name, total in sums.items()}
     num_desirable, num_undesirable = counts.desirable, counts.responses - counts.desirable
     means = {
@@ -206,12 +209,12 @@ def metric_means(sums: dict[str, torch.Tensor], counts: StepCounts, split: str) 
     }
     means["margin"] = means["chosen_reward"] - means["rejected_reward"]
     means |= {name: totals[name] / counts.rows for name in ("accuracy", "pair_weight") if name in totals}
-    if "kl" in totals:
+    if "squared_change" in totals:
         means |= {
             "chosen_change": totals["chosen_change"] / max(1, num_desirable),
             "rejected_change": totals["rejected_change"] / max(1, num_undesirable),
             "chosen_change_per_token": totals["chosen_change"] / max(1, counts.desirable_tokens),
             "rejected_change_per_token": totals["rejected_change"] / max(1, counts.undesirable_tokens),
-            "kl": totals["kl"] / counts.responses,
+            "change_rms": math.sqrt(totals["squared_change"] / counts.responses),
         }
     return {f"{split}/{name}": mean for name, mean in means.items()}

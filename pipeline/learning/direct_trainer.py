@@ -11,8 +11,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.config.direct_alignment import DirectConfig, DynamicBetaConfig
-from pipeline.evaluation.direct_alarms import DIRECT_ALARMS
-from pipeline.evaluation.reward_alarms import check_alarms
+from pipeline.evaluation.alarms import DIRECT_ALARMS, check_alarms
 from pipeline.learning.direct_loss import (
     Responses,
     StepCounts,

@@ -68,6 +68,7 @@ def build_experience(
     mask = batch.mask[kept]
     experience = Experience(
         sequences=tuple(rollouts[row].tokens for row in kept.tolist()),
+        rows=tuple(scored.rows[row] for row in kept.tolist()),
         mask=mask,
         logprobs=batch.logprobs[kept],
         reference_logprobs=batch.reference_logprobs[kept],
@@ -207,6 +208,7 @@ def batch_metrics(batch: RolloutTensors, rewards: torch.Tensor, *, kl_coefficien
         "kl/coefficient": kl_coefficient,
         "response/tokens": float(batch.response_lengths.float().mean()),
         "response/stopped": float(1.0 - batch.was_cut.mean()),
+        "response/repetition": float(batch.repetition.mean()),
     }
 
 

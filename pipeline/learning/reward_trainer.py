@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.config.reward import PairLossConfig, VariationalLossConfig
-from pipeline.evaluation.reward_alarms import check_alarms
+from pipeline.evaluation.alarms import check_alarms
 from pipeline.evaluation.reward_diagnostics import reward_diagnostics
 from pipeline.learning.engine import TrainEngine
 from pipeline.learning.memory import peak_memory

@@ -12,6 +12,9 @@ import torch
 from pipeline.errors import NumericsError, ShapeError
 from pipeline.records import RewardScore, Rollout, TokenEvaluation
 
+REPEATED_NGRAM = 4
+"""Tokens. Shorter runs of tokens occur twice in good prose."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutTensors:
@@ -31,6 +34,8 @@ class RolloutTensors:
     """[B] int64 tokens."""
     was_cut: torch.Tensor
     """[B] float32: 1 where the response reached the sampler's limit before its end, else 0."""
+    repetition: torch.Tensor
+    """[B] float32: share of the response's 4-grams of tokens that have occurred in it before."""
     reward_mean: torch.Tensor
     """[B] posterior mean of the reward."""
     reward_std: torch.Tensor
@@ -56,6 +61,7 @@ class RolloutTensors:
             values=_pad([evaluation.values for evaluation in evaluations]),
             response_lengths=lengths,
             was_cut=torch.tensor([r.finish_reason == "length" for r in rollouts], dtype=torch.float32),
+            repetition=torch.tensor([repeated_share(rollout.response_ids) for rollout in rollouts]),
             reward_mean=torch.tensor([score.mean for score in scores]),
             reward_std=torch.tensor([score.std for score in scores]),
         )
@@ -115,3 +121,12 @@ def _pad(rows: Sequence[Sequence[float]]) -> torch.Tensor:
     """[B, T] float32, left-aligned, 0 on padding."""
     width = max(len(row) for row in rows)
     return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows], dtype=torch.float32)
+
+
+def repeated_share(tokens: Sequence[int]) -> float:
+    """Share of a response's 4-grams that have occurred in it before; 0 for a response of fewer than 4 tokens."""
+    count = len(tokens) - REPEATED_NGRAM + 1
+    if count <= 0:
+        return 0.0
+    distinct = {tuple(tokens[i : i + REPEATED_NGRAM]) for i in range(count)}
+    return 1.0 - len(distinct) / count

@@ -5,25 +5,37 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from pipeline.config.alignment import WHAT_IS_KEPT_OF_ROLLOUTS
 from pipeline.config.recipe import ExperimentConfig
 from pipeline.data.prompts import PromptStream, tokenise_prompts
 from pipeline.data.recipe_files import require_columns, reward_columns
 from pipeline.data.run_data import RunData, data_fingerprints
+from pipeline.errors import DataError
 from pipeline.evaluation.overoptimization import GoldReward
 from pipeline.learning.builders import PPOLearnerSpec
 from pipeline.loops.alignment import align
+from pipeline.loops.alignment_observer import AlignmentObserver, KeptRollouts
 from pipeline.loops.reward_scales import heldout_rollouts, scale_metrics, scales_of_run
+from pipeline.loops.validation import Validation, ValidationPlan
 from pipeline.models.backbone import load_tokenizer, require_context, require_lora_targets, require_same_tokens
 from pipeline.models.reward_model import load_reward_tokenizer, read_backbone_config
-from pipeline.ports import BackgroundRolloutSource, PolicyLearner
+from pipeline.models.reward_model_card import read_card
+from pipeline.ports import BackgroundRolloutSource, PolicyLearner, RewardSources
 from pipeline.records import Metrics
 from pipeline.rewards.opened import OpenedSource, combined_rewards, needs_measured_scales
 from pipeline.rewards.source_files import reward_fingerprints
+from pipeline.rollouts.kept_rollouts import RolloutFiles, what_was_kept
+from pipeline.rollouts.kept_samples import SamplesOverTime
 from pipeline.rollouts.numerics_gate import choose_probes
+from pipeline.rollouts.prefetch import StepPlan
 from pipeline.stages import storage
 from pipeline.stages.stage_spec import StageSpec
 from pipeline.stages.workspace import StageDirectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 VERSION = 3
 
@@ -50,7 +62,11 @@ def alignment_stage(experiment: ExperimentConfig, policy: str, reward_model: str
     return StageSpec(
         name="align_policy",
         version=VERSION,
-        config=experiment.model_dump(mode="json", include={"seed", "data", "alignment", "policy"}),
+        config=experiment.model_dump(
+            mode="json",
+            include={"seed", "data", "alignment", "policy"},
+            exclude={"alignment": set(WHAT_IS_KEPT_OF_ROLLOUTS)},
+        ),
         inputs=(policy, *([] if reward_model is None else [reward_model])),
         data=(*data_fingerprints(experiment), *reward_fingerprints(experiment.alignment.rewards)),
         keep_checkpoints=experiment.alignment.keep_checkpoints,
@@ -86,6 +102,10 @@ def run_alignment(
         require_lora_targets(directory, config.ppo.lora, "alignment.ppo")
         tokenizer = load_tokenizer(directory)
         require_context(directory, config.max_prompt_tokens + config.max_response_tokens, "alignment")
+    objectives: Sequence[str] = ()
+    if reward_model_uri is not None:
+        with storage.reading(reward_model_uri) as directory:
+            objectives = read_card(directory).objectives
     if reward_model_uri is not None and config.ppo.critic_reads_policy_tokens:
         with storage.reading(reward_model_uri) as directory:
             num_rows = int(read_backbone_config(directory).vocab_size)
@@ -94,6 +114,7 @@ def run_alignment(
         require_columns(
             reward_columns(experiment), data.prompt_columns.get(identity, {}), place=f"data.prompts, prompt {identity}"
         )
+    plan = validation_plan(experiment, data, tokenizer)
     prompts = tokenise_prompts(
         data.train_prompts,
         tokenizer,
@@ -114,6 +135,7 @@ def run_alignment(
         publish_directory=publish_directory,
         seed=seed,
     )
+    stream = PromptStream(prompts=tuple(prompts), seed=seed)
     with open_ports(spec) as ports:
         measured = {}
         if needs_measured_scales(ports.sources, config.combine_rewards):
@@ -131,10 +153,69 @@ def run_alignment(
             ports.rollouts,
             rewards,
             ports.learner,
-            PromptStream(prompts=tuple(prompts), seed=seed),
+            stream,
             stage,
             config,
             reward_scale=rewards.scale,
-            gold=None if data.gold is None else GoldReward.of(data.gold, data.heldout_pairs),
+            observer=observer_of(
+                ports, rewards, stage, StepPlan(prompts=stream, config=config), plan, data, objectives
+            ),
         )
+        if kept := what_was_kept(stage.metrics_rows()):
+            print(f"{stage.name}  rollouts kept for `vrm rollouts`: {kept}", flush=True)
         return metrics | scale_metrics(measured) | ports.learner.peak_memory()
+
+
+def validation_plan(
+    experiment: ExperimentConfig, data: RunData, tokenizer: PreTrainedTokenizerBase
+) -> ValidationPlan | None:
+    """Which held-out prompts the policy answers while it is trained; None where there is none, and none is asked for.
+
+    Raises:
+        DataError: `alignment.eval_every` asks for held-out prompts, and none fits.
+    """
+    config = experiment.alignment
+    try:
+        heldout = tokenise_prompts(data.heldout_prompts, tokenizer, max_prompt_tokens=config.max_prompt_tokens)
+    except DataError:
+        heldout = []
+    if not heldout and not config.eval_every:
+        return None  # the report then shows no samples over time, which is no reason to train nothing
+    return ValidationPlan.of(config, heldout, seed=experiment.seed)
+
+
+def observer_of(
+    ports: AlignmentPorts,
+    rewards: RewardSources,
+    stage: StageDirectory,
+    steps: StepPlan,
+    validated: ValidationPlan | None,
+    data: RunData,
+    objectives: Sequence[str],
+) -> AlignmentObserver:
+    """What looks at the alignment of a stage."""
+    config = steps.config
+    gold = None if data.gold is None else GoldReward.of(data.gold, data.heldout_pairs)
+    validation = None
+    if validated is not None:
+        validation = Validation(
+            validated,
+            ports.rollouts,
+            rewards,
+            ports.learner,
+            SamplesOverTime(stage.uri, num_steps=config.num_steps),
+            objectives=objectives,
+            gold=gold,
+        )
+    kept = None
+    if config.keep_rollouts != "none":
+        files = RolloutFiles(
+            stage.uri,
+            keep=config.keep_rollouts,
+            token_ids=config.keep_token_ids,
+            max_mib=config.keep_rollouts_mib,
+            objectives=objectives,
+            seed=steps.prompts.seed,
+        )
+        kept = KeptRollouts(files=files, plan=steps, stage=stage.name)
+    return AlignmentObserver(gold=gold, validation=validation, kept=kept)

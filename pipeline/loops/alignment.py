@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from pipeline.config.alignment import AlignmentConfig
 from pipeline.data.prompts import PromptStream
-from pipeline.evaluation.overoptimization import GoldReward
 from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.learning.experience import build_experience
+from pipeline.loops.alignment_observer import AlignmentObserver
 from pipeline.loops.alignment_run import AlignmentRun
 from pipeline.ports import BackgroundRolloutSource, PolicyLearner, RewardSources
 from pipeline.records import Metrics
 from pipeline.rollouts.prefetch import StepPlan, rollouts_by_step
 from pipeline.stages.workspace import StageDirectory
+
+NOBODY = AlignmentObserver()
 
 
 def align(
@@ -23,12 +25,13 @@ def align(
     config: AlignmentConfig,
     *,
     reward_scale: RewardScale,
-    gold: GoldReward | None = None,
+    observer: AlignmentObserver = NOBODY,
 ) -> Metrics:
     """Restores the last commit, then samples, scores, evaluates, updates and publishes until `num_steps`.
 
     collect:  consumes the prompts of the step; waits for all its rollouts; is unblocked by the gate of the publish
-              before. With `config.prefetch` sampling started during the step before, else nothing overlaps.
+              before. With `config.prefetch` sampling started during the step before, else nothing overlaps. A
+              validation is sampled next, while the engines have nothing else to sample.
     score:    consumes prompts and responses as text, from every source of reward; produces one reward a rollout, or
               none where a source fails. A rollout without a reward is not trained on.
     evaluate: consumes the rollouts as tokens; produces policy and reference logprobs and values before the update.
@@ -36,7 +39,8 @@ def align(
     publish:  consumes that policy; waits until every engine passed the numerics gate with it.
     log:      consumes the metrics of all of these; then the step is committed, where a commit is due.
 
-    With `gold` every step also measures the true reward of its rollouts. Nothing is trained on that.
+    The observer measures the true reward of the rollouts, keeps them on disk, and validates the policy that a step
+    begins with. Nothing is trained on that. The finished policy is validated after the last step.
 
     Args:
         reward_scale: units of the combined reward.
@@ -49,6 +53,7 @@ def align(
         Preempted: the process is about to be ended. A step past its evaluation is committed, else the step before.
     """
     run = AlignmentRun(learner, stage, config)
+    observer.resume(run)
     batches = rollouts_by_step(rollouts, StepPlan(prompts=prompts, config=config))
     # Publish before the first batch: rollouts must start from the restored policy.
     rollouts.load_weights(learner.publish_weights(run.first_step))
@@ -57,11 +62,14 @@ def align(
             with run.given_up_if_preempted(step):
                 with run.waiting("rollout"):
                     samples, staleness = batches.collect(step)
+                heldout_answers = observer.answers(run, step)
+                batches.sample_ahead(step + 1)
                 rollouts.sleep()
                 with run.reading("score"):
                     scored = rewards.score(samples)
                 with run.reading("evaluate"):
                     evaluations = learner.evaluate(samples)
+                validated = observer.validate(run, step, heldout_answers)
             experience, measured = build_experience(
                 samples,
                 scored.scores,
@@ -71,18 +79,18 @@ def align(
                 reward_scale=reward_scale,
             )
             measured |= scored.metrics
-            if gold is not None:
-                measured |= gold.measure(samples, scored.scores, reward_scale)
+            measured |= observer.measure(run, step, samples, scored, evaluations, experience, reward_scale)
             if run.is_past_kl_limit(measured):
                 # Before the update and its commit: a resumed run must come to the same decision.
-                log.write(step, staleness | measured)
+                log.write(step, staleness | measured | validated)
                 run.return_to_last_good(step, measured)
                 break
             with run.changing("update"):
                 updated = learner.update(experience, step)
             with run.changing("weights"):
                 gate = rollouts.load_weights(learner.publish_weights(step + 1))
-            metrics = run.complete_step(staleness | measured | updated | gate, samples)
-            log.write(step, metrics)
+            metrics = run.complete_step(staleness | measured | updated | gate, samples, validated)
+            log.write(step, metrics | validated)
             run.commit_if_due(step)
+        observer.validate_finished(run, rollouts, log)
     return run.export_result()

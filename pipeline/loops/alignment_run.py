@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 from pipeline.config.alignment import AlignmentConfig, KLConfig
 from pipeline.errors import NumericsError
+from pipeline.evaluation.policy_drift import PolicyAlarms
+from pipeline.learning.validation_metrics import UPDATES
 from pipeline.objectives.divergence import adapt_kl_coefficient
 from pipeline.ports import PolicyLearner
 from pipeline.records import Metrics, Rollout
@@ -27,14 +30,23 @@ class AlignmentRun:
         self._stage = stage
         self._config = config
         self._clock = Stopwatch()
-        self._ended_by_kl = False
+        self.ended_by_kl = False
         self._prefetch_is_measured = False
         checkpoint = stage.checkpoints.latest()
         if checkpoint is not None:
             learner.restore(checkpoint.uri)
         self.first_step = 0 if checkpoint is None else checkpoint.step + 1
         self.kl_coefficient: float = config.kl.coefficient if checkpoint is None else checkpoint.state["kl_coefficient"]
-        self._metrics: Metrics = {} if checkpoint is None else checkpoint.state["metrics"]
+        self.metrics: Metrics = {} if checkpoint is None else checkpoint.state["metrics"]
+        """Of the last completed step; with `eval/*` where the policy after it was validated."""
+        self._alarms = PolicyAlarms(
+            [row for row in stage.metrics_rows() if row["step"] < self.first_step],
+            say=lambda message: print(f"{stage.name:<19} {message}", flush=True),
+        )
+
+    @property
+    def num_steps(self) -> int:
+        return self._config.num_steps
 
     def steps(self) -> Iterator[int]:
         """The steps that are left to do."""
@@ -73,19 +85,50 @@ class AlignmentRun:
         yield
         self._clock.lap(phase)
 
+    # ------------------------------------------------------------------ validation
+
+    def known_validation(self, updates: int) -> Metrics:
+        """`eval/*` of the policy after so many updates, if that is the current one and was validated; else empty."""
+        return {
+            name: value
+            for name, value in self.metrics.items()
+            if name.startswith("eval/") and self.metrics.get(UPDATES) == updates
+        }
+
+    def take_validation(self, updates: int, validated: Metrics) -> None:
+        """Notes what a validation measured of the current policy, before an update changes it.
+
+        The commit that holds the policy learns it, so that a resumed run does not validate it again. Without such a
+        commit the policy is saved now, if it is the best so far and `keep_best` asks for that. The policy before the
+        first update is never the best: nothing holds it.
+        """
+        self.metrics = self.metrics | validated
+        checkpoints = self._stage.checkpoints
+        if updates == 0 or checkpoints.amend(updates - 1, self._state()):
+            return
+        is_asked_for = self._config.keep_best == "eval/reward" and updates < self.num_steps
+        if is_asked_for and checkpoints.better_than(self.metrics) is None:
+            self._save(updates - 1)
+
     # ------------------------------------------------------------------ end of a step
 
-    def complete_step(self, metrics: Metrics, samples: Sequence[Rollout]) -> Metrics:
-        """Adapts the KL coefficient for the next step. Returns the metrics of this one, with its times."""
+    def complete_step(self, metrics: Metrics, samples: Sequence[Rollout], validated: Metrics) -> Metrics:
+        """Adapts the KL coefficient for the next step. Returns the metrics of this one, with its times and alarms.
+
+        Args:
+            validated: `eval/*` of the policy that sampled, where it was validated.
+        """
         self.kl_coefficient = next_kl_coefficient(
             self.kl_coefficient, self._config.kl, measured=metrics["kl/per_response"], num_responses=len(samples)
         )
-        self._metrics = metrics | self._clock.metrics(sum(len(sample.response_ids) for sample in samples))
-        if not self._prefetch_is_measured and "rollout/seconds" in self._metrics:
+        metrics |= self._clock.metrics(sum(len(sample.response_ids) for sample in samples))
+        # `validated` is of the policy that sampled, the commit of the step holds the policy after it.
+        self.metrics = metrics | self._alarms.check(metrics | validated)
+        if not self._prefetch_is_measured and "rollout/seconds" in self.metrics:
             self._prefetch_is_measured = True
-            if remark := remark_on_prefetch(self._metrics):
+            if remark := remark_on_prefetch(self.metrics):
                 print(f"{self._stage.name}  {remark}", flush=True)
-        return self._metrics
+        return self.metrics
 
     def commit_if_due(self, step: int) -> None:
         """Saves the state after a step whose row is written: no commit may come before the row of its own step.
@@ -102,8 +145,10 @@ class AlignmentRun:
             self._clock.lap("save")
 
     def _save(self, step: int) -> None:
-        state = {"kl_coefficient": self.kl_coefficient, "metrics": self._metrics}
-        self._stage.checkpoints.save(step, self._learner.snapshot, state=state)
+        self._stage.checkpoints.save(step, self._learner.snapshot, state=self._state())
+
+    def _state(self) -> dict[str, Any]:
+        return {"kl_coefficient": self.kl_coefficient, "metrics": self.metrics}
 
     # ------------------------------------------------------------------ end of the run
 
@@ -130,18 +175,18 @@ class AlignmentRun:
                 "(alignment.keep_checkpoints of at least 2)."
             )
         self._learner.restore(good.uri)
-        self._metrics = good.state["metrics"] | {"kl/stopped_at_step": float(step), "kl/at_stop": kl}
-        self._ended_by_kl = True
+        self.metrics = good.state["metrics"] | {"kl/stopped_at_step": float(step), "kl/at_stop": kl}
+        self.ended_by_kl = True
 
     def export_result(self) -> Metrics:
         """Exports the last policy, or the committed one that `keep_best` prefers. Returns the metrics of its step."""
         # Not after the KL stop: the policy that went too far has the best reward.
-        best = None if self._ended_by_kl else self._stage.checkpoints.better_than(self._metrics)
+        best = None if self.ended_by_kl else self._stage.checkpoints.better_than(self.metrics)
         if best is not None:
             self._learner.restore(best.uri)
-            self._metrics = best.state["metrics"]
+            self.metrics = best.state["metrics"]
         self._learner.export(self._stage.result_uri)
-        return self._metrics
+        return self.metrics
 
 
 def next_kl_coefficient(coefficient: float, kl: KLConfig, *, measured: float, num_responses: int) -> float:
@@ -172,7 +217,8 @@ class Stopwatch:
     def lap(self, phase: str) -> None:
         """Ends a phase, which began when the phase before ended."""
         now = time.perf_counter()
-        self._laps[f"seconds/{phase}"] = now - self._last
+        # A validation waits for the engines, and later for scorer and learner.
+        self._laps[f"seconds/{phase}"] = self._laps.get(f"seconds/{phase}", 0.0) + now - self._last
         self._last = now
 
     def metrics(self, num_tokens: int) -> Metrics:

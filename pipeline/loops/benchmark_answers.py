@@ -24,7 +24,7 @@ from pipeline.ports import RolloutStream
 from pipeline.records import SamplingParams
 from pipeline.stages import storage
 from pipeline.stages.fingerprint import directory_fingerprint
-from pipeline.stages.metrics_log import as_clock, as_number
+from pipeline.tracking.progress import as_clock, as_number
 
 PROGRESS_S = 10.0
 

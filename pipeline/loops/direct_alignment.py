@@ -18,13 +18,13 @@ from pipeline.data.batching import stable_seed
 from pipeline.data.files import content_fingerprint
 from pipeline.data.labelled import read_labelled
 from pipeline.data.preferences import normalised_prompt
-from pipeline.data.run_data import RunData, data_fingerprints, resolve
+from pipeline.data.run_data import RunData, data_fingerprints, pairs_of_the_reward_model, resolve
 from pipeline.errors import ConfigError
-from pipeline.evaluation.direct_alarms import DIRECT_ALARMS
-from pipeline.evaluation.reward_alarms import alarm_messages
+from pipeline.evaluation.alarms import DIFFICULTY_ALARMS, DIRECT_ALARMS, alarm_messages, check_alarms
 from pipeline.learning.builders import DirectTrainerSpec
 from pipeline.learning.difficulty import (
     NUM_HALVES,
+    about_difficulty,
     easiest_first,
     fold_config,
     pair_losses,
@@ -124,7 +124,7 @@ def identity_of_direct(experiment: ExperimentConfig, direct: set[str], *others: 
     """What a stage reads of the recipe, with these settings of `alignment.direct` and these others of `alignment`."""
     alignment = {"max_tokens_per_micro_batch": True, "gradient_checkpointing": True, "direct": direct}
     alignment |= dict.fromkeys(others, True)
-    include: Any = {"seed": True, "objectives": True, "data": True, "policy": True, "alignment": alignment}
+    include: Any = dict.fromkeys(("seed", "objectives", "data", "judge", "policy"), True) | {"alignment": alignment}
     return experiment.model_dump(mode="json", include=include)
 
 
@@ -160,24 +160,40 @@ class DirectAlignment:
     def align(self, stage: StageDirectory, data: RunData, folds: Sequence[Sequence[StageResult]]) -> Metrics:
         """Trains from the last commit. Returns the held-out metrics of the finished policy, memory, and the data's."""
         examples, heldout = self._examples(data)
-        trained: Sequence[int] = range(len(examples))
-        if folds:
-            losses = [read_losses(half.location) | read_losses(other.location) for half, other in folds]
-            table = storage.join(stage.uri, "difficulty")
-            trained = easiest_first(examples, losses, keep=self.config.keep_easiest, uri=table)
-        return self.train_on(stage, examples, trained, heldout)
+        if not folds:
+            return self.train_on(stage, examples, range(len(examples)), heldout)
+        losses = [read_losses(half.location) | read_losses(other.location) for half, other in folds]
+        table = storage.join(stage.uri, "difficulty")
+        trained = easiest_first(examples, losses, keep=self.config.keep_easiest, uri=table)
+        about_pairs = about_difficulty(examples, losses, trained)
+        about_pairs |= check_alarms(about_pairs, DIFFICULTY_ALARMS)
+        for message in alarm_messages(about_pairs, DIFFICULTY_ALARMS, are_pairs_scored=True):
+            print(f"{stage.name}  {message}", flush=True)
+        metrics = self.train_on(stage, examples, trained, heldout, is_scored=True)
+        raised = metrics["eval/alarms"] + about_pairs["eval/alarms"]
+        return metrics | about_pairs | {"eval/alarms": raised}
 
     def train_on(
-        self, stage: StageDirectory, examples: DirectExamples, trained: Sequence[int], heldout: DirectExamples
+        self,
+        stage: StageDirectory,
+        examples: DirectExamples,
+        trained: Sequence[int],
+        heldout: DirectExamples,
+        *,
+        is_scored: bool = False,
     ) -> Metrics:
-        """Trains on those rows of the examples from the last commit. Returns what `align` returns."""
+        """Trains on those rows of the examples from the last commit. Returns what `align` returns.
+
+        Args:
+            is_scored: difficulties were measured, so the workspace holds the reference of every row.
+        """
         seed = self.experiment.seed
         training = DirectData(config=self.config, examples=examples, trained=trained, heldout=heldout, seed=seed)
         about_the_data = training.metrics()
         print(f"{stage.name}  {_data_note(about_the_data)}", flush=True)
-        batches = self._batches_of_another_reference(stage, training)
+        batches = self._batches_of_another_reference(stage, training, of_every_row=is_scored)
         with self.open_trainer(self._spec(self.config, training.num_steps)) as trainer:
-            batches = batches or training.with_references(self._references(stage, trainer))
+            batches = batches or training.with_references(self._references(stage, trainer), of_every_row=is_scored)
             metrics = train(
                 trainer,
                 stage,
@@ -208,9 +224,9 @@ class DirectAlignment:
         halves = split_into_halves(examples, seed=seed)
         scored = halves[1 - half]
         training = DirectData(config=config, examples=examples, trained=halves[half], heldout=heldout, seed=seed)
-        batches = self._batches_of_another_reference(stage, training)
+        batches = self._batches_of_another_reference(stage, training, of_every_row=True)
         with self.open_trainer(self._spec(config, training.num_steps)) as trainer:
-            batches = batches or training.with_references(self._references(stage, trainer))
+            batches = batches or training.with_references(self._references(stage, trainer), of_every_row=True)
             metrics = fit(
                 trainer,
                 stage,
@@ -242,11 +258,14 @@ class DirectAlignment:
     def _training_rows(
         self, data: RunData
     ) -> tuple[Sequence[PreferencePair] | Sequence[LabelledResponse], Mapping[str, int]]:
-        """Pairs or labelled responses, and the rows of their files that gave none, by reason."""
+        """Pairs or labelled responses, and the rows of their files that gave none, by reason.
+
+        The pairs of the judge, where the recipe has one, are not among them.
+        """
         files = self.config.labelled_responses
         if not files:
             by_source = (Counter({str(reason): n for reason, n in counts.items()}) for counts in data.left_out.values())
-            return data.train_pairs, sum(by_source, Counter())
+            return pairs_of_the_reward_model(data, self.experiment.judge).train_pairs, sum(by_source, Counter())
         heldout_prompts = {normalised_prompt(pair.prompt) for pair in data.heldout_pairs}
         return read_labelled([resolve(path) for path in files], heldout_prompts=heldout_prompts)
 
@@ -316,7 +335,9 @@ class DirectAlignment:
 
         return partial(references.of, before=before)
 
-    def _batches_of_another_reference(self, stage: StageDirectory, data: DirectData) -> DirectBatches | None:
+    def _batches_of_another_reference(
+        self, stage: StageDirectory, data: DirectData, *, of_every_row: bool
+    ) -> DirectBatches | None:
         """None where the policy itself is the reference. Another one leaves the memory before training starts."""
         checkpoint = self.config.reference_checkpoint
         if checkpoint is not None:
@@ -327,7 +348,9 @@ class DirectAlignment:
             return None
         spec = replace(self._spec(data.config, data.num_steps), policy_uri=place)
         with self.open_trainer(spec) as reference:
-            return data.with_references(self._references(stage, reference, other=fingerprint))
+            return data.with_references(
+                self._references(stage, reference, other=fingerprint), of_every_row=of_every_row
+            )
 
 
 def _data_note(about_the_data: Metrics) -> str:

@@ -10,7 +10,7 @@ from pipeline.config.recipe import ExperimentConfig
 from pipeline.data.preferences import LeftOut, left_out_metrics
 from pipeline.data.run_data import RunData, data_fingerprints
 from pipeline.errors import ConfigError
-from pipeline.evaluation.reward_alarms import alarm_messages
+from pipeline.evaluation.alarms import alarm_messages
 from pipeline.learning.builders import RewardTrainerSpec
 from pipeline.learning.reward_data import RewardData
 from pipeline.loops.training import train

@@ -7,7 +7,8 @@ from functools import partial
 from typing import TypeVar
 
 from pipeline.ports import Learner
-from pipeline.records import Metrics
+from pipeline.records import DirectBatch, Metrics, PreferenceBatch
+from pipeline.stages.metrics_log import StepWork
 from pipeline.stages.workspace import StageDirectory
 
 TrainingBatch = TypeVar("TrainingBatch")
@@ -72,10 +73,11 @@ def fit(
     with stage.metrics_log(num_steps, first_step) as log:
         for step in range(first_step, num_steps):
             stage.checkpoints.require_sound()
-            metrics = learner.update(batch_of(step), step)
+            batch = batch_of(step)
+            metrics = learner.update(batch, step)
             if (step + 1) % eval_every == 0 and step + 1 < num_steps:
                 metrics |= learner.evaluate(heldout)
-            log.write(step, metrics)
+            log.write(step, metrics, work_of(batch))
             if step + 1 < num_steps and stage.is_commit_due(step, every=checkpoint_every):
                 stage.checkpoints.save(step, learner.snapshot, state={"metrics": metrics})
                 stage.leave_if_preempted(step)
@@ -86,3 +88,17 @@ def fit(
         learner.restore(best.uri)
         final = evaluate_finished()
     return final
+
+
+def work_of(batch: object) -> StepWork:
+    """What a batch counts as in the rate on the console; a batch of an unknown kind counts as a step."""
+    match batch:
+        case PreferenceBatch():
+            return StepWork(count=batch.num_pairs, unit="pairs")
+        case DirectBatch():
+            paired = batch.num_responses == 2 * batch.num_rows
+            return StepWork(count=batch.num_rows, unit="pairs" if paired else "responses")
+        case list():
+            return StepWork(count=len(batch), unit="texts")
+        case _:
+            return StepWork(count=1, unit="steps")

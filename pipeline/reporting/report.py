@@ -29,7 +29,9 @@ from pipeline.objectives.reward_comparison import compare_rewards
 from pipeline.records import Answer, Metrics
 from pipeline.reporting.axis_style import style_axis
 from pipeline.reporting.verdict import Finding, verdict
-from pipeline.stages.metrics_log import as_clock
+from pipeline.rollouts.kept_rollouts import what_was_kept
+from pipeline.rollouts.kept_samples import KeptSample, SamplesOfPolicy
+from pipeline.tracking.progress import as_clock
 
 MetricsRow = Mapping[str, Any]
 
@@ -87,6 +89,8 @@ class ReportData:
     """Answers to the same prompts as `base`, in the same order."""
     kinds: Mapping[str, str]
     """Prompt id -> kind; empty if the kinds are unknown."""
+    over_time: Sequence[SamplesOfPolicy]
+    """Answers to the same held-out prompts during alignment, in its order; empty where none were kept."""
     planted_weights: Mapping[str, Mapping[str, float]]
     """Kind -> objective -> w*; empty if the truth is unknown."""
 
@@ -210,7 +214,7 @@ def _alignment_rows(data: ReportData) -> list[tuple[str, str]]:
     if not data.alignment_rows:
         return []
     last = _exported_step(data)
-    if "eval/kl" in last:  # aligned directly: the last row is the evaluation of the finished policy
+    if "eval/chosen_change" in last:  # aligned directly: the last row is the evaluation of the finished policy
         return [
             ("implicit reward: held-out accuracy", f"{last['eval/accuracy']:.3f}"),
             ("implicit reward: held-out margin", f"{last['eval/margin']:.3f}"),
@@ -223,6 +227,12 @@ def _alignment_rows(data: ReportData) -> list[tuple[str, str]]:
         *_source_rows_of_alignment(data.alignment_rows),
         ("KL to the reference, nats per response", f"{last['kl/per_response']:.2f}"),
     ]
+    if kept := what_was_kept(data.alignment_rows):
+        rows.append(("rollouts kept for `vrm rollouts`", kept))
+    if "eval/reward" in last:
+        ends = tuple(last[key] for key in ("eval/reward_low", "eval/reward_high") if key in last)
+        reward = _with_interval(last["eval/reward"], ends)
+        rows.append((f"reward of held-out prompts after {last['eval/updates']:.0f} updates", reward))
     # A step that the KL limit stopped has no update, so nothing passed the gate behind it.
     gate = [row["gate/max"] for row in data.alignment_rows if "gate/max" in row]
     if gate:
@@ -258,11 +268,21 @@ def report_page(data: ReportData) -> str:
         reward_figure=_reward_figure(data.reward_rows),
         alignment_figure=_alignment_figure(data.alignment_rows),
         weights_figure=_weights_figure(data),
+        over_time=samples_over_time(data.over_time),
         samples=[(base, aligned, _reasons(data, base, aligned)) for base, aligned in shown],
         stages=[stage.cells for stage in data.stages],
         versions=data.stages[-1].versions if data.stages else {},
         recipe=json.dumps(data.recipe, indent=2),
     )
+
+
+def samples_over_time(over_time: Sequence[SamplesOfPolicy]) -> list[tuple[str, list[tuple[int, KeptSample]]]]:
+    """(prompt, [(updates, answer), ...]) for each prompt that every policy answered."""
+    by_prompt: dict[str, list[tuple[int, KeptSample]]] = defaultdict(list)
+    for kept in over_time:
+        for sample in kept.samples:
+            by_prompt[sample.prompt_id].append((kept.updates, sample))
+    return [(answers[0][1].prompt, answers) for answers in by_prompt.values() if len(answers) == len(over_time)]
 
 
 def source_rows(metrics: Metrics) -> list[tuple[str, ...]]:
@@ -309,12 +329,12 @@ def _reward_figure(rows: Sequence[MetricsRow]) -> str:
 
 
 def _alignment_figure(rows: Sequence[MetricsRow]) -> str:
-    if any("eval/kl" in row for row in rows):
+    if any("eval/chosen_change" in row for row in rows):
         return _direct_figure(rows)
     panels = {
-        "reward": ("reward/mean", ""),
-        "KL per response, nats": ("kl/per_response", ""),
-        "response tokens": ("response/tokens", ""),
+        "reward": ("reward/mean", "eval/reward"),
+        "KL per response, nats": ("kl/per_response", "eval/kl"),
+        "response tokens": ("response/tokens", "eval/length"),
         "entropy, nats": ("ppo/entropy", ""),
         "value loss": ("ppo/value_loss", ""),
         "clip fraction": ("ppo/clip_fraction", ""),
@@ -323,10 +343,11 @@ def _alignment_figure(rows: Sequence[MetricsRow]) -> str:
     }
     if any("gold/mean" in row for row in rows):
         panels |= {
-            "gold reward, by the planted truth": ("gold/mean", ""),
+            "gold reward, by the planted truth": ("gold/mean", "eval/gold"),
             "gold-proxy gap, standard deviations": ("gold/gap", ""),
         }
-    return _grid(rows, panels, ("sampling", "gate, or whole step"))
+    second = "held out; gate; whole step" if any("eval/reward" in row for row in rows) else "gate, or whole step"
+    return _grid(rows, panels, ("sampling", second))
 
 
 def _direct_figure(rows: Sequence[MetricsRow]) -> str:

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pipeline.evaluation.alarms import DIRECT_ALARMS, FAR_KL, POLICY_ALARMS, alarm_messages
 from pipeline.evaluation.reasons import REASON_PREFIX, TRUSTED_PAIR_ACCURACY, verified_objectives
-from pipeline.evaluation.reward_alarms import ALARM_PREFIX, alarm_messages
 from pipeline.records import Metrics
+from pipeline.tracking.alarm_names import ALARM_PREFIX
 
 Level = Literal["good", "unsure", "bad"]
 
@@ -19,11 +20,8 @@ OWN_JUDGE = "reward"
 JUDGES = {"gold": "the planted truth", "judge": "an independent judge"}
 """Prefix of a win rate -> who judged, in words; any other prefix but OWN_JUDGE is the name of its judge."""
 
-KL_METRICS = ("kl/per_response", "eval/kl")
-"""Nats a response to the start: of the rollouts of PPO, of the held-out responses of a direct alignment."""
-
-FAR_KL = 10.0
-"""Nats a response. A policy that far from its start often fools the reward model (docs/LOG.md, over-optimisation)."""
+KL_METRIC = "kl/per_response"
+"""Nats a response to the start, of the rollouts of PPO. A direct alignment samples nothing and measures none."""
 
 OTHER_LENGTH = 1.5
 """Factor in mean words from which a win rate may be one of length."""
@@ -54,7 +52,7 @@ def verdict(
         *(reward_findings(reward) if reward else []),
         *(reason_findings(reward, objectives) if reward else []),
         *policy_findings(benchmark, last_step, own="its own reward model" if reward else "its own rewards"),
-        *alarm_findings(reward),
+        *alarm_findings(reward, last_step),
     ]
 
 
@@ -165,12 +163,18 @@ def policy_findings(
     return findings + _side_effects(benchmark, last_step)
 
 
-def alarm_findings(reward: Metrics) -> list[Finding]:
-    """One sentence for each alarm, or that there is none. An alarm is a reason to look, not a verdict."""
+def alarm_findings(reward: Metrics, last_step: Mapping[str, float]) -> list[Finding]:
+    """One sentence for each alarm of the reward model and of the last step, or that there is none.
+
+    An alarm is a reason to look, not a verdict.
+    """
     are_pairs_scored = any(name.startswith(REASON_PREFIX) and name.endswith("/pairs") for name in reward)
-    messages = alarm_messages(reward, are_pairs_scored=are_pairs_scored)
+    messages = [
+        *alarm_messages(reward, are_pairs_scored=are_pairs_scored),
+        *alarm_messages(last_step, (*POLICY_ALARMS, *DIRECT_ALARMS), are_pairs_scored=are_pairs_scored),
+    ]
     raised = [_unsure(f"Look at this: {message}") for message in messages]
-    checked = sum(name.startswith(ALARM_PREFIX) for name in reward)
+    checked = sum(name.startswith(ALARM_PREFIX) for name in (*reward, *last_step))
     return raised or [_good(f"Nothing looks wrong: none of {checked} alarms is raised.")] if checked else []
 
 
@@ -199,8 +203,9 @@ def _judged_finding(benchmark: Metrics, judge: str, context: str) -> Finding:
 
 def _side_effects(benchmark: Metrics, last_step: Mapping[str, float]) -> list[Finding]:
     findings = []
-    kl, stopped = _kl(last_step), last_step.get("response/stopped", 1.0)
-    if kl is not None and kl > FAR_KL:
+    # That of rollouts has an alarm.
+    kl, stopped = last_step.get("eval/kl", 0.0), last_step.get("response/stopped", 1.0)
+    if kl > FAR_KL:
         findings.append(
             _unsure(
                 f"The policy is far from its start, {kl:.1f} nats a response: read the samples, and raise "
@@ -228,7 +233,7 @@ def _distance(benchmark: Metrics, last_step: Mapping[str, float]) -> str:
 
 
 def _kl(last_step: Mapping[str, float]) -> float | None:
-    return next((last_step[name] for name in KL_METRICS if name in last_step), None)
+    return last_step.get(KL_METRIC)
 
 
 def _win_rate_text(benchmark: Metrics, judge: str, who: str | None = None) -> str:

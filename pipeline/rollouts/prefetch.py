@@ -48,6 +48,9 @@ class OnPolicyRollouts:
         samples = self._source.generate(*self._plan.batch(step))
         return samples, staleness(samples, step, at_most=0)
 
+    def sample_ahead(self, step: int) -> None:
+        """Does nothing: `step` is sampled when the learner asks for it."""
+
 
 class PrefetchingRollouts:
     """Samples step n + 1 while the learner scores, evaluates and updates on step n: one step off-policy.
@@ -67,15 +70,18 @@ class PrefetchingRollouts:
         self._prefetched_step: int | None = None
 
     def collect(self, step: int) -> tuple[list[Rollout], Metrics]:
-        """The rollouts of a step, and `staleness` of them; sampling of the next step starts before it returns."""
+        """The rollouts of a step, and `staleness` of them. Until `sample_ahead` the source samples nothing else."""
         samples = (
             self._source.collect() if self._prefetched_step == step else self._source.generate(*self._plan.batch(step))
         )
-        config = self._plan.config
-        if step + 1 < config.num_steps:
-            self._source.begin(*self._plan.batch(step + 1), resample_unfinished=config.prefetch == "discard")
-            self._prefetched_step = step + 1
         return samples, staleness(samples, step, at_most=1)
+
+    def sample_ahead(self, step: int) -> None:
+        """Starts to sample `step`, unless the run ends before it, and returns at once."""
+        config = self._plan.config
+        if step < config.num_steps:
+            self._source.begin(*self._plan.batch(step), resample_unfinished=config.prefetch == "discard")
+            self._prefetched_step = step
 
 
 def rollouts_by_step(source: BackgroundRolloutSource, plan: StepPlan) -> OnPolicyRollouts | PrefetchingRollouts:

@@ -58,15 +58,14 @@ class TorchRollouts:
 
         Raises:
             StaleEngineError: no policy was loaded that passed the gate.
-            ConfigError: greedy or nucleus sampling.
+            ConfigError: nucleus sampling.
             DataError: a prompt leaves no room for its longest response.
         """
         if self._version is None:
             raise StaleEngineError("the in-process sampler was asked to sample before it passed the numerics gate")
-        if sampling.temperature <= 0 or sampling.top_p != 1:
+        if sampling.top_p != 1:
             raise ConfigError(
-                f"temperature = {sampling.temperature:g}, top_p = {sampling.top_p:g}: the in-process sampler draws "
-                "from the whole distribution. Use a temperature above 0 and top_p = 1."
+                f"top_p = {sampling.top_p:g}: the in-process sampler draws from the whole distribution. Use top_p = 1."
             )
         require_room(prompts, sampling, self._model.config.max_position_embeddings)
         requests = rollout_requests(prompts, sampling)
@@ -106,7 +105,8 @@ class TorchRollouts:
         """[B, T] token ids and their log-probabilities; tokens after the first end of turn mean nothing.
 
         Inverse transform sampling: the t-th uniform number of a request's own generator picks its t-th token. So the
-        response depends neither on what shares the batch nor on when the others end.
+        response depends neither on what shares the batch nor on when the others end. At temperature 0 each token is the
+        most likely one, with its log-probability at temperature 1.
         """
         num_tokens, device = sampling.max_response_tokens, self._model.device
         uniform = torch.from_numpy(np.stack([np.random.default_rng(r.seed).random(num_tokens) for r in requests])).to(
@@ -127,11 +127,8 @@ class TorchRollouts:
                     use_cache=True,
                     logits_to_keep=1,
                 ).logits[:, -1]
-                distribution = torch.log_softmax(logits.float() / sampling.temperature, dim=-1)
-                cumulative = distribution.double().exp().cumsum(-1)
-                # Scaled to its own last entry: rounding must not leave a gap above the last token.
-                drawn = torch.searchsorted(cumulative, uniform[:, t : t + 1] * cumulative[:, -1:], right=True)
-                inputs = drawn.clamp_max(logits.shape[-1] - 1)
+                distribution = torch.log_softmax(logits.float() / (sampling.temperature or 1.0), dim=-1)
+                inputs = _drawn(distribution, uniform[:, t : t + 1], is_greedy=sampling.temperature == 0)
                 tokens.append(inputs)
                 logprobs.append(distribution.gather(-1, inputs))
                 running &= ~torch.isin(inputs.squeeze(-1), self._ends)
@@ -149,6 +146,16 @@ class TorchRollouts:
         first = len(probe.prompt_ids)
         rows: list[float] = distribution[first - 1 : -1].gather(-1, ids[0, first:, None]).squeeze(-1).tolist()
         return rows
+
+
+def _drawn(distribution: torch.Tensor, uniform: torch.Tensor, *, is_greedy: bool) -> torch.Tensor:
+    """[B, 1] tokens: the most likely ones, or those that [B, 1] uniform numbers pick from [B, V] log-probabilities."""
+    if is_greedy:
+        return distribution.argmax(-1, keepdim=True)
+    cumulative = distribution.double().exp().cumsum(-1)
+    # Scaled to its own last entry: rounding must not leave a gap above the last token.
+    drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    return drawn.clamp_max(distribution.shape[-1] - 1)
 
 
 def _left_padded(

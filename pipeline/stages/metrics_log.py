@@ -1,34 +1,56 @@
-"""Metrics of a stage: rows in metrics.jsonl, curves in TensorBoard, one progress line a step."""
+"""Metrics of a stage: rows in metrics.jsonl, the same rows in the loggers, progress on the console."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TextIO
 
 from pipeline.records import Metrics
 from pipeline.stages import storage
+from pipeline.tracking.alarm_names import raised_alarms
+from pipeline.tracking.background_logger import BackgroundLogger, close_all
+from pipeline.tracking.progress import Progress, as_number
 
 METRICS_FILE = "metrics.jsonl"
 
-SHOWN = {
+TRAINING_NUMBERS = {
     "train/loss": "loss",
-    "eval/loss": "held-out loss",
     "train/nll": "nll",
-    "eval/nll": "held-out nll",
     "train/accuracy": "accuracy",
-    "eval/accuracy": "held-out accuracy",
-    "eval/alarms": "alarms",
     "reward/mean": "reward",
-    "gold/mean": "gold",
     "kl/per_response": "kl",
+    "gold/mean": "gold",
     "response/tokens": "length",
-    "tokens_per_s/step": "tokens/s",
 }
-"""Metric -> its name on the progress line."""
+"""Metric of an update -> its name on the console. A row shows the first three that it has."""
+
+EVALUATION_NUMBERS = {
+    "eval/reward": "held-out reward",
+    "eval/loss": "held-out loss",
+    "eval/nll": "held-out nll",
+    "eval/accuracy": "held-out accuracy",
+    "eval/kl": "held-out kl",
+}
+"""Metric of an evaluation -> its name on the console. A row shows the first three that it has."""
+
+SHOWN_OF_EACH = 3
+
+TOKENS_PER_S = "tokens_per_s/step"
+"""The rate of a step that knows its own; other steps are counted in rows of their batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepWork:
+    """What a step worked on, for the rate on the console."""
+
+    count: int
+    unit: str
+    """As in "pairs"."""
 
 
 class MetricsLog:
@@ -38,24 +60,34 @@ class MetricsLog:
     """
 
     def __init__(
-        self, directory: str, stage: str, *, num_steps: int, first_step: int, console: TextIO | None = None
+        self,
+        directory: str,
+        stage: str,
+        *,
+        num_steps: int,
+        first_step: int,
+        start_loggers: Callable[[], Sequence[BackgroundLogger]] = list,
+        console: TextIO | None = None,
     ) -> None:
-        # Imported here: it imports torch, and `jobs/status.py` reads metrics without writing any.
-        from tensorboardX import SummaryWriter
-
+        """
+        Args:
+            start_loggers: called once the directory is there.
+            console: where the progress is shown; standard output unless given.
+        """
         os.makedirs(directory, exist_ok=True)
         self.stage = stage
-        self.num_steps = num_steps
-        self.first_step = first_step
-        self.console = console or sys.stdout
         path = os.path.join(directory, METRICS_FILE)
         keep_rows_before(path, first_step)
         self._rows = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
-        self._curves = SummaryWriter(os.path.join(directory, "tensorboard"), purge_step=first_step, write_to_disk=True)
-        self._started = time.monotonic()
+        self._loggers = start_loggers()
+        self._progress = Progress(stage, num_steps, done=first_step, stream=console)
+        self._num_rows = 0
 
-    def write(self, step: int, metrics: Metrics) -> None:
-        """Writes the row of a step, its points in TensorBoard and its progress line.
+    def write(self, step: int, metrics: Metrics, work: StepWork | None = None) -> None:
+        """Writes the row of a step, gives it to the loggers and shows it.
+
+        Args:
+            work: None for a row that is no step of its own, and for a step that measured its rate.
 
         Raises:
             WorkspaceError: no space is left.
@@ -64,26 +96,37 @@ class MetricsLog:
         with storage.explaining_full_disk(self._rows.name):
             self._rows.write(json.dumps(row) + "\n")
             self._rows.flush()
-        for name, value in metrics.items():
-            self._curves.add_scalar(name, value, step)
-        self._print(step, metrics)
+        for logger in self._loggers:
+            logger.log(step, metrics)
+        words = [*in_words(metrics, TRAINING_NUMBERS), *self._rate(metrics, work)]
+        if alarms := raised_alarms(metrics):
+            words.append(f"alarms: {', '.join(alarms)}")
+        self._progress.show(step + 1, "  ".join(words), news="  ".join(in_words(metrics, EVALUATION_NUMBERS)))
 
-    def _print(self, step: int, metrics: Metrics) -> None:
-        num_done, num_left = step + 1 - self.first_step, self.num_steps - step - 1
-        remaining_s = (time.monotonic() - self._started) / max(1, num_done) * num_left
-        shown = "  ".join(f"{label} {as_number(metrics[name])}" for name, label in SHOWN.items() if name in metrics)
-        position = f"{step + 1}/{self.num_steps}"
-        print(f"{self.stage:<19} {position:>9}  {shown}  {as_clock(remaining_s)} left", file=self.console, flush=True)
+    def _rate(self, metrics: Metrics, work: StepWork | None) -> list[str]:
+        if TOKENS_PER_S in metrics:
+            return [f"{as_number(metrics[TOKENS_PER_S])} tokens/s"]
+        if work is None:
+            return []
+        self._num_rows += work.count
+        return [f"{as_number(self._num_rows / self._progress.seconds)} {work.unit}/s"]
 
     def __enter__(self) -> MetricsLog:
+        self._progress.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._progress.__exit__(kind, error, trace)
+        close_all(self._loggers)
         with storage.explaining_full_disk(self._rows.name):  # a row that found no space is written once more
             self._rows.close()
-        self._curves.close()
+
+
+def in_words(metrics: Metrics, names: Mapping[str, str]) -> list[str]:
+    """The first three of `names` that a row has, with their values."""
+    return [f"{names[metric]} {as_number(metrics[metric])}" for metric in names if metric in metrics][:SHOWN_OF_EACH]
 
 
 def keep_rows_before(path: str, first_step: int) -> None:
@@ -108,15 +151,3 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
 def parse_metrics(text: str) -> list[dict[str, Any]]:
     """The rows of a metrics file's contents, as `read_metrics` returns them."""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def as_number(value: float) -> str:
-    """0.12345 -> "0.1235", 1830.4 -> "1,830"."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def as_clock(seconds: float) -> str:
-    """3725.0 -> "1:02:05", 65.0 -> "1:05"."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{s:02}" if hours else f"{minutes}:{s:02}"

@@ -14,9 +14,9 @@ import psutil
 from pipeline.errors import Preempted, WorkerDied
 from pipeline.records import Metrics, StageResult
 from pipeline.stages.attempt_clock import AttemptClock
-from pipeline.stages.metrics_log import as_clock
 from pipeline.stages.stage_spec import StageSpec
 from pipeline.stages.workspace import StageDirectory, Workspace
+from pipeline.tracking.progress import as_clock
 
 PACKAGES = (
     "vrm-pipeline",
@@ -28,6 +28,7 @@ PACKAGES = (
     "transformers",
     "safetensors",
     "pyarrow",
+    "obstore",
 )
 """Recorded in every manifest, as far as they are installed."""
 
@@ -53,7 +54,11 @@ class StageRunner:
         """
         name = spec.name
         stage = self.workspace.stage(
-            name, spec.fingerprint, keep_checkpoints=spec.keep_checkpoints, keep_best=spec.keep_best
+            name,
+            spec.fingerprint,
+            keep_checkpoints=spec.keep_checkpoints,
+            keep_best=spec.keep_best,
+            config=spec.config,
         )
         finished = stage.result()
         if finished is not None:

@@ -2,6 +2,7 @@
 
     <workspace>/
       owner.json                          the job that holds the workspace
+      libraries.log                       what libraries printed in the driver
       stages/<name>-<fingerprint[:12]>/
         manifest.json                     written last: the stage is finished
         progress.json                     how many steps it will take
@@ -10,6 +11,8 @@
         checkpoints/step-000009/          a resumable state ...
         checkpoints/step-000009.json      ... and its commit, written after it
         metrics.jsonl, tensorboard/
+        profile/step-000002/              what driver, rank and engine did in a step that the recipe has recorded
+        logger-<name>.txt                 the run in each logger, which a resumed stage continues
       reference_logprobs/<hash>/            what direct alignments share (pipeline/learning/reference_logprobs.py)
 
 One idea serves both levels of resume: the manifest is the commit. Whatever has none does not exist.
@@ -24,8 +27,9 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -37,10 +41,12 @@ from pipeline.stages.metrics_log import METRICS_FILE, MetricsLog, parse_metrics,
 from pipeline.stages.ownership import Owner
 from pipeline.stages.preemption import PreemptionNotice, WaitCutShort
 from pipeline.stages.stage_spec import StageSpec
+from pipeline.tracking.stage_loggers import RunIds, StageLogging, start_loggers
 
 MANIFEST_FILE = "manifest.json"
 PROGRESS_FILE = "progress.json"
 TIME_FILE = "time.json"
+RUN_ID_FILE = "logger-{}.txt"
 CHECKPOINT = re.compile(r"step-(\d{6,})")
 LEAST_FREE_BYTES = 2**30
 
@@ -86,6 +92,10 @@ class CheckpointStore:
         """Where the ranks write the state after `step`."""
         return storage.join(self._uri, f"step-{step:06d}")
 
+    def commit_uri(self, step: int) -> str:
+        """The file that says the state after `step` is whole."""
+        return storage.join(self._uri, f"step-{step:06d}.json")
+
     def save(self, step: int, snapshot: Callable[[], Snapshot], state: dict[str, Any]) -> None:
         """Copies the state after `step`, and writes and commits it while training continues.
 
@@ -125,10 +135,22 @@ class CheckpointStore:
         """Makes the state after `step` the latest, then deletes all others but the newest `keep` and the best."""
         storage.make_durable(self.uri(step))
         self._before_commit()
-        storage.write_text(f"{self.uri(step)}.json", json.dumps({"step": step, "state": state}))
+        storage.write_text(self.commit_uri(step), json.dumps({"step": step, "state": state}))
         best = self._best()
         kept = self._committed_steps()[-self._keep :]
         self._delete_all_but(kept if best is None else [best.step, *kept])
+
+    def amend(self, step: int, state: dict[str, Any]) -> bool:
+        """Replaces what the loop noted at the commit of `step`; False where that step has no commit.
+
+        Waits for a save that runs, which may be the one of that step.
+        """
+        self.settle()
+        if step not in self._committed_steps():
+            return False
+        self._before_commit()
+        storage.write_text(f"{self.uri(step)}.json", json.dumps({"step": step, "state": state}))
+        return True
 
     def better_than(self, metrics: Metrics) -> Checkpoint | None:
         """The best checkpoint, if `keep_best` prefers it to a model with these metrics. Waits for a save that runs."""
@@ -162,7 +184,7 @@ class CheckpointStore:
         return self._read(steps[-1])
 
     def _read(self, step: int) -> Checkpoint:
-        commit = f"{self.uri(step)}.json"
+        commit = self.commit_uri(step)
         remedy = f"Delete {commit} to resume from the checkpoint before it."
         values = _read_record(commit, keys=("step", "state"), remedy=remedy)
         return Checkpoint(step=values["step"], uri=self.uri(step), state=values["state"])
@@ -180,11 +202,11 @@ class CheckpointStore:
     def _delete_all_but(self, kept: Sequence[int]) -> None:
         for step in set(self._steps()) - set(kept):
             # The commit goes first: a checkpoint half deleted must not look like one.
-            storage.delete_file(f"{self.uri(step)}.json")
+            storage.delete_file(self.commit_uri(step))
             storage.delete_directory(self.uri(step))
 
     def _committed_steps(self) -> list[int]:
-        return [step for step in self._steps() if storage.read_text(f"{self.uri(step)}.json") is not None]
+        return [step for step in self._steps() if storage.read_text(self.commit_uri(step)) is not None]
 
     def _steps(self) -> list[int]:
         matches = (CHECKPOINT.fullmatch(name) for name in storage.list_directories(self._uri))
@@ -204,6 +226,7 @@ class StageDirectory:
         keep_best: str | None = None,
         require_ownership: Callable[[], None] = _always,
         notice: PreemptionNotice = NO_NOTICE,
+        logging: StageLogging | None = None,
     ) -> None:
         self.uri = uri
         self.name = name
@@ -211,6 +234,7 @@ class StageDirectory:
         self.result_uri = storage.join(uri, "result")
         self._require_ownership = require_ownership
         self._notice = notice
+        self._logging = logging or StageLogging()
         self.checkpoints = CheckpointStore(
             storage.join(uri, "checkpoints"),
             keep=keep_checkpoints,
@@ -315,7 +339,23 @@ class StageDirectory:
         if first_step > 0:
             # The copy of the last commit, not what another attempt may have left on this machine.
             self._fetch_metrics()
-        return MetricsLog(self.metrics_directory, self.name, num_steps=num_steps, first_step=first_step)
+        start = partial(
+            start_loggers,
+            self._logging,
+            self.name,
+            self.metrics_directory,
+            first_step=first_step,
+            run_ids=RunIds(read=self._read_run_id, write=self._write_run_id),
+        )
+        return MetricsLog(
+            self.metrics_directory, self.name, num_steps=num_steps, first_step=first_step, start_loggers=start
+        )
+
+    def _read_run_id(self, logger: str) -> str | None:
+        return storage.read_text(storage.join(self.uri, RUN_ID_FILE.format(logger)))
+
+    def _write_run_id(self, logger: str, run_id: str) -> None:
+        storage.write_text(storage.join(self.uri, RUN_ID_FILE.format(logger)), run_id)
 
     def metrics_rows(self) -> list[dict[str, Any]]:
         """The rows written so far; empty for a stage that has written none."""
@@ -350,10 +390,7 @@ class StageDirectory:
     @property
     def metrics_directory(self) -> str:
         """A local directory: object stores cannot append. A remote workspace gets a copy at every commit."""
-        if storage.is_local(self.uri):
-            return storage.local_path(self.uri)
-        name = hashlib.sha256(self.uri.encode()).hexdigest()[:16]
-        return os.path.join(os.path.expanduser("~/.cache/vrm-pipeline/metrics"), name)
+        return local_directory(self.uri)
 
     def _before_commit(self) -> None:
         self._require_ownership()
@@ -369,10 +406,18 @@ class StageDirectory:
 class Workspace:
     """A directory held by one job at a time."""
 
-    def __init__(self, uri: str, owner: Owner, *, notice: PreemptionNotice = NO_NOTICE) -> None:
+    def __init__(
+        self,
+        uri: str,
+        owner: Owner,
+        *,
+        notice: PreemptionNotice = NO_NOTICE,
+        logging: StageLogging | None = None,
+    ) -> None:
         self.uri = uri
         self.notice = notice
         self._owner = owner
+        self._logging = logging or StageLogging()
 
     @classmethod
     def open(
@@ -383,26 +428,38 @@ class Workspace:
         take_over: bool = False,
         needs_bytes: int = LEAST_FREE_BYTES,
         notice: PreemptionNotice = NO_NOTICE,
+        logging: StageLogging | None = None,
     ) -> Workspace:
         """Takes the workspace for this process.
 
         Args:
-            uri: a local path, or a URI that pyarrow.fs knows.
+            uri: a local path or a URI, as `storage` knows them; without credentials.
             job: the name of this job in messages to other jobs.
             take_over: take it from a living owner too.
             needs_bytes: estimate of what the run will write.
             notice: that this process is about to be ended.
+            logging: the loggers of its stages; TensorBoard unless given.
 
         Raises:
             WorkspaceLocked: another living job holds it.
             WorkspaceError: it cannot be written, or has too little space.
         """
         storage.require_writable(uri, needs_bytes=needs_bytes)
-        return cls(uri, ownership.take(uri, job, take_over=take_over), notice=notice)
+        return cls(uri, ownership.take(uri, job, take_over=take_over), notice=notice, logging=logging)
 
     def stage(
-        self, name: str, fingerprint: str, *, keep_checkpoints: int = 2, keep_best: str | None = None
+        self,
+        name: str,
+        fingerprint: str,
+        *,
+        keep_checkpoints: int = 2,
+        keep_best: str | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> StageDirectory:
+        """
+        Args:
+            config: the part of the recipe that the stage reads, for its loggers.
+        """
         uri = stage_uri(storage.join(self.uri, "stages"), name, fingerprint)
         return StageDirectory(
             uri,
@@ -412,6 +469,7 @@ class Workspace:
             keep_best=keep_best,
             require_ownership=lambda: ownership.require_ownership(self.uri, self._owner),
             notice=self.notice,
+            logging=replace(self._logging, config=config or {}),
         )
 
     def close(self) -> None:
@@ -429,6 +487,14 @@ class Workspace:
 
 def stage_uri(root: str, name: str, fingerprint: str) -> str:
     return storage.join(root, f"{name}-{fingerprint[:12]}")
+
+
+def local_directory(uri: str) -> str:
+    """The directory itself, or the one on this machine that stands for it where it is in an object store."""
+    if storage.is_local(uri):
+        return storage.local_path(uri)
+    name = hashlib.sha256(uri.encode()).hexdigest()[:16]
+    return os.path.join(os.path.expanduser("~/.cache/vrm-pipeline/metrics"), name)
 
 
 def _read_record(uri: str, *, keys: Sequence[str], remedy: str) -> dict[str, Any]:

@@ -539,6 +539,7 @@ def test_a_prefetched_run_that_is_resized_and_loses_a_worker_has_every_sample_of
         for step in range(config.num_steps):
             sizes.append(pool.load_weights(weights(step))["rollout/workers"])
             batch, ages = rollouts.collect(step)
+            rollouts.sample_ahead(step + 1)
             assert ages["rollout/staleness_max"] <= (1 if isinstance(rollouts, PrefetchingRollouts) else 0)
             samples.append([(r.prompt.id, r.sample_index, r.response_ids) for r in batch])
             before_update(step)

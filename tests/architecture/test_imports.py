@@ -26,6 +26,7 @@ FLOORS = [
     "pipeline.models",
     "pipeline.data",
     "pipeline.stages",
+    "pipeline.tracking",
     "pipeline.objectives",
     "pipeline.config",
     "pipeline.ports",

@@ -78,11 +78,18 @@ def test_the_recipe_of_another_algorithm_serves_a_direct_method_too():
         ),
         ("dpo", {"keep_best": "eval/accuracy", "eval_every": 40}, "no multiple of eval_every = 40"),
         ("dpo", {"trainable_layers": 1, "lora": {}}, "exclude each other"),
+        ("dpo", {"epochs": 2, "num_steps": 10}, "epochs = 2 and num_steps = 10 both say how long to train"),
     ],
 )
 def test_settings_that_a_method_does_not_use_are_refused(algorithm, written, message):
     with pytest.raises(ValueError, match=message):
         direct(algorithm, **written)
+
+
+def test_steps_that_are_written_replace_the_epochs_of_the_algorithm():
+    assert (direct("wpo").epochs, direct("wpo", num_steps=10).epochs) == (2, None)
+    assert direct("wpo", num_steps=None).epochs == 2
+    assert load_recipe("tiny", ["alignment.algorithm=wpo"]).alignment.direct.num_steps == 120
 
 
 def test_the_error_names_the_section():

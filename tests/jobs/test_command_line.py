@@ -113,6 +113,25 @@ def test_a_dry_run_says_where_the_rollout_engines_stand(overrides, sentence, rol
     assert f"align_policy        {role}" in printed
 
 
+@pytest.mark.parametrize(
+    ("overrides", "roles"),
+    [
+        (["alignment.algorithm=dpo"], ["training rank"]),
+        (
+            ["alignment.algorithm=dpo", "alignment.pairs=policy", "alignment.samples_per_prompt=4"],
+            ["training rank", "rollout worker", "scoring replica"],
+        ),
+        ([], ["training rank", "rollout worker", "scoring replica"]),
+    ],
+)
+def test_a_dry_run_lists_engines_and_scorers_of_alignments_that_sample(overrides, roles, capsys):
+    print_dry_run(parse(["--recipe", "tiny", *overrides]))
+    table = capsys.readouterr().out.partition("\nstage ")[2]
+    stage = table.partition("align_policy ")[2].partition("together")[0]
+    assert [role for role in ("training rank", "rollout worker", "scoring replica") if role in stage] == roles
+    assert "rollout worker" in table.partition("generate_benchmark ")[2]
+
+
 def test_a_dry_run_leaves_the_plan_to_the_cluster_it_is_meant_for():
     done = run("--dry-run", "cluster.rollout.workers=100000", RAY_ADDRESS="10.0.0.1:6379")
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,10 @@
 """The comparison of methods: cells that are missing alone are computed, and the tables are written."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -13,14 +17,21 @@ from pipeline.errors import ConfigError, NumericsError, WorkerError
 from pipeline.experiments.method_run import CellInputs, align_by_method
 from pipeline.experiments.methods import judge_of, needs_reward_model, plan_cells
 from pipeline.experiments.shared_stages import seconds_of, shared_policy, shared_reward_model
+from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from tests.experiments.test_methods import finished
 from tests.jobs.test_experiments import SMALL_ALIGNMENT
+from tests.support.paths import ROOT
 
 parse = compare_methods_command.options
 
 SMALL_CELL = (
     *SMALL_ALIGNMENT,
-    *("alignment.direct.num_steps=4", "alignment.direct.batch_pairs=8", "alignment.direct.eval_every=2"),
+    *(
+        "alignment.direct.epochs=null",
+        "alignment.direct.num_steps=4",
+        "alignment.direct.batch_pairs=8",
+        "alignment.direct.eval_every=2",
+    ),
     *("alignment.samples_per_prompt=4", "alignment.policy_pairs.prompts_per_round=8", "comparison.kl_samples=16"),
     "alignment.policy_pairs.rounds=1",
     *("alignment.max_response_tokens=40", "benchmark.max_response_tokens=40"),
@@ -168,3 +179,61 @@ def test_recipes_of_the_comparison_hold_every_method_of_the_paper(recipe, tmp_pa
     listed = compare_methods(options_of(tmp_path, "--recipe", recipe, "--dry-run", "--seeds", "0"), Fake())
     assert len(listed.partition("\n\n")[0].splitlines()) == 8
     assert load_recipe(recipe).benchmark.temperature > 0
+
+
+# ------------------------------------------------------------------ on a real cluster
+
+ONE_CORE_EACH = (
+    "cluster.reward.cpus_per_rank=1",
+    "alignment.direct.num_steps=60",
+    "alignment.direct.eval_every=60",
+    "alignment.direct.checkpoint_every=1",
+)
+
+
+def start(out, *methods):
+    command = [sys.executable, "jobs/compare_methods.py", "--out", str(out), "--seeds", "0", "--methods", *methods]
+    return subprocess.Popen(
+        [*command, *SMALL_CELL, *ONE_CORE_EACH],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"},
+    )
+
+
+def end_of(driver):
+    output, _ = driver.communicate(timeout=600)
+    assert driver.returncode == 0, output[-4000:]
+    return output
+
+
+@pytest.mark.long
+@pytest.mark.e2e
+def test_killed_cells_go_on_and_a_method_that_is_added_is_the_only_one_computed_on_ray(tmp_path):
+    driver = start(tmp_path, "dpo", "simpo")
+    deadline = time.monotonic() + 400
+    while not (begun := list(tmp_path.glob("cells/*/align_policy-*/checkpoints/step-*.json"))):
+        assert driver.poll() is None, driver.stdout.read()[-4000:]
+        assert time.monotonic() < deadline, "no cell committed a step"
+        time.sleep(0.1)
+    driver.kill()
+    driver.wait()
+    log = begun[0].parents[1] / METRICS_FILE
+    first_row = read_metrics(log)[0]
+
+    assert "2 runs, 0 finished before, 2 to do" in end_of(start(tmp_path, "dpo", "simpo"))
+    rows = read_metrics(log)
+    assert rows[0] == first_row  # with the time at which it was written: the killed cell was not begun again
+    assert [row["step"] for row in rows] == [*range(60), 59]
+    finished = {path.name: path.read_bytes() for path in (tmp_path / "runs").iterdir()}
+    assert len(finished) == 2
+
+    assert "3 runs, 2 finished before, 1 to do" in end_of(start(tmp_path, "dpo", "simpo", "ipo"))
+    assert finished.items() < {path.name: path.read_bytes() for path in (tmp_path / "runs").iterdir()}.items()
+    tables = json.loads((tmp_path / "comparison.json").read_text())
+    assert list(tables["table1"]) == list(tables["table2"]) == ["dpo", "simpo", "ipo"]
+    for row in tables["table1"].values():
+        assert set(row["win_rates"]) == {"gold", "reward"}
+        assert row["budget"]["budget/steps"] == 60

@@ -1,5 +1,6 @@
 """The experiments job: what is finished is never computed again, and what failed does not take the others with it."""
 
+import io
 import json
 from dataclasses import asdict, replace
 
@@ -255,14 +256,16 @@ def test_a_small_grid_trains_for_real_over_the_cluster(tmp_path, local_ray, monk
 def test_a_pass_over_frozen_states_tells_how_far_it_is(tiny_policy, tmp_path, local_ray):
     overrides = [*SMALL, f"policy.checkpoint={tiny_policy}", "reward.trainable_layers=0"]
     recipe = load_recipe("experiments_tiny", overrides)
-    lines = []
-    keep_states([recipe], demand_of(recipe), str(tmp_path), max_restarts=0, report=lines.append)
+    console = io.StringIO()
+    keep_states([recipe], demand_of(recipe), str(tmp_path), max_restarts=0, name="experiments", console=console)
     count = len({(str(p.prompt), y) for p in pairs_of(recipe) for y in (p.chosen, p.rejected)})
     size = f"{count * 2 * 64 * 4 / 2**20:.1f} MiB"  # prompt and response, 64 dimensions in float32
-    assert lines[-1] == f"states of the frozen backbone  {count}/{count} responses, {size}  0:00 left"
-    lines.clear()
-    keep_states([recipe], demand_of(recipe), str(tmp_path), max_restarts=0, report=lines.append)
-    assert lines == []
+    last = console.getvalue().splitlines()[-1]
+    assert f"experiments           {count}/{count}  states of the frozen backbone, {size}  " in last
+    assert last.endswith(" responses/s  0:00 left")
+    console = io.StringIO()
+    keep_states([recipe], demand_of(recipe), str(tmp_path), max_restarts=0, name="experiments", console=console)
+    assert console.getvalue() == ""
 
 
 @pytest.mark.components

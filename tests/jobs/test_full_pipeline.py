@@ -1,9 +1,13 @@
 """The main job on real Ray, DeepSpeed, Serve and vLLM, reduced; killed, preempted and resumed."""
 
+import gzip
+import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -14,6 +18,7 @@ from jobs.compare_policies import compare_policies, compare_policies_command
 from jobs.exit_codes import PREEMPTED
 from jobs.judge_benchmark import judge_benchmark, judge_benchmark_command
 from jobs.score_benchmark import score_benchmark, score_benchmark_command
+from jobs.show_rollouts import show_rollouts_command
 from pipeline.benchmark.alpaca_eval.annotations import read_annotations
 from pipeline.benchmark.policy_comparison.contest import build_contest
 from pipeline.benchmark.policy_comparison.policy_answers import read_policy_answers, read_questions
@@ -22,6 +27,7 @@ from pipeline.benchmark.policy_comparison.win_matrix import win_matrix
 from pipeline.benchmark.scored_answers import read_scored_answers
 from pipeline.data.planted import GoldAnnotator
 from pipeline.objectives.reward_comparison import compare_rewards
+from pipeline.rollouts.kept_samples import read_samples
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from tests.support.paths import ROOT
 
@@ -37,8 +43,15 @@ REDUCED = (
     "alignment.prompts_per_step=32",
     "alignment.ppo.mini_batch_size=16",
     "alignment.checkpoint_every=1",
+    "alignment.eval_every=2",
+    "alignment.eval_prompts=16",
     "benchmark.num_prompts=32",
 )
+
+LOGGERS_HERE = ["tensorboard", *(["trackio"] if importlib.util.find_spec("trackio") else [])]
+"""With the extra where it is installed; `tests/tracking` says where it is not."""
+
+PROFILED_STEP = 2
 
 GRACE_S = 120
 """Of a machine with two cores for everything; a step of the reduced run takes seconds where it is alone."""
@@ -106,11 +119,15 @@ def finished(tmp_path_factory):
     """An uninterrupted run through `ray job submit`."""
     workspace = tmp_path_factory.mktemp("pipeline") / "whole"
     done = subprocess.run(
-        ["bash", "install/submit.sh", "--recipe", "tiny", "--workspace", str(workspace), *REDUCED],
+        [
+            *("bash", "install/submit.sh", "--recipe", "tiny", "--workspace", str(workspace)),
+            *(*REDUCED, f"logging=[{','.join(LOGGERS_HERE)}]", f"profile.steps=[{PROFILED_STEP}]"),
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=800,
+        env={**os.environ, "TRACKIO_DIR": str(workspace.parent / "trackio")},
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return workspace, done.stdout
@@ -128,7 +145,58 @@ def test_the_submitted_job_shows_progress_and_ends_with_its_results(finished):
     assert "win rate over base, by the gold annotator" in output
     assert "gold-proxy gap in sd, first to last step" in output
     assert "(raylet)" not in output  # Ray tells of processes that ended unbidden
+    assert not re.search(r"\b(INFO|WARNING|DEBUG)\b", output), output
+    assert "Connected to Ray cluster" in (workspace / "libraries.log").read_text()
     assert f"report: {workspace}/report.html" in output
+
+
+def test_each_stage_is_a_run_of_one_group_on_its_own_steps(finished):
+    workspace, output = finished
+    assert "logging:" not in output  # nothing failed
+    for stage in ("sft", "train_reward_model", "align_policy"):
+        assert list((stage_directory(workspace, stage) / "tensorboard").iterdir())
+    if "trackio" in LOGGERS_HERE:
+        with sqlite3.connect(workspace.parent / "trackio" / "tiny.db") as database:
+            rows = database.execute("select run_name, step, metrics from metrics order by step").fetchall()
+            groups = {json.loads(config)["_Group"] for (config,) in database.execute("select config from configs")}
+        [group] = groups
+        assert group.startswith("whole-")
+        steps = {name.split("/")[1].rpartition("-")[0]: [] for name, _, _ in rows}
+        for name, step, _ in rows:
+            steps[name.split("/")[1].rpartition("-")[0]].append(step)
+        # The last step of a training has the final evaluation too.
+        assert steps == {
+            "sft": [*range(20), 19],
+            "train_reward_model": [*range(30), 29],
+            "align_policy": [*range(5)],
+        }
+
+
+def test_a_profiled_step_leaves_what_each_process_did_under_the_names_of_the_phases(finished):
+    workspace, output = finished
+    profile = stage_directory(workspace, "align_policy") / "profile"
+    place = profile / f"step-{PROFILED_STEP:06}"
+    assert f"profile of step {PROFILED_STEP}: {place}\n" in output
+    assert sorted(p.name for p in profile.iterdir()) == ["ray_timeline.json", place.name]
+
+    def names(file):
+        text = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        return [event.get("name") for event in json.loads(text)["traceEvents"]]
+
+    assert names(place / "driver.json") == ["rollout", "score", "evaluate", "update", "weights", "weights"]
+    rank, engine = {*names(place / "rank-0.json.gz")}, {*names(place / "engine-0.json.gz")}
+    assert {"evaluate", "update", "weights", "aten::mm"} <= rank
+    assert {"rollout", "weights"} <= engine
+    assert any(name.startswith("aten::") for name in engine)
+    assert any("score" in str(event["name"]) for event in json.loads((profile / "ray_timeline.json").read_text()))
+
+
+def test_a_healthy_run_raises_no_alarm_of_the_policy(finished):
+    workspace, output = finished
+    rows = read_metrics(stage_directory(workspace, "align_policy") / METRICS_FILE)
+    assert [(row["alarm/far_from_start"], row["alarm/engine_gap"]) for row in rows] == [(0.0, 0.0)] * 5
+    assert [row["train/alarms"] for row in rows] == [0.0] * 5
+    assert "align_policy        alarm " not in output
 
 
 def test_the_report_needs_nothing_from_outside(finished):
@@ -140,9 +208,66 @@ def test_the_report_needs_nothing_from_outside(finished):
 
 def test_every_engine_held_the_learners_weights(finished):
     rows = read_metrics(stage_directory(finished[0], "align_policy") / METRICS_FILE)
-    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 4]  # the last row is of the finished policy's validation
     assert max(row["gate/max"] for row in rows) < 1e-4
     assert max(row["engine_gap/max"] for row in rows) < 1e-3
+
+
+def test_a_direct_method_goes_from_the_finished_reward_model_to_its_report(finished, tmp_path):
+    """The alignment starts no engine and no scoring service: its ranks alone hold the policy."""
+    workspace = tmp_path / "direct"
+    for name in ("sft", "train_reward_model"):
+        stage = stage_directory(finished[0], name)
+        shutil.copytree(stage, workspace / "stages" / stage.name)
+    direct = ("algorithm=dpo", "direct.num_steps=6", "direct.batch_pairs=16", "direct.eval_every=3")
+    command = [sys.executable, "jobs/full_pipeline.py", "--workspace", str(workspace), *REDUCED, *FEWER_PROCESSES]
+    done = subprocess.run(
+        [*command, *(f"alignment.{setting}" for setting in direct)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+    )
+    output = done.stdout
+    assert done.returncode == 0, output[-4000:] + done.stderr[-4000:]
+    for name in ("sft", "train_reward_model"):
+        assert f"{name:<19} finished before, skipped" in output
+    rows = read_metrics(stage_directory(workspace, "align_policy") / METRICS_FILE)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 5]
+    assert 0.0 < rows[-1]["eval/change_rms"] < 100.0
+    assert not any(metric.startswith(("rollout/", "gate/")) for row in rows for metric in row)
+    assert "win rate over base, by the gold annotator" in output
+    assert "implicit reward: held-out accuracy" in output
+    assert "implicit reward: held-out accuracy" in (workspace / "report.html").read_text()
+
+
+def test_held_out_prompts_were_answered_while_the_policy_was_trained(finished):
+    stage = stage_directory(finished[0], "align_policy")
+    validated = [row for row in read_metrics(stage / METRICS_FILE) if "eval/updates" in row]
+    assert [row["eval/updates"] for row in validated] == [0, 2, 5]
+    assert validated[0]["eval/kl"] == pytest.approx(0.0, abs=1e-3)
+    for row in validated:
+        assert row["eval/reward_low"] < row["eval/reward"] < row["eval/reward_high"]
+        objectives = ("helpfulness", "honesty", "safety", "brevity")
+        assert {"eval/gold", *(f"eval/objective/{name}" for name in objectives)} <= row.keys()
+    assert [kept.updates for kept in read_samples(str(stage))] == [0, 2, 5]
+
+
+def test_every_rollout_was_kept_and_the_report_says_so_and_shows_samples_over_time(finished, tmp_path):
+    workspace, output = finished
+    show_rollouts_command([str(workspace), "--jsonl", str(tmp_path / "rollouts.jsonl")])
+    kept = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["position"]) for row in kept] == [(step, i) for step in range(5) for i in range(32)]
+    assert all(sum(row["contributions"].values()) == pytest.approx(row["reward"], abs=1e-4) for row in kept)
+    assert "align_policy  rollouts kept for `vrm rollouts`: 160 of 160 in 0." in output
+    assert "160 of 160 in 0." in (workspace / "report.html").read_text()
+    rows = read_metrics(stage_directory(workspace, "align_policy") / METRICS_FILE)
+    assert max(row["logprob_gap"] for row in kept) == pytest.approx(
+        max(row["engine_gap/max"] for row in rows), rel=1e-3
+    )
+    over_time = (workspace / "report.html").read_text().split("<h2>Samples over time</h2>")[1].split("<h2>")[0]
+    assert over_time.count("before the first update") == over_time.count("after 5 updates") == 8
 
 
 def test_answers_have_the_form_alpaca_eval_reads(finished):
@@ -245,4 +370,5 @@ def test_a_driver_killed_in_two_stages_and_preempted_once_resumes_to_the_same_re
     assert other["reward/mean"] == pytest.approx(one["reward/mean"], abs=0.3)
     assert other["kl/per_response"] == pytest.approx(one["kl/per_response"], abs=0.3)
     rows = read_metrics(stage_directory(workspace, "align_policy") / METRICS_FILE)
-    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 4]
+    assert [row["eval/updates"] for row in rows if "eval/updates" in row] == [0, 2, 5]

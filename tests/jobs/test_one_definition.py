@@ -51,6 +51,7 @@ SMALL = (
     *("reward.checkpoint_every=1", "reward.keep_best=eval/accuracy"),
     *("alignment.num_steps=2", "alignment.prompts_per_step=4", "alignment.ppo.mini_batch_size=4"),
     *("alignment.checkpoint_every=1", "alignment.keep_best=reward/mean"),
+    *("alignment.eval_every=1", "alignment.eval_prompts=3"),
     *("alignment.max_response_tokens=8", "benchmark.max_response_tokens=8"),
 )
 

@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from pipeline.config.load import load_recipe
 from pipeline.config.models import TinyModelConfig
 from pipeline.data.preferences import normalised_prompt
-from pipeline.data.run_data import load_data
+from pipeline.data.run_data import load_data, pairs_of_the_reward_model
 from pipeline.errors import ConfigError, DataError, Preempted
 from pipeline.learning.builders import build_direct_trainer, engine_in_process
+from pipeline.learning.difficulty import write_losses
 from pipeline.learning.direct_trainer import DirectAlignmentTrainer
+from pipeline.loops import direct_alignment
 from pipeline.loops.direct_alignment import align_directly
 from pipeline.models.backbone import create_tiny_causal_lm, save_causal_lm
 from pipeline.records import StageResult
@@ -114,6 +116,25 @@ def test_references_are_computed_once_and_read_by_other_methods_and_runs(tiny_po
     assert changed.measured == 48 + 12
 
 
+def test_the_reference_is_measured_of_what_the_steps_read(tiny_policy, tmp_path):
+    """Two steps of eight read 16 of 48 pairs; the cross-fitting scores all of them."""
+    few = Process(tiny_policy, tmp_path / "few")
+    few.align(recipe("alignment.algorithm=dpo", "alignment.direct.num_steps=2"))
+    assert few.measured == 16 + 12
+    selective = Process(tiny_policy, tmp_path / "selective")
+    settings = ("alignment.direct.num_steps=2", "alignment.direct.difficulty={seeds: 1, lora: null}")
+    selective.align(recipe("alignment.algorithm=selective_dpo", *settings))
+    assert selective.measured == 48 + 12 + 48  # the reference, the held-out pairs, and either half by its model
+
+
+def test_the_pairs_of_the_judge_are_not_trained_on(tiny_policy, tmp_path):
+    experiment = recipe("alignment.algorithm=dpo", "judge={head: bt, share: 0.5}")
+    data = load_data(experiment)
+    result = Process(tiny_policy, tmp_path).align(experiment, data)
+    trained = pairs_of_the_reward_model(data, experiment.judge).train_pairs
+    assert result.metrics["data/train_rows"] == len(trained) < 48 == len(data.train_pairs)
+
+
 @pytest.mark.parametrize("method", ["dpo", "beta_dpo", "kto", "selective_dpo"])
 def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(method, tiny_policy, tmp_path):
     experiment = recipe(f"alignment.algorithm={method}", "alignment.direct.difficulty.lora=null")
@@ -200,6 +221,24 @@ def test_a_pair_is_scored_by_models_that_did_not_see_its_prompt_and_the_easiest_
     assert all(row["difficulty"] == pytest.approx(sum(row["losses"]) / 2) for row in rows)
     assert len({row["losses"][0] for row in rows}) > 40
     assert result.metrics["data/train_rows"] == 24
+
+
+def test_difficulties_that_say_no_more_than_the_lengths_raise_an_alarm(tiny_policy, tmp_path, capsys, monkeypatch):
+    """A difficulty that is the difference in tokens: the easiest pairs are those with the shorter chosen response."""
+    experiment = recipe("alignment.algorithm=selective_dpo", "alignment.direct.difficulty={seeds: 1, lora: null}")
+    data = load_data(experiment)
+    extra_words = {pair.id: float(len(pair.chosen.split()) - len(pair.rejected.split())) for pair in data.train_pairs}
+    monkeypatch.setattr(
+        direct_alignment,
+        "write_losses",
+        lambda uri, ids, losses: write_losses(uri, ids, [extra_words[identity] for identity in ids]),
+    )
+    result = Process(tiny_policy, tmp_path).align(experiment, data)
+    assert result.metrics["difficulty/length_correlation"] == pytest.approx(1.0, abs=1e-3)
+    assert result.metrics["difficulty/kept_chosen_shorter"] > 0.9
+    assert result.metrics["alarm/difficulty_is_length"] == 1.0
+    assert result.metrics["eval/alarms"] >= 1.0
+    assert "alarm difficulty_is_length (difficulty/length_correlation = 1)" in capsys.readouterr().out
 
 
 def test_another_share_or_rate_reads_the_same_difficulties(tiny_policy, tmp_path):

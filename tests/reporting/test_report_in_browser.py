@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.reporting.report import report_page
-from tests.reporting.test_report import CONTRIBUTIONS, FIDELITY, report
+from tests.reporting.test_report import CONTRIBUTIONS, FIDELITY, kept, report
 from tests.support.browser import CHROMIUM, Browser
 
 pytestmark = [
@@ -32,7 +32,8 @@ def test_a_report_fits_the_screen_and_its_verdict_stands_first(tmp_path):
     reward = report().reward_metrics | FIDELITY | CONTRIBUTIONS | {"alarm/scale": 1.0, "eval/scale": 71.0} | source
     worse = report().benchmark_metrics | {"reward/high": 0.49}
     page = tmp_path / "report.html"
-    page.write_text(report_page(report(reward_metrics=reward, benchmark_metrics=worse)))
+    over_time = tuple(kept(updates, a="word " * 60, b="x" * 200, c="short") for updates in (0, 12, 24))
+    page.write_text(report_page(report(reward_metrics=reward, benchmark_metrics=worse, over_time=over_time)))
     photographs = Path(os.environ.get("VRM_TEST_ARTEFACTS", tmp_path))
     with contextlib.closing(Browser(tmp_path / "profile")) as browser:
         browser.open(page.as_uri())

@@ -169,7 +169,7 @@ def test_an_independent_judge_decides_whether_the_policy_improved(gold, own, lev
 
 def test_other_judges_are_called_by_their_names_and_parts_of_the_prompts_are_no_judges():
     judged = {"judge/win_rate": 0.6, "judge/low": 0.53, "judge/high": 0.67, "judge/safety/win_rate": 0.4}
-    level, text = only(policy_findings(OWN | judged, {"eval/kl": 1.25}))
+    level, text = only(policy_findings(OWN | judged, {"kl/per_response": 1.25}))
     assert level == "good"
     assert "by an independent judge it wins 60.0% [53.0, 67.0] against its start; KL 1.2 nats" in text
     named = {"gpt-4/win_rate": 0.6, "gpt-4/low": 0.53, "gpt-4/high": 0.67}
@@ -194,21 +194,31 @@ def test_the_reward_model_alone_proves_no_improvement():
     [
         ((24.0, 37.0), {}, "The length of its answers changed much"),
         ((24.0, 15.0), {}, "The length of its answers changed much"),
-        ((24.0, 24.0), {"kl/per_response": 14.2}, "The policy is far from its start, 14.2 nats a response"),
+        ((24.0, 24.0), {"eval/kl": 14.2}, "The policy is far from its start, 14.2 nats a response"),
         ((24.0, 24.0), {"response/stopped": 0.7}, "30% of the last responses were cut at the length limit"),
     ],
 )
 def test_what_may_explain_a_win_rate_stands_beside_it(words, last_step, told):
     benchmark = OWN | GOLD | {"words/base": words[0], "words/aligned": words[1]}
-    improved, aside = policy_findings(benchmark, LAST_STEP | last_step)
+    improved, aside = policy_findings(benchmark, (LAST_STEP if "eval/kl" not in last_step else {}) | last_step)
     assert (improved.level, aside.level) == ("good", "unsure")
     assert aside.text.startswith(told)
 
 
 def test_each_alarm_is_a_sentence_with_its_cure():
     alarmed = REWARD | {"alarm/scale": 1.0, "eval/scale": 71.0}
-    level, text = only(alarm_findings(alarmed))
+    level, text = only(alarm_findings(alarmed, {}))
     assert level == "unsure"
     assert "alarm scale (eval/scale = 71)" in text
     assert "vrm.learned_scale=false" in text
-    assert alarm_findings({}) == []
+    assert alarm_findings({}, {}) == []
+
+
+def test_the_alarms_of_the_exported_policy_stand_beside_those_of_the_reward_model():
+    far = LAST_STEP | {"kl/per_response": 14.2} | {"alarm/far_from_start": 1.0, "alarm/length_drift": 0.0}
+    level, text = only(alarm_findings(REWARD, far))
+    assert level == "unsure"
+    assert text.startswith("Look at this: alarm far_from_start (kl/per_response = 14.2): ")
+    assert "alignment.kl.coefficient" in text
+    [fine] = alarm_findings(REWARD, LAST_STEP | {"alarm/far_from_start": 0.0, "alarm/length_drift": 0.0})
+    assert (fine.level, fine.text) == ("good", "Nothing looks wrong: none of 4 alarms is raised.")

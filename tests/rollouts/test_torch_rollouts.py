@@ -81,6 +81,21 @@ def test_tokens_come_as_often_as_the_policy_says(rollouts, prompts, tiny_policy)
     assert ((counts - expected).abs() <= 5 * (expected * (1 - expected) / len(drawn)).sqrt()).all()
 
 
+def test_greedy_tokens_are_the_most_likely_ones_whatever_the_seed(rollouts, prompts, tiny_policy):
+    greedy = replace(SAMPLING, temperature=0.0, samples_per_prompt=1)
+    samples = rollouts.generate(prompts, greedy)
+    assert [s.response_ids for s in rollouts.generate(prompts, replace(greedy, seed=4))] == [
+        s.response_ids for s in samples
+    ]
+    model, _ = load_causal_lm(tiny_policy, dtype="float32")
+    for sample in samples:
+        tokens = torch.tensor([[*sample.prompt.token_ids, *sample.response_ids]])
+        with torch.no_grad():
+            distribution = model(tokens).logits[0, len(sample.prompt.token_ids) - 1 : -1].log_softmax(-1)
+        assert distribution.argmax(-1).tolist() == list(sample.response_ids)
+        assert sample.logprobs == pytest.approx(distribution.max(-1).values.tolist(), abs=1e-4)
+
+
 def test_what_was_begun_is_collected(rollouts, prompts):
     rollouts.begin(prompts, SAMPLING, resample_unfinished=False)
     assert rollouts.collect() == rollouts.generate(prompts, SAMPLING)

@@ -2,12 +2,11 @@
 
 import io
 import json
-import os
 
 import pytest
 
 from pipeline.errors import WorkspaceError
-from pipeline.stages.metrics_log import MetricsLog, as_clock, as_number, keep_rows_before, read_metrics
+from pipeline.stages.metrics_log import MetricsLog, StepWork, keep_rows_before, read_metrics
 
 
 def write_rows(path, steps, tail=""):
@@ -25,22 +24,33 @@ def test_a_row_holds_stage_step_time_and_metrics(tmp_path):
     assert second == {"stage": "align_policy", "step": 1, "reward/mean": 1.5, "kl/per_response": 4.0}
 
 
-def test_tensorboard_gets_the_same_numbers(tmp_path):
-    with MetricsLog(str(tmp_path), "align_policy", num_steps=1, first_step=0, console=io.StringIO()) as log:
-        log.write(0, {"reward/mean": 1.25})
-    [events] = os.listdir(tmp_path / "tensorboard")
-    assert b"reward/mean" in (tmp_path / "tensorboard" / events).read_bytes()
-
-
 def test_the_progress_line_shows_place_metrics_and_time_left(tmp_path):
     console = io.StringIO()
     with MetricsLog(str(tmp_path), "align_policy", num_steps=40, first_step=0, console=console) as log:
-        log.write(11, {"reward/mean": 1.23, "kl/per_response": 4.5, "tokens_per_s/step": 1830.4, "loss/unshown": 7.0})
+        log.write(39, {"reward/mean": 1.23, "kl/per_response": 4.5, "tokens_per_s/step": 1830.4, "loss/unshown": 7.0})
     [line] = console.getvalue().splitlines()
     assert line.split() == [
-        *("align_policy", "12/40", "reward", "1.23", "kl", "4.5", "tokens/s", "1,830"),
+        *("align_policy", "40/40", "reward", "1.23", "kl", "4.5", "1,830", "tokens/s"),
         *("0:00", "left"),
     ]
+
+
+def test_an_evaluation_is_shown_at_once_with_three_numbers_of_each_kind_and_the_rate(tmp_path):
+    console = io.StringIO()
+    with MetricsLog(str(tmp_path), "train_reward_model", num_steps=300, first_step=0, console=console) as log:
+        log.write(8, {"train/nll": 0.5, "train/accuracy": 0.75}, StepWork(count=64, unit="pairs"))
+        assert console.getvalue() == ""
+        log.write(9, {"train/nll": 0.5, "eval/nll": 0.4, "eval/accuracy": 0.8}, StepWork(count=64, unit="pairs"))
+    [line] = console.getvalue().splitlines()
+    assert "10/300  nll 0.5  " in line
+    assert " pairs/s  held-out nll 0.4  held-out accuracy 0.8  " in line
+
+
+def test_raised_alarms_stand_in_the_progress_line(tmp_path):
+    console = io.StringIO()
+    with MetricsLog(str(tmp_path), "align_policy", num_steps=1, first_step=0, console=console) as log:
+        log.write(0, {"kl/per_response": 12.0, "alarm/far_from_start": 1.0, "alarm/length_drift": 0.0})
+    assert console.getvalue() == "align_policy              1/1  kl 12  alarms: far_from_start  0:00 left\n"
 
 
 def test_a_full_disk_becomes_a_letter(tmp_path):
@@ -68,15 +78,3 @@ def test_a_line_cut_by_a_kill_is_ignored_and_removed(tmp_path):
     assert [row["step"] for row in read_metrics(str(path))] == [0, 1]
     keep_rows_before(str(path), 5)
     assert path.read_text().endswith('{"step": 1, "reward": 0.5}\n')
-
-
-@pytest.mark.parametrize(
-    ("seconds", "clock"), [(0.4, "0:00"), (65.0, "1:05"), (3599.6, "1:00:00"), (3725.0, "1:02:05")]
-)
-def test_clock(seconds, clock):
-    assert as_clock(seconds) == clock
-
-
-@pytest.mark.parametrize(("value", "text"), [(0.12345, "0.1235"), (1830.4, "1,830"), (-2.5, "-2.5"), (3e-7, "3e-07")])
-def test_number(value, text):
-    assert as_number(value) == text

@@ -70,6 +70,10 @@ class Browser:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self._call("Emulation.setDeviceMetricsOverride", **size)
 
+    def prefer(self, scheme: str) -> None:
+        """As a user who asked for "light" or "dark"."""
+        self._call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
     def photograph(self, file: Path) -> None:
         """The whole page."""
         width, height = self.evaluate("[innerWidth, document.documentElement.scrollHeight]")

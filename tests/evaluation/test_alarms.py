@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.config.reward import RewardConfig
-from pipeline.evaluation.reward_alarms import ALARMS, alarm_messages, check_alarms
+from pipeline.evaluation.alarms import REWARD_ALARMS, alarm_messages, check_alarms
 from pipeline.models.reward_heads import SCALE_SPEED
 from tests.support.learners import collator, reward_trainer, tokenised
 
@@ -33,7 +33,7 @@ HEALTHY = {
 
 def test_a_healthy_model_raises_no_alarm_and_all_are_checked():
     checked = check_alarms(HEALTHY)
-    assert set(checked) == {f"alarm/{alarm.name}" for alarm in ALARMS} | {"eval/alarms"}
+    assert set(checked) == {f"alarm/{alarm.name}" for alarm in REWARD_ALARMS} | {"eval/alarms"}
     assert set(checked.values()) == {0.0}
     assert alarm_messages(HEALTHY | checked, are_pairs_scored=True) == []
 
@@ -108,7 +108,7 @@ def test_the_letter_gives_the_value_and_the_cure():
 def test_every_setting_that_an_advice_names_exists():
     named = [
         path
-        for alarm in ALARMS
+        for alarm in REWARD_ALARMS
         for path in re.findall(r"\b(?:loss|pair_loss|vrm)\.\w+|\bhead_learning_rate\b", alarm.advice)
     ]
     assert len(named) >= 10

@@ -1,0 +1,76 @@
+"""What a validation measures: the answers of a policy to held-out prompts, with intervals over the prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pipeline.evaluation.bootstrap import bootstrap_intervals
+from pipeline.learning.rollout_tensors import RolloutTensors
+from pipeline.records import Metrics, RewardScore, Rollout, TokenEvaluation
+
+UPDATES = "eval/updates"
+"""The number of updates behind the policy that was measured."""
+
+
+def validation_metrics(
+    rollouts: Sequence[Rollout],
+    scores: Sequence[RewardScore],
+    evaluations: Sequence[TokenEvaluation],
+    *,
+    objectives: Sequence[str],
+    gold: Sequence[float] | None,
+    is_greedy: bool,
+    seed: int,
+) -> Metrics:
+    """Means over the responses, each with the 95% bootstrap interval over prompts (`*_low`, `*_high`).
+
+    Args:
+        rollouts, scores, evaluations: N of each, in the same order.
+        objectives: names of the K objective scores; not read where the reward model has none.
+        gold: [N] gold rewards, None where the truth is unknown.
+        is_greedy: the responses are the most likely ones, so they are no sample of the policy.
+        seed: of the bootstrap.
+
+    Returns:
+        eval/reward            the reward model's mean, before any transform.
+        eval/objective/<name>  the score of each objective, in units of the reward.
+        eval/gold              the gold reward.
+        eval/kl                sum_t (log pi - log pi_ref) a response, nats: the k1 estimate from the policy's samples.
+        eval/log_ratio         the same sum over greedy responses, of which it is no estimate of the KL.
+        eval/length            response tokens.
+        eval/ended             share of the responses that ended before the length limit.
+
+    Raises:
+        ShapeError: the lists do not fit each other.
+        NumericsError: a score or an evaluation is not finite.
+    """
+    batch = RolloutTensors.of(rollouts, scores, evaluations)
+    log_ratio = (batch.logprobs - batch.reference_logprobs).double().sum(-1)  # both are 0 on padding
+    columns: dict[str, np.ndarray] = {
+        "eval/reward": batch.reward_mean.double().numpy(),
+        "eval/log_ratio" if is_greedy else "eval/kl": log_ratio.numpy(),
+        "eval/length": batch.response_lengths.double().numpy(),
+        "eval/ended": 1.0 - batch.was_cut.double().numpy(),
+    }
+    if scores[0].objective_scores:
+        by_objective = np.array([score.objective_scores for score in scores], dtype=float)
+        columns |= {f"eval/objective/{name}": by_objective[:, k] for k, name in enumerate(objectives)}
+    if gold is not None:
+        columns["eval/gold"] = np.array(gold, dtype=float)
+    return with_intervals(columns, [rollout.prompt.id for rollout in rollouts], seed=seed)
+
+
+def with_intervals(columns: dict[str, np.ndarray], prompts: Sequence[str], *, seed: int) -> Metrics:
+    """The mean of each [N] column, and the ends of its interval over prompts, where there are two prompts at least."""
+    names, table = list(columns), np.stack(list(columns.values()), axis=1)
+
+    def means(rows: np.ndarray) -> Metrics:
+        return dict(zip(names, table[rows].mean(0).tolist(), strict=True))
+
+    metrics = means(np.arange(len(prompts)))
+    for name, (low, high) in bootstrap_intervals(means, prompts, seed=seed).items():
+        if low == low:  # NaN where one prompt says nothing about the others
+            metrics |= {f"{name}_low": low, f"{name}_high": high}
+    return metrics
