@@ -1,17 +1,26 @@
-"""The weights of a vLLM model: compared with the published policy, and replaced without vLLM's loader."""
+"""The weights of a vLLM model: compared with the published policy, and replaced without vLLM's loader.
+
+vLLM imports this file in every process of an engine, for `EngineShard`, and so learns of our weight transfers there.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import cast
+from typing import Protocol, cast
 
 import torch
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.platforms import current_platform
+
+from actors.weight_transfer import register_all
+from pipeline.learning.memory import copy_gb_per_s, resident_peak_gib
+from pipeline.rollouts.policy_files import PolicyFiles
+
+register_all()
 
 FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -21,8 +30,39 @@ FUSED = {
 ROUNDING = 32
 """Units in the last place by which two ways to compute one matrix product may differ, relative to its largest entry."""
 
+FILES = PolicyFiles()
+"""Of this process."""
+
 Published = Mapping[str, torch.Tensor]
 """The tensors of a policy by their published names."""
+
+
+class Worker(Protocol):
+    """vLLM's worker, which the extension becomes a part of."""
+
+    def get_model(self) -> torch.nn.Module:
+        """This process's shard."""
+
+
+class EngineShard:
+    """Methods added to vLLM's worker. A location is the directory of a published policy."""
+
+    def holds_published(self: Worker, location: str) -> bool:
+        return holds_by_name(self.get_model(), FILES.read(location))
+
+    def replace_by_published(self: Worker, location: str) -> None:
+        replace_weights(self.get_model(), FILES.read(location))
+
+    def differing_groups(self: Worker, location: str) -> dict[str, float]:
+        return differences(self.get_model(), FILES.read(location))
+
+    def copy_speed(self: Worker, num_bytes: int) -> float:
+        """GB/s of a copy in the memory that holds the weights."""
+        return copy_gb_per_s(num_bytes, next(self.get_model().parameters()).device)
+
+    def peak_gib(self) -> float:
+        """The largest resident size of this process."""
+        return resident_peak_gib()
 
 
 def differences(model: torch.nn.Module, published: Published) -> dict[str, float]:
@@ -30,13 +70,17 @@ def differences(model: torch.nn.Module, published: Published) -> dict[str, float
 
     Differences are relative to the group's largest published value. A CPU engine keeps its matrices packed and drops
     the originals. So every matrix is also compared by its product with a fixed vector, which shows stale copies too.
-    vLLM's fused projections are taken apart; other parameters that vLLM renamed are left out.
+    vLLM's fused projections are taken apart; other parameters that vLLM renamed are left out. Of an engine with several
+    shards, each compares what it holds.
     """
     found: dict[str, float] = {}
     for module, name, parameter, parts in _parameters(model, published):
-        if not published.keys() >= {*parts}:
+        held = _held(module, parts, published)
+        if held is None:
             continue
-        expected = _joined([published[part] for part in parts]).to(parameter)
+        expected = _joined(held).to(parameter)
+        if expected.numel() == 0:
+            continue  # the last shards of a small vocabulary hold padding alone
         gap = 0.0
         if parameter.shape[1:] == expected.shape[1:]:
             # vLLM pads the vocabulary to a multiple of 64 rows.
@@ -52,7 +96,7 @@ def differences(model: torch.nn.Module, published: Published) -> dict[str, float
 def holds_by_name(model: torch.nn.Module, published: Published) -> bool:
     """Whether every parameter equals what was published under its name, so that `replace_weights` may be used."""
     # AMD's library for CPUs may continue to use a matrix where it was published.
-    covered = all(published.keys() >= {*parts} for _, _, _, parts in _parameters(model, published))
+    covered = all(_held(module, parts, published) is not None for module, _, _, parts in _parameters(model, published))
     return covered and not current_platform.is_zen_cpu() and not differences(model, published)
 
 
@@ -67,13 +111,13 @@ def replace_weights(model: torch.nn.Module, published: Published) -> None:
     borrowed: list[tuple[torch.nn.Module, str]] = []
     with torch.no_grad():
         for module, name, parameter, parts in [*_parameters(model, published)]:
-            values = _joined([published[part] for part in parts])
+            values = _joined(_held(module, parts, published) or [])
             if parameter.numel() > 0:
                 parameter[: len(values)].copy_(values)
             else:
                 # The engine dropped this matrix after packing it: lend it the published one, to pack again below.
                 borrowed.append((module, name.rsplit(".", 1)[1]))
-                setattr(*borrowed[-1], _parameter(values.to(parameter.dtype)))
+                setattr(*borrowed[-1], _parameter(values.to(parameter.dtype).contiguous()))
     # vLLM also packs the table of embeddings, for models that multiply by this table because they have no lm_head.
     heads = any(isinstance(module, ParallelLMHead) for module in model.modules())
     for module in model.modules():
@@ -103,6 +147,33 @@ def _parts(name: str) -> tuple[str, ...]:
     return (name,)
 
 
+def _held(module: torch.nn.Module, parts: Sequence[str], published: Published) -> list[torch.Tensor] | None:
+    """What this shard holds of the published parts of a parameter, by vLLM's rules; None where they are not known.
+
+    A shard has the rows of its heads in the projections before attention, its rows in the other first matrices, its
+    columns in the second ones, and its part of the vocabulary. What is left is whole in every shard.
+    """
+    if not published.keys() >= {*parts}:
+        return None
+    tensors = [published[part] for part in parts]
+    shards = getattr(module, "tp_size", 1)
+    if shards == 1:
+        return tensors
+    if isinstance(module, VocabParallelEmbedding):
+        mine = module.shard_indices
+        return [tensor[mine.org_vocab_start_index : mine.org_vocab_end_index] for tensor in tensors]
+    if isinstance(module, RowParallelLinear):
+        return [t.chunk(shards, dim=1)[module.tp_rank] if t.dim() == 2 else t for t in tensors]
+    if not isinstance(module, ColumnParallelLinear):
+        return tensors
+    if len(tensors) != len(module.output_partition_sizes):
+        return None  # published as fused as vLLM has it
+    # Several shards hold the same key-value head where there are fewer of these heads than shards.
+    copies = module.num_kv_head_replicas if isinstance(module, QKVParallelLinear) else 1
+    groups = [1, copies, copies] if isinstance(module, QKVParallelLinear) else [1] * len(tensors)
+    return [t.chunk(shards // group)[module.tp_rank // group] for t, group in zip(tensors, groups, strict=True)]
+
+
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """The rows of all parts, one part after another; a view where the file holds the parts in this order."""
     first, *_ = parts
@@ -122,7 +193,8 @@ def _relative_gap(values: torch.Tensor, expected: torch.Tensor) -> float:
 
 def _product_gap(layer: LinearBase | ParallelLMHead, weight: torch.Tensor) -> float:
     """Relative difference of the products of the layer and of `weight` [out, in] with a vector; 0 within rounding."""
-    inputs = layer.input_size if isinstance(layer, LinearBase) else layer.embedding_dim
+    whole = layer.input_size if isinstance(layer, LinearBase) else layer.embedding_dim
+    inputs = getattr(layer, "input_size_per_partition", whole)  # of a shard that holds some columns
     if weight.shape[1:] != (inputs,):
         return math.inf  # published transposed, as GPT-2 is: the product would read beyond the vector
     generator = torch.Generator().manual_seed(0)

@@ -19,7 +19,8 @@ from ray.exceptions import RayTaskError
 
 from actors.ray_errors import ACTOR_DIED
 from cluster.placement import Placement, pack_bundles
-from pipeline.config.cluster import RanksConfig, WeightTransfer
+from cluster.rollout_plan import WeightReceivers
+from pipeline.config.cluster import RanksConfig
 from pipeline.errors import DeadlineExceeded, PipelineError, WorkerDied
 from pipeline.records import Metrics, PolicyWeights
 from pipeline.stages import storage
@@ -109,21 +110,18 @@ class Rank:
         free_cached_memory(self._device)  # engines that share this GPU need the memory next
         return weights
 
-    def meet_engines(
-        self, backend: WeightTransfer, workers: Sequence[Any], address: str, dtype: str, deadline_s: float
-    ) -> None:
+    def meet_engines(self, receivers: WeightReceivers, workers: Sequence[Any], address: str, deadline_s: float) -> None:
         """Connects the learner with rollout workers that will take its weights from this rank's GPU."""
         from actors.weight_sender import WeightSender
 
         if self._sender is not None:
             self._sender.close()
         self._sender = WeightSender(
-            backend,
+            receivers,
             self._learner.policy_tensors,
             workers,
             rank=self._rank,
             address=address,
-            dtype=dtype,
             deadline_s=deadline_s,
         )
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from actors.rank_group import RankGroup
-from pipeline.config.cluster import DeadlinesConfig, WeightTransfer
+from cluster.rollout_plan import WeightReceivers
+from pipeline.config.cluster import DeadlinesConfig
 from pipeline.learning.memory import largest
 from pipeline.records import Experience, Metrics, PolicyWeights, PromptGroup, Rollout, TokenEvaluation
 
@@ -100,10 +101,9 @@ class RankedPolicyLearner(RankedLearner):
 class RankedSender:
     """The driver's end of a transfer between GPUs: connects learner and rollout workers, again when workers change."""
 
-    def __init__(self, group: RankGroup, backend: WeightTransfer, *, dtype: str, deadline_s: float) -> None:
+    def __init__(self, group: RankGroup, receivers: WeightReceivers, *, deadline_s: float) -> None:
         self._group = group
-        self._backend = backend
-        self._dtype = dtype
+        self._receivers = receivers
         self._deadline_s = deadline_s
         self._connected: tuple[str, ...] = ()
         """Names of the workers that the learner can send to; none after a failure."""
@@ -124,7 +124,7 @@ class RankedSender:
             address = self._group.free_address("meeting the rollout workers", deadline_s=self._deadline_s)
             self._all(
                 lambda rank: rank.meet_engines.remote(
-                    self._backend, list(workers.values()), address, self._dtype, self._deadline_s
+                    self._receivers, list(workers.values()), address, self._deadline_s
                 ),
                 "meeting the rollout workers",
             )

@@ -58,8 +58,11 @@ class RolloutWorker:
         """Builds the engine. Not the constructor's work: an error here reaches the caller, there it ends the actor."""
         from pipeline.data.chat import decode_response
         from pipeline.models.backbone import load_config, load_tokenizer, stop_token_ids
+        from pipeline.models.tensor_parallel import check_tensor_parallel
 
         with storage.reading(model_uri) as directory:
+            model = load_config(directory)
+            check_tensor_parallel(model.get_text_config().to_dict(), config.shards, model=model_uri)
             tokenizer = load_tokenizer(directory)
             # After the tokenizer: its module imports transformers the quick way.
             import torch
@@ -76,7 +79,7 @@ class RolloutWorker:
                 plan=plan,
                 dtype=dtype,
                 max_model_len=max_model_len,
-                stop_token_ids=stop_token_ids(directory, load_config(directory), tokenizer),
+                stop_token_ids=stop_token_ids(directory, model, tokenizer),
                 seed=seed,
             )
         self._sampler = EngineSampler(self._engine, partial(decode_response, tokenizer), name=self._name)
@@ -119,8 +122,6 @@ class RolloutWorker:
 
     def accept_weights(self, weights: PolicyWeights, tolerance: float) -> Metrics:
         """Passes the gate with the weights in the engine, however they came; then this worker samples from them."""
-        from pipeline.learning.memory import resident_peak_gib
-
         gate = self.check(weights, tolerance)
         self._sampler.accept_policy(weights.version)
         seconds, num_bytes = self._transfer.seconds, self._transfer.num_bytes
@@ -130,7 +131,7 @@ class RolloutWorker:
             "weights/seconds": seconds,
             "weights/gb_per_s": num_bytes / 1e9 / seconds,
             "weights/copy_gb_per_s": self._copy_gb_per_s,
-            "memory/rollout_worker_peak_gib": resident_peak_gib(),
+            "memory/rollout_worker_peak_gib": self._engine.peak_gib(),
         }
 
     def check(self, weights: PolicyWeights, tolerance: float) -> Metrics:

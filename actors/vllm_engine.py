@@ -5,6 +5,8 @@ Of all files only this one, `engine_weights.py` and the two ends of a weight tra
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
@@ -14,13 +16,12 @@ from vllm.logprobs import Logprob
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import FinishReason as EngineFinishReason
 
-from actors.engine_weights import differences, holds_by_name, replace_weights
-from actors.weight_transfer import register
+from actors.weight_transfer import register_all, transfer_config
 from cluster.engine_build import ResolvedRolloutConfig
 from cluster.rollout_plan import RolloutPlan
 from pipeline.config.cluster import RolloutConfig
-from pipeline.errors import StaleEngineError
-from pipeline.learning.memory import copy_gb_per_s
+from pipeline.errors import StaleEngineError, WorkerError
+from pipeline.learning.memory import resident_peak_gib
 from pipeline.models.backbone import kv_bytes_per_token, load_config
 from pipeline.records import ProbeSequence
 from pipeline.records import SamplingParams as Sampling
@@ -31,6 +32,9 @@ PROMPT_TOKENS_AT_ONCE = 4096
 """How many prompt tokens a CPU engine reads in one forward pass: vLLM's own number."""
 TOKENS_PER_BLOCK = 128
 """The size of a block of a CPU engine's KV cache."""
+
+SHARD = "actors.engine_weights.EngineShard"
+"""What every process of an engine has beside vLLM's worker."""
 
 TokenLogprobs = list[dict[int, Logprob]]
 """Token -> log-probability, at every place. vLLM's other form, FlatLogprobs, must be asked for."""
@@ -65,6 +69,11 @@ class VLLMEngine:
             # A CPU generator cannot be set back, which vLLM does to seeded requests whose prompt it reads in parts.
             device_options["enable_chunked_prefill"] = False
             device_options["max_num_batched_tokens"] = max(PROMPT_TOKENS_AT_ONCE, max_model_len)
+        register_all()
+        if config.shards > 1:
+            device_options["tensor_parallel_size"] = config.shards
+            # Processes of this node alone: the actor holds the GPUs of all of them.
+            device_options["distributed_executor_backend"] = "mp"
         self._llm = LLM(
             model=model_directory,
             dtype=cast(Literal["float32", "bfloat16"], dtype),  # the recipe allows no other
@@ -76,12 +85,16 @@ class VLLMEngine:
             load_format="dummy",
             # With tied embeddings a CPU engine keeps a packed copy of lm_head that updates do not reach.
             hf_overrides={"tie_word_embeddings": False},
-            weight_transfer_config=register(plan.weight_transfer),
+            worker_extension_cls=SHARD,
+            weight_transfer_config=transfer_config(plan.weight_transfer),
             enable_sleep_mode=plan.placement == "colocated",
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
             **device_options,
         )
+        if config.shards > 1:
+            self._llm.llm_engine.model_executor.register_failure_callback(_end_with_the_shard)
+        self._shards = config.shards
         self._stop_token_ids = [*stop_token_ids]
         self._files = PolicyFiles()
         self._on_cpu = config.gpus_per_worker == 0
@@ -105,20 +118,20 @@ class VLLMEngine:
         layout = {name: (tensor.shape, tensor.dtype) for name, tensor in published.items()}
         if self._replaceable and layout == self._layout:
             self._end_update()
-            self._llm.apply_model(lambda model: replace_weights(model, published))
+            self._in_shards("replace_by_published", location)
             self._forget_prefixes()
         else:
             self.start_update()
             self.receive({"location": location})
             self.finish_update()
             if self._on_cpu and layout != self._layout:
-                [self._replaceable] = self._llm.apply_model(lambda model: holds_by_name(model, published))
+                self._replaceable = all(self._in_shards("holds_published", location))
                 self._layout = layout
         return sum(tensor.nbytes for tensor in published.values())
 
     def meet_learner(self, init_info: dict[str, Any]) -> None:
         """Agrees with the learner's ranks on how they will send; `init_info` is theirs."""
-        self._llm.collective_rpc("init_weight_transfer_engine", args=(init_info,))
+        self._in_shards("init_weight_transfer_engine", init_info)
 
     def start_update(self) -> None:
         """Begins to replace the weights. An update that began earlier and was not finished ends here."""
@@ -126,14 +139,14 @@ class VLLMEngine:
             # The cache wakes last: until the update is over, the learner may need the memory.
             self._llm.wake_up(tags=["weights"])
         self._end_update()
-        self._llm.collective_rpc("start_weight_update")
+        self._in_shards("start_weight_update")
         self._is_updating = True
 
     def receive(self, update_info: dict[str, Any]) -> None:
         """Takes all of the weights or a part of them, from where `update_info` says."""
         # Set again only after success: an update that fails is over.
         self._is_updating = False
-        self._llm.collective_rpc("update_weights", args=(update_info,))
+        self._in_shards("update_weights", update_info)
         self._is_updating = True
 
     def finish_update(self) -> None:
@@ -144,9 +157,22 @@ class VLLMEngine:
             self._is_asleep = False
         self._forget_prefixes()
 
+    def _in_shards(self, method: str, *arguments: Any) -> list[Any]:
+        """Calls vLLM's worker, or what `EngineShard` adds to it, in every process of the engine.
+
+        Raises:
+            WorkerError: one of several shards raised an error, whose text alone travels between them.
+        """
+        try:
+            return self._llm.collective_rpc(method, args=arguments)
+        except RuntimeError as error:
+            if self._shards == 1:
+                raise
+            raise WorkerError(f"{method} failed in a shard of the engine: {error}") from error
+
     def _end_update(self) -> None:
         if self._is_updating:
-            self._llm.collective_rpc("finish_weight_update")
+            self._in_shards("finish_weight_update")
             self._is_updating = False
 
     def _forget_prefixes(self) -> None:
@@ -157,9 +183,14 @@ class VLLMEngine:
             )
 
     def copy_gb_per_s(self, num_bytes: int) -> float:
-        """The speed of copying `num_bytes` in the memory that holds the engine's weights."""
-        [speed] = self._llm.apply_model(lambda model: copy_gb_per_s(num_bytes, next(model.parameters()).device))
-        return speed
+        """The speed of copying `num_bytes` in the memory that holds the engine's weights; of the slowest shard."""
+        return min(self._in_shards("copy_speed", num_bytes))
+
+    def peak_gib(self) -> float:
+        """The largest resident sizes of the engine's processes, added up."""
+        # The one shard of an engine without others is in this process.
+        others = self._in_shards("peak_gib") if self._shards > 1 else []
+        return resident_peak_gib() + sum(others)
 
     def probe_logprobs(self, probes: Sequence[ProbeSequence]) -> list[list[float]]:
         """Log-probabilities of the probes' response tokens at temperature 1."""
@@ -216,9 +247,17 @@ class VLLMEngine:
 
     def differing_groups(self, location: str) -> dict[str, float]:
         """Parameter group -> largest relative difference from the published file, for groups that differ."""
-        published = self._files.read(location)
-        [found] = self._llm.apply_model(lambda model: differences(model, published))
+        found: dict[str, float] = {}
+        for shard in self._in_shards("differing_groups", location):
+            for group, gap in shard.items():
+                found[group] = max(gap, found.get(group, 0.0))
         return found
+
+
+def _end_with_the_shard() -> None:
+    """Ends this process, as it would have ended had it held the shard itself: the pool replaces a worker that died."""
+    print("a shard of this engine has died; the engine ends with it", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _sampling_params(sampling: Sampling, seed: int, stop_token_ids: list[int]) -> SamplingParams:
@@ -251,7 +290,13 @@ def _as_sample(completion: CompletionOutput) -> Sample:
 
 
 def kv_cache_bytes(model_directory: str, config: RolloutConfig, dtype: str, max_model_len: int) -> int:
-    """What `max_sequences` of full length need, at most `kv_cache_gib`: a CPU engine touches all of it as it starts."""
+    """What one shard keeps of `max_sequences` of full length, its part of `kv_cache_gib` at most.
+
+    A CPU engine touches all of it as it starts.
+    """
     # One block more than the sequences fill: vLLM never uses the first.
     tokens = TOKENS_PER_BLOCK * (1 + config.max_sequences * -(-max_model_len // TOKENS_PER_BLOCK))
-    return min(config.kv_cache_gib * 2**30, tokens * kv_bytes_per_token(load_config(model_directory), dtype))
+    model = load_config(model_directory)
+    return min(
+        config.kv_cache_gib * 2**30 // config.shards, tokens * kv_bytes_per_token(model, dtype, shards=config.shards)
+    )

@@ -19,6 +19,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
 from actors.weight_transfer import stop_sending
+from cluster.rollout_plan import WeightReceivers
 from pipeline.config.cluster import WeightTransfer
 from pipeline.errors import TransferFailed
 
@@ -65,8 +66,9 @@ class RolloutWorkersClient:
     share `failure`, which is set before `abort` ends the broadcast, so the main thread finds the reason there.
     """
 
-    def __init__(self, workers: Sequence[Any], deadline_s: float) -> None:
+    def __init__(self, workers: Sequence[Any], deadline_s: float, *, shards: int) -> None:
         self._workers = workers
+        self._shards = shards
         self._deadline_s = deadline_s
         self._end = 0.0
         self.abort: Callable[[], None] = lambda: None
@@ -77,11 +79,11 @@ class RolloutWorkersClient:
         self._end = time.monotonic() + self._deadline_s
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        # To vLLM each worker is the first and only process of its own engine, and counts from the offset.
+        # To vLLM each worker is the only engine, and its shards count from the offset.
         offset = init_info.get("rank_offset")
         self._call_all(
             lambda n, worker: worker.meet_learner.remote(
-                init_info if offset is None else init_info | {"rank_offset": offset + n}
+                init_info if offset is None else init_info | {"rank_offset": offset + n * self._shards}
             )
         )
 
@@ -117,13 +119,12 @@ class WeightSender:
 
     def __init__(
         self,
-        backend: WeightTransfer,
+        receivers: WeightReceivers,
         tensors: Callable[[], Iterator[tuple[str, torch.Tensor]]],
         workers: Sequence[Any],
         *,
         rank: int,
         address: str,
-        dtype: str,
         deadline_s: float,
     ) -> None:
         """Meets the workers.
@@ -132,14 +133,13 @@ class WeightSender:
             tensors: the policy, tensor by tensor (`PPOLearner.policy_tensors`).
             workers: Ray handles of rollout workers, idle.
             address: where the first rank waits for the workers, "host:port".
-            dtype: dtype of the engines.
             deadline_s: how long the meeting may take, and each sending.
 
         Raises:
             TransferFailed: a worker did not come; only the first rank raises it.
         """
-        self._client = RolloutWorkersClient(workers, deadline_s)
-        self._source = source = PolicySource(tensors, getattr(torch, dtype))
+        self._client = RolloutWorkersClient(workers, deadline_s, shards=receivers.shards)
+        self._source = source = PolicySource(tensors, getattr(torch, receivers.dtype))
         self._client.begin()
         if torch.cuda.is_available():
             # Otherwise vLLM would move this rank alone to a new CUDA stream, of which DeepSpeed knows nothing.
@@ -147,10 +147,10 @@ class WeightSender:
         try:
             self._trainer = WeightTransferTrainerFactory.trainer_init(
                 trainer_init_info(
-                    backend,
+                    receivers.weight_transfer,
                     rank=rank,
                     address=address,
-                    num_workers=len(workers),
+                    num_shards=len(workers) * receivers.shards,
                     bucket_bytes=max(SENT_BYTES, source.largest_bytes()),
                 ),
                 client=self._client,
@@ -186,9 +186,13 @@ class WeightSender:
 
 
 def trainer_init_info(
-    backend: WeightTransfer, *, rank: int, address: str, num_workers: int, bucket_bytes: int
+    backend: WeightTransfer, *, rank: int, address: str, num_shards: int, bucket_bytes: int
 ) -> TrainerInitInfo:
-    """What vLLM's trainer engine of this backend must know."""
+    """What vLLM's trainer engine of this backend must know.
+
+    Args:
+        num_shards: of all engines together.
+    """
     if backend == "ipc":
         return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=bucket_bytes)
     host, port = address.rsplit(":", 1)
@@ -196,7 +200,7 @@ def trainer_init_info(
         rank=rank,
         master_address=host,
         master_port=int(port),
-        world_size=1 + num_workers,
+        world_size=1 + num_shards,
         packed_buffer_size_bytes=bucket_bytes,
     )
 

@@ -218,11 +218,19 @@ ENGINES: dict[WeightTransfer, type[WeightTransferEngine]] = {
 }
 
 
-def register(backend: WeightTransfer) -> WeightTransferConfig:
-    """Makes the backend known to vLLM in this process; safe to repeat. Returns the engine option that chooses it."""
+def register_all() -> None:
+    """Makes the backends known to vLLM in this process; safe to repeat."""
     # At every update vLLM warns of layers without parameters (rotary embeddings). A missing parameter is an error here.
     logging.getLogger(initialize_layerwise_reload.__module__).setLevel(logging.ERROR)
-    name = f"published_or_{backend}"
-    with contextlib.suppress(ValueError):  # already registered
-        WeightTransferEngineFactory.register_engine(name, ENGINES[backend])
-    return WeightTransferConfig(backend=name)
+    for backend, engine in ENGINES.items():
+        with contextlib.suppress(ValueError):  # already registered
+            WeightTransferEngineFactory.register_engine(_name(backend), engine)
+
+
+def transfer_config(backend: WeightTransfer) -> WeightTransferConfig:
+    """The engine option that chooses the backend."""
+    return WeightTransferConfig(backend=_name(backend))
+
+
+def _name(backend: WeightTransfer) -> str:
+    return f"published_or_{backend}"

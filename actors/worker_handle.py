@@ -119,8 +119,9 @@ def engine_environment(config: ResolvedRolloutConfig) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     if config.gpus_per_worker == 0:
-        environment |= {
-            "OMP_NUM_THREADS": str(config.threads_per_worker or max(1, int(config.cpus_per_worker))),
-            "CUDA_VISIBLE_DEVICES": "",
-        }
+        threads = config.threads_per_worker or max(1, int(config.cpus_per_worker))
+        environment |= {"OMP_NUM_THREADS": str(max(1, threads // config.shards)), "CUDA_VISIBLE_DEVICES": ""}
+    if config.shards > 1:
+        # vLLM would bind the shards to cores of its own choice, which other workers on the node use too.
+        environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     return environment

@@ -27,7 +27,7 @@ class ResolvedRolloutConfig(RolloutConfig):
     chunk_size: Count
 
     def memory_fraction(self, placement: RolloutPlacement) -> float:
-        default = 0.45 if placement == "colocated" else 0.9 * self.gpus_per_worker
+        default = 0.45 if placement == "colocated" else 0.9 * min(1.0, self.gpus_per_worker)
         return self.gpu_memory_fraction or default or 0.9
 
 
@@ -35,7 +35,8 @@ def resolve_rollout(config: RolloutConfig) -> ResolvedRolloutConfig:
     """What the recipe says, and where it says nothing, what suits the vLLM that is installed here."""
     gpus = config.gpus_per_worker
     if gpus is None:
-        gpus = 1.0 / config.workers if installed_build() == "cuda" else 0.0
+        own = float(config.shards) if config.shards > 1 else 1.0 / config.workers
+        gpus = own if installed_build() == "cuda" else 0.0
     chunk_size = config.chunk_size or (CPU_CHUNK_SIZE if gpus == 0 else config.max_sequences)
     written = {name: getattr(config, name) for name in config.model_fields_set}
     return ResolvedRolloutConfig(**written | {"gpus_per_worker": gpus, "chunk_size": chunk_size})
@@ -47,7 +48,8 @@ def resolution_reasons(config: RolloutConfig) -> list[str]:
     if config.gpus_per_worker is None:
         reason = {
             "cpu": "the CPU build of vLLM is installed here",
-            "cuda": "the CUDA build of vLLM is installed here, and all workers share one GPU",
+            "cuda": "the CUDA build of vLLM is installed here, and "
+            + ("each shard of an engine has a GPU" if config.shards > 1 else "all workers share one GPU"),
             None: "no vLLM is installed here, so the CPU build is assumed",
         }[installed_build()]
         sentences.append(f"cluster.rollout.gpus_per_worker = {resolved.gpus_per_worker:g}: {reason}.")

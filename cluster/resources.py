@@ -60,14 +60,7 @@ def plan_resources(
         judge: whether a judge scores beside the reward model in the benchmark.
         samples: whether the alignment samples responses and has them scored (`AlignmentConfig.needs_reward_model`).
     """
-    scoring = Demand(
-        role="scoring replica",
-        setting="cluster.scoring.replicas",
-        count=max(1, cluster.scoring.replicas),
-        cpus=cluster.scoring.cpus_per_replica,
-        gpus=cluster.scoring.gpus_per_replica,
-    )
-    learning = _ranks("alignment", cluster.alignment)
+    scoring, learning = _scoring(cluster), _ranks("alignment", cluster.alignment)
     if placement == "colocated":
         shared = Demand(
             role="rank and engine",
@@ -104,6 +97,21 @@ def room_for_workers(cluster: ClusterConfig, placement: RolloutPlacement, nodes:
 def plan_generation(cluster: ClusterConfig) -> tuple[StageDemand, ...]:
     """Rollout workers alone, for answers that nothing scores."""
     return (StageDemand(stage="generate_benchmark", demands=(_rollout(cluster),)),)
+
+
+def plan_serving(cluster: ClusterConfig) -> tuple[StageDemand, ...]:
+    """Scoring replicas alone, for a reward model that users ask."""
+    return (StageDemand(stage="serve", demands=(_scoring(cluster),)),)
+
+
+def _scoring(cluster: ClusterConfig) -> Demand:
+    return Demand(
+        role="scoring replica",
+        setting="cluster.scoring.replicas",
+        count=max(1, cluster.scoring.replicas),
+        cpus=cluster.scoring.cpus_per_replica,
+        gpus=cluster.scoring.gpus_per_replica,
+    )
 
 
 def _rollout(cluster: ClusterConfig) -> Demand:
@@ -154,12 +162,29 @@ def check_plan(plan: Sequence[StageDemand], nodes: Sequence[Mapping[str, float]]
         ResourceError: names stage, need, have, and what would fit.
     """
     for stage in plan:
+        for demand in stage.demands:
+            require_node_for(demand, stage.stage, nodes)
         if not _fits(stage.demands, nodes):
             cpus, gpus = (sum(node.get(resource, 0.0) for node in nodes) for resource in ("CPU", "GPU"))
             raise ResourceError(
                 f"stage {stage.stage} needs {stage.total('CPU'):g} CPU and {stage.total('GPU'):g} GPU at once; "
                 f"there are {cpus:g} CPU and {gpus:g} GPU on {len(nodes)} node(s). {_what_fits(stage.demands, nodes)}"
             )
+
+
+def require_node_for(demand: Demand, stage: str, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Raises ResourceError for an actor that is larger than every node: it never spans nodes."""
+    if any(_fits([replace(demand, count=1)], [node]) for node in nodes):
+        return
+    cpus, gpus = (max((node.get(resource, 0.0) for node in nodes), default=0.0) for resource in ("CPU", "GPU"))
+    section = demand.setting.rpartition(".")[0]
+    remedy = f"Lower what each takes ({section})"
+    if demand.setting == "cluster.rollout.workers" and demand.gpus > max(1.0, gpus):
+        remedy = f"Set {section}.gpus_per_worker={max(1, int(gpus))} and more workers"
+    raise ResourceError(
+        f"a {demand.role} of stage {stage} takes {demand.cpus:g} CPU and {demand.gpus:g} GPU and never spans nodes; "
+        f"the largest node has {cpus:g} CPU and {gpus:g} GPU. {remedy}, or add a larger node."
+    )
 
 
 def this_machine() -> dict[str, float]:

@@ -31,6 +31,16 @@ class RolloutPlan:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class WeightReceivers:
+    """What the engines have in common that take weights from the learner's GPUs."""
+
+    weight_transfer: WeightTransfer
+    dtype: str
+    shards: int = 1
+    """Processes of one engine, each on a GPU of its own."""
+
+
 THROUGH_FILES = RolloutPlan(placement="disaggregated", weight_transfer="shm")
 """What engines without a GPU do, and those without a learner."""
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Creates .venv with a set of packages known to work together; called by make, safe to repeat.
-# VRM_ACCELERATOR=cpu|cuda overrides the automatic choice, which is kept by later calls.
+# VRM_ACCELERATOR=cpu|cuda overrides the automatic choice, which is kept by later calls. VRM_DEV=0 leaves out what only
+# tests and linters need.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -34,12 +35,12 @@ esac
 # torch first: DeepSpeed reads it while it builds.
 install "${backend[@]}" "$torch" setuptools wheel ninja packaging py-cpuinfo hjson
 DS_BUILD_OPS=0 install "${backend[@]}" --no-build-isolation-package deepspeed --override install/overrides-"$accelerator".txt \
-  --editable ".[$accelerator,dev]"
+  --editable ".[$accelerator$([ "${VRM_DEV:-1}" = 0 ] || echo ,dev)]"
 # Peers of which the tests need a file or two: their own requirements serve models, or need a GPU.
-install --no-deps "fschat==0.2.36" "openrlhf==0.11.2"
+[ "${VRM_DEV:-1}" = 0 ] || install --no-deps "fschat==0.2.36" "openrlhf==0.11.2"
 # Loggers of the extras `wandb`, `mlflow` and `trackio`, which tests run offline; seconds. Their bounds on cachetools,
 # certifi and pillow exclude the versions of install/constraints.txt, and nothing that the loggers call here differs.
-install --no-deps "wandb==0.31.0" "cwevals==0.0.1b1" "distro==1.9.0" \
+[ "${VRM_DEV:-1}" = 0 ] || install --no-deps "wandb==0.31.0" "cwevals==0.0.1b1" "distro==1.9.0" \
   "mlflow-skinny==3.17.2" "databricks-sdk==0.162.0" "GitPython==3.2.1" "gitdb==4.0.12" "smmap==5.0.3" \
   "importlib_metadata==9.1.0" "zipp==4.1.2" "sqlparse==0.6.1" \
   "trackio==0.43.0" "gradio_client==2.7.2" "orjson==3.13.0" "brotli==1.2.1"

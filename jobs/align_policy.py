@@ -125,6 +125,7 @@ def _open_ports(
     from actors.rank_group import RankGroup
     from actors.ranked_learner import RankedPolicyLearner, RankedSender
     from actors.step_profile import StepProfile, profiled
+    from cluster.rollout_plan import WeightReceivers
     from pipeline.loops.align_policy import AlignmentPorts
 
     ranks, deadlines = recipe.cluster.alignment, recipe.cluster.deadlines
@@ -133,9 +134,12 @@ def _open_ports(
         scorer = actors.scorer(reward_model)
         rollouts.sleep()  # the learner may be built on the engines' GPUs
         group.build(deepspeed_ppo_learner, spec, ranks)
-        sender = RankedSender(
-            group, actors.rollout_plan.weight_transfer, dtype=spec.dtype, deadline_s=deadlines.weights_s
+        receivers = WeightReceivers(
+            weight_transfer=actors.rollout_plan.weight_transfer,
+            dtype=spec.dtype,
+            shards=recipe.cluster.rollout.shards,
         )
+        sender = RankedSender(group, receivers, deadline_s=deadlines.weights_s)
         with rollouts.fed_by(sender):
             ports = AlignmentPorts(rollouts=rollouts, scorer=scorer, learner=RankedPolicyLearner(group, deadlines))
             if recipe.profile.steps:

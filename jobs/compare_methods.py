@@ -111,8 +111,12 @@ def report(finished: Sequence[FinishedRun], out: str) -> str:
     return text
 
 
-def judged(f: FinishedRun, place: str) -> FinishedRun:
+def judged(f: FinishedRun, directory: str, file: str) -> FinishedRun:
     """The cell with the verdicts of another judge.
+
+    Args:
+        directory: of the cell.
+        file: the verdicts, below it.
 
     Raises:
         DataError: they cannot be read, or lack a prompt of the cell.
@@ -120,8 +124,8 @@ def judged(f: FinishedRun, place: str) -> FinishedRun:
     from pipeline.benchmark.alpaca_eval.annotations import read_annotations
     from pipeline.experiments.method_tables import with_judgments
 
-    with storage.reading(place.rpartition("/")[0]) as directory:
-        annotations = read_annotations(Path(directory, place.rpartition("/")[2]))
+    with storage.reading(directory) as local:
+        annotations = read_annotations(Path(local, file))
     return with_judgments(f, annotations)
 
 
@@ -142,7 +146,7 @@ def compare_methods(options: argparse.Namespace, compute: Compute = compute_on_t
         return f"{listed}\n\n{plan_table(plan_of(recipe))}"
     finished, failures = finish_runs(cells, out, compute)
     if options.judgments:
-        finished = [judged(f, storage.join(out, f"cells/{f.run.config_hash}/{options.judgments}")) for f in finished]
+        finished = [judged(f, storage.join(out, f"cells/{f.run.config_hash}"), options.judgments) for f in finished]
     text = report(finished, out) if finished else ""
     if failures:
         print(text, flush=True)

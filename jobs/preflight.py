@@ -1,4 +1,4 @@
-"""What a job looks at before it starts anything: its data files, its checkpoints.
+"""What a job looks at before it starts anything: a remote workspace, its data files, its checkpoints.
 
 Imports neither torch nor ray, so that bad input is answered at once.
 """
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pipeline.config.recipe import Recipe
 from pipeline.data.recipe_files import check_data
 from pipeline.errors import CheckpointError
-from pipeline.models.checkpoint_files import check_checkpoint
+from pipeline.models.checkpoint_files import check_checkpoint, decoder_config
+from pipeline.models.tensor_parallel import check_tensor_parallel
 from pipeline.stages import storage
 from pipeline.stages.workspace import StageDirectory
 from pipeline.tracking.logger_names import require_loggers
@@ -31,15 +32,20 @@ def check_recipe(recipe: Recipe, *, workspace: str | None = None) -> None:
     """Opens each data file and each checkpoint of a recipe; prints what was looked at, and for how long.
 
     Args:
-        workspace: where a stage may have finished with a checkpoint. Then the checkpoint may be gone.
+        workspace: a remote one is written to, and what was written deleted. In any, a stage may have finished with a
+            checkpoint. Then the checkpoint may be gone.
 
     Raises:
-        ConfigError, DataError, CheckpointError: one of them, or a logger, cannot be used.
+        ConfigError, DataError, CheckpointError, WorkspaceError: one of them, or a logger, cannot be used.
     """
     started = time.monotonic()
     require_loggers(recipe.logging)
+    seen, unseen = [], []
+    if workspace is not None and not storage.is_local(workspace):
+        storage.require_writable(workspace, needs_bytes=0)
+        seen.append("workspace")
     num_files = check_data(recipe)
-    seen, unseen = [f"{num_files} data file{'' if num_files == 1 else 's'}"], []
+    seen.append(f"{num_files} data file{'' if num_files == 1 else 's'}")
     on_the_hub = [source.hub for source in recipe.data.sources if source.hub is not None]
     if on_the_hub:
         unseen.append(f"data.sources of the hub: {', '.join(on_the_hub)}")
@@ -54,9 +60,25 @@ def check_recipe(recipe: Recipe, *, workspace: str | None = None) -> None:
             seen.append(named.setting)
         else:
             unseen.append(f"{named.setting} = {named.checkpoint} ({reason})")
+    _check_shards(recipe)
     print(f"{'preflight':<19} {', '.join(seen)} looked at in {time.monotonic() - started:.2f} s", flush=True)
     for what in unseen:
         print(f"{'preflight':<19} not looked at: {what}", flush=True)
+
+
+def _check_shards(recipe: Recipe) -> None:
+    """As far as the policy's config is on this machine; a worker looks again."""
+    checkpoint, tiny = recipe.policy.checkpoint, recipe.policy.tiny
+    config = {
+        "num_attention_heads": tiny.num_heads,
+        "num_key_value_heads": tiny.num_kv_heads,
+        "intermediate_size": tiny.intermediate_size,
+    }
+    check_tensor_parallel(
+        config if checkpoint is None else decoder_config(checkpoint),
+        recipe.cluster.rollout.shards,
+        model="policy.tiny" if checkpoint is None else checkpoint,
+    )
 
 
 def _checkpoints(recipe: Recipe) -> Iterator[NamedCheckpoint]:

@@ -115,6 +115,24 @@ def _compare() -> Command:
     return compare_policies_command
 
 
+def _launch_kubernetes() -> Command:
+    from jobs.launch import kubernetes_command
+
+    return kubernetes_command
+
+
+def _launch_slurm() -> Command:
+    from jobs.launch import slurm_command
+
+    return slurm_command
+
+
+def _launch_ssh() -> Command:
+    from jobs.launch import ssh_command
+
+    return ssh_command
+
+
 def _explain() -> Command:
     from jobs.explain_settings import explain_command
 
@@ -137,6 +155,9 @@ COMMANDS: Mapping[str, Entry] = {
     "evaluate": Entry(summary="evaluate a reward model on comparisons, RewardBench, RM-Bench", load=_evaluate),
     "experiment": Entry(summary="run every variant of an experiment with every seed", load=_experiment),
     "methods": Entry(summary="compare alignment methods as policies and as reward models", load=_methods),
+    "launch kubernetes": Entry(summary="write a RayJob or a RayService for KubeRay", load=_launch_kubernetes),
+    "launch slurm": Entry(summary="write a batch script for Slurm", load=_launch_slurm),
+    "launch ssh": Entry(summary="write a file for `ray up` over ssh", load=_launch_ssh),
     "benchmark generate": Entry(summary="answer AlpacaEval, Arena-Hard or MT-Bench", load=_generate),
     "benchmark judge": Entry(summary="let a judge compare or grade the answers", load=_judge),
     "benchmark score": Entry(summary="compute the scores of a judge's verdicts", load=_score),
@@ -144,7 +165,10 @@ COMMANDS: Mapping[str, Entry] = {
 }
 """The words of a command -> its job, in the order of `vrm --help`."""
 
-GROUPS = {"benchmark": "generate, judge, score or compare answers to benchmarks"}
+GROUPS = {
+    "launch": "write what starts a recipe on Kubernetes, Slurm or machines over ssh",
+    "benchmark": "generate, judge, score or compare answers to benchmarks",
+}
 """First words that several commands share."""
 
 

@@ -80,6 +80,15 @@ def local_ray():
 
 
 @pytest.fixture(scope="session")
+def s3():
+    """One S3 server for all tests, with a bucket for each."""
+    from tests.support.s3_server import s3_server
+
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def trained_reward_model(tiny_policy, world, tokenizer, tmp_path_factory):
     """The directory of a reward model that was trained for a moment."""
     directory = str(tmp_path_factory.mktemp("trained-reward-model"))

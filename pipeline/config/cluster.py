@@ -58,9 +58,14 @@ class RolloutConfig(Frozen):
     """CPUs that one worker reserves."""
     gpus_per_worker: NonNegative | None = None
     """None lets the plan decide (`cluster/rollout_plan.py`), by the vLLM that is installed where the job runs. Its CPU
-    build needs no GPU. With its CUDA build, all workers together share one GPU."""
+    build needs no GPU. With its CUDA build, all workers together share one GPU, or each has one a shard. A whole number
+    above 1 shards an engine over so many GPUs of one node."""
+    tensor_parallel_size: Count | None = None
+    """Shards of one engine: each is a process that computes its part of every matrix and of the attention heads. None
+    takes `gpus_per_worker`, at least 1. It must divide the heads of the policy. With GPUs the two numbers are one.
+    Without, the shards share the CPUs of the worker, and `kv_cache_gib`."""
     threads_per_worker: Count | None = None
-    """Threads of one engine; None takes the worker's whole CPUs, at least one."""
+    """Threads of one engine, shared among its shards; None takes the worker's whole CPUs, at least one a shard."""
     kv_cache_gib: Count = 1
     """Largest size of the KV cache of an engine without a GPU. An engine takes no more than `max_sequences` of full
     length need."""
@@ -89,12 +94,36 @@ class RolloutConfig(Frozen):
     def asks_for_shared_gpus(self) -> bool:
         return self.placement == "colocated" or self.weight_transfer == "ipc"
 
+    @property
+    def shards(self) -> int:
+        """Processes of one engine."""
+        return self.tensor_parallel_size or max(1, int(self.gpus_per_worker or 0))
+
     @field_validator("gpus_per_worker")
     @classmethod
-    def _an_engine_runs_on_one_gpu(cls, gpus: float | None) -> float | None:
-        if gpus is not None and gpus > 1:
-            raise ValueError(f"an engine runs on one GPU, not on {gpus:g}; set it to 1 and raise workers")
+    def _an_engine_runs_on_a_part_of_a_gpu_or_on_whole_ones(cls, gpus: float | None) -> float | None:
+        if gpus is not None and gpus > 1 and gpus != int(gpus):
+            raise ValueError(
+                f"an engine runs on a part of one GPU or on whole ones, not on {gpus:g}; set {int(gpus)} or "
+                f"{int(gpus) + 1}"
+            )
         return gpus
+
+    @model_validator(mode="after")
+    def _a_shard_has_one_gpu(self) -> RolloutConfig:
+        gpus, shards = self.gpus_per_worker, self.tensor_parallel_size
+        if gpus and shards is not None and gpus != shards and not (shards == 1 and gpus < 1):
+            raise ValueError(
+                f"tensor_parallel_size = {shards} takes one GPU a shard, but gpus_per_worker = {gpus:g}; set both to "
+                "one number, or leave one of them out"
+            )
+        if self.shards > 1 and self.asks_for_shared_gpus:
+            key = "placement = colocated" if self.placement == "colocated" else "weight_transfer = ipc"
+            raise ValueError(
+                f"{key} puts an engine on the GPU of one rank of the learner, and this one has {self.shards} shards; "
+                "set placement=disaggregated, or an engine of one shard"
+            )
+        return self
 
     @model_validator(mode="after")
     def _weights_cross_what_lies_between(self) -> RolloutConfig:
@@ -192,8 +221,8 @@ class ClusterConfig(Frozen):
     """Only used when the job starts its own local cluster."""
 
     def takes_whole_gpus(self, gpus_per_worker: float) -> bool:
-        """Whether every rank of the PPO learner and every engine gets one whole GPU."""
-        return self.alignment.gpus_per_rank == gpus_per_worker == 1
+        """Whether every rank of the PPO learner gets one whole GPU, and every engine one or more."""
+        return self.alignment.gpus_per_rank == 1 and gpus_per_worker >= 1
 
     def why_gpus_do_not_suffice(self, gpus_per_worker: float) -> str:
         """Why placement or weight transfer cannot be as written, with the cure; empty where they can.

@@ -109,7 +109,7 @@ class Recipe(ExperimentConfig):
 
     def could_share_gpus(self, gpus_per_worker: float) -> bool:
         """Whether engines and learner may take turns on the same GPUs, were there no others."""
-        return self.cluster.takes_whole_gpus(gpus_per_worker) and not self._against_shared_gpus()
+        return gpus_per_worker == 1 and self.cluster.takes_whole_gpus(1) and not self._against_shared_gpus()
 
     def _against_shared_gpus(self) -> str:
         """Why engines cannot stand on the learner's GPUs and sleep while it works; empty where they can."""

@@ -12,6 +12,7 @@ from pipeline.learning.builders import build_reward_trainer, build_sft_trainer, 
 from pipeline.loops.reward import reward_stage, run_reward_training
 from pipeline.loops.sft import run_sft, sft_stage
 from pipeline.records import Metrics, StageResult
+from pipeline.stages import storage
 from pipeline.stages.stage_spec import StageSpec
 from pipeline.stages.workspace import StageDirectory
 
@@ -69,5 +70,4 @@ def from_root_or_computed(spec: StageSpec, root: str, compute: Callable[[StageDi
 
 def seconds_of(result: StageResult) -> float:
     """How long the finished stage took."""
-    directory, _, _ = result.location.rpartition("/")
-    return float(StageDirectory(directory, result.name, result.fingerprint).manifest()[SECONDS])
+    return float(StageDirectory(storage.parent(result.location), result.name, result.fingerprint).manifest()[SECONDS])

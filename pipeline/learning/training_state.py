@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.errors import CheckpointError
+from pipeline.models.safetensors_pieces import safetensors_bytes, safetensors_pieces
 from pipeline.stages import storage
 
 FORMAT = "vrm-training-state-1"
@@ -73,8 +73,11 @@ class TrainingStatePart:
         """Writes one safetensors file below `uri`, next to those of the other ranks."""
         name = f"part-{self.part:05d}-of-{self.num_parts:05d}.safetensors"
         header = {"format": FORMAT, "shapes": json.dumps(self.shapes)}
-        with storage.writing(uri) as directory:
-            save_file(dict(self.tensors), os.path.join(directory, name), metadata=header)
+        storage.write_pieces(
+            storage.join(uri, name),
+            safetensors_pieces(self.tensors, header),
+            num_bytes=safetensors_bytes(self.tensors, header),
+        )
 
 
 class SavedState:

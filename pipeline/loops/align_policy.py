@@ -61,7 +61,7 @@ def alignment_stage(experiment: ExperimentConfig, policy: str, reward_model: str
         config=experiment.model_dump(
             mode="json",
             include={"seed", "data", "alignment", "policy"},
-            exclude={"alignment": WHAT_IS_KEPT_OF_ROLLOUTS},
+            exclude={"alignment": set(WHAT_IS_KEPT_OF_ROLLOUTS)},
         ),
         inputs=(policy, reward_model),
         data=tuple(data_fingerprints(experiment)),

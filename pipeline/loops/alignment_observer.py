@@ -51,7 +51,7 @@ class KeptRollouts:
         if self.files.is_full and not was_full:
             print(
                 f"{self.stage}  rollouts from step {step + 1} on are left out: those before take "
-                f"{metrics['rollouts/mib']:.1f} of alignment.keep_rollouts_mib = "
+                f"{metrics['rollout/kept_mib']:.1f} of alignment.keep_rollouts_mib = "
                 f"{self.plan.config.keep_rollouts_mib:g}. Raise it, or lower alignment.keep_rollouts.",
                 flush=True,
             )

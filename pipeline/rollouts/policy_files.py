@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import struct
 import time
 from itertools import islice
 from pathlib import Path
@@ -15,11 +14,9 @@ from pathlib import Path
 import torch
 
 from pipeline.errors import CheckpointError, ResourceError
+from pipeline.models.safetensors_pieces import LENGTH, SAFETENSORS_DTYPES, safetensors_header
 from pipeline.records import POLICY_FILE
 
-SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""Names that safetensors gives them."""
-LENGTH = struct.Struct("<Q")
 VERSIONS = 2
 """Files on a node: engines read one while the learner writes the other."""
 
@@ -59,7 +56,7 @@ class PolicyFiles:
         whole, partial = location / POLICY_FILE, location / f"{POLICY_FILE}.partial"
         if whole.exists():
             whole.replace(partial)
-        header = _header(state)
+        header = safetensors_header(state)
         num_bytes = len(header) + sum(tensor.nbytes for tensor in state.values())
         _make_room(partial, num_bytes)
         with open(partial, "r+b", buffering=0) as file:
@@ -126,21 +123,6 @@ def _make_room(file: Path, num_bytes: int) -> None:
             if error.errno != errno.ENOSPC:
                 raise
             raise full from error
-
-
-def _header(state: dict[str, torch.Tensor]) -> bytes:
-    """The length of a JSON text, and the text, which says where each tensor's bytes lie after it.
-
-    Source: https://github.com/huggingface/safetensors#format; the text is padded so that tensors start aligned.
-    """
-    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-    entries, end = {}, 0
-    for name, tensor in state.items():
-        begin, end = end, end + tensor.nbytes
-        entries[name] = {"dtype": names[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % LENGTH.size)
-    return LENGTH.pack(len(text)) + text
 
 
 def _view(data: torch.Tensor, *, dtype: str, shape: list[int], data_offsets: list[int]) -> torch.Tensor:

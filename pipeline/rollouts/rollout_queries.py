@@ -43,19 +43,21 @@ class RolloutFilter:
     def expression(self) -> pc.Expression | None:
         """The filter for pyarrow; None takes every row."""
         field = ds.field
-        terms = [
-            test(value)
-            for test, value in (
-                (lambda v: field("prompt_id") == v, self.prompt_id),
-                (lambda v: field("step") >= v, self.step_from),
-                (lambda v: field("step") <= v, self.step_to),
-                (lambda v: field("finish_reason") == v, self.finish_reason),
-                (lambda v: field("reward") >= v, self.reward_from),
-                (lambda v: field("reward") <= v, self.reward_to),
-                (_holds_text, self.text or None),
-            )
-            if value is not None
-        ]
+        terms = []
+        if self.text:
+            terms.append(_holds_text(self.text))
+        if self.prompt_id is not None:
+            terms.append(field("prompt_id") == self.prompt_id)
+        if self.finish_reason is not None:
+            terms.append(field("finish_reason") == self.finish_reason)
+        for column, low, high in (
+            ("step", self.step_from, self.step_to),
+            ("reward", self.reward_from, self.reward_to),
+        ):
+            if low is not None:
+                terms.append(field(column) >= low)
+            if high is not None:
+                terms.append(field(column) <= high)
         whole = None
         for term in terms:
             whole = term if whole is None else whole & term
@@ -132,7 +134,7 @@ class RolloutQueries:
 
     def _rows(self, wanted: list[tuple[int, int]]) -> dict[tuple[int, int], Row]:
         """(step, position) -> the rollout; those that were not kept are missing."""
-        found = {}
+        found: dict[tuple[int, int], Row] = {}
         for step in {step for step, _ in wanted}:
             path = os.path.join(self._directory, step_file(step))
             if os.path.exists(path):

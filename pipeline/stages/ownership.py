@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import uuid
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -16,6 +14,8 @@ from pipeline.errors import CorruptManifest, WorkspaceLocked
 from pipeline.stages import storage
 
 OWNER_FILE = "owner.json"
+NOBODY = "null"
+"""The record of a workspace that its owner has left. It is not deleted: no storage deletes a record on a condition."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,8 @@ class Owner:
     """Start of the process in clock ticks since boot: tells it from a later process with the same id."""
     since: str
     """When it took the workspace, local time."""
+    taking: str
+    """A random name of this taking: the same process may take a workspace again."""
 
     @classmethod
     def here(cls, job: str) -> Owner:
@@ -43,6 +45,7 @@ class Owner:
             pid=pid,
             start_ticks=_start_ticks(pid) or 0,
             since=time.strftime("%Y-%m-%d %H:%M:%S"),
+            taking=uuid.uuid4().hex,
         )
 
     def is_gone(self) -> bool:
@@ -59,39 +62,49 @@ def read_owner(workspace: str) -> Owner | None:
     Raises:
         CorruptManifest: the record cannot be read.
     """
-    uri = storage.join(workspace, OWNER_FILE)
-    text = storage.read_text(uri)
-    if text is None:
-        return None
+    text = storage.read_text(storage.join(workspace, OWNER_FILE))
+    return None if text is None else _parsed(text, workspace)
+
+
+def _parsed(text: str, workspace: str) -> Owner | None:
     try:
         values = json.loads(text)
-        return Owner(**{field.name: values[field.name] for field in fields(Owner)})
+        return None if values is None else Owner(**{field.name: values[field.name] for field in fields(Owner)})
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise CorruptManifest(
-            f"{uri} cannot be read ({error!r}). Start with --take-over if no other job uses the workspace."
+            f"{storage.join(workspace, OWNER_FILE)} cannot be read ({error!r}). Start with --take-over if no other job "
+            "uses the workspace."
         ) from error
 
 
 def take(workspace: str, job: str, *, take_over: bool) -> Owner:
     """Makes this process the owner. A dead owner is replaced silently, a living one only with `take_over`.
 
-    On a local workspace a file lock lets one of two jobs that start at the same moment go first. On a remote one the
-    later writer wins, and the earlier one learns of it at its next commit.
+    Of jobs that start at the same moment one gets it: the record is created only where there is none, and replaced only
+    while it is the one that was read. A file system that can do neither (`storage.create_text`) lets the later
+    writer win, and the earlier one learns of it at its next commit.
 
     Raises:
         WorkspaceLocked: another job holds the workspace.
         CorruptManifest: the record of the owner cannot be read.
     """
-    owner = Owner.here(job)
-    with _one_at_a_time(workspace):
-        current = None if take_over else read_owner(workspace)
-        if current is not None and not current.is_gone():
-            raise WorkspaceLocked(
-                f"{workspace} is held by {current}. Wait for it, choose another --workspace, or, if it is dead, "
-                "start again with --take-over."
-            )
-        storage.write_text(storage.join(workspace, OWNER_FILE), json.dumps(asdict(owner)))
-    return owner
+    uri, owner = storage.join(workspace, OWNER_FILE), Owner.here(job)
+    record = json.dumps(asdict(owner))
+    while True:
+        text = storage.read_text(uri)
+        if text is None:
+            taken = storage.create_text(uri, record)
+        else:
+            current = None if take_over else _parsed(text, workspace)
+            if current is not None and not current.is_gone():
+                raise WorkspaceLocked(
+                    f"{workspace} is held by {current}. Wait for it, choose another --workspace, or, if it is dead, "
+                    "start again with --take-over."
+                )
+            taken = storage.replace_text(uri, record, expected=text)
+        if taken:
+            return owner
+        # Another job was quicker; it is read next.
 
 
 def require_ownership(workspace: str, owner: Owner) -> None:
@@ -105,19 +118,8 @@ def require_ownership(workspace: str, owner: Owner) -> None:
 
 
 def release(workspace: str, owner: Owner) -> None:
-    """Removes the record of the owner, unless another job has taken over."""
-    if read_owner(workspace) == owner:
-        storage.delete_file(storage.join(workspace, OWNER_FILE))
-
-
-@contextmanager
-def _one_at_a_time(workspace: str) -> Iterator[None]:
-    if not storage.is_local(workspace):
-        yield
-        return
-    with open(storage.join(storage.local_path(workspace), f"{OWNER_FILE}.lock"), "a") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+    """Leaves the workspace to whoever comes next, unless another job has taken over."""
+    storage.replace_text(storage.join(workspace, OWNER_FILE), NOBODY, expected=json.dumps(asdict(owner)))
 
 
 def _machine() -> str:

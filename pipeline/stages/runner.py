@@ -28,6 +28,7 @@ PACKAGES = (
     "transformers",
     "safetensors",
     "pyarrow",
+    "obstore",
 )
 """Recorded in every manifest, as far as they are installed."""
 

@@ -92,6 +92,10 @@ class CheckpointStore:
         """Where the ranks write the state after `step`."""
         return storage.join(self._uri, f"step-{step:06d}")
 
+    def commit_uri(self, step: int) -> str:
+        """The file that says the state after `step` is whole."""
+        return storage.join(self._uri, f"step-{step:06d}.json")
+
     def save(self, step: int, snapshot: Callable[[], Snapshot], state: dict[str, Any]) -> None:
         """Copies the state after `step`, and writes and commits it while training continues.
 
@@ -131,7 +135,7 @@ class CheckpointStore:
         """Makes the state after `step` the latest, then deletes all others but the newest `keep` and the best."""
         storage.make_durable(self.uri(step))
         self._before_commit()
-        storage.write_text(f"{self.uri(step)}.json", json.dumps({"step": step, "state": state}))
+        storage.write_text(self.commit_uri(step), json.dumps({"step": step, "state": state}))
         best = self._best()
         kept = self._committed_steps()[-self._keep :]
         self._delete_all_but(kept if best is None else [best.step, *kept])
@@ -180,7 +184,7 @@ class CheckpointStore:
         return self._read(steps[-1])
 
     def _read(self, step: int) -> Checkpoint:
-        commit = f"{self.uri(step)}.json"
+        commit = self.commit_uri(step)
         remedy = f"Delete {commit} to resume from the checkpoint before it."
         values = _read_record(commit, keys=("step", "state"), remedy=remedy)
         return Checkpoint(step=values["step"], uri=self.uri(step), state=values["state"])
@@ -198,11 +202,11 @@ class CheckpointStore:
     def _delete_all_but(self, kept: Sequence[int]) -> None:
         for step in set(self._steps()) - set(kept):
             # The commit goes first: a checkpoint half deleted must not look like one.
-            storage.delete_file(f"{self.uri(step)}.json")
+            storage.delete_file(self.commit_uri(step))
             storage.delete_directory(self.uri(step))
 
     def _committed_steps(self) -> list[int]:
-        return [step for step in self._steps() if storage.read_text(f"{self.uri(step)}.json") is not None]
+        return [step for step in self._steps() if storage.read_text(self.commit_uri(step)) is not None]
 
     def _steps(self) -> list[int]:
         matches = (CHECKPOINT.fullmatch(name) for name in storage.list_directories(self._uri))
@@ -429,7 +433,7 @@ class Workspace:
         """Takes the workspace for this process.
 
         Args:
-            uri: a local path, or a URI that pyarrow.fs knows.
+            uri: a local path or a URI, as `storage` knows them; without credentials.
             job: the name of this job in messages to other jobs.
             take_over: take it from a living owner too.
             needs_bytes: estimate of what the run will write.

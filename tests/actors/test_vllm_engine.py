@@ -20,10 +20,10 @@ from actors.ranked_learner import RankedSender
 from actors.rollout_pool import RolloutPool
 from actors.worker_handle import EngineSettings, WorkerActors
 from cluster.placement import pack_bundles
-from cluster.rollout_plan import RolloutPlan
+from cluster.rollout_plan import RolloutPlan, WeightReceivers
 from pipeline.config.cluster import DeadlinesConfig, RolloutConfig
 from pipeline.data.chat import encode_prompt
-from pipeline.errors import CheckpointError, StaleEngineError
+from pipeline.errors import CheckpointError, ConfigError, StaleEngineError
 from pipeline.models.backbone import load_causal_lm, save_causal_lm
 from pipeline.records import PolicyWeights, ProbeSequence, Prompt, SamplingParams
 from pipeline.rollouts.numerics_gate import GATE_TOLERANCE, choose_probes
@@ -49,7 +49,7 @@ def pool(learner, tiny_policy):
         yield pool
 
 
-def cpu_engines(directory, backend, *, workers):
+def cpu_engines(directory, backend, *, workers, shards=1):
     return RolloutPool(
         EngineSettings(
             model_uri=directory,
@@ -59,10 +59,22 @@ def cpu_engines(directory, backend, *, workers):
             seed=0,
             plan=RolloutPlan(placement="disaggregated", weight_transfer=backend),
         ),
-        RolloutConfig(workers=workers, cpus_per_worker=1, chunk_size=8, max_sequences=64, max_restarts=1),
-        DeadlinesConfig(),
+        RolloutConfig(
+            workers=workers,
+            cpus_per_worker=1,
+            tensor_parallel_size=shards,
+            chunk_size=8,
+            max_sequences=64,
+            max_restarts=1,
+        ),
+        DeadlinesConfig(start_s=900),  # of a busy machine; an engine of two shards takes half a minute on a quiet one
         actors=WorkerActors(worker=CpuWorker),
     )
+
+
+def sender_of(group, backend, *, shards=1):
+    receivers = WeightReceivers(weight_transfer=backend, dtype="float32", shards=shards)
+    return RankedSender(group, receivers, deadline_s=60.0)
 
 
 @pytest.fixture(scope="module")
@@ -192,13 +204,13 @@ def fed_pool(request, pool, learner, policy, tiny_policy):
     """A policy, a pool, the learner that feeds it, and its sender: the port, whatever is behind it."""
     backend = request.param
     if backend in ("shm", "nccl over gloo"):
-        sender = RankedSender(learner, "nccl", dtype="float32", deadline_s=60.0)
+        sender = sender_of(learner, "nccl")
         with pool.fed_by(sender) if backend != "shm" else nullcontext():
             yield policy, pool, learner
         return
     if backend == "ipc over shared memory":
         policy, pool, group = request.getfixturevalue("on_one_gpu")
-        with pool.fed_by(RankedSender(group, "ipc", dtype="float32", deadline_s=60.0)):
+        with pool.fed_by(sender_of(group, "ipc")):
             yield policy, pool, group
         return
     shared = pack_bundles(1, cpus=1, gpus=1, timeout_s=60, name="learner", tenants=2) if backend == "ipc" else None
@@ -217,7 +229,7 @@ def fed_pool(request, pool, learner, policy, tiny_policy):
         DeadlinesConfig(),
         actors=WorkerActors(placement=shared),
     )
-    with gpu_pool, gpu_pool.fed_by(RankedSender(group, backend, dtype="float32", deadline_s=60.0)):
+    with gpu_pool, gpu_pool.fed_by(sender_of(group, backend)):
         yield policy, gpu_pool, group
     ray.kill(group.rank)
     if shared is not None:
@@ -242,7 +254,7 @@ def test_weights_by_ipc_go_in_buckets_of_which_each_holds_at_least_the_largest_t
     policy, pool, learner = on_one_gpu
     model = another(policy, 3)
     learner.hold(model.state_dict())
-    with pool.fed_by(RankedSender(learner, "ipc", dtype="float32", deadline_s=60.0)):
+    with pool.fed_by(sender_of(learner, "ipc")):
         assert pool.load_weights(publish(model, state={}))["weights/sent_between_gpus"] == 1
     sizes = [tensor.nbytes for tensor in model.state_dict().values()]
     buckets = ray.get(learner.rank.sizes.remote(), timeout=60)
@@ -263,7 +275,7 @@ def test_an_engine_gives_up_all_of_its_gpu_and_takes_its_cache_back_when_the_wei
     ray.get(worker.actor.calls.remote(), timeout=60)
     for _ in range(2):
         ray.get(worker.actor.sleep.remote(), timeout=60)
-    sends = pool.fed_by(RankedSender(learner, "ipc", dtype="float32", deadline_s=60.0))
+    sends = pool.fed_by(sender_of(learner, "ipc"))
     with sends if road == "by ipc" else nullcontext():
         metrics = pool.load_weights(publish(model))
     assert metrics.get("weights/sent_between_gpus") == (1 if road == "by ipc" else None)
@@ -282,7 +294,7 @@ def test_an_engine_gives_up_all_of_its_gpu_and_takes_its_cache_back_when_the_wei
 
 
 def test_the_learner_sends_its_policy_and_the_file_stands_in_where_that_fails(pool, learner, policy, publish, caplog):
-    sender = RankedSender(learner, "nccl", dtype="float32", deadline_s=60.0)
+    sender = sender_of(learner, "nccl")
 
     def update(version, *, sends=True):
         """Metrics, and the buckets that were sent. Without `sends` the learner's GPU holds another policy."""
@@ -512,3 +524,91 @@ def test_an_engine_that_would_join_with_old_weights_is_refused_and_two_engines_s
 
     assert pool.num_workers == 2
     assert_same_samples(pool.generate(prompts, SAMPLING), by_one)
+
+
+# ------------------------------------------------------------------ an engine of two shards
+
+
+@pytest.fixture(scope="module")
+def sharded(learner, tiny_policy):
+    """One engine in two processes, which have one of two attention heads each, and both the only key-value head."""
+    with cpu_engines(tiny_policy, "nccl", workers=1, shards=2) as pool:
+        yield pool
+
+
+def test_every_version_reaches_both_shards_by_the_file_and_from_the_learner(sharded, learner, policy, publish):
+    for version in (1, 2, 3):
+        sharded.sleep()
+        assert sharded.load_weights(publish(another(policy, version), version=version))["gate/max"] <= TOLERANCE
+    [worker] = sharded._fleet.workers
+    assert ray.get(worker.actor.loader.remote(), timeout=60) == "ours"
+    with sharded.fed_by(sender_of(learner, "nccl", shards=2)):
+        for version in (4, 5):
+            model = another(policy, version)
+            learner.hold(model.state_dict())
+            metrics = sharded.load_weights(publish(model, version=version))
+            assert metrics["weights/sent_between_gpus"] == 1
+            assert metrics["gate/max"] <= TOLERANCE
+
+
+def test_the_same_seeds_give_the_same_samples_on_one_shard_and_on_two(sharded, pool, policy, publish, prompts):
+    weights = publish(another(policy, 1), version=5)
+    for engines in (pool, sharded):
+        engines.load_weights(weights)
+    one, two = pool.generate(prompts, SAMPLING), sharded.generate(prompts, SAMPLING)
+    assert [r.response_ids for r in two] == [r.response_ids for r in one]
+    for left, right in zip(one, two, strict=True):
+        assert left.logprobs == pytest.approx(right.logprobs, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stale", "group"),
+    [
+        ("model.embed_tokens.weight", "model.embed_tokens.weight"),
+        ("model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn"),
+        ("model.layers.0.self_attn.o_proj.weight", "model.layers.0.self_attn"),
+        ("model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp"),
+        ("model.layers.1.mlp.down_proj.weight", "model.layers.1.mlp"),
+    ],
+)
+def test_a_stale_parameter_of_a_shard_is_named_by_its_group(sharded, policy, publish, stale, group):
+    old, new = another(policy, 3), another(policy, 4)
+    mixed = copy.deepcopy(new)
+    mixed.load_state_dict(new.state_dict() | {stale: old.state_dict()[stale]})
+    [worker] = sharded._fleet.workers
+    ray.get(worker.actor.load_weights.remote(publish(mixed), TOLERANCE), timeout=60)
+    with pytest.raises(StaleEngineError, match=rf"Parameter group '{group}'.*1 group"):
+        ray.get(worker.actor.check.remote(publish(new, version=9), TOLERANCE), timeout=60)
+
+
+def test_a_policy_that_comes_in_the_middle_of_responses_interrupts_both_shards(sharded, policy, publish, prompts):
+    long = replace(SAMPLING, max_response_tokens=64)
+    old, new = (publish(another(policy, version), version=version) for version in (6, 7))
+    sharded.load_weights(old)
+    sharded.begin(prompts, long, resample_unfinished=True)
+    sharded.load_weights(new)
+    assert [r.response_ids for r in sharded.collect()] == [r.response_ids for r in sharded.generate(prompts, long)]
+
+
+def test_an_engine_ends_with_a_killed_shard_and_its_successor_leaves_every_sample_as_it_was(
+    sharded, policy, publish, prompts
+):
+    long = replace(SAMPLING, max_response_tokens=64)
+    sharded.load_weights(publish(another(policy, 8), version=8))
+    undisturbed = sharded.generate(prompts, long)
+    [killed] = sharded._fleet.workers
+    pids = ray.get(killed.actor.shard_pids.remote(), timeout=60)
+    assert len({*pids, ray.get(killed.actor.pid.remote(), timeout=60)}) == 3
+    sharded.begin(prompts, long, resample_unfinished=False)
+    os.kill(pids[1], signal.SIGKILL)
+    assert [r.response_ids for r in sharded.collect()] == [r.response_ids for r in undisturbed]
+    assert killed not in sharded._fleet.workers
+    assert [pid for pid in pids if os.path.exists(f"/proc/{pid}")] == []
+
+
+def test_shards_that_do_not_divide_the_heads_are_refused_before_the_engine_starts(tiny_policy, policy, publish):
+    with (
+        cpu_engines(tiny_policy, "shm", workers=1, shards=3) as pool,
+        pytest.raises(ConfigError, match=r"= 3 shards cannot divide .* 2 attention heads, 1 .*Possible are 1, 2\."),
+    ):
+        pool.load_weights(publish(policy))

@@ -78,8 +78,9 @@ def test_when_not_even_one_of_each_fits_the_shares_are_named():
 def test_an_actor_never_spans_nodes():
     cluster = ClusterConfig(rollout=RolloutConfig(workers=1, cpus_per_worker=3))
     message = refusal([node(2), node(2)], cluster)
-    assert "there are 4 CPU and 0 GPU on 2 node(s)" in message
-    assert "Not even one of each fits" in message
+    assert "takes 3 CPU and 0 GPU and never spans nodes; the largest node has 2 CPU and 0 GPU" in message
+    wide = ClusterConfig(rollout=RolloutConfig(workers=1, gpus_per_worker=16))
+    assert "Set cluster.rollout.gpus_per_worker=8 and more workers, or add a larger node" in refusal([node(9, 8)], wide)
 
 
 def test_the_first_stage_that_does_not_fit_is_named():

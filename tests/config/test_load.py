@@ -219,7 +219,19 @@ def test_ppo_and_reinforce_need_no_group():
         ),
         (["alignment.ppo.drop_uniform_groups=true"], "samples_per_prompt = 1 must be at least 2"),
         (["alignment.prefetch=continue"], "the policy before, so ppo.tis_cap must weigh them; 2 is usual"),
-        (["cluster.rollout.gpus_per_worker=2"], "an engine runs on one GPU, not on 2; set it to 1 and raise workers"),
+        (["cluster.rollout.gpus_per_worker=1.5"], "a part of one GPU or on whole ones, not on 1.5; set 1 or 2"),
+        (
+            ["cluster.rollout={gpus_per_worker: 2, tensor_parallel_size: 4}"],
+            "tensor_parallel_size = 4 takes one GPU a shard, but gpus_per_worker = 2; set both to one number",
+        ),
+        (
+            ["cluster.rollout={gpus_per_worker: 2, placement: colocated}"],
+            "placement = colocated puts an engine on the GPU of one rank of the learner, and this one has 2 shards",
+        ),
+        (
+            ["cluster.rollout={tensor_parallel_size: 2, weight_transfer: ipc}"],
+            "weight_transfer = ipc puts an engine on the GPU of one rank of the learner, and this one has 2 shards",
+        ),
         (["alignment.kl={coefficient: 0, target: 6}"], "and coefficient = 0 stays 0; give it a value to start from"),
         (["alignment.kl={target: 6, horizon: 10}"], "kl.horizon = 10 is so short that one step of"),
         (["benchmark.best_of=8", "benchmark.temperature=0"], "best_of = 8 at temperature = 0 samples the same answer"),

@@ -46,7 +46,7 @@ def files(tmp_path):
     return [f"data.sources=[{{path: {pairs}}}]", f"data.prompts=[{prompts}]"]
 
 
-def test_a_bad_recipe_file_or_checkpoint_is_refused_by_every_command_before_anything_heavy(tmp_path, files):
+def test_a_bad_recipe_file_or_checkpoint_is_refused_by_every_command_before_anything_heavy(tmp_path, files, s3):
     cut = tmp_path / "cut.jsonl"
     cut.write_text('{"prompt": "a", "chosen": "b"')
     nowhere = str(tmp_path / "nowhere")
@@ -56,6 +56,13 @@ def test_a_bad_recipe_file_or_checkpoint_is_refused_by_every_command_before_anyt
     bad_pairs = [f"data.sources=[{{path: {cut}}}]"]
     cases = [
         (["run", "tiny", "sft.num_stps=1"], "unknown key"),
+        (["run", "tiny", "--workspace", f"s3://nowhere/ws?{s3.query}"], "there is no bucket 'nowhere'"),
+        (["run", "tiny", "--dry-run", "--workspace", f"s3://nowhere/ws?{s3.query}"], "there is no bucket 'nowhere'"),
+        (
+            ["run", "tiny", "--workspace", out, "cluster.rollout.tensor_parallel_size=3"],
+            "= 3 shards cannot divide policy",
+        ),
+        (["run", "tiny", "--workspace", "s3://key:secret@bucket/ws"], "carries credentials"),
         (["run", "tiny", "--workspace", out, *bad_pairs], "cut.jsonl, line 1: no JSON"),
         (["run", "tiny", "--workspace", out, *files, f"data.prompts=[{nowhere}]"], f"{nowhere} does not exist"),
         (["run", "tiny", "--workspace", out, f"policy.checkpoint={nowhere}"], f"'{nowhere}' does not exist"),

@@ -9,7 +9,7 @@ import pytest
 from jobs import full_pipeline, vrm
 from jobs.exit_codes import BAD_INPUT, PREEMPTED, exit_codes
 from jobs.run_job import job_command
-from jobs.vrm import COMMANDS, command_tree, named_command, vrm_command
+from jobs.vrm import COMMANDS, GROUPS, command_tree, named_command, vrm_command
 from pipeline.config.load import recipe_names
 from pipeline.errors import ConfigError, Preempted
 from tests.support.paths import ROOT
@@ -40,7 +40,7 @@ def test_help_fits_a_screen(words, monkeypatch, capsys):
 def test_help_lists_every_command_with_one_line(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     listed = []
-    for arguments in ([], ["benchmark", "--help"]):
+    for arguments in ([], *([group, "--help"] for group in GROUPS)):
         with pytest.raises(SystemExit):
             vrm_command(arguments)
         listed += [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]

@@ -8,9 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.config.alignment import AlignmentConfig
+from pipeline.config.load import load_recipe
 from pipeline.data.prompts import PromptStream, tokenise_prompts
-from pipeline.errors import DataError, Preempted
+from pipeline.errors import ConfigError, DataError, Preempted
 from pipeline.evaluation.reward_scale import RewardScale
+from pipeline.loops.align_policy import alignment_stage
 from pipeline.loops.alignment import align
 from pipeline.loops.alignment_observer import AlignmentObserver, KeptRollouts
 from pipeline.loops.validation import Validation, ValidationPlan, drawn_from_the_end
@@ -133,7 +135,7 @@ def rows_of(path):
 
 def trained_on(rows):
     """The rows of steps, without what was only looked at; the last row is the finished policy's."""
-    looked_at = ("eval/", "rollouts/")
+    looked_at = ("eval/", "rollout/kept", "rollout/left_out")
     return [{name: value for name, value in row.items() if not name.startswith(looked_at)} for row in rows[:4]]
 
 
@@ -324,7 +326,24 @@ def test_the_rollouts_of_every_step_are_kept_with_what_was_said_of_them(whole, w
         assert max(row["logprob_gap"] for row in of_step) == pytest.approx(metrics["engine_gap/max"], abs=1e-6)
         # Whitened over the tokens of the step: their mean is 0.
         assert sum(row["advantage"] * row["tokens"] for row in of_step) == pytest.approx(0.0, abs=1e-4)
-        assert (metrics["rollouts/kept"], metrics["rollouts/left_out"]) == (8.0, 0.0)
+        assert (metrics["rollout/kept"], metrics["rollout/left_out"]) == (8.0, 0.0)
+
+
+def test_what_is_kept_is_no_part_of_what_a_run_is():
+    def identity(*settings):
+        return alignment_stage(load_recipe("tiny", settings), "policy", "reward model").fingerprint
+
+    kept = ("alignment.keep_rollouts=0.5", "alignment.keep_rollouts_mib=1", "alignment.keep_token_ids=true")
+    assert identity(*kept) == identity()
+    assert identity("alignment.eval_every=3") != identity()
+
+
+@pytest.mark.parametrize("share", ["1.5", "0", "1", "-0.1", "some", "true"])
+def test_a_share_that_is_none_is_refused_with_its_place_and_the_cure(share):
+    with pytest.raises(
+        ConfigError, match=r"alignment\.keep_rollouts: .* is no share; give all, none, or a number above"
+    ):
+        load_recipe("tiny", [f"alignment.keep_rollouts={share}"])
 
 
 def test_files_that_are_full_are_said_once_and_the_rest_is_counted(tiny_policy, world, tokenizer, tmp_path, capsys):

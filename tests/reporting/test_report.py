@@ -108,8 +108,8 @@ def test_the_same_prompts_stand_beside_each_other_at_the_start_in_the_middle_and
 
 
 def test_what_was_validated_and_kept_is_told():
-    row = {"kl/per_response": 1.0, "gate/max": 0.0, "rollouts/kept": 6.0, "rollouts/left_out": 2.0}
-    rows = [{"step": 0, **row, "rollouts/mib": 0.5}, {"step": 1, **row, "rollouts/mib": 1.0}]
+    row = {"kl/per_response": 1.0, "gate/max": 0.0, "rollout/kept": 6.0, "rollout/left_out": 2.0}
+    rows = [{"step": 0, **row, "rollout/kept_mib": 0.5}, {"step": 1, **row, "rollout/kept_mib": 1.0}]
     validated = {"eval/updates": 2.0, "eval/reward": 0.5, "eval/reward_low": 0.25, "eval/reward_high": 0.75}
     table = dict(results_table(report(alignment_rows=[*rows, rows[1] | validated | {"eval/kl": 2.0}])))
     assert table["rollouts kept for `vrm rollouts`"] == "12 of 16 in 1.0 MiB"

@@ -73,7 +73,7 @@ def files_in(path, **changes):
 
 
 def test_a_file_holds_a_step_with_all_that_was_said_of_its_rollouts(tmp_path):
-    assert files_in(tmp_path).keep(batch(7, rows=(1,)))["rollouts/kept"] == 2.0
+    assert files_in(tmp_path).keep(batch(7, rows=(1,)))["rollout/kept"] == 2.0
     first, second = parquet.read_table(tmp_path / "rollouts" / "step-000007.parquet").to_pylist()
     assert second == {
         "step": 7,
@@ -115,8 +115,8 @@ def test_a_share_keeps_whole_groups_of_the_same_prompts_at_every_step(tmp_path):
     counts = kept[0].value_counts().to_pylist()
     assert {each["counts"] for each in counts} == {2}
     assert 30 <= len(counts) <= 70  # of 200, with a standard deviation of 6
-    assert metrics[0]["rollouts/kept"] == 2 * len(counts)
-    assert metrics[0]["rollouts/left_out"] == 400 - 2 * len(counts)
+    assert metrics[0]["rollout/kept"] == 2 * len(counts)
+    assert metrics[0]["rollout/left_out"] == 400 - 2 * len(counts)
     other = files_in(tmp_path / "other", keep=0.25, seed=1)
     other.keep(batch(0, rollouts))
     assert parquet.read_table(tmp_path / "other" / "rollouts" / "step-000000.parquet")["prompt_id"] != kept[0]
@@ -129,9 +129,9 @@ def test_what_exceeds_the_size_is_left_out_and_counted(tmp_path):
     counts = [files.keep(batch(step, large)) for step in range(4)]
     size = sum(path.stat().st_size for path in (tmp_path / "rollouts").iterdir())
     assert size <= 0.15 * 2**20
-    assert [each["rollouts/kept"] for each in counts] == [1.0, 1.0, 0.0, 0.0]
-    assert [each["rollouts/left_out"] for each in counts] == [0.0, 0.0, 1.0, 1.0]
-    assert counts[-1]["rollouts/mib"] == pytest.approx(size / 2**20)
+    assert [each["rollout/kept"] for each in counts] == [1.0, 1.0, 0.0, 0.0]
+    assert [each["rollout/left_out"] for each in counts] == [0.0, 0.0, 1.0, 1.0]
+    assert counts[-1]["rollout/kept_mib"] == pytest.approx(size / 2**20)
     assert files.is_full
 
 
@@ -142,7 +142,7 @@ def test_a_step_that_is_repeated_replaces_its_file_and_later_ones_are_forgotten(
     again = files_in(tmp_path)
     again.resume(2)
     assert RolloutQueries(str(tmp_path / "rollouts")).summary()["steps"] == [0, 1]
-    total = again.keep(batch(2, [rollout("c", 0, "anew")]))["rollouts/mib"]
+    total = again.keep(batch(2, [rollout("c", 0, "anew")]))["rollout/kept_mib"]
     queries = RolloutQueries(str(tmp_path / "rollouts"))
     assert [(row["step"], row["prompt_id"]) for row in queries.all_rows()] == [
         (0, "a"),

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from pipeline.errors import CorruptManifest, WorkspaceLocked
+from pipeline.stages import storage
 from pipeline.stages.ownership import Owner, read_owner
 from pipeline.stages.workspace import Workspace
 
@@ -20,6 +21,21 @@ from pipeline.stages.workspace import Workspace
 workspace = Workspace.open(sys.argv[1], job="raysubmit_other", needs_bytes=0)
 print("holds", flush=True)
 time.sleep(60)
+"""
+
+
+RACE = """
+import sys
+from pipeline.errors import WorkspaceLocked
+from pipeline.stages.workspace import Workspace
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    workspace = Workspace.open(sys.argv[1], job="racer", needs_bytes=0)
+    print("holds", flush=True)
+    sys.stdin.readline()
+except WorkspaceLocked:
+    print("WorkspaceLocked", flush=True)
 """
 
 
@@ -111,19 +127,45 @@ def test_a_corrupt_owner_file_says_how_to_go_on(tmp_path, text):
     open_workspace(tmp_path, take_over=True).close()
 
 
-def test_of_two_jobs_that_start_together_one_gets_it(tmp_path):
+@pytest.fixture(params=["local", "s3"])
+def place(request, tmp_path):
+    return str(tmp_path) if request.param == "local" else request.getfixturevalue("s3").new_place()
+
+
+@pytest.mark.parametrize("before", ["nobody", "a dead job", "a job that left"])
+def test_of_three_jobs_that_start_together_one_gets_it(place, before):
+    if before == "a dead job":
+        dead = replace(Owner.here("long ago"), start_ticks=1)
+        storage.write_text(storage.join(place, "owner.json"), json.dumps(asdict(dead)))
+    elif before == "a job that left":
+        open_workspace(place).close()
     processes = [
-        subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        subprocess.Popen([sys.executable, "-c", RACE, place], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
     try:
-        deadline = time.monotonic() + 60
-        while sum(p.poll() is not None for p in processes) < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert sorted(p.poll() is None for p in processes) == [False, False, True]
-        refused = [p.stderr.read().decode() for p in processes if p.poll() is not None]
-        assert all("WorkspaceLocked" in text for text in refused), refused
+        assert [p.stdout.readline() for p in processes] == ["ready\n"] * 3
+        for process in processes:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        assert sorted(p.stdout.readline() for p in processes) == ["WorkspaceLocked\n"] * 2 + ["holds\n"]
     finally:
         for process in processes:
             process.kill()
             process.communicate()
+
+
+def test_a_workspace_on_an_object_store_is_left_and_taken_again(s3):
+    place = s3.new_place()
+    with open_workspace(place) as workspace:
+        stage = workspace.stage("align_policy", "0123")
+        stage.checkpoints.commit(9, {})
+        with pytest.raises(WorkspaceLocked, match="job mine"):
+            open_workspace(place)
+        with open_workspace(place, take_over=True):
+            with pytest.raises(WorkspaceLocked, match="was taken over by job mine"):
+                stage.finish({}, {})
+            workspace.close()
+            assert read_owner(place) is not None, "a former owner does not release"
+    assert read_owner(place) is None
+    assert stage.result() is None

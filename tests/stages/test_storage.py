@@ -1,23 +1,32 @@
 """One contract for local directories and for file systems behind a URI."""
 
 import errno
+import json
 import os
+import sys
+import time
 import uuid
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
+from obstore.exceptions import PermissionDeniedError
 
 from pipeline.errors import WorkspaceError
 from pipeline.learning.training_state import TrainingStatePart
 from pipeline.stages import storage
 from tests.support.disks import on_a_small_disk
+from tests.support.gcs_server import gcs_server
 
 
-@pytest.fixture(params=["local", "file", "memory"])
+@pytest.fixture(params=["local", "file", "memory", "s3"])
 def root(request, tmp_path):
-    """An empty place: a path, a file URI, and a remote file system that lives in this process."""
+    """An empty place: a path, a file URI, a remote file system that lives in this process, an object store."""
+    if request.param == "s3":
+        return request.getfixturevalue("s3").new_place()
     return {
         "local": str(tmp_path / "ws"),
         "file": f"file://{tmp_path}/ws",
@@ -68,6 +77,162 @@ def test_deleting_what_is_missing_is_no_error(root):
 def test_bytes_that_are_no_text_can_be_looked_at(tmp_path):
     (tmp_path / "manifest.json").write_bytes(b"\xff\x00{")
     assert storage.read_text(str(tmp_path / "manifest.json")) == "\ufffd\x00{"
+
+
+def test_of_callers_that_create_one_file_one_is_told_so_and_its_text_stays(root):
+    uri = storage.join(root, "owner.json")
+    texts = [f"caller {n}" for n in range(8)]
+    if root.startswith("fsspec"):  # such a file system has no conditional write: the callers come one after another
+        told = [storage.create_text(uri, text) for text in texts]
+    else:
+        with ThreadPoolExecutor(len(texts)) as threads:
+            told = [*threads.map(lambda text: storage.create_text(uri, text), texts)]
+    [winner] = [text for text, created in zip(texts, told, strict=True) if created]
+    assert storage.read_text(uri) == winner
+    assert storage.size_bytes(root) == len(winner), "the others leave nothing behind"
+
+
+def test_of_callers_that_replace_one_text_one_is_told_so(root):
+    uri = storage.join(root, "owner.json")
+    assert not storage.replace_text(uri, "new", expected="dead")
+    storage.write_text(uri, "dead")
+    texts = [f"caller {n}" for n in range(8)]
+    if root.startswith("fsspec"):
+        told = [storage.replace_text(uri, text, expected="dead") for text in texts]
+    else:
+        with ThreadPoolExecutor(len(texts)) as threads:
+            told = [*threads.map(lambda text: storage.replace_text(uri, text, expected="dead"), texts)]
+    [winner] = [text for text, replaced in zip(texts, told, strict=True) if replaced]
+    assert storage.read_text(uri) == winner
+
+
+def test_googles_storage_creates_and_replaces_by_generation(monkeypatch):
+    # What object_store, below obstore, takes for servers of one's own: an account that needs no token.
+    account = {"disable_oauth": True, "client_email": "", "private_key": "", "private_key_id": ""}
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", json.dumps(account))
+    with gcs_server() as address:
+        uri = f"gs://bucket/ws/owner.json?endpoint_override={address}&scheme=http"
+        assert storage.read_text(uri) is None
+        assert not storage.replace_text(uri, "nobody", expected="dead")
+        for replaced in (None, "caller 7"):
+            texts = [f"{replaced} caller {n}" for n in range(8)]
+            if replaced is not None:
+                storage.write_text(uri, replaced)
+
+            def attempt(text, replaced=replaced):
+                if replaced is None:
+                    return storage.create_text(uri, text)
+                return storage.replace_text(uri, text, expected=replaced)
+
+            with ThreadPoolExecutor(len(texts)) as threads:
+                told = [*threads.map(attempt, texts)]
+            assert [text for text, won in zip(texts, told, strict=True) if won] == [storage.read_text(uri)]
+        storage.delete_file(uri)
+        assert storage.read_text(uri) is None
+
+
+def test_pieces_become_one_file(root):
+    uri = storage.join(root, "step", "part")
+    storage.write_pieces(uri, (memoryview(bytes([n])) for n in range(5)), num_bytes=5)
+    with storage.reading(storage.join(root, "step")) as directory, open(f"{directory}/part", "rb") as stream:
+        assert stream.read() == bytes(range(5))
+
+
+def test_a_copy_of_a_copy_is_the_same_wherever_it_lies(root, tmp_path, s3):
+    storage.write_text(storage.join(root, "metrics", "rows.jsonl"), "1")
+    elsewhere = s3.new_place("copies")
+    storage.copy(root, elsewhere)
+    storage.copy(elsewhere, str(tmp_path / "back"))
+    assert (tmp_path / "back" / "metrics" / "rows.jsonl").read_text() == "1"
+
+
+def test_paths_are_joined_before_the_query():
+    uri = "s3://bucket/runs/?endpoint_override=127.0.0.1:9000&scheme=http"
+    below = storage.join(uri, "stages", "sft-01")
+    assert below == "s3://bucket/runs/stages/sft-01?endpoint_override=127.0.0.1:9000&scheme=http"
+    assert storage.parent(below) == "s3://bucket/runs/stages?endpoint_override=127.0.0.1:9000&scheme=http"
+    assert storage.join("/disk/what?", "sft") == "/disk/what?/sft"
+    assert storage.join("file:///disk/what?", "sft") == "file:///disk/what?/sft"
+
+
+def test_a_large_object_travels_by_parts_both_ways(s3, monkeypatch, tmp_path):
+    monkeypatch.setattr(storage.object_store, "PART_BYTES", 5 * 2**20)
+    place, data = s3.new_place("large"), os.urandom(12 * 2**20)
+    (tmp_path / "weights").write_bytes(data)
+    before = len(s3.requests)
+    storage.copy(str(tmp_path), place)
+    pieces = (memoryview(data)[start : start + 2**20] for start in range(0, len(data), 2**20))
+    storage.write_pieces(storage.join(place, "streamed"), pieces, num_bytes=len(data))
+    parts = [path for method, path in s3.requests[before:] if method == "PUT" and "partNumber" in path]
+    assert len(parts) == 6  # three of each
+    with storage.reading(place) as directory:
+        assert [Path(directory, name).read_bytes() == data for name in ("weights", "streamed")] == [True, True]
+    assert storage.object_store.part_bytes(10**12) * 10_000 >= 10**12
+
+
+def test_keys_with_blanks_and_marks_are_taken_as_they_are_written(s3):
+    place = storage.join(s3.new_place("in place/50%"), "wörter #1")
+    storage.write_text(storage.join(place, "a.json"), "1")
+    assert storage.read_text(storage.join(place, "a.json")) == "1"
+    assert storage.list_directories(storage.parent(place)) == ["wörter #1"]
+
+
+def test_a_bucket_that_is_not_there_is_refused_by_name(s3):
+    uri = f"s3://nowhere/ws?{s3.query}"
+    letter = rf"s3://nowhere/ws.* there is no bucket 'nowhere' at http://{s3.address}. Create it"
+    for use in (storage.list_directories, storage.size_bytes, storage.read_text):
+        with pytest.raises(WorkspaceError, match=letter):
+            use(uri)
+    with pytest.raises(WorkspaceError, match=letter):
+        storage.require_writable(uri, needs_bytes=0)
+
+
+def test_a_bucket_that_may_not_be_written_is_refused_by_name(s3, monkeypatch):
+    def refuse(*arguments, **named):
+        raise PermissionDeniedError("403 Forbidden: AccessDenied")
+
+    place = s3.new_place()
+    monkeypatch.setattr(storage.object_store.obstore, "put", refuse)
+    with pytest.raises(WorkspaceError, match=r"ws\?endpoint.* refuses this job. Check the credentials.*AccessDenied"):
+        storage.require_writable(place, needs_bytes=0)
+
+
+def test_a_server_that_does_not_answer_is_refused_within_seconds(s3):
+    started = time.monotonic()
+    with pytest.raises(WorkspaceError, match=r"at http://127\.0\.0\.1:9 no request succeeds: .*Check address"):
+        storage.require_writable("s3://bucket/ws?endpoint_override=127.0.0.1:9&scheme=http", needs_bytes=0)
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize(
+    ("uri", "letter"),
+    [
+        ("s3://key:secret@bucket/ws?region=eu-west-1", r"s3://\.\.\.@bucket/ws\?region=eu-west-1 carries credentials"),
+        ("s3://bucket/ws?endpoint=host", r"has endpoint in its query.*it may have endpoint_override, scheme, region"),
+        ("s3:///ws", r"s3:///ws names no bucket\. Write s3://BUCKET/PATH"),
+    ],
+)
+def test_uris_that_cannot_be_meant_are_refused(uri, letter):
+    for use in (lambda: storage.require_writable(uri, needs_bytes=0), lambda: storage.read_text(uri)):
+        with pytest.raises(WorkspaceError, match=letter) as refusal:
+            use()
+        assert "secret" not in str(refusal.value)
+
+
+def test_credentials_of_a_profile_are_found(s3, monkeypatch, tmp_path):
+    place = s3.new_place()
+    (tmp_path / "credentials").write_text("[team]\naws_access_key_id = a\naws_secret_access_key = b\n")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("AWS_PROFILE", "team")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    storage.object_store._store.cache_clear()
+    storage.write_text(storage.join(place, "a"), "1")
+    assert storage.read_text(storage.join(place, "a")) == "1"
+    monkeypatch.setitem(sys.modules, "obstore.auth.boto3", None)
+    storage.object_store._store.cache_clear()
+    with pytest.raises(WorkspaceError, match=r"in a profile .*boto3.* is not installed.*AWS_ACCESS_KEY_ID"):
+        storage.read_text(storage.join(place, "a"))
+    storage.object_store._store.cache_clear()
 
 
 def test_a_full_disk_becomes_a_letter(root):

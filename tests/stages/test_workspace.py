@@ -14,9 +14,11 @@ from pipeline.stages import storage
 from pipeline.stages.workspace import StageDirectory, Workspace
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "memory", "s3"])
 def uri(request, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    if request.param == "s3":
+        return request.getfixturevalue("s3").new_place()
     return str(tmp_path / "ws") if request.param == "local" else f"fsspec+memory://{uuid.uuid4().hex}/ws"
 
 
@@ -43,12 +45,14 @@ def test_a_finished_stage_is_found_again(uri, workspace, stage):
     again = workspace.stage("align_policy", "0123456789abcdef")
     assert again.result() == result
     assert again.manifest()["seconds"] == 2.0
-    assert result.location == f"{uri}/stages/align_policy-0123456789ab/result"
+    assert result.location == storage.join(uri, "stages/align_policy-0123456789ab/result")
     assert workspace.stage("align_policy", "another fingerprint").result() is None
 
 
 def test_metrics_are_seen_from_other_machines_commit_by_commit(uri, tmp_path, monkeypatch):
-    writer, reader = (StageDirectory(f"{uri}/stages/align-0", "align", fingerprint) for fingerprint in ("0" * 64, "0"))
+    writer, reader = (
+        StageDirectory(storage.join(uri, "stages/align-0"), "align", fingerprint) for fingerprint in ("0" * 64, "0")
+    )
 
     def steps_seen_by(stage, machine):
         monkeypatch.setenv("HOME", str(tmp_path / machine))
@@ -118,7 +122,7 @@ def test_finishing_drops_the_checkpoints(stage):
 @pytest.mark.parametrize("text", ["", "{", '{"step": 9', "[1]", '{"step": 9}', "\x00\x00"])
 def test_a_corrupt_commit_names_file_and_cure(stage, text):
     save(stage, 9)
-    commit = f"{stage.checkpoints.uri(9)}.json"
+    commit = stage.checkpoints.commit_uri(9)
     storage.write_text(commit, text)
     with pytest.raises(CorruptManifest, match=rf"{re.escape(commit)} .*Delete .* to resume from the checkpoint before"):
         stage.checkpoints.latest()

@@ -133,7 +133,8 @@ class Recorder:
         self._llm.wake_up(tags=tags)
 
     def collective_rpc(self, method, args=()):
-        self.calls.append(method)
+        if "weight" in method:
+            self.calls.append(method)
         return self._llm.collective_rpc(method, args=args)
 
     def reset_prefix_cache(self):
@@ -145,10 +146,10 @@ class CpuWorker(RolloutWorker):
     """A rollout worker whose engine is on a CPU."""
 
     def start(self, *arguments):
-        from actors import weight_transfer
-        from tests.support.gloo_engine import GlooEngine, SharedMemoryEngine
+        import tests.support.gloo_engine  # noqa: F401  before what registers the engines
+        from actors import vllm_engine
 
-        weight_transfer.ENGINES |= {"nccl": GlooEngine, "ipc": SharedMemoryEngine}
+        vllm_engine.SHARD = "tests.support.gloo_engine.GlooShard"
         super().start(*arguments)
         self._engine._llm = Recorder(self._engine._llm)
 
@@ -160,6 +161,9 @@ class CpuWorker(RolloutWorker):
 
     def pid(self):
         return os.getpid()
+
+    def shard_pids(self):
+        return self._engine._llm.collective_rpc("pid")
 
     def loader(self):
         """What the next policy of this shape will come in by."""
@@ -193,14 +197,14 @@ class PolicyRank(Rank):
 class CpuRank(PolicyRank):
     """One on a CPU."""
 
-    def meet_engines(self, backend, *arguments):
+    def meet_engines(self, receivers, *arguments):
         def listen(init_info):
             return GlooCommunicator(init_info.master_address, init_info.master_port, 0, init_info.world_size)
 
-        self._backend, self._sizes = backend, []
+        self._backend, self._sizes = receivers.weight_transfer, []
         with the_only_gpu(), mock.patch("vllm.distributed.weight_transfer.nccl_engine.open_trainer_endpoint", listen):
-            super().meet_engines(backend, *arguments)
-        if backend == "nccl":
+            super().meet_engines(receivers, *arguments)
+        if self._backend == "nccl":
             self._sizes = self._sender._trainer.model_update_group.sizes
 
     def send_weights(self):

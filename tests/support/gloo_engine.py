@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from unittest import mock
 
+from actors import weight_transfer
 from actors.weight_transfer import IpcWeightTransferEngine, NcclWeightTransferEngine
 from tests.support.gloo import GlooCommunicator, rebuild_from_memory, the_only_gpu, without_streams
 
@@ -14,7 +16,10 @@ class GlooEngine(NcclWeightTransferEngine):
     def init_transfer_engine(self, init_info):
         def join(init_info, parallel_config):
             return GlooCommunicator(
-                init_info.master_address, init_info.master_port, init_info.rank_offset, init_info.world_size
+                init_info.master_address,
+                init_info.master_port,
+                init_info.rank_offset + parallel_config.rank,
+                init_info.world_size,
             )
 
         with mock.patch("vllm.distributed.weight_transfer.nccl_engine.worker_init_process_group", join):
@@ -31,3 +36,15 @@ class SharedMemoryEngine(IpcWeightTransferEngine):
     def receive_weights(self, update_info):
         with the_only_gpu(), mock.patch("torch.multiprocessing.reductions.rebuild_cuda_tensor", rebuild_from_memory):
             super().receive_weights(update_info)
+
+
+weight_transfer.ENGINES |= {"nccl": GlooEngine, "ipc": SharedMemoryEngine}
+
+from actors.engine_weights import EngineShard  # noqa: E402  registers the engines above, in every process of an engine
+
+
+class GlooShard(EngineShard):
+    """What a process of an engine has beside vLLM's worker, with these engines."""
+
+    def pid(self):
+        return os.getpid()
