@@ -86,7 +86,7 @@ def job(tmp_path, monkeypatch):
         return nullcontext(builders[build](spec, TorchEngine))
 
     @contextmanager
-    def open_ports(recipe, actors, policy, reward_model, spec):
+    def open_ports(recipe, actors, policy, reward_model, stage, spec):
         learner = build_ppo_learner(spec, TorchEngine, reference_in_process(spec.dtype, "cpu"))
         yield AlignmentPorts(rollouts=actors.rollouts(policy), scorer=actors.scorer(reward_model), learner=learner)
 
