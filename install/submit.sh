@@ -49,7 +49,7 @@ done
 echo "submit: job $submission"
 # Without Ray's own lines about the submission.
 "$bin/ray" job logs --address "$address" --follow "$submission" 2>/dev/null |
-  { grep --line-buffered -vE '[[:space:]]INFO (cli|job_manager)\.py:|^Running entrypoint for job ' || true; }
+  { grep --line-buffered -vE '[[:space:]](INFO (cli|job_manager)|SUCC cli)\.py:|^Running entrypoint for job ' || true; }
 # Asked without the command line, which takes seconds to start.
 authorization=(${RAY_AUTH_TOKEN:+-H "Authorization: Bearer $RAY_AUTH_TOKEN"})
 answer=$(curl --silent --show-error --fail --max-time 60 "${authorization[@]}" "$address/api/jobs/$submission")

@@ -94,9 +94,12 @@ for attempt in $(seq 60); do
   sleep 5
 done
 
+# The trap stands before the driver, and the flag says what came before the driver had a number: no signal is lost.
+driver="" stopped=""
+trap 'stopped=1; [ -z "$driver" ] || kill -TERM "$driver" 2>/dev/null || true' TERM
 @COMMAND@ &
 driver=$!
-trap 'kill -TERM "$driver" 2>/dev/null || true' TERM
+[ -z "$stopped" ] || kill -TERM "$driver" 2>/dev/null || true
 # The signal ends the first wait early; the driver then commits, and the next wait has its own code.
 code=0
 wait "$driver" || code=$?
@@ -104,6 +107,8 @@ while kill -0 "$driver" 2>/dev/null; do
   code=0
   wait "$driver" || code=$?
 done
+# A driver that the signal ended before it could listen has no code of its own.
+if [ -n "$stopped" ] && [ "$code" -eq 143 ]; then code=@PREEMPTED@; fi
 # Preempted behind a commit: the same command resumes.
 if [ "$code" -eq @PREEMPTED@ ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"

@@ -116,11 +116,11 @@ REWARD_ALARMS = (
     ),
     Alarm(
         "memorised_prompts",
-        ("train/accuracy", "eval/accuracy"),
-        lambda train, heldout: train - heldout > 0.08,
-        "the accuracy on the last training batch exceeds the held-out accuracy by more than .08",
-        "training pairs are ranked better than held-out ones. Train less long, or give more prompts. "
-        "One training batch is noisy: look at the curve.",
+        ("train/accuracy", "train/pairs", "eval/accuracy"),
+        # Two standard errors of the accuracy on one batch are at most 1 / sqrt(pairs).
+        lambda train, pairs, heldout: train - heldout > 0.08 + pairs**-0.5,
+        "the accuracy on the last training batch exceeds the held-out accuracy by more than .08 + 1 / sqrt(its pairs)",
+        "training pairs are ranked better than held-out ones. Train less long, or give more prompts.",
     ),
 )
 

@@ -86,8 +86,12 @@ def against_the_truth(
 
 
 def alignment_curve(rows: Sequence[Mapping[str, float]]) -> list[Metrics]:
-    """A point a step: `step`, the updates behind the policy that was measured, and those of `POLICY_CURVE_METRICS`."""
-    return [{"step": float(row["step"])} | {name: row[name] for name in POLICY_CURVE_METRICS} for row in rows]
+    """A point a step: `step`, the updates behind the policy that was measured, and those of `POLICY_CURVE_METRICS`.
+
+    The last step may have two rows, of which the second adds the validation of the finished policy.
+    """
+    by_step = {row["step"]: row for row in rows}
+    return [{"step": float(step)} | {name: row[name] for name in POLICY_CURVE_METRICS} for step, row in by_step.items()]
 
 
 def _differences(values: Mapping[str, Sequence[float]]) -> list[float]:

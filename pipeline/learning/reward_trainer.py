@@ -119,7 +119,10 @@ class RewardTrainer:
         grad_norm = self.engine.step(self.schedule.factor(step))
         totals = sums.over_ranks(self.engine)
         mean, square = (float(totals[name]) / (2 * num_pairs) for name in ("reward", "squared_reward"))
-        self.training = self._means(totals, batch, "train") | {"train/reward_std": max(0.0, square - mean**2) ** 0.5}
+        self.training = self._means(totals, batch, "train") | {
+            "train/reward_std": max(0.0, square - mean**2) ** 0.5,
+            "train/pairs": float(num_pairs),
+        }
         if isinstance(self.engine.module.head, VRMHead | GateHead):
             norm = float(totals["squared_gradient"]) ** 0.5
             self.training["train/weight_head_gradient_norm"] = norm / self.engine.loss_factor

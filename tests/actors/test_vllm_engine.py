@@ -536,6 +536,7 @@ def sharded(learner, tiny_policy):
         yield pool
 
 
+@pytest.mark.long
 def test_every_version_reaches_both_shards_by_the_file_and_from_the_learner(sharded, learner, policy, publish):
     for version in (1, 2, 3):
         sharded.sleep()
@@ -551,6 +552,7 @@ def test_every_version_reaches_both_shards_by_the_file_and_from_the_learner(shar
             assert metrics["gate/max"] <= TOLERANCE
 
 
+@pytest.mark.long
 def test_the_same_seeds_give_the_same_samples_on_one_shard_and_on_two(sharded, pool, policy, publish, prompts):
     weights = publish(another(policy, 1), version=5)
     for engines in (pool, sharded):
@@ -561,6 +563,7 @@ def test_the_same_seeds_give_the_same_samples_on_one_shard_and_on_two(sharded, p
         assert left.logprobs == pytest.approx(right.logprobs, abs=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("stale", "group"),
     [
@@ -581,6 +584,7 @@ def test_a_stale_parameter_of_a_shard_is_named_by_its_group(sharded, policy, pub
         ray.get(worker.actor.check.remote(publish(new, version=9), TOLERANCE), timeout=60)
 
 
+@pytest.mark.long
 def test_a_policy_that_comes_in_the_middle_of_responses_interrupts_both_shards(sharded, policy, publish, prompts):
     long = replace(SAMPLING, max_response_tokens=64)
     old, new = (publish(another(policy, version), version=version) for version in (6, 7))
@@ -590,6 +594,7 @@ def test_a_policy_that_comes_in_the_middle_of_responses_interrupts_both_shards(s
     assert [r.response_ids for r in sharded.collect()] == [r.response_ids for r in sharded.generate(prompts, long)]
 
 
+@pytest.mark.long
 def test_an_engine_ends_with_a_killed_shard_and_its_successor_leaves_every_sample_as_it_was(
     sharded, policy, publish, prompts
 ):

@@ -13,6 +13,7 @@ from tests.support.learners import collator, reward_trainer, tokenised
 
 HEALTHY = {
     "train/accuracy": 0.80,
+    "train/pairs": 100.0,
     "train/reward_std": 1.0,
     "eval/accuracy": 0.75,
     "eval/sampled_accuracy": 0.73,
@@ -55,7 +56,7 @@ def test_a_healthy_model_raises_no_alarm_and_all_are_checked():
         ("miscalibration", {"eval/ece": 0.11}),
         ("length_bias", {"eval/length_correlation": 0.41}),
         ("supervision_mismatch", {"eval/target_correlation": 0.04}),
-        ("memorised_prompts", {"train/accuracy": 0.84}),
+        ("memorised_prompts", {"train/accuracy": 0.94}),
     ],
 )
 def test_each_failure_raises_its_alarm_and_no_other(name, change):
@@ -81,7 +82,7 @@ def test_each_failure_raises_its_alarm_and_no_other(name, change):
         {"eval/length_correlation": 0.39},
         {"eval/target_correlation": 0.06},
         {"eval/target_correlation": -0.2, "eval/supervised_prompts": 99.0},
-        {"train/accuracy": 0.82},
+        {"train/accuracy": 0.92},
     ],
 )
 def test_on_the_safe_side_nothing_rings(change):

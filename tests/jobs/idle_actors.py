@@ -15,8 +15,8 @@ class IdleRank:
     def build(self, factory, arguments, address):
         pass
 
-    def meet_engines(self, backend, workers, address, dtype, deadline_s):
-        self._asked.append((backend, len(workers), dtype, deadline_s))
+    def meet_engines(self, receivers, workers, address, deadline_s):
+        self._asked.append((receivers.weight_transfer, len(workers), receivers.dtype, deadline_s))
 
     def send_weights(self):
         pass

@@ -8,7 +8,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -297,7 +296,6 @@ def test_the_batch_script_ends_with_the_drivers_code(slurm):
 def test_a_preempted_batch_script_waits_for_the_commit_and_queues_itself_again(slurm):
     script, log = slurm(two_nodes(), STAY="1")
     assert script.stdout.readline() == "started\n"
-    time.sleep(0.5)  # the driver sets its trap before it says so, the script sets its own after
     script.send_signal(signal.SIGTERM)
     script.communicate(timeout=60)
     assert script.returncode == 75

@@ -93,7 +93,7 @@ def open_job(tmp_path, monkeypatch):
         return nullcontext(builders[build](spec, TorchEngine))
 
     @contextmanager
-    def open_ports(recipe, actors, policy, reward_model, spec):
+    def open_ports(recipe, actors, policy, reward_model, stage, spec):
         learner = build_ppo_learner(spec, TorchEngine, reference_in_process(spec.dtype, "cpu"))
         with ExitStack() as exits:
             sources = open_sources(recipe.alignment.rewards, actors.reward_openers(reward_model), exits)

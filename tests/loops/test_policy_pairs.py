@@ -26,7 +26,8 @@ OVERRIDES = (
     *("alignment.algorithm=dpo", "alignment.pairs=policy", "alignment.samples_per_prompt=8"),
     *("alignment.max_response_tokens=80", "alignment.policy_pairs.prompts_per_round=8"),
     "alignment.policy_pairs.rounds=1",
-    *("alignment.direct.num_steps=4", "alignment.direct.batch_pairs=4", "alignment.direct.eval_every=2"),
+    *("alignment.direct.epochs=null", "alignment.direct.num_steps=4"),
+    *("alignment.direct.batch_pairs=4", "alignment.direct.eval_every=2"),
     *("alignment.direct.optimiser.learning_rate=3e-3",),
 )
 
@@ -174,7 +175,7 @@ def test_a_finished_round_is_not_computed_again(start, reward_model, tmp_path):
 
 
 def test_raft_learns_the_best_response_alone(start, reward_model, tmp_path):
-    run = Rounds(start, reward_model, tmp_path, "alignment.algorithm=raft", "alignment.direct.epochs=1")
+    run = Rounds(start, reward_model, tmp_path, "alignment.algorithm=raft")
     result = run.align()
     examples, _ = run.pairs(0)
     assert all(len(group.response_ids) == 1 for group in examples.groups)

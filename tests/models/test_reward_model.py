@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from pipeline.config.reward import EnsembleConfig, VRMHeadConfig
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.evaluation.conversation_tokens import ConversationEncoder
 from pipeline.evaluation.reward_scorer import RewardModelScorer
 from pipeline.models.backbone import load_backbone, load_config, require_context, train_only_last_layers
 from pipeline.models.packing import pack
@@ -241,9 +242,9 @@ def test_thinking_is_not_scored(tiny_policy, tokenizer, world):
     assert plain == thought
 
 
-def test_an_over_long_response_is_still_scored_at_the_end_of_its_turn(tiny_policy, tokenizer, world):
-    scorer = RewardModelScorer(vrm(tiny_policy).eval(), tokenizer, card(), max_tokens_per_batch=100)
-    prompt, response = scorer._encode(world.heldout_prompts[0].messages, "do check " * 200)
+def test_an_over_long_response_is_still_scored_at_the_end_of_its_turn(tokenizer, world):
+    encode = ConversationEncoder(tokenizer=tokenizer, max_length=card().max_length)
+    [(prompt, response)] = encode([world.heldout_prompts[0].messages], ["do check " * 200])
     assert len(prompt) + len(response) == card().max_length
     assert response[-1] == tokenizer.eos_token_id
 
