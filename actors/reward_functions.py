@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -17,9 +18,6 @@ from pipeline.rewards.function_calls import LoadedFunction, failed
 from pipeline.rewards.function_spec import FunctionSpec
 from pipeline.rewards.in_process import batches
 from pipeline.rewards.rows import RewardRows, SourceScore
-
-POLL_S = 0.05
-"""Longest wait for the next answer before the deadlines of the other batches are looked at."""
 
 
 class FunctionProcess:
@@ -36,11 +34,22 @@ class FunctionProcess:
         return self._function.score(rows)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """What a process is at: a batch, or its own start."""
+
+    process: ActorHandle
+    end: float
+    """When it has taken too long, on the clock of `time.monotonic`."""
+    number: int = 0
+    batch: RewardRows | None = None
+
+
 class FunctionProcesses:
     """Implements `RewardSource` with processes that share the batches of a step.
 
-    A process that exceeds the deadline of its batch is ended, and one that died is gone; another takes its place. The
-    batch is not tried again: its rows have failed, and the rule of the recipe answers for them.
+    A process that exceeds the deadline of its batch is ended, and one that died is gone; another one starts while the
+    others go on. The batch is not tried again: its rows have failed, and the rule of the recipe answers for them.
     """
 
     def __init__(self, spec: FunctionSpec, config: RewardFunctionsConfig, *, start_s: float) -> None:
@@ -55,78 +64,103 @@ class FunctionProcesses:
         self._start_s = start_s
         self.restarts = 0
         self._processes: list[ActorHandle] = []
+        self._idle: list[ActorHandle] = []
+        self._starting: dict[Any, _Call] = {}
         try:
-            started = [self._new() for _ in range(config.processes)]
-            self._processes = started
-            self._wait_until_ready(started)
+            for _ in range(config.processes):
+                self._start()
+            while self._starting:
+                self._take_started(_answered(self._starting))
         except BaseException:
             self.close()
             raise
 
     def score(self, rows: RewardRows) -> list[SourceScore]:
-        """The scores of all batches, each from the first process that is free."""
+        """The scores of all batches, each from the first process that is free.
+
+        Raises:
+            DeadlineExceeded, WorkerDied: the successor of a process did not start.
+        """
         waiting = list(enumerate(batches(rows, self._spec.batch_size)))[::-1]
         answers: dict[int, Sequence[SourceScore]] = {}
-        idle = list(range(len(self._processes)))
-        running: dict[Any, tuple[int, int, RewardRows, float]] = {}
+        running: dict[Any, _Call] = {}
         while waiting or running:
-            while waiting and idle:
-                place, (number, batch) = idle.pop(), waiting.pop()
-                running[self._processes[place].score.remote(batch)] = (
-                    place,
-                    number,
-                    batch,
-                    time.monotonic() + self._spec.deadline_s,
-                )
-            done, _ = ray.wait(list(running), num_returns=1, timeout=POLL_S)
+            while waiting and self._idle:
+                process, (number, batch) = self._idle.pop(), waiting.pop()
+                end = time.monotonic() + self._spec.deadline_s
+                running[process.score.remote(batch)] = _Call(process=process, end=end, number=number, batch=batch)
+            answered = _answered(running | self._starting)
+            self._take_started(answered)
             now = time.monotonic()
-            for call in [*done, *(call for call, (*_, end) in running.items() if end <= now and call not in done)]:
-                place, number, batch, _ = running.pop(call)
-                answers[number] = self._answer(call, place, batch, is_done=call in done)
-                idle.append(place)
+            for answer in [answer for answer, call in running.items() if answer in answered or call.end <= now]:
+                call = running.pop(answer)
+                answers[call.number] = self._scores(call, answer if answer in answered else None)
         return [score for number in sorted(answers) for score in answers[number]]
 
     def close(self) -> None:
         """Ends the processes."""
         for process in self._processes:
             ray.kill(process)
-        self._processes = []
+        self._processes, self._idle, self._starting = [], [], {}
 
-    def _answer(self, call: Any, place: int, batch: RewardRows, *, is_done: bool) -> Sequence[SourceScore]:
-        if not is_done:
-            ray.kill(self._processes[place])
-            self._replace(place)
-            return failed(batch, "timed_out", f"no answer within deadline_s = {self._spec.deadline_s:g} s")
+    def _scores(self, call: _Call, answer: Any | None) -> Sequence[SourceScore]:
+        """The answer to a batch, or why there is none; its process is free afterwards, or replaced.
+
+        Args:
+            answer: None where the deadline is over.
+        """
+        assert call.batch is not None
+        if answer is None:
+            ray.kill(call.process)
+            self._replace(call.process)
+            return failed(call.batch, "timed_out", f"no answer within deadline_s = {self._spec.deadline_s:g} s")
         try:
-            return ray.get(call, timeout=self._start_s)
+            scores = ray.get(answer, timeout=self._start_s)
         except ACTOR_DIED as error:
-            self._replace(place)
-            return failed(batch, "died", f"its process ended ({str(error).splitlines()[0]})")
+            self._replace(call.process)
+            return failed(call.batch, "died", f"its process ended ({str(error).splitlines()[0]})")
         except RayTaskError as error:  # an answer that cannot travel, say
-            return failed(batch, "exception", str(error.cause or error))
+            scores = failed(call.batch, "exception", str(error.cause or error))
+        self._idle.append(call.process)
+        return scores
 
-    def _replace(self, place: int) -> None:
-        self.restarts += 1
-        self._processes[place] = self._new()
-        self._wait_until_ready([self._processes[place]])
+    # ------------------------------------------------------------------ start
 
-    def _new(self) -> ActorHandle:
+    def _start(self) -> None:
         actor: Any = ray.remote(num_cpus=self._config.cpus_per_process, max_restarts=0)(FunctionProcess)
-        return actor.remote(self._spec)
+        process = actor.remote(self._spec)
+        self._processes.append(process)
+        self._starting[process.is_ready.remote()] = _Call(process=process, end=time.monotonic() + self._start_s)
 
-    def _wait_until_ready(self, processes: Sequence[ActorHandle]) -> None:
+    def _replace(self, process: ActorHandle) -> None:
+        self.restarts += 1
+        self._processes.remove(process)
+        self._start()
+
+    def _take_started(self, answered: Set[Any]) -> None:
+        """Makes processes idle that are up."""
         place = f"alignment.rewards: {self._spec.name!r}"
-        calls: list[Any] = [process.is_ready.remote() for process in processes]
-        ready, _ = ray.wait(calls, num_returns=len(calls), timeout=self._start_s)
-        if len(ready) < len(calls):
+        for answer in answered & self._starting.keys():
+            try:
+                ray.get(answer, timeout=self._start_s)
+            except ACTOR_DIED as error:
+                raise own_error(error) or WorkerDied(f"{place}: a process died while it started: {error}") from error
+            self._idle.append(self._starting.pop(answer).process)
+        late = [call for call in self._starting.values() if call.end <= time.monotonic()]
+        if late:
             raise DeadlineExceeded(
-                f"{place}: {len(calls) - len(ready)} processes were not up within {self._start_s:g} s. Free CPUs for "
+                f"{place}: {len(late)} processes were not up within {self._start_s:g} s. Free CPUs for "
                 "cluster.reward_functions, or raise cluster.deadlines.start_s."
             )
-        try:
-            ray.get(calls, timeout=self._start_s)
-        except ACTOR_DIED as error:
-            raise own_error(error) or WorkerDied(f"{place}: a process died while it started: {error}") from error
+
+
+def _answered(calls: Mapping[Any, _Call]) -> Set[Any]:
+    """All that have answered, as soon as one has, or as the first deadline is over."""
+    answers = list(calls)
+    left = min(call.end for call in calls.values()) - time.monotonic()
+    ray.wait(answers, num_returns=1, timeout=max(0.0, left))
+    # All of them: an answer that is there is never taken for a late one.
+    return set(ray.wait(answers, num_returns=len(answers), timeout=0)[0])
 
 
 def own_error(error: BaseException) -> PipelineError | None:

@@ -283,9 +283,15 @@ THIS_RUNS_MODEL = RewardSourceConfig(name="model", model=ModelReward())
 
 
 def require_usable_rewards(rewards: Sequence[RewardSourceConfig]) -> None:
-    """Raises ValueError where two sources have one name, or none has a weight."""
+    """Raises ValueError where two sources have one name, none has a weight, or none scores a response by itself."""
     [(name, count)] = Counter(source.name for source in rewards).most_common(1)
     if count > 1:
         raise ValueError(f"rewards: {count} sources are named {name!r}, and metrics go by name; give each its own name")
     if not any(source.weight for source in rewards):
         raise ValueError("rewards: the weights are all 0, so nothing would be trained on; give one of them a weight")
+    if all(source.compares_a_group for source in rewards):
+        raise ValueError(
+            f"rewards: {rewards[0].name!r} compares the responses to one prompt, but validation and benchmark have one "
+            "response to each, so nothing could score them; add a reward that scores one response, with weight 0 if "
+            "nothing is to be trained on it, as in {judge: {..., form: graded}, weight: 0, name: graded}"
+        )

@@ -24,7 +24,12 @@ from pipeline.models.reward_model import load_reward_tokenizer, read_backbone_co
 from pipeline.models.reward_model_card import read_card
 from pipeline.ports import BackgroundRolloutSource, PolicyLearner, RewardSources
 from pipeline.records import Metrics
-from pipeline.rewards.opened import OpenedSource, combined_rewards, needs_measured_scales
+from pipeline.rewards.opened import (
+    OpenedSource,
+    combined_rewards,
+    needs_measured_scales,
+    rewards_of_single_responses,
+)
 from pipeline.rewards.source_files import reward_fingerprints
 from pipeline.rollouts.kept_rollouts import RolloutFiles, what_was_kept
 from pipeline.rollouts.kept_samples import SamplesOverTime
@@ -149,6 +154,7 @@ def run_alignment(
         rewards = combined_rewards(
             ports.sources, config.combine_rewards, measured=measured, columns=data.prompt_columns
         )
+        of_single = rewards_of_single_responses(ports.sources, measured=measured, columns=data.prompt_columns)
         metrics = align(
             ports.rollouts,
             rewards,
@@ -158,7 +164,7 @@ def run_alignment(
             config,
             reward_scale=rewards.scale,
             observer=observer_of(
-                ports, rewards, stage, StepPlan(prompts=stream, config=config), plan, data, objectives
+                ports, of_single, stage, StepPlan(prompts=stream, config=config), plan, data, objectives
             ),
         )
         if kept := what_was_kept(stage.metrics_rows()):
@@ -193,7 +199,11 @@ def observer_of(
     data: RunData,
     objectives: Sequence[str],
 ) -> AlignmentObserver:
-    """What looks at the alignment of a stage."""
+    """What looks at the alignment of a stage.
+
+    Args:
+        rewards: of responses that have no group.
+    """
     config = steps.config
     gold = None if data.gold is None else GoldReward.of(data.gold, data.heldout_pairs)
     validation = None

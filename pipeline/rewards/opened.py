@@ -120,16 +120,32 @@ def benchmark_rewards(
     measured: Mapping[str, RewardScale],
     columns: Mapping[str, Mapping[str, Any]],
 ) -> CombinedRewards:
-    """The sources as a measure of finished answers, which have no group: always their sum.
+    """As `rewards_of_single_responses`, for the finished answers of a benchmark.
 
     Every answer counts. One without a score counts as an average answer, where the recipe would leave it out.
     """
-    rewards = combined_rewards(sources, "sum", measured=measured, columns=columns)
+    rewards = rewards_of_single_responses(sources, measured=measured, columns=columns)
     always = [
         replace(source, on_failure=source.scale.mean) if source.on_failure == "drop" else source
         for source in rewards.sources
     ]
     return CombinedRewards(always, "sum", columns=columns)
+
+
+def rewards_of_single_responses(
+    sources: Sequence[OpenedSource],
+    *,
+    measured: Mapping[str, RewardScale],
+    columns: Mapping[str, Mapping[str, Any]],
+) -> CombinedRewards:
+    """The sources as a measure of responses that have no group: always their sum, without those that compare a group.
+
+    Where the policy is trained on such sources alone, the first one that is only measured takes their place.
+    """
+    alone = [source for source in sources if not source.config.compares_a_group]
+    if not any(source.config.weight for source in alone):
+        alone[0] = replace(alone[0], config=alone[0].config.model_copy(update={"weight": 1.0}))
+    return combined_rewards(alone, "sum", measured=measured, columns=columns)
 
 
 def needs_measured_scales(sources: Sequence[OpenedSource], combination: Combination) -> bool:

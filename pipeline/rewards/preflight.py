@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import httpx
 
+from pipeline.benchmark.judges.judging_account import read_price
 from pipeline.config.rewards import JudgeReward, ModelReward, PythonReward, RewardSourceConfig
 from pipeline.errors import ConfigError, DataError, PipelineError, WorkerError
 from pipeline.models.reward_model_card import read_card
@@ -93,8 +95,10 @@ def check_model(name: str, config: ModelReward) -> None:
 
 
 def check_judge(name: str, config: JudgeReward) -> None:
-    """Reads template and key, and opens a connection. No judgment is asked for: it may cost money."""
+    """Reads template, prices and key, and opens a connection. No judgment is asked for: it may cost money."""
     template_of(config)
+    if config.prices is not None:
+        read_price(Path(config.prices), config.model)
     key = api_key(config)
     try:
         headers = {} if key is None else {"authorization": f"Bearer {key}"}

@@ -6,7 +6,12 @@ from pipeline.config.rewards import RewardSourceConfig
 from pipeline.errors import WorkerError
 from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.loops.reward_scales import heldout_rollouts, scale_metrics, scales_in, scales_of_run
-from pipeline.rewards.opened import OpenedSource, combined_rewards, needs_measured_scales
+from pipeline.rewards.opened import (
+    OpenedSource,
+    combined_rewards,
+    needs_measured_scales,
+    rewards_of_single_responses,
+)
 from pipeline.stages.workspace import StageDirectory
 from tests.rewards.rows import rollout
 from tests.rewards.test_combined import Saying
@@ -49,6 +54,20 @@ def test_only_a_sum_of_several_asks_for_a_scale():
     assert not needs_measured_scales([new, known], "gdpo")
     assert not needs_measured_scales([opened("watched", 1.0, weight=0.0), known], "sum")
     assert combined_rewards([new], "sum", measured={}, columns={}).scale == RewardScale(mean=0.0, std=1.0)
+
+
+def test_single_responses_are_measured_without_sources_that_compare_a_group():
+    judge = {"name": "judge", "judge": {"url": "http://x/v1", "model": "m", "form": "pairwise"}}
+    pairwise = OpenedSource(config=RewardSourceConfig.model_validate(judge), source=Saying(), scale=None)
+    trained = opened("trained", 1.0, 2.0, 3.0, 4.0, weight=0.5)
+    watched = opened("watched", 5.0, 6.0, 7.0, 8.0, weight=0.0)
+
+    def means(*sources):
+        scored = rewards_of_single_responses(sources, measured={}, columns={}).score(FOUR)
+        return [score.mean for score in scored.scores], {*scored.by_source}
+
+    assert means(pairwise, trained, watched) == ([0.5, 1.0, 1.5, 2.0], {"trained", "watched"})
+    assert means(pairwise, watched) == ([5.0, 6.0, 7.0, 8.0], {"watched"})
 
 
 def test_held_out_responses_come_from_the_policy_before_its_first_update(tiny_policy, world, tokenizer, tmp_path):

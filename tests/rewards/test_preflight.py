@@ -54,9 +54,13 @@ def recipe(*overrides):
         (
             [
                 *("alignment.samples_per_prompt=1", "alignment.algorithm=ppo", "alignment.prompts_per_step=128"),
-                "alignment.rewards=[{judge: {url: 'http://x/v1', model: m, form: pairwise}}]",
+                "alignment.rewards=[{judge: {url: 'http://x/v1', model: m, form: pairwise}}, {length: {at_most: 9}}]",
             ],
             "'judge' compares the responses to one prompt, so samples_per_prompt = 1",
+        ),
+        (
+            ["alignment.rewards=[{judge: {url: 'http://x/v1', model: m, form: pairwise}}]"],
+            "'judge' compares the responses to one prompt, but validation and benchmark have one .* form: graded",
         ),
     ],
 )
@@ -189,3 +193,8 @@ def test_a_judge_that_is_not_there_is_refused():
     judge = RewardSourceConfig(name="judge", judge=JudgeReward(url="http://127.0.0.1:9/v1", model="m"))
     with pytest.raises(WorkerError, match=r"'judge': http://127\.0\.0\.1:9/v1 gives no usable answer"):
         check_rewards([judge])
+    priced = judge.model_copy(
+        update={"judge": JudgeReward(url="http://127.0.0.1:9/v1", model="m", prices="nowhere.json")}
+    )
+    with pytest.raises(DataError, match="nowhere.json has no price for 'm'"):
+        check_rewards([priced])
