@@ -196,5 +196,5 @@ def test_a_judge_that_is_not_there_is_refused():
     priced = judge.model_copy(
         update={"judge": JudgeReward(url="http://127.0.0.1:9/v1", model="m", prices="nowhere.json")}
     )
-    with pytest.raises(DataError, match="nowhere.json has no price for 'm'"):
+    with pytest.raises(DataError, match=r"nowhere\.json has no price for 'm'"):
         check_rewards([priced])
