@@ -39,6 +39,7 @@ from pipeline.rewards.opened import open_sources
 from pipeline.rollouts.torch_rollouts import TorchRollouts
 from pipeline.stages.runner import StageRunner
 from pipeline.stages.workspace import Workspace
+from tests.support.judge_server import completion, judge_server
 
 ONE_CORE = ProcessResources(cpus=1.0, gpus=0.0, data_root="")
 SMALL = (
@@ -211,9 +212,52 @@ def knows(prompt, response, columns):
 """
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
-def test_a_run_with_rewards_of_its_own_needs_no_pairs_and_no_reward_model(algorithm, open_job, tmp_path, capsys):
+def longer_wins(body, n):
+    """Of the pairwise judge."""
+    text = body["messages"][-1]["content"]
+    a = text.partition("[Response A]\n")[2].partition("\n\n[Response B]")[0]
+    b = text.partition("[Response B]\n")[2].partition("\n\n[Your task]")[0]
+    return completion("[[A]]" if len(a) > len(b) else "[[B]]")
+
+
+@pytest.mark.parametrize("rewards", ["sum", "critic", "gdpo"])
+def test_a_run_with_rewards_of_its_own_needs_no_pairs_and_no_reward_model(rewards, open_job, tmp_path, capsys):
     """The whole job: fine-tuning, alignment, benchmark, report. PPO's critic starts from the policy."""
+    with judge_server(longer_wins) as server:
+        run_with_rewards(rewards, server.url, open_job, tmp_path)
+    aligned, benchmark, fine_tuned = (
+        json.loads(next((tmp_path / "run" / "stages").glob(f"{stage}-*/manifest.json")).read_text())["metrics"]
+        for stage in ("align_policy", "generate_benchmark", "sft")
+    )
+    assert fine_tuned == {}
+    assert not list((tmp_path / "run" / "stages").glob("train_reward_model-*"))
+    second = "judge" if rewards == "gdpo" else "length"
+    assert {"reward/knows", f"reward/{second}", "reward/dropped"} <= aligned.keys()
+    assert ("reward_scale/knows/std" in aligned) == (rewards != "gdpo")
+    assert bool(server.seen) == (rewards == "gdpo")
+    assert {"reward/win_rate", "reward/base", "reward/aligned"} <= benchmark.keys()
+    assert "reward_scale/model/std" not in aligned
+    output = capsys.readouterr().out
+    assert "win rate over base, by the alignment's rewards" in output
+    assert "reward knows, first to last step" in output
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "reward model: fingerprint" not in page
+
+
+def run_with_rewards(rewards, judge_url, open_job, tmp_path):
+    """A function of the user's with a length, or with a pairwise judge."""
+    algorithm, second, settings = {
+        "sum": ("grpo", "length: {at_most: 4}", ()),
+        "critic": ("ppo", "length: {at_most: 4}", ()),
+        "gdpo": (
+            "grpo",
+            f"judge: {{url: '{judge_url}', model: m, form: pairwise}}",
+            (
+                *("alignment.combine_rewards=gdpo", "alignment.ppo.advantages=group_centred"),
+                *("alignment.ppo.whiten_advantages=true", "alignment.keep_best=null"),
+            ),
+        ),
+    }[rewards]
     world = load_data(recipe_of())
     asked = [(f"p{n}", messages) for n, (_, messages) in enumerate([*world.train_prompts, *world.heldout_prompts])]
     rows = [{"id": name, "messages": list(messages), "answer": "check"} for name, messages in asked]
@@ -227,24 +271,10 @@ def test_a_run_with_rewards_of_its_own_needs_no_pairs_and_no_reward_model(algori
         # Every prompt in every step, so that the bad one is there too.
         *("alignment.prompts_per_step=8", "alignment.ppo.mini_batch_size=16", "alignment.checkpoint_every=10"),
         "alignment.rewards=[{python: {function: "
-        + f"'{reward}:knows', columns: [answer]}}, name: knows, on_failure: drop}}, {{length: {{at_most: 4}}}}]",
+        + f"'{reward}:knows', columns: [answer]}}, name: knows, on_failure: drop}}, {{{second}}}]",
+        *settings,
     )
-    job = open_job(recipe)
-    run_pipeline(job)
-    aligned, benchmark, report = (
-        json.loads(next((tmp_path / "run" / "stages").glob(f"{stage}-*/manifest.json")).read_text())["metrics"]
-        for stage in ("align_policy", "generate_benchmark", "sft")
-    )
-    assert report == {}
-    assert not list((tmp_path / "run" / "stages").glob("train_reward_model-*"))
-    assert {"reward/knows", "reward/length", "reward/dropped", "reward_scale/knows/std"} <= aligned.keys()
-    assert {"reward/win_rate", "reward/base", "reward/aligned"} <= benchmark.keys()
-    assert "reward_scale/model/std" not in aligned
-    output = capsys.readouterr().out
-    assert "win rate over base, by the alignment's rewards" in output
-    assert "reward knows, first to last step" in output
-    page = (tmp_path / "run" / "report.html").read_text()
-    assert "reward model: fingerprint" not in page
+    run_pipeline(open_job(recipe))
 
 
 def test_the_text_of_a_reward_is_part_of_the_identity_of_the_alignment(tmp_path):
