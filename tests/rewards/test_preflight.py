@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config.load import load_recipe
 from pipeline.config.rewards import JudgeReward, ModelReward, RewardSourceConfig
-from pipeline.errors import ConfigError, DataError, WorkerError
+from pipeline.errors import CheckpointError, ConfigError, DataError, WorkerError
 from pipeline.rewards import math_answers, preflight
 from pipeline.rewards.endpoints import Endpoint
 from pipeline.rewards.preflight import check_rewards
@@ -187,6 +187,17 @@ def test_an_endpoint_without_an_answer_is_refused(form, monkeypatch):
     source = RewardSourceConfig.model_validate({"model": {"place": "http://127.0.0.1:9", "form": form}})
     with pytest.raises(WorkerError, match=r"'model': http://127.0.0.1:9 gives no usable answer: .*Start the endpoint"):
         check_rewards([source])
+
+
+def test_a_checkpoint_is_read_and_a_weight_of_an_objective_that_it_lacks_is_refused(trained_reward_model, tmp_path):
+    def check(place, **weights):
+        return check_rewards([RewardSourceConfig.model_validate({"model": {"place": str(place), "weights": weights}})])
+
+    assert check(trained_reward_model) == ["reward model"]
+    with pytest.raises(ConfigError, match="'model' re-weighs 'kindness', which is no objective of"):
+        check(trained_reward_model, kindness=2.0)
+    with pytest.raises(CheckpointError):
+        check(tmp_path / "nowhere")
 
 
 def test_a_judge_that_is_not_there_is_refused():
