@@ -58,11 +58,9 @@ class RolloutWorker:
         """Builds the engine. Not the constructor's work: an error here reaches the caller, there it ends the actor."""
         from pipeline.data.chat import decode_response
         from pipeline.models.backbone import load_config, load_tokenizer, stop_token_ids
-        from pipeline.models.tensor_parallel import check_tensor_parallel
 
         with storage.reading(model_uri) as directory:
             model = load_config(directory)
-            check_tensor_parallel(model.get_text_config().to_dict(), config.shards, model=model_uri)
             tokenizer = load_tokenizer(directory)
             # After the tokenizer: its module imports transformers the quick way.
             import torch

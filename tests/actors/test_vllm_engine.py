@@ -23,7 +23,7 @@ from cluster.placement import pack_bundles
 from cluster.rollout_plan import RolloutPlan, WeightReceivers
 from pipeline.config.cluster import DeadlinesConfig, RolloutConfig
 from pipeline.data.chat import encode_prompt
-from pipeline.errors import CheckpointError, ConfigError, StaleEngineError
+from pipeline.errors import CheckpointError, StaleEngineError
 from pipeline.models.backbone import load_causal_lm, save_causal_lm
 from pipeline.records import PolicyWeights, ProbeSequence, Prompt, SamplingParams
 from pipeline.rollouts.numerics_gate import GATE_TOLERANCE, choose_probes
@@ -61,7 +61,7 @@ def cpu_engines(directory, backend, *, workers, shards=1):
         ),
         RolloutConfig(
             workers=workers,
-            cpus_per_worker=1,
+            cpus_per_worker=0.5,  # so that all engines of this file stand at once on the four CPUs of the tests' Ray
             tensor_parallel_size=shards,
             chunk_size=8,
             max_sequences=64,
@@ -609,11 +609,3 @@ def test_an_engine_ends_with_a_killed_shard_and_its_successor_leaves_every_sampl
     assert [r.response_ids for r in sharded.collect()] == [r.response_ids for r in undisturbed]
     assert killed not in sharded._fleet.workers
     assert [pid for pid in pids if os.path.exists(f"/proc/{pid}")] == []
-
-
-def test_shards_that_do_not_divide_the_heads_are_refused_before_the_engine_starts(tiny_policy, policy, publish):
-    with (
-        cpu_engines(tiny_policy, "shm", workers=1, shards=3) as pool,
-        pytest.raises(ConfigError, match=r"= 3 shards cannot divide .* 2 attention heads, 1 .*Possible are 1, 2\."),
-    ):
-        pool.load_weights(publish(policy))
