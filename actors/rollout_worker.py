@@ -155,15 +155,17 @@ class RolloutWorker:
         *,
         seconds: float = math.inf,
         resample_unfinished: bool = False,
-    ) -> list[Rollout] | None:
+    ) -> list[Rollout] | int:
         with self._trace.phase("rollout"):
             return self._sampler.sample(
                 requests, sampling, ahead, seconds=seconds, resample_unfinished=resample_unfinished
             )
 
-    def continue_sampling(self, *, seconds: float = math.inf) -> list[Rollout] | None:
+    def continue_sampling(
+        self, ahead: Sequence[RolloutRequest] = (), *, seconds: float = math.inf
+    ) -> list[Rollout] | int:
         with self._trace.phase("rollout"):
-            return self._sampler.continue_sampling(seconds=seconds)
+            return self._sampler.continue_sampling(ahead, seconds=seconds)
 
     def advance(
         self, submitted: Mapping[int, tuple[RolloutRequest, SamplingParams]], seconds: float
