@@ -37,9 +37,11 @@ from pipeline.models.reward_model_card import read_card
 from pipeline.rewards.in_process import FunctionInProcess
 from pipeline.rewards.opened import open_sources
 from pipeline.rollouts.torch_rollouts import TorchRollouts
+from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from pipeline.stages.runner import StageRunner
 from pipeline.stages.workspace import Workspace
 from tests.support.judge_server import completion, judge_server
+from tests.support.metrics_page import undocumented
 
 ONE_CORE = ProcessResources(cpus=1.0, gpus=0.0, data_root="")
 SMALL = (
@@ -157,7 +159,7 @@ def test_objectives_that_nobody_scored_and_the_package_named_are_factors_in_the_
         assert read_card(scored.location).objectives == job.recipe.objectives
 
 
-def test_a_job_with_a_judge_ends_with_its_verdict(job):
+def test_a_job_with_a_judge_ends_with_its_verdict_and_writes_no_metric_without_an_explanation(job, tmp_path):
     recipe = recipe_of("judge={head: gate, share: 0.3}")
     stages, data = job.stages, load_data(recipe)
 
@@ -177,6 +179,10 @@ def test_a_job_with_a_judge_ends_with_its_verdict(job):
     assert 0.0 <= metrics["judge/low"] <= metrics["judge/win_rate"] <= metrics["judge/high"] <= 1.0
     report = write_report(stages, recipe, policy, reward_model, aligned, benchmark, judge)
     assert "by the judge, trained on other prompts" in Path(report).read_text()
+    rows = [row for file in tmp_path.rglob(METRICS_FILE) for row in read_metrics(str(file))]
+    of_stages = [stage.metrics for stage in (policy, reward_model, judge, aligned, benchmark)]
+    assert len(rows) > len(of_stages)
+    assert undocumented(key for keys in (*rows, *of_stages) for key in keys) == []
 
 
 def test_an_experiments_run_is_told_apart_by_all_that_its_stages_read():
