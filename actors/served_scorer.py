@@ -1,4 +1,4 @@
-"""The scoring service for callers inside the cluster: a `VRMScorer` whose requests travel through a Serve handle.
+"""The scoring service for callers inside the cluster: a `Client` whose requests travel through a Serve handle.
 
 PPO and outside users use the same client and the same API. Requests through a handle only skip the socket.
 """
@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from actors.ray_errors import ACTOR_DIED
 from pipeline.config.cluster import ScoringConfig
 from pipeline.records import Message, RewardScore
-from pipeline.serving.client import VRMScorer
+from pipeline.serving.client import Client
 from pipeline.serving.protocol import ExplainedReward
 
 ADDRESS = "http://scoring-service"
@@ -23,7 +23,7 @@ ADDRESS = "http://scoring-service"
 
 
 class HandleTransport(httpx.BaseTransport):
-    """Sends HTTP requests to the deployment's `answer` through a handle, for `httpx.Client` and so for `VRMScorer`.
+    """Sends HTTP requests to the deployment's `answer` through a handle, for `httpx.Client` and so for `Client`.
 
     A replica that dies or refuses looks as it would over a socket, so the client tries again in the same way. While
     another replica starts, Serve keeps the request waiting.
@@ -52,7 +52,7 @@ class HandleTransport(httpx.BaseTransport):
 
 
 class ServedScorer:
-    """Implements `RewardScorer` with a `VRMScorer`, spreading each batch evenly over the replicas."""
+    """Implements `RewardScorer` with a `Client`, spreading each batch evenly over the replicas."""
 
     def __init__(
         self, handle: DeploymentHandle, config: ScoringConfig, *, deadline_s: float, token: str | None = None
@@ -63,10 +63,10 @@ class ServedScorer:
         self._deadline_s = deadline_s
         self._token = token
 
-    def client(self, *, rows: int) -> VRMScorer:
+    def client(self, *, rows: int) -> Client:
         """A client whose requests spread calls of `rows` rows evenly over the replicas."""
         share = -(-rows // self._replicas)
-        return VRMScorer(
+        return Client(
             ADDRESS,
             transport=self._transport,
             token=self._token,
@@ -79,7 +79,7 @@ class ServedScorer:
         """Scores in the order given.
 
         Raises:
-            DataError, WorkerError, DeadlineExceeded: as `VRMScorer.score_rows`.
+            DataError, WorkerError, DeadlineExceeded: as `Client.score_rows`.
         """
         with self.client(rows=len(responses)) as scorer:
             return [as_reward_score(scored) for scored in scorer.score_rows(prompts, responses).scores]
