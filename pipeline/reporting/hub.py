@@ -95,6 +95,10 @@ def publish(publication: Publication, *, public: bool = False) -> str:
         raise ConfigError("HF_HUB_OFFLINE keeps this process off the hub. Unset it to push.") from error
     except HfHubHTTPError as error:
         raise ConfigError(f"{constants.ENDPOINT} refuses {publication.repo}: {error}") from error
+    except ValueError as error:  # the hub has looked at the metadata of the card
+        raise ConfigError(
+            f"{constants.ENDPOINT} refuses the card: {error}. Is the licence one that it knows?"
+        ) from error
     except TransportError as error:
         raise ConfigError(
             f"{constants.ENDPOINT} cannot be reached: {error}. Check HF_ENDPOINT and the network."

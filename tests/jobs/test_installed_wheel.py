@@ -1,4 +1,4 @@
-"""The wheel: what it carries, and that it works from any directory, without the checkout."""
+"""The source archive and the wheel: what they carry, and that vrm works from any directory, without the checkout."""
 
 import os
 import shutil
@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import zipfile
@@ -19,19 +20,31 @@ from tests.support.paths import ROOT
 pytestmark = pytest.mark.components
 
 PACKAGES = ("actors", "cluster", "jobs", "pipeline", "vrm")
+FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 NO_SOURCES = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Built from a copy, because the build leaves its own files beside the sources."""
-    directory = tmp_path_factory.mktemp("wheel")
+def sdist(tmp_path_factory):
+    """The source archive. Built from a copy, because the build leaves its own files beside the sources."""
+    directory = tmp_path_factory.mktemp("sdist")
     copy = directory / "checkout"
     for package in (*PACKAGES, "tests"):
         shutil.copytree(ROOT / package, copy / package, ignore=NO_SOURCES)
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
+    for file in FILES:
         shutil.copy(ROOT / file, copy)
-    pip("wheel", "--no-build-isolation", "--wheel-dir", directory, copy)
+    build = f"from setuptools import build_meta; build_meta.build_sdist({str(directory)!r})"
+    done = subprocess.run([sys.executable, "-c", build], cwd=copy, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    [built] = directory.glob("*.tar.gz")
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    """Built from the source archive, as an installer does that finds no wheel."""
+    directory = tmp_path_factory.mktemp("wheel")
+    pip("wheel", "--no-build-isolation", "--wheel-dir", directory, sdist)
     [built] = directory.glob("*.whl")
     return built
 
@@ -77,6 +90,12 @@ def in_package(installed, *command, cwd):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_the_source_archive_holds_what_a_build_needs_and_no_test(sdist):
+    with tarfile.open(sdist) as archive:
+        held = {Path(name).parts[1] for name in archive.getnames() if "/" in name}
+    assert held == {*PACKAGES, *FILES, "PKG-INFO", "setup.cfg", "vrm_pipeline.egg-info"}
 
 
 def test_the_wheel_carries_every_file_of_the_packages_and_no_test(wheel):

@@ -36,6 +36,8 @@ def hub_server() -> Iterator[Hub]:
                 self.answer(401, {"error": "Invalid credentials"})
             elif self.path == "/api/repos/create":
                 self.create(json.loads(body))
+            elif self.path == "/api/validate-yaml":
+                self.answer(200, {"errors": [], "warnings": []})
             elif self.path.endswith("/preupload/main"):
                 files = json.loads(body)["files"]
                 self.answer(
@@ -56,7 +58,7 @@ def hub_server() -> Iterator[Hub]:
         def create(self, wanted: dict[str, Any]) -> None:
             repo = f"{wanted['organization']}/{wanted['name']}" if wanted.get("organization") else wanted["name"]
             exists = repo in hub.private
-            hub.private.setdefault(repo, wanted["private"])
+            hub.private.setdefault(repo, wanted["visibility"] == "private")
             self.answer(409 if exists else 200, {"url": f"{hub.url}/{repo}", "id": repo})
 
         def commit(self, repo: str, body: bytes) -> None:
