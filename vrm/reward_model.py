@@ -93,7 +93,8 @@ class TrainedRewardModel:
         return scores
 
     def __repr__(self) -> str:
-        return f"<{self.description.head} reward model of {self.directory}: {', '.join(self.description.objectives)}>"
+        model = self.description
+        return f"<{model.head} reward model {model.model_fingerprint[:12]}: {', '.join(model.objectives)}>"
 
 
 def load_reward_model(
