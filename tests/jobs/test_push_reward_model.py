@@ -59,7 +59,7 @@ def push(hub, *arguments, token=TOKEN):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
 
