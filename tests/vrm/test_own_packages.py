@@ -3,10 +3,12 @@
 import subprocess
 import sys
 
+import cloudpickle
 import pytest
 
 from tests.support.paths import ROOT
-from vrm.own_packages import without_clashes
+from vrm import own_packages
+from vrm.own_packages import find_own_packages_first_in_worker, without_clashes
 
 
 @pytest.fixture
@@ -38,6 +40,28 @@ def test_a_module_that_was_imported_before_is_named(own_directory):
     done = run(own_directory, "import jobs, vrm; vrm.Client")
     assert done.returncode == 1
     assert f"has imported {str(own_directory / 'jobs' / '__init__.py')!r} as 'jobs'" in done.stderr
+
+
+def test_a_worker_and_the_processes_that_it_spawns_find_the_packages_of_the_driver(own_directory):
+    """As in a worker of Ray: it gets the hook by value, and its path changes after the hook has run."""
+    cloudpickle.register_pickle_by_value(own_packages)
+    try:
+        (own_directory / "hook").write_bytes(cloudpickle.dumps(find_own_packages_first_in_worker))
+    finally:
+        cloudpickle.unregister_pickle_by_value(own_packages)
+    worker = (
+        "import multiprocessing, pickle, sys\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "pickle.load(open('hook', 'rb'))()\n"
+        f"sys.path.insert(0, {str(own_directory)!r})\n"
+        "import pipeline\n"
+        "with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as engine:\n"
+        "    spawned = engine.submit(eval, \"__import__('actors').__file__\").result()\n"
+        "print(pipeline.__file__, spawned)"
+    )
+    done = run(own_directory, worker)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(ROOT / name / "__init__.py") for name in ("pipeline", "actors")]
 
 
 def run(directory, code, *arguments):
