@@ -33,6 +33,7 @@ COPY --chown=ray:ray pipeline pipeline
 COPY --chown=ray:ray actors actors
 COPY --chown=ray:ray cluster cluster
 COPY --chown=ray:ray jobs jobs
+COPY --chown=ray:ray vrm vrm
 # The packages were installed before the project was there, so its folder is named here.
 ENV PATH=/app/.venv/bin:$PATH PYTHONPATH=/app
 CMD ["vrm", "run", "tiny", "--dry-run"]

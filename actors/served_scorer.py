@@ -1,4 +1,4 @@
-"""The scoring service for callers inside the cluster: a `VRMScorer` whose requests travel through a Serve handle.
+"""The scoring service for callers inside the cluster: a `Client` whose requests travel through a Serve handle.
 
 PPO and outside users use the same client and the same API. Requests through a handle only skip the socket.
 """
@@ -16,14 +16,14 @@ from ray.serve.handle import DeploymentHandle
 from actors.ray_errors import ACTOR_DIED
 from pipeline.config.cluster import ScoringConfig
 from pipeline.records import Message, RewardScore
-from pipeline.serving.client import VRMScorer, as_reward_score
+from pipeline.serving.client import Client, as_reward_score
 
 ADDRESS = "http://scoring-service"
 """The service's name in error messages; no socket has this name."""
 
 
 class HandleTransport(httpx.BaseTransport):
-    """Sends HTTP requests to the deployment's `answer` through a handle, for `httpx.Client` and so for `VRMScorer`.
+    """Sends HTTP requests to the deployment's `answer` through a handle, for `httpx.Client` and so for `Client`.
 
     A replica that dies or refuses looks as it would over a socket, so the client tries again in the same way. While
     another replica starts, Serve keeps the request waiting.
@@ -52,7 +52,7 @@ class HandleTransport(httpx.BaseTransport):
 
 
 class ServedScorer:
-    """Implements `RewardScorer` with a `VRMScorer`, spreading each batch evenly over the replicas."""
+    """Implements `RewardScorer` with a `Client`, spreading each batch evenly over the replicas."""
 
     def __init__(
         self, handle: DeploymentHandle, config: ScoringConfig, *, deadline_s: float, token: str | None = None
@@ -64,10 +64,10 @@ class ServedScorer:
         self._token = token
         self._weights: dict[str, float] = {}
 
-    def client(self, *, rows: int) -> VRMScorer:
+    def client(self, *, rows: int) -> Client:
         """A client whose requests spread calls of `rows` rows evenly over the replicas."""
         share = -(-rows // self._replicas)
-        return VRMScorer(
+        return Client(
             ADDRESS,
             transport=self._transport,
             token=self._token,
@@ -80,7 +80,7 @@ class ServedScorer:
         """Scores in the order given.
 
         Raises:
-            DataError, WorkerError, DeadlineExceeded: as `VRMScorer.score_rows`.
+            DataError, WorkerError, DeadlineExceeded: as `Client.score_rows`.
         """
         with self.client(rows=len(responses)) as scorer:
             answer = scorer.score_rows(prompts, responses, weights=self._weights)

@@ -13,6 +13,7 @@ import ray
 from ray._private import services
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+import vrm.own_packages as own_packages
 from cluster.resources import StageDemand, check_plan
 from cluster.submission import job_id
 from pipeline.config.cluster import ClusterConfig
@@ -44,6 +45,9 @@ def open_cluster(config: ClusterConfig, plan: Sequence[StageDemand]) -> Iterator
 
 def _connect(config: ClusterConfig) -> None:
     address = os.environ.get("RAY_ADDRESS", "local")
+    # By value: Ray's workers would have to find this module before they can find any.
+    ray.cloudpickle.register_pickle_by_value(own_packages)
+    workers: Any = {"worker_process_setup_hook": own_packages.find_own_packages_first_in_worker}
     try:
         if address == "local":
             store = None if config.object_store_gib is None else int(config.object_store_gib * 2**30)
@@ -53,10 +57,11 @@ def _connect(config: ClusterConfig) -> None:
                 include_dashboard=False,
                 object_store_memory=store,
                 log_to_driver=False,
+                runtime_env=workers,
             )
         else:
             require_listener(address)
-            ray.init(address=address, namespace=job_id(), log_to_driver=False)
+            ray.init(address=address, namespace=job_id(), log_to_driver=False, runtime_env=workers)
     except Exception as error:  # Ray's own are bare: a raylet that is not up after 30 s on a busy machine
         place = "on this machine" if address == "local" else f"at RAY_ADDRESS={address}"
         raise ResourceError(

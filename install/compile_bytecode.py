@@ -44,7 +44,7 @@ FOLDERS = (
 
 def own_modules() -> Iterator[str]:
     """Every module of this project: each imports at its top what its process needs."""
-    for name in ("pipeline", "cluster", "actors", "jobs"):
+    for name in ("pipeline", "cluster", "actors", "jobs", "vrm"):
         package = importlib.import_module(name)
         yield from (module.name for module in pkgutil.walk_packages(package.__path__, f"{name}."))
 

@@ -5,7 +5,7 @@
          -d '{"prompt": "...", "responses": ["...", "..."]}' http://127.0.0.1:8000/v1/score
 
 http://127.0.0.1:8000/ compares two responses in a browser. OpenRLHF takes http://vrm:$TOKEN@127.0.0.1:8000/get_reward,
-TRL takes pipeline.serving.trl_reward.VRMReward, Python takes pipeline.serving.client.VRMScorer.
+TRL takes pipeline.serving.trl_reward.VRMReward, Python takes vrm.Client.
 
 Prints the bearer token it asks for: VRM_SERVICE_TOKEN, or a fresh one. Ctrl-C stops it.
 

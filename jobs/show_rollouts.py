@@ -70,9 +70,9 @@ def rescoring_by(service: str | None) -> Rescore | None:
     """
     if service is None:
         return None
-    from pipeline.serving.client import VRMScorer
+    from pipeline.serving.client import Client
 
-    scorer = VRMScorer(service, deadline_s=20.0)
+    scorer = Client(service, deadline_s=20.0)
     return lambda messages, response: scorer.score(messages, [response]).scores[0]
 
 

@@ -16,8 +16,9 @@ from typing import Any
 from pipeline.config.models import PACKAGE_SCHEME
 from pipeline.data.chat_rendering import no_chat_template
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.models.reward_model_card import RewardModelCard, read_card
+from pipeline.models.reward_model_card import CARD_FILE, RewardModelCard, read_card
 from pipeline.stages import storage
+from pipeline.stages.workspace import MANIFEST_FILE
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -87,6 +88,32 @@ def check_reward_model(directory: str) -> RewardModelCard:
     card = read_card(directory)
     _check_directory(Path(directory))
     return card
+
+
+def find_reward_model(place: str) -> str:
+    """The checkpoint itself, or the newest finished reward model of a workspace on this machine.
+
+    Raises:
+        CheckpointError: the directory is neither.
+    """
+    if not storage.is_local(place):
+        return place
+    directory = Path(storage.local_path(place)).expanduser()
+    if (directory / CARD_FILE).is_file():
+        return str(directory)
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{directory} does not exist (looked in {Path.cwd()}). Give a directory with {CARD_FILE}."
+        )
+    finished = sorted(
+        directory.glob(f"stages/train_reward_model-*/{MANIFEST_FILE}"), key=lambda manifest: manifest.stat().st_mtime
+    )
+    if not finished:
+        raise CheckpointError(
+            f"{directory} holds neither {CARD_FILE} nor a finished reward model. Give the result directory of "
+            "train_reward_model, or a workspace in which that stage has finished."
+        )
+    return str(finished[-1].parent / "result")
 
 
 def require_directory_or_hub_name(checkpoint: str) -> None:

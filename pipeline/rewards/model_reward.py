@@ -12,7 +12,7 @@ from pipeline.objectives.reweighting import factors_of
 from pipeline.ports import RewardScorer
 from pipeline.records import Message, RewardScore
 from pipeline.rewards.rows import NoScore, RewardRows, SourceScore
-from pipeline.serving.client import VRMScorer, as_reward_score
+from pipeline.serving.client import Client, as_reward_score
 
 if TYPE_CHECKING:
     from pipeline.evaluation.reward_scorer import RewardModelScorer
@@ -44,7 +44,7 @@ class RemoteVRM:
     """Implements `RewardSource` with a VRM scoring service behind a URL. One failure fails all rows of a step."""
 
     def __init__(self, config: ModelReward) -> None:
-        self._client = VRMScorer(config.place, deadline_s=config.deadline_s)
+        self._client = Client(config.place, deadline_s=config.deadline_s)
         self._weights = config.weights
 
     def scale(self) -> RewardScale:

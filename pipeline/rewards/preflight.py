@@ -20,7 +20,7 @@ from pipeline.rewards.function_spec import UserFunction
 from pipeline.rewards.judge_reward import api_key, template_of
 from pipeline.rewards.math_answers import require_math_verify
 from pipeline.rewards.rows import NoScore, RewardRows
-from pipeline.serving.client import VRMScorer
+from pipeline.serving.client import Client
 from pipeline.stages import storage
 
 IMPORT_S = 300.0
@@ -81,7 +81,7 @@ def check_model(name: str, config: ModelReward) -> None:
     quickly = config.model_copy(update={"deadline_s": min(ANSWER_S, config.deadline_s)})
     try:
         if config.form == "vrm":
-            with VRMScorer(quickly.place, deadline_s=quickly.deadline_s) as client:
+            with Client(quickly.place, deadline_s=quickly.deadline_s) as client:
                 objectives = client.model().objectives
             _require_objectives(name, config, objectives)
             return

@@ -1,6 +1,6 @@
-"""The scoring service from Python, without torch or ray: `VRMScorer`, and `AsyncVRMScorer` for asyncio.
+"""The scoring service from Python, without torch or ray: `Client`, and `AsyncClient` for asyncio.
 
-    with VRMScorer("http://127.0.0.1:8000", token="...") as scorer:
+    with Client("http://127.0.0.1:8000", token="...") as scorer:
         answer = scorer.score("Why is the sky blue?", ["Rayleigh scattering.", "Because."])
         answer.scores[0].reward, answer.scores[0].reward_std, answer.scores[0].contributions
 
@@ -226,7 +226,7 @@ def best_of_call(prompt: PromptInput, responses: Sequence[str], lcb: float) -> A
 MODEL_CALL = ApiCall("GET", "/v1/model", ModelDescription)
 
 
-class VRMScorer:
+class Client:
     """Blocking client. Many threads may share one. It can be pickled; the copy opens its own connections."""
 
     def __init__(
@@ -290,7 +290,7 @@ class VRMScorer:
     def close(self) -> None:
         self._client.close()
 
-    def __enter__(self) -> VRMScorer:
+    def __enter__(self) -> Client:
         return self
 
     def __exit__(self, *raised: object) -> None:
@@ -321,8 +321,8 @@ class VRMScorer:
                 outcome = error
 
 
-class AsyncVRMScorer:
-    """The same client for asyncio: methods, results and errors are those of `VRMScorer`."""
+class AsyncClient:
+    """The same client for asyncio: methods, results and errors are those of `Client`."""
 
     def __init__(
         self, url: str, *, transport: httpx.AsyncBaseTransport | None = None, **options: Unpack[ClientOptions]
@@ -373,7 +373,7 @@ class AsyncVRMScorer:
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def __aenter__(self) -> AsyncVRMScorer:
+    async def __aenter__(self) -> AsyncClient:
         return self
 
     async def __aexit__(self, *raised: object) -> None:

@@ -130,6 +130,16 @@ class CompareAnswer(ServiceAnswer):
     a: ExplainedReward
     b: ExplainedReward
 
+    def __str__(self) -> str:
+        if self.preferred == "tie":
+            return "a tie: both responses have the same reward"
+        surety = "" if self.confident else " The model is not confident of it."
+        reason = f" It was decided by {self.decided_by}." if self.decided_by else ""
+        return (
+            f"{self.preferred} is preferred: P(a > b) = {self.probability:.2f}, "
+            f"margin {self.margin:+.2f} with a standard deviation of {self.margin_std:.2f}.{surety}{reason}"
+        )
+
 
 class BestOfRequest(ServiceRequest):
     """One prompt and the responses to choose from."""

@@ -11,10 +11,11 @@ from pipeline.config.cluster import ScoringConfig
 from pipeline.errors import DataError, DeadlineExceeded, NumericsError
 from pipeline.evaluation.reasons import verified_objectives
 from pipeline.models.reward_model_card import RewardModelCard
-from pipeline.objectives.reward_comparison import compare_rewards, rank_by_lower_bound, relative_contributions
+from pipeline.objectives.reward_comparison import rank_by_lower_bound
 from pipeline.objectives.reweighting import Factors, factors_of
 from pipeline.records import Message, RewardScore
 from pipeline.serving.admission import Admission
+from pipeline.serving.answers import compare_answer, explained_reward
 from pipeline.serving.cache import ScoreCache, row_key
 from pipeline.serving.protocol import (
     MAX_TEXT_CHARS,
@@ -22,7 +23,6 @@ from pipeline.serving.protocol import (
     BestOfRequest,
     CompareAnswer,
     CompareRequest,
-    ExplainedReward,
     ModelDescription,
     ObjectiveStatistics,
     RankedResponse,
@@ -87,7 +87,9 @@ class ScoringService:
     async def score(self, request: ScoreRequest) -> ScoreAnswer:
         rows = [(prompt_messages(request.prompt), response) for response in request.responses]
         scores = await self.scores(rows, [self._factors(request)] * len(rows))
-        return ScoreAnswer(model_fingerprint=self.fingerprint, scores=[self._scored(score) for score in scores])
+        return ScoreAnswer(
+            model_fingerprint=self.fingerprint, scores=[explained_reward(self.model, score) for score in scores]
+        )
 
     async def score_many(self, request: ScoreManyRequest) -> ScoreManyAnswer:
         scores = await self.scores(
@@ -95,31 +97,19 @@ class ScoringService:
             [self._factors(item) for item in request.items for _ in item.responses],
         )
         left = iter(scores)
-        items = [[self._scored(next(left)) for _ in item.responses] for item in request.items]
+        items = [[explained_reward(self.model, next(left)) for _ in item.responses] for item in request.items]
         return ScoreManyAnswer(model_fingerprint=self.fingerprint, items=items)
 
     async def compare(self, request: CompareRequest) -> CompareAnswer:
         prompt = prompt_messages(request.prompt)
         a, b = await self.scores([(prompt, request.a), (prompt, request.b)])
-        result = compare_rewards(a, b)
-        return CompareAnswer(
-            model_fingerprint=self.fingerprint,
-            probability=result.probability,
-            preferred="tie" if result.margin == 0.0 else "a" if result.margin > 0.0 else "b",
-            confident=result.is_confident(self.model.answer_threshold),
-            margin=result.margin,
-            margin_std=result.margin_std,
-            contributions=dict(zip(self.model.objectives, result.contributions, strict=False)),
-            decided_by=self._verified(result.deciding),
-            a=self._scored(a),
-            b=self._scored(b),
-        )
+        return compare_answer(self.model, a, b)
 
     async def best_of(self, request: BestOfRequest) -> BestOfAnswer:
         prompt = prompt_messages(request.prompt)
         scores = await self.scores([(prompt, response) for response in request.responses])
         ranking = [
-            RankedResponse(index=i, bound=bound, **self._scored(scores[i]).model_dump())
+            RankedResponse(index=i, bound=bound, **explained_reward(self.model, scores[i]).model_dump())
             for i, bound in rank_by_lower_bound(scores, lcb=request.lcb)
         ]
         return BestOfAnswer(model_fingerprint=self.fingerprint, best=ranking[0].index, ranking=ranking)
@@ -174,37 +164,6 @@ class ScoringService:
 
     def _factors(self, request: ScoreRequest) -> Factors | None:
         return factors_of(request.weights, self.model.objectives, place="/v1/score") if request.weights else None
-
-    def contributions(self, score: RewardScore) -> dict[str, float]:
-        """Objective -> what it adds to a reward above that of the mean held-out response."""
-        relative = relative_contributions(score, tuple(self.model.mean_contributions.values()))
-        return dict(zip(self.model.objectives, relative, strict=False))
-
-    def _verified(self, deciding: int | None) -> str | None:
-        """The name of an objective, where it may be given as a reason."""
-        name = None if deciding is None else self.model.objectives[deciding]
-        return name if name in self.model.verified_objectives else None
-
-    def _scored(self, score: RewardScore) -> ExplainedReward:
-        # A Bradley-Terry model gives no weights, a decoder that is a network no scores: those dicts are empty.
-        names = self.model.objectives
-        weights = dict(zip(names, score.objective_weights, strict=False))
-        scores = dict(zip(names, score.objective_scores, strict=False))
-        return ExplainedReward(
-            reward=score.mean,
-            reward_std=score.std,
-            concentration=score.concentration,
-            objective_weights=weights,
-            objective_scores=scores,
-            ratings={
-                name: statistics.mean + statistics.std * scores[name] / self.model.scale
-                for name, statistics in self.model.objective_statistics.items()
-                if name in scores
-            },
-            contributions=self.contributions(score),
-            deviations=list(score.deviations),
-            temperature=score.temperature,
-        )
 
 
 def _transposed(rows: Sequence[Row]) -> Rows:

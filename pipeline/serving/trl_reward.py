@@ -10,7 +10,7 @@ from typing import Any, Unpack
 
 from pipeline.errors import DataError
 from pipeline.records import Message
-from pipeline.serving.client import ClientOptions, PromptInput, VRMScorer
+from pipeline.serving.client import Client, ClientOptions, PromptInput
 from pipeline.serving.protocol import ScoreAnswer
 
 
@@ -29,10 +29,10 @@ class VRMReward:
         Args:
             url: URL of the service.
             lcb: gives reward - lcb * reward_std, so that an uncertain reward counts less.
-            client_options: the other arguments of `VRMScorer`.
+            client_options: the other arguments of `Client`.
         """
         self._lcb = lcb
-        self._scorer = VRMScorer(url, **client_options)
+        self._scorer = Client(url, **client_options)
 
     def __call__(
         self,

@@ -10,7 +10,7 @@ from typing import TextIO, cast
 
 from pipeline.errors import Preempted
 
-OWN_PACKAGES = frozenset({"pipeline", "actors", "cluster", "jobs", "__main__", "rich"})
+OWN_PACKAGES = frozenset({"pipeline", "actors", "cluster", "jobs", "vrm", "__main__", "rich"})
 """The packages whose lines the user wants to read. `rich` draws the progress for them."""
 
 STANDARD_OUTPUT, STANDARD_ERROR = 1, 2

@@ -46,7 +46,8 @@ class ProcessLogger:
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         with open(self._output, "a", encoding="utf-8") as printed:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.tracking.logger_process", self._name],
+                # -P: a file in the current directory may have the name of a module that is imported.
+                [sys.executable, "-P", "-m", "pipeline.tracking.logger_process", self._name],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=printed,

@@ -32,7 +32,7 @@ from pipeline.models.backbone import load_backbone
 from pipeline.models.reward_model import RewardModel, make_head, save_reward_model
 from pipeline.rewards.model_reward import RemoteVRM, SteeredModel
 from pipeline.rewards.rows import RewardRows
-from pipeline.serving.client import PATIENCE_S, VRMScorer, as_reward_score
+from pipeline.serving.client import PATIENCE_S, Client, as_reward_score
 from pipeline.serving.protocol import TOKEN_VARIABLE
 from pipeline.serving.trl_reward import VRMReward
 from pipeline.stages.fingerprint import directory_fingerprint
@@ -197,7 +197,7 @@ def test_the_client_and_the_training_run_read_the_same_rewards(service, world):
     with scorer.client(rows=len(pairs)) as by_handle:
         inside = by_handle.score_rows(prompts, responses)
         known, chosen = by_handle.model(), by_handle.best_of(prompts[0], responses, lcb=1.0)
-    with VRMScorer(url, token=TOKEN, deadline_s=60, batch_size=5) as client:
+    with Client(url, token=TOKEN, deadline_s=60, batch_size=5) as client:
         answer = client.score_rows(prompts, responses)
         assert client.model() == known
         assert client.best_of(prompts[0], responses, lcb=1.0).best == chosen.best
@@ -371,7 +371,7 @@ class Load:
         ]
 
     def _ask_over_http(self, seed):
-        with VRMScorer(self._url, token=TOKEN, deadline_s=120, batch_size=self._rows_per_call // 2) as client:
+        with Client(self._url, token=TOKEN, deadline_s=120, batch_size=self._rows_per_call // 2) as client:
             self._keep_asking(client, seed, "HTTP")
 
     def _ask_through_the_handle(self):
@@ -483,7 +483,7 @@ def test_what_serve_build_writes_deploys_and_sleeps_while_nobody_asks(
     try:
         wait_until(lambda: serve.status().applications["built"].status == "RUNNING")
         assert replicas_of("built") == 0
-        with VRMScorer(f"{service[1]}/built", token=TOKEN, deadline_s=120) as client:
+        with Client(f"{service[1]}/built", token=TOKEN, deadline_s=120) as client:
             answer = client.score("what of the saw ?", ["do check another source ."])
         assert answer.model_fingerprint == directory_fingerprint(reward_model)
         assert replicas_of("built") == 1

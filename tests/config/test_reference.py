@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from jobs.vrm import vrm_command
+from jobs.commands import vrm_command
 from pipeline.config.base import Frozen
 from pipeline.config.reference import Setting, as_markdown, explained, settings
 from pipeline.errors import ConfigError

@@ -346,7 +346,7 @@ def test_the_image_runs_the_dry_run_without_being_root():
     command = json.loads(next(line for line in lines if line.startswith("CMD")).removeprefix("CMD "))
     assert command[0] == "vrm"
     done = subprocess.run(
-        [sys.executable, "jobs/vrm.py", *command[1:], "--workspace", "/nowhere"],
+        [sys.executable, "-m", "vrm.command_line", *command[1:], "--workspace", "/nowhere"],
         cwd=ROOT,
         capture_output=True,
         text=True,

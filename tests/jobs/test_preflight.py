@@ -22,7 +22,7 @@ HEAVY = ("torch", "ray", "transformers", "vllm", "deepspeed")
 
 EVERY_COMMAND = """
 import json, sys
-from jobs.vrm import vrm_command
+from jobs.commands import vrm_command
 for words in json.load(sys.stdin):
     try:
         vrm_command(words)

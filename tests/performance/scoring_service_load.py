@@ -43,7 +43,7 @@ from pipeline.learning.memory import keep_freed_memory
 from pipeline.models.backbone import create_tiny_causal_lm, load_config, load_tokenizer
 from pipeline.models.reward_model import RewardModel, RewardModelCard, make_head, save_reward_model
 from pipeline.records import Message
-from pipeline.serving.client import AsyncVRMScorer, VRMScorer
+from pipeline.serving.client import AsyncClient, Client
 from tests.support.nodes import ray_processes
 
 NAME = "load"
@@ -136,11 +136,11 @@ def measure(model: str, options: argparse.Namespace) -> dict:
             leave_service(NAME)
 
 
-async def take_turns(model: str, by_handle: VRMScorer, direct: Connection, options: argparse.Namespace) -> dict:
+async def take_turns(model: str, by_handle: Client, direct: Connection, options: argparse.Namespace) -> dict:
     words = words_of(model)
     batches = Texts(words, options, options.rows, seed=1)
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(256))  # callers by the handle block
-    async with AsyncVRMScorer(f"http://127.0.0.1:{options.port}", batch_size=options.rows, concurrency=4096) as client:
+    async with AsyncClient(f"http://127.0.0.1:{options.port}", batch_size=options.rows, concurrency=4096) as client:
 
         async def over_http(texts: Texts) -> None:
             answer = await client.score_rows(*texts.rows())

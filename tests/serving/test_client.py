@@ -10,10 +10,10 @@ import pytest
 from pipeline.errors import ConfigError, DataError, DeadlineExceeded, WorkerError
 from pipeline.serving.client import (
     PATIENCE_S,
-    AsyncVRMScorer,
+    AsyncClient,
+    Client,
     Pause,
     Send,
-    VRMScorer,
     exchange,
     plan_calls,
 )
@@ -155,13 +155,13 @@ class Service:
 
 
 def sync_scores(service, prompts, responses, **options):
-    with VRMScorer(URL, transport=httpx.MockTransport(service), **options) as scorer:
+    with Client(URL, transport=httpx.MockTransport(service), **options) as scorer:
         return scorer.score_rows(prompts, responses)
 
 
 def async_scores(service, prompts, responses, **options):
     async def ask():
-        async with AsyncVRMScorer(URL, transport=httpx.MockTransport(service), **options) as scorer:
+        async with AsyncClient(URL, transport=httpx.MockTransport(service), **options) as scorer:
             return await scorer.score_rows(prompts, responses)
 
     return asyncio.run(ask())
@@ -239,12 +239,12 @@ def test_scores_of_two_models_are_not_mixed(scores):
 
 def test_another_server_is_recognised():
     with (
-        VRMScorer(URL, transport=httpx.MockTransport(lambda request: httpx.Response(200, json={}))) as scorer,
+        Client(URL, transport=httpx.MockTransport(lambda request: httpx.Response(200, json={}))) as scorer,
         pytest.raises(WorkerError, match="is no VRM scoring service"),
     ):
         scorer.model()
 
 
 def test_a_client_can_be_sent_to_another_process():
-    scorer = pickle.loads(pickle.dumps(VRMScorer(URL, token="mine", deadline_s=1.0)))
+    scorer = pickle.loads(pickle.dumps(Client(URL, token="mine", deadline_s=1.0)))
     assert (scorer._settings.url, scorer._settings.token, scorer._settings.deadline_s) == (URL, "mine", 1.0)

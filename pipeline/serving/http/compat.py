@@ -25,6 +25,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from pipeline.data.rendered_chat import split_rendered, without_ending
 from pipeline.errors import DataError
 from pipeline.records import RewardScore
+from pipeline.serving.answers import contributions
 from pipeline.serving.http.routes import REFUSALS, Service
 from pipeline.serving.protocol import ChatMessage, Text, prompt_messages
 from pipeline.serving.scoring_service import Row, ScoringService
@@ -225,7 +226,7 @@ def _encoded(value: float, encoding: Literal["float", "base64"]) -> list[float] 
 
 
 def _contributions(service: ScoringService, scores: Sequence[RewardScore]) -> dict[str, list[float]]:
-    relative = [service.contributions(score) for score in scores]
+    relative = [contributions(service.model, score) for score in scores]
     return {f"vrm/{name}": [row[name] for row in relative] for name in relative[0]}
 
 

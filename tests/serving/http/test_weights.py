@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from pipeline.errors import DataError
-from pipeline.serving.client import AsyncVRMScorer
+from pipeline.serving.client import AsyncClient
 from tests.serving.http.test_app import ask
 
 BODY = {"prompt": "what of the saw ?", "responses": ["do check another source .", "skip the boring checks ."]}
@@ -41,7 +41,7 @@ def test_an_unknown_objective_is_refused_by_name(trained_api):
 
 def test_the_client_passes_the_weights_on(trained_api):
     async def asked(**weights):
-        async with AsyncVRMScorer("http://vrm", transport=httpx.ASGITransport(trained_api)) as client:
+        async with AsyncClient("http://vrm", transport=httpx.ASGITransport(trained_api)) as client:
             return await client.score(BODY["prompt"], BODY["responses"], weights=weights)
 
     _, expected = scores(trained_api, safety=3.0)

@@ -6,13 +6,14 @@ import sys
 
 import pytest
 
-from jobs import full_pipeline, vrm
+from jobs import full_pipeline
+from jobs.commands import COMMANDS, GROUPS, command_tree, named_command, vrm_command
 from jobs.exit_codes import BAD_INPUT, PREEMPTED, exit_codes
 from jobs.run_job import job_command
-from jobs.vrm import COMMANDS, GROUPS, command_tree, named_command, vrm_command
 from pipeline.config.load import recipe_names
 from pipeline.errors import ConfigError, Preempted
 from tests.support.paths import ROOT
+from vrm import command_line
 
 HEAVY = ("torch", "ray", "transformers", "deepspeed", "vllm")
 SCREEN_LINES, SCREEN_COLUMNS = 25, 100
@@ -116,7 +117,7 @@ def test_recipes_are_listed_with_what_they_are_and_what_they_need(capsys):
 @pytest.mark.parametrize("arguments", [["--help"], ["recipes"], ["run", "tiny", "--dry-run"], ["serve", "--help"]])
 def test_commands_that_only_answer_load_nothing_heavy(arguments):
     code = (
-        "import sys; from jobs.vrm import vrm_command\n"
+        "import sys; from jobs.commands import vrm_command\n"
         f"try: vrm_command({arguments!r})\nexcept SystemExit: pass\n"
         f"print('loaded', *[name for name in {HEAVY!r} if name in sys.modules])"
     )
@@ -151,12 +152,12 @@ def test_the_shell_completes_commands_recipes_keys_and_options(line, words, tmp_
         "COMP_POINT": str(len(line)),
         "COMP_TYPE": "9",
     }
-    subprocess.run([sys.executable, "-m", "jobs.vrm"], cwd=ROOT, env=environment, timeout=60, check=True)
+    subprocess.run([sys.executable, "-m", "vrm.command_line"], cwd=ROOT, env=environment, timeout=60, check=True)
     assert set(answers.read_text().splitlines()) == words
 
 
 def test_the_entry_point_is_marked_for_global_completion():
-    with open(vrm.__file__) as file:
+    with open(command_line.__file__) as file:
         assert "PYTHON_ARGCOMPLETE_OK" in file.read(1024)
 
 

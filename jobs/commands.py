@@ -1,4 +1,3 @@
-# PYTHON_ARGCOMPLETE_OK
 """The command `vrm`: every job by one name, with help and tab completion.
 
     vrm recipes
@@ -79,6 +78,12 @@ def _evaluate() -> Command:
     return evaluate_reward_model_command
 
 
+def _push() -> Command:
+    from jobs.push_reward_model import push_reward_model_command
+
+    return push_reward_model_command
+
+
 def _experiment() -> Command:
     from jobs.experiments import experiment_command
 
@@ -153,6 +158,7 @@ COMMANDS: Mapping[str, Entry] = {
     "scale": Entry(summary="give a running job more or fewer rollout workers", load=_scale),
     "serve": Entry(summary="serve a trained reward model over HTTP", load=_serve),
     "evaluate": Entry(summary="evaluate a reward model on comparisons, RewardBench, RM-Bench", load=_evaluate),
+    "push": Entry(summary="put a reward model on the Hugging Face hub", load=_push),
     "experiment": Entry(summary="run every variant of an experiment with every seed", load=_experiment),
     "methods": Entry(summary="compare alignment methods as policies and as reward models", load=_methods),
     "launch kubernetes": Entry(summary="write a RayJob or a RayService for KubeRay", load=_launch_kubernetes),
@@ -237,7 +243,3 @@ def _words(line: str) -> list[str]:
         return shlex.split(line)
     except ValueError:  # a quote that is still open
         return line.split()
-
-
-if __name__ == "__main__":
-    vrm_command()
