@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.benchmark.scored_answers import read_scored_answers
@@ -26,7 +27,9 @@ def write_report(
 ) -> str:
     """Writes <workspace>/report.html from the finished stages, prints the results. Cheap: always made anew."""
     from pipeline.loops.benchmark import ALIGNED, BASE, answers_file
-    from pipeline.reporting.report import ReportData, StageSummary, findings, report_page, results_table
+    from pipeline.reporting.report import findings, report_page
+    from pipeline.reporting.report_data import ReportData, StageSummary
+    from pipeline.reporting.results import results_table
 
     workspace = stages.workspace
     results = (policy, reward_model, aligned, benchmark, *([] if judge is None else [judge]))
@@ -64,6 +67,7 @@ def write_report(
         kinds=planted["kinds"],
         over_time=read_samples(directories[2].uri),
         planted_weights=planted["weights"],
+        gold=_gold_reward() if planted["kinds"] else None,
     )
     location = storage.join(workspace.uri, "report.html")
     storage.write_text(location, report_page(data))
@@ -73,3 +77,11 @@ def write_report(
     print("\n" + "\n".join(f"{what:<{width}}  {value}" for what, value in table))
     print(f"\nreport: {location}", flush=True)
     return location
+
+
+def _gold_reward() -> Callable[[str, str], float]:
+    """(text of a prompt of the planted world, response) -> its true reward."""
+    from pipeline.data.planted import GoldAnnotator
+
+    annotator = GoldAnnotator()
+    return lambda prompt, response: annotator.reward([{"role": "user", "content": prompt}], response)

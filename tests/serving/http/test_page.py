@@ -1,17 +1,12 @@
 """The page of the scoring service in a browser, beside what the service says over HTTP."""
 
-import contextlib
 import json
-import os
-import socket
-import threading
-from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
 
-from tests.support.browser import CHROMIUM, Browser
+from tests.support.browser import CHROMIUM
+from tests.support.http_server import serving
 
 pytestmark = [
     pytest.mark.components,
@@ -43,27 +38,8 @@ DRAWN_IN_THE_PIXELS_THERE_ARE = """
 
 @pytest.fixture(scope="module")
 def url(trained_api):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(trained_api, log_level="error", ws="none"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
-
-
-@pytest.fixture
-def browser(tmp_path):
-    with contextlib.closing(Browser(tmp_path / "profile")) as browser:
-        yield browser
-
-
-@pytest.fixture
-def artefacts(tmp_path):
-    directory = Path(os.environ.get("VRM_TEST_ARTEFACTS", tmp_path))
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory
+    with serving(trained_api) as url:
+        yield url
 
 
 def signed(value):
