@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.evaluation.alarms import Alarm, alarm_messages
-from pipeline.records import Metrics
 from pipeline.reporting.report_data import MetricsRow
 from pipeline.tracking.alarm_names import ALARM_PREFIX
 
@@ -40,7 +39,7 @@ class AlarmHistory:
 
 
 def alarm_histories(
-    rows: Sequence[MetricsRow], finished: Metrics, alarms: Sequence[Alarm], *, are_pairs_scored: bool
+    rows: Sequence[MetricsRow], finished: Mapping[str, float], alarms: Sequence[Alarm], *, are_pairs_scored: bool
 ) -> list[AlarmHistory]:
     """The history of each alarm that was ever checked.
 
