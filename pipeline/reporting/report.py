@@ -177,6 +177,7 @@ def report_page(data: ReportData) -> str:
         bars=bars,
         longest_bar=max((max(abs(bar.by_score), abs(bar.by_annotations)) for bar in bars), default=0.0) or 1.0,
         untold=untold,
+        has_reward_model=data.reward_model_fingerprint is not None,
         trusted=TRUSTED_PAIR_ACCURACY,
         results=results_table(data),
         sources=source_rows(data.reward_metrics),

@@ -49,8 +49,9 @@ class ReportData:
     alignment_rows: Sequence[MetricsRow]
     """metrics.jsonl of align_policy."""
     reward_metrics: Metrics
-    reward_model_fingerprint: str
-    """Identity of the reward model's content, as the service and the other jobs give it."""
+    """Empty without a reward model: the rewards of the alignment then scored the answers."""
+    reward_model_fingerprint: str | None
+    """Identity of the reward model's content, as the service and the other jobs give it; None without one."""
     benchmark_metrics: Metrics
     base: Sequence[Answer]
     aligned: Sequence[Answer]

@@ -8,7 +8,7 @@ from pipeline.data.preferences import LEFT_OUT_PREFIX
 from pipeline.evaluation.reasons import REASON_PREFIX, verified_objectives
 from pipeline.evaluation.source_metrics import source_results
 from pipeline.records import Metrics
-from pipeline.reporting.report_data import ReportData, StageSummary
+from pipeline.reporting.report_data import MetricsRow, ReportData, StageSummary
 from pipeline.rollouts.kept_rollouts import what_was_kept
 from pipeline.tracking.progress import as_clock
 
@@ -28,22 +28,11 @@ def _time_text(stages: Sequence[StageSummary]) -> str:
 
 def results_table(data: ReportData) -> list[tuple[str, str]]:
     """(label, value) rows of the main numbers, for the page and for the terminal."""
-    reward, benchmark = data.reward_metrics, data.benchmark_metrics
-    rows = [
-        ("reward model: fingerprint", data.reward_model_fingerprint[:12]),
-        ("reward model: held-out accuracy", f"{reward['eval/accuracy']:.3f}"),
-        ("longer is better, same pairs", f"{reward['eval/longer_is_better']:.3f}"),
-        ("reward model: held-out NLL (ln 2 = 0.693 says nothing)", f"{reward['eval/nll']:.3f}"),
-        ("reward model: mean |margin|", f"{reward['eval/margin']:.3f}"),
-    ]
-    if "eval/active_units" in reward:
-        rows.append(("reward model: active semantic units", f"{reward['eval/active_units']:.0f}"))
-    rows += _fidelity_rows(data)
-    for key, label in TRUTH_ROWS.items():
-        if key in reward:
-            rows.append((label, f"{reward[key]:.3f}"))
+    benchmark = data.benchmark_metrics
+    scorer = "the alignment's rewards" if data.reward_model_fingerprint is None else "the reward model"
+    rows = _reward_model_rows(data)
     rows += [
-        ("win rate over base, by the reward model", _win_rate_text(benchmark, "reward")),
+        (f"win rate over base, by {scorer}", _win_rate_text(benchmark, "reward")),
         ("mean reward, base to aligned", f"{benchmark['reward/base']:.3f} to {benchmark['reward/aligned']:.3f}"),
         ("mean length in words, base to aligned", f"{benchmark['words/base']:.1f} to {benchmark['words/aligned']:.1f}"),
     ]
@@ -66,6 +55,41 @@ def results_table(data: ReportData) -> list[tuple[str, str]]:
     return rows
 
 
+def _reward_model_rows(data: ReportData) -> list[tuple[str, str]]:
+    """Empty without a reward model."""
+    if data.reward_model_fingerprint is None:
+        return []
+    reward = data.reward_metrics
+    rows = [
+        ("reward model: fingerprint", data.reward_model_fingerprint[:12]),
+        ("reward model: held-out accuracy", f"{reward['eval/accuracy']:.3f}"),
+        ("longer is better, same pairs", f"{reward['eval/longer_is_better']:.3f}"),
+        ("reward model: held-out NLL (ln 2 = 0.693 says nothing)", f"{reward['eval/nll']:.3f}"),
+        ("reward model: mean |margin|", f"{reward['eval/margin']:.3f}"),
+    ]
+    if "eval/active_units" in reward:
+        rows.append(("reward model: active semantic units", f"{reward['eval/active_units']:.0f}"))
+    rows += _fidelity_rows(data)
+    return rows + [(label, f"{reward[key]:.3f}") for key, label in TRUTH_ROWS.items() if key in reward]
+
+
+def _source_rows_of_alignment(rows: Sequence[MetricsRow]) -> list[tuple[str, str]]:
+    """The mean of each reward, where the alignment had several or none of a model, and what failed."""
+    first, last = rows[0], rows[-1]
+    names = sorted(key.removesuffix("/failed").removeprefix("reward/") for key in last if key.endswith("/failed"))
+    if names == ["model"]:
+        return []
+    table = [
+        (f"reward {name}, first to last step", f"{first[key]:.3f} to {last[key]:.3f}")
+        for name in names
+        if (key := f"reward/{name}") in first and key in last
+    ]
+    failures = {name: sum(row.get(f"reward/{name}/failed", 0.0) for row in rows) for name in names}
+    return table + [
+        (f"responses without a score by {name}", f"{count:.0f}") for name, count in failures.items() if count
+    ]
+
+
 def _alignment_rows(data: ReportData) -> list[tuple[str, str]]:
     if not data.alignment_rows:
         return []
@@ -80,6 +104,7 @@ def _alignment_rows(data: ReportData) -> list[tuple[str, str]]:
             ),
         ]
     rows = [
+        *_source_rows_of_alignment(data.alignment_rows),
         ("KL to the reference, nats per response", f"{last['kl/per_response']:.2f}"),
     ]
     if kept := what_was_kept(data.alignment_rows):

@@ -328,3 +328,12 @@ def test_a_policy_that_was_aligned_directly_is_reported_by_its_implicit_reward()
     page = report_page(report(alignment_rows=rows))
     assert "accuracy of the implicit reward" in page
     assert "KL to the start" not in page
+
+
+def test_without_a_reward_model_the_report_is_about_the_policy_alone():
+    alone = report(reward_metrics={}, reward_model_fingerprint=None, reward_rows=[])
+    page = report_page(alone)
+    assert "Reward-model training" not in page
+    assert ">Reasons</h2>" not in page
+    assert "even by its own rewards it wins 75.0% [50.0, 90.0]" in page
+    assert dict(results_table(alone))["win rate over base, by the alignment's rewards"] == "0.750  [0.500, 0.900]"
