@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ def write_report(
         reward_model, judge: None where the recipe trains none.
     """
     from pipeline.loops.benchmark import ALIGNED, BASE, answers_file
-    from pipeline.reporting.report import ReportData, StageSummary, findings, report_page, results_table
+    from pipeline.reporting.report import findings, report_page
+    from pipeline.reporting.report_data import ReportData, StageSummary
+    from pipeline.reporting.results import results_table
 
     workspace = stages.workspace
     results = [result for result in (policy, reward_model, aligned, benchmark, judge) if result is not None]
@@ -73,8 +76,9 @@ def write_report(
         base=answers[BASE],
         aligned=answers[ALIGNED],
         kinds=planted["kinds"],
-        over_time=read_samples(directories[2].uri),
+        over_time=read_samples(directories[results.index(aligned)].uri),
         planted_weights=planted["weights"],
+        gold=_gold_reward() if planted["kinds"] else None,
     )
     location = storage.join(workspace.uri, "report.html")
     storage.write_text(location, report_page(data))
@@ -84,3 +88,11 @@ def write_report(
     print("\n" + "\n".join(f"{what:<{width}}  {value}" for what, value in table))
     print(f"\nreport: {location}", flush=True)
     return location
+
+
+def _gold_reward() -> Callable[[str, str], float]:
+    """(text of a prompt of the planted world, response) -> its true reward."""
+    from pipeline.data.planted import GoldAnnotator
+
+    annotator = GoldAnnotator()
+    return lambda prompt, response: annotator.reward([{"role": "user", "content": prompt}], response)

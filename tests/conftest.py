@@ -1,7 +1,9 @@
 """What the tests share: the planted world, a tiny model on disk, one local Ray."""
 
+import contextlib
 import os
 import warnings
+from pathlib import Path
 
 # Before torch is imported anywhere: small models are fastest on one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,6 +24,7 @@ from pipeline.config.data import PlantedConfig
 from pipeline.config.models import TinyModelConfig
 from pipeline.data.planted import OBJECTIVES, PlantedWorld, build_tokenizer
 from pipeline.models.backbone import create_tiny_causal_lm, save_causal_lm
+from tests.support.browser import Browser
 from tests.support.learners import collator, reward_trainer, tokenised
 
 # The same examples everywhere: a failure is the change's own, and comes again.
@@ -39,6 +42,21 @@ def small_world():
         num_train_pairs=64, num_heldout_pairs=16, num_sft_texts=64, num_train_prompts=64, num_heldout_prompts=16
     )
     return PlantedWorld(config, OBJECTIVES, seed=0)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Chromium, for the tests that are skipped without it."""
+    with contextlib.closing(Browser(tmp_path_factory.mktemp("profile"))) as browser:
+        yield browser
+
+
+@pytest.fixture
+def artefacts(tmp_path):
+    """Where a test leaves what a person may want to look at."""
+    directory = Path(os.environ.get("VRM_TEST_ARTEFACTS", tmp_path))
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
 
 
 @pytest.fixture(scope="session")

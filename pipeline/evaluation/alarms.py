@@ -111,7 +111,8 @@ REWARD_ALARMS = (
         "supervision_mismatch",
         ("eval/target_correlation", "eval/supervised_prompts"),
         lambda correlation, prompts: correlation < 0.05 and prompts >= FEWEST_SUPERVISED_PROMPTS,
-        "the correlation of inferred weights and their targets is below .05, over at least SUPERVISED prompts",
+        "the correlation of inferred weights and their targets is below .05, "
+        f"over at least {FEWEST_SUPERVISED_PROMPTS} prompts",
         "the inferred weights do not follow their targets on held-out prompts. Raise loss.supervision_weight.",
     ),
     Alarm(

@@ -32,6 +32,7 @@ from pipeline.benchmark.policy_comparison.verdicts import (
 from pipeline.benchmark.policy_comparison.win_matrix import breakdown, difference_over_shared_opponent, win_matrix
 from pipeline.errors import DataError
 from pipeline.records import Metrics
+from pipeline.reporting.comparison_summary import INTERVAL, comparison_summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +115,13 @@ def comparison_page(
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline.reporting", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    environment.globals["interval"] = INTERVAL
     policies = list(dict.fromkeys(policy for each in judged for policy in each.contest.policies))
     return environment.get_template("comparison.html.j2").render(
-        policies=policies, leaderboard=leaderboard, parts=[_part(each, objectives, verified) for each in judged]
+        policies=policies,
+        summary=[line for each in judged for line in comparison_summary(each.contest, each.verdicts)],
+        leaderboard=leaderboard,
+        parts=[_part(each, objectives, verified) for each in judged],
     )
 
 

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.evaluation.alarms import DIRECT_ALARMS, FAR_KL, POLICY_ALARMS, alarm_messages
-from pipeline.evaluation.reasons import REASON_PREFIX, TRUSTED_PAIR_ACCURACY, verified_objectives
+from pipeline.evaluation.alarms import FAR_KL
+from pipeline.evaluation.reasons import LEAST_PAIRS, REASON_PREFIX, TRUSTED_PAIR_ACCURACY, verified_objectives
 from pipeline.records import Metrics
-from pipeline.tracking.alarm_names import ALARM_PREFIX
+from pipeline.reporting.alarm_history import AlarmHistory
 
 Level = Literal["good", "unsure", "bad"]
+"""On the page they are green, amber and red."""
 
 OWN_JUDGE = "reward"
 """Prefix of the win rate by the reward model that the policy was trained on."""
@@ -36,10 +37,33 @@ class Finding:
 
     level: Level
     text: str
+    threshold: str
+    """What decides the level."""
+
+
+REWARD_THRESHOLD = (
+    'Green: the 95% interval of the accuracy lies above 50%, and that of its lead over "longer is better" above 0. '
+    "Red: the first reaches 50%, or the second lies below 0. Amber: anything else."
+)
+ODDS_THRESHOLD = f"Amber: the held-out NLL is {math.log(2.0):.3f} (ln 2) or more."
+REASONS_THRESHOLD = (
+    f"A reason is verified if its score orders {TRUSTED_PAIR_ACCURACY:.0%} of at least {LEAST_PAIRS} held-out pairs as "
+    "their annotators do. Green: all are. Red: none is. Amber: some are, or none can be measured."
+)
+DECISIVE_THRESHOLD = f"Green: {TRUSTED_PAIR_ACCURACY:.0%} or more. Amber: less."
+POLICY_THRESHOLD = (
+    "Green: the 95% interval of the win rate lies above 50%, by a judge that the policy was not trained on. "
+    "Red: it lies below 50%. Amber: it holds 50%, or nobody else judged."
+)
+FOOLED_THRESHOLD = "Red: the interval by its own rewards lies above 50%, and that of no independent judge does."
 
 
 def verdict(
-    reward: Metrics, benchmark: Metrics, last_step: Mapping[str, float], objectives: Sequence[str]
+    reward: Metrics,
+    benchmark: Metrics,
+    last_step: Mapping[str, float],
+    objectives: Sequence[str],
+    alarms: Sequence[AlarmHistory],
 ) -> list[Finding]:
     """Is the reward usable, are its reasons verified, did the policy improve, and what looks wrong.
 
@@ -47,12 +71,13 @@ def verdict(
         reward: held-out metrics of the reward model; empty without one.
         benchmark: win rates and means of `compare_answers`.
         last_step: metrics of the last step of the alignment; empty if there was none.
+        alarms: those that the reward model and the alignment checked.
     """
     return [
         *(reward_findings(reward) if reward else []),
         *(reason_findings(reward, objectives) if reward else []),
         *policy_findings(benchmark, last_step, own="its own reward model" if reward else "its own rewards"),
-        *alarm_findings(reward, last_step),
+        *alarm_findings(alarms),
     ]
 
 
@@ -63,30 +88,35 @@ def reward_findings(reward: Metrics) -> list[Finding]:
     if "eval/accuracy_low" not in reward:
         findings.append(
             _unsure(
-                f"It is not known whether the reward is usable: it orders {share} of the pairs of one prompt right."
+                f"It is not known whether the reward is usable: it orders {share} of the pairs of one prompt right.",
+                REWARD_THRESHOLD,
             )
         )
     else:
         low, high = reward["eval/accuracy_low"], reward["eval/accuracy_high"]
         right = f"it orders {share} {_interval(low, high)} of {reward['data/heldout_pairs']:.0f} held-out pairs right"
         if low <= 0.5:
-            findings.append(_bad(f"The reward is not usable: {right}, and a coin orders 50%."))
+            findings.append(_bad(f"The reward is not usable: {right}, and a coin orders 50%.", REWARD_THRESHOLD))
         elif reward["eval/accuracy_over_length_high"] < 0:
-            findings.append(_bad(f'The reward is not usable: {right}, and "longer is better" more, {by_length}.'))
+            text = f'The reward is not usable: {right}, and "longer is better" more, {by_length}.'
+            findings.append(_bad(text, REWARD_THRESHOLD))
         elif reward["eval/accuracy_over_length_low"] <= 0:
             findings.append(
                 _unsure(
                     f"It is not known whether the reward is usable: {right}. A coin orders fewer, but these pairs do "
-                    f'not tell the reward from "longer is better", which orders {by_length}.'
+                    f'not tell the reward from "longer is better", which orders {by_length}.',
+                    REWARD_THRESHOLD,
                 )
             )
         else:
-            findings.append(_good(f'The reward is usable: {right}, and "longer is better" only {by_length}.'))
+            text = f'The reward is usable: {right}, and "longer is better" only {by_length}.'
+            findings.append(_good(text, REWARD_THRESHOLD))
     if reward["eval/nll"] >= math.log(2.0):
         findings.append(
             _unsure(
                 f"Use the order of its rewards, not its probabilities: their NLL of {reward['eval/nll']:.2f} is no "
-                "better than that of a coin, 0.69."
+                "better than that of a coin, 0.69.",
+                ODDS_THRESHOLD,
             )
         )
     return findings
@@ -94,33 +124,37 @@ def reward_findings(reward: Metrics) -> list[Finding]:
 
 def reason_findings(reward: Metrics, objectives: Sequence[str]) -> list[Finding]:
     """For which objectives the scores agree with held-out annotations, and whether named reasons are the true ones."""
-    if f"{REASON_PREFIX}collinearity" not in reward:
-        return [_unsure("The reward gives no reasons: this head has no objective scores.")]
     measured = [name for name in objectives if f"{REASON_PREFIX}{name}/pair_accuracy" in reward]
-    if not measured:
-        return [_unsure("Its reasons cannot be verified: no held-out pair is annotated on both sides.")]
-    if "eval/scale" not in reward:
-        return [_unsure("The reward gives no reasons: it is no sum over the objectives whose annotations it predicts.")]
-    verified = [name for name in measured if name in verified_objectives(reward, objectives)]
+    for is_missing, text in (
+        (
+            f"{REASON_PREFIX}collinearity" not in reward,
+            "The reward gives no reasons: this head has no objective scores.",
+        ),
+        (not measured, "Its reasons cannot be verified: no held-out pair is annotated on both sides."),
+        (
+            "eval/scale" not in reward,
+            "The reward gives no reasons: it is no sum over the objectives whose annotations it predicts.",
+        ),
+    ):
+        if is_missing:
+            return [_unsure(text, REASONS_THRESHOLD)]
+    verified = verified_objectives(reward, objectives)
     others = [_fidelity(reward, name) if name in measured else name for name in objectives if name not in verified]
     told = ", ".join(_fidelity(reward, name) for name in verified)
-    bound = f"{TRUSTED_PAIR_ACCURACY:.0%} of the pairs"
+    bound = f"{TRUSTED_PAIR_ACCURACY:.0%} of at least {LEAST_PAIRS} pairs"
     if not verified:
-        findings = [
-            _bad(f"The model cannot tell why: no score agrees with annotators on {bound}: {', '.join(others)}.")
-        ]
+        text = f"The model cannot tell why: no score agrees with annotators on {bound}: {', '.join(others)}."
+        finding = _bad(text, REASONS_THRESHOLD)
     elif others:
-        findings = [
-            _unsure(
-                f"Its reasons are verified for {told}. For {', '.join(others)} the model cannot tell: a reason needs "
-                f"agreement with the annotators on {bound}."
-            )
-        ]
+        text = (
+            f"Its reasons are verified for {told}. For {', '.join(others)} the model cannot tell: a reason needs "
+            f"agreement with the annotators on {bound}."
+        )
+        finding = _unsure(text, REASONS_THRESHOLD)
     else:
-        findings = [
-            _good(f"Its reasons are verified for every objective: {told} of held-out pairs ordered as annotated.")
-        ]
-    return findings + _decisive_finding(reward)
+        text = f"Its reasons are verified for every objective: {told} of held-out pairs ordered as annotated."
+        finding = _good(text, REASONS_THRESHOLD)
+    return [finding, *_decisive_finding(reward)]
 
 
 def policy_findings(
@@ -138,44 +172,32 @@ def policy_findings(
     findings = [_judged_finding(benchmark, judge, context) for judge in independent]
     by_own = _win_rate_text(benchmark, OWN_JUDGE, own)
     if not independent:
-        if benchmark[f"{OWN_JUDGE}/low"] > 0.5:
-            findings.append(
-                _unsure(
-                    f"The policy pleases {own} more than its start does: {by_own}; {context}. It was "
-                    "trained to do that, and nobody else judged, so that is no proof of an improvement."
-                )
-            )
-        elif benchmark[f"{OWN_JUDGE}/high"] < 0.5:
-            findings.append(_bad(f"The policy got worse: even {by_own}; {context}."))
-        else:
-            findings.append(
-                _unsure(
-                    f"It is not known whether the policy improved: even {by_own}; {context}. The interval holds 50%."
-                )
-            )
+        findings.append(_own_finding(benchmark, own, f"{by_own}; {context}"))
     elif benchmark[f"{OWN_JUDGE}/low"] > 0.5 and all(finding.level != "good" for finding in findings):
         findings.append(
             _bad(
                 f"{own.capitalize()} sees an improvement that the others do not: {by_own}. The policy may fool it. "
-                "Raise alignment.kl.coefficient, or stop earlier."
+                "Raise alignment.kl.coefficient, or stop earlier.",
+                FOOLED_THRESHOLD,
             )
         )
     return findings + _side_effects(benchmark, last_step)
 
 
-def alarm_findings(reward: Metrics, last_step: Mapping[str, float]) -> list[Finding]:
-    """One sentence for each alarm of the reward model and of the last step, or that there is none.
+def alarm_findings(alarms: Sequence[AlarmHistory]) -> list[Finding]:
+    """One sentence for each alarm that the finished reward model or policy raises, or that there is none.
 
     An alarm is a reason to look, not a verdict.
     """
-    are_pairs_scored = any(name.startswith(REASON_PREFIX) and name.endswith("/pairs") for name in reward)
-    messages = [
-        *alarm_messages(reward, are_pairs_scored=are_pairs_scored),
-        *alarm_messages(last_step, (*POLICY_ALARMS, *DIRECT_ALARMS), are_pairs_scored=are_pairs_scored),
+    raised = [
+        _unsure(f"Look at this: {alarm.message}", f"Amber: {alarm.raised_when}.") for alarm in alarms if alarm.is_raised
     ]
-    raised = [_unsure(f"Look at this: {message}") for message in messages]
-    checked = sum(name.startswith(ALARM_PREFIX) for name in (*reward, *last_step))
-    return raised or [_good(f"Nothing looks wrong: none of {checked} alarms is raised.")] if checked else []
+    if raised or not alarms:
+        return raised
+    earlier = ", ".join(f"{alarm.name} ({alarm.times})" for alarm in alarms if alarm.raised_at)
+    text = f"Nothing looks wrong: none of {len(alarms)} alarms is raised"
+    text += f" at the end. During training there were {earlier}." if earlier else "."
+    return [_good(text, "Green: no alarm is raised at the end. The thresholds are those of the table of alarms.")]
 
 
 # ----------------------------------------------------------------------------- parts
@@ -189,16 +211,30 @@ def _decisive_finding(reward: Metrics) -> list[Finding]:
         f"The truth is known here: of {reward[f'{REASON_PREFIX}decisive_pairs']:.0f} pairs with a named reason, the "
         f"objective named as decisive is the true one in {accuracy:.0%}."
     )
-    return [_good(text) if accuracy >= TRUSTED_PAIR_ACCURACY else _unsure(text)]
+    return [(_good if accuracy >= TRUSTED_PAIR_ACCURACY else _unsure)(text, DECISIVE_THRESHOLD)]
 
 
 def _judged_finding(benchmark: Metrics, judge: str, context: str) -> Finding:
     told = f"{_win_rate_text(benchmark, judge)}; {context}."
     if benchmark[f"{judge}/low"] > 0.5:
-        return _good(f"The policy improved: {told}")
+        return _good(f"The policy improved: {told}", POLICY_THRESHOLD)
     if benchmark[f"{judge}/high"] < 0.5:
-        return _bad(f"The policy got worse: {told}")
-    return _unsure(f"It is not known whether the policy improved: {told} The interval holds 50%.")
+        return _bad(f"The policy got worse: {told}", POLICY_THRESHOLD)
+    return _unsure(f"It is not known whether the policy improved: {told} The interval holds 50%.", POLICY_THRESHOLD)
+
+
+def _own_finding(benchmark: Metrics, own: str, told: str) -> Finding:
+    """What the rewards that the policy was trained on say, where nobody else judged."""
+    if benchmark[f"{OWN_JUDGE}/low"] > 0.5:
+        text = (
+            f"The policy pleases {own} more than its start does: {told}. It was trained to do that, "
+            "and nobody else judged, so that is no proof of an improvement."
+        )
+        return _unsure(text, POLICY_THRESHOLD)
+    if benchmark[f"{OWN_JUDGE}/high"] < 0.5:
+        return _bad(f"The policy got worse: even {told}.", POLICY_THRESHOLD)
+    text = f"It is not known whether the policy improved: even {told}. The interval holds 50%."
+    return _unsure(text, POLICY_THRESHOLD)
 
 
 def _side_effects(benchmark: Metrics, last_step: Mapping[str, float]) -> list[Finding]:
@@ -209,18 +245,23 @@ def _side_effects(benchmark: Metrics, last_step: Mapping[str, float]) -> list[Fi
         findings.append(
             _unsure(
                 f"The policy is far from its start, {kl:.1f} nats a response: read the samples, and raise "
-                "alignment.kl.coefficient if they are odd."
+                "alignment.kl.coefficient if they are odd.",
+                f"Amber: the KL of held-out prompts is above {FAR_KL:g} nats a response.",
             )
         )
     if not 1 / OTHER_LENGTH < benchmark["words/aligned"] / benchmark["words/base"] < OTHER_LENGTH:
         findings.append(
-            _unsure("The length of its answers changed much, so the win rate may be one of length: read the samples.")
+            _unsure(
+                "The length of its answers changed much, so the win rate may be one of length: read the samples.",
+                f"Amber: one policy writes {OTHER_LENGTH:g} times as many words as the other, or more.",
+            )
         )
     if 1.0 - stopped > OFTEN_CUT:
         findings.append(
             _unsure(
                 f"{1.0 - stopped:.0%} of the last responses were cut at the length limit, so rewards are of unfinished "
-                "answers. Raise alignment.max_response_tokens."
+                "answers. Raise alignment.max_response_tokens.",
+                f"Amber: more than {OFTEN_CUT:.0%} were cut.",
             )
         )
     return findings
@@ -250,13 +291,13 @@ def _interval(low: float, high: float) -> str:
     return f"[{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def _good(text: str) -> Finding:
-    return Finding(level="good", text=text)
+def _good(text: str, threshold: str) -> Finding:
+    return Finding(level="good", text=text, threshold=threshold)
 
 
-def _unsure(text: str) -> Finding:
-    return Finding(level="unsure", text=text)
+def _unsure(text: str, threshold: str) -> Finding:
+    return Finding(level="unsure", text=text, threshold=threshold)
 
 
-def _bad(text: str) -> Finding:
-    return Finding(level="bad", text=text)
+def _bad(text: str, threshold: str) -> Finding:
+    return Finding(level="bad", text=text, threshold=threshold)

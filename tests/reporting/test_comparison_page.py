@@ -99,6 +99,16 @@ def test_answers_that_nobody_scored_can_be_read_and_judged():
     assert "gpt: aligned wins 0.50 against base" in page
 
 
+def test_every_number_has_its_judge_and_the_kind_of_its_interval():
+    page = page_of(TWO, [judged([2.0, 2.0, 2.0, 1.5])])
+    for judge in ("reward model", "gpt"):
+        assert f'<h3>Judge: {judge} <span class="soft">95% Wilson interval</span></h3>' in page
+        assert f"aligned over base, judge: {judge}" in page
+    assert page.count("preferred in, of 100 [95% Wilson interval]</th>") == 2
+    assert "Means over answers, without an interval. The reward is that of the reward model" in page
+    assert "+4.0 words, +4.0 markdown, 0 identical" in page
+
+
 def test_a_policy_without_rewards_among_others_is_named():
     page = page_of(build_contest([BASE, ALIGNED, answers_of("bare", [])]))
     assert "No rewards came with the answers of bare." in page
@@ -143,7 +153,8 @@ def test_the_job_reads_what_the_benchmark_wrote(tmp_path, monkeypatch, capsys):
     # Rewards 2 and 1 against 1 and 1, at weights 1/4 and 3/4; helpfulness is not verified.
     assert "honesty +0.75" in out.read_text()
     assert "what the model cannot tell apart +0.25" in out.read_text()
-    assert "<td>+0.375</td><td>+0.125</td>" in out.read_text()
+    assert '<td class="number" data-name="honesty">+0.375</td>' in out.read_text()
+    assert '<td class="number" data-name="what the model cannot tell apart">+0.125</td>' in out.read_text()
 
     (tmp_path / "bare.json").write_text(json.dumps([{"instruction": "p", "generator": "y"}]))
     monkeypatch.setattr("sys.argv", ["compare_policies", files[0], str(tmp_path / "bare.json"), "--out", str(out)])

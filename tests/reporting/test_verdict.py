@@ -2,6 +2,7 @@
 
 import pytest
 
+from pipeline.reporting.alarm_history import AlarmHistory
 from pipeline.reporting.verdict import (
     alarm_findings,
     policy_findings,
@@ -26,9 +27,6 @@ REWARD = {
     "reasons/helpfulness/pairs": 400.0,
     "reasons/honesty/pair_accuracy": 0.82,
     "reasons/honesty/pairs": 380.0,
-    "alarm/scale": 0.0,
-    "alarm/miscalibration": 0.0,
-    "eval/alarms": 0.0,
 }
 OWN = {
     "reward/win_rate": 0.9,
@@ -41,13 +39,28 @@ GOLD = {"gold/win_rate": 0.881, "gold/low": 0.835, "gold/high": 0.915}
 LAST_STEP = {"kl/per_response": 2.9, "response/stopped": 0.99}
 
 
+def history(name, *, is_raised, raised_at=()):
+    return AlarmHistory(
+        name=name,
+        raised_when=f"{name} is above 1",
+        is_raised=is_raised,
+        values=f"{name} = 2",
+        message=f"alarm {name} ({name} = 2): look" if is_raised else "",
+        checked=3,
+        raised_at=raised_at,
+    )
+
+
+QUIET = [history("scale", is_raised=False), history("miscalibration", is_raised=False)]
+
+
 def only(findings):
     [finding] = findings
     return finding.level, finding.text
 
 
 def test_a_run_in_which_all_is_well_says_so_in_four_sentences():
-    findings = verdict(REWARD, OWN | GOLD, LAST_STEP, OBJECTIVES)
+    findings = verdict(REWARD, OWN | GOLD, LAST_STEP, OBJECTIVES, QUIET)
     assert [(finding.level, finding.text) for finding in findings] == [
         (
             "good",
@@ -109,13 +122,13 @@ def test_reasons_are_given_for_verified_objectives_alone():
     assert only(reason_findings(some, OBJECTIVES)) == (
         "unsure",
         "Its reasons are verified for helpfulness (90% of 400). For honesty (61% of 380) the model cannot tell: a "
-        "reason needs agreement with the annotators on 65% of the pairs.",
+        "reason needs agreement with the annotators on 65% of at least 30 pairs.",
     )
     none = some | {"reasons/helpfulness/pair_accuracy": 0.5}
     assert only(reason_findings(none, OBJECTIVES)) == (
         "bad",
-        "The model cannot tell why: no score agrees with annotators on 65% of the pairs: helpfulness (50% of 400), "
-        "honesty (61% of 380).",
+        "The model cannot tell why: no score agrees with annotators on 65% of at least 30 pairs: "
+        "helpfulness (50% of 400), honesty (61% of 380).",
     )
     partly = {name: value for name, value in REWARD.items() if "honesty" not in name}
     assert "For honesty the model cannot tell" in only(reason_findings(partly, OBJECTIVES))[1]
@@ -205,20 +218,25 @@ def test_what_may_explain_a_win_rate_stands_beside_it(words, last_step, told):
     assert aside.text.startswith(told)
 
 
-def test_each_alarm_is_a_sentence_with_its_cure():
-    alarmed = REWARD | {"alarm/scale": 1.0, "eval/scale": 71.0}
-    level, text = only(alarm_findings(alarmed, {}))
-    assert level == "unsure"
-    assert "alarm scale (eval/scale = 71)" in text
-    assert "vrm.learned_scale=false" in text
-    assert alarm_findings({}, {}) == []
+def test_each_alarm_that_is_still_raised_is_a_sentence_with_its_threshold():
+    [finding] = alarm_findings([history("a", is_raised=True, raised_at=(3,)), history("b", is_raised=False)])
+    assert finding.level == "unsure"
+    assert finding.text == "Look at this: alarm a (a = 2): look"
+    assert finding.threshold == "Amber: a is above 1."
+    assert alarm_findings([]) == []
 
 
-def test_the_alarms_of_the_exported_policy_stand_beside_those_of_the_reward_model():
-    far = LAST_STEP | {"kl/per_response": 14.2} | {"alarm/far_from_start": 1.0, "alarm/length_drift": 0.0}
-    level, text = only(alarm_findings(REWARD, far))
-    assert level == "unsure"
-    assert text.startswith("Look at this: alarm far_from_start (kl/per_response = 14.2): ")
-    assert "alignment.kl.coefficient" in text
-    [fine] = alarm_findings(REWARD, LAST_STEP | {"alarm/far_from_start": 0.0, "alarm/length_drift": 0.0})
-    assert (fine.level, fine.text) == ("good", "Nothing looks wrong: none of 4 alarms is raised.")
+def test_alarms_that_vanished_are_told_and_are_no_reason_to_doubt():
+    quiet = [history("a", is_raised=False), history("b", is_raised=False, raised_at=(10, 20))]
+    assert only(alarm_findings(quiet)) == (
+        "good",
+        "Nothing looks wrong: none of 2 alarms is raised at the end. During training there were b (in 2 of 3 checks, "
+        "in steps 10 to 20).",
+    )
+
+
+def test_every_finding_says_what_decides_its_level():
+    findings = verdict(REWARD | {"eval/nll": 0.9}, OWN | {"words/aligned": 99.0}, LAST_STEP, OBJECTIVES, QUIET)
+    assert len(findings) == 6
+    assert all(finding.threshold.endswith(".") for finding in findings)
+    assert all(any(c in finding.threshold for c in ("Green", "Amber", "Red")) for finding in findings)

@@ -14,8 +14,33 @@ from typing import Any
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+CONTRAST = """
+(() => {
+  const paint = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+  const luminance = colours => {  // of colours, painted over each other on white
+    paint.fillStyle = "#fff"; paint.fillRect(0, 0, 1, 1);
+    for (const colour of colours) { paint.fillStyle = colour; paint.fillRect(0, 0, 1, 1); }
+    const [r, g, b] = [...paint.getImageData(0, 0, 1, 1).data].map(c => c / 255)
+      .map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  let least = 21;
+  for (const node of document.querySelectorAll("body *")) {
+    const own = [...node.childNodes].some(child => child.nodeType === Node.TEXT_NODE && child.textContent.trim());
+    if (!own || !node.getClientRects().length || node.closest("script, style, svg, [disabled]")) continue;
+    const behind = [];
+    for (let over = node; over; over = over.parentElement) behind.unshift(getComputedStyle(over).backgroundColor);
+    const [paper, ink] = [luminance(behind), luminance([...behind, getComputedStyle(node).color])];
+    least = Math.min(least, (Math.max(paper, ink) + 0.05) / (Math.min(paper, ink) + 0.05));
+  }
+  return least;
+})()
+"""
+"""The least contrast of any text with what is behind it, by WCAG 2; 4.5 can be read by most people."""
+
+
 class Browser:
-    """One tab. Every address that it asks for is in `requested`, every complaint of the page in `complaints`."""
+    """One tab. Every address that its page asks for is in `requested`, every complaint of it in `complaints`."""
 
     def __init__(self, profile: Path) -> None:
         self.requested: list[str] = []
@@ -46,6 +71,14 @@ class Browser:
             self._call(f"{domain}.enable")
 
     def open(self, url: str) -> None:
+        """Shows another page, as a light wide screen shows it."""
+        self.prefer("light")
+        self.resize(1280)
+        # The same address again, with another fragment, would load nothing.
+        self._call("Page.navigate", url="about:blank")
+        self.wait_for("location.href === 'about:blank'")
+        self.requested.clear()
+        self.complaints.clear()
         self._call("Page.navigate", url=url)
         self.wait_for("document.readyState === 'complete' && location.href !== 'about:blank'")
 

@@ -16,7 +16,7 @@ class Leaderboard:
     """A table of policies by benchmarks. A cell is a number with its error where that is known, or is empty."""
 
     columns: tuple[tuple[str, str], ...]
-    """(benchmark, metric)"""
+    """(benchmark with its judges, metric with the kind of its interval)"""
     rows: tuple[tuple[str, tuple[str, ...]], ...]
     """(policy, cells)"""
     notes: tuple[str, ...]
@@ -71,6 +71,7 @@ def leaderboard(
     for benchmark, (title, names, cells_of) in LEADERBOARD_COLUMNS.items():
         if benchmark not in scores:
             continue
+        title = f"{title}, judge: {', '.join(scores[benchmark]['judges']) or 'unnamed'}"
         columns += [(title, name) for name in names]
         for policy in policies:
             cells[policy] += cells_of(scores[benchmark], policy)
@@ -147,9 +148,9 @@ def _baseline(scores: Mapping[str, Any], policy: str) -> str:
 
 
 LEADERBOARD_COLUMNS = {
-    "alpaca_eval": ("AlpacaEval 2", ("WR", "LC"), _alpaca_eval),
-    "arena_hard": ("Arena-Hard", ("WR", "SC"), _arena_hard),
-    "mt_bench": ("MT-Bench", ("average", "turn 1", "turn 2"), _mt_bench),
+    "alpaca_eval": ("AlpacaEval 2", ("WR ± standard error", "LC ± standard error"), _alpaca_eval),
+    "arena_hard": ("Arena-Hard", ("WR [95% bootstrap]", "SC, no interval"), _arena_hard),
+    "mt_bench": ("MT-Bench", ("average [95% bootstrap]", "turn 1, no interval", "turn 2, no interval"), _mt_bench),
 }
 """Benchmark -> (title, columns, function for the cells of a policy)."""
 

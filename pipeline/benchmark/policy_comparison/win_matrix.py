@@ -33,9 +33,10 @@ def head_to_head(contest: Contest, verdicts: Verdicts, pair: Pair, prompts: Sequ
     """Win rate of the first policy of the pair over the second, with the differences in length and markdown.
 
     Returns:
-        `n`: number of prompts with a verdict; `win_rate`, `ties`, `low`, `high` of `win_rate_of_preferences`; `words`
-        and `markdown`: how many more per answer the first policy has, over the same prompts. Without any verdict, only
-        `n` = 0.
+        `n`: number of prompts with a verdict; `win_rate`, `ties`, `low`, `high` of `win_rate_of_preferences`;
+        `identical`: number of those prompts to which both gave the same answer; `own_words` and `other_words` per
+        answer; `words` and `markdown`: how many more per answer the first policy has, over the same prompts. Without
+        any verdict, only `n` = 0.
     """
     policy, other = pair
     decided = [i for i in prompts if verdicts.pairs[pair][i] is not None]
@@ -48,6 +49,9 @@ def head_to_head(contest: Contest, verdicts: Verdicts, pair: Pair, prompts: Sequ
             [p for i in decided if (p := verdicts.pairs[pair][i]) is not None],
             [verdicts.weights[pair][i] for i in decided],
         ),
+        "identical": float(sum(contest.outputs[policy][i] == contest.outputs[other][i] for i in decided)),
+        "own_words": mean([a.words for a in first]),
+        "other_words": mean([b.words for b in second]),
         "words": mean([a.words - b.words for a, b in zip(first, second, strict=True)]),
         "markdown": mean([sum(a[1:]) - sum(b[1:]) for a, b in zip(first, second, strict=True)]),
     }

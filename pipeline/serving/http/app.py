@@ -37,7 +37,7 @@ def build_api(service: ScoringService, *, token: str | None, replica: str) -> Fa
     Args:
         replica: name of the replica in the metrics.
     """
-    # No docs pages: they would load their scripts from other hosts. /openapi.json is there.
+    # Not FastAPI's docs pages, which load their scripts from other hosts: /docs is a page of ours.
     api = FastAPI(title="VRM scoring service", version="1", docs_url=None, redoc_url=None)
     api.state.service = service
     api.state.token = token

@@ -62,7 +62,7 @@ class RemoteRewardAnswer(Lenient):
 
 @compat_routes.post("/get_reward")
 async def get_reward(request: RemoteRewardRequest, service: Service) -> RemoteRewardAnswer:
-    """OpenRLHF's remote reward model."""
+    """OpenRLHF's remote reward model. The rewards are raw: no sigmoid."""
     prompts: Sequence[str | None] = request.prompts or [None] * len(request.query)
     if len(prompts) != len(request.query):
         raise DataError(f"{len(request.query)} queries but {len(prompts)} prompts")
@@ -188,7 +188,7 @@ class PairAnswer(ListAnswer):
 
 @compat_routes.post("/classify")
 async def classify(request: PoolingRequest, service: Service) -> ClassifyAnswer:
-    """vLLM's classification with one class, whose logit is the reward."""
+    """vLLM's classification with one class: sigmoid of the reward, or with `use_activation` false the reward itself."""
     values = _activated(await service.scores(request.rows()), request.use_activation)
     data = [ClassifyItem(index=i, label="LABEL_0", probs=[value], num_classes=1) for i, value in enumerate(values)]
     return ClassifyAnswer(data=data, **_header("classify", service))
@@ -196,7 +196,7 @@ async def classify(request: PoolingRequest, service: Service) -> ClassifyAnswer:
 
 @compat_routes.post("/pooling")
 async def pooling(request: PoolingRequest, service: Service) -> PoolingAnswer:
-    """vLLM's pooling output: a vector of one number."""
+    """vLLM's pooling output, a vector of one number: the reward if `use_activation` is false, else its sigmoid."""
     values = _activated(await service.scores(request.rows()), request.use_activation)
     data = [PoolingItem(index=i, data=_encoded(value, request.encoding_format)) for i, value in enumerate(values)]
     return PoolingAnswer(data=data, **_header("pooling", service))
@@ -204,7 +204,10 @@ async def pooling(request: PoolingRequest, service: Service) -> PoolingAnswer:
 
 @compat_routes.post("/score")
 async def score_pairs(request: PairRequest, service: Service) -> PairAnswer:
-    """vLLM's score of pairs: the query is the prompt, the document its response."""
+    """vLLM's score of pairs: the query is the prompt, the document its response.
+
+    The score is the sigmoid of the reward, between 0 and 1; the reward itself if `use_activation` is false.
+    """
     values = _activated(await service.scores(request.rows()), request.use_activation)
     return PairAnswer(
         data=[PairItem(index=i, score=value) for i, value in enumerate(values)], **_header("score", service)

@@ -9,6 +9,7 @@ from pipeline.errors import DataError
 
 ALPACA = {
     "benchmark": "alpaca_eval",
+    "judges": ["gpt-4-turbo"],
     "models": {
         "aligned": {
             "win_rate": 45.3,
@@ -45,9 +46,15 @@ def test_a_row_is_that_of_the_papers_table_with_the_words_beside_the_rates():
     words = {"alpaca_eval": {"base": 99.6, "aligned": 120.2}}
     table = leaderboard(("base", "aligned"), ALL, words)
     assert table.columns == (
-        *(("AlpacaEval 2", name) for name in ("WR", "LC", "words")),
-        *(("Arena-Hard", name) for name in ("WR", "SC")),
-        *(("MT-Bench", name) for name in ("average", "turn 1", "turn 2")),
+        *(
+            ("AlpacaEval 2, judge: gpt-4-turbo", name)
+            for name in ("WR ± standard error", "LC ± standard error", "words")
+        ),
+        *(("Arena-Hard, judge: gpt-4o", name) for name in ("WR [95% bootstrap]", "SC, no interval")),
+        *(
+            ("MT-Bench, judge: gpt-4", name)
+            for name in ("average [95% bootstrap]", "turn 1, no interval", "turn 2, no interval")
+        ),
     )
     assert dict(table.rows) == {
         "base": ("baseline", "", "100", "", "", "7.50 [7.00, 8.00]", "", ""),
@@ -60,7 +67,8 @@ def test_a_row_is_that_of_the_papers_table_with_the_words_beside_the_rates():
 
 
 def test_benchmarks_without_scores_have_no_column():
-    assert [title for title, _ in leaderboard(("aligned",), {"arena_hard": ARENA}, {}).columns] == ["Arena-Hard"] * 2
+    table = leaderboard(("aligned",), {"arena_hard": ARENA}, {})
+    assert [title for title, _ in table.columns] == ["Arena-Hard, judge: gpt-4o"] * 2
 
 
 def test_what_the_numbers_depend_on_is_said():

@@ -21,6 +21,14 @@ def test_length_and_style_stand_beside_every_win_rate():
     [verdicts] = reward_verdicts(TWO)
     cell = win_matrix(TWO, verdicts)["aligned"]["base"]
     assert (cell["n"], cell["words"], cell["markdown"]) == (4, 4, 4)
+    assert (cell["own_words"], cell["other_words"], cell["identical"]) == (6, 2, 0)
+
+
+def test_identical_answers_are_counted():
+    same = answers_of("same", [1.0] * 4, outputs={name: ("an answer" if name in "pq" else "other",) for name in "pqrs"})
+    contest = build_contest([answers_of("base", [1.0] * 4), same])
+    [verdicts] = reward_verdicts(contest)
+    assert win_matrix(contest, verdicts)["same"]["base"]["identical"] == 2
 
 
 def test_every_category_and_every_relation_of_lengths_has_its_win_rate():

@@ -1,17 +1,12 @@
 """The page of the scoring service in a browser, beside what the service says over HTTP."""
 
-import contextlib
 import json
-import os
-import socket
-import threading
-from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
 
-from tests.support.browser import CHROMIUM, Browser
+from tests.support.browser import CHROMIUM, CONTRAST
+from tests.support.http_server import serving
 
 pytestmark = [
     pytest.mark.components,
@@ -43,27 +38,8 @@ DRAWN_IN_THE_PIXELS_THERE_ARE = """
 
 @pytest.fixture(scope="module")
 def url(trained_api):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(trained_api, log_level="error", ws="none"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
-
-
-@pytest.fixture
-def browser(tmp_path):
-    with contextlib.closing(Browser(tmp_path / "profile")) as browser:
-        yield browser
-
-
-@pytest.fixture
-def artefacts(tmp_path):
-    directory = Path(os.environ.get("VRM_TEST_ARTEFACTS", tmp_path))
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory
+    with serving(trained_api) as url:
+        yield url
 
 
 def signed(value):
@@ -75,10 +51,14 @@ def test_the_page_shows_what_the_service_says(url, browser, artefacts):
     model = httpx.get(f"{url}/v1/model").json()
     assert model["reward_mean"] != 0.0
     browser.open(url)
+    browser.wait_for("document.getElementById('model').textContent.includes('fingerprint')")  # before any comparison
+    introduced = browser.evaluate("document.getElementById('model').textContent")
+    assert "A vrm model, fingerprint f00d." in introduced
+    assert "helpfulness (81%), honesty (70%), safety (66%). It cannot tell why by brevity." in introduced
     for element, text in (("prompt", PROMPT), ("a", A), ("b", B)):
         browser.type_into(element, text)
     browser.evaluate("document.getElementById('ask').click()")
-    browser.wait_for("document.getElementById('model').textContent.includes('fingerprint')")
+    browser.wait_for("!document.getElementById('result').hidden")
 
     def text(element):
         return browser.evaluate(f"document.getElementById('{element}').textContent")
@@ -120,11 +100,14 @@ def test_the_page_shows_what_the_service_says(url, browser, artefacts):
         f"var(--{'b' if answer['contributions'][k] < 0 else 'a'})" for k in VERIFIED
     ]
     assert "fingerprint f00d" in text("model")
-    for name, width in (("wide", 1100), ("narrow", 390)):
-        browser.resize(width)
-        browser.wait_for(DRAWN_IN_THE_PIXELS_THERE_ARE)
-        browser.photograph(artefacts / f"page-{name}.png")
-        assert browser.evaluate("document.documentElement.scrollWidth") == width  # nothing sticks out
+    for scheme in ("light", "dark"):
+        browser.prefer(scheme)
+        for width in (1280, 390):
+            browser.resize(width)
+            browser.wait_for(DRAWN_IN_THE_PIXELS_THERE_ARE)
+            browser.photograph(artefacts / f"page-{width}-{scheme}.png")
+            assert browser.evaluate("document.documentElement.scrollWidth") == width  # nothing sticks out
+        assert browser.evaluate(CONTRAST) >= 4.5
     assert {address.removeprefix(url) for address in browser.requested} == {"/", "/v1/compare", "/v1/model"}
     assert browser.complaints == []
     browser.evaluate(f"show({json.dumps(answer | {'probability': 0.99996})})")
@@ -139,3 +122,37 @@ def test_the_page_says_why_it_was_refused(url, browser):
     browser.wait_for("document.getElementById('problem').textContent !== ''")
     assert "at most 1000000 characters" in browser.evaluate("document.getElementById('problem').textContent")
     assert browser.evaluate("document.getElementById('result').hidden")
+
+
+def test_examples_are_compared_at_a_click_and_earlier_comparisons_come_back(url, browser):
+    browser.open(url)
+    earlier = "document.querySelectorAll('#history button').length"
+    for i in range(2):
+        browser.evaluate(f"document.querySelectorAll('#examples button')[{i}].click()")
+        browser.wait_for(f"{earlier} === {i + 1}")
+    assert browser.evaluate("document.getElementById('prompt').value").startswith("What will the price of gold")
+    first = browser.evaluate("document.querySelector('#history li:last-child').textContent")
+    browser.evaluate("document.querySelector('#history li:last-child button').click()")
+    assert browser.evaluate("document.getElementById('prompt').value").startswith("Can I mix bleach")
+    assert first.startswith(browser.evaluate("document.getElementById('verdict').textContent"))
+    assert browser.evaluate(earlier) == 2  # to look again is no new comparison
+    assert browser.complaints == []
+
+
+def test_the_page_of_routes_lists_them_all_with_their_forms(url, browser, artefacts):
+    paths = httpx.get(f"{url}/openapi.json").json()["paths"]
+    browser.open(f"{url}/docs")
+    browser.wait_for("document.querySelectorAll('#routes h2').length > 0")
+    titles = browser.evaluate("[...document.querySelectorAll('#routes h2')].map(title => title.textContent)")
+    assert titles == [f"{method.upper()} {path}" for path, methods in paths.items() for method in methods]
+    told = browser.evaluate("document.body.textContent")
+    assert "The score is the sigmoid of the reward, between 0 and 1" in told
+    assert "use_activation: boolean or null" in told
+    for scheme in ("light", "dark"):
+        browser.prefer(scheme)
+        browser.resize(390)
+        assert browser.evaluate("document.documentElement.scrollWidth") == 390
+        assert browser.evaluate(CONTRAST) >= 4.5
+        browser.photograph(artefacts / f"docs-390-{scheme}.png")
+    assert {address.removeprefix(url) for address in browser.requested} == {"/docs", "/openapi.json"}
+    assert browser.complaints == []

@@ -1,13 +1,6 @@
 """The page of kept rollouts: over HTTP, and in a browser at both widths and in both colour schemes."""
 
-import contextlib
-import os
-import socket
-import threading
-from pathlib import Path
-
 import pytest
-import uvicorn
 from starlette.testclient import TestClient
 
 from pipeline.errors import WorkerDied
@@ -15,7 +8,8 @@ from pipeline.rollouts.rollout_queries import RolloutQueries
 from pipeline.serving.http.rollouts_app import build_rollouts_api
 from pipeline.serving.protocol import ExplainedReward
 from tests.rollouts.test_kept_rollouts import SCRIPT, batch, files_in, rollout
-from tests.support.browser import CHROMIUM, Browser
+from tests.support.browser import CHROMIUM, CONTRAST
+from tests.support.http_server import serving
 
 TOKEN = "secret"
 AGAIN = ExplainedReward(
@@ -105,14 +99,8 @@ def test_without_a_service_or_with_a_dead_one_the_answer_says_why(queries):
 @pytest.fixture(scope="module")
 def url(queries):
     api = build_rollouts_api(queries, title="align_policy-0123", token=TOKEN, rescore=lambda *_: AGAIN)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(api, log_level="error", ws="none"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+    with serving(api) as url:
+        yield url
 
 
 FIRST_ROW = "[...document.querySelectorAll('#rows tr:first-child td')].map(cell => cell.textContent)"
@@ -120,66 +108,63 @@ FIRST_ROW = "[...document.querySelectorAll('#rows tr:first-child td')].map(cell 
 
 @pytest.mark.components
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt install chromium")
-def test_the_page_sorts_searches_opens_and_scores_again_and_runs_no_script(url, tmp_path):
-    photographs = Path(os.environ.get("VRM_TEST_ARTEFACTS", tmp_path))
-    with contextlib.closing(Browser(tmp_path / "profile")) as browser:
+def test_the_page_sorts_searches_opens_and_scores_again_and_runs_no_script(url, browser, artefacts):
+    def click(name):
+        browser.evaluate(f"[...document.querySelectorAll('button')].find(b => b.textContent === '{name}').click()")
 
-        def click(name):
-            browser.evaluate(f"[...document.querySelectorAll('button')].find(b => b.textContent === '{name}').click()")
+    def where(text):
+        browser.wait_for(f"document.getElementById('where').textContent === '{text}'")
 
-        def where(text):
-            browser.wait_for(f"document.getElementById('where').textContent === '{text}'")
-
-        browser.open(f"{url}/#{TOKEN}")
-        where("1 to 50 of 180")
-        assert browser.evaluate("location.hash") == ""
-        click("Next")
-        where("51 to 100 of 180")
-        click("Highest reward")
-        browser.wait_for(f"({FIRST_ROW})[2] === 'good 2'")
-        assert browser.evaluate(FIRST_ROW)[3] == "102.000 ± 0.50"
-        click("Longest")
-        browser.wait_for(f"({FIRST_ROW})[9] === 'at the limit'")
-        browser.type_into("text", "<script>")
-        click("Show")
-        where("1 to 3 of 3")
-        assert browser.evaluate(FIRST_ROW)[2] == SCRIPT
-        browser.evaluate("document.querySelector('#rows tr').click()")
-        browser.wait_for("document.getElementById('one').open")
-        assert browser.evaluate("document.getElementById('one_response').textContent") == SCRIPT
-        bars = "[...document.querySelectorAll('.bar')].map(bar => bar.getBoundingClientRect().width)"
-        smaller, larger = browser.evaluate(bars)
-        assert smaller / larger == pytest.approx(1.0 / 1.5, rel=1e-2)
-        click("Score it again")
-        browser.wait_for("document.getElementById('rescored').textContent.includes('9.500 ± 0.250')")
-        for width in (1280, 390):
-            for scheme in ("light", "dark"):
-                browser.prefer(scheme)
-                browser.resize(width)
-                assert browser.evaluate("document.documentElement.scrollWidth") == width
-                browser.photograph(photographs / f"one-rollout-{width}-{scheme}.png")
-        click("This prompt over time")
-        browser.evaluate("document.getElementById('text').value = ''")
-        click("Show")
-        browser.wait_for("!document.getElementById('one_prompt').hidden")
-        where("1 to 3 of 3")
-        assert browser.evaluate("document.getElementById('prompt_id').textContent") == "b"
-        click("All prompts")
-        where("1 to 50 of 180")
-        for width in (1280, 390):
-            for scheme in ("light", "dark"):
-                browser.prefer(scheme)
-                browser.resize(width)
-                assert browser.evaluate("document.documentElement.scrollWidth") == width  # nothing sticks out
-                browser.photograph(photographs / f"rollouts-{width}-{scheme}.png")
-        assert browser.evaluate("document.title") == "Rollouts of align_policy-0123"
-        assert [address for address in browser.requested if not address.startswith(url)] == []
-        assert browser.complaints == []
+    browser.open(f"{url}/#{TOKEN}")
+    where("1 to 50 of 180")
+    assert browser.evaluate("location.hash") == ""
+    click("Next")
+    where("51 to 100 of 180")
+    click("Highest reward")
+    browser.wait_for(f"({FIRST_ROW})[2] === 'good 2'")
+    assert browser.evaluate(FIRST_ROW)[3] == "102.000 ± 0.50"
+    click("Longest")
+    browser.wait_for(f"({FIRST_ROW})[9] === 'at the limit'")
+    browser.type_into("text", "<script>")
+    click("Show")
+    where("1 to 3 of 3")
+    assert browser.evaluate(FIRST_ROW)[2] == SCRIPT
+    browser.evaluate("document.querySelector('#rows tr').click()")
+    browser.wait_for("document.getElementById('one').open")
+    assert browser.evaluate("document.getElementById('one_response').textContent") == SCRIPT
+    bars = "[...document.querySelectorAll('.bar')].map(bar => bar.getBoundingClientRect().width)"
+    smaller, larger = browser.evaluate(bars)
+    assert smaller / larger == pytest.approx(1.0 / 1.5, rel=1e-2)
+    click("Score it again")
+    browser.wait_for("document.getElementById('rescored').textContent.includes('9.500 ± 0.250')")
+    for width in (1280, 390):
+        for scheme in ("light", "dark"):
+            browser.prefer(scheme)
+            browser.resize(width)
+            assert browser.evaluate("document.documentElement.scrollWidth") == width
+            browser.photograph(artefacts / f"one-rollout-{width}-{scheme}.png")
+    click("This prompt over time")
+    browser.evaluate("document.getElementById('text').value = ''")
+    click("Show")
+    browser.wait_for("!document.getElementById('one_prompt').hidden")
+    where("1 to 3 of 3")
+    assert browser.evaluate("document.getElementById('prompt_id').textContent") == "b"
+    click("All prompts")
+    where("1 to 50 of 180")
+    for width in (1280, 390):
+        for scheme in ("light", "dark"):
+            browser.prefer(scheme)
+            browser.resize(width)
+            assert browser.evaluate("document.documentElement.scrollWidth") == width  # nothing sticks out
+            assert browser.evaluate(CONTRAST) >= 4.5
+            browser.photograph(artefacts / f"rollouts-{width}-{scheme}.png")
+    assert browser.evaluate("document.title") == "Rollouts of align_policy-0123"
+    assert [address for address in browser.requested if not address.startswith(url)] == []
+    assert browser.complaints == []
 
 
 @pytest.mark.components
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt install chromium")
-def test_the_page_without_its_token_says_what_to_open(url, tmp_path):
-    with contextlib.closing(Browser(tmp_path / "profile")) as browser:
-        browser.open(url)
-        browser.wait_for("document.getElementById('problem').textContent.includes('whole address')")
+def test_the_page_without_its_token_says_what_to_open(url, browser):
+    browser.open(url)
+    browser.wait_for("document.getElementById('problem').textContent.includes('whole address')")
