@@ -29,7 +29,9 @@ FLOORS = [
     "pipeline.objectives",
     "pipeline.config",
     "pipeline.ports",
+    "pipeline.columns",
     "pipeline.records",
+    "pipeline.ragged",
     "pipeline.errors",
 ]
 """Top to bottom, one floor a room. A room imports from itself and from the floors below it."""
