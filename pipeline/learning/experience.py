@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from pipeline.columns import Rollouts, TokenEvaluations
 from pipeline.config.alignment import AlignmentConfig, PPOConfig
 from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.learning.algorithm import ADVANTAGES, ScoredTokens
@@ -14,13 +15,13 @@ from pipeline.objectives.advantages import overlong_penalty, token_rewards, tran
 from pipeline.objectives.divergence import kl_estimate
 from pipeline.objectives.masked import masked_mean, whiten
 from pipeline.objectives.policy import truncated_importance_weights
-from pipeline.records import CriticTargets, Experience, Metrics, RewardScore, Rollout, TokenEvaluation
+from pipeline.records import CriticTargets, Experience, Metrics, RewardScore
 
 
 def build_experience(
-    rollouts: Sequence[Rollout],
+    rollouts: Rollouts,
     scores: Sequence[RewardScore],
-    evaluations: Sequence[TokenEvaluation],
+    evaluations: TokenEvaluations,
     config: AlignmentConfig,
     *,
     kl_coefficient: float,
@@ -40,31 +41,42 @@ def build_experience(
         The experience, and the metrics of all rollouts that `batch_metrics` names.
 
     Raises:
-        ShapeError: the three lists, or the tokens of one rollout, do not fit each other.
+        ShapeError: the three, or the tokens of one rollout, do not fit each other.
         NumericsError: a score or an evaluation is not finite.
     """
     ppo, kl = config.ppo, config.kl
     batch = RolloutTensors.of(rollouts, scores, evaluations)
     group_size = samples_per_prompt(rollouts) if ppo.compares_a_group else 1
     rewards = shaped_rewards(batch, ppo, reward_scale, max_response_tokens=config.max_response_tokens)
-    token_kl = kl_estimate(batch.logprobs, batch.reference_logprobs, kl.estimator)
     reward_beta, loss_beta = (kl_coefficient, 0.0) if kl.place == "reward" else (0.0, kl_coefficient)
-    per_token = token_rewards(rewards, token_kl, batch.mask, kl_coefficient=reward_beta)
-    advantages = estimated_advantages(per_token, batch, ppo, group_size=group_size)
-    returns = _masked(advantages + batch.values, batch.mask)
+    # Without a name, so that neither tensor of tokens outlives the call that takes it.
+    advantages = estimated_advantages(
+        token_rewards(
+            rewards,
+            kl_estimate(batch.logprobs, batch.reference_logprobs, kl.estimator),
+            batch.mask,
+            kl_coefficient=reward_beta,
+        ),
+        batch,
+        ppo,
+        group_size=group_size,
+    )
+    returns = advantages + batch.values  # 0 on padding, as both are
     weights = importance_weights(batch, tis_cap=ppo.tis_cap)
     kept = rows_that_teach(rewards, group_size) if ppo.drop_uniform_groups else torch.arange(len(rollouts))
-    mask = batch.mask[kept]
+    # A slice is a view, where all rows stay.
+    index = kept if len(kept) < len(rollouts) else slice(None)
+    mask = batch.mask[index]
     experience = Experience(
-        sequences=tuple(rollouts[row].tokens for row in kept.tolist()),
+        sequences=rollouts.sequences.select(kept),
         rows=tuple(kept.tolist()),
         mask=mask,
-        logprobs=batch.logprobs[kept],
-        reference_logprobs=batch.reference_logprobs[kept],
-        advantages=whiten(advantages[kept], mask) if ppo.whiten_advantages else advantages[kept],
-        importance_weights=weights[kept],
+        logprobs=batch.logprobs[index],
+        reference_logprobs=batch.reference_logprobs[index],
+        advantages=whiten(advantages[index], mask) if ppo.whiten_advantages else advantages[index],
+        importance_weights=weights[index],
         kl_loss_coefficient=loss_beta,
-        critic=CriticTargets(values=batch.values[kept], returns=returns[kept]) if ppo.trains_a_critic else None,
+        critic=CriticTargets(values=batch.values[index], returns=returns[index]) if ppo.trains_a_critic else None,
         num_response_tokens=int(mask.sum()),
     )
     metrics = batch_metrics(batch, rewards, kl_coefficient=kl_coefficient) | engine_metrics(batch, weights, ppo.tis_cap)
@@ -146,7 +158,7 @@ def batch_metrics(batch: RolloutTensors, rewards: torch.Tensor, *, kl_coefficien
 
     kl/per_response = mean_b sum_t (log pi - log pi_ref), the k1 estimate, whatever estimator is trained on.
     """
-    kl = _masked(batch.logprobs - batch.reference_logprobs, batch.mask).sum(-1)
+    kl = (batch.logprobs - batch.reference_logprobs).sum(-1)
     return {
         "reward/mean": float(batch.reward_mean.mean()),
         "reward/std_over_batch": float(batch.reward_mean.std(correction=0)),
@@ -165,7 +177,7 @@ def engine_metrics(batch: RolloutTensors, weights: torch.Tensor, tis_cap: float 
 
     With a cap also `importance/*`: the mean importance weight, and the share of tokens at the cap.
     """
-    gap = _masked((batch.engine_logprobs - batch.logprobs).abs(), batch.mask)
+    gap = (batch.engine_logprobs - batch.logprobs).abs()
     metrics = {"engine_gap/mean": float(masked_mean(gap, batch.mask)), "engine_gap/max": float(gap.max())}
     if tis_cap is not None:
         metrics["importance/mean"] = float(masked_mean(weights, batch.mask))
@@ -187,8 +199,3 @@ def group_metrics(groups: torch.Tensor) -> Metrics:
         "group/reward_std": float(groups.std(-1).mean()),
         "group/uniform": float(uniform_groups(groups).float().mean()),
     }
-
-
-def _masked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """`values` on response tokens, 0 on padding."""
-    return torch.where(mask, values, torch.zeros_like(values))

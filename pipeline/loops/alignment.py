@@ -61,9 +61,8 @@ def align(
                 heldout_answers = observer.answers(run, step)
                 batches.sample_ahead(step + 1)
                 rollouts.sleep()
-                conversations, responses = [s.prompt.messages for s in samples], [s.response_text for s in samples]
                 with run.reading("score"):
-                    scores = scorer.score(conversations, responses)
+                    scores = scorer.score(samples.conversations, samples.response_texts)
                 with run.reading("evaluate"):
                     evaluations = learner.evaluate(samples)
                 validated = observer.validate(run, step, heldout_answers)

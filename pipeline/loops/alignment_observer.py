@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeline.columns import Rollouts, TokenEvaluations
 from pipeline.evaluation.overoptimization import GoldReward
 from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.loops.alignment_run import AlignmentRun
 from pipeline.loops.validation import Validation
 from pipeline.ports import BackgroundRolloutSource
-from pipeline.records import Experience, Metrics, RewardScore, Rollout, TokenEvaluation
+from pipeline.records import Experience, Metrics, RewardScore
 from pipeline.rollouts.kept_rollouts import RolloutBatch, RolloutFiles
 from pipeline.rollouts.prefetch import StepPlan
 from pipeline.rollouts.requests import rollout_requests
@@ -32,9 +33,9 @@ class KeptRollouts:
     def keep(
         self,
         step: int,
-        rollouts: Sequence[Rollout],
+        rollouts: Rollouts,
         scores: Sequence[RewardScore],
-        evaluations: Sequence[TokenEvaluation],
+        evaluations: TokenEvaluations,
         experience: Experience,
     ) -> Metrics:
         """Writes the rollouts of a step. Says once when no more are written."""
@@ -73,11 +74,11 @@ class AlignmentObserver:
         if self.kept is not None:
             self.kept.resume(run)
 
-    def answers(self, run: AlignmentRun, step: int) -> list[Rollout]:
+    def answers(self, run: AlignmentRun, step: int) -> Rollouts | None:
         """Held-out prompts, answered by the policy that `step` begins with; none where no validation is due."""
-        return [] if self.validation is None else self.validation.answers(run, step)
+        return None if self.validation is None else self.validation.answers(run, step)
 
-    def validate(self, run: AlignmentRun, step: int, answers: Sequence[Rollout]) -> Metrics:
+    def validate(self, run: AlignmentRun, step: int, answers: Rollouts | None) -> Metrics:
         """`eval/*` of the policy that `step` begins with; empty where no validation is due."""
         return {} if self.validation is None else self.validation.measure(run, step, answers)
 
@@ -85,18 +86,17 @@ class AlignmentObserver:
         self,
         run: AlignmentRun,
         step: int,
-        samples: Sequence[Rollout],
+        samples: Rollouts,
         scores: Sequence[RewardScore],
-        evaluations: Sequence[TokenEvaluation],
+        evaluations: TokenEvaluations,
         experience: Experience,
         reward_scale: RewardScale,
     ) -> Metrics:
         """The true reward of the rollouts of a step, where it is known, and how many of them were kept."""
         metrics: Metrics = {}
         if self.gold is not None:
-            conversations, responses = [s.prompt.messages for s in samples], [s.response_text for s in samples]
             proxy = [score.mean for score in scores]
-            metrics |= self.gold.measure(conversations, responses, proxy, reward_scale)
+            metrics |= self.gold.measure(samples.conversations, samples.response_texts, proxy, reward_scale)
         if self.kept is not None:
             with run.changing("keep"):
                 metrics |= self.kept.keep(step, samples, scores, evaluations, experience)

@@ -31,12 +31,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 from ray import cloudpickle
 
+from pipeline.columns import Rollouts, TokenEvaluations
 from pipeline.config.alignment import AlignmentConfig
 from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.learning.experience import build_experience
-from pipeline.records import Prompt, RewardScore, Rollout, TokenEvaluation
+from pipeline.ragged import Ragged
+from pipeline.records import Prompt, RewardScore
 from pipeline.rollouts.chunks import ChunkLedger
 from pipeline.rollouts.prefetch import staleness
 from pipeline.rollouts.requests import RolloutRequest
@@ -109,37 +112,32 @@ def requests_of(num_responses):
     ]
 
 
-def logprobs(dice, length):
-    return tuple((-dice.random(length, dtype=np.float32)).tolist())
+def logprobs(dice, lengths):
+    return Ragged.divided(torch.from_numpy(-dice.random(int(lengths.sum()), dtype=np.float32)), lengths)
 
 
 def make_data(directory, options, num_responses):
     """Writes the workers' answers and the first rank's evaluation."""
-    requests, lengths = requests_of(num_responses), lengths_of(options, num_responses).tolist()
+    requests, all_lengths = requests_of(num_responses), torch.from_numpy(lengths_of(options, num_responses))
     dice = np.random.default_rng(2)
     for number, first in enumerate(range(0, num_responses, RESPONSES_PER_ANSWER)):
-        places = range(first, min(num_responses, first + RESPONSES_PER_ANSWER))
-        answer = [
-            Rollout(
-                prompt=requests[place].prompt,
-                sample_index=requests[place].sample_index,
-                response_ids=tuple(dice.integers(VOCABULARY, size=lengths[place]).tolist()),
-                response_text="x" * CHARACTERS_PER_TOKEN * lengths[place],
-                logprobs=logprobs(dice, lengths[place]),
-                policy_version=0,
-                finish_reason="stop",
-            )
-            for place in places
-        ]
-        send(directory / f"answer-{number}", answer)
-    evaluations = [
-        TokenEvaluation(
-            logprobs=logprobs(dice, length),
-            reference_logprobs=logprobs(dice, length),
-            values=logprobs(dice, length),
+        own, lengths = requests[first:][:RESPONSES_PER_ANSWER], all_lengths[first:][:RESPONSES_PER_ANSWER]
+        token_ids = torch.from_numpy(dice.integers(VOCABULARY, size=int(lengths.sum()), dtype=np.int32))
+        answer = Rollouts(
+            prompts=tuple(request.prompt for request in own),
+            sample_indices=tuple(request.sample_index for request in own),
+            response_ids=Ragged.divided(token_ids, lengths),
+            response_texts=tuple("x" * CHARACTERS_PER_TOKEN * length for length in lengths.tolist()),
+            logprobs=logprobs(dice, lengths),
+            policy_versions=(0,) * len(own),
+            finish_reasons=("stop",) * len(own),
         )
-        for length in lengths
-    ]
+        send(directory / f"answer-{number}", answer)
+    evaluations = TokenEvaluations(
+        logprobs=logprobs(dice, all_lengths),
+        reference_logprobs=logprobs(dice, all_lengths),
+        values=logprobs(dice, all_lengths),
+    )
     send(directory / "evaluation", evaluations)
 
 
@@ -169,6 +167,13 @@ class Costs:
         return int(line.split()[1]) * 1024
 
 
+def collected(directory, requests):
+    ledger = ChunkLedger(requests, RESPONSES_PER_ANSWER)
+    while (chunk := ledger.issue(0.0)) is not None:
+        ledger.accept(chunk, receive(directory / f"answer-{chunk.number}"), 0.0)
+    return Rollouts.concat(ledger.answers())
+
+
 def drive(directory, num_responses):
     """One step. Returns the seconds of its phases and the peak of memory."""
     requests = requests_of(num_responses)
@@ -179,10 +184,7 @@ def drive(directory, num_responses):
     config = AlignmentConfig(num_steps=1, max_response_tokens=2**20)
     costs = Costs()
     with costs.phase("rollouts"):
-        ledger = ChunkLedger(requests, RESPONSES_PER_ANSWER)
-        while (chunk := ledger.issue(0.0)) is not None:
-            ledger.accept(chunk, receive(directory / f"answer-{chunk.number}"), 0.0)
-        rollouts = ledger.rollouts()
+        rollouts = collected(directory, requests)
         staleness(rollouts, 0, at_most=0)
     with costs.phase("evaluate"):
         send(directory / "rollouts", rollouts)
