@@ -61,11 +61,9 @@ class RolloutWorker:
         """Builds the engine. Not the constructor's work: an error here reaches the caller, there it ends the actor."""
         from pipeline.data.chat import decode_response
         from pipeline.models.backbone import load_config, load_tokenizer, stop_token_ids
-        from pipeline.models.tensor_parallel import check_tensor_parallel
 
         with storage.reading(model_uri) as directory:
             model = load_config(directory)
-            check_tensor_parallel(model.get_text_config().to_dict(), config.shards, model=model_uri)
             tokenizer = load_tokenizer(directory)
             # After the tokenizer: its module imports transformers the quick way.
             import torch
@@ -160,7 +158,7 @@ class RolloutWorker:
         *,
         seconds: float = math.inf,
         resample_unfinished: bool = False,
-    ) -> Rollouts | None:
+    ) -> Rollouts | int:
         with self._trace.phase("rollout"):
             return _columns(
                 self._sampler.sample(
@@ -168,9 +166,9 @@ class RolloutWorker:
                 )
             )
 
-    def continue_sampling(self, *, seconds: float = math.inf) -> Rollouts | None:
+    def continue_sampling(self, ahead: Sequence[RolloutRequest] = (), *, seconds: float = math.inf) -> Rollouts | int:
         with self._trace.phase("rollout"):
-            return _columns(self._sampler.continue_sampling(seconds=seconds))
+            return _columns(self._sampler.continue_sampling(ahead, seconds=seconds))
 
     def advance(
         self, submitted: Mapping[int, tuple[RolloutRequest, SamplingParams]], seconds: float
@@ -178,10 +176,10 @@ class RolloutWorker:
         return self._sampler.advance(submitted, seconds)
 
 
-def _columns(rollouts: list[Rollout] | None) -> Rollouts | None:
+def _columns(answer: list[Rollout] | int) -> Rollouts | int:
     from pipeline.columns import Rollouts
 
-    return None if rollouts is None else Rollouts.of(rollouts)
+    return answer if isinstance(answer, int) else Rollouts.of(answer)
 
 
 def update_bytes(update_info: Mapping[str, Any]) -> int:

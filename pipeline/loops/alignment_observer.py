@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.columns import Rollouts, TokenEvaluations
@@ -11,7 +10,7 @@ from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.loops.alignment_run import AlignmentRun
 from pipeline.loops.validation import Validation
 from pipeline.ports import BackgroundRolloutSource
-from pipeline.records import Experience, Metrics, RewardScore
+from pipeline.records import Experience, Metrics, ScoredRollouts
 from pipeline.rollouts.kept_rollouts import RolloutBatch, RolloutFiles
 from pipeline.rollouts.prefetch import StepPlan
 from pipeline.rollouts.requests import rollout_requests
@@ -34,7 +33,7 @@ class KeptRollouts:
         self,
         step: int,
         rollouts: Rollouts,
-        scores: Sequence[RewardScore],
+        scored: ScoredRollouts,
         evaluations: TokenEvaluations,
         experience: Experience,
     ) -> Metrics:
@@ -44,7 +43,7 @@ class KeptRollouts:
             step=step,
             seeds=[request.seed for request in rollout_requests(*self.plan.batch(step))],
             rollouts=rollouts,
-            scores=scores,
+            scored=scored,
             evaluations=evaluations,
             experience=experience,
         )
@@ -87,7 +86,7 @@ class AlignmentObserver:
         run: AlignmentRun,
         step: int,
         samples: Rollouts,
-        scores: Sequence[RewardScore],
+        scored: ScoredRollouts,
         evaluations: TokenEvaluations,
         experience: Experience,
         reward_scale: RewardScale,
@@ -95,11 +94,10 @@ class AlignmentObserver:
         """The true reward of the rollouts of a step, where it is known, and how many of them were kept."""
         metrics: Metrics = {}
         if self.gold is not None:
-            proxy = [score.mean for score in scores]
-            metrics |= self.gold.measure(samples.conversations, samples.response_texts, proxy, reward_scale)
+            metrics |= self.gold.measure(samples, scored.scores, reward_scale)
         if self.kept is not None:
             with run.changing("keep"):
-                metrics |= self.kept.keep(step, samples, scores, evaluations, experience)
+                metrics |= self.kept.keep(step, samples, scored, evaluations, experience)
         return metrics
 
     def validate_finished(self, run: AlignmentRun, rollouts: BackgroundRolloutSource, log: MetricsLog) -> None:

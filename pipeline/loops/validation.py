@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from pipeline.columns import Rollouts
 from pipeline.config.alignment import AlignmentConfig
@@ -14,7 +15,7 @@ from pipeline.errors import DataError
 from pipeline.evaluation.overoptimization import GoldReward
 from pipeline.learning.validation_metrics import UPDATES, validation_metrics
 from pipeline.loops.alignment_run import AlignmentRun
-from pipeline.ports import PolicyLearner, RewardScorer, RolloutSource
+from pipeline.ports import PolicyLearner, RewardSources, RolloutSource
 from pipeline.records import Metrics, Prompt, SamplingParams
 from pipeline.rollouts.kept_samples import NUM_PROMPTS, SamplesOverTime
 
@@ -90,7 +91,7 @@ class Validation:
         self,
         plan: ValidationPlan,
         rollouts: RolloutSource,
-        scorer: RewardScorer,
+        rewards: RewardSources,
         learner: PolicyLearner,
         samples: SamplesOverTime,
         *,
@@ -99,7 +100,7 @@ class Validation:
     ) -> None:
         self._plan = plan
         self._rollouts = rollouts
-        self._scorer = scorer
+        self._rewards = rewards
         self._learner = learner
         self._samples = samples
         self._objectives = objectives
@@ -127,11 +128,16 @@ class Validation:
         if answers is None:
             return run.known_validation(updates)
         with run.reading("validation"):
+            scored = self._rewards.score(answers)
+            rows = [row for row, score in enumerate(scored.scores) if score is not None]
+            answers, scores = (
+                answers.select(torch.tensor(rows)),
+                [score for score in scored.scores if score is not None],
+            )
             conversations, texts = answers.conversations, answers.response_texts
-            scores = self._scorer.score(conversations, texts)
             metrics: Metrics = {}
             if self._plan.measures:
-                metrics = {UPDATES: float(updates)} | validation_metrics(
+                metrics = validation_metrics(
                     answers,
                     scores,
                     self._learner.evaluate(answers),
@@ -140,6 +146,7 @@ class Validation:
                     is_greedy=self._plan.is_greedy,
                     seed=self._plan.sampling.seed,
                 )
+                metrics |= {UPDATES: float(updates), "eval/dropped": scored.metrics["reward/dropped"]}
             self._samples.add(updates, answers, scores)
         if metrics:
             run.take_validation(updates, metrics)

@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from pipeline.columns import Rollouts, TokenEvaluations
 from pipeline.data.batching import stable_seed
-from pipeline.records import Experience, Metrics, RewardScore
+from pipeline.records import Experience, Metrics, RewardScore, ScoredRollouts
 from pipeline.rollouts.kept_samples import conversation_text
 from pipeline.rollouts.repetition import repeated_shares
 from pipeline.stages import storage
@@ -29,7 +29,7 @@ SCHEMA = pyarrow.schema(
         "prompt": pyarrow.string(),  # in words, to read and to search
         "messages": pyarrow.list_(pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.string()})),
         "response": pyarrow.string(),
-        "reward": pyarrow.float64(),
+        "reward": pyarrow.float64(),  # null where a source gave no score and its rule drops the row
         "reward_std": pyarrow.float64(),
         "rewards": pyarrow.map_(pyarrow.string(), pyarrow.float64()),  # by source
         "contributions": pyarrow.map_(pyarrow.string(), pyarrow.float64()),  # by objective; they add up to the reward
@@ -58,7 +58,7 @@ class RolloutBatch:
     step: int
     seeds: Sequence[int]
     rollouts: Rollouts
-    scores: Sequence[RewardScore]
+    scored: ScoredRollouts
     evaluations: TokenEvaluations
     experience: Experience
 
@@ -136,7 +136,7 @@ class RolloutFiles:
         return sink.getvalue().to_pybytes()
 
     def _row(self, batch: RolloutBatch, place: int, *, advantage: float | None, repetition: float) -> dict[str, Any]:
-        rollouts, score, evaluations = batch.rollouts, batch.scores[place], batch.evaluations
+        rollouts, score, evaluations = batch.rollouts, batch.scored.scores[place], batch.evaluations
         prompt = rollouts.prompts[place]
         logprobs = evaluations.logprobs[place].double()
         ratios = logprobs - evaluations.reference_logprobs[place].double()
@@ -148,10 +148,10 @@ class RolloutFiles:
             "prompt": conversation_text(prompt.messages),
             "messages": [dict(message) for message in prompt.messages],
             "response": rollouts.response_texts[place],
-            "reward": score.mean,
-            "reward_std": score.std,
-            "rewards": rewards_by_source(score),
-            "contributions": contributions(score, self._objectives),
+            "reward": None if score is None else score.mean,
+            "reward_std": None if score is None else score.std,
+            "rewards": rewards_by_source(batch.scored, place),
+            "contributions": {} if score is None else contributions(score, self._objectives),
             "advantage": advantage,
             "kl": float(ratios.sum()),
             "logprob_gap": float((rollouts.logprobs[place].double() - logprobs).abs().max()),
@@ -193,9 +193,10 @@ def step_file(step: int) -> str:
     return f"step-{step:06d}.parquet"
 
 
-def rewards_by_source(score: RewardScore) -> dict[str, float]:
-    """Source of the reward -> what it gave."""
-    return {"model": score.mean}
+def rewards_by_source(scored: ScoredRollouts, place: int) -> dict[str, float]:
+    """Source of the reward -> what it gave to one rollout; a source without a score is left out."""
+    given = {name: scores[place] for name, scores in scored.by_source.items()}
+    return {name: score.mean for name, score in given.items() if score is not None}
 
 
 def contributions(score: RewardScore, objectives: Sequence[str]) -> dict[str, float]:
