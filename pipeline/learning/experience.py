@@ -56,9 +56,8 @@ def build_experience(
     """
     ppo, kl = config.ppo, config.kl
     scored = rows_with_a_score(rollouts, scores, compares_a_group=ppo.compares_a_group)
-    if len(scored.rows) < len(rollouts):
-        rows = torch.tensor(scored.rows)
-        rollouts, evaluations = rollouts.select(rows), evaluations.select(rows)
+    rows = torch.tensor(scored.rows, dtype=torch.int64)
+    rollouts, evaluations = rollouts.select(rows), evaluations.select(rows)
     batch, groups = RolloutTensors.of(rollouts, scored.scores, evaluations), scored.groups
     rewards = shaped_rewards(batch, ppo, reward_scale, max_response_tokens=config.max_response_tokens)
     reward_beta, loss_beta = (kl_coefficient, 0.0) if kl.place == "reward" else (0.0, kl_coefficient)
