@@ -11,10 +11,12 @@ from actors.rank_group import RankGroup
 from cluster.rollout_plan import WeightReceivers
 from pipeline.config.cluster import DeadlinesConfig
 from pipeline.learning.memory import largest
-from pipeline.records import Experience, Metrics, PolicyWeights, PromptGroup, Rollout, TokenEvaluation
+from pipeline.records import Experience, Metrics, PolicyWeights, PromptGroup
 
 if TYPE_CHECKING:
     import torch
+
+    from pipeline.columns import Rollouts, TokenEvaluations
 
 
 class RankedLearner:
@@ -91,7 +93,7 @@ class RankedPolicyLearner(RankedLearner):
     def update(self, batch: Experience, step: int) -> Metrics:
         return super().update(batch, step)
 
-    def evaluate(self, batch: Sequence[Rollout]) -> list[TokenEvaluation]:
+    def evaluate(self, batch: Rollouts) -> TokenEvaluations:
         return super().evaluate(batch)
 
     def publish_weights(self, version: int) -> PolicyWeights:

@@ -17,6 +17,7 @@ from actors.rollout_stream import PromptToSample, StreamSampler
 from actors.worker_handle import UNSHARED_ACTORS, EngineSettings, WorkerActors
 from cluster.autoscaler import Autoscaler, RolloutWaits
 from cluster.engine_build import resolve_rollout
+from pipeline.columns import Rollouts
 from pipeline.config.cluster import DeadlinesConfig, RolloutConfig
 from pipeline.errors import ConfigError, StaleEngineError
 from pipeline.models.tensor_parallel import check_shards_of
@@ -193,7 +194,7 @@ class RolloutPool:
 
     # ------------------------------------------------------------------ rollouts
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Rollouts:
         """Samples in chunks, handed to whichever worker is free, which begins with another before it is done; a worker
         that dies or hangs is replaced and its chunks issued again.
 
@@ -225,7 +226,7 @@ class RolloutPool:
         require_room(prompts, sampling, self._max_model_len)
         self._sampler.begin(prompts, sampling, resample_unfinished=resample_unfinished)
 
-    def collect(self) -> list[Rollout]:
+    def collect(self) -> Rollouts:
         """Consumes the batch that was begun: `samples_per_prompt` rollouts per prompt, ordered by (prompt, sample).
 
         Waits for the batch; unblocked by the last answer, or by the error of the sampling thread.

@@ -19,8 +19,9 @@ from actors.ray_errors import ACTOR_DIED
 from actors.rollout_fleet import SLICE_S, RolloutFleet
 from actors.worker_handle import WorkerHandle
 from cluster.autoscaler import RolloutWaits
+from pipeline.columns import Rollouts
 from pipeline.errors import DeadlineExceeded, PipelineError, StaleEngineError
-from pipeline.records import Prompt, Rollout, SamplingParams
+from pipeline.records import Prompt, SamplingParams
 from pipeline.rollouts.chunks import Chunk, ChunkLedger
 from pipeline.rollouts.requests import rollout_requests
 
@@ -168,7 +169,7 @@ class BatchSampler:
         batch = SamplingBatch(ledger=ledger, sampling=sampling, resample_unfinished=resample_unfinished)
         self._batch = batch, self._executor.submit(self._sample, batch)
 
-    def collect(self) -> tuple[list[Rollout], RolloutWaits]:
+    def collect(self) -> tuple[Rollouts, RolloutWaits]:
         """Consumes the batch that was begun: its rollouts in the order of the requests, and who waited for whom.
 
         Waits for the sampling thread to finish the batch. Unblocked by the last answer, and by the thread's error,
@@ -185,7 +186,7 @@ class BatchSampler:
             learner_wait_s=max(0.0, batch.finished_at - called_at),
             queue_wait_s=max(0.0, called_at - batch.finished_at),
         )
-        return batch.ledger.rollouts(), waits
+        return Rollouts.concat(batch.ledger.answers()), waits
 
     def abandon(self) -> None:
         """Drops the batch: no more of its chunks are handed out, and answers to those that are out are dropped.
@@ -368,7 +369,8 @@ class BatchSampler:
                 self._counts["dropped"] += 1
             elif not isinstance(answer, int):
                 batch.ledger.accept(call.chunk, answer, now)
-                self._response_tokens |= {r.prompt.id: float(len(r.response_ids)) for r in answer}
+                lengths = map(float, answer.response_ids.lengths.tolist())
+                self._response_tokens |= zip((prompt.id for prompt in answer.prompts), lengths, strict=True)
             elif self._pause_point == "tokens":
                 self._keep_paused(call)
             else:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.engine_build import ResolvedRolloutConfig
 from cluster.rollout_plan import RolloutPlan
@@ -18,6 +18,9 @@ from pipeline.rollouts.numerics_gate import check_engine
 from pipeline.rollouts.requests import RolloutRequest
 from pipeline.stages import storage
 from pipeline.tracking.trace_recorder import TraceRecorder
+
+if TYPE_CHECKING:
+    from pipeline.columns import Rollouts
 
 COPIED_BYTES = 256 * 2**20
 """Copied at most, to measure once how fast the engine's memory is: more than a cache holds, and quickly done."""
@@ -155,22 +158,28 @@ class RolloutWorker:
         *,
         seconds: float = math.inf,
         resample_unfinished: bool = False,
-    ) -> list[Rollout] | int:
+    ) -> Rollouts | int:
         with self._trace.phase("rollout"):
-            return self._sampler.sample(
-                requests, sampling, ahead, seconds=seconds, resample_unfinished=resample_unfinished
+            return _columns(
+                self._sampler.sample(
+                    requests, sampling, ahead, seconds=seconds, resample_unfinished=resample_unfinished
+                )
             )
 
-    def continue_sampling(
-        self, ahead: Sequence[RolloutRequest] = (), *, seconds: float = math.inf
-    ) -> list[Rollout] | int:
+    def continue_sampling(self, ahead: Sequence[RolloutRequest] = (), *, seconds: float = math.inf) -> Rollouts | int:
         with self._trace.phase("rollout"):
-            return self._sampler.continue_sampling(ahead, seconds=seconds)
+            return _columns(self._sampler.continue_sampling(ahead, seconds=seconds))
 
     def advance(
         self, submitted: Mapping[int, tuple[RolloutRequest, SamplingParams]], seconds: float
     ) -> dict[int, Rollout]:
         return self._sampler.advance(submitted, seconds)
+
+
+def _columns(answer: list[Rollout] | int) -> Rollouts | int:
+    from pipeline.columns import Rollouts
+
+    return answer if isinstance(answer, int) else Rollouts.of(answer)
 
 
 def update_bytes(update_info: Mapping[str, Any]) -> int:

@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import RayError
 
 from actors.ray_errors import ACTOR_DIED
+from pipeline.columns import Rollouts, TokenEvaluations
 from pipeline.errors import PipelineError
 from pipeline.loops.align_policy import AlignmentPorts
 from pipeline.ports import BackgroundRolloutSource, PolicyLearner, Snapshot
@@ -25,9 +26,7 @@ from pipeline.records import (
     Metrics,
     PolicyWeights,
     Prompt,
-    Rollout,
     SamplingParams,
-    TokenEvaluation,
 )
 from pipeline.rewards.rows import RewardRows, RewardSource, SourceScore
 from pipeline.stages import storage
@@ -114,7 +113,7 @@ class ProfiledRollouts:
         self._profile.follow(weights.version)
         return metrics
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Rollouts:
         with self._profile.phase("rollout"):
             return self._rollouts.generate(prompts, sampling)
 
@@ -124,7 +123,7 @@ class ProfiledRollouts:
     def begin(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, resample_unfinished: bool) -> None:
         self._rollouts.begin(prompts, sampling, resample_unfinished=resample_unfinished)
 
-    def collect(self) -> list[Rollout]:
+    def collect(self) -> Rollouts:
         with self._profile.phase("rollout"):
             return self._rollouts.collect()
 
@@ -151,7 +150,7 @@ class ProfiledLearner:
     def restore(self, checkpoint: str) -> None:
         self._learner.restore(checkpoint)
 
-    def evaluate(self, rollouts: Sequence[Rollout]) -> list[TokenEvaluation]:
+    def evaluate(self, rollouts: Rollouts) -> TokenEvaluations:
         with self._profile.phase("evaluate"):
             return self._learner.evaluate(rollouts)
 

@@ -22,11 +22,12 @@ from pipeline.records import (
     Rollout,
     SamplingParams,
     ScoredRollouts,
-    TokenEvaluation,
 )
 
 if TYPE_CHECKING:
     import torch
+
+    from pipeline.columns import Rollouts, TokenEvaluations
 
 Batch = TypeVar("Batch", contravariant=True)
 
@@ -82,7 +83,7 @@ class PolicyLearner(Protocol):
 
     def restore(self, checkpoint: str) -> None: ...
 
-    def evaluate(self, rollouts: Sequence[Rollout]) -> list[TokenEvaluation]:
+    def evaluate(self, rollouts: Rollouts) -> TokenEvaluations:
         """Policy and reference logprobs and values of every response token, in the order given."""
 
     def update(self, experience: Experience, step: int) -> Metrics:
@@ -107,7 +108,7 @@ class RolloutSource(Protocol):
         Raises StaleEngineError when an engine does not reproduce the learner's probe logprobs.
         """
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Rollouts:
         """`samples_per_prompt` rollouts per prompt, ordered by (prompt, sample), whoever sampled them."""
 
 
@@ -125,7 +126,7 @@ class BackgroundRolloutSource(RolloutSource, Protocol):
         Every rollout names the policy of its first token.
         """
 
-    def collect(self) -> list[Rollout]:
+    def collect(self) -> Rollouts:
         """The rollouts of the batch that was begun; waits for them."""
 
 
@@ -146,7 +147,7 @@ class RewardScorer(Protocol):
 class RewardSources(Protocol):
     """All rewards of a run together: a reward model, functions, judges, and their combination."""
 
-    def score(self, rollouts: Sequence[Rollout]) -> ScoredRollouts:
+    def score(self, rollouts: Rollouts) -> ScoredRollouts:
         """Scores of B rollouts, in order.
 
         Raises WorkerError where not one of them can be trained on.

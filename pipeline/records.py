@@ -6,9 +6,9 @@ Every record is frozen, keyword-only and complete when it is created. A rollout 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -227,8 +227,29 @@ class TokenEvaluation:
     """0 throughout where the algorithm trains no critic."""
 
 
+class SentWithoutCopy:
+    """Pickles the tensors of a dataclass as arrays. Ray shares the memory of arrays, and copies tensors twice.
+
+    So nobody writes into the tensors of a record that has travelled.
+    """
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        import torch
+
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        arrays = {name: value.numpy() for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return _received, (type(self), values | arrays, tuple(arrays))
+
+
+def _received(record: Callable[..., Any], values: dict[str, Any], arrays: Sequence[str]) -> Any:
+    import torch
+
+    # Not `from_numpy`, which warns of memory that cannot be written.
+    return record(**values | {name: torch.from_dlpack(values[name]) for name in arrays})
+
+
 @dataclass(frozen=True, kw_only=True)
-class CriticTargets:
+class CriticTargets(SentWithoutCopy):
     """What the critic learns from one batch."""
 
     values: torch.Tensor
@@ -238,13 +259,13 @@ class CriticTargets:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experience:
+class Experience(SentWithoutCopy):
     """A rollout batch ready for the update: B sequences, T response tokens at most.
 
     Column t of every [B, T] tensor is response token t; `mask` is True on real tokens.
     """
 
-    sequences: tuple[PromptGroup, ...]
+    sequences: Sequence[PromptGroup]
     """B prompts with one response each."""
     rows: tuple[int, ...]
     """[B] places of these responses among the rollouts of the step, of which a recipe may leave some out."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline.data.planted import GoldAnnotator
 from pipeline.errors import ShapeError
 from pipeline.evaluation.reward_scale import RewardScale
-from pipeline.records import Message, Metrics, PreferencePair, RewardScore, Rollout
+from pipeline.records import Message, Metrics, PreferencePair, RewardScore
+
+if TYPE_CHECKING:
+    from pipeline.columns import Rollouts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,18 +38,17 @@ class GoldReward:
         """
         return [self.annotator.reward(prompt, text) for prompt, text in zip(prompts, responses, strict=True)]
 
-    def measure(
-        self, rollouts: Sequence[Rollout], proxy: Sequence[RewardScore | None], proxy_scale: RewardScale
-    ) -> Metrics:
+    def measure(self, rollouts: Rollouts, proxy: Sequence[RewardScore | None], proxy_scale: RewardScale) -> Metrics:
         """`gold/mean` and the terms of `gold_proxy_gap` over the rollouts that have a reward.
 
         Args:
             proxy: the reward of each, before any transform that the policy is trained on.
             proxy_scale: its mean and standard deviation on held-out responses.
         """
-        scored = [(rollout, score.mean) for rollout, score in zip(rollouts, proxy, strict=True) if score is not None]
-        gold = self.rewards([r.prompt.messages for r, _ in scored], [r.response_text for r, _ in scored])
-        gap = gold_proxy_gap([mean for _, mean in scored], gold, proxy_scale, self.scale)
+        texts = zip(rollouts.conversations, rollouts.response_texts, proxy, strict=True)
+        scored = [(messages, text, score.mean) for messages, text, score in texts if score is not None]
+        gold = self.rewards([messages for messages, _, _ in scored], [text for _, text, _ in scored])
+        gap = gold_proxy_gap([mean for _, _, mean in scored], gold, proxy_scale, self.scale)
         return {"gold/mean": float(np.mean(gold))} | gap
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pipeline.columns import Rollouts, TokenEvaluations
 from pipeline.config.alignment import AlignmentConfig, PPOConfig
 from pipeline.errors import NumericsError, ShapeError
 from pipeline.evaluation.reward_scale import RewardScale
@@ -23,13 +24,13 @@ from pipeline.objectives.advantages import (
 from pipeline.objectives.divergence import kl_estimate
 from pipeline.objectives.masked import masked_mean, whiten
 from pipeline.objectives.policy import truncated_importance_weights
-from pipeline.records import CriticTargets, Experience, Metrics, RewardScore, Rollout, TokenEvaluation
+from pipeline.records import CriticTargets, Experience, Metrics, RewardScore
 
 
 def build_experience(
-    rollouts: Sequence[Rollout],
+    rollouts: Rollouts,
     scores: Sequence[RewardScore | None],
-    evaluations: Sequence[TokenEvaluation],
+    evaluations: TokenEvaluations,
     config: AlignmentConfig,
     *,
     kl_coefficient: float,
@@ -50,32 +51,44 @@ def build_experience(
         The experience, and the metrics of all rollouts with a score that `batch_metrics` names.
 
     Raises:
-        ShapeError: the three lists, or the tokens of one rollout, do not fit each other.
+        ShapeError: the three, or the tokens of one rollout, do not fit each other.
         NumericsError: a score or an evaluation is not finite; or every rollout was left out.
     """
     ppo, kl = config.ppo, config.kl
     scored = rows_with_a_score(rollouts, scores, compares_a_group=ppo.compares_a_group)
-    rollouts, evaluations = [rollouts[row] for row in scored.rows], [evaluations[row] for row in scored.rows]
+    rows = torch.tensor(scored.rows, dtype=torch.int64)
+    rollouts, evaluations = rollouts.select(rows), evaluations.select(rows)
     batch, groups = RolloutTensors.of(rollouts, scored.scores, evaluations), scored.groups
     rewards = shaped_rewards(batch, ppo, reward_scale, max_response_tokens=config.max_response_tokens)
-    token_kl = kl_estimate(batch.logprobs, batch.reference_logprobs, kl.estimator)
     reward_beta, loss_beta = (kl_coefficient, 0.0) if kl.place == "reward" else (0.0, kl_coefficient)
-    per_token = token_rewards(rewards, token_kl, batch.mask, kl_coefficient=reward_beta)
-    advantages = estimated_advantages(per_token, batch, ppo, groups=groups)
-    returns = _masked(advantages + batch.values, batch.mask)
+    # Without a name, so that neither tensor of tokens outlives the call that takes it.
+    advantages = estimated_advantages(
+        token_rewards(
+            rewards,
+            kl_estimate(batch.logprobs, batch.reference_logprobs, kl.estimator),
+            batch.mask,
+            kl_coefficient=reward_beta,
+        ),
+        batch,
+        ppo,
+        groups=groups,
+    )
+    returns = advantages + batch.values  # 0 on padding, as both are
     weights = importance_weights(batch, tis_cap=ppo.tis_cap)
     kept = rows_that_teach(rewards, groups) if ppo.drop_uniform_groups else torch.arange(len(rollouts))
-    mask = batch.mask[kept]
+    # A slice is a view, where all rows stay.
+    index = kept if len(kept) < len(rollouts) else slice(None)
+    mask = batch.mask[index]
     experience = Experience(
-        sequences=tuple(rollouts[row].tokens for row in kept.tolist()),
+        sequences=rollouts.sequences.select(kept),
         rows=tuple(scored.rows[row] for row in kept.tolist()),
         mask=mask,
-        logprobs=batch.logprobs[kept],
-        reference_logprobs=batch.reference_logprobs[kept],
-        advantages=whiten(advantages[kept], mask) if ppo.whiten_advantages else advantages[kept],
-        importance_weights=weights[kept],
+        logprobs=batch.logprobs[index],
+        reference_logprobs=batch.reference_logprobs[index],
+        advantages=whiten(advantages[index], mask) if ppo.whiten_advantages else advantages[index],
+        importance_weights=weights[index],
         kl_loss_coefficient=loss_beta,
-        critic=CriticTargets(values=batch.values[kept], returns=returns[kept]) if ppo.trains_a_critic else None,
+        critic=CriticTargets(values=batch.values[index], returns=returns[index]) if ppo.trains_a_critic else None,
         num_response_tokens=int(mask.sum()),
     )
     metrics = batch_metrics(batch, rewards, kl_coefficient=kl_coefficient) | engine_metrics(batch, weights, ppo.tis_cap)
@@ -102,7 +115,7 @@ class ScoredRows:
 
 
 def rows_with_a_score(
-    rollouts: Sequence[Rollout], scores: Sequence[RewardScore | None], *, compares_a_group: bool
+    rollouts: Rollouts, scores: Sequence[RewardScore | None], *, compares_a_group: bool
 ) -> ScoredRows:
     """Which rollouts the step learns from.
 
@@ -198,7 +211,7 @@ def batch_metrics(batch: RolloutTensors, rewards: torch.Tensor, *, kl_coefficien
 
     kl/per_response = mean_b sum_t (log pi - log pi_ref), the k1 estimate, whatever estimator is trained on.
     """
-    kl = _masked(batch.logprobs - batch.reference_logprobs, batch.mask).sum(-1)
+    kl = (batch.logprobs - batch.reference_logprobs).sum(-1)
     return {
         "reward/mean": float(batch.reward_mean.mean()),
         "reward/std_over_batch": float(batch.reward_mean.std(correction=0)),
@@ -217,7 +230,7 @@ def engine_metrics(batch: RolloutTensors, weights: torch.Tensor, tis_cap: float 
 
     With a cap also `importance/*`: the mean importance weight, and the share of tokens at the cap.
     """
-    gap = _masked((batch.engine_logprobs - batch.logprobs).abs(), batch.mask)
+    gap = (batch.engine_logprobs - batch.logprobs).abs()
     metrics = {"engine_gap/mean": float(masked_mean(gap, batch.mask)), "engine_gap/max": float(gap.max())}
     if tis_cap is not None:
         metrics["importance/mean"] = float(masked_mean(weights, batch.mask))
@@ -240,8 +253,3 @@ def group_metrics(rewards: torch.Tensor, groups: torch.Tensor) -> Metrics:
         "group/reward_std": float(torch.cat([table.std(-1) for table in tables]).mean()),
         "group/uniform": float(torch.cat([uniform_groups(table) for table in tables]).float().mean()),
     }
-
-
-def _masked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """`values` on response tokens, 0 on padding."""
-    return torch.where(mask, values, torch.zeros_like(values))

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from pipeline.columns import Rollouts, TokenEvaluations
 from pipeline.config.alignment import AlignmentConfig
 from pipeline.learning.algorithm import SampledTokens, policy_loss
 from pipeline.learning.engine import TrainEngine
@@ -27,14 +28,13 @@ from pipeline.objectives.aggregation import MiniBatchSize
 from pipeline.objectives.masked import masked_sum
 from pipeline.objectives.policy import importance_ratio
 from pipeline.objectives.value import clipped_value_loss
+from pipeline.ragged import Ragged
 from pipeline.records import (
     CriticTargets,
     Experience,
     Metrics,
     PolicyWeights,
     PromptGroup,
-    Rollout,
-    TokenEvaluation,
 )
 from pipeline.rollouts.policy_files import PolicyFiles
 from pipeline.rollouts.publishing import evaluate_probes
@@ -78,29 +78,27 @@ class PPOLearner:
 
     # ------------------------------------------------------------------ evaluate
 
-    def evaluate(self, rollouts: Sequence[Rollout]) -> list[TokenEvaluation]:
+    def evaluate(self, rollouts: Rollouts) -> TokenEvaluations:
         """Policy and reference log-probabilities and values of every response token, at the sampling temperature."""
         self.engine.module.eval()
-        sequences = [rollout.tokens for rollout in rollouts]
-        response_lengths = [sequence.num_response_tokens for sequence in sequences]
+        sequences = rollouts.sequences
+        response_lengths = sequences.response_ids.lengths
+        most_tokens = int(response_lengths.max())
         rows = RowValues(len(rollouts))
         with torch.no_grad():
             for micro, packed in self._packed(sequences):
-                arguments = packed, max(response_lengths), self.config.temperature
+                arguments = packed, most_tokens, self.config.temperature
                 statistics = TokenStatistics(*self.engine.forward(*arguments))
                 reference = self.reference(*arguments)
                 rows.put(
                     micro.weight, micro.rows, torch.stack([statistics.logprobs, reference, statistics.values], dim=1)
                 )
-        logprobs, references, values = rows.over_ranks(self.engine).transpose(0, 1).tolist()
-        return [
-            TokenEvaluation(
-                logprobs=tuple(logprobs[b][:n]),
-                reference_logprobs=tuple(references[b][:n]),
-                values=tuple(values[b][:n]),
-            )
-            for b, n in enumerate(response_lengths)
-        ]
+        is_token = torch.arange(most_tokens) < response_lengths.unsqueeze(-1)
+        logprobs, references, values = (
+            Ragged(dense[is_token], sequences.response_ids.offsets)
+            for dense in rows.over_ranks(self.engine).unbind(dim=1)
+        )
+        return TokenEvaluations(logprobs=logprobs, reference_logprobs=references, values=values)
 
     # ------------------------------------------------------------------ update
 

@@ -6,18 +6,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pipeline.columns import Rollouts, TokenEvaluations
 from pipeline.evaluation.bootstrap import bootstrap_intervals
 from pipeline.learning.rollout_tensors import RolloutTensors
-from pipeline.records import Metrics, RewardScore, Rollout, TokenEvaluation
+from pipeline.records import Metrics, RewardScore
 
 UPDATES = "eval/updates"
 """The number of updates behind the policy that was measured."""
 
 
 def validation_metrics(
-    rollouts: Sequence[Rollout],
+    rollouts: Rollouts,
     scores: Sequence[RewardScore],
-    evaluations: Sequence[TokenEvaluation],
+    evaluations: TokenEvaluations,
     *,
     objectives: Sequence[str],
     gold: Sequence[float] | None,
@@ -43,7 +44,7 @@ def validation_metrics(
         eval/ended             share of the responses that ended before the length limit.
 
     Raises:
-        ShapeError: the lists do not fit each other.
+        ShapeError: the three do not fit each other.
         NumericsError: a score or an evaluation is not finite.
     """
     batch = RolloutTensors.of(rollouts, scores, evaluations)
@@ -59,7 +60,7 @@ def validation_metrics(
         columns |= {f"eval/objective/{name}": by_objective[:, k] for k, name in enumerate(objectives)}
     if gold is not None:
         columns["eval/gold"] = np.array(gold, dtype=float)
-    return with_intervals(columns, [rollout.prompt.id for rollout in rollouts], seed=seed)
+    return with_intervals(columns, [prompt.id for prompt in rollouts.prompts], seed=seed)
 
 
 def with_intervals(columns: dict[str, np.ndarray], prompts: Sequence[str], *, seed: int) -> Metrics:

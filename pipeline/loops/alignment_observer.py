@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeline.columns import Rollouts, TokenEvaluations
 from pipeline.evaluation.overoptimization import GoldReward
 from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.loops.alignment_run import AlignmentRun
 from pipeline.loops.validation import Validation
 from pipeline.ports import BackgroundRolloutSource
-from pipeline.records import Experience, Metrics, Rollout, ScoredRollouts, TokenEvaluation
+from pipeline.records import Experience, Metrics, ScoredRollouts
 from pipeline.rollouts.kept_rollouts import RolloutBatch, RolloutFiles
 from pipeline.rollouts.prefetch import StepPlan
 from pipeline.rollouts.requests import rollout_requests
@@ -32,9 +32,9 @@ class KeptRollouts:
     def keep(
         self,
         step: int,
-        rollouts: Sequence[Rollout],
+        rollouts: Rollouts,
         scored: ScoredRollouts,
-        evaluations: Sequence[TokenEvaluation],
+        evaluations: TokenEvaluations,
         experience: Experience,
     ) -> Metrics:
         """Writes the rollouts of a step. Says once when no more are written."""
@@ -73,11 +73,11 @@ class AlignmentObserver:
         if self.kept is not None:
             self.kept.resume(run)
 
-    def answers(self, run: AlignmentRun, step: int) -> list[Rollout]:
+    def answers(self, run: AlignmentRun, step: int) -> Rollouts | None:
         """Held-out prompts, answered by the policy that `step` begins with; none where no validation is due."""
-        return [] if self.validation is None else self.validation.answers(run, step)
+        return None if self.validation is None else self.validation.answers(run, step)
 
-    def validate(self, run: AlignmentRun, step: int, answers: Sequence[Rollout]) -> Metrics:
+    def validate(self, run: AlignmentRun, step: int, answers: Rollouts | None) -> Metrics:
         """`eval/*` of the policy that `step` begins with; empty where no validation is due."""
         return {} if self.validation is None else self.validation.measure(run, step, answers)
 
@@ -85,9 +85,9 @@ class AlignmentObserver:
         self,
         run: AlignmentRun,
         step: int,
-        samples: Sequence[Rollout],
+        samples: Rollouts,
         scored: ScoredRollouts,
-        evaluations: Sequence[TokenEvaluation],
+        evaluations: TokenEvaluations,
         experience: Experience,
         reward_scale: RewardScale,
     ) -> Metrics:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+from pipeline.columns import Rollouts
 from pipeline.config.alignment import AlignmentConfig, KLConfig
 from pipeline.errors import NumericsError
 from pipeline.evaluation.policy_drift import PolicyAlarms
 from pipeline.learning.validation_metrics import UPDATES
 from pipeline.objectives.divergence import adapt_kl_coefficient
 from pipeline.ports import PolicyLearner
-from pipeline.records import Metrics, Rollout
+from pipeline.records import Metrics
 from pipeline.rollouts.prefetch import remark_on_prefetch
 from pipeline.stages.workspace import StageDirectory
 
@@ -112,7 +113,7 @@ class AlignmentRun:
 
     # ------------------------------------------------------------------ end of a step
 
-    def complete_step(self, metrics: Metrics, samples: Sequence[Rollout], validated: Metrics) -> Metrics:
+    def complete_step(self, metrics: Metrics, samples: Rollouts, validated: Metrics) -> Metrics:
         """Adapts the KL coefficient for the next step. Returns the metrics of this one, with its times and alarms.
 
         Args:
@@ -121,7 +122,7 @@ class AlignmentRun:
         self.kl_coefficient = next_kl_coefficient(
             self.kl_coefficient, self._config.kl, measured=metrics["kl/per_response"], num_responses=len(samples)
         )
-        metrics |= self._clock.metrics(sum(len(sample.response_ids) for sample in samples))
+        metrics |= self._clock.metrics(samples.num_response_tokens)
         # `validated` is of the policy that sampled, the commit of the step holds the policy after it.
         self.metrics = metrics | self._alarms.check(metrics | validated)
         if not self._prefetch_is_measured and "rollout/seconds" in self.metrics:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,11 +14,14 @@ from pipeline.data.prompts import PromptColumns
 from pipeline.errors import WorkerError
 from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.ports import PolicyLearner, RolloutSource
-from pipeline.records import Metrics, Prompt, RewardScore, Rollout, SamplingParams
+from pipeline.records import Metrics, Prompt, RewardScore, SamplingParams
 from pipeline.rewards.opened import OpenedSource
 from pipeline.rewards.rows import RewardRows
 from pipeline.stages import storage
 from pipeline.stages.workspace import StageDirectory
+
+if TYPE_CHECKING:
+    from pipeline.columns import Rollouts
 
 SCALES_FILE = "reward_scales.json"
 """In the directory of the stage: a resumed run counts in the units of the run that it continues."""
@@ -29,7 +33,7 @@ METRIC_PREFIX = "reward_scale/"
 def scales_of_run(
     stage: StageDirectory,
     sources: Sequence[OpenedSource],
-    sample: Callable[[], Sequence[Rollout]],
+    sample: Callable[[], Rollouts],
     columns: Mapping[str, PromptColumns],
 ) -> dict[str, RewardScale]:
     """The measured scales of the sources that bring none: as the stage has kept them, or measured now and kept.
@@ -61,7 +65,7 @@ def heldout_rollouts(
     config: AlignmentConfig,
     *,
     seed: int,
-) -> list[Rollout]:
+) -> Rollouts:
     """Responses of the policy before its first update to the first held-out prompts, with seeds of their own."""
     rollouts.load_weights(learner.publish_weights(0))
     sampling = SamplingParams(

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
+from pipeline.columns import Rollouts
 from pipeline.config.alignment import AlignmentConfig
 from pipeline.data.batching import stable_seed
 from pipeline.errors import DataError
@@ -14,7 +16,7 @@ from pipeline.evaluation.overoptimization import GoldReward
 from pipeline.learning.validation_metrics import UPDATES, validation_metrics
 from pipeline.loops.alignment_run import AlignmentRun
 from pipeline.ports import PolicyLearner, RewardSources, RolloutSource
-from pipeline.records import Metrics, Prompt, Rollout, SamplingParams
+from pipeline.records import Metrics, Prompt, SamplingParams
 from pipeline.rollouts.kept_samples import NUM_PROMPTS, SamplesOverTime
 
 
@@ -108,29 +110,31 @@ class Validation:
         """Forgets the answers of policies that the run trains again."""
         self._samples.forget_after(run.first_step)
 
-    def answers(self, run: AlignmentRun, updates: int) -> list[Rollout]:
+    def answers(self, run: AlignmentRun, updates: int) -> Rollouts | None:
         """Answers of the policy after so many updates, which the engines hold; none where it is not its turn.
 
         Within `given_up_if_preempted`: waits for the engines, which must have nothing else to sample.
         """
         if not self._is_due(run, updates):
-            return []
+            return None
         with run.waiting("validation"):
             return self._rollouts.generate(self._plan.prompts, self._plan.sampling)
 
-    def measure(self, run: AlignmentRun, updates: int, answers: Sequence[Rollout]) -> Metrics:
+    def measure(self, run: AlignmentRun, updates: int, answers: Rollouts | None) -> Metrics:
         """`eval/*` of the answers, which the run is told; empty where nothing is measured.
 
         A policy that a run resumes with may have been measured before: then these metrics.
         """
-        if not answers:
+        if answers is None:
             return run.known_validation(updates)
         with run.reading("validation"):
             scored = self._rewards.score(answers)
             rows = [row for row, score in enumerate(scored.scores) if score is not None]
-            answers, scores = [answers[row] for row in rows], [score for score in scored.scores if score is not None]
-            conversations = [answer.prompt.messages for answer in answers]
-            texts = [answer.response_text for answer in answers]
+            answers, scores = (
+                answers.select(torch.tensor(rows)),
+                [score for score in scored.scores if score is not None],
+            )
+            conversations, texts = answers.conversations, answers.response_texts
             metrics: Metrics = {}
             if self._plan.measures:
                 metrics = validation_metrics(

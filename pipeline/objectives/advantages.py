@@ -96,7 +96,7 @@ def token_rewards(scores: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor, *,
         [B, T], 0 on padding.
     """
     require_same_shape(kl=kl, mask=mask)
-    rewards = torch.where(mask, -kl_coefficient * kl, torch.zeros_like(kl))
+    rewards = torch.where(mask, -kl_coefficient * kl, 0.0)
     last = mask.sum(-1) - 1
     rewards[torch.arange(len(scores)), last] += scores
     return rewards
@@ -127,16 +127,16 @@ def generalized_advantages(
         ShapeError: the three tensors differ in shape.
     """
     require_same_shape(rewards=rewards, values=values, mask=mask)
-    values = torch.where(mask, values, torch.zeros_like(values))
-    rewards = torch.where(mask, rewards, torch.zeros_like(rewards))
-    next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
-    deltas = torch.where(mask, rewards + gamma * next_values - values, torch.zeros_like(values))
-    advantages = torch.zeros_like(deltas)
-    running = torch.zeros_like(deltas[:, 0])
-    for t in reversed(range(deltas.shape[1])):
-        running = deltas[:, t] + gamma * lam * running
-        advantages[:, t] = running
-    return advantages, torch.where(mask, advantages + values, torch.zeros_like(values))
+    values = torch.where(mask, values, 0.0)
+    next_values = F.pad(values[:, 1:], (0, 1))
+    deltas = torch.where(mask, rewards + gamma * next_values - values, 0.0)
+    # Time by time in memory: each step then reads and writes all rows at one place.
+    by_time = deltas.t().contiguous()
+    running = torch.zeros_like(by_time[0])
+    for t in reversed(range(len(by_time))):
+        running = by_time[t].add_(gamma * lam * running)
+    advantages = by_time.t().contiguous()
+    return advantages, torch.where(mask, advantages + values, 0.0)
 
 
 def rewards_to_go(rewards: torch.Tensor, mask: torch.Tensor, *, gamma: float) -> torch.Tensor:

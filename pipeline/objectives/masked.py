@@ -17,7 +17,7 @@ def require_same_shape(**tensors: torch.Tensor) -> None:
 def masked_sum(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Scalar sum of `x` where `mask` is True; padding may hold anything, even NaN."""
     require_same_shape(x=x, mask=mask)
-    return torch.where(mask, x, torch.zeros_like(x)).sum()
+    return torch.where(mask, x, 0.0).sum()
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -39,4 +39,4 @@ def whiten(x: torch.Tensor, mask: torch.Tensor, *, keep_mean: bool = False, eps:
     count = mask.sum()
     variance = masked_sum((x - mean) ** 2, mask) / (count - 1).clamp(min=1)
     whitened = (x - mean) * torch.rsqrt(variance + eps)
-    return torch.where(mask, whitened + mean if keep_mean else whitened, torch.zeros_like(x))
+    return torch.where(mask, whitened + mean if keep_mean else whitened, 0.0)

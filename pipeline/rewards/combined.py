@@ -10,10 +10,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from pipeline.columns import Rollouts
 from pipeline.errors import WorkerError
 from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.objectives.reward_combination import group_decoupled, weighted_sum
-from pipeline.records import Metrics, RewardScore, Rollout, ScoredRollouts
+from pipeline.records import Metrics, RewardScore, ScoredRollouts
 from pipeline.rewards.judge_reward import JudgeRewardSource
 from pipeline.rewards.rows import NoScore, RewardRows, RewardSource, SourceScore
 
@@ -75,7 +76,7 @@ class CombinedRewards:
         uncertainty = float(np.linalg.norm(units)) if self._combination == "sum" else 0.0
         return RewardScale(mean=0.0, std=1.0, posterior_std=uncertainty)
 
-    def score(self, rollouts: Sequence[Rollout]) -> ScoredRollouts:
+    def score(self, rollouts: Rollouts) -> ScoredRollouts:
         rows = RewardRows.of(rollouts, self._columns)
         answers = {source.name: source.source.score(rows) for source in self.sources}
         for source in self.sources:

@@ -109,6 +109,8 @@ def check_judge(name: str, config: JudgeReward) -> None:
 
 def one_row() -> RewardRows:
     """A question with its answer."""
+    from pipeline.columns import Rollouts
+
     answered = Rollout(
         prompt=Prompt(id="preflight", messages=QUESTION, token_ids=(0,)),
         sample_index=0,
@@ -118,7 +120,7 @@ def one_row() -> RewardRows:
         policy_version=0,
         finish_reason="stop",
     )
-    return RewardRows.of([answered], {})
+    return RewardRows.of(Rollouts.of([answered]), {})
 
 
 def _require_objectives(name: str, config: ModelReward, objectives: Sequence[str]) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from pipeline.records import Message, RewardScore, Rollout
+from pipeline.records import Message, RewardScore
+
+if TYPE_CHECKING:
+    from pipeline.columns import Rollouts
 
 FailureKind = Literal["exception", "not_a_number", "wrong_length", "timed_out", "died", "unanswered", "unreadable"]
 """exception: the function raised; not_a_number: NaN, infinite, or nothing; wrong_length: not one score a row;
@@ -39,17 +42,17 @@ class RewardRows:
     """[B] rows with one number answer the same prompt of the batch."""
 
     @classmethod
-    def of(cls, rollouts: Sequence[Rollout], columns: Mapping[str, Mapping[str, Any]]) -> RewardRows:
+    def of(cls, rollouts: Rollouts, columns: Mapping[str, Mapping[str, Any]]) -> RewardRows:
         """Args: columns: id of a prompt -> its other columns."""
         groups, group = [], -1
-        for rollout in rollouts:
-            group += rollout.sample_index == 0
+        for sample_index in rollouts.sample_indices:
+            group += sample_index == 0
             groups.append(group)
         return cls(
-            prompts=[rollout.prompt.messages for rollout in rollouts],
-            responses=[rollout.response_text for rollout in rollouts],
-            columns=[columns.get(rollout.prompt.id, {}) for rollout in rollouts],
-            num_tokens=[len(rollout.response_ids) for rollout in rollouts],
+            prompts=rollouts.conversations,
+            responses=rollouts.response_texts,
+            columns=[columns.get(prompt.id, {}) for prompt in rollouts.prompts],
+            num_tokens=rollouts.response_ids.lengths.tolist(),
             groups=groups,
         )
 

@@ -7,9 +7,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import TYPE_CHECKING
 
-from pipeline.records import Rollout
 from pipeline.rollouts.requests import RolloutRequest
+
+if TYPE_CHECKING:
+    from pipeline.columns import Rollouts
 
 STRAGGLER = 2.0
 """A chunk is late when its worker has had it for so many times the duration of the median chunk."""
@@ -55,7 +58,7 @@ class ChunkLedger:
         """A reserved chunk -> the chunk that its worker samples just before it."""
         self._issued_again: set[Chunk] = set()
         self._interrupted: set[Chunk] = set()
-        self._answers: dict[int, list[Rollout]] = {}
+        self._answers: dict[int, Rollouts] = {}
         self._durations_s: list[float] = []
 
     @property
@@ -126,7 +129,7 @@ class ChunkLedger:
         """New weights come between the tokens of every chunk that a worker has."""
         self._interrupted |= self._issued_at.keys() | self._reserved_after.keys()
 
-    def accept(self, chunk: Chunk, rollouts: list[Rollout], now: float) -> None:
+    def accept(self, chunk: Chunk, rollouts: Rollouts, now: float) -> None:
         """Takes the answer to a chunk that has none yet."""
         del self._issued_at[chunk]
         self._durations_s.append(now - self._first_given_at.pop(chunk))
@@ -141,9 +144,9 @@ class ChunkLedger:
         if self._issued_at.pop(chunk, None) is not None:
             self._wait_again(chunk)
 
-    def rollouts(self) -> list[Rollout]:
-        """The rollouts of all chunks, in the order of the requests."""
-        return [rollout for number in range(self._num_chunks) for rollout in self._answers[number]]
+    def answers(self) -> list[Rollouts]:
+        """The rollouts of each chunk, in the order of the requests."""
+        return [self._answers[number] for number in range(self._num_chunks)]
 
     def _wait_again(self, chunk: Chunk) -> None:
         del self._first_given_at[chunk]

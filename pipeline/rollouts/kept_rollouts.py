@@ -10,9 +10,11 @@ from typing import Any, Literal
 import pyarrow
 from pyarrow import parquet
 
+from pipeline.columns import Rollouts, TokenEvaluations
 from pipeline.data.batching import stable_seed
-from pipeline.records import Experience, Metrics, RewardScore, Rollout, ScoredRollouts, TokenEvaluation
+from pipeline.records import Experience, Metrics, RewardScore, ScoredRollouts
 from pipeline.rollouts.kept_samples import conversation_text
+from pipeline.rollouts.repetition import repeated_shares
 from pipeline.stages import storage
 
 ROLLOUTS = "rollouts"
@@ -55,9 +57,9 @@ class RolloutBatch:
 
     step: int
     seeds: Sequence[int]
-    rollouts: Sequence[Rollout]
+    rollouts: Rollouts
     scored: ScoredRollouts
-    evaluations: Sequence[TokenEvaluation]
+    evaluations: TokenEvaluations
     experience: Experience
 
 
@@ -105,7 +107,7 @@ class RolloutFiles:
         Raises:
             WorkspaceError: no space is left on the disk.
         """
-        places = [i for i, rollout in enumerate(batch.rollouts) if self._is_chosen(rollout.prompt.id)]
+        places = [i for i, prompt in enumerate(batch.rollouts.prompts) if self._is_chosen(prompt.id)]
         num_kept = 0
         if places and not self.is_full:
             content = self._serialised(batch, places)
@@ -124,37 +126,44 @@ class RolloutFiles:
 
     def _serialised(self, batch: RolloutBatch, places: Sequence[int]) -> bytes:
         advantages = mean_advantages(batch.experience)
-        rows = [self._row(batch, place, advantages.get(place)) for place in places]
+        repetition = repeated_shares(batch.rollouts.response_ids).tolist()
+        rows = [
+            self._row(batch, place, advantage=advantages.get(place), repetition=repetition[place]) for place in places
+        ]
         table = pyarrow.Table.from_pylist(rows, schema=WITH_TOKEN_IDS if self._token_ids else SCHEMA)
         sink = pyarrow.BufferOutputStream()
         parquet.write_table(table, sink, compression="zstd")
         return sink.getvalue().to_pybytes()
 
-    def _row(self, batch: RolloutBatch, place: int, advantage: float | None) -> dict[str, Any]:
-        rollout, score, evaluation = batch.rollouts[place], batch.scored.scores[place], batch.evaluations[place]
+    def _row(self, batch: RolloutBatch, place: int, *, advantage: float | None, repetition: float) -> dict[str, Any]:
+        rollouts, score, evaluations = batch.rollouts, batch.scored.scores[place], batch.evaluations
+        prompt = rollouts.prompts[place]
+        logprobs = evaluations.logprobs[place].double()
+        ratios = logprobs - evaluations.reference_logprobs[place].double()
         row = {
             "step": batch.step,
             "position": place,
-            "prompt_id": rollout.prompt.id,
-            "sample": rollout.sample_index,
-            "prompt": conversation_text(rollout.prompt.messages),
-            "messages": [dict(message) for message in rollout.prompt.messages],
-            "response": rollout.response_text,
+            "prompt_id": prompt.id,
+            "sample": rollouts.sample_indices[place],
+            "prompt": conversation_text(prompt.messages),
+            "messages": [dict(message) for message in prompt.messages],
+            "response": rollouts.response_texts[place],
             "reward": None if score is None else score.mean,
             "reward_std": None if score is None else score.std,
             "rewards": rewards_by_source(batch.scored, place),
             "contributions": {} if score is None else contributions(score, self._objectives),
             "advantage": advantage,
-            "kl": sum(p - q for p, q in zip(evaluation.logprobs, evaluation.reference_logprobs, strict=True)),
-            "logprob_gap": max(abs(p - q) for p, q in zip(rollout.logprobs, evaluation.logprobs, strict=True)),
-            "tokens": len(rollout.response_ids),
-            "repetition": repeated_share(rollout.response_ids),
-            "finish_reason": rollout.finish_reason,
-            "policy_version": rollout.policy_version,
+            "kl": float(ratios.sum()),
+            "logprob_gap": float((rollouts.logprobs[place].double() - logprobs).abs().max()),
+            "tokens": len(logprobs),
+            "repetition": repetition,
+            "finish_reason": rollouts.finish_reasons[place],
+            "policy_version": rollouts.policy_versions[place],
             "seed": batch.seeds[place],
         }
-        ids = {"prompt_ids": rollout.prompt.token_ids, "response_ids": rollout.response_ids}
-        return row | (ids if self._token_ids else {})
+        if self._token_ids:
+            row |= {"prompt_ids": prompt.token_ids, "response_ids": rollouts.response_ids[place].numpy()}
+        return row
 
     def _write(self, name: str, content: bytes) -> None:
         with storage.writing(self.uri) as directory:
@@ -203,11 +212,3 @@ def mean_advantages(experience: Experience) -> dict[int, float]:
     lengths = experience.mask.sum(-1)
     sums = (experience.advantages * experience.mask).sum(-1)
     return dict(zip(experience.rows, (sums / lengths).tolist(), strict=True))
-
-
-def repeated_share(tokens: Sequence[int], n: int = 4) -> float:
-    """Share of the n-grams of a text that occurred in it before; 0 for a text of fewer than n + 1 tokens."""
-    if len(tokens) <= n:
-        return 0.0
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return 1.0 - len({*grams}) / len(grams)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pipeline.config.alignment import AlignmentConfig
 from pipeline.data.batching import stable_seed
 from pipeline.data.prompts import PromptStream
 from pipeline.errors import StaleEngineError
 from pipeline.ports import BackgroundRolloutSource, RolloutSource
-from pipeline.records import Metrics, Prompt, Rollout, SamplingParams
+from pipeline.records import Metrics, Prompt, SamplingParams
+
+if TYPE_CHECKING:
+    from pipeline.columns import Rollouts
 
 LEAST_GAIN = 0.05
 """Share of a step's seconds; prefetch that saves less has no effect."""
@@ -43,7 +46,7 @@ class OnPolicyRollouts:
         self._source = source
         self._plan = plan
 
-    def collect(self, step: int) -> tuple[list[Rollout], Metrics]:
+    def collect(self, step: int) -> tuple[Rollouts, Metrics]:
         """The rollouts of a step, and `staleness` of them."""
         samples = self._source.generate(*self._plan.batch(step))
         return samples, staleness(samples, step, at_most=0)
@@ -69,7 +72,7 @@ class PrefetchingRollouts:
         self._plan = plan
         self._prefetched_step: int | None = None
 
-    def collect(self, step: int) -> tuple[list[Rollout], Metrics]:
+    def collect(self, step: int) -> tuple[Rollouts, Metrics]:
         """The rollouts of a step, and `staleness` of them. Until `sample_ahead` the source samples nothing else."""
         samples = (
             self._source.collect() if self._prefetched_step == step else self._source.generate(*self._plan.batch(step))
@@ -107,15 +110,15 @@ def remark_on_prefetch(step: Metrics) -> str:
     )
 
 
-def staleness(samples: Sequence[Rollout], step: int, *, at_most: int) -> Metrics:
+def staleness(samples: Rollouts, step: int, *, at_most: int) -> Metrics:
     """Updates between the policy that sampled and the policy of `step`, mean and largest over the responses.
 
     Raises:
         StaleEngineError: a sample is older than `at_most` updates, or newer than the step.
     """
-    updates_since = [step - sample.policy_version for sample in samples]
+    updates_since = [step - version for version in samples.policy_versions]
     if not 0 <= min(updates_since) <= max(updates_since) <= at_most:
-        versions = sorted({sample.policy_version for sample in samples})
+        versions = sorted({*samples.policy_versions})
         raise StaleEngineError(
             f"step {step} trains policy version {step}, but was given samples of versions {versions}; at most "
             f"{at_most} update(s) may lie between them. Nothing was trained on these samples. Restart the job."

@@ -99,7 +99,7 @@ def _by_prompt(
     if len(samples) != len(scores) or len(samples) % size:
         raise ShapeError(f"{len(samples)} samples and {len(scores)} scores, of {size} a prompt: give whole groups")
     for first in range(0, len(samples), size):
-        group = samples[first : first + size]
+        group = list(samples[first : first + size])
         if len({sample.prompt.id for sample in group}) > 1:
             raise ShapeError(f"samples {first} to {first + size - 1} answer different prompts: give them in order")
         yield group, scores[first : first + size]

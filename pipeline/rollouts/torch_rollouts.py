@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from pipeline.columns import Rollouts
 from pipeline.data.chat import decode_response
 from pipeline.data.end_of_turn import end_of_turn_ids
 from pipeline.errors import ConfigError, StaleEngineError
 from pipeline.models.backbone import load_causal_lm
-from pipeline.records import Metrics, PolicyWeights, ProbeSequence, Prompt, Rollout, SamplingParams
+from pipeline.ragged import Ragged
+from pipeline.records import Metrics, PolicyWeights, ProbeSequence, Prompt, SamplingParams
 from pipeline.rollouts.numerics_gate import GATE_TOLERANCE, check_engine
 from pipeline.rollouts.policy_files import PolicyFiles
 from pipeline.rollouts.requests import RolloutRequest, require_room, rollout_requests
@@ -38,7 +40,7 @@ class TorchRollouts:
         self._tolerance = gate_tolerance or GATE_TOLERANCE[dtype]
         self._files = PolicyFiles()
         self._version: int | None = None
-        self._prefetched: list[Rollout] = []
+        self._prefetched = Rollouts.of([])
 
     def load_weights(self, weights: PolicyWeights) -> Metrics:
         """Loads a published policy and passes the gate. Nothing is sampled before that."""
@@ -55,7 +57,7 @@ class TorchRollouts:
         self._version = weights.version
         return gate
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Rollouts:
         """`samples_per_prompt` rollouts per prompt, ordered by (prompt, sample).
 
         Raises:
@@ -74,27 +76,24 @@ class TorchRollouts:
         tokens, logprobs = self._sample(requests, sampling)
         ends = torch.isin(tokens, self._ends)
         stopped = ends.any(-1)
-        lengths = torch.where(stopped, ends.int().argmax(-1) + 1, tokens.shape[1])
-        return [
-            Rollout(
-                prompt=request.prompt,
-                sample_index=request.sample_index,
-                response_ids=tuple(ids[:length]),
-                response_text=decode_response(self._tokenizer, ids[:length]),
-                logprobs=tuple(row[:length]),
-                policy_version=self._version,
-                finish_reason="stop" if has_ended else "length",
-            )
-            for request, ids, row, length, has_ended in zip(
-                requests, tokens.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist(), strict=True
-            )
-        ]
+        lengths = torch.where(stopped, ends.int().argmax(-1) + 1, tokens.shape[1]).cpu()
+        is_token = torch.arange(tokens.shape[1]) < lengths.unsqueeze(-1)
+        response_ids = Ragged.divided(tokens.cpu()[is_token].int(), lengths)
+        return Rollouts(
+            prompts=tuple(request.prompt for request in requests),
+            sample_indices=tuple(request.sample_index for request in requests),
+            response_ids=response_ids,
+            response_texts=tuple(decode_response(self._tokenizer, ids.tolist()) for ids in response_ids),
+            logprobs=Ragged(logprobs.cpu()[is_token], response_ids.offsets),
+            policy_versions=(self._version,) * len(requests),
+            finish_reasons=tuple("stop" if has_ended else "length" for has_ended in stopped.tolist()),
+        )
 
     def begin(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, resample_unfinished: bool) -> None:
         """Samples the whole batch now: one process has no background. So no response is unfinished at a load."""
         self._prefetched = self.generate(prompts, sampling)
 
-    def collect(self) -> list[Rollout]:
+    def collect(self) -> Rollouts:
         """The rollouts that `begin` sampled."""
         return self._prefetched
 

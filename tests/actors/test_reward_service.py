@@ -22,6 +22,7 @@ from ray.serve.scripts import build as serve_build
 
 from actors.reward_service import scorer_of_application, start_service, stop_service, swap_model
 from actors.served_scorer import ServedScorer
+from pipeline.columns import Rollouts
 from pipeline.config.cluster import ScoringConfig
 from pipeline.config.rewards import ModelReward
 from pipeline.data.planted import OBJECTIVES
@@ -128,7 +129,7 @@ def test_another_job_scores_through_the_application_with_its_own_weights(service
 
 def test_another_job_scores_through_the_url_in_the_units_of_the_model(service, reward_model, world, monkeypatch):
     monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
-    rows = RewardRows.of([rollout("q", 0, "a"), rollout("q", 1, "b c")], {})
+    rows = RewardRows.of(Rollouts.of([rollout("q", 0, "a"), rollout("q", 1, "b c")]), {})
     remote = RemoteVRM(ModelReward(place=service[1], weights={OBJECTIVES[2]: 3.0}))
     model = RewardModelScorer.load(reward_model, max_tokens_per_batch=4096)
     assert remote.scale() == RewardScale(mean=MEAN_REWARD, std=RewardScale.of(model.card).std)

@@ -22,6 +22,7 @@ from cluster.autoscaler import Autoscaler
 from cluster.placement import pack_bundles
 from cluster.rollout_plan import THROUGH_FILES, RolloutPlan
 from cluster.running_jobs import jobs_with_rollout_workers, workspace_of
+from pipeline.columns import Rollouts
 from pipeline.config.alignment import AlignmentConfig, PPOConfig
 from pipeline.config.cluster import AutoscaleConfig, DeadlinesConfig, RolloutConfig
 from pipeline.data.prompts import PromptStream
@@ -130,11 +131,11 @@ class ScriptedWorker:
         (self._directory / f"{self._name} sampled").touch()
         with open(self._directory / "sampled", "a") as log:
             log.writelines(f"{r.prompt.id}, sample {r.sample_index}\n" for r in requests)
-        return [
+        rollouts = [
             Rollout(
                 prompt=request.prompt,
                 sample_index=request.sample_index,
-                response_ids=(request.seed,) * (1 + at_length * request.prompt.token_ids[0]),
+                response_ids=(request.seed % 2**31,) * (1 + at_length * request.prompt.token_ids[0]),
                 response_text=f"begun with {self._begun_with}",
                 logprobs=(0.0,),
                 policy_version=self._version,
@@ -142,6 +143,7 @@ class ScriptedWorker:
             )
             for request in requests
         ]
+        return Rollouts.of(rollouts)
 
     def advance(self, submitted, seconds):
         """Finishes the latest of its requests first, two a call."""
@@ -278,12 +280,12 @@ def test_an_engine_with_one_long_response_left_is_given_one_chunk_after_another(
 def test_a_dead_worker_is_replaced_and_nothing_is_lost(open_pool, tmp_path, misfortune):
     pool = open_pool()
     pool.load_weights(weights(0))
-    untroubled = pool.generate(PROMPTS, SAMPLING)
+    untroubled = [*pool.generate(PROMPTS, SAMPLING)]
 
     (tmp_path / misfortune).touch()
     pool.load_weights(weights(0))
 
-    assert pool.generate(PROMPTS, SAMPLING) == untroubled
+    assert [*pool.generate(PROMPTS, SAMPLING)] == untroubled
     assert pool.num_workers == 2
     assert not (tmp_path / misfortune).exists()
 
@@ -309,13 +311,13 @@ def test_a_hanging_worker_is_named_with_its_call_and_seconds(open_pool, tmp_path
 def test_a_hanging_worker_is_replaced_within_the_budget(open_pool, tmp_path):
     pool = open_pool(workers=1, generate_s=1.5, weights_s=5.0, max_restarts=2)
     pool.load_weights(weights(0))
-    untroubled = pool.generate(PROMPTS, SAMPLING)
+    untroubled = [*pool.generate(PROMPTS, SAMPLING)]
 
     (tmp_path / "hang").touch()
-    assert pool.generate(PROMPTS, SAMPLING) == untroubled
+    assert [*pool.generate(PROMPTS, SAMPLING)] == untroubled
     (tmp_path / "hang while loading").touch()
     assert pool.load_weights(weights(0))["rollout/workers"] == 1
-    assert pool.generate(PROMPTS, SAMPLING) == untroubled
+    assert [*pool.generate(PROMPTS, SAMPLING)] == untroubled
     assert [worker.name for worker in pool._fleet.workers] == ["rollout worker 2"]
 
 
@@ -351,12 +353,12 @@ def test_a_late_chunk_is_sampled_again_and_stands_in_the_batch_once(open_pool, t
     (tmp_path / "seconds a response").write_text("0.05")  # a worker that is merely scheduled late is not a late one
     pool = open_pool()
     pool.load_weights(weights(0))
-    untroubled = pool.generate(PROMPTS, SAMPLING)
+    untroubled = [*pool.generate(PROMPTS, SAMPLING)]
     (tmp_path / "sampled").unlink()
 
     (tmp_path / "be slow").touch()
     started = time.monotonic()
-    assert pool.generate(PROMPTS, SAMPLING) == untroubled
+    assert [*pool.generate(PROMPTS, SAMPLING)] == untroubled
     assert time.monotonic() - started < SLOW_S  # nobody waited for the slow one
     # The chunk that it was asked for, and the one that it would have been asked for next.
     assert pool.load_weights(weights(1))["rollout/chunks_issued_again"] == 2
@@ -378,7 +380,7 @@ def test_chunks_begun_before_an_update_go_on_or_are_sampled_again_and_those_that
 ):
     pool = open_pool(workers=1)
     pool.load_weights(weights(0))
-    untroubled = pool.generate(PROMPTS, SAMPLING)
+    untroubled = [*pool.generate(PROMPTS, SAMPLING)]
 
     (tmp_path / "be slow").touch()
     pool.begin(PROMPTS, SAMPLING, resample_unfinished=resample)
@@ -403,7 +405,7 @@ def test_weights_do_not_wait_for_a_chunk_and_what_was_begun_goes_on_or_begins_an
 ):
     pool = open_pool(workers=1)
     pool.load_weights(weights(0))
-    untroubled = pool.generate(PROMPTS, SAMPLING)
+    untroubled = [*pool.generate(PROMPTS, SAMPLING)]
 
     (tmp_path / "be busy").touch()
     pool.begin(PROMPTS, SAMPLING, resample_unfinished=resample)
@@ -438,7 +440,7 @@ def test_of_a_chunk_that_two_workers_are_at_one_goes_on_after_an_update(open_poo
 def test_weights_wait_for_a_worker_that_hangs_as_long_as_for_weights_and_not_as_for_a_chunk(open_pool, tmp_path):
     pool = open_pool(generate_s=100, weights_s=3)
     pool.load_weights(weights(0))
-    untroubled = pool.generate(PROMPTS, SAMPLING)
+    untroubled = [*pool.generate(PROMPTS, SAMPLING)]
     (tmp_path / "hang").touch()
     pool.begin(PROMPTS, SAMPLING)
     assert until(lambda: not (tmp_path / "hang").exists())
@@ -451,7 +453,7 @@ def test_weights_wait_for_a_worker_that_hangs_as_long_as_for_weights_and_not_as_
 def test_what_a_worker_had_begun_is_sampled_by_another_when_it_dies_between_two_tokens(open_pool, tmp_path):
     pool = open_pool(workers=1, max_restarts=1)
     pool.load_weights(weights(0))
-    untroubled = pool.generate(PROMPTS, SAMPLING)
+    untroubled = [*pool.generate(PROMPTS, SAMPLING)]
     (tmp_path / "be busy").touch()
     pool.begin(PROMPTS, SAMPLING)
     assert until(lambda: pool._sampler.calls)
@@ -465,15 +467,15 @@ def test_what_a_worker_had_begun_is_sampled_by_another_when_it_dies_between_two_
 def test_a_worker_leaves_a_chunk_that_another_has_answered(open_pool, tmp_path):
     pool = open_pool()
     pool.load_weights(weights(0))
-    untroubled = pool.generate(PROMPTS, SAMPLING)
+    untroubled = [*pool.generate(PROMPTS, SAMPLING)]
     (tmp_path / "get stuck").touch()  # one of the two, decoding on and on
-    assert pool.generate(PROMPTS, SAMPLING) == untroubled
+    assert [*pool.generate(PROMPTS, SAMPLING)] == untroubled
     assert not (tmp_path / "get stuck").exists()
     # Long enough that either worker is asked before the other has answered everything.
     (tmp_path / "seconds a response").write_text("0.1")
     for worker in (0, 1):
         (tmp_path / f"rollout worker {worker} sampled").unlink(missing_ok=True)
-    assert pool.generate(PROMPTS, SAMPLING) == untroubled
+    assert [*pool.generate(PROMPTS, SAMPLING)] == untroubled
     assert [(tmp_path / f"rollout worker {worker} sampled").exists() for worker in (0, 1)] == [True, True]
 
 
@@ -671,7 +673,7 @@ def test_a_worker_that_fails_as_it_joins_a_run_is_given_up_and_one_that_serves_e
     wish = [None]
     pool = open_pool(workers=1, max_restarts=0, requested_workers=lambda: wish[-1])
     pool.load_weights(weights(0))
-    untroubled = pool.generate(PROMPTS, SAMPLING)
+    untroubled = [*pool.generate(PROMPTS, SAMPLING)]
     wish.append(4)
     pool.load_weights(weights(0))
     stale, dying, _ = joining = list(pool._fleet.joining)
@@ -687,7 +689,7 @@ def test_a_worker_that_fails_as_it_joins_a_run_is_given_up_and_one_that_serves_e
     assert f"{dying.name}, asked for from outside, did not join: The actor died" in caplog.text
     with pytest.raises(RayActorError):  # it leaves its place to others
         ray.get(stale.actor.is_asleep.remote(), timeout=60)
-    assert pool.generate(PROMPTS, SAMPLING) == untroubled
+    assert [*pool.generate(PROMPTS, SAMPLING)] == untroubled
     samplers = {path.name for path in tmp_path.glob("* sampled")}
     assert samplers <= {"rollout worker 0 sampled", "rollout worker 3 sampled"}
 

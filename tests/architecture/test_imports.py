@@ -31,7 +31,9 @@ FLOORS = [
     "pipeline.objectives",
     "pipeline.config",
     "pipeline.ports",
+    "pipeline.columns",
     "pipeline.records",
+    "pipeline.ragged",
     "pipeline.errors",
     "vrm.own_packages",
 ]

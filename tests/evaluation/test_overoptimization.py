@@ -2,6 +2,7 @@
 
 import pytest
 
+from pipeline.columns import Rollouts
 from pipeline.data.planted import GoldAnnotator
 from pipeline.errors import DataError, ShapeError
 from pipeline.evaluation.overoptimization import GoldReward, gold_proxy_gap
@@ -63,7 +64,9 @@ def test_a_reward_model_that_is_the_truth_has_no_gap():
 def test_the_units_of_the_truth_are_those_of_both_responses_of_held_out_pairs():
     gold = GoldReward.of(GoldAnnotator(), [pair(STEP, RECKLESS)])
     assert (gold.scale.mean, gold.scale.std) == pytest.approx((2.25, 0.55))  # of 2.8 and 1.7
-    measured = gold.measure([rollout(STEP)] * 3, [score(0.5), None, score(1.5)], RewardScale(mean=0.0, std=1.0))
+    measured = gold.measure(
+        Rollouts.of([rollout(STEP)] * 3), [score(0.5), None, score(1.5)], RewardScale(mean=0.0, std=1.0)
+    )
     assert measured == pytest.approx(
         {"gold/mean": 2.8, "gold/zscore": 1.0, "reward/zscore": 1.0, "gold/gap": 0.0}, abs=1e-12
     )

@@ -1,10 +1,12 @@
 """Alarms of a policy: when they are raised, said and not said again; a healthy run has none."""
 
+import numpy as np
 import pytest
 
 from pipeline.evaluation.alarms import DIFFICULTY_ALARMS, DIRECT_ALARMS, POLICY_ALARMS, REWARD_ALARMS
 from pipeline.evaluation.policy_drift import PolicyAlarms, drift
-from pipeline.learning.rollout_tensors import repeated_share
+from pipeline.ragged import Ragged
+from pipeline.rollouts.repetition import repeated_shares
 from pipeline.tracking.alarm_names import raised_alarms
 from tests.support.paths import ROOT
 
@@ -155,7 +157,7 @@ def test_a_healthy_run_raises_nothing():
     ],
 )
 def test_repetition_is_the_share_of_4_grams_seen_before(tokens, share):
-    assert repeated_share(tokens) == pytest.approx(share)
+    assert repeated_shares(Ragged.of([tokens], np.int32)).tolist() == pytest.approx([share])
 
 
 def test_the_page_shows_every_alarm_with_its_threshold():

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
+from pipeline.columns import Rollouts
 from pipeline.data.chat import decode_response
 from pipeline.data.planted import build_tokenizer
 from pipeline.records import Rollout
@@ -48,7 +49,7 @@ class MortalWorker:
     def sample(self, requests, sampling, ahead=(), *, seconds, resample_unfinished):
         if befalls(self._fate, "death in generation"):
             die()
-        return [self._draw(request, sampling) for request in requests]
+        return Rollouts.of([self._draw(request, sampling) for request in requests])
 
     def _draw(self, request, sampling):
         rng = np.random.default_rng([request.seed, self._checksum])

@@ -8,6 +8,7 @@ from typing import get_args
 import pytest
 import torch
 
+from pipeline.columns import Rollouts, TokenEvaluations
 from pipeline.config.algorithms import PolicyGradientAlgorithm
 from pipeline.config.alignment import AlignmentConfig, KLConfig, PPOConfig
 from pipeline.config.models import OptimiserConfig
@@ -42,10 +43,11 @@ def config_of(algorithm, **ppo):
 
 
 def build(samples, scores, evaluations, config):
+    """Of lists of records, or of columns."""
     return build_experience(
-        samples,
+        Rollouts.of(samples),
         scores,
-        evaluations,
+        TokenEvaluations.of(evaluations),
         config,
         kl_coefficient=config.kl.coefficient,
         reward_scale=RewardScale(mean=0.0, std=1.0),
@@ -413,7 +415,7 @@ def test_the_critic_is_clipped_and_weighed_as_the_recipe_says(
 def test_the_learner_counts_the_tokens_that_were_clipped(tiny_policy, world, tokenizer, tmp_path):
     config = config_of("ppo")
     learner = ppo_learner(tiny_policy, world, tokenizer, tmp_path, config=config)
-    samples = [rollout("p", i, (7, 8)) for i in range(4)]
+    samples = Rollouts.of([rollout("p", i, (7, 8)) for i in range(4)])
     experience, _ = build(samples, [score(1.0)] * 4, learner.evaluate(samples), config)
     ratio = torch.tensor([[1.5, 1.5], [0.5, 0.5], [1.1, 0.9], [1.5, 0.9]])
     up_then_down = torch.tensor([1.0, -1.0]).expand(4, 2)

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from pipeline.columns import Rollouts, TokenEvaluations
 from pipeline.config.load import load_recipe
 from pipeline.config.reward import PairLossConfig, VariationalLossConfig
 from pipeline.data.prompts import PromptStream
@@ -306,9 +307,9 @@ def test_experience_by_hand(gae_lambda, discount, first_advantage):
     ]
     scores = [RewardScore(mean=m, std=0.0, objective_weights=(), objective_scores=()) for m in (3.0, 101.0)]
     experience, metrics = build_experience(
-        [rollout((7, 8), logprobs=(-1.0, -1.1)), rollout((9,), finish="length", logprobs=(-3.0,))],
+        Rollouts.of([rollout((7, 8), logprobs=(-1.0, -1.1)), rollout((9,), finish="length", logprobs=(-3.0,))]),
         scores,
-        evaluations,
+        TokenEvaluations.of(evaluations),
         ALIGNMENT.model_copy(update={"ppo": ppo, "max_response_tokens": 2}),
         kl_coefficient=0.1,
         reward_scale=RewardScale(mean=1.0, std=2.0),
@@ -318,7 +319,7 @@ def test_experience_by_hand(gae_lambda, discount, first_advantage):
     torch.testing.assert_close(experience.critic.returns, torch.tensor([[first_advantage + 0.5, 0.95], [1.0, 0.0]]))
     torch.testing.assert_close(experience.advantages, torch.tensor([[first_advantage, 0.7], [1.0, 0.0]]))
     assert experience.num_response_tokens == 3
-    assert experience.sequences == (
+    assert tuple(experience.sequences) == (
         PromptGroup(prompt_ids=(1, 2), response_ids=((7, 8),)),
         PromptGroup(prompt_ids=(1, 2), response_ids=((9,),)),
     )
@@ -330,9 +331,9 @@ def test_experience_by_hand(gae_lambda, discount, first_advantage):
 def test_of_two_equal_rewards_the_uncertain_one_pays_less_where_the_recipe_asks_for_the_lower_bound():
     ppo = ALIGNMENT.ppo.model_copy(update={"reward_transform": "lcb", "lcb_coefficient": 2.0})
     experience, metrics = build_experience(
-        [rollout((7,)), rollout((8,))],
+        Rollouts.of([rollout((7,)), rollout((8,))]),
         [scored(mean=3.0, std=0.5), scored(mean=3.0)],
-        [evaluated(), evaluated()],
+        TokenEvaluations.of([evaluated(), evaluated()]),
         ALIGNMENT.model_copy(update={"ppo": ppo, "max_response_tokens": 2}),
         kl_coefficient=0.1,
         reward_scale=RewardScale(mean=1.0, std=2.0),
@@ -521,9 +522,9 @@ def evaluated(logprobs=(-1.0,), values=(0.0,)):
 def test_a_batch_that_would_poison_the_update_is_refused_by_name(rollouts, scores, evaluations, error, message):
     with pytest.raises(error, match=message):
         build_experience(
-            rollouts,
+            Rollouts.of(rollouts),
             scores,
-            evaluations,
+            TokenEvaluations.of(evaluations),
             ALIGNMENT.model_copy(update={"max_response_tokens": 2}),
             kl_coefficient=0.1,
             reward_scale=RewardScale(mean=0.0, std=1.0),

@@ -17,7 +17,8 @@ class Thinking(FakeRollouts):
     """A policy whose template opens a thought in the prompt."""
 
     def generate(self, prompts, sampling):
-        return [replace(rollout, response_text=THOUGHT) for rollout in super().generate(prompts, sampling)]
+        rollouts = super().generate(prompts, sampling)
+        return replace(rollouts, response_texts=(THOUGHT,) * len(rollouts))
 
 
 @pytest.mark.parametrize(("keep", "output"), [(False, "The Elbe"), (True, THOUGHT)])

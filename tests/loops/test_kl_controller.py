@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from pipeline.columns import TokenEvaluations
 from pipeline.config.alignment import KLConfig
 from pipeline.data.prompts import PromptStream
 from pipeline.evaluation.reward_scale import RewardScale
@@ -39,10 +40,12 @@ def test_the_coefficient_of_a_step_follows_the_kl_measured_before_it(
 
     def evaluate_at_a_distance(rollouts):
         kl = KL_OF_STEPS[rollouts[0].policy_version]
-        return [
-            replace(e, reference_logprobs=tuple(logprob - kl / len(e.logprobs) for logprob in e.logprobs))
-            for e in evaluate(rollouts)
-        ]
+        return TokenEvaluations.of(
+            [
+                replace(e, reference_logprobs=tuple(logprob - kl / len(e.logprobs) for logprob in e.logprobs))
+                for e in evaluate(rollouts)
+            ]
+        )
 
     learner.evaluate = evaluate_at_a_distance
     align(

@@ -348,9 +348,9 @@ def run_until_the_kl_limit(
 
     def evaluate_far(rollouts):
         gap = 100.0 if rollouts[0].policy_version >= too_far_from else 0.0
-        return [
-            replace(e, reference_logprobs=tuple(logprob - gap for logprob in e.logprobs)) for e in evaluate(rollouts)
-        ]
+        evaluations = evaluate(rollouts)
+        further = replace(evaluations.logprobs, values=evaluations.logprobs.values - gap)
+        return replace(evaluations, reference_logprobs=further)
 
     def die(directory):
         raise Killed

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pipeline.columns import Rollouts, TokenEvaluations
 from pipeline.config.alignment import AlignmentConfig
 from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.learning.algorithm import SampledTokens, policy_loss
@@ -249,12 +250,14 @@ def test_the_advantages_of_rewards_with_a_kl_are_the_rloo_trainers(trl, tiny_pol
         )
     plain_rewards = config.ppo.model_copy(update={"reward_transform": "none", "reward_clip": None})
     experience, metrics = build_experience(
-        samples,
+        Rollouts.of(samples),
         [RewardScore(mean=r, std=0.0, objective_weights=(), objective_scores=()) for row in REWARDS for r in row],
-        [
-            TokenEvaluation(logprobs=tuple(p[:n]), reference_logprobs=tuple(q[:n]), values=(0.0,) * n)
-            for p, q, n in zip(logprobs, reference, lengths, strict=True)
-        ],
+        TokenEvaluations.of(
+            [
+                TokenEvaluation(logprobs=tuple(p[:n]), reference_logprobs=tuple(q[:n]), values=(0.0,) * n)
+                for p, q, n in zip(logprobs, reference, lengths, strict=True)
+            ]
+        ),
         config.model_copy(update={"ppo": plain_rewards, "max_response_tokens": 4}),
         kl_coefficient=config.kl.coefficient,
         reward_scale=RewardScale(mean=0.0, std=1.0),

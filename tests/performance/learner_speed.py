@@ -39,6 +39,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from pipeline.columns import Rollouts
 from pipeline.config.alignment import AlignmentConfig, PPOConfig
 from pipeline.config.models import OptimiserConfig
 from pipeline.data.planted import build_tokenizer
@@ -286,13 +287,13 @@ def random_experience(learner: PPOLearner, options: argparse.Namespace) -> Exper
         length = int(torch.randint((most + 1) // 2, most + 1, (), generator=dice))
         return tuple(torch.randint(learner.model_config.vocab_size, (length,), generator=dice).tolist())
 
-    rollouts = []
+    records = []
     for n in range(options.responses):
         prompt = Prompt(
             id=str(n), messages=({"role": "user", "content": "-"},), token_ids=tokens(options.prompt_tokens)
         )
         response = tokens(options.response_tokens)
-        rollouts.append(
+        records.append(
             Rollout(
                 prompt=prompt,
                 sample_index=0,
@@ -303,6 +304,7 @@ def random_experience(learner: PPOLearner, options: argparse.Namespace) -> Exper
                 finish_reason="stop",
             )
         )
+    rollouts = Rollouts.of(records)
     scores = [
         RewardScore(mean=mean, std=0.0, objective_weights=(), objective_scores=())
         for mean in torch.randn(options.responses, generator=dice).tolist()

@@ -1,5 +1,6 @@
 """Rows for the tests of rewards."""
 
+from pipeline.columns import Rollouts
 from pipeline.records import Prompt, Rollout
 from pipeline.rewards.rows import RewardRows
 
@@ -20,7 +21,7 @@ def rows_of(*responses, **columns):
     """One prompt a response; `columns` as lists."""
     rollouts = [rollout(f"p{n}", 0, text, tokens=len(text.split()) or 1) for n, text in enumerate(responses)]
     by_id = {f"p{n}": {name: values[n] for name, values in columns.items()} for n in range(len(responses))}
-    return RewardRows.of(rollouts, by_id)
+    return RewardRows.of(Rollouts.of(rollouts), by_id)
 
 
 def means(scores):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from pipeline.columns import Rollouts
 from pipeline.errors import WorkerError
 from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.records import RewardScore
@@ -9,7 +10,7 @@ from pipeline.rewards.combined import CombinedRewards, WeightedSource
 from pipeline.rewards.rows import NoScore, plain_score
 from tests.rewards.rows import rollout
 
-FOUR = [rollout("p", 0, "a"), rollout("p", 1, "b"), rollout("q", 0, "c"), rollout("q", 1, "d")]
+FOUR = Rollouts.of([rollout("p", 0, "a"), rollout("p", 1, "b"), rollout("q", 0, "c"), rollout("q", 1, "d")])
 
 
 class Saying:

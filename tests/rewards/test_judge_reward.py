@@ -5,6 +5,7 @@ from contextlib import ExitStack
 
 import pytest
 
+from pipeline.columns import Rollouts
 from pipeline.config.rewards import JudgeReward
 from pipeline.errors import ConfigError, DataError
 from pipeline.rewards.judge_reward import JudgeRewardSource, circle
@@ -50,7 +51,7 @@ def test_each_response_is_compared_with_its_neighbours_in_the_group_once_shown_f
     rollouts += [rollout("q", 0, "b"), rollout("q", 1, "b"), rollout("r", 0, "lonely")]
     with judge_server(by_words) as server, ExitStack() as exits:
         judge = open_judge(exits, server.url, form="pairwise")
-        scores = judge.score(RewardRows.of(rollouts, {}))
+        scores = judge.score(RewardRows.of(Rollouts.of(rollouts), {}))
     assert means(scores) == [1.0, 0.0, 0.5, 0.5, 0.5, "unanswered"]
 
 

@@ -5,9 +5,12 @@ import pytest
 import torch
 from pyarrow import parquet
 
+from pipeline.columns import Rollouts, TokenEvaluations
 from pipeline.errors import DataError
+from pipeline.ragged import Ragged
 from pipeline.records import Experience, Prompt, RewardScore, Rollout, ScoredRollouts, TokenEvaluation
-from pipeline.rollouts.kept_rollouts import RolloutBatch, RolloutFiles, repeated_share
+from pipeline.rollouts.kept_rollouts import RolloutBatch, RolloutFiles
+from pipeline.rollouts.repetition import NUMBERED, repeated_shares
 from pipeline.rollouts.rollout_queries import MAX_PAGE, RolloutFilter, RolloutQueries
 
 SCRIPT = "<script>document.title = 'owned'</script>"
@@ -60,9 +63,9 @@ def batch(step=0, rollouts=None, rewards=None, *, rows=None):
     return RolloutBatch(
         step=step,
         seeds=range(100, 100 + len(rollouts)),
-        rollouts=rollouts,
+        rollouts=Rollouts.of(rollouts),
         scored=ScoredRollouts(scores=scores, by_source={"model": scores}, metrics={}),
-        evaluations=evaluations,
+        evaluations=TokenEvaluations.of(evaluations),
         experience=experience,
     )
 
@@ -155,9 +158,17 @@ def test_a_step_that_is_repeated_replaces_its_file_and_later_ones_are_forgotten(
 
 
 def test_repetition_counts_n_grams_that_came_before():
-    assert repeated_share([1, 2, 3, 4]) == 0.0
-    assert repeated_share([7] * 8) == pytest.approx(4 / 5)
-    assert repeated_share([1, 2, 3, 4, 5, 1, 2, 3, 4]) == pytest.approx(1 / 6)
+    responses = [[1, 2, 3, 4], [7] * 8, [], [1, 2, 3, 4, 5, 1, 2, 3, 4], [1, 2, 1]]
+    shares = repeated_shares(Ragged.of(responses, np.int32)).tolist()
+    assert shares == pytest.approx([0.0, 4 / 5, 0.0, 1 / 6, 0.0])
+
+
+def test_repetition_of_responses_that_are_longer_than_there_are_numbers_of_16_bits():
+    """Tokens count from 0 to the end, and once more to the half: 4-grams of the second half have all occurred."""
+    for length in (NUMBERED - 2, NUMBERED, NUMBERED + 2):
+        tokens = [*range(2 * length // 3), *range(length // 3)]
+        [share] = repeated_shares(Ragged.of([tokens], np.int32)).tolist()
+        assert share == pytest.approx((length // 3 - 3) / (len(tokens) - 3))
 
 
 # ----------------------------------------------------------------------------- pages

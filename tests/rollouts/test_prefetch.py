@@ -43,10 +43,9 @@ class HonestRollouts(FakeRollouts):
         return super().load_weights(weights)
 
     def generate(self, prompts, sampling):
-        return [
-            replace(rollout, logprobs=tuple(logprobs_of(self.model, rollout).tolist()))
-            for rollout in super().generate(prompts, sampling)
-        ]
+        rollouts = super().generate(prompts, sampling)
+        said = torch.cat([logprobs_of(self.model, rollout) for rollout in rollouts])
+        return replace(rollouts, logprobs=replace(rollouts.logprobs, values=said))
 
 
 def logprobs_of(model, rollout):

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.columns import Rollouts
 from pipeline.data.batching import stable_seed
 from pipeline.data.chat import decode_response
 from pipeline.records import Message, Metrics, PolicyWeights, Prompt, RewardScore, Rollout, SamplingParams
@@ -21,7 +22,7 @@ class FakeRollouts:
         self.loaded: list[int] = []
         self.prompts_seen: list[str] = []
         self._checksum = 0.0
-        self._begun: list[Rollout] = []
+        self._begun = Rollouts.of([])
 
     def sleep(self) -> None:
         """Has no GPU to leave."""
@@ -34,7 +35,7 @@ class FakeRollouts:
         self.loaded.append(weights.version)
         return {"gate/mean": 0.0, "gate/max": 0.0}
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Rollouts:
         rollouts = []
         for prompt in prompts:
             self.prompts_seen.append(prompt.id)
@@ -53,13 +54,13 @@ class FakeRollouts:
                         finish_reason="stop",
                     )
                 )
-        return rollouts
+        return Rollouts.of(rollouts)
 
     def begin(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, resample_unfinished: bool) -> None:
         """As if sampling ended before the next weights came."""
         self._begun = self.generate(prompts, sampling)
 
-    def collect(self) -> list[Rollout]:
+    def collect(self) -> Rollouts:
         return self._begun
 
     def stream(self, waiting: deque[tuple[Prompt, SamplingParams]]) -> Iterator[Rollout]:
