@@ -89,8 +89,9 @@ ACCELERATORS: Mapping[str, Accelerator] = {
 }
 """By the name that `cluster.accelerator` takes."""
 
-NETWORK_BYTES_PER_S = 50e9
-"""Of one GPU to another node: 400 Gbit/s a GPU, as in DGX H100 and most cloud nodes of its kind."""
+NETWORK_BYTES_PER_S = 400e9
+"""Between two nodes of eight GPUs: 400 Gbit/s a GPU, as in DGX H100 and most cloud nodes of its kind. A ring of ranks
+enters and leaves a node by all of its cards."""
 
 HOST_BYTES_PER_S_PER_CORE = 8e9
 """What one core of a server reads and writes when all cores do: some 400 GB/s of two sockets over their cores."""

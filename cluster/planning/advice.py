@@ -70,7 +70,7 @@ def _problem(plan: RecipePlan) -> tuple[str, RoleMemory] | None:
     for role in plan.roles:
         if not role.on_gpu or gpu is None or gpu.memory_bytes is None:
             continue
-        have = gpu.memory_bytes * min(1.0, role.gpu_share if role.role == "scoring replica" else 1.0)
+        have = gpu.memory_bytes * min(1.0, role.gpu_share)
         smallest = min(role.device.values())
         if role.device_bytes <= have and smallest >= 0:
             continue
@@ -181,7 +181,8 @@ def _layouts(recipe: Recipe) -> Iterator[Overrides]:
     if recipe.cluster.takes_whole_gpus(engine.gpus_per_worker or 0.0) and not engine.asks_for_shared_gpus:
         together = ranks + engine.workers
         yield {ranks_key: together, workers_key: together, "cluster.rollout.placement": "colocated"}
-    if alignment.prefetch is None:
+    # Learner and engines that share a GPU by its memory would slow each other.
+    if alignment.prefetch is None and recipe.cluster.alignment.gpus_per_rank in (0, 1):
         yield {"alignment.prefetch": "continue", "alignment.ppo.tis_cap": alignment.ppo.tis_cap or 2.0}
 
 

@@ -85,7 +85,7 @@ def _total(time: StageTime, plan: RecipePlan) -> str:
         together += f", {time.steps} steps {duration(time.steps * time.seconds)}"
     if len(time.phases) > 1 and plan.gpus:
         busy = sum(phase.seconds * phase.gpus for phase in time.phases) / (time.seconds * plan.gpus)
-        together += f"; the {plan.gpus:g} GPUs work {busy:.0%} of the time"
+        together += f"; GPUs work {busy:.0%} of the time"
     return f"{'':<20}{together}"
 
 

@@ -257,10 +257,13 @@ class _Planner:
     # ------------------------------------------------------------------ time
 
     def _processor(self, gpus: float, cpus: float, threads: int | None, *, actors: int) -> Processor:
-        """Of one actor. Actors without a GPU have their threads, and no more than the machine's cores together."""
+        """Of one actor. Actors without a GPU have their threads, and no more than the machine's cores together.
+
+        A share of a GPU divides its memory, not its time: the phases of a step take turns.
+        """
         gpu = self.hardware.gpu
         if gpus > 0 and gpu is not None:
-            return Processor(accelerator=gpu, share=min(1.0, gpus))
+            return Processor(accelerator=gpu, share=1.0)
         own = threads or max(1, int(cpus))
         return Processor(accelerator=self.hardware.cpu, share=min(own, self.hardware.cores / actors))
 

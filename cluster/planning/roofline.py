@@ -28,11 +28,11 @@ OPTIMISER_BYTES = 28
 
 @dataclass(frozen=True, kw_only=True)
 class Processor:
-    """What one actor computes with: a GPU or a share of one, or some cores."""
+    """What one actor computes with: a GPU, or some cores."""
 
     accelerator: Accelerator
     share: float
-    """GPUs, at most 1, or cores."""
+    """1 of a GPU, or the number of cores."""
 
     def flops_per_s(self, dtype: str, *, decoding: bool = False) -> float:
         reached = self.accelerator.decoding_share if decoding else self.accelerator.training_share
@@ -156,7 +156,7 @@ def update_phase(
         name="update",
         seconds=sum(parts.values()),
         binds=max(parts, key=lambda name: parts[name]),
-        gpus=n * ranks.gpus_per_rank,
+        gpus=_gpus(n, processor),
         model_flops=needed,
         peak_flops_per_s=n * processor.peak_flops_per_s(load.dtype),
     )
@@ -176,7 +176,7 @@ def evaluate_phase(load: TrainingLoad, batch: Sequences, ranks: RanksConfig, pro
         name="evaluate",
         seconds=seconds,
         binds="compute",
-        gpus=ranks.ranks * ranks.gpus_per_rank,
+        gpus=_gpus(ranks.ranks, processor),
         model_flops=flops,
         peak_flops_per_s=ranks.ranks * processor.peak_flops_per_s(load.dtype),
     )
@@ -227,7 +227,7 @@ def rollout_phase(engines: Engines, batch: Sequences) -> Phase:
         name="rollout",
         seconds=launches_s + sum(parts.values()),
         binds="the longest response" if tail > 0.5 and binds == "memory bandwidth" else binds,
-        gpus=engines.workers * shards * processor.share if processor.accelerator.name != CPU else 0.0,
+        gpus=_gpus(engines.workers * shards, processor),
         model_flops=2.0 * products * batch.tokens,
         peak_flops_per_s=engines.workers * shards * processor.peak_flops_per_s(engines.dtype),
     )
@@ -240,7 +240,7 @@ def score_phase(shape: DecoderShape, dtype: str, batch: Sequences, processor: Pr
         name="score",
         seconds=flops / (replicas * processor.flops_per_s(dtype)),
         binds="compute",
-        gpus=replicas * processor.share if processor.accelerator.name != CPU else 0.0,
+        gpus=_gpus(replicas, processor),
         model_flops=flops,
         peak_flops_per_s=replicas * processor.peak_flops_per_s(dtype),
     )
@@ -259,6 +259,10 @@ def weights_phase(engines: Engines, ranks: RanksConfig, processor: Processor, *,
         loaded_s = size / engines.shards / link_bytes_per_s(processor, spans_nodes=False)
     gathers = ranks.zero_stage == 3 and ranks.ranks > 1
     return Phase(name="weights", seconds=written_s + loaded_s + (gathered_s if gathers else 0.0), binds="host copies")
+
+
+def _gpus(actors: int, processor: Processor) -> float:
+    return 0.0 if processor.accelerator.name == CPU else actors * processor.share
 
 
 def link_bytes_per_s(processor: Processor, *, spans_nodes: bool) -> float:
