@@ -6,6 +6,8 @@ bin=$PWD/.venv/bin
 address=${RAY_API_SERVER_ADDRESS:-}
 
 if [ -z "$address" ]; then
+  # Bad input is answered before a head is started. On another machine's cluster the job itself looks: data may lie there.
+  "$bin/python" jobs/full_pipeline.py --dry-run "$@" >/dev/null
   # Free ports for all that has a fixed one by default: another Ray may run on this machine.
   read -r port gcs agent <<<"$("$bin/python" -c '
 import socket

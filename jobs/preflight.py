@@ -1,4 +1,4 @@
-"""What a job looks at before it starts anything: a remote workspace, its data files, its checkpoints.
+"""What a job looks at before it starts anything: a remote workspace, its data files, checkpoints and rewards.
 
 Imports neither torch nor ray, so that bad input is answered at once.
 """
@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.config.recipe import Recipe
+from pipeline.config.rewards import THIS_RUNS_MODEL
 from pipeline.data.recipe_files import check_data
 from pipeline.errors import CheckpointError
-from pipeline.models.checkpoint_files import check_checkpoint, decoder_config
-from pipeline.models.tensor_parallel import check_tensor_parallel
+from pipeline.models.checkpoint_files import check_checkpoint
+from pipeline.models.tensor_parallel import check_shards_of, check_tensor_parallel
 from pipeline.stages import storage
 from pipeline.stages.workspace import StageDirectory
 from pipeline.tracking.logger_names import require_loggers
@@ -29,14 +30,14 @@ class NamedCheckpoint:
 
 
 def check_recipe(recipe: Recipe, *, workspace: str | None = None) -> None:
-    """Opens each data file and each checkpoint of a recipe; prints what was looked at, and for how long.
+    """Opens each data file, each checkpoint and each reward of a recipe; prints what was looked at, and for how long.
 
     Args:
         workspace: a remote one is written to, and what was written deleted. In any, a stage may have finished with a
             checkpoint. Then the checkpoint may be gone.
 
     Raises:
-        ConfigError, DataError, CheckpointError, WorkspaceError: one of them, or a logger, cannot be used.
+        ConfigError, DataError, CheckpointError, WorkerError, WorkspaceError: one of them, or a logger, cannot be used.
     """
     started = time.monotonic()
     require_loggers(recipe.logging)
@@ -60,6 +61,10 @@ def check_recipe(recipe: Recipe, *, workspace: str | None = None) -> None:
             seen.append(named.setting)
         else:
             unseen.append(f"{named.setting} = {named.checkpoint} ({reason})")
+    if recipe.alignment.rewards != (THIS_RUNS_MODEL,):
+        from pipeline.rewards.preflight import check_rewards
+
+        seen += check_rewards(recipe.alignment.rewards)
     _check_shards(recipe)
     print(f"{'preflight':<19} {', '.join(seen)} looked at in {time.monotonic() - started:.2f} s", flush=True)
     for what in unseen:
@@ -67,18 +72,17 @@ def check_recipe(recipe: Recipe, *, workspace: str | None = None) -> None:
 
 
 def _check_shards(recipe: Recipe) -> None:
-    """As far as the policy's config is on this machine; a worker looks again."""
-    checkpoint, tiny = recipe.policy.checkpoint, recipe.policy.tiny
+    """As far as the policy's config can be read here; the rollout pool looks again at what the policy became."""
+    checkpoint, tiny, shards = recipe.policy.checkpoint, recipe.policy.tiny, recipe.cluster.rollout.shards
+    if checkpoint is not None:
+        check_shards_of(checkpoint, shards)
+        return
     config = {
         "num_attention_heads": tiny.num_heads,
         "num_key_value_heads": tiny.num_kv_heads,
         "intermediate_size": tiny.intermediate_size,
     }
-    check_tensor_parallel(
-        config if checkpoint is None else decoder_config(checkpoint),
-        recipe.cluster.rollout.shards,
-        model="policy.tiny" if checkpoint is None else checkpoint,
-    )
+    check_tensor_parallel(config, shards, model="policy.tiny")
 
 
 def _checkpoints(recipe: Recipe) -> Iterator[NamedCheckpoint]:

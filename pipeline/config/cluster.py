@@ -81,8 +81,9 @@ class RolloutConfig(Frozen):
     enforce_eager: bool = True
     """Run the engine without compiled graphs: a faster start, slower sampling on a GPU."""
     chunk_size: Count | None = None
-    """Responses handed to a worker at a time, at most: a batch is cut into two chunks a worker or more. None lets the
-    plan decide: 32 for a CPU engine, and `max_sequences` for an engine on a GPU."""
+    """Responses handed to a worker at a time, at most: a batch is cut into two chunks a worker or more. A worker has
+    two chunks, and gets another one when no more than a chunk's responses are left to decode. None lets the plan
+    decide: 32 for a CPU engine, and `max_sequences` for an engine on a GPU."""
     max_restarts: Annotated[int, Field(ge=0)] = 2
     """How many workers that died or hung are replaced, over the whole job."""
     placement: RolloutPlacement | None = None
@@ -191,6 +192,15 @@ class ScoringConfig(Frozen):
         return self
 
 
+class RewardFunctionsConfig(Frozen):
+    """Processes of `python` and `math` rewards, for each of them."""
+
+    processes: Count = 1
+    """Share the batches of a step."""
+    cpus_per_process: NonNegative = 0.0
+    """0 reserves none: the processes then take turns with whatever rests while responses are scored."""
+
+
 class DeadlinesConfig(Frozen):
     """How long a remote call may take before it counts as hung; and how long this job has to leave."""
 
@@ -236,6 +246,7 @@ class ClusterConfig(Frozen):
     alignment: RanksConfig = RanksConfig()
     rollout: RolloutConfig = RolloutConfig()
     scoring: ScoringConfig = ScoringConfig()
+    reward_functions: RewardFunctionsConfig = RewardFunctionsConfig()
     deadlines: DeadlinesConfig = DeadlinesConfig()
     states_gib: Positive = 2.0
     """Largest size of the states of a frozen backbone (`reward.trainable_layers: 0`), on disk and in the memory of each

@@ -32,6 +32,8 @@ class TorchRollouts:
         """
         model, self._tokenizer = load_causal_lm(directory, dtype=dtype)
         self._model = model.eval().requires_grad_(False).to(device)
+        # Behind a prompt the head reads a slice with gaps; for each of its rows a CPU would copy the whole head.
+        self._model.get_output_embeddings().register_forward_pre_hook(_without_gaps)
         self._ends = torch.tensor(end_of_turn_ids(self._tokenizer, model.config.eos_token_id), device=device)
         self._tolerance = gate_tolerance or GATE_TOLERANCE[dtype]
         self._files = PolicyFiles()
@@ -146,6 +148,10 @@ class TorchRollouts:
         first = len(probe.prompt_ids)
         rows: list[float] = distribution[first - 1 : -1].gather(-1, ids[0, first:, None]).squeeze(-1).tolist()
         return rows
+
+
+def _without_gaps(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    return (inputs[0].contiguous(),)
 
 
 def _drawn(distribution: torch.Tensor, uniform: torch.Tensor, *, is_greedy: bool) -> torch.Tensor:

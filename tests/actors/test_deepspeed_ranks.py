@@ -154,10 +154,11 @@ def test_two_ranks_agree_with_one_process_and_each_resumes_what_the_other_saved(
 
 
 @pytest.mark.parametrize(
-    ("zero_stage", "method", "lora"), [(1, "wpo", None), (2, "kto", None), (3, "beta_dpo", LORA), (3, "orpo", None)]
+    ("zero_stage", "method", "lora", "offload"),
+    [(1, "wpo", None, False), (2, "kto", None, False), (3, "beta_dpo", LORA, False), (3, "orpo", None, True)],
 )
 def test_direct_alignment_on_two_ranks_agrees_with_one_process_and_each_resumes_what_the_other_saved(
-    zero_stage, method, lora, local_ray, tiny_policy, world, tokenizer, tmp_path
+    zero_stage, method, lora, offload, local_ray, tiny_policy, world, tokenizer, tmp_path
 ):
     config = direct_config(method, lora=lora)
     alone = direct_trainer(tiny_policy, config)
@@ -176,7 +177,7 @@ def test_direct_alignment_on_two_ranks_agrees_with_one_process_and_each_resumes_
         gradient_checkpointing=True,
         seed=0,
     )
-    ranks = RanksConfig(ranks=2, cpus_per_rank=1, zero_stage=zero_stage)
+    ranks = RanksConfig(ranks=2, cpus_per_rank=1, zero_stage=zero_stage, offload_optimiser=offload)
     with open_ranked_direct_learner(ranks, DeadlinesConfig(start_s=240), spec) as learner:
         measured = learner.logprobs(data.examples.groups)
         torch.testing.assert_close(measured, reference, atol=1e-4, rtol=1e-5)

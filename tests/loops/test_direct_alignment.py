@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import threading
+from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from pipeline.data.run_data import load_data, pairs_of_the_reward_model
 from pipeline.errors import ConfigError, DataError, Preempted
 from pipeline.learning.builders import build_direct_trainer, engine_in_process
 from pipeline.learning.difficulty import write_losses
-from pipeline.learning.direct_trainer import DirectAlignmentTrainer
+from pipeline.learning.direct_trainer import DirectAlignmentTrainer, DirectSnapshot
 from pipeline.loops import direct_alignment
 from pipeline.loops.direct_alignment import align_directly
 from pipeline.models.backbone import create_tiny_causal_lm, save_causal_lm
@@ -52,6 +54,10 @@ class Process:
         self.policy = StageResult(name="sft", location=tiny_policy, fingerprint="policy", metrics={})
         self.path = path
         self.kill_in, self.preempt_in = kill_in, preempt_in
+        self.began = defaultdict(threading.Event)
+        """By step, whether its update began."""
+        self.states = {}
+        """By step, the policy's parameters before its update."""
         self.measured = 0
         """Prompts whose log-probabilities were measured."""
 
@@ -80,6 +86,10 @@ class Process:
             return logprobs(groups)
 
         def mortal(batch, step):
+            self.states[step] = {
+                name.removeprefix("policy."): t.clone() for name, t in trainer.engine.full_state_dict().items()
+            }
+            self.began[step].set()
             if step == self.kill_in:
                 raise Killed
             if step == self.preempt_in:
@@ -158,6 +168,35 @@ def test_a_preempted_run_commits_its_step_and_its_successor_measures_nothing_aga
     successor = Process(tiny_policy, tmp_path)
     successor.align(experiment)
     assert successor.measured == 0
+
+
+def test_a_run_ends_with_the_policy_of_its_best_commit_where_the_recipe_prefers_it_to_the_last(tiny_policy, tmp_path):
+    """A rate that worsens every step: the first of three commits is the best."""
+    process = Process(tiny_policy, tmp_path)
+    harmful = "alignment.direct.optimiser.learning_rate=0.05"
+    best = process.align(recipe("alignment.algorithm=dpo", harmful, "alignment.direct.keep_best=-eval/loss"))
+    rows = [row for row in read_metrics(Path(best.location).parent / METRICS_FILE) if "eval/loss" in row]
+    losses = {row["step"]: row["eval/loss"] for row in rows}
+    assert min(losses, key=losses.get) == 1, losses
+    assert best.metrics["eval/loss"] == losses[1]
+    kept, behind_two_steps = weights(best), process.states[2]
+    assert {*kept} <= {*behind_two_steps}
+    assert all(torch.equal(kept[name], behind_two_steps[name]) for name in kept)
+
+
+def test_a_step_waits_for_no_checkpoint(tiny_policy, tmp_path, monkeypatch):
+    """The commit behind step 2 can only be written once step 3 updates."""
+    process = Process(tiny_policy, tmp_path)
+    write, waited = DirectSnapshot.write, []
+
+    def behind_the_next_step(snapshot, uri):
+        if not waited:
+            waited.append(process.began[2].wait(timeout=60))
+        write(snapshot, uri)
+
+    monkeypatch.setattr(DirectSnapshot, "write", behind_the_next_step)
+    process.align(recipe("alignment.algorithm=dpo"))
+    assert waited == [True]
 
 
 def test_a_reference_of_another_checkpoint_leaves_before_training(tiny_policy, tokenizer, tmp_path):
