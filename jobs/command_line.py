@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.engine_build import resolution_reasons, resolve_rollout
+from cluster.planning.plan_text import memory_and_time
 from cluster.resources import check_plan, plan_table, this_machine
 from cluster.rollout_plan import plan_of_stages, plan_rollouts
 from cluster.submission import is_submitted_job
@@ -180,6 +181,8 @@ def print_dry_run(options: JobOptions) -> None:
     plan = plan_of_stages(recipe, rollouts)
     print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     print(f"workspace: {options.workspace}\n\n{plan_table(plan)}\n\n{rollouts}")
+    # Before what is only said of the plan: a plan that cannot fit ends here.
+    print(f"\n{memory_and_time(recipe, rollouts)}\n")
     rollout = recipe.cluster.rollout
     may_share = recipe.could_share_gpus(resolve_rollout(rollout).gpus_per_worker)
     if rollouts.placement == "disaggregated" and rollout.placement is None and may_share:

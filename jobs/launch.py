@@ -65,7 +65,7 @@ def plan_of(options: argparse.Namespace, recipe: Recipe) -> LaunchPlan:
         recipe,
         command=("vrm", "run", options.recipe, "--workspace", workspace, *options.overrides),
         environment=_environment(options.env),
-        machine=machine_of(options, needs_gpu=_needs_gpu(recipe)),
+        machine=machine_of(options, needs_gpu=recipe.cluster.needs_gpus),
     )
 
 
@@ -77,12 +77,6 @@ def machine_of(options: argparse.Namespace, *, needs_gpu: bool) -> Machine:
         gpus=options.gpus_per_node,
         memory_gib=options.memory_gib_per_node,
     )
-
-
-def _needs_gpu(recipe: Recipe) -> bool:
-    cluster = recipe.cluster
-    shares = [ranks.gpus_per_rank for ranks in (cluster.sft, cluster.reward, cluster.alignment)]
-    return any([*shares, cluster.rollout.gpus_per_worker, cluster.scoring.gpus_per_replica])
 
 
 def _environment(given: list[str]) -> dict[str, str]:

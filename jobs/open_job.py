@@ -11,6 +11,7 @@ from functools import cache
 from typing import NoReturn
 
 from cluster.engine_build import require_engine_for
+from cluster.planning.plan_text import check_memory
 from cluster.resources import check_plan
 from cluster.rollout_plan import plan_of_stages, plan_rollouts
 from cluster.rollout_room import RolloutRoom
@@ -77,6 +78,7 @@ def open_job(options: JobOptions) -> Iterator[Job]:
         nodes = node_resources()
         rollout_plan = plan_rollouts(recipe, nodes)
         check_plan(plan_of_stages(recipe, rollout_plan), nodes)
+        check_memory(recipe, rollout_plan, nodes)
 
         def room() -> RolloutRoom:
             return RolloutRoom.of(recipe, rollout_plan, node_resources())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -10,6 +11,9 @@ from pipeline.config.base import Count, Fraction, Frozen, NonNegative, Positive
 
 WeightTransfer = Literal["shm", "nccl", "ipc"]
 RolloutPlacement = Literal["disaggregated", "colocated"]
+
+GPU_NAMES = ("h200", "h100", "a100", "l40s")
+CPU = "cpu"
 
 
 class RanksConfig(Frozen):
@@ -215,9 +219,28 @@ class DeadlinesConfig(Frozen):
     Raise it on a platform that leaves more: a checkpoint that takes longer to save is lost."""
 
 
+class PlanConfig(Frozen):
+    """What the plan of memory and time assumes. It changes no result and nothing that runs."""
+
+    policy_config: str | None = None
+    """A config.json, or its directory, with the architecture of the policy. None takes the checkpoint's own, where it
+    is on this machine, then the numbers that the package knows by the checkpoint's name."""
+    backbone_config: str | None = None
+    """The same for the backbone of the reward model, where it is not the policy's."""
+    prompt_share: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Mean length of a prompt, as a share of `max_prompt_tokens`."""
+    response_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Mean length of a response, as a share of `max_response_tokens`; the longest has all of it."""
+
+
 class ClusterConfig(Frozen):
     """Where a run takes place. Never part of a stage's identity."""
 
+    accelerator: str = "auto"
+    """The GPU that memory and time are planned for: h200, h100, a100, l40s, or cpu for a recipe without GPUs. "auto"
+    asks the machine; where it has no GPU and the recipe needs one, the plan is for the h100. A recipe without GPUs is
+    planned by the measured speed of this machine's cores."""
+    plan: PlanConfig = PlanConfig()
     sft: RanksConfig = RanksConfig()
     reward: RanksConfig = RanksConfig()
     alignment: RanksConfig = RanksConfig()
@@ -230,6 +253,31 @@ class ClusterConfig(Frozen):
     trainer. A response takes 8 bytes a dimension: 4.6 KB for SmolLM2-135M, 33 KB for Qwen3-8B."""
     object_store_gib: Positive | None = None
     """Only used when the job starts its own local cluster."""
+
+    @field_validator("accelerator")
+    @classmethod
+    def _the_plan_knows_the_accelerator(cls, written: str) -> str:
+        name = written.lower()
+        if name not in ("auto", *GPU_NAMES, CPU):
+            near = difflib.get_close_matches(name, GPU_NAMES, n=1)
+            guess = f" Did you mean {near[0]}?" if near else ""
+            raise ValueError(f"the plan knows no accelerator {written!r}.{guess} Known are {', '.join(GPU_NAMES)}, cpu")
+        return name
+
+    @property
+    def needs_gpus(self) -> bool:
+        """Whether the recipe gives a GPU, or a part of one, to any actor."""
+        shares = [ranks.gpus_per_rank for ranks in (self.sft, self.reward, self.alignment)]
+        return any([*shares, self.rollout.gpus_per_worker, self.scoring.gpus_per_replica])
+
+    @model_validator(mode="after")
+    def _gpus_are_not_planned_as_cpus(self) -> ClusterConfig:
+        if self.accelerator == CPU and self.needs_gpus:
+            raise ValueError(
+                f"accelerator = cpu, but the recipe gives GPUs to its actors; name the GPU ({', '.join(GPU_NAMES)}), "
+                "or set their gpus_per_* to 0"
+            )
+        return self
 
     def takes_whole_gpus(self, gpus_per_worker: float) -> bool:
         """Whether every rank of the PPO learner gets one whole GPU, and every engine one or more."""

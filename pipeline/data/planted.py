@@ -254,17 +254,21 @@ class PlantedWorld:
         }
 
 
+def vocabulary() -> dict[str, int]:
+    """Word -> token id: all that is ever said in the planted world, behind the special tokens."""
+    texts = [m.format(topic="", place="") for group in (*PROMPTS.values(), *CLAUSES.values()) for m in group]
+    words = sorted({word for text in texts for word in text.split()} | set(TOPICS) | set(PLACES))
+    specials = [UNKNOWN, PADDING, TURN_START, TURN_END, "user", "assistant", "system"]
+    return {word: i for i, word in enumerate(dict.fromkeys([*specials, *words]))}
+
+
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A word-level tokenizer over the world's own vocabulary; decoding gives back the words it was given."""
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
-    texts = [m.format(topic="", place="") for group in (*PROMPTS.values(), *CLAUSES.values()) for m in group]
-    words = sorted({word for text in texts for word in text.split()} | set(TOPICS) | set(PLACES))
-    specials = [UNKNOWN, PADDING, TURN_START, TURN_END, "user", "assistant", "system"]
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*specials, *words]))}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer = Tokenizer(WordLevel(vocabulary(), unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

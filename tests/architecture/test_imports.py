@@ -143,6 +143,7 @@ def test_importing_the_light_modules_loads_nothing_heavy():
         "pipeline.serving.trl_reward",
         "pipeline.stages.workspace",
         "cluster.engine_build",
+        "cluster.planning.plan_text",
         "cluster.resources",
         "cluster.rollout_plan",
         "cluster.submission",

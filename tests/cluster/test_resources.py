@@ -100,7 +100,7 @@ def test_the_table_shows_every_role_and_the_peak():
 
 @pytest.mark.parametrize("name", ["paper_qwen2.5_7b", "paper_qwen3_8b"])
 def test_the_paper_recipes_fill_one_node_of_eight_gpus(name):
-    plan = plan_resources(load_recipe(name).cluster)
+    plan = plan_resources(load_recipe(name).cluster, "colocated")
     check_plan(plan, [node(96, 8)])
     assert max(stage.total("GPU") for stage in plan) == 8
 

@@ -14,7 +14,8 @@ WORKERS = "cluster.rollout.workers"
 
 def on_gpus(*overrides):
     """Four ranks and four engines, a GPU each, and one GPU for the scoring service: nine."""
-    return load_recipe("paper_qwen2.5_7b", [f"{WORKERS}=4", *overrides])
+    apart = ["cluster.alignment.ranks=4", f"{WORKERS}=4", "cluster.rollout.placement=null"]
+    return load_recipe("paper_qwen2.5_7b", [*apart, *overrides])
 
 
 def node(gpus, cpus=96):

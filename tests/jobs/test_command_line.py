@@ -97,9 +97,13 @@ def test_a_dry_run_refuses_a_plan_this_machine_cannot_hold():
 @pytest.mark.parametrize(
     ("overrides", "sentence", "role"),
     [
-        ([], "Rollout engines have resources of their own (disaggregated);", "rollout worker"),
         (
-            ["cluster.rollout.placement=colocated"],
+            ["cluster.rollout.placement=disaggregated", "cluster.alignment.ranks=4", "cluster.rollout.workers=3"],
+            "Rollout engines have resources of their own (disaggregated);",
+            "rollout worker",
+        ),
+        (
+            [],
             "Rollout engines share the learner's GPUs and sleep while it works (colocated);",
             "rank and engine",
         ),

@@ -26,6 +26,8 @@ BIN = Path(sys.executable).parent
 IMAGE = ["--image", "registry.example/vrm:1"]
 ON_S3 = ["--workspace", "s3://bucket/runs/qwen3?region=eu-west-1"]
 SHARED = ["--workspace", "/shared/runs/qwen3"]
+ELEVEN = ["cluster.alignment.ranks=11", "cluster.rollout.workers=11"]
+"""Ranks and engines on eleven GPUs, and one for the scoring replica: two nodes."""
 
 
 def written(command, *words):
@@ -93,11 +95,13 @@ def test_every_file_repeats_the_table_of_the_dry_run(write, capsys, monkeypatch)
 
 
 def test_the_number_of_nodes_is_the_smallest_that_holds_every_stage():
-    more = ["cluster.rollout.workers=27", "cluster.alignment.ranks=8"]  # with the scoring replica: 36 GPUs
+    apart = ["cluster.rollout.placement=disaggregated"]
+    more = ["cluster.rollout.workers=27", "cluster.alignment.ranks=8", *apart]  # with the scoring replica: 36 GPUs
     [group] = manifest("paper_qwen3_8b", *ON_S3, *more)["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (5, 5, 5)
     grows = ["cluster.rollout.autoscale={max_workers: 50}", "alignment.prefetch=continue", "alignment.ppo.tis_cap=2"]
-    cluster = manifest("paper_qwen3_8b", *ON_S3, *grows)["spec"]["rayClusterSpec"]
+    sizes = ["cluster.rollout.workers=3", "cluster.alignment.ranks=4"]
+    cluster = manifest("paper_qwen3_8b", *ON_S3, *grows, *sizes, *apart)["spec"]["rayClusterSpec"]
     [group] = cluster["workerGroupSpecs"]
     assert (group["replicas"], group["maxReplicas"], cluster["enableInTreeAutoscaling"]) == (1, 7, True)
 
@@ -115,14 +119,14 @@ def test_the_number_of_nodes_is_the_smallest_that_holds_every_stage():
         (["--accelerator", "cpu", "--gpus-per-node", "2"], ConfigError, "name the GPU instead"),
         (["--gpus-per-node", "0"], ConfigError, "write --accelerator cpu"),
         (
-            ["cluster.alignment.cpus_per_rank=100"],
+            ["cluster.reward.cpus_per_rank=100"],
             ResourceError,
-            r"rank of stage align_policy takes 100 CPU and 1 GPU",
+            r"rank of stage train_reward_model takes 100 CPU and 1 GPU",
         ),
         (
-            ["cluster.alignment.gpus_per_rank=9"],
+            ["cluster.reward.gpus_per_rank=9"],
             ResourceError,
-            r"4 CPU and 9 GPU.*8 GPU.*\(cluster\.alignment\)",
+            r"4 CPU and 9 GPU.*8 GPU.*\(cluster\.reward\)",
         ),
         (["--env", "NAME"], ConfigError, "--env NAME is not of the form NAME=VALUE"),
         (["--workspace", "s3://key:secret@bucket/run"], WorkspaceError, "carries credentials"),
@@ -247,7 +251,7 @@ def slurm(tmp_path):
 
 
 def two_nodes():
-    more = ["cluster.rollout.workers=11", "--env", "VRM_DATA_ROOT=/shared/my data", "--partition", "gpu"]
+    more = [*ELEVEN, "--env", "VRM_DATA_ROOT=/shared/my data", "--partition", "gpu"]
     return written(slurm_command, "paper_qwen3_8b", *SHARED, *more)
 
 
@@ -282,7 +286,7 @@ def test_the_batch_script_starts_ray_everywhere_and_the_driver_once(slurm):
     assert f"--port={port} --num-cpus=88 --num-gpus=8" in heads[0]
     assert "--nodes=1 --ntasks=1 --exclude=node1" in others[0]
     [driver] = [call for call in calls if call.startswith("vrm")]
-    assert driver.startswith("vrm run paper_qwen3_8b --workspace /shared/runs/qwen3 cluster.rollout.workers=11 at ")
+    assert driver.startswith(f"vrm run paper_qwen3_8b --workspace /shared/runs/qwen3 {' '.join(ELEVEN)} at ")
     assert driver.endswith(f":{port} with /shared/my data")
     assert not any("requeue" in call for call in calls)
 
@@ -329,7 +333,7 @@ def test_ray_accepts_the_cluster_file_and_it_says_how_it_is_used():
 )
 def test_hosts_that_do_not_suffice_are_refused(hosts, letter):
     with pytest.raises(ConfigError, match=letter):
-        written(ssh_command, "paper_qwen3_8b", *SHARED, "cluster.rollout.workers=11", "--hosts", *hosts)
+        written(ssh_command, "paper_qwen3_8b", *SHARED, *ELEVEN, "--hosts", *hosts)
 
 
 # ----------------------------------------------------------------------------- the image
