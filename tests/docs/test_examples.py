@@ -7,10 +7,10 @@ from contextlib import suppress
 from importlib import import_module
 
 import pytest
+from jobs.vrm import COMMANDS, named_command
 
 from jobs.command_line import Command
 from jobs.run_job import job_command
-from jobs.vrm import COMMANDS, named_command
 from pipeline.config.load import load_recipe, recipe_names
 from pipeline.errors import ConfigError
 from tests.support.paths import ROOT
