@@ -45,7 +45,7 @@ from pipeline.serving.cache import ScoreCache
 from pipeline.serving.free_port import require_free_port
 from pipeline.serving.http.app import build_api
 from pipeline.serving.protocol import TOKEN_VARIABLE
-from pipeline.serving.scoring_service import Rows, ScoringService, describe_model
+from pipeline.serving.scoring_service import RowFactors, Rows, ScoringService, describe_model
 from pipeline.serving.shared_batch import score_together
 from pipeline.stages import storage
 from pipeline.stages.fingerprint import directory_fingerprint
@@ -121,17 +121,20 @@ class RewardService:
         answer = await self._without_a_socket.request(method, path, headers=headers, content=body)
         return answer.status_code, dict(answer.headers), answer.content
 
-    async def _score_rows(self, rows: Rows) -> list[RewardScore]:
-        scores = await self._score_batch(rows)
+    async def _score_rows(self, rows: Rows, factors: RowFactors | None = None) -> list[RewardScore]:
+        scores = await self._score_batch((rows, factors))
         if isinstance(scores, PipelineError):
             raise scores
         return scores
 
     @serve.batch
-    async def _score_batch(self, calls: list[Rows]) -> list[list[RewardScore] | PipelineError]:
+    async def _score_batch(
+        self, calls: list[tuple[Rows, RowFactors | None]]
+    ) -> list[list[RewardScore] | PipelineError]:
         # A caller passes one call; Serve collects the calls that wait. It runs one batch at a time, so only one thread
         # uses the model. The event loop stays free meanwhile: /healthz answers while a long batch is scored.
-        return await asyncio.to_thread(score_together, self._scorer, calls)
+        rows, factors = zip(*calls, strict=True)
+        return await asyncio.to_thread(score_together, self._scorer, rows, factors)
 
 
 def start_service(
@@ -236,6 +239,22 @@ def scoring_application(model_uri: str, config: ScoringConfig, *, token: str | N
         )
         .bind(model_uri, config, token, deadline_s)
     )
+
+
+def scorer_of_application(name: str, config: ScoringConfig, *, deadline_s: float) -> ServedScorer:
+    """A scorer of an application that somebody else runs on this cluster, with the token of the environment.
+
+    Raises:
+        ConfigError: Serve has no such application.
+    """
+    applications = serve.status().applications
+    if name not in applications:
+        raise ConfigError(
+            f"Serve has no application {name!r} on this cluster (alignment.rewards: model); it has "
+            f"{', '.join(sorted(applications)) or 'none'}. Start it with `vrm serve`, or give the URL of an endpoint."
+        )
+    token = os.environ.get(TOKEN_VARIABLE)
+    return ServedScorer(serve.get_app_handle(name), config, deadline_s=deadline_s, token=token)
 
 
 def stop_service(name: str = APPLICATION) -> None:

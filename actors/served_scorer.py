@@ -5,7 +5,8 @@ PPO and outside users use the same client and the same API. Requests through a h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 
 import httpx
 from ray.exceptions import RayTaskError
@@ -15,8 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from actors.ray_errors import ACTOR_DIED
 from pipeline.config.cluster import ScoringConfig
 from pipeline.records import Message, RewardScore
-from pipeline.serving.client import VRMScorer
-from pipeline.serving.protocol import ExplainedReward
+from pipeline.serving.client import VRMScorer, as_reward_score
 
 ADDRESS = "http://scoring-service"
 """The service's name in error messages; no socket has this name."""
@@ -62,6 +62,7 @@ class ServedScorer:
         self._max_rows = config.max_rows_per_request
         self._deadline_s = deadline_s
         self._token = token
+        self._weights: dict[str, float] = {}
 
     def client(self, *, rows: int) -> VRMScorer:
         """A client whose requests spread calls of `rows` rows evenly over the replicas."""
@@ -82,17 +83,11 @@ class ServedScorer:
             DataError, WorkerError, DeadlineExceeded: as `VRMScorer.score_rows`.
         """
         with self.client(rows=len(responses)) as scorer:
-            return [as_reward_score(scored) for scored in scorer.score_rows(prompts, responses).scores]
+            answer = scorer.score_rows(prompts, responses, weights=self._weights)
+            return [as_reward_score(scored) for scored in answer.scores]
 
-
-def as_reward_score(scored: ExplainedReward) -> RewardScore:
-    """The model's score, from the form in which the service sends it."""
-    return RewardScore(
-        mean=scored.reward,
-        std=scored.reward_std,
-        objective_weights=tuple(scored.objective_weights.values()),
-        objective_scores=tuple(scored.objective_scores.values()),
-        concentration=scored.concentration,
-        deviations=tuple(scored.deviations),
-        temperature=scored.temperature,
-    )
+    def steered(self, weights: Mapping[str, float]) -> ServedScorer:
+        """The same service with re-weighted objectives: objective -> factor of its weight."""
+        other = copy(self)
+        other._weights = dict(weights)
+        return other

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -18,18 +19,17 @@ from ray.exceptions import RayError
 from actors.ray_errors import ACTOR_DIED
 from pipeline.errors import PipelineError
 from pipeline.loops.align_policy import AlignmentPorts
-from pipeline.ports import BackgroundRolloutSource, PolicyLearner, RewardScorer, Snapshot
+from pipeline.ports import BackgroundRolloutSource, PolicyLearner, Snapshot
 from pipeline.records import (
     Experience,
-    Message,
     Metrics,
     PolicyWeights,
     Prompt,
-    RewardScore,
     Rollout,
     SamplingParams,
     TokenEvaluation,
 )
+from pipeline.rewards.rows import RewardRows, RewardSource, SourceScore
 from pipeline.stages import storage
 
 TRACE_S = 300.0
@@ -95,7 +95,7 @@ def profiled(ports: AlignmentPorts, profile: StepProfile) -> AlignmentPorts:
     """The same ports, recorded."""
     return AlignmentPorts(
         rollouts=ProfiledRollouts(ports.rollouts, profile),
-        scorer=ProfiledScorer(ports.scorer, profile),
+        sources=tuple(replace(source, source=ProfiledSource(source.source, profile)) for source in ports.sources),
         learner=ProfiledLearner(ports.learner, profile),
     )
 
@@ -129,16 +129,16 @@ class ProfiledRollouts:
             return self._rollouts.collect()
 
 
-class ProfiledScorer:
-    """Implements `RewardScorer`."""
+class ProfiledSource:
+    """Implements `RewardSource`."""
 
-    def __init__(self, scorer: RewardScorer, profile: StepProfile) -> None:
-        self._scorer = scorer
+    def __init__(self, source: RewardSource, profile: StepProfile) -> None:
+        self._source = source
         self._profile = profile
 
-    def score(self, prompts: Sequence[tuple[Message, ...]], responses: Sequence[str]) -> list[RewardScore]:
+    def score(self, rows: RewardRows) -> list[SourceScore]:
         with self._profile.phase("score"):
-            return self._scorer.score(prompts, responses)
+            return self._source.score(rows)
 
 
 class ProfiledLearner:

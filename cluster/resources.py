@@ -15,6 +15,7 @@ from pipeline.config.cluster import ClusterConfig, RanksConfig, RolloutPlacement
 from pipeline.errors import ResourceError
 
 TOLERANCE = 1e-6
+TRAIN_REWARD_MODEL = "train_reward_model"
 MOST_WORKERS = 1024
 """Nobody asks for more rollout workers."""
 
@@ -47,6 +48,9 @@ def plan_resources(
     placement: RolloutPlacement = "disaggregated",
     *,
     judge: bool = False,
+    reward_model: bool = True,
+    other_models: int = 0,
+    functions: int = 0,
     samples: bool = True,
 ) -> tuple[StageDemand, ...]:
     """What each stage holds, in the order of the stages.
@@ -58,9 +62,21 @@ def plan_resources(
         placement: where the rollout workers stand (`cluster/rollout_plan.py`). Workers that share the learner's GPUs
             keep them reserved for both.
         judge: whether a judge scores beside the reward model in the benchmark.
-        samples: whether the alignment samples responses and has them scored (`AlignmentConfig.needs_reward_model`).
+        reward_model: whether the run trains a reward model and serves it.
+        other_models: further reward models that are served while the policy is aligned.
+        functions: rewards that run in processes of their own.
+        samples: whether the alignment samples responses and has them scored (`AlignmentConfig.samples_prompts`).
     """
     scoring, learning = _scoring(cluster), _ranks("alignment", cluster.alignment)
+    services = replace(scoring, count=scoring.count * (reward_model + other_models))
+    processes = Demand(
+        role="reward function",
+        setting="cluster.reward_functions.processes",
+        count=cluster.reward_functions.processes * functions,
+        cpus=cluster.reward_functions.cpus_per_process,
+        gpus=0.0,
+    )
+    rewards = tuple(demand for demand in (services, processes) if demand.count)
     if placement == "colocated":
         shared = Demand(
             role="rank and engine",
@@ -75,11 +91,11 @@ def plan_resources(
         aligning, sampling = [learning, rollout], [rollout]
     return (
         StageDemand(stage="sft", demands=(_ranks("sft", cluster.sft),)),
-        StageDemand(stage="train_reward_model", demands=(_ranks("reward", cluster.reward),)),
-        StageDemand(stage="align_policy", demands=(*aligning, scoring) if samples else (learning,)),
+        *([StageDemand(stage=TRAIN_REWARD_MODEL, demands=(_ranks("reward", cluster.reward),))] if reward_model else []),
+        StageDemand(stage="align_policy", demands=(*aligning, *rewards) if samples else (learning,)),
         StageDemand(
             stage="generate_benchmark",
-            demands=(*sampling, scoring, *([replace(scoring, role="judge's replica")] if judge else [])),
+            demands=(*sampling, *rewards, *([replace(scoring, role="judge's replica")] if judge else [])),
         ),
     )
 

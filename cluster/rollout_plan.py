@@ -75,9 +75,15 @@ def plan_rollouts(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> Rollo
 
 def plan_of_stages(recipe: Recipe, rollouts: RolloutPlan) -> tuple[StageDemand, ...]:
     """What each stage of the recipe holds, in the order of the stages."""
+    alignment = recipe.alignment
+    checkpoints = {s.model.place for s in alignment.rewards if s.model is not None and s.model.is_checkpoint}
+    functions = sum(source.python is not None or source.math is not None for source in alignment.rewards)
     return plan_resources(
         recipe.cluster,
         rollouts.placement,
         judge=recipe.judge is not None,
-        samples=recipe.alignment.needs_reward_model,
+        reward_model=recipe.scores_by_reward_model,
+        other_models=len(checkpoints),
+        functions=functions,
+        samples=alignment.samples_prompts,
     )

@@ -1,15 +1,16 @@
-"""Stage 3: alignment of the policy, against the reward model or to preference pairs directly.
+"""Stage 3: alignment of the policy, against its rewards or to preference pairs directly.
 
     python jobs/align_policy.py --recipe tiny
     python jobs/align_policy.py --recipe tiny alignment.algorithm=dpo
 
-Runs the stages before it when their results are not in the workspace. A direct method needs no reward model.
+Runs the stages before it when their results are not in the workspace. A direct method needs no reward model, and
+neither do rewards without `model: this_run`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -35,24 +36,26 @@ def align_policy(
     read_data: ReadData,
     actors: SharedActors,
     policy: StageResult,
-    reward_model: StageResult,
+    reward_model: StageResult | None,
 ) -> StageResult:
+    """Args: reward_model: None where the recipe trains none, or has it for the benchmark alone."""
     from pipeline.loops.align_policy import alignment_stage, run_alignment
 
-    if recipe.alignment.is_direct and recipe.alignment.pairs == "policy":
-        return align_to_own_pairs(stages, recipe, read_data, actors, policy, reward_model)
+    needed = reward_model if recipe.alignment.needs_reward_model else None
+    if needed is not None and recipe.alignment.is_direct:
+        return align_to_own_pairs(stages, recipe, read_data, actors, policy, needed)
     if recipe.alignment.is_direct:
         return align_directly(stages, recipe, read_data, policy)
     return stages.run(
-        alignment_stage(recipe, policy.fingerprint, reward_model.fingerprint),
+        alignment_stage(recipe, policy.fingerprint, None if needed is None else needed.fingerprint),
         lambda stage: run_alignment(
             stage,
             recipe,
             read_data(),
             policy_uri=policy.location,
-            reward_model_uri=reward_model.location,
+            reward_model_uri=None if needed is None else needed.location,
             publish_directory=actors.publish_directory,
-            open_ports=partial(_open_ports, recipe, actors, policy, reward_model, stage),
+            open_ports=partial(_open_ports, recipe, actors, policy, needed, stage),
         ),
         max_restarts=recipe.cluster.alignment.max_restarts,
     )
@@ -117,7 +120,7 @@ def _open_ports(
     recipe: Recipe,
     actors: SharedActors,
     policy: StageResult,
-    reward_model: StageResult,
+    reward_model: StageResult | None,
     stage: StageDirectory,
     spec: PPOLearnerSpec,
 ) -> Iterator[AlignmentPorts]:
@@ -127,11 +130,15 @@ def _open_ports(
     from actors.step_profile import StepProfile, profiled
     from cluster.rollout_plan import WeightReceivers
     from pipeline.loops.align_policy import AlignmentPorts
+    from pipeline.rewards.opened import open_sources
 
     ranks, deadlines = recipe.cluster.alignment, recipe.cluster.deadlines
     rollouts = actors.rollouts(policy)
-    with RankGroup("PPO learner", ranks, start_s=deadlines.start_s, placement=actors.shared_gpus()) as group:
-        scorer = actors.scorer(reward_model)
+    with (
+        RankGroup("PPO learner", ranks, start_s=deadlines.start_s, placement=actors.shared_gpus()) as group,
+        ExitStack() as exits,
+    ):
+        sources = open_sources(recipe.alignment.rewards, actors.reward_openers(reward_model), exits)
         rollouts.sleep()  # the learner may be built on the engines' GPUs
         group.build(deepspeed_ppo_learner, spec, ranks)
         receivers = WeightReceivers(
@@ -141,7 +148,7 @@ def _open_ports(
         )
         sender = RankedSender(group, receivers, deadline_s=deadlines.weights_s)
         with rollouts.fed_by(sender):
-            ports = AlignmentPorts(rollouts=rollouts, scorer=scorer, learner=RankedPolicyLearner(group, deadlines))
+            ports = AlignmentPorts(rollouts=rollouts, sources=sources, learner=RankedPolicyLearner(group, deadlines))
             if recipe.profile.steps:
                 processes = {"rank-0.json.gz": group.first, "engine-0.json.gz": rollouts.first_worker}
                 ports = profiled(ports, StepProfile(recipe.profile.steps, stage.uri, stage.name, processes))
@@ -150,10 +157,8 @@ def _open_ports(
 
 def main(job: Job) -> None:
     policy = sft(job.stages, job.recipe, job.read_data)
-    if not job.recipe.alignment.needs_reward_model:
-        align_directly(job.stages, job.recipe, job.read_data, policy)
-        return
-    reward_model = train_reward_model(job.stages, job.recipe, job.read_data, policy)
+    needed = job.recipe.alignment.needs_reward_model
+    reward_model = train_reward_model(job.stages, job.recipe, job.read_data, policy) if needed else None
     align_policy(job.stages, job.recipe, job.read_data, job.actors, policy, reward_model)
 
 

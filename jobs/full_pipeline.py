@@ -15,7 +15,7 @@ from jobs.generate_benchmark import generate_benchmark
 from jobs.run_job import run_job
 from jobs.run_report import write_report
 from jobs.sft import sft
-from jobs.train_reward_model import train_judge, train_reward_model
+from jobs.train_reward_model import scoring_model, train_judge
 
 if TYPE_CHECKING:
     from jobs.open_job import Job
@@ -27,7 +27,7 @@ def run_pipeline(job: Job) -> None:
     stages, recipe, read_data, actors = job.stages, job.recipe, job.read_data, job.actors
     policy = sft(stages, recipe, read_data)
     require_prompts_fit(recipe, read_data(), policy.location)
-    reward_model = train_reward_model(stages, recipe, read_data, policy)
+    reward_model = scoring_model(stages, recipe, read_data, policy)
     judge = train_judge(stages, recipe, read_data, policy)
     aligned = align_policy(stages, recipe, read_data, actors, policy, reward_model)
     benchmark = generate_benchmark(stages, recipe, read_data, actors, policy, aligned, reward_model, judge)

@@ -1,4 +1,4 @@
-"""What a job looks at before it starts anything: a remote workspace, its data files, its checkpoints.
+"""What a job looks at before it starts anything: a remote workspace, its data files, checkpoints and rewards.
 
 Imports neither torch nor ray, so that bad input is answered at once.
 """
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.config.recipe import Recipe
+from pipeline.config.rewards import THIS_RUNS_MODEL
 from pipeline.data.recipe_files import check_data
 from pipeline.errors import CheckpointError
 from pipeline.models.checkpoint_files import check_checkpoint, decoder_config
@@ -29,14 +30,14 @@ class NamedCheckpoint:
 
 
 def check_recipe(recipe: Recipe, *, workspace: str | None = None) -> None:
-    """Opens each data file and each checkpoint of a recipe; prints what was looked at, and for how long.
+    """Opens each data file, each checkpoint and each reward of a recipe; prints what was looked at, and for how long.
 
     Args:
         workspace: a remote one is written to, and what was written deleted. In any, a stage may have finished with a
             checkpoint. Then the checkpoint may be gone.
 
     Raises:
-        ConfigError, DataError, CheckpointError, WorkspaceError: one of them, or a logger, cannot be used.
+        ConfigError, DataError, CheckpointError, WorkerError, WorkspaceError: one of them, or a logger, cannot be used.
     """
     started = time.monotonic()
     require_loggers(recipe.logging)
@@ -60,6 +61,10 @@ def check_recipe(recipe: Recipe, *, workspace: str | None = None) -> None:
             seen.append(named.setting)
         else:
             unseen.append(f"{named.setting} = {named.checkpoint} ({reason})")
+    if recipe.alignment.rewards != (THIS_RUNS_MODEL,):
+        from pipeline.rewards.preflight import check_rewards
+
+        seen += check_rewards(recipe.alignment.rewards)
     _check_shards(recipe)
     print(f"{'preflight':<19} {', '.join(seen)} looked at in {time.monotonic() - started:.2f} s", flush=True)
     for what in unseen:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from pipeline.benchmark.scored_answers import read_scored_answers
 from pipeline.config.recipe import Recipe
@@ -19,25 +20,35 @@ def write_report(
     stages: StageRunner,
     recipe: Recipe,
     policy: StageResult,
-    reward_model: StageResult,
+    reward_model: StageResult | None,
     aligned: StageResult,
     benchmark: StageResult,
     judge: StageResult | None,
 ) -> str:
-    """Writes <workspace>/report.html from the finished stages, prints the results. Cheap: always made anew."""
+    """Writes <workspace>/report.html from the finished stages, prints the results. Cheap: always made anew.
+
+    Args:
+        reward_model, judge: None where the recipe trains none.
+    """
     from pipeline.loops.benchmark import ALIGNED, BASE, answers_file
     from pipeline.reporting.report import ReportData, StageSummary, findings, report_page, results_table
 
     workspace = stages.workspace
-    results = (policy, reward_model, aligned, benchmark, *([] if judge is None else [judge]))
+    results = [result for result in (policy, reward_model, aligned, benchmark, judge) if result is not None]
     directories = [workspace.stage(result.name, result.fingerprint) for result in results]
+
+    def rows_of(result: StageResult) -> list[dict[str, Any]]:
+        return directories[results.index(result)].metrics_rows()
+
     with storage.reading(benchmark.location) as directory:
         answers = {name: read_scored_answers(answers_file(directory, name)) for name in (BASE, ALIGNED)}
         planted_file = Path(directory) / "planted.json"
         planted = json.loads(planted_file.read_text()) if planted_file.exists() else {"kinds": {}, "weights": {}}
-    with storage.reading(reward_model.location) as directory:
-        objectives = read_card(directory).objectives
-        reward_model_fingerprint = directory_fingerprint(directory)
+    objectives, reward_model_fingerprint = recipe.objectives, None
+    if reward_model is not None:
+        with storage.reading(reward_model.location) as directory:
+            objectives = read_card(directory).objectives
+            reward_model_fingerprint = directory_fingerprint(directory)
     manifests = [directory.manifest() for directory in directories]
     data = ReportData(
         name=recipe.name,
@@ -54,9 +65,9 @@ def write_report(
             )
             for manifest, result in zip(manifests, results, strict=True)
         ],
-        reward_rows=directories[1].metrics_rows(),
-        alignment_rows=directories[2].metrics_rows(),
-        reward_metrics=reward_model.metrics,
+        reward_rows=[] if reward_model is None else rows_of(reward_model),
+        alignment_rows=rows_of(aligned),
+        reward_metrics={} if reward_model is None else reward_model.metrics,
         reward_model_fingerprint=reward_model_fingerprint,
         benchmark_metrics=benchmark.metrics,
         base=answers[BASE],

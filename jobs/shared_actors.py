@@ -20,12 +20,16 @@ from cluster.rollout_plan import RolloutPlan
 from cluster.rollout_room import RolloutRoom
 from cluster.session import remove_from_nodes
 from pipeline.config.recipe import Recipe
+from pipeline.config.rewards import SERVE_PREFIX, ModelReward
 from pipeline.records import StageResult
 from pipeline.stages.scaling_requests import publish_room, requested_rollout_workers
 
 if TYPE_CHECKING:
     from actors.rollout_pool import RolloutPool
     from actors.served_scorer import ServedScorer
+    from pipeline.rewards.function_spec import FunctionSpec
+    from pipeline.rewards.opened import RewardOpeners
+    from pipeline.rewards.rows import RewardSource
 
 
 class SharedActors:
@@ -56,6 +60,7 @@ class SharedActors:
         self._shared_gpus: Placement | None = None
         self._pool: RolloutPool | None = None
         self._scorers: dict[str, ServedScorer] = {}
+        self._functions: dict[FunctionSpec, RewardSource] = {}
 
     def rollouts(self, policy: StageResult) -> RolloutPool:
         """The pool, with engines of the policy's architecture; it holds whatever weights it was last given."""
@@ -116,19 +121,19 @@ class SharedActors:
 
     def scorer(self, reward_model: StageResult) -> ServedScorer:
         """The scoring service of this job's reward model."""
-        return self._service(reward_model, self._service_name)
+        return self._service(reward_model.location, self._service_name)
 
     def judge(self, judge: StageResult) -> ServedScorer:
         """The scoring service of this job's judge."""
-        return self._service(judge, f"{self._service_name}-judge")
+        return self._service(judge.location, f"{self._service_name}-judge")
 
-    def _service(self, model: StageResult, name: str) -> ServedScorer:
+    def _service(self, model_uri: str, name: str) -> ServedScorer:
         if name not in self._scorers:
             from actors.reward_service import start_service
 
             cluster = self._recipe.cluster
             self._scorers[name] = start_service(
-                model.location,
+                model_uri,
                 # No cache: a cached row would leave its batch, and the rows of a batch decide each other's last digits.
                 # A resumed run would then not repeat an uninterrupted one.
                 cluster.scoring.model_copy(update={"cache_entries": 0}),
@@ -137,6 +142,47 @@ class SharedActors:
                 name=name,
             )
         return self._scorers[name]
+
+    def reward_openers(self, reward_model: StageResult | None) -> RewardOpeners:
+        """How this job opens its rewards: models behind the scoring service, functions in processes of their own.
+
+        Args:
+            reward_model: of this run; None where the recipe trains none.
+        """
+        from pipeline.rewards.opened import RewardOpeners, ScaledScorer, scale_of_checkpoint
+
+        def open_model(config: ModelReward) -> ScaledScorer:
+            if config.is_served:
+                application = self._scorer_of_application(config)
+                return ScaledScorer(scorer=_steered(application, config), scale=None)
+            if config.is_of_this_run:
+                assert reward_model is not None, "the recipe says so: `needs_reward_model`"
+                scorer, location = self.scorer(reward_model), reward_model.location
+            else:
+                location = config.place
+                scorer = self._service(location, f"{self._service_name}-{identity(location)}")
+            return ScaledScorer(scorer=_steered(scorer, config), scale=scale_of_checkpoint(location))
+
+        return RewardOpeners(model=open_model, function=self._function)
+
+    def _scorer_of_application(self, config: ModelReward) -> ServedScorer:
+        """An application of Serve that others started on this cluster."""
+        from actors.reward_service import scorer_of_application
+
+        return scorer_of_application(
+            config.place.removeprefix(SERVE_PREFIX), self._recipe.cluster.scoring, deadline_s=config.deadline_s
+        )
+
+    def _function(self, spec: FunctionSpec) -> RewardSource:
+        """The processes of a function, kept for the stages after this one."""
+        if spec not in self._functions:
+            from actors.reward_functions import FunctionProcesses
+
+            cluster = self._recipe.cluster
+            processes = FunctionProcesses(spec, cluster.reward_functions, start_s=cluster.deadlines.start_s)
+            self._exits.callback(processes.close)
+            self._functions[spec] = processes
+        return self._functions[spec]
 
     def leave_service(self) -> None:
         """The last thing before the cluster is left."""
@@ -155,6 +201,10 @@ class SharedActors:
     def _service_name(self) -> str:
         """A name made from the workspace, so that a job finds the service that its killed predecessor left."""
         return f"vrm-{identity(self._workspace)}"
+
+
+def _steered(scorer: ServedScorer, config: ModelReward) -> ServedScorer:
+    return scorer.steered(config.weights) if config.weights else scorer
 
 
 @contextmanager

@@ -37,6 +37,11 @@ def train_reward_model(stages: StageRunner, recipe: Recipe, read_data: ReadData,
     )
 
 
+def scoring_model(stages: StageRunner, recipe: Recipe, read_data: ReadData, policy: StageResult) -> StageResult | None:
+    """The reward model that scores the answers of the benchmark; None where rewards without one do."""
+    return train_reward_model(stages, recipe, read_data, policy) if recipe.scores_by_reward_model else None
+
+
 def train_judge(stages: StageRunner, recipe: Recipe, read_data: ReadData, policy: StageResult) -> StageResult | None:
     """The judge of the benchmark; None where the recipe has none."""
     from pipeline.data.run_data import pairs_of_the_judge

@@ -21,6 +21,7 @@ from pipeline.records import (
     RewardScore,
     Rollout,
     SamplingParams,
+    ScoredRollouts,
     TokenEvaluation,
 )
 
@@ -140,3 +141,13 @@ class RewardScorer(Protocol):
 
     def score(self, prompts: Sequence[tuple[Message, ...]], responses: Sequence[str]) -> list[RewardScore]:
         """One score per (prompt, response), in order, independent of what shared a batch."""
+
+
+class RewardSources(Protocol):
+    """All rewards of a run together: a reward model, functions, judges, and their combination."""
+
+    def score(self, rollouts: Sequence[Rollout]) -> ScoredRollouts:
+        """Scores of B rollouts, in order.
+
+        Raises WorkerError where not one of them can be trained on.
+        """

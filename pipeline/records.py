@@ -206,6 +206,18 @@ class RewardScore:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoredRollouts:
+    """What the reward sources of a run say of B rollouts."""
+
+    scores: tuple[RewardScore | None, ...]
+    """[B] the reward that is trained on; None where a source gave no score and its rule drops the row."""
+    by_source: Mapping[str, tuple[RewardScore | None, ...]]
+    """Name of a source -> [B] what it says itself; None where it gave no score."""
+    metrics: Metrics
+    """`reward/<source>*` and `reward/dropped`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenEvaluation:
     """The learner's view of one rollout's response tokens, before the update."""
 

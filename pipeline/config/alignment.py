@@ -11,6 +11,7 @@ from pipeline.config.base import Count, Fraction, Frozen, NonNegative, Positive
 from pipeline.config.direct_alignment import DirectConfig
 from pipeline.config.models import LoRAConfig, OptimiserConfig, _require_one_way_to_train_less
 from pipeline.config.policy_pairs import PolicyPairsConfig
+from pipeline.config.rewards import THIS_RUNS_MODEL, RewardSourceConfig, require_usable_rewards
 
 WHAT_IS_KEPT_OF_ROLLOUTS = frozenset({"keep_rollouts", "keep_token_ids", "keep_rollouts_mib"})
 """Settings of `alignment` that change no result, and so are no part of a stage's identity."""
@@ -227,6 +228,12 @@ class AlignmentConfig(Frozen):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus of the sampling. The learner's probabilities are of the whole vocabulary, so keep it at 1
     (docs/method.md section 14)."""
+    rewards: Annotated[tuple[RewardSourceConfig, ...], Field(min_length=1)] = (THIS_RUNS_MODEL,)
+    """Where the reward of a response comes from; the reward model of this run where nothing else is written. Without
+    `model: this_run` in it, no reward model is trained (docs/rewards.md)."""
+    combine_rewards: Literal["sum", "gdpo"] = "sum"
+    """How several sources become one reward. "sum": each in units of its held-out spread, times its weight; a single
+    source keeps its own units. "gdpo": each normalised over the responses to its prompt, times its weight."""
     kl: KLConfig = KLConfig()
     ppo: PPOConfig = PPOConfig()
     direct: DirectConfig = DirectConfig()
@@ -282,8 +289,42 @@ class AlignmentConfig(Frozen):
         return with_standard_values(written)
 
     @property
-    def needs_reward_model(self) -> bool:
+    def samples_prompts(self) -> bool:
+        """Whether the policy answers training prompts: all but direct methods on given pairs."""
         return not self.is_direct or self.pairs == "policy"
+
+    @property
+    def needs_reward_model(self) -> bool:
+        """Whether this run trains a reward model: its scores are asked for."""
+        if self.is_direct:
+            return self.samples_prompts
+        return any(source.is_this_runs_model for source in self.rewards)
+
+    @model_validator(mode="after")
+    def _rewards_fit_the_algorithm(self) -> AlignmentConfig:
+        require_usable_rewards(self.rewards)
+        if self.is_direct and self.rewards != (THIS_RUNS_MODEL,):
+            raise ValueError(
+                f"rewards are for algorithms that sample by themselves, and algorithm = {self.algorithm} learns from "
+                "pairs; leave rewards out, or set algorithm=grpo"
+            )
+        if self.combine_rewards == "gdpo" and self.ppo.advantages != "group_centred":
+            raise ValueError(
+                "combine_rewards = gdpo normalises each reward over the responses to its prompt, and ppo.advantages = "
+                f"{self.ppo.advantages} would not leave it so; set ppo.advantages=group_centred and "
+                "ppo.whiten_advantages=true, the normalisation over the batch that GDPO ends with"
+            )
+        if self.combine_rewards == "gdpo" and self.keep_best is not None:
+            raise ValueError(
+                f"combine_rewards = gdpo gives every group a mean of 0, so keep_best = {self.keep_best} has nothing to "
+                "compare; set keep_best=null"
+            )
+        if self.samples_per_prompt < 2 and (pairwise := [s.name for s in self.rewards if s.compares_a_group]):
+            raise ValueError(
+                f"rewards: {pairwise[0]!r} compares the responses to one prompt, so samples_per_prompt = "
+                f"{self.samples_per_prompt} must be at least 2"
+            )
+        return self
 
     @model_validator(mode="after")
     def _pairs_of_the_policy_have_a_use(self) -> AlignmentConfig:

@@ -187,6 +187,15 @@ class ScoringConfig(Frozen):
         return self
 
 
+class RewardFunctionsConfig(Frozen):
+    """Processes of `python` and `math` rewards, for each of them."""
+
+    processes: Count = 1
+    """Share the batches of a step."""
+    cpus_per_process: NonNegative = 0.0
+    """0 reserves none: the processes then take turns with whatever rests while responses are scored."""
+
+
 class DeadlinesConfig(Frozen):
     """How long a remote call may take before it counts as hung; and how long this job has to leave."""
 
@@ -213,6 +222,7 @@ class ClusterConfig(Frozen):
     alignment: RanksConfig = RanksConfig()
     rollout: RolloutConfig = RolloutConfig()
     scoring: ScoringConfig = ScoringConfig()
+    reward_functions: RewardFunctionsConfig = RewardFunctionsConfig()
     deadlines: DeadlinesConfig = DeadlinesConfig()
     states_gib: Positive = 2.0
     """Largest size of the states of a frozen backbone (`reward.trainable_layers: 0`), on disk and in the memory of each

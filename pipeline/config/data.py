@@ -95,14 +95,14 @@ class SourceConfig(Frozen):
 
 
 class DataConfig(Frozen):
-    """Where pairs and prompts come from. Without `sources` it is the planted world, which needs no files."""
+    """Where pairs and prompts come from. With neither it is the planted world, which needs no files."""
 
     sources: tuple[SourceConfig, ...] = ()
-    """The sources of preference pairs; none stands for the planted world."""
+    """The sources of preference pairs. With `prompts` alone there are no pairs, and nothing trains on any."""
     planted: PlantedConfig = PlantedConfig()
     prompts: tuple[str, ...] = ()
-    """Files of prompts for alignment and benchmarks: JSONL or Parquet with a column `prompt`,
-    `messages` or `instruction`; columns `input`, `system` and `history` beside it are part of the prompt."""
+    """Files of prompts for alignment and benchmarks: JSONL or Parquet with a column `messages`, `prompt`, `instruction`
+    or `question`. Columns `input`, `system` and `history` beside it are part of the prompt; rewards read the others."""
     evaluation_prompts: tuple[str, ...] = ()
     """Prompt files that results will be reported on, besides `benchmark.prompts`. Training leaves out prompts that
     stand in one of them word for word. It reports their number, and the number of looser matches."""
@@ -124,7 +124,11 @@ class DataConfig(Frozen):
     @property
     def is_planted(self) -> bool:
         """The pairs come from the planted world."""
-        return not self.sources
+        return not (self.sources or self.prompts)
+
+    @property
+    def has_pairs(self) -> bool:
+        return self.is_planted or bool(self.sources)
 
     @model_validator(mode="after")
     def _every_source_has_its_own_name(self) -> DataConfig:

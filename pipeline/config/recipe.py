@@ -51,6 +51,11 @@ class ExperimentConfig(Frozen):
         """Names of the K objectives that claim nothing of what they are."""
         return tuple(f"factor {k + 1}" for k in range(len(self.objectives)))
 
+    @property
+    def scores_by_reward_model(self) -> bool:
+        """Whether a reward model of this run scores the benchmark. Direct methods train it for that alone."""
+        return self.alignment.is_direct or self.alignment.needs_reward_model
+
     @model_validator(mode="after")
     def _sources_annotate_these_objectives(self) -> ExperimentConfig:
         for i, source in enumerate(self.data.sources):
@@ -61,6 +66,47 @@ class ExperimentConfig(Frozen):
                 raise ValueError(
                     f"data.sources[{i}].objectives: source {source.name!r} maps a column to {unknown[0]!r}, which is "
                     f"no objective of the recipe; its objectives are {', '.join(self.objectives)}.{hint}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_are_there_where_something_trains_on_them(self) -> ExperimentConfig:
+        alignment = self.alignment
+        learners = {
+            "the reward model": (alignment.needs_reward_model, "alignment.rewards=[{math: answer}]"),
+            "the judge": (self.judge is not None, "judge=null"),
+            "supervised fine-tuning": (self.sft.num_steps > 0, "sft.num_steps=0"),
+            f"algorithm = {alignment.algorithm}": (alignment.is_direct, "alignment.algorithm=grpo"),
+        }
+        for what, (is_there, cure) in learners.items():
+            if is_there and not self.data.has_pairs:
+                raise ValueError(
+                    f"data.prompts without data.sources gives no pairs, and {what} learns from pairs; give "
+                    f"data.sources, or set {cure}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_have_columns_to_read(self) -> ExperimentConfig:
+        needed = [(source.name, column) for source in self.alignment.rewards for column in source.columns]
+        if needed and not self.data.prompts:
+            name, column = needed[0]
+            raise ValueError(
+                f"alignment.rewards: {name!r} reads the column {column!r} of the prompts, and only prompt files have "
+                "columns; give data.prompts"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _re_weighted_objectives_are_there(self) -> ExperimentConfig:
+        for source in self.alignment.rewards:
+            if source.model is None or not source.is_this_runs_model:
+                continue
+            unknown = sorted(source.model.weights.keys() - {*self.objectives})
+            if unknown:
+                raise ValueError(
+                    f"alignment.rewards: {source.name!r} re-weighs {unknown[0]!r}, which is no objective of the "
+                    f"recipe; its objectives are {', '.join(self.objectives)}"
                 )
         return self
 

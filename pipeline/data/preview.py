@@ -43,21 +43,28 @@ class Preview:
     """Training pairs of every source that are shown whole."""
 
     def text(self) -> str:
-        """All parts, with a heading each."""
-        parts = {
-            "Sources": self._sources(),
-            "Scores of the training pairs, on the scale of their source": self._scores(),
-            f"Tokens of a pair: prompt and longer response; reward.max_length = {self.experiment.reward.max_length}": (
-                self._lengths()
-            ),
-            "Prompts for alignment": self._prompts(),
-            "Prompts in two sources": self._shared_prompts(),
-            "Training prompts in the evaluation files": self._contamination(),
-            "Rows as the reward model sees them": self._rows(),
-        }
+        """All parts, with a heading each; without pairs only those of the prompts."""
+        if not self._names:
+            parts = self._of_prompts()
+        else:
+            length = self.experiment.reward.max_length
+            parts = {
+                "Sources": self._sources(),
+                "Scores of the training pairs, on the scale of their source": self._scores(),
+                f"Tokens of a pair: prompt and longer response; reward.max_length = {length}": self._lengths(),
+                **self._of_prompts(),
+                "Prompts in two sources": self._shared_prompts(),
+                "Rows as the reward model sees them": self._rows(),
+            }
         return "\n\n".join(f"{heading}\n{'-' * len(heading)}\n{part}" for heading, part in parts.items())
 
     # ------------------------------------------------------------------ parts
+
+    def _of_prompts(self) -> dict[str, str]:
+        return {
+            "Prompts for alignment": self._prompts(),
+            "Training prompts in the evaluation files": self._contamination(),
+        }
 
     def _sources(self) -> str:
         train, heldout = (Counter(pair.source for pair in side) for side in self._sides)

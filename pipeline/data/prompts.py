@@ -17,8 +17,13 @@ from pipeline.records import Message, Prompt, Role
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PROMPT_FIELDS = ("messages", "prompt", "instruction")
+PROMPT_FIELDS = ("messages", "prompt", "instruction", "question")
 EVALUATION_PROMPT_FIELDS = (*PROMPT_FIELDS, "turns")
+BESIDE_THE_PROMPT = ("input", "system", "history")
+"""Columns that become part of the prompt."""
+
+PromptColumns = Mapping[str, Any]
+"""The other columns of a prompt's row, for rewards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,15 +155,23 @@ def _is_exchange(value: Any) -> bool:
 
 
 def read_prompts(files: Sequence[str]) -> Iterator[tuple[str, tuple[Message, ...]]]:
-    """Streams (id, messages) of JSONL or Parquet files with a field `messages`, `prompt` or `instruction`.
+    """Streams (id, messages) of JSONL or Parquet files with one of the `PROMPT_FIELDS`.
 
     Raises:
         DataError: a file or a row cannot be used, or a file is named twice.
     """
+    for identity, messages, _ in read_prompts_with_columns(files):
+        yield identity, messages
+
+
+def read_prompts_with_columns(files: Sequence[str]) -> Iterator[tuple[str, tuple[Message, ...], PromptColumns]]:
+    """As `read_prompts`, with the columns of each row that are no part of the prompt: answers, tests, sources."""
     require_distinct_files(files)
     rows, again = tee(row for file in files for row in read_rows(file))
     for row, identity in zip(rows, distinct(row.identity for row in again), strict=True):
-        yield identity, prompt_of(row, PROMPT_FIELDS)
+        messages = prompt_of(row, PROMPT_FIELDS)
+        used = {next(name for name in PROMPT_FIELDS if row.values.get(name) is not None), *BESIDE_THE_PROMPT}
+        yield identity, messages, {name: value for name, value in row.values.items() if name not in used}
 
 
 def tokenise_prompts(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from pipeline.config.data import SourceConfig
 from pipeline.config.recipe import ExperimentConfig
@@ -55,15 +56,41 @@ class DataFile:
 def data_files(experiment: ExperimentConfig) -> Iterator[DataFile]:
     """Every file that a run reads. Their order counts for the identity of a stage. A hub data set is no file."""
     data = experiment.data
+    read_asked = partial(_read_prompts, fields=PROMPT_FIELDS, columns=reward_columns(experiment))
     for path in data.prompts:
-        yield DataFile(path=resolve(path), read=partial(_read_prompts, fields=PROMPT_FIELDS))
+        yield DataFile(path=resolve(path), read=read_asked)
     for path in data.evaluation_prompts:
         yield DataFile(path=resolve(path), read=partial(_read_prompts, fields=EVALUATION_PROMPT_FIELDS))
     for path in experiment.benchmark.prompts:
-        yield DataFile(path=resolve(path), read=partial(_read_prompts, fields=PROMPT_FIELDS))
+        read_plainly = partial(_read_prompts, fields=PROMPT_FIELDS)
+        yield DataFile(path=resolve(path), read=read_plainly if experiment.scores_by_reward_model else read_asked)
     for source in data.sources:
         if source.path is not None:
             yield pair_file(resolve(source.path), source, experiment.objectives)
+
+
+def reward_columns(experiment: ExperimentConfig) -> dict[str, str]:
+    """Column of the prompt files -> the first reward that reads it."""
+    return {column: source.name for source in reversed(experiment.alignment.rewards) for column in source.columns}
+
+
+def require_columns(columns: Mapping[str, str], values: Mapping[str, Any], *, place: str) -> None:
+    """Refuses a prompt without a column that a reward reads.
+
+    Args:
+        columns: as `reward_columns`.
+        values: the columns of the prompt.
+
+    Raises:
+        DataError: names the place, the column and the reward.
+    """
+    for column, reward in columns.items():
+        if values.get(column) is None:
+            there = ", ".join(sorted(name for name, value in values.items() if value is not None))
+            raise DataError(
+                f"{place}: no column {column!r}, which the reward {reward!r} reads (alignment.rewards). "
+                f"The columns with a value are {there or 'none'}."
+            )
 
 
 def _labelled_files(experiment: ExperimentConfig) -> Iterator[DataFile]:
@@ -102,6 +129,8 @@ def read_sources(experiment: ExperimentConfig) -> list[SourceRead]:
         DataError: a source cannot be used, or an objective is annotated in none; names the place and the cure.
     """
     data, seed = experiment.data, experiment.seed
+    if not data.sources:
+        return []
     # One file may be two sources only where `where` tells their rows apart.
     for where in {tuple(sorted(source.where.items())) for source in data.sources}:
         same = [source for source in data.sources if tuple(sorted(source.where.items())) == where]
@@ -149,9 +178,10 @@ def resolve(path: str) -> str:
     return os.path.join(os.environ.get(DATA_ROOT, ""), path)
 
 
-def _read_prompts(rows: Iterable[Row], *, fields: Sequence[str]) -> None:
+def _read_prompts(rows: Iterable[Row], *, fields: Sequence[str], columns: Mapping[str, str] | None = None) -> None:
     for row in rows:
         prompt_of(row, fields)
+        require_columns(columns or {}, row.values, place=row.place)
 
 
 def _read_labelled(rows: Iterable[Row]) -> None:

@@ -12,7 +12,7 @@ from pipeline.data.decontamination import Contamination, EvaluationPrompts, find
 from pipeline.data.files import content_fingerprint
 from pipeline.data.planted import GoldAnnotator, PlantedWorld
 from pipeline.data.preferences import LeftOut, first_of_each_prompt, normalised_prompt, take_pairs
-from pipeline.data.prompts import read_prompts
+from pipeline.data.prompts import PromptColumns, read_prompts_with_columns
 from pipeline.data.recipe_files import data_files, read_sources, resolve
 from pipeline.data.sources import HeldoutRule, SourceRead
 from pipeline.errors import DataError
@@ -32,6 +32,8 @@ class RunData:
     heldout_pairs: Sequence[PreferencePair]
     train_prompts: Sequence[NamedPrompt]
     heldout_prompts: Sequence[NamedPrompt]
+    prompt_columns: Mapping[str, PromptColumns]
+    """Id of a prompt -> the other columns of its row; empty without prompt files. They stay with the driver."""
     sft_texts: Sequence[tuple[tuple[Message, ...], str]]
     left_out: Mapping[str, Mapping[LeftOut, int]]
     """Comparisons that gave no pair, by source and reason."""
@@ -117,6 +119,7 @@ def _planted(experiment: ExperimentConfig) -> RunData:
         heldout_pairs=world.heldout_pairs(),
         train_prompts=[(prompt.id, prompt.messages) for prompt in world.train_prompts],
         heldout_prompts=[(prompt.id, prompt.messages) for prompt in world.heldout_prompts],
+        prompt_columns={},
         sft_texts=world.sft_texts(),
         left_out={},
         source_notes=(),
@@ -129,10 +132,14 @@ def _from_sources(experiment: ExperimentConfig) -> RunData:
     data, seed = experiment.data, experiment.seed
     sources = read_sources(experiment)
     rule = HeldoutRule.of(sources, data.heldout_fraction, seed)
-    train_pairs, heldout_pairs = rule.split(_used_pairs(sources, data.max_pairs, seed))
+    train_pairs, heldout_pairs = rule.split(_used_pairs(sources, data.max_pairs, seed)) if sources else ([], [])
     # Without prompt files the policy is aligned on the prompts of the pairs; either way the same rule splits them.
+    columns: dict[str, PromptColumns] = {}
     if data.prompts:
-        prompts = [(FROM_PROMPT_FILES, *named) for named in read_prompts([resolve(path) for path in data.prompts])]
+        prompts = []
+        for identity, messages, others in read_prompts_with_columns([resolve(path) for path in data.prompts]):
+            prompts.append((FROM_PROMPT_FILES, identity, messages))
+            columns[identity] = others
     else:
         # Some publishers compare many responses to one prompt: it is asked once all the same.
         pairs = first_of_each_prompt(_used_pairs(sources, None, seed))
@@ -153,9 +160,9 @@ def _from_sources(experiment: ExperimentConfig) -> RunData:
         contamination = find_contamination(training, evaluation)
         train_pairs = [pair for pair in train_pairs if not evaluation.holds(pair.prompt)]
         sides[0][:] = [prompt for prompt in sides[0] if not evaluation.holds(prompt[2])]
-        if not train_pairs or not sides[0]:
+        if (sources and not train_pairs) or not sides[0]:
             raise DataError(
-                f"every training {'prompt' if train_pairs else 'pair'} stands in an evaluation file "
+                f"every training {'pair' if sources and not train_pairs else 'prompt'} stands in an evaluation file "
                 f"({', '.join(files)}) and was left out. Give other training data."
             )
     return RunData(
@@ -163,6 +170,7 @@ def _from_sources(experiment: ExperimentConfig) -> RunData:
         heldout_pairs=heldout_pairs,
         train_prompts=[(identity, messages) for _, identity, messages in sides[0]],
         heldout_prompts=[(identity, messages) for _, identity, messages in sides[1]],
+        prompt_columns=columns,
         sft_texts=[(pair.prompt, pair.chosen) for pair in train_pairs],
         left_out={source.name: source.left_out for source in sources},
         source_notes=[*(source.note() for source in sources), *rule.moved(sources)],

@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.data.planted import GoldAnnotator
 from pipeline.errors import ShapeError
 from pipeline.evaluation.reward_scale import RewardScale
-from pipeline.records import Message, Metrics, PreferencePair
+from pipeline.records import Message, Metrics, PreferencePair, RewardScore, Rollout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,20 +35,18 @@ class GoldReward:
         return [self.annotator.reward(prompt, text) for prompt, text in zip(prompts, responses, strict=True)]
 
     def measure(
-        self,
-        prompts: Sequence[Sequence[Message]],
-        responses: Sequence[str],
-        proxy: Sequence[float],
-        proxy_scale: RewardScale,
+        self, rollouts: Sequence[Rollout], proxy: Sequence[RewardScore | None], proxy_scale: RewardScale
     ) -> Metrics:
-        """`gold/mean` and the terms of `gold_proxy_gap` over N responses.
+        """`gold/mean` and the terms of `gold_proxy_gap` over the rollouts that have a reward.
 
         Args:
-            proxy: [N] the reward model's mean, before any transform that the policy is trained on.
-            proxy_scale: mean and standard deviation of the reward model on held-out responses.
+            proxy: the reward of each, before any transform that the policy is trained on.
+            proxy_scale: its mean and standard deviation on held-out responses.
         """
-        gold = self.rewards(prompts, responses)
-        return {"gold/mean": float(np.mean(gold))} | gold_proxy_gap(proxy, gold, proxy_scale, self.scale)
+        scored = [(rollout, score.mean) for rollout, score in zip(rollouts, proxy, strict=True) if score is not None]
+        gold = self.rewards([r.prompt.messages for r, _ in scored], [r.response_text for r, _ in scored])
+        gap = gold_proxy_gap([mean for _, mean in scored], gold, proxy_scale, self.scale)
+        return {"gold/mean": float(np.mean(gold))} | gap
 
 
 def gold_proxy_gap(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from pipeline.config.recipe import ExperimentConfig
+from pipeline.config.rewards import ModelReward
 from pipeline.data.run_data import RunData
+from pipeline.errors import ConfigError
 from pipeline.evaluation.reward_scorer import RewardModelScorer
 from pipeline.experiments.shared_stages import from_root_or_computed
 from pipeline.learning.builders import PPOLearnerSpec, build_ppo_learner, engine_in_process, reference_in_process
 from pipeline.loops.align_policy import AlignmentPorts, alignment_stage, run_alignment
 from pipeline.loops.benchmark import BenchmarkPorts, benchmark_prompts, benchmark_stage, run_benchmark
 from pipeline.records import StageResult
+from pipeline.rewards.in_process import FunctionInProcess
+from pipeline.rewards.opened import RewardOpeners, ScaledScorer, open_sources, rewards_of_model
 from pipeline.rollouts.publishing import publish_checkpoint
 from pipeline.rollouts.torch_rollouts import TorchRollouts
 from pipeline.stages import storage
@@ -50,13 +55,31 @@ class LocalRun:
         return storage.join(self.directory, "published")
 
     def align(self, reward_model: StageResult, scorer: RewardModelScorer) -> tuple[StageDirectory, StageResult]:
-        """The stage that aligns the policy against a reward model, finished in `directory`."""
-        spec = alignment_stage(self.experiment, self.policy.fingerprint, reward_model.fingerprint)
-        dtype, device = self.experiment.policy.dtype, self.device
+        """The stage that aligns the policy to its rewards, finished in `directory`.
 
-        def open_ports(spec: PPOLearnerSpec) -> AbstractContextManager[AlignmentPorts]:
+        Args:
+            reward_model: the reward model of this run, behind `scorer`.
+        """
+        dtype, device = self.experiment.policy.dtype, self.device
+        needed = reward_model if self.experiment.alignment.needs_reward_model else None
+        spec = alignment_stage(self.experiment, self.policy.fingerprint, None if needed is None else needed.fingerprint)
+
+        def open_model(config: ModelReward) -> ScaledScorer:
+            if config.is_served:
+                raise ConfigError(
+                    f"alignment.rewards: {config.place} is on a Ray cluster, and an experiment runs in one process. "
+                    "Give the URL of the service."
+                )
+            other = None if config.is_of_this_run else scorer_in_process(self.experiment, config.place, device)
+            return ScaledScorer.of(other or scorer, config.weights)
+
+        @contextmanager
+        def open_ports(spec: PPOLearnerSpec) -> Iterator[AlignmentPorts]:
             learner = build_ppo_learner(spec, engine_in_process(device), reference_in_process(dtype, device))
-            return nullcontext(AlignmentPorts(rollouts=self.rollouts, scorer=scorer, learner=learner))
+            openers = RewardOpeners(model=open_model, function=FunctionInProcess)
+            with ExitStack() as exits:
+                sources = open_sources(self.experiment.alignment.rewards, openers, exits)
+                yield AlignmentPorts(rollouts=self.rollouts, sources=sources, learner=learner)
 
         result = from_root_or_computed(
             spec,
@@ -66,7 +89,7 @@ class LocalRun:
                 self.experiment,
                 self.data,
                 policy_uri=self.policy.location,
-                reward_model_uri=reward_model.location,
+                reward_model_uri=None if needed is None else needed.location,
                 publish_directory=self.publish_directory,
                 open_ports=open_ports,
             ),
@@ -89,7 +112,9 @@ class LocalRun:
                 policy_uri=self.policy.location,
                 aligned_uri=aligned.location,
                 publish_directory=self.publish_directory,
-                open_ports=lambda: BenchmarkPorts(rollouts=self.rollouts, scorer=scorer),
+                open_ports=lambda _: BenchmarkPorts(
+                    rollouts=self.rollouts, rewards=rewards_of_model(ScaledScorer.of(scorer))
+                ),
             ),
         )
 
@@ -101,8 +126,8 @@ class LocalRun:
             self.rollouts.load_weights(publish_checkpoint(checkpoint, location, probes, dtype=dtype, version=0))
 
 
-def scorer_in_process(experiment: ExperimentConfig, reward_model: StageResult, device: str) -> RewardModelScorer:
+def scorer_in_process(experiment: ExperimentConfig, reward_model_uri: str, device: str) -> RewardModelScorer:
     """The reward model as a function."""
     budget = experiment.alignment.max_tokens_per_micro_batch
-    with storage.reading(reward_model.location) as directory:
+    with storage.reading(reward_model_uri) as directory:
         return RewardModelScorer.load(directory, max_tokens_per_batch=budget, device=device)

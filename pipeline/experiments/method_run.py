@@ -74,7 +74,7 @@ def align_by_method(
     benchmark_prompts(recipe, data, inputs.policy.location)
     run = LocalRun.open(recipe, data, inputs.policy, directory=directory, device=device)
     stages, aligned = _align(run, inputs, shared)
-    answers = run.answer(aligned, inputs.judge, scorer_in_process(recipe, inputs.judge, device))
+    answers = run.answer(aligned, inputs.judge, scorer_in_process(recipe, inputs.judge.location, device))
     measured = measure_policy(run, inputs, aligned, recipe.comparison)
     return cell_result(recipe, data, inputs, stages, answers, measured)
 
@@ -130,7 +130,7 @@ def cell_result(
 def _align(run: LocalRun, inputs: CellInputs, shared: str) -> tuple[list[StageDirectory], StageResult]:
     """The finished stages of the method, of which the last one is the alignment, and its result."""
     if not run.experiment.alignment.is_direct:
-        scorer = scorer_in_process(run.experiment, inputs.reward_model, run.device)
+        scorer = scorer_in_process(run.experiment, inputs.reward_model.location, run.device)
         stage, aligned = run.align(inputs.reward_model, scorer)
         return [stage], aligned
     stages: list[StageDirectory] = []
@@ -154,7 +154,7 @@ def _align(run: LocalRun, inputs: CellInputs, shared: str) -> tuple[list[StageDi
             open_trainer=open_trainer,
         )
         return stages, aligned
-    scorer = scorer_in_process(run.experiment, inputs.reward_model, run.device)
+    scorer = scorer_in_process(run.experiment, inputs.reward_model.location, run.device)
     own = OwnPairs(
         experiment=run.experiment,
         start=run.policy,
@@ -172,7 +172,7 @@ def _reward_of(run: LocalRun, inputs: CellInputs, aligned: StageResult) -> Compa
     """What Table 2 evaluates: the reward that the policy implies, or the reward model it was aligned against."""
     config = run.experiment.alignment
     if not config.is_direct:
-        return scorer_in_process(run.experiment, inputs.reward_model, run.device)
+        return scorer_in_process(run.experiment, inputs.reward_model.location, run.device)
     form = form_of_method(config.direct)
     reference = config.direct.reference_checkpoint or run.policy.location
     return ImplicitRewardScorer.load(

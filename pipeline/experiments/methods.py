@@ -64,6 +64,7 @@ def plan_cells(
             # What the command line says wins over the settings of the recipe.
             changed = (*METHODS[method], *common.comparison.settings.get(method, ()), *overrides)
             loaded = with_native_dtype(load_recipe(recipe, [*changed, f"seed={seed}"]))
+            require_pairs_for_the_judge(loaded)
             content = config_hash(loaded, data, trains="method")
             identity = fingerprint("comparison_cell", CELL_VERSION, {"run": content, "comparison": benchmarks}, files)
             cells.append(
@@ -76,6 +77,15 @@ def plan_cells(
                 )
             )
     return cells
+
+
+def require_pairs_for_the_judge(recipe: Recipe) -> None:
+    """Raises ConfigError where the recipe has no pairs, of which the judge of a comparison learns."""
+    if not recipe.data.has_pairs:
+        raise ConfigError(
+            f"recipe {recipe.name} has prompts and no pairs, and a reward model judges a comparison of methods. Give "
+            "data.sources."
+        )
 
 
 def judge_of(recipe: Recipe) -> Recipe:

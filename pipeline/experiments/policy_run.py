@@ -50,7 +50,7 @@ def align_and_measure(
     # Prompts that do not fit are found before the alignment, not after it.
     conversations = [prompt.messages for prompt in benchmark_prompts(experiment, data, policy.location)[0]]
     started = time.monotonic()
-    scorer = scorer_in_process(experiment, reward_model, device)
+    scorer = scorer_in_process(experiment, reward_model.location, device)
     run = LocalRun.open(experiment, data, policy, directory=directory, device=device)
     alignment, aligned = run.align(reward_model, scorer)
     benchmark = run.answer(aligned, reward_model, scorer)

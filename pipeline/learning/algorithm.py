@@ -17,6 +17,7 @@ from pipeline.objectives.advantages import (
     generalized_advantages,
     group_centred,
     group_zscores,
+    in_groups,
     leave_one_out,
     rewards_to_go,
 )
@@ -45,8 +46,8 @@ class ScoredTokens:
     """[B, T] under the critic; 0 without one."""
     mask: torch.Tensor
     """[B, T] bool."""
-    group_size: int
-    """G: rows [g G, (g + 1) G) answer the same prompt."""
+    groups: torch.Tensor
+    """[B] int64: rows with one number answer the same prompt. They are neighbours."""
 
 
 def _from_the_critic(tokens: ScoredTokens, ppo: PPOConfig) -> torch.Tensor:
@@ -63,7 +64,7 @@ def _from_the_group(
     """Every token of a response has the advantage of the response, whose reward is the sum of its token rewards."""
 
     def advantages(tokens: ScoredTokens, ppo: PPOConfig) -> torch.Tensor:
-        per_response = compare(tokens.rewards.sum(-1).view(-1, tokens.group_size)).view(-1, 1)
+        per_response = in_groups(compare, tokens.rewards.sum(-1), tokens.groups).unsqueeze(-1)
         return torch.where(tokens.mask, per_response, torch.zeros_like(tokens.rewards))
 
     return advantages

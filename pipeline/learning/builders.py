@@ -170,8 +170,8 @@ def _card_before_training(spec: RewardTrainerSpec) -> RewardModelCard:
 class PPOLearnerSpec:
     config: AlignmentConfig
     policy_uri: str
-    reward_model_uri: str
-    """A separate critic starts from the backbone of this reward model."""
+    reward_model_uri: str | None
+    """A separate critic starts from the backbone of this reward model; None takes the policy's own decoder."""
     dtype: str
     probes: tuple[PromptGroup, ...]
     """Probes of the numerics gate."""
@@ -189,7 +189,7 @@ def build_ppo_learner(spec: PPOLearnerSpec, make_engine: MakeEngine, make_refere
     with storage.reading(spec.policy_uri) as directory:
         policy, tokenizer = load_causal_lm(directory, dtype="float32")
         frozen = load_causal_lm(directory, dtype=spec.dtype)[0] if ppo.lora is None else None
-    critic = _critic_backbone(spec.reward_model_uri) if ppo.critic_reads_policy_tokens else None
+    critic = _critic_backbone(spec) if ppo.critic_reads_policy_tokens else None
     for backbone in (policy, critic):
         if backbone is None:
             continue
@@ -219,8 +219,11 @@ def build_ppo_learner(spec: PPOLearnerSpec, make_engine: MakeEngine, make_refere
     )
 
 
-def _critic_backbone(reward_model_uri: str) -> PreTrainedModel:
-    with storage.reading(reward_model_uri) as directory:
+def _critic_backbone(spec: PPOLearnerSpec) -> PreTrainedModel:
+    if spec.reward_model_uri is None:
+        with storage.reading(spec.policy_uri) as directory:
+            return load_backbone(directory, dtype="float32")
+    with storage.reading(spec.reward_model_uri) as directory:
         reward_model, _, _ = load_reward_model(directory)
     return reward_model.backbone
 

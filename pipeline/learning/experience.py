@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from pipeline.config.alignment import AlignmentConfig, PPOConfig
+from pipeline.errors import NumericsError, ShapeError
 from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.learning.algorithm import ADVANTAGES, ScoredTokens
 from pipeline.learning.rollout_tensors import RolloutTensors, samples_per_prompt
-from pipeline.objectives.advantages import overlong_penalty, token_rewards, transform_reward, uniform_groups
+from pipeline.objectives.advantages import (
+    groups_by_size,
+    overlong_penalty,
+    token_rewards,
+    transform_reward,
+    uniform_groups,
+)
 from pipeline.objectives.divergence import kl_estimate
 from pipeline.objectives.masked import masked_mean, whiten
 from pipeline.objectives.policy import truncated_importance_weights
@@ -19,7 +28,7 @@ from pipeline.records import CriticTargets, Experience, Metrics, RewardScore, Ro
 
 def build_experience(
     rollouts: Sequence[Rollout],
-    scores: Sequence[RewardScore],
+    scores: Sequence[RewardScore | None],
     evaluations: Sequence[TokenEvaluation],
     config: AlignmentConfig,
     *,
@@ -31,33 +40,35 @@ def build_experience(
     Nothing here depends on how the batch is sharded later. Source: docs/method.md section 11.
 
     Args:
-        rollouts, scores, evaluations: B of each, in the same order: by prompt, then by sample.
+        rollouts, scores, evaluations: B of each, in the same order: by prompt, then by sample. A rollout whose score is
+            None is left out before anything is computed, and so is one that has no other response to compare with.
         config: its sections `ppo` and `kl`, and the sampler's limit.
         kl_coefficient: beta of this step.
         reward_scale: units of the reward.
 
     Returns:
-        The experience, and the metrics of all rollouts that `batch_metrics` names.
+        The experience, and the metrics of all rollouts with a score that `batch_metrics` names.
 
     Raises:
         ShapeError: the three lists, or the tokens of one rollout, do not fit each other.
-        NumericsError: a score or an evaluation is not finite.
+        NumericsError: a score or an evaluation is not finite; or every rollout was left out.
     """
     ppo, kl = config.ppo, config.kl
-    batch = RolloutTensors.of(rollouts, scores, evaluations)
-    group_size = samples_per_prompt(rollouts) if ppo.compares_a_group else 1
+    scored = rows_with_a_score(rollouts, scores, compares_a_group=ppo.compares_a_group)
+    rollouts, evaluations = [rollouts[row] for row in scored.rows], [evaluations[row] for row in scored.rows]
+    batch, groups = RolloutTensors.of(rollouts, scored.scores, evaluations), scored.groups
     rewards = shaped_rewards(batch, ppo, reward_scale, max_response_tokens=config.max_response_tokens)
     token_kl = kl_estimate(batch.logprobs, batch.reference_logprobs, kl.estimator)
     reward_beta, loss_beta = (kl_coefficient, 0.0) if kl.place == "reward" else (0.0, kl_coefficient)
     per_token = token_rewards(rewards, token_kl, batch.mask, kl_coefficient=reward_beta)
-    advantages = estimated_advantages(per_token, batch, ppo, group_size=group_size)
+    advantages = estimated_advantages(per_token, batch, ppo, groups=groups)
     returns = _masked(advantages + batch.values, batch.mask)
     weights = importance_weights(batch, tis_cap=ppo.tis_cap)
-    kept = rows_that_teach(rewards, group_size) if ppo.drop_uniform_groups else torch.arange(len(rollouts))
+    kept = rows_that_teach(rewards, groups) if ppo.drop_uniform_groups else torch.arange(len(rollouts))
     mask = batch.mask[kept]
     experience = Experience(
         sequences=tuple(rollouts[row].tokens for row in kept.tolist()),
-        rows=tuple(kept.tolist()),
+        rows=tuple(scored.rows[row] for row in kept.tolist()),
         mask=mask,
         logprobs=batch.logprobs[kept],
         reference_logprobs=batch.reference_logprobs[kept],
@@ -71,11 +82,52 @@ def build_experience(
     if ppo.trains_a_critic:
         metrics |= critic_metrics(batch, returns)
     if ppo.compares_a_group:
-        metrics |= group_metrics(rewards.view(-1, group_size))
+        metrics |= group_metrics(rewards, groups) | {"group/alone": float(scored.num_alone)}
     return experience, metrics
 
 
 # ------------------------------------------------------------------ rewards and advantages
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredRows:
+    """The rollouts of a step that have a reward, and somebody to be compared with where the estimator compares."""
+
+    rows: list[int]
+    scores: list[RewardScore]
+    groups: torch.Tensor
+    """[rows] int64: number of the prompt, as the step asked for it."""
+    num_alone: int
+    """Rollouts left out because every other response to their prompt was."""
+
+
+def rows_with_a_score(
+    rollouts: Sequence[Rollout], scores: Sequence[RewardScore | None], *, compares_a_group: bool
+) -> ScoredRows:
+    """Which rollouts the step learns from.
+
+    Raises:
+        ShapeError: not one score a rollout, or a prompt lacks samples.
+        NumericsError: none is left.
+    """
+    if len(scores) != len(rollouts):
+        raise ShapeError(f"{len(rollouts)} rollouts and {len(scores)} scores")
+    size = samples_per_prompt(rollouts) if compares_a_group else 1
+    with_score = [row for row, score in enumerate(scores) if score is not None]
+    members = Counter(row // size for row in with_score)
+    rows = [row for row in with_score if not compares_a_group or members[row // size] > 1]
+    if not rows and rollouts:
+        raise NumericsError(
+            f"of {len(rollouts)} rollouts {len(with_score)} have a reward, and none of them another response to its "
+            "prompt to be compared with. Mend the reward that fails, or give it a fixed score (alignment.rewards: "
+            "on_failure)."
+        )
+    return ScoredRows(
+        rows=rows,
+        scores=[score for row in rows if (score := scores[row]) is not None],
+        groups=torch.tensor([row // size for row in rows]),
+        num_alone=len(with_score) - len(rows),
+    )
 
 
 def shaped_rewards(
@@ -107,16 +159,16 @@ def shaped_rewards(
 
 
 def estimated_advantages(
-    per_token_rewards: torch.Tensor, batch: RolloutTensors, ppo: PPOConfig, *, group_size: int
+    per_token_rewards: torch.Tensor, batch: RolloutTensors, ppo: PPOConfig, *, groups: torch.Tensor
 ) -> torch.Tensor:
     """A_t by the recipe's estimator (`ADVANTAGES`) from R_t = -beta k_t + 1[t = last] r~, [B, T]; not whitened.
 
     Args:
         per_token_rewards: [B, T] R_t, 0 on padding; scaled to unit variance first where the recipe whitens rewards.
-        group_size: G samples of each prompt, 1 where the estimator compares no samples.
+        groups: [B] number of the prompt of each row.
     """
     rewards = whiten(per_token_rewards, batch.mask, keep_mean=True) if ppo.whiten_rewards else per_token_rewards
-    tokens = ScoredTokens(rewards=rewards, values=batch.values, mask=batch.mask, group_size=group_size)
+    tokens = ScoredTokens(rewards=rewards, values=batch.values, mask=batch.mask, groups=groups)
     return ADVANTAGES[ppo.advantages](tokens, ppo)
 
 
@@ -127,15 +179,15 @@ def importance_weights(batch: RolloutTensors, *, tis_cap: float | None) -> torch
     return truncated_importance_weights(batch.logprobs, batch.engine_logprobs, batch.mask, cap=tis_cap)
 
 
-def rows_that_teach(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
+def rows_that_teach(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     """Rows of the prompts whose responses differ in reward; all rows when none do, whose advantages are then 0.
 
     Args:
-        rewards: [B], G rows a prompt.
+        rewards, groups: [B] the reward of each row, and the number of its prompt.
     """
-    differ = ~uniform_groups(rewards.view(-1, group_size))
-    rows = torch.arange(len(rewards)).view(-1, group_size)
-    return rows[differ].flatten() if differ.any() else rows.flatten()
+    taught = [rows[~uniform_groups(rewards[rows])].flatten() for rows in groups_by_size(groups)]
+    rows = torch.cat(taught).sort().values
+    return rows if len(rows) else torch.arange(len(rewards))
 
 
 # ------------------------------------------------------------------ metrics
@@ -181,11 +233,12 @@ def critic_metrics(batch: RolloutTensors, returns: torch.Tensor) -> Metrics:
     }
 
 
-def group_metrics(groups: torch.Tensor) -> Metrics:
-    """`group/*` of [P, G] shaped rewards: their spread within a prompt, and the share of prompts without any."""
+def group_metrics(rewards: torch.Tensor, groups: torch.Tensor) -> Metrics:
+    """`group/*` of [B] shaped rewards: their spread within a prompt, and the share of prompts without any."""
+    tables = [rewards[rows] for rows in groups_by_size(groups)]
     return {
-        "group/reward_std": float(groups.std(-1).mean()),
-        "group/uniform": float(uniform_groups(groups).float().mean()),
+        "group/reward_std": float(torch.cat([table.std(-1) for table in tables]).mean()),
+        "group/uniform": float(torch.cat([uniform_groups(table) for table in tables]).float().mean()),
     }
 
 

@@ -1,4 +1,4 @@
-"""Stage 3: the policy, aligned against the reward model."""
+"""Stage 3: the policy, aligned against its rewards."""
 
 from __future__ import annotations
 
@@ -10,19 +10,27 @@ from typing import TYPE_CHECKING
 from pipeline.config.alignment import WHAT_IS_KEPT_OF_ROLLOUTS
 from pipeline.config.recipe import ExperimentConfig
 from pipeline.data.prompts import PromptStream, tokenise_prompts
+from pipeline.data.recipe_files import require_columns, reward_columns
 from pipeline.data.run_data import RunData, data_fingerprints
 from pipeline.errors import DataError
 from pipeline.evaluation.overoptimization import GoldReward
-from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.learning.builders import PPOLearnerSpec
 from pipeline.loops.alignment import align
 from pipeline.loops.alignment_observer import AlignmentObserver, KeptRollouts
+from pipeline.loops.reward_scales import heldout_rollouts, scale_metrics, scales_of_run
 from pipeline.loops.validation import Validation, ValidationPlan
 from pipeline.models.backbone import load_tokenizer, require_context, require_lora_targets, require_same_tokens
 from pipeline.models.reward_model import load_reward_tokenizer, read_backbone_config
 from pipeline.models.reward_model_card import read_card
-from pipeline.ports import BackgroundRolloutSource, PolicyLearner, RewardScorer
+from pipeline.ports import BackgroundRolloutSource, PolicyLearner, RewardSources
 from pipeline.records import Metrics
+from pipeline.rewards.opened import (
+    OpenedSource,
+    combined_rewards,
+    needs_measured_scales,
+    rewards_of_single_responses,
+)
+from pipeline.rewards.source_files import reward_fingerprints
 from pipeline.rollouts.kept_rollouts import RolloutFiles, what_was_kept
 from pipeline.rollouts.kept_samples import SamplesOverTime
 from pipeline.rollouts.numerics_gate import choose_probes
@@ -42,18 +50,19 @@ class AlignmentPorts:
     """What an alignment needs from the outside world."""
 
     rollouts: BackgroundRolloutSource
-    scorer: RewardScorer
+    sources: Sequence[OpenedSource]
+    """The entries of `alignment.rewards`, in order."""
     learner: PolicyLearner
 
 
 OpenAlignment = Callable[[PPOLearnerSpec], AbstractContextManager[AlignmentPorts]]
 
 
-def alignment_stage(experiment: ExperimentConfig, policy: str, reward_model: str) -> StageSpec:
+def alignment_stage(experiment: ExperimentConfig, policy: str, reward_model: str | None) -> StageSpec:
     """The identity of the alignment stage.
 
     Args:
-        policy, reward_model: fingerprints of the stages whose results it reads.
+        policy, reward_model: fingerprints of the stages whose results it reads; None without a reward model.
     """
     return StageSpec(
         name="align_policy",
@@ -63,8 +72,8 @@ def alignment_stage(experiment: ExperimentConfig, policy: str, reward_model: str
             include={"seed", "data", "alignment", "policy"},
             exclude={"alignment": set(WHAT_IS_KEPT_OF_ROLLOUTS)},
         ),
-        inputs=(policy, reward_model),
-        data=tuple(data_fingerprints(experiment)),
+        inputs=(policy, *([] if reward_model is None else [reward_model])),
+        data=(*data_fingerprints(experiment), *reward_fingerprints(experiment.alignment.rewards)),
         keep_checkpoints=experiment.alignment.keep_checkpoints,
         keep_best=experiment.alignment.keep_best,
     )
@@ -76,20 +85,21 @@ def run_alignment(
     data: RunData,
     *,
     policy_uri: str,
-    reward_model_uri: str,
+    reward_model_uri: str | None,
     publish_directory: str,
     open_ports: OpenAlignment,
 ) -> Metrics:
-    """Aligns the policy against the reward model and writes it to the stage's result. Returns the metrics of `align`.
+    """Aligns the policy to its rewards and writes it to the stage's result. Returns the metrics of `align`.
 
     Args:
-        policy_uri, reward_model_uri: what the policy starts from, and what it is aligned against.
+        policy_uri, reward_model_uri: what the policy starts from, and the reward model of this run; None without one.
         publish_directory: where the learner leaves its weights for the rollout engines.
-        open_ports: opens the learner of a specification, with the engines and the scorer it works with.
+        open_ports: opens the learner of a specification, with the engines and the rewards it works with.
 
     Raises:
         ConfigError: adapters on layers that the policy does not have, prompts and responses that exceed its context, or
             a separate critic with other tokens.
+        DataError: a prompt lacks a column that a reward reads.
         NumericsError, Preempted: as `align`.
     """
     config, seed = experiment.alignment, experiment.seed
@@ -97,11 +107,18 @@ def run_alignment(
         require_lora_targets(directory, config.ppo.lora, "alignment.ppo")
         tokenizer = load_tokenizer(directory)
         require_context(directory, config.max_prompt_tokens + config.max_response_tokens, "alignment")
-    with storage.reading(reward_model_uri) as directory:
-        card = read_card(directory)
-        if config.ppo.critic_reads_policy_tokens:
+    objectives: Sequence[str] = ()
+    if reward_model_uri is not None:
+        with storage.reading(reward_model_uri) as directory:
+            objectives = read_card(directory).objectives
+    if reward_model_uri is not None and config.ppo.critic_reads_policy_tokens:
+        with storage.reading(reward_model_uri) as directory:
             num_rows = int(read_backbone_config(directory).vocab_size)
             require_same_tokens(tokenizer, load_reward_tokenizer(directory), num_rows=num_rows)
+    for identity, _ in data.train_prompts:
+        require_columns(
+            reward_columns(experiment), data.prompt_columns.get(identity, {}), place=f"data.prompts, prompt {identity}"
+        )
     plan = validation_plan(experiment, data, tokenizer)
     prompts = tokenise_prompts(
         data.train_prompts,
@@ -125,19 +142,34 @@ def run_alignment(
     )
     stream = PromptStream(prompts=tuple(prompts), seed=seed)
     with open_ports(spec) as ports:
+        measured = {}
+        if needs_measured_scales(ports.sources, config.combine_rewards):
+            heldout = tokenise_prompts(data.heldout_prompts, tokenizer, max_prompt_tokens=config.max_prompt_tokens)
+            measured = scales_of_run(
+                stage,
+                ports.sources,
+                lambda: heldout_rollouts(ports.rollouts, ports.learner, heldout, config, seed=seed),
+                data.prompt_columns,
+            )
+        rewards = combined_rewards(
+            ports.sources, config.combine_rewards, measured=measured, columns=data.prompt_columns
+        )
+        of_single = rewards_of_single_responses(ports.sources, measured=measured, columns=data.prompt_columns)
         metrics = align(
             ports.rollouts,
-            ports.scorer,
+            rewards,
             ports.learner,
             stream,
             stage,
             config,
-            reward_scale=RewardScale.of(card),
-            observer=observer_of(ports, stage, StepPlan(prompts=stream, config=config), plan, data, card.objectives),
+            reward_scale=rewards.scale,
+            observer=observer_of(
+                ports, of_single, stage, StepPlan(prompts=stream, config=config), plan, data, objectives
+            ),
         )
         if kept := what_was_kept(stage.metrics_rows()):
             print(f"{stage.name}  rollouts kept for `vrm rollouts`: {kept}", flush=True)
-        return metrics | ports.learner.peak_memory()
+        return metrics | scale_metrics(measured) | ports.learner.peak_memory()
 
 
 def validation_plan(
@@ -160,13 +192,18 @@ def validation_plan(
 
 def observer_of(
     ports: AlignmentPorts,
+    rewards: RewardSources,
     stage: StageDirectory,
     steps: StepPlan,
     validated: ValidationPlan | None,
     data: RunData,
     objectives: Sequence[str],
 ) -> AlignmentObserver:
-    """What looks at the alignment of a stage."""
+    """What looks at the alignment of a stage.
+
+    Args:
+        rewards: of responses that have no group.
+    """
     config = steps.config
     gold = None if data.gold is None else GoldReward.of(data.gold, data.heldout_pairs)
     validation = None
@@ -174,7 +211,7 @@ def observer_of(
         validation = Validation(
             validated,
             ports.rollouts,
-            ports.scorer,
+            rewards,
             ports.learner,
             SamplesOverTime(stage.uri, num_steps=config.num_steps),
             objectives=objectives,

@@ -8,7 +8,7 @@ from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.learning.experience import build_experience
 from pipeline.loops.alignment_observer import AlignmentObserver
 from pipeline.loops.alignment_run import AlignmentRun
-from pipeline.ports import BackgroundRolloutSource, PolicyLearner, RewardScorer
+from pipeline.ports import BackgroundRolloutSource, PolicyLearner, RewardSources
 from pipeline.records import Metrics
 from pipeline.rollouts.prefetch import StepPlan, rollouts_by_step
 from pipeline.stages.workspace import StageDirectory
@@ -18,7 +18,7 @@ NOBODY = AlignmentObserver()
 
 def align(
     rollouts: BackgroundRolloutSource,
-    scorer: RewardScorer,
+    rewards: RewardSources,
     learner: PolicyLearner,
     prompts: PromptStream,
     stage: StageDirectory,
@@ -32,7 +32,8 @@ def align(
     collect:  consumes the prompts of the step; waits for all its rollouts; is unblocked by the gate of the publish
               before. With `config.prefetch` sampling started during the step before, else nothing overlaps. A
               validation is sampled next, while the engines have nothing else to sample.
-    score:    consumes prompts and responses as text; produces one reward a rollout.
+    score:    consumes prompts and responses as text, from every source of reward; produces one reward a rollout, or
+              none where a source fails. A rollout without a reward is not trained on.
     evaluate: consumes the rollouts as tokens; produces policy and reference logprobs and values before the update.
     update:   consumes the experience, so it waits for rewards and evaluations; produces policy `step + 1`.
     publish:  consumes that policy; waits until every engine passed the numerics gate with it.
@@ -40,6 +41,9 @@ def align(
 
     The observer measures the true reward of the rollouts, keeps them on disk, and validates the policy that a step
     begins with. Nothing is trained on that. The finished policy is validated after the last step.
+
+    Args:
+        reward_scale: units of the combined reward.
 
     Returns:
         The metrics of the last step, or of the step that `keep_best` prefers. After a KL stop, of the last good commit.
@@ -61,16 +65,21 @@ def align(
                 heldout_answers = observer.answers(run, step)
                 batches.sample_ahead(step + 1)
                 rollouts.sleep()
-                conversations, responses = [s.prompt.messages for s in samples], [s.response_text for s in samples]
                 with run.reading("score"):
-                    scores = scorer.score(conversations, responses)
+                    scored = rewards.score(samples)
                 with run.reading("evaluate"):
                     evaluations = learner.evaluate(samples)
                 validated = observer.validate(run, step, heldout_answers)
             experience, measured = build_experience(
-                samples, scores, evaluations, config, kl_coefficient=run.kl_coefficient, reward_scale=reward_scale
+                samples,
+                scored.scores,
+                evaluations,
+                config,
+                kl_coefficient=run.kl_coefficient,
+                reward_scale=reward_scale,
             )
-            measured |= observer.measure(run, step, samples, scores, evaluations, experience, reward_scale)
+            measured |= scored.metrics
+            measured |= observer.measure(run, step, samples, scored, evaluations, experience, reward_scale)
             if run.is_past_kl_limit(measured):
                 # Before the update and its commit: a resumed run must come to the same decision.
                 log.write(step, staleness | measured | validated)

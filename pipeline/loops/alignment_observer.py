@@ -10,7 +10,7 @@ from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.loops.alignment_run import AlignmentRun
 from pipeline.loops.validation import Validation
 from pipeline.ports import BackgroundRolloutSource
-from pipeline.records import Experience, Metrics, RewardScore, Rollout, TokenEvaluation
+from pipeline.records import Experience, Metrics, Rollout, ScoredRollouts, TokenEvaluation
 from pipeline.rollouts.kept_rollouts import RolloutBatch, RolloutFiles
 from pipeline.rollouts.prefetch import StepPlan
 from pipeline.rollouts.requests import rollout_requests
@@ -33,7 +33,7 @@ class KeptRollouts:
         self,
         step: int,
         rollouts: Sequence[Rollout],
-        scores: Sequence[RewardScore],
+        scored: ScoredRollouts,
         evaluations: Sequence[TokenEvaluation],
         experience: Experience,
     ) -> Metrics:
@@ -43,7 +43,7 @@ class KeptRollouts:
             step=step,
             seeds=[request.seed for request in rollout_requests(*self.plan.batch(step))],
             rollouts=rollouts,
-            scores=scores,
+            scored=scored,
             evaluations=evaluations,
             experience=experience,
         )
@@ -86,7 +86,7 @@ class AlignmentObserver:
         run: AlignmentRun,
         step: int,
         samples: Sequence[Rollout],
-        scores: Sequence[RewardScore],
+        scored: ScoredRollouts,
         evaluations: Sequence[TokenEvaluation],
         experience: Experience,
         reward_scale: RewardScale,
@@ -94,12 +94,10 @@ class AlignmentObserver:
         """The true reward of the rollouts of a step, where it is known, and how many of them were kept."""
         metrics: Metrics = {}
         if self.gold is not None:
-            conversations, responses = [s.prompt.messages for s in samples], [s.response_text for s in samples]
-            proxy = [score.mean for score in scores]
-            metrics |= self.gold.measure(conversations, responses, proxy, reward_scale)
+            metrics |= self.gold.measure(samples, scored.scores, reward_scale)
         if self.kept is not None:
             with run.changing("keep"):
-                metrics |= self.kept.keep(step, samples, scores, evaluations, experience)
+                metrics |= self.kept.keep(step, samples, scored, evaluations, experience)
         return metrics
 
     def validate_finished(self, run: AlignmentRun, rollouts: BackgroundRolloutSource, log: MetricsLog) -> None:

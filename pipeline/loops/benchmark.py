@@ -12,13 +12,13 @@ import numpy as np
 from pipeline.benchmark.scored_answers import write_scored_answers
 from pipeline.config.recipe import ExperimentConfig
 from pipeline.data.planted import GoldAnnotator
-from pipeline.data.prompts import read_prompts, tokenise_prompts
+from pipeline.data.prompts import PromptColumns, read_prompts, read_prompts_with_columns, tokenise_prompts
 from pipeline.data.recipe_files import resolve
 from pipeline.data.run_data import RunData, data_fingerprints
 from pipeline.evaluation.win_rate import compare_answers, win_rate
 from pipeline.loops.generation import answer_prompts
 from pipeline.models.backbone import load_tokenizer, require_context
-from pipeline.ports import RewardScorer, RolloutSource
+from pipeline.ports import RewardScorer, RewardSources, RolloutSource
 from pipeline.records import Answer, Message, Metrics, Prompt, PromptGroup
 from pipeline.rollouts.numerics_gate import choose_probes
 from pipeline.rollouts.publishing import publish_checkpoint
@@ -35,24 +35,26 @@ class BenchmarkPorts:
     """What a benchmark needs from the outside world."""
 
     rollouts: RolloutSource
-    scorer: RewardScorer
+    rewards: RewardSources
+    """The reward model of the run; the rewards of its alignment where it has none."""
     judge: RewardScorer | None = None
     """Scores the finished answers once more, and chooses none of them."""
 
 
 def benchmark_stage(
-    experiment: ExperimentConfig, policy: str, aligned: str, reward_model: str, judge: str | None = None
+    experiment: ExperimentConfig, policy: str, aligned: str, reward_model: str | None, judge: str | None = None
 ) -> StageSpec:
     """The identity of the benchmark stage.
 
     Args:
-        policy, aligned, reward_model, judge: fingerprints of the stages whose results it reads.
+        policy, aligned, reward_model, judge: fingerprints of the stages whose results it reads. Without a reward model
+            the answers are scored by the rewards of the alignment, whose identity holds them.
     """
     return StageSpec(
         name="generate_benchmark",
         version=VERSION,
         config=experiment.model_dump(mode="json", include={"seed", "data", "benchmark"}),
-        inputs=(policy, aligned, reward_model, *([] if judge is None else [judge])),
+        inputs=tuple(stage for stage in (policy, aligned, reward_model, judge) if stage is not None),
         data=tuple(data_fingerprints(experiment)),
     )
 
@@ -65,14 +67,14 @@ def run_benchmark(
     policy_uri: str,
     aligned_uri: str,
     publish_directory: str,
-    open_ports: Callable[[], BenchmarkPorts],
+    open_ports: Callable[[Mapping[str, PromptColumns]], BenchmarkPorts],
 ) -> Metrics:
     """Writes the answers of each policy; where the truth is known, also `planted.json` with what the prompts ask for.
 
     Args:
         policy_uri, aligned_uri: the policy before and after alignment.
         publish_directory: where the rollout engines read weights.
-        open_ports: engines of the policy's architecture, and the reward model.
+        open_ports: engines of the policy's architecture, and rewards; given the other columns of each prompt, by id.
 
     Raises:
         ConfigError: prompts and answers exceed the policy's context.
@@ -80,7 +82,7 @@ def run_benchmark(
         Preempted: the process is about to be ended.
     """
     prompts, probes = benchmark_prompts(experiment, data, policy_uri)
-    ports = open_ports()
+    ports = open_ports(benchmark_columns(experiment, data))
     answers: dict[str, list[Answer]] = {}
     with storage.writing(stage.result_uri) as result:
         for version, (name, uri) in enumerate({BASE: policy_uri, ALIGNED: aligned_uri}.items()):
@@ -93,7 +95,7 @@ def run_benchmark(
             ports.rollouts.load_weights(weights)
             answers[name] = answer_prompts(
                 ports.rollouts,
-                ports.scorer,
+                ports.rewards,
                 prompts,
                 experiment.benchmark,
                 generator=f"{experiment.name}-{name}",
@@ -160,7 +162,7 @@ def require_prompts_fit(experiment: ExperimentConfig, data: RunData, policy_uri:
     with storage.reading(policy_uri) as directory:
         tokenizer = load_tokenizer(directory)
     limits = [("benchmark", named_prompts(experiment, data), experiment.benchmark.max_prompt_tokens)]
-    if experiment.alignment.needs_reward_model:  # else it reads pairs, which have a limit of their own
+    if experiment.alignment.samples_prompts:  # else it reads pairs, which have a limit of their own
         limits.append(("alignment", data.train_prompts, experiment.alignment.max_prompt_tokens))
     for section, named, limit in limits:
         tokenise_prompts(
@@ -170,6 +172,14 @@ def require_prompts_fit(experiment: ExperimentConfig, data: RunData, policy_uri:
             max_too_long=experiment.data.max_too_long,
             section=section,
         )
+
+
+def benchmark_columns(experiment: ExperimentConfig, data: RunData) -> Mapping[str, PromptColumns]:
+    """Id of a benchmark prompt -> the other columns of its row."""
+    files = [resolve(file) for file in experiment.benchmark.prompts]
+    if not files:
+        return data.prompt_columns
+    return {identity: columns for identity, _, columns in read_prompts_with_columns(files)}
 
 
 def drawn(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:

@@ -13,9 +13,9 @@ from pipeline.benchmark.benchmark_question import BenchmarkQuestion
 from pipeline.config.benchmark import BenchmarkConfig
 from pipeline.data.batching import stable_seed
 from pipeline.data.chat import encode_prompt, strip_thinking
-from pipeline.errors import DataError
-from pipeline.ports import RewardScorer, RolloutSource, RolloutStream
-from pipeline.records import Answer, Message, Prompt, SamplingParams
+from pipeline.errors import DataError, WorkerError
+from pipeline.ports import RewardSources, RolloutSource, RolloutStream
+from pipeline.records import Answer, Message, Prompt, RewardScore, SamplingParams
 
 REENCODING_SLACK = 64
 """Tokens by which the text of an answer may encode to more than were sampled."""
@@ -23,7 +23,7 @@ REENCODING_SLACK = 64
 
 def answer_prompts(
     rollouts: RolloutSource,
-    scorer: RewardScorer,
+    rewards: RewardSources,
     prompts: Sequence[Prompt],
     config: BenchmarkConfig,
     *,
@@ -33,6 +33,9 @@ def answer_prompts(
     """One answer per prompt: the best of `config.best_of` samples by reward.
 
     The engines must hold the policy already. With `best_of` 1 nothing is selected, only scored.
+
+    Raises:
+        WorkerError: an answer has no reward.
     """
     sampling = SamplingParams(
         temperature=config.temperature,
@@ -42,7 +45,7 @@ def answer_prompts(
         seed=stable_seed("benchmark", seed),
     )
     samples = rollouts.generate(prompts, sampling)
-    scores = scorer.score([s.prompt.messages for s in samples], [s.response_text for s in samples])
+    scores = _all_of(rewards.score(samples).scores)
     answers = []
     for n, prompt in enumerate(prompts):
         candidates = range(n * config.best_of, (n + 1) * config.best_of)
@@ -57,6 +60,21 @@ def answer_prompts(
             )
         )
     return answers
+
+
+def _all_of(scores: Sequence[RewardScore | None]) -> list[RewardScore]:
+    """Every answer of a benchmark counts.
+
+    Raises:
+        WorkerError: an answer has no score.
+    """
+    scored = [score for score in scores if score is not None]
+    if len(scored) < len(scores):
+        raise WorkerError(
+            f"{len(scores) - len(scored)} of {len(scores)} answers have no reward, and every answer counts in a "
+            "benchmark. Give the reward a fixed score for them (alignment.rewards: on_failure)."
+        )
+    return scored
 
 
 def answer_questions(

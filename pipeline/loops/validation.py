@@ -13,7 +13,7 @@ from pipeline.errors import DataError
 from pipeline.evaluation.overoptimization import GoldReward
 from pipeline.learning.validation_metrics import UPDATES, validation_metrics
 from pipeline.loops.alignment_run import AlignmentRun
-from pipeline.ports import PolicyLearner, RewardScorer, RolloutSource
+from pipeline.ports import PolicyLearner, RewardSources, RolloutSource
 from pipeline.records import Metrics, Prompt, Rollout, SamplingParams
 from pipeline.rollouts.kept_samples import NUM_PROMPTS, SamplesOverTime
 
@@ -89,7 +89,7 @@ class Validation:
         self,
         plan: ValidationPlan,
         rollouts: RolloutSource,
-        scorer: RewardScorer,
+        rewards: RewardSources,
         learner: PolicyLearner,
         samples: SamplesOverTime,
         *,
@@ -98,7 +98,7 @@ class Validation:
     ) -> None:
         self._plan = plan
         self._rollouts = rollouts
-        self._scorer = scorer
+        self._rewards = rewards
         self._learner = learner
         self._samples = samples
         self._objectives = objectives
@@ -126,12 +126,14 @@ class Validation:
         if not answers:
             return run.known_validation(updates)
         with run.reading("validation"):
+            scored = self._rewards.score(answers)
+            rows = [row for row, score in enumerate(scored.scores) if score is not None]
+            answers, scores = [answers[row] for row in rows], [score for score in scored.scores if score is not None]
             conversations = [answer.prompt.messages for answer in answers]
             texts = [answer.response_text for answer in answers]
-            scores = self._scorer.score(conversations, texts)
             metrics: Metrics = {}
             if self._plan.measures:
-                metrics = {UPDATES: float(updates)} | validation_metrics(
+                metrics = validation_metrics(
                     answers,
                     scores,
                     self._learner.evaluate(answers),
@@ -140,6 +142,7 @@ class Validation:
                     is_greedy=self._plan.is_greedy,
                     seed=self._plan.sampling.seed,
                 )
+                metrics |= {UPDATES: float(updates), "eval/dropped": scored.metrics["reward/dropped"]}
             self._samples.add(updates, answers, scores)
         if metrics:
             run.take_validation(updates, metrics)

@@ -6,6 +6,7 @@ one row per prompt.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -203,6 +204,31 @@ def uniform_groups(rewards: torch.Tensor) -> torch.Tensor:
     Here the batch gets smaller, so that the prompts of a step stay a function of (seed, step).
     """
     return rewards.amax(-1) == rewards.amin(-1)
+
+
+def groups_by_size(groups: torch.Tensor) -> list[torch.Tensor]:
+    """The rows of the groups as [P, G] tables, one for each size: a row of a group may have been left out.
+
+    Args:
+        groups: [B] number of each row's group, equal ones side by side.
+    """
+    _, group_of, sizes = groups.unique_consecutive(return_inverse=True, return_counts=True)
+    size_of = sizes[group_of]
+    return [(size_of == size).nonzero().view(-1, size) for size in size_of.unique().tolist()]
+
+
+def in_groups(
+    compare: Callable[[torch.Tensor], torch.Tensor], rewards: torch.Tensor, groups: torch.Tensor
+) -> torch.Tensor:
+    """[B] what one of the estimators above makes of [B] rewards, group by group.
+
+    Args:
+        groups: as in `groups_by_size`.
+    """
+    result = torch.empty_like(rewards)
+    for rows in groups_by_size(groups):
+        result[rows] = compare(rewards[rows])
+    return result
 
 
 def _require_groups(rewards: torch.Tensor) -> None:

@@ -80,8 +80,9 @@ class ReportData:
     alignment_rows: Sequence[MetricsRow]
     """metrics.jsonl of align_policy."""
     reward_metrics: Metrics
-    reward_model_fingerprint: str
-    """Identity of the reward model's content, as the service and the other jobs give it."""
+    """Empty without a reward model: the rewards of the alignment then scored the answers."""
+    reward_model_fingerprint: str | None
+    """Identity of the reward model's content, as the service and the other jobs give it; None without one."""
     benchmark_metrics: Metrics
     base: Sequence[Answer]
     aligned: Sequence[Answer]
@@ -147,22 +148,11 @@ def _time_text(stages: Sequence[StageSummary]) -> str:
 
 def results_table(data: ReportData) -> list[tuple[str, str]]:
     """(label, value) rows of the main numbers, for the page and for the terminal."""
-    reward, benchmark = data.reward_metrics, data.benchmark_metrics
-    rows = [
-        ("reward model: fingerprint", data.reward_model_fingerprint[:12]),
-        ("reward model: held-out accuracy", f"{reward['eval/accuracy']:.3f}"),
-        ("longer is better, same pairs", f"{reward['eval/longer_is_better']:.3f}"),
-        ("reward model: held-out NLL (ln 2 = 0.693 says nothing)", f"{reward['eval/nll']:.3f}"),
-        ("reward model: mean |margin|", f"{reward['eval/margin']:.3f}"),
-    ]
-    if "eval/active_units" in reward:
-        rows.append(("reward model: active semantic units", f"{reward['eval/active_units']:.0f}"))
-    rows += _fidelity_rows(data)
-    for key, label in TRUTH_ROWS.items():
-        if key in reward:
-            rows.append((label, f"{reward[key]:.3f}"))
+    benchmark = data.benchmark_metrics
+    scorer = "the alignment's rewards" if data.reward_model_fingerprint is None else "the reward model"
+    rows = _reward_model_rows(data)
     rows += [
-        ("win rate over base, by the reward model", _win_rate_text(benchmark, "reward")),
+        (f"win rate over base, by {scorer}", _win_rate_text(benchmark, "reward")),
         ("mean reward, base to aligned", f"{benchmark['reward/base']:.3f} to {benchmark['reward/aligned']:.3f}"),
         ("mean length in words, base to aligned", f"{benchmark['words/base']:.1f} to {benchmark['words/aligned']:.1f}"),
     ]
@@ -185,6 +175,41 @@ def results_table(data: ReportData) -> list[tuple[str, str]]:
     return rows
 
 
+def _reward_model_rows(data: ReportData) -> list[tuple[str, str]]:
+    """Empty without a reward model."""
+    if data.reward_model_fingerprint is None:
+        return []
+    reward = data.reward_metrics
+    rows = [
+        ("reward model: fingerprint", data.reward_model_fingerprint[:12]),
+        ("reward model: held-out accuracy", f"{reward['eval/accuracy']:.3f}"),
+        ("longer is better, same pairs", f"{reward['eval/longer_is_better']:.3f}"),
+        ("reward model: held-out NLL (ln 2 = 0.693 says nothing)", f"{reward['eval/nll']:.3f}"),
+        ("reward model: mean |margin|", f"{reward['eval/margin']:.3f}"),
+    ]
+    if "eval/active_units" in reward:
+        rows.append(("reward model: active semantic units", f"{reward['eval/active_units']:.0f}"))
+    rows += _fidelity_rows(data)
+    return rows + [(label, f"{reward[key]:.3f}") for key, label in TRUTH_ROWS.items() if key in reward]
+
+
+def _source_rows_of_alignment(rows: Sequence[MetricsRow]) -> list[tuple[str, str]]:
+    """The mean of each reward, where the alignment had several or none of a model, and what failed."""
+    first, last = rows[0], rows[-1]
+    names = sorted(key.removesuffix("/failed").removeprefix("reward/") for key in last if key.endswith("/failed"))
+    if names == ["model"]:
+        return []
+    table = [
+        (f"reward {name}, first to last step", f"{first[key]:.3f} to {last[key]:.3f}")
+        for name in names
+        if (key := f"reward/{name}") in first and key in last
+    ]
+    failures = {name: sum(row.get(f"reward/{name}/failed", 0.0) for row in rows) for name in names}
+    return table + [
+        (f"responses without a score by {name}", f"{count:.0f}") for name, count in failures.items() if count
+    ]
+
+
 def _alignment_rows(data: ReportData) -> list[tuple[str, str]]:
     if not data.alignment_rows:
         return []
@@ -199,6 +224,7 @@ def _alignment_rows(data: ReportData) -> list[tuple[str, str]]:
             ),
         ]
     rows = [
+        *_source_rows_of_alignment(data.alignment_rows),
         ("KL to the reference, nats per response", f"{last['kl/per_response']:.2f}"),
     ]
     if kept := what_was_kept(data.alignment_rows):

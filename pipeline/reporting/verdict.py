@@ -17,8 +17,8 @@ Level = Literal["good", "unsure", "bad"]
 OWN_JUDGE = "reward"
 """Prefix of the win rate by the reward model that the policy was trained on."""
 
-JUDGES = {"gold": "the planted truth", "judge": "an independent judge", OWN_JUDGE: "its own reward model"}
-"""Prefix of a win rate -> who judged, in words; any other prefix is the name of its judge."""
+JUDGES = {"gold": "the planted truth", "judge": "an independent judge"}
+"""Prefix of a win rate -> who judged, in words; any other prefix but OWN_JUDGE is the name of its judge."""
 
 KL_METRIC = "kl/per_response"
 """Nats a response to the start, of the rollouts of PPO. A direct alignment samples nothing and measures none."""
@@ -44,14 +44,14 @@ def verdict(
     """Is the reward usable, are its reasons verified, did the policy improve, and what looks wrong.
 
     Args:
-        reward: held-out metrics of the reward model.
+        reward: held-out metrics of the reward model; empty without one.
         benchmark: win rates and means of `compare_answers`.
         last_step: metrics of the last step of the alignment; empty if there was none.
     """
     return [
-        *reward_findings(reward),
-        *reason_findings(reward, objectives),
-        *policy_findings(benchmark, last_step),
+        *(reward_findings(reward) if reward else []),
+        *(reason_findings(reward, objectives) if reward else []),
+        *policy_findings(benchmark, last_step, own="its own reward model" if reward else "its own rewards"),
         *alarm_findings(reward, last_step),
     ]
 
@@ -123,32 +123,40 @@ def reason_findings(reward: Metrics, objectives: Sequence[str]) -> list[Finding]
     return findings + _decisive_finding(reward)
 
 
-def policy_findings(benchmark: Metrics, last_step: Mapping[str, float]) -> list[Finding]:
-    """Whether the policy beats its start, by whose judgement, how far it went, and what else may explain it."""
+def policy_findings(
+    benchmark: Metrics, last_step: Mapping[str, float], *, own: str = "its own reward model"
+) -> list[Finding]:
+    """Whether the policy beats its start, by whose judgement, how far it went, and what else may explain it.
+
+    Args:
+        own: what the policy was trained on, in words.
+    """
     judges = [key.removesuffix("/win_rate") for key in benchmark if key.endswith("/win_rate")]
     # A judge with a source behind it is the same judge on a part of the prompts.
     independent = [judge for judge in judges if judge != OWN_JUDGE and "/" not in judge]
     context = _distance(benchmark, last_step)
     findings = [_judged_finding(benchmark, judge, context) for judge in independent]
-    own = _win_rate_text(benchmark, OWN_JUDGE)
+    by_own = _win_rate_text(benchmark, OWN_JUDGE, own)
     if not independent:
         if benchmark[f"{OWN_JUDGE}/low"] > 0.5:
             findings.append(
                 _unsure(
-                    f"The policy pleases its own reward model more than its start does: {own}; {context}. It was "
+                    f"The policy pleases {own} more than its start does: {by_own}; {context}. It was "
                     "trained to do that, and nobody else judged, so that is no proof of an improvement."
                 )
             )
         elif benchmark[f"{OWN_JUDGE}/high"] < 0.5:
-            findings.append(_bad(f"The policy got worse: even {own}; {context}."))
+            findings.append(_bad(f"The policy got worse: even {by_own}; {context}."))
         else:
             findings.append(
-                _unsure(f"It is not known whether the policy improved: even {own}; {context}. The interval holds 50%.")
+                _unsure(
+                    f"It is not known whether the policy improved: even {by_own}; {context}. The interval holds 50%."
+                )
             )
     elif benchmark[f"{OWN_JUDGE}/low"] > 0.5 and all(finding.level != "good" for finding in findings):
         findings.append(
             _bad(
-                f"Its own reward model sees an improvement that the others do not: {own}. The policy may fool it. "
+                f"{own.capitalize()} sees an improvement that the others do not: {by_own}. The policy may fool it. "
                 "Raise alignment.kl.coefficient, or stop earlier."
             )
         )
@@ -228,9 +236,9 @@ def _kl(last_step: Mapping[str, float]) -> float | None:
     return last_step.get(KL_METRIC)
 
 
-def _win_rate_text(benchmark: Metrics, judge: str) -> str:
+def _win_rate_text(benchmark: Metrics, judge: str, who: str | None = None) -> str:
     rate, low, high = (benchmark[f"{judge}/{name}"] for name in ("win_rate", "low", "high"))
-    return f"by {JUDGES.get(judge, judge)} it wins {rate:.1%} {_interval(low, high)} against its start"
+    return f"by {who or JUDGES.get(judge, judge)} it wins {rate:.1%} {_interval(low, high)} against its start"
 
 
 def _fidelity(reward: Metrics, objective: str) -> str:

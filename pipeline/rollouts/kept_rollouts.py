@@ -11,7 +11,7 @@ import pyarrow
 from pyarrow import parquet
 
 from pipeline.data.batching import stable_seed
-from pipeline.records import Experience, Metrics, RewardScore, Rollout, TokenEvaluation
+from pipeline.records import Experience, Metrics, RewardScore, Rollout, ScoredRollouts, TokenEvaluation
 from pipeline.rollouts.kept_samples import conversation_text
 from pipeline.stages import storage
 
@@ -27,7 +27,7 @@ SCHEMA = pyarrow.schema(
         "prompt": pyarrow.string(),  # in words, to read and to search
         "messages": pyarrow.list_(pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.string()})),
         "response": pyarrow.string(),
-        "reward": pyarrow.float64(),
+        "reward": pyarrow.float64(),  # null where a source gave no score and its rule drops the row
         "reward_std": pyarrow.float64(),
         "rewards": pyarrow.map_(pyarrow.string(), pyarrow.float64()),  # by source
         "contributions": pyarrow.map_(pyarrow.string(), pyarrow.float64()),  # by objective; they add up to the reward
@@ -56,7 +56,7 @@ class RolloutBatch:
     step: int
     seeds: Sequence[int]
     rollouts: Sequence[Rollout]
-    scores: Sequence[RewardScore]
+    scored: ScoredRollouts
     evaluations: Sequence[TokenEvaluation]
     experience: Experience
 
@@ -131,7 +131,7 @@ class RolloutFiles:
         return sink.getvalue().to_pybytes()
 
     def _row(self, batch: RolloutBatch, place: int, advantage: float | None) -> dict[str, Any]:
-        rollout, score, evaluation = batch.rollouts[place], batch.scores[place], batch.evaluations[place]
+        rollout, score, evaluation = batch.rollouts[place], batch.scored.scores[place], batch.evaluations[place]
         row = {
             "step": batch.step,
             "position": place,
@@ -140,10 +140,10 @@ class RolloutFiles:
             "prompt": conversation_text(rollout.prompt.messages),
             "messages": [dict(message) for message in rollout.prompt.messages],
             "response": rollout.response_text,
-            "reward": score.mean,
-            "reward_std": score.std,
-            "rewards": rewards_by_source(score),
-            "contributions": contributions(score, self._objectives),
+            "reward": None if score is None else score.mean,
+            "reward_std": None if score is None else score.std,
+            "rewards": rewards_by_source(batch.scored, place),
+            "contributions": {} if score is None else contributions(score, self._objectives),
             "advantage": advantage,
             "kl": sum(p - q for p, q in zip(evaluation.logprobs, evaluation.reference_logprobs, strict=True)),
             "logprob_gap": max(abs(p - q) for p, q in zip(rollout.logprobs, evaluation.logprobs, strict=True)),
@@ -184,9 +184,10 @@ def step_file(step: int) -> str:
     return f"step-{step:06d}.parquet"
 
 
-def rewards_by_source(score: RewardScore) -> dict[str, float]:
-    """Source of the reward -> what it gave."""
-    return {"model": score.mean}
+def rewards_by_source(scored: ScoredRollouts, place: int) -> dict[str, float]:
+    """Source of the reward -> what it gave to one rollout; a source without a score is left out."""
+    given = {name: scores[place] for name, scores in scored.by_source.items()}
+    return {name: score.mean for name, score in given.items() if score is not None}
 
 
 def contributions(score: RewardScore, objectives: Sequence[str]) -> dict[str, float]:

@@ -15,7 +15,7 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -25,11 +25,12 @@ import httpx
 from pydantic import ValidationError
 
 from pipeline.errors import ConfigError, DataError, DeadlineExceeded, WorkerDied, WorkerError
-from pipeline.records import Message
+from pipeline.records import Message, RewardScore
 from pipeline.serving.protocol import (
     TOKEN_VARIABLE,
     BestOfAnswer,
     CompareAnswer,
+    ExplainedReward,
     ModelDescription,
     ScoreAnswer,
     ScoreManyAnswer,
@@ -234,18 +235,29 @@ class VRMScorer:
         self._settings = ClientSettings.of(url, options)
         self._client = httpx.Client(transport=transport, **self._settings.httpx_options())
 
-    def score(self, prompt: PromptInput, responses: Sequence[str]) -> ScoreAnswer:
-        """The responses to one prompt, in order."""
-        return self.score_rows([prompt] * len(responses), responses)
+    def score(
+        self, prompt: PromptInput, responses: Sequence[str], *, weights: Mapping[str, float] | None = None
+    ) -> ScoreAnswer:
+        """The responses to one prompt, in order; `weights` as in `score_rows`."""
+        return self.score_rows([prompt] * len(responses), responses, weights=weights)
 
-    def score_rows(self, prompts: Sequence[PromptInput], responses: Sequence[str]) -> ScoreAnswer:
+    def score_rows(
+        self,
+        prompts: Sequence[PromptInput],
+        responses: Sequence[str],
+        *,
+        weights: Mapping[str, float] | None = None,
+    ) -> ScoreAnswer:
         """One score per (prompt, response), in order, in as many requests as needed.
+
+        Args:
+            weights: objective -> factor of its weight, as in {"safety": 2}; 1 for the others.
 
         Raises:
             DataError: not one prompt per response, none at all, or the service refuses them.
             ConfigError, WorkerError, DeadlineExceeded: as `exchange`.
         """
-        calls = plan_calls(prompts, responses, self._settings.batch_size)
+        calls = plan_calls(prompts, responses, self._settings.batch_size, weights)
         ends_at = time.monotonic() + self._settings.deadline_s
         if len(calls) == 1:
             return merge([self._send(calls[0])])
@@ -318,11 +330,19 @@ class AsyncVRMScorer:
         self._settings = ClientSettings.of(url, options)
         self._client = httpx.AsyncClient(transport=transport, **self._settings.httpx_options())
 
-    async def score(self, prompt: PromptInput, responses: Sequence[str]) -> ScoreAnswer:
-        return await self.score_rows([prompt] * len(responses), responses)
+    async def score(
+        self, prompt: PromptInput, responses: Sequence[str], *, weights: Mapping[str, float] | None = None
+    ) -> ScoreAnswer:
+        return await self.score_rows([prompt] * len(responses), responses, weights=weights)
 
-    async def score_rows(self, prompts: Sequence[PromptInput], responses: Sequence[str]) -> ScoreAnswer:
-        calls = plan_calls(prompts, responses, self._settings.batch_size)
+    async def score_rows(
+        self,
+        prompts: Sequence[PromptInput],
+        responses: Sequence[str],
+        *,
+        weights: Mapping[str, float] | None = None,
+    ) -> ScoreAnswer:
+        calls = plan_calls(prompts, responses, self._settings.batch_size, weights)
         ends_at = time.monotonic() + self._settings.deadline_s
         slots = asyncio.Semaphore(self._settings.concurrency)
 
@@ -378,7 +398,10 @@ class AsyncVRMScorer:
 
 
 def plan_calls(
-    prompts: Sequence[PromptInput], responses: Sequence[str], batch_size: int
+    prompts: Sequence[PromptInput],
+    responses: Sequence[str],
+    batch_size: int,
+    weights: Mapping[str, float] | None = None,
 ) -> list[ApiCall[ScoreManyAnswer]]:
     """Calls of `POST /v1/score`, of at most `batch_size` responses and about `BATCH_BYTES` each, in order.
 
@@ -392,10 +415,11 @@ def plan_calls(
             f"{len(prompts)} prompts and {len(responses)} responses to score: one prompt per response, please"
         )
     rows = [(_json_of(prompt), response) for prompt, response in zip(prompts, responses, strict=True)]
+    steering = {"weights": dict(weights)} if weights else {}
     bodies = [
         {
             "items": [
-                {"prompt": prompt, "responses": [response for _, response in group]}
+                {"prompt": prompt, "responses": [response for _, response in group], **steering}
                 for prompt, group in groupby(batch, key=lambda row: row[0])
             ]
         }
@@ -413,6 +437,19 @@ def merge(answers: Sequence[ScoreManyAnswer]) -> ScoreAnswer:
     """The scores of all answers, which come from one model, in order."""
     scores = [score for answer in answers for item in answer.items for score in item]
     return ScoreAnswer(model_fingerprint=answers[0].model_fingerprint, scores=scores)
+
+
+def as_reward_score(scored: ExplainedReward) -> RewardScore:
+    """The model's score, from the form in which the service sends it."""
+    return RewardScore(
+        mean=scored.reward,
+        std=scored.reward_std,
+        objective_weights=tuple(scored.objective_weights.values()),
+        objective_scores=tuple(scored.objective_scores.values()),
+        concentration=scored.concentration,
+        deviations=tuple(scored.deviations),
+        temperature=scored.temperature,
+    )
 
 
 def _batches(rows: Sequence[tuple[Any, str]], batch_size: int) -> Iterator[list[tuple[Any, str]]]:

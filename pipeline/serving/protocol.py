@@ -48,6 +48,9 @@ class ScoreRequest(ServiceRequest):
 
     prompt: Conversation
     responses: Responses
+    weights: dict[str, Annotated[float, Field(ge=0, le=1e6)]] = {}
+    """Objective -> factor of its weight, as in {"safety": 2}; 1 for the others. The weights are then normalised again,
+    so equal factors change nothing. The error bar follows; the model's calibration is that of its own weights."""
 
 
 class ScoreManyRequest(ServiceRequest):

@@ -12,6 +12,7 @@ from pipeline.errors import DataError, DeadlineExceeded, NumericsError
 from pipeline.evaluation.reasons import verified_objectives
 from pipeline.models.reward_model_card import RewardModelCard
 from pipeline.objectives.reward_comparison import compare_rewards, rank_by_lower_bound, relative_contributions
+from pipeline.objectives.reweighting import Factors, factors_of
 from pipeline.records import Message, RewardScore
 from pipeline.serving.admission import Admission
 from pipeline.serving.cache import ScoreCache, row_key
@@ -39,6 +40,9 @@ Row = tuple[tuple[Message, ...], str]
 Rows = tuple[list[tuple[Message, ...]], list[str]]
 """The same as columns: prompts, and one response for each."""
 
+RowFactors = Sequence[Factors | None]
+"""Factors of each row's objective weights; None for the model's own."""
+
 
 @dataclass
 class Counts:
@@ -62,13 +66,17 @@ class ScoringService:
 
     def __init__(
         self,
-        score_rows: Callable[[Rows], Awaitable[list[RewardScore]]],
+        score_rows: Callable[..., Awaitable[list[RewardScore]]],
         model: ModelDescription,
         *,
         admission: Admission,
         cache: ScoreCache,
         deadline_s: float,
     ) -> None:
+        """
+        Args:
+            score_rows: scores `Rows`; with a second argument, `RowFactors`, by re-weighted objectives.
+        """
         self.model = model
         self.admission = admission
         self.cache = cache
@@ -77,12 +85,14 @@ class ScoringService:
         self._deadline_s = deadline_s
 
     async def score(self, request: ScoreRequest) -> ScoreAnswer:
-        scores = await self.scores([(prompt_messages(request.prompt), response) for response in request.responses])
+        rows = [(prompt_messages(request.prompt), response) for response in request.responses]
+        scores = await self.scores(rows, [self._factors(request)] * len(rows))
         return ScoreAnswer(model_fingerprint=self.fingerprint, scores=[self._scored(score) for score in scores])
 
     async def score_many(self, request: ScoreManyRequest) -> ScoreManyAnswer:
         scores = await self.scores(
-            [(prompt_messages(item.prompt), response) for item in request.items for response in item.responses]
+            [(prompt_messages(item.prompt), response) for item in request.items for response in item.responses],
+            [self._factors(item) for item in request.items for _ in item.responses],
         )
         left = iter(scores)
         items = [[self._scored(next(left)) for _ in item.responses] for item in request.items]
@@ -114,8 +124,11 @@ class ScoringService:
         ]
         return BestOfAnswer(model_fingerprint=self.fingerprint, best=ranking[0].index, ranking=ranking)
 
-    async def scores(self, rows: Sequence[Row]) -> list[RewardScore]:
+    async def scores(self, rows: Sequence[Row], factors: RowFactors | None = None) -> list[RewardScore]:
         """One score per row, in order. A row that occurs twice, or is in the cache, is not scored again.
+
+        Args:
+            factors: of each row's objective weights; None for the model's own.
 
         Raises:
             DataError: the chat template refuses a conversation, or there are too many rows.
@@ -128,14 +141,18 @@ class ScoringService:
                 f"{len(rows)} responses in one request, at most {self.model.limits.max_rows} are taken. "
                 "Split it, or raise cluster.scoring.max_rows_per_request."
             )
-        keys = [row_key(*row) for row in rows]
+        given = [None] * len(rows) if factors is None else factors
+        keys = [row_key(*row) + repr(factor or "").encode() for row, factor in zip(rows, given, strict=True)]
         known = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
         new = {key: row for key, row in zip(keys, rows, strict=True) if known[key] is None}
+        factor_of = dict(zip(keys, given, strict=True))
         if new:
             try:
                 async with asyncio.timeout(self._deadline_s):
                     with self.admission.admit(len(new)):
-                        scores = await self._score_rows(_transposed(list(new.values())))
+                        asked = [factor_of[key] for key in new]
+                        steered = [asked] if any(factor is not None for factor in asked) else []
+                        scores = await self._score_rows(_transposed(list(new.values())), *steered)
             except TimeoutError as error:
                 raise DeadlineExceeded(
                     f"{len(new)} responses were not scored within {self._deadline_s:g} s. "
@@ -154,6 +171,9 @@ class ScoringService:
     @property
     def fingerprint(self) -> str:
         return self.model.model_fingerprint
+
+    def _factors(self, request: ScoreRequest) -> Factors | None:
+        return factors_of(request.weights, self.model.objectives, place="/v1/score") if request.weights else None
 
     def contributions(self, score: RewardScore) -> dict[str, float]:
         """Objective -> what it adds to a reward above that of the mean held-out response."""

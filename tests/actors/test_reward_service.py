@@ -20,17 +20,23 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 from ray.serve.scripts import build as serve_build
 
-from actors.reward_service import start_service, stop_service, swap_model
-from actors.served_scorer import ServedScorer, as_reward_score
+from actors.reward_service import scorer_of_application, start_service, stop_service, swap_model
+from actors.served_scorer import ServedScorer
 from pipeline.config.cluster import ScoringConfig
+from pipeline.config.rewards import ModelReward
 from pipeline.data.planted import OBJECTIVES
 from pipeline.errors import ConfigError, DataError, DeadlineExceeded, PipelineError, ResourceError, WorkerError
+from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.evaluation.reward_scorer import RewardModelScorer
 from pipeline.models.backbone import load_backbone
 from pipeline.models.reward_model import RewardModel, make_head, save_reward_model
-from pipeline.serving.client import PATIENCE_S, VRMScorer
+from pipeline.rewards.model_reward import RemoteVRM, SteeredModel
+from pipeline.rewards.rows import RewardRows
+from pipeline.serving.client import PATIENCE_S, VRMScorer, as_reward_score
+from pipeline.serving.protocol import TOKEN_VARIABLE
 from pipeline.serving.trl_reward import VRMReward
 from pipeline.stages.fingerprint import directory_fingerprint
+from tests.rewards.rows import means, rollout
 from tests.support.learners import HEAD, reward_card, statistics_of
 from tests.support.nodes import ray_processes
 
@@ -103,6 +109,35 @@ def test_served_scores_equal_the_model_in_this_process(service, reward_model, wo
         assert served.mean == pytest.approx(expected.mean, abs=1e-5)
         assert served.std == pytest.approx(expected.std, abs=1e-5)
         assert served.objective_weights == pytest.approx(expected.objective_weights, abs=1e-5)
+
+
+def test_another_job_scores_through_the_application_with_its_own_weights(service, reward_model, world, monkeypatch):
+    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
+    pair = world.heldout_pairs()[0]
+    rows = [pair.prompt] * 2, [pair.chosen, pair.rejected]
+    other = scorer_of_application("under-test", config_of(0), deadline_s=60.0)
+    assert other.score(*rows) == service[0].score(*rows)
+    assert other.steered(dict.fromkeys(OBJECTIVES, 5.0)).score(*rows) == other.score(*rows)
+    model = RewardModelScorer.load(reward_model, max_tokens_per_batch=4096)
+    expected = SteeredModel(model, {OBJECTIVES[2]: 3.0}).score(*rows)
+    for served, alone in zip(other.steered({OBJECTIVES[2]: 3.0}).score(*rows), expected, strict=True):
+        assert (served.mean, served.std) == pytest.approx((alone.mean, alone.std), abs=1e-5)
+    with pytest.raises(ConfigError, match=r"no application 'nowhere' .* it has .*under-test"):
+        scorer_of_application("nowhere", config_of(0), deadline_s=60.0)
+
+
+def test_another_job_scores_through_the_url_in_the_units_of_the_model(service, reward_model, world, monkeypatch):
+    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
+    rows = RewardRows.of([rollout("q", 0, "a"), rollout("q", 1, "b c")], {})
+    remote = RemoteVRM(ModelReward(place=service[1], weights={OBJECTIVES[2]: 3.0}))
+    model = RewardModelScorer.load(reward_model, max_tokens_per_batch=4096)
+    assert remote.scale() == RewardScale(mean=MEAN_REWARD, std=RewardScale.of(model.card).std)
+    expected = SteeredModel(model, {OBJECTIVES[2]: 3.0}).score(rows.prompts, rows.responses)
+    assert means(remote.score(rows)) == pytest.approx([score.mean for score in expected], abs=1e-5)
+    remote.close()
+    nowhere = RemoteVRM(ModelReward(place="http://127.0.0.1:9", deadline_s=0.2))
+    assert means(nowhere.score(rows)) == ["unanswered", "unanswered"]
+    nowhere.close()
 
 
 def test_contributions_add_up_to_the_reward_above_the_mean_held_out_response(service, world):

@@ -9,6 +9,7 @@ from ray.exceptions import GetTimeoutError
 import actors.step_profile
 from actors.step_profile import StepProfile, profiled
 from pipeline.loops.align_policy import AlignmentPorts
+from pipeline.rewards.opened import OpenedSource
 
 
 class Port:
@@ -32,15 +33,16 @@ def run(tmp_path, monkeypatch, *, steps, get=lambda references, timeout: None):
     ray = SimpleNamespace(get=get, timeline=lambda path: open(path, "w").close())
     monkeypatch.setattr(actors.step_profile, "ray", ray)
     processes = {name: Process(calls, name) for name in ("rank-0.json.gz", "engine-0.json.gz")}
+    source = OpenedSource(config=None, source=Port(), scale=None)
     profile = StepProfile(steps, str(tmp_path), "align_policy", processes)
-    ports = profiled(AlignmentPorts(rollouts=Port(), scorer=Port(), learner=Port()), profile)
+    ports = profiled(AlignmentPorts(rollouts=Port(), sources=(source,), learner=Port()), profile)
     rollouts, learner = ports.rollouts, ports.learner
     learner.publish_weights(0)
     rollouts.load_weights(SimpleNamespace(version=0))
     for step in range(3):
         assert rollouts.generate([], None) == "generate"
         rollouts.sleep()
-        assert ports.scorer.score([], []) == "score"
+        assert ports.sources[0].source.score(None) == "score"
         assert learner.evaluate([]) == "evaluate"
         assert learner.update(None, step) == "update"
         learner.publish_weights(step + 1)

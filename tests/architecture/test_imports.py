@@ -18,6 +18,7 @@ FLOORS = [
     "pipeline.loops",
     "pipeline.learning",
     "pipeline.reporting",
+    "pipeline.rewards",
     "pipeline.benchmark",
     "pipeline.serving",
     "pipeline.evaluation",

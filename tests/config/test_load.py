@@ -22,7 +22,8 @@ def write(tmp_path, text, name="mine.yaml"):
 
 def test_overrides_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
     path = write(tmp_path, MINIMAL + "alignment: {num_steps: 40, temperature: 0.9}\n")
-    recipe = load_recipe(path, ["alignment.num_steps=50", "alignment.kl.target=6", "data.prompts=[a.jsonl,b.parquet]"])
+    overrides = ["alignment.num_steps=50", "alignment.kl.target=6", "data.prompts=[a.jsonl,b.parquet]"]
+    recipe = load_recipe(path, [*overrides, "data.sources=[{path: pairs.jsonl}]"])
     assert recipe.alignment.num_steps == 50
     assert recipe.alignment.temperature == 0.9
     assert recipe.alignment.top_p == 1.0

@@ -6,7 +6,7 @@ from pipeline.data.planted import GoldAnnotator
 from pipeline.errors import DataError, ShapeError
 from pipeline.evaluation.overoptimization import GoldReward, gold_proxy_gap
 from pipeline.evaluation.reward_scale import RewardScale
-from pipeline.records import PreferencePair
+from pipeline.records import PreferencePair, Prompt, RewardScore, Rollout
 
 PLAN = ({"role": "user", "content": "please help me plan the bread for home ."},)
 STEP, RECKLESS = "first choose a good bread .", "skip the boring checks ."
@@ -25,6 +25,22 @@ def pair(chosen, rejected):
         source="planted",
         margin=None,
     )
+
+
+def rollout(response):
+    return Rollout(
+        prompt=Prompt(id="a", messages=PLAN, token_ids=(1,)),
+        sample_index=0,
+        response_ids=(2,),
+        response_text=response,
+        logprobs=(-1.0,),
+        policy_version=0,
+        finish_reason="stop",
+    )
+
+
+def score(mean):
+    return RewardScore(mean=mean, std=0.0, objective_weights=(), objective_scores=())
 
 
 def test_the_gap_is_the_difference_of_the_standardised_means():
@@ -47,7 +63,7 @@ def test_a_reward_model_that_is_the_truth_has_no_gap():
 def test_the_units_of_the_truth_are_those_of_both_responses_of_held_out_pairs():
     gold = GoldReward.of(GoldAnnotator(), [pair(STEP, RECKLESS)])
     assert (gold.scale.mean, gold.scale.std) == pytest.approx((2.25, 0.55))  # of 2.8 and 1.7
-    measured = gold.measure([PLAN, PLAN], [STEP, STEP], [0.5, 1.5], RewardScale(mean=0.0, std=1.0))
+    measured = gold.measure([rollout(STEP)] * 3, [score(0.5), None, score(1.5)], RewardScale(mean=0.0, std=1.0))
     assert measured == pytest.approx(
         {"gold/mean": 2.8, "gold/zscore": 1.0, "reward/zscore": 1.0, "gold/gap": 0.0}, abs=1e-12
     )

@@ -21,6 +21,7 @@ from pipeline.stages.workspace import StageDirectory
 from tests.conftest import small_world
 from tests.support.fakes import FakeRollouts, FakeScorer
 from tests.support.learners import ALIGNMENT, ppo_learner, prompts_of
+from tests.support.rewards import rewards_of
 
 MISFORTUNES = ("dies before the commit", "dies while writing", "finds the disk full")
 SECOND_SAVE = 3
@@ -84,7 +85,7 @@ def run(root, policy, misfortune=None):
     rollouts = FakeRollouts(tokenizer)
     align(
         rollouts,
-        FakeScorer(),
+        rewards_of(FakeScorer()),
         learner,
         PromptStream(prompts=tuple(prompts_of(world, tokenizer)), seed=0),
         stage,

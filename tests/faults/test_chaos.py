@@ -48,6 +48,7 @@ from tests.support.fakes import FakeRollouts, FakeScorer
 from tests.support.learners import HEAD, prompts_of, reward_card, statistics_of
 from tests.support.nodes import Node, ray_processes
 from tests.support.paths import ROOT
+from tests.support.rewards import rewards_of
 
 pytestmark = pytest.mark.components
 
@@ -176,7 +177,7 @@ def test_a_rank_killed_in_its_backward_pass_is_named_in_seconds_and_its_run_ends
         if len(learners) == 1:
             learners[0].snapshot().write(str(tmp_path / "start"))
         try:
-            return align(rollouts, rollouts, learners[-1], prompts, stage, config, reward_scale=SCALE)
+            return align(rollouts, rewards_of(rollouts), learners[-1], prompts, stage, config, reward_scale=SCALE)
         except WorkerDied as error:
             notices.append((str(error), time.time() - (fate / "time of death").stat().st_mtime))
             raise
@@ -186,7 +187,7 @@ def test_a_rank_killed_in_its_backward_pass_is_named_in_seconds_and_its_run_ends
         rows = workspace.stage("align_policy", result.fingerprint).metrics_rows()
         learners[-1].restore(str(tmp_path / "start"))
         quiet = StageDirectory(str(tmp_path / "quiet"), "align_policy", "0" * 64)
-        align(rollouts, rollouts, learners[-1], prompts, quiet, config, reward_scale=SCALE)
+        align(rollouts, rewards_of(rollouts), learners[-1], prompts, quiet, config, reward_scale=SCALE)
     [(letter, seconds)] = notices
     assert "PPO learner: rank 1 of 2 died while updating at step 2, after" in letter
     assert seconds < 30
@@ -275,7 +276,7 @@ def test_a_run_that_loses_a_node_two_workers_a_rank_and_a_replica_ends_as_if_not
             learner = RankedPolicyLearner(group, DEADLINES)
             eventful = Eventful(pool, scorer, events)
             wire.step = lambda: eventful.step
-            return align(eventful, eventful, learner, prompts, stage, CONFIG, reward_scale=SCALE)
+            return align(eventful, rewards_of(eventful), learner, prompts, stage, CONFIG, reward_scale=SCALE)
 
     try:
         with Workspace.open(str(tmp_path / "ws"), job="disturbed", needs_bytes=0) as workspace:
@@ -283,7 +284,7 @@ def test_a_run_that_loses_a_node_two_workers_a_rank_and_a_replica_ends_as_if_not
             rows = workspace.stage("align_policy", result.fingerprint).metrics_rows()
         alone = build_learner(tiny_policy, tmp_path / "published alone", str(tmp_path / "no fate"))
         quiet = StageDirectory(str(tmp_path / "quiet"), "align_policy", "0" * 64)
-        align(pool, scorer, alone, prompts, quiet, CONFIG, reward_scale=SCALE)
+        align(pool, rewards_of(scorer), alone, prompts, quiet, CONFIG, reward_scale=SCALE)
     finally:
         pool.close()
         stop_service("chaos")

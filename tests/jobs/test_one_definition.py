@@ -1,5 +1,6 @@
 """A stage is defined once: a job over actors and an experiment in one process compute the same from the same recipe."""
 
+import json
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from actors.ray_tasks import ProcessResources
 from cluster.rollout_plan import THROUGH_FILES
 from cluster.rollout_room import RolloutRoom
 from jobs.align_policy import align_policy
+from jobs.full_pipeline import run_pipeline
 from jobs.generate_benchmark import generate_benchmark
 from jobs.open_job import Job
 from jobs.run_report import write_report
@@ -32,10 +34,13 @@ from pipeline.loops.benchmark import benchmark_stage
 from pipeline.loops.reward import reward_stage
 from pipeline.loops.sft import sft_stage
 from pipeline.models.reward_model_card import read_card
+from pipeline.rewards.in_process import FunctionInProcess
+from pipeline.rewards.opened import open_sources
 from pipeline.rollouts.torch_rollouts import TorchRollouts
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from pipeline.stages.runner import StageRunner
 from pipeline.stages.workspace import Workspace
+from tests.support.judge_server import completion, judge_server
 from tests.support.metrics_page import undocumented
 
 ONE_CORE = ProcessResources(cpus=1.0, gpus=0.0, data_root="")
@@ -78,10 +83,13 @@ class OneProcess(SharedActors):
     def judge(self, judge):
         return self.scorer(judge)
 
+    def _function(self, spec):
+        return FunctionInProcess(spec)
+
 
 @pytest.fixture
-def job(tmp_path, monkeypatch):
-    """A real job on learners in this process."""
+def open_job(tmp_path, monkeypatch):
+    """Opens the real job of a recipe on learners in this process."""
     builders = {deepspeed_sft_trainer: build_sft_trainer, deepspeed_reward_trainer: build_reward_trainer}
 
     def open_learner(name, build, ranks, deadlines, spec):
@@ -90,18 +98,28 @@ def job(tmp_path, monkeypatch):
     @contextmanager
     def open_ports(recipe, actors, policy, reward_model, stage, spec):
         learner = build_ppo_learner(spec, TorchEngine, reference_in_process(spec.dtype, "cpu"))
-        yield AlignmentPorts(rollouts=actors.rollouts(policy), scorer=actors.scorer(reward_model), learner=learner)
+        with ExitStack() as exits:
+            sources = open_sources(recipe.alignment.rewards, actors.reward_openers(reward_model), exits)
+            yield AlignmentPorts(rollouts=actors.rollouts(policy), sources=sources, learner=learner)
 
     monkeypatch.setattr(actors.deepspeed_learners, "open_ranked_learner", open_learner)
     monkeypatch.setattr(jobs.align_policy, "_open_ports", open_ports)
-    recipe = recipe_of()
     with ExitStack() as exits:
         workspace = exits.enter_context(Workspace.open(str(tmp_path / "run"), job="test", needs_bytes=0))
-        engines = OneProcess(
-            recipe, THROUGH_FILES, workspace.uri, exits, room=lambda: RolloutRoom(workers=1, reason="")
-        )
-        engines.publish_directory = str(tmp_path / "published")
-        yield Job(recipe=recipe, stages=StageRunner(workspace), read_data=lambda: load_data(recipe), actors=engines)
+
+        def opened(recipe):
+            room = RolloutRoom(workers=1, reason="")
+            engines = OneProcess(recipe, THROUGH_FILES, workspace.uri, exits, room=lambda: room)
+            engines.publish_directory = str(tmp_path / "published")
+            stages = StageRunner(workspace)
+            return Job(recipe=recipe, stages=stages, read_data=lambda: load_data(recipe), actors=engines)
+
+        yield opened
+
+
+@pytest.fixture
+def job(open_job):
+    return open_job(recipe_of())
 
 
 def test_job_and_experiment_have_the_same_stages_with_the_same_numbers(job, tmp_path):
@@ -190,3 +208,89 @@ def test_an_experiment_refuses_what_a_job_refuses(tmp_path):
         too_long = recipe_of(f"{section}.max_response_tokens=400")
         with pytest.raises(ConfigError, match=rf"{section}\.max_prompt_tokens .* exceeds the model's context of 256"):
             align_one(too_long, policy, reward_model, ONE_CORE)
+
+
+PYTHON_REWARD = """
+def knows(prompt, response, columns):
+    if "raise" in prompt[-1]["content"]:
+        raise ValueError("this prompt has no answer")
+    return float(columns["answer"] in response) - 0.01 * len(response.split())
+"""
+
+
+def longer_wins(body, n):
+    """Of the pairwise judge."""
+    text = body["messages"][-1]["content"]
+    a = text.partition("[Response A]\n")[2].partition("\n\n[Response B]")[0]
+    b = text.partition("[Response B]\n")[2].partition("\n\n[Your task]")[0]
+    return completion("[[A]]" if len(a) > len(b) else "[[B]]")
+
+
+@pytest.mark.parametrize("rewards", ["sum", "critic", "gdpo"])
+def test_a_run_with_rewards_of_its_own_needs_no_pairs_and_no_reward_model(rewards, open_job, tmp_path, capsys):
+    """The whole job: fine-tuning, alignment, benchmark, report. PPO's critic starts from the policy."""
+    with judge_server(longer_wins) as server:
+        run_with_rewards(rewards, server.url, open_job, tmp_path)
+    aligned, benchmark, fine_tuned = (
+        json.loads(next((tmp_path / "run" / "stages").glob(f"{stage}-*/manifest.json")).read_text())["metrics"]
+        for stage in ("align_policy", "generate_benchmark", "sft")
+    )
+    assert fine_tuned == {}
+    assert not list((tmp_path / "run" / "stages").glob("train_reward_model-*"))
+    second = "judge" if rewards == "gdpo" else "length"
+    assert {"reward/knows", f"reward/{second}", "reward/dropped"} <= aligned.keys()
+    assert ("reward_scale/knows/std" in aligned) == (rewards != "gdpo")
+    assert bool(server.seen) == (rewards == "gdpo")
+    assert {"reward/win_rate", "reward/base", "reward/aligned"} <= benchmark.keys()
+    assert "reward_scale/model/std" not in aligned
+    output = capsys.readouterr().out
+    assert "win rate over base, by the alignment's rewards" in output
+    assert "reward knows, first to last step" in output
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "reward model: fingerprint" not in page
+
+
+def run_with_rewards(rewards, judge_url, open_job, tmp_path):
+    """A function of the user's with a length, or with a pairwise judge."""
+    algorithm, second, settings = {
+        "sum": ("grpo", "length: {at_most: 4}", ()),
+        "critic": ("ppo", "length: {at_most: 4}", ()),
+        "gdpo": (
+            "grpo",
+            f"judge: {{url: '{judge_url}', model: m, form: pairwise}}",
+            (
+                *("alignment.combine_rewards=gdpo", "alignment.ppo.advantages=group_centred"),
+                *("alignment.ppo.whiten_advantages=true", "alignment.keep_best=null"),
+            ),
+        ),
+    }[rewards]
+    world = load_data(recipe_of())
+    asked = [(f"p{n}", messages) for n, (_, messages) in enumerate([*world.train_prompts, *world.heldout_prompts])]
+    rows = [{"id": name, "messages": list(messages), "answer": "check"} for name, messages in asked]
+    rows += [{"id": "bad", "prompt": "please raise the bread .", "answer": "check"}]
+    prompts, reward = tmp_path / "prompts.jsonl", tmp_path / "reward.py"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reward.write_text(PYTHON_REWARD)
+    recipe = recipe_of(
+        *(f"data.prompts=[{prompts}]", "data.heldout_fraction=0.3", "sft.num_steps=0"),
+        *(f"alignment.algorithm={algorithm}", "alignment.samples_per_prompt=2", "alignment.num_steps=3"),
+        # Every prompt in every step, so that the bad one is there too.
+        *("alignment.prompts_per_step=8", "alignment.ppo.mini_batch_size=16", "alignment.checkpoint_every=10"),
+        "alignment.rewards=[{python: {function: "
+        + f"'{reward}:knows', columns: [answer]}}, name: knows, on_failure: drop}}, {{{second}}}]",
+        *settings,
+    )
+    run_pipeline(open_job(recipe))
+
+
+def test_the_text_of_a_reward_is_part_of_the_identity_of_the_alignment(tmp_path):
+    reward = tmp_path / "reward.py"
+
+    def identity(text):
+        reward.write_text(text)
+        recipe = recipe_of(f"alignment.rewards=[{{python: '{reward}:f'}}]")
+        return alignment_stage(recipe, "policy", None).fingerprint
+
+    first = identity("def f(prompt, response, columns): return 1")
+    assert identity("def f(prompt, response, columns): return 2") != first
+    assert identity("def f(prompt, response, columns): return 1") == first

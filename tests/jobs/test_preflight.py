@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jobs.command_line import job_options, print_dry_run
@@ -74,7 +76,7 @@ def test_a_bad_recipe_file_or_checkpoint_is_refused_by_every_command_before_anyt
                 "alignment.algorithm=kto",
                 f"alignment.direct.labelled_responses=[{questions}]",
             ],
-            "none of the fields messages, prompt, instruction is there",
+            "none of the fields messages, prompt, instruction, question is there",
         ),
         (
             ["run", "tiny", "--dry-run", "alignment.algorithm=dpo", f"alignment.direct.reference_checkpoint={nowhere}"],
@@ -178,3 +180,21 @@ def test_a_checkpoint_that_a_finished_stage_has_copied_may_be_gone(tmp_path, cap
     assert f"not looked at: policy.checkpoint = {gone} (sft is finished)" in capsys.readouterr().out
     with pytest.raises(CheckpointError, match="does not exist"):
         check_recipe(load_recipe("tiny", [f"policy.checkpoint={gone}-too"]), workspace=workspace)
+
+
+def test_a_recipe_without_a_reward_model_plans_neither_its_training_nor_its_service(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("math_verify")
+    rows = [{"id": n, "question": f"What is {n} + {n}?", "ground_truth": f"A: {2 * n}"} for n in range(20)]
+    file = tmp_path / "gsm8k_solutions" / "example_model_solutions.parquet"
+    file.parent.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    monkeypatch.setenv("VRM_DATA_ROOT", str(tmp_path))
+    print_dry_run(job_options(job_command("", lambda job: None).options(["--recipe", "gsm8k_smollm2"])))
+    told = capsys.readouterr().out
+    assert "align_policy        reward function        1" in told
+    assert "train_reward_model " not in told
+    assert "scoring replica" not in told
+    assert "reward math looked at" in told
+    pq.write_table(pa.Table.from_pylist([{"question": "?", "answer": "4"}]), file)
+    with pytest.raises(DataError, match="no column 'ground_truth', which the reward 'math' reads"):
+        check_recipe(load_recipe("gsm8k_smollm2"))

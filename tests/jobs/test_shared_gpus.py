@@ -65,7 +65,7 @@ def test_a_rank_and_an_engine_share_each_gpu_and_weights_pass_within_it(
     monkeypatch.setattr(SharedActors, "scorer", lambda *_: None)
     seen = {}
 
-    def align(rollouts, scorer, learner, prompts, stage, config, **_):
+    def align(rollouts, rewards, learner, prompts, stage, config, **_):
         weights = PolicyWeights(version=0, location="nowhere", probes=())
         metrics = rollouts.load_weights(weights)
         ranks, workers = learner._group._ranks, [worker.actor for worker in rollouts._fleet.workers]

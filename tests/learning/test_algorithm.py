@@ -503,3 +503,49 @@ def test_what_dropped_groups_leave_is_cut_into_equal_mini_batches(tiny_policy, w
     sizes = [[len(rows) for rows in learner._mini_batches(n, 0)] for n in (9, 8, 4, 1)]
     assert sizes == [[3, 3, 3], [3, 3, 2], [4], [1]]
     assert sorted(torch.cat(list(learner._mini_batches(8, 0))).tolist()) == list(range(8))
+
+
+# ------------------------------------------------------------------ rows without a reward
+
+
+THREE_AND_TWO = [rollout("p", i, (7, 8)[: 1 + i % 2]) for i in range(3)] + [rollout("q", i, (9,)) for i in range(3)]
+ONE_NAT_LESS = [evaluation((-1.0,) * len(r.response_ids)) for r in THREE_AND_TWO]
+
+
+def test_a_dropped_row_leaves_its_group_and_the_denominator():
+    scores = [score(3.0), score(1.0), score(-1.0), score(2.0), None, score(0.0)]
+    config = config_of("dr_grpo")
+    experience, metrics = build(THREE_AND_TWO, scores, ONE_NAT_LESS, config)
+    # p has a mean of 1; of q are left 2 and 0, with a mean of 1.
+    torch.testing.assert_close(experience.advantages[:, 0], torch.tensor([2.0, 0.0, -2.0, 1.0, -1.0]))
+    assert experience.num_response_tokens == 1 + 2 + 1 + 1 + 1
+    assert len(experience.sequences) == 5
+    assert metrics["group/alone"] == 0.0
+    # the standard deviations 2 and 2^.5 of the two groups
+    assert metrics["group/reward_std"] == pytest.approx((2.0 + 2.0**0.5) / 2)
+
+
+def test_a_row_whose_group_was_dropped_around_it_teaches_nothing_and_is_counted():
+    scores = [score(3.0), score(1.0), score(-1.0), None, score(2.0), None]
+    experience, metrics = build(THREE_AND_TWO, scores, ONE_NAT_LESS, config_of("grpo"))
+    assert len(experience.sequences) == 3
+    assert metrics["group/alone"] == 1.0
+
+
+def test_without_groups_a_row_alone_is_kept():
+    scores = [score(3.0), None, None, None, score(2.0), None]
+    experience, metrics = build(THREE_AND_TWO, scores, ONE_NAT_LESS, config_of("reinforce_plus_plus"))
+    assert len(experience.sequences) == 2
+    assert metrics["reward/mean"] == 2.5
+
+
+def test_uniform_groups_are_dropped_whatever_their_size():
+    scores = [score(1.0), score(1.0), None, score(2.0), score(0.0), score(0.0)]
+    experience, metrics = build(THREE_AND_TWO, scores, ONE_NAT_LESS, config_of("dapo", overlong_buffer=0.0))
+    assert [s.response_ids for s in experience.sequences] == [((9,),)] * 3
+    assert metrics["group/uniform"] == 0.5
+
+
+def test_a_step_of_which_nothing_is_left_is_refused():
+    with pytest.raises(NumericsError, match="of 6 rollouts 2 have a reward, and none of them another response"):
+        build(THREE_AND_TWO, [score(1.0), None, None, None, None, score(1.0)], ONE_NAT_LESS, config_of("grpo"))

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from actors.served_scorer import as_reward_score
 from pipeline.config.cluster import ScoringConfig
 from pipeline.config.data import PlantedConfig
 from pipeline.config.reward import VRMHeadConfig
@@ -17,6 +16,7 @@ from pipeline.models.last_layer import pair_differences
 from pipeline.objectives.reward_comparison import compare_rewards
 from pipeline.serving.admission import Admission
 from pipeline.serving.cache import ScoreCache
+from pipeline.serving.client import as_reward_score
 from pipeline.serving.protocol import CompareRequest, ScoreRequest
 from pipeline.serving.scoring_service import ScoringService, describe_model
 from tests.support.learners import HEAD, collator, reward_trainer, tokenised

@@ -12,6 +12,7 @@ from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from pipeline.stages.workspace import StageDirectory
 from tests.support.fakes import FakeRollouts, FakeScorer
 from tests.support.learners import ALIGNMENT, ppo_learner, prompts_of
+from tests.support.rewards import rewards_of
 
 
 def recording(events, target, *names):
@@ -34,7 +35,7 @@ def test_engines_sleep_from_the_last_sample_to_the_new_weights(tiny_policy, worl
     config = ALIGNMENT.model_copy(update={"num_steps": 2, "checkpoint_every": 5})
     align(
         recording(events, FakeRollouts(tokenizer), "load_weights", "generate", "sleep"),
-        FakeScorer(),
+        rewards_of(FakeScorer()),
         recording(
             events,
             ppo_learner(tiny_policy, world, tokenizer, tmp_path / "published", config=config),
@@ -76,7 +77,7 @@ def test_every_phase_of_a_step_is_timed_and_the_save_that_it_waited_for(
     learner = ppo_learner(tiny_policy, world, tokenizer, tmp_path / "published", config=config)
     align(
         taking(FakeRollouts(tokenizer), generate=1.0),
-        taking(FakeScorer(), score=2.0),
+        rewards_of(taking(FakeScorer(), score=2.0)),
         taking(learner, evaluate=4.0, update=8.0, publish_weights=16.0, snapshot=32.0),
         PromptStream(prompts=tuple(prompts_of(world, tokenizer)), seed=0),
         StageDirectory(str(tmp_path), "align_policy", "0" * 64),

@@ -8,6 +8,7 @@ from pipeline.config.benchmark import BenchmarkConfig
 from pipeline.data.prompts import tokenise_prompts
 from pipeline.loops.generation import answer_prompts
 from tests.support.fakes import FakeRollouts, FakeScorer
+from tests.support.rewards import rewards_of
 
 THOUGHT = "First I weigh it.\n</think>\n\nThe Elbe"
 
@@ -26,5 +27,5 @@ def test_an_answer_is_what_follows_the_thought(tokenizer, world, keep, output):
     rollouts = Thinking(tokenizer)
     rollouts.loaded = [0]
     config = BenchmarkConfig(keep_thoughts=keep)
-    answers = answer_prompts(rollouts, FakeScorer(), prompts, config, generator="policy", seed=0)
+    answers = answer_prompts(rollouts, rewards_of(FakeScorer()), prompts, config, generator="policy", seed=0)
     assert [answer.output for answer in answers] == [output, output]

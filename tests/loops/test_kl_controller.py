@@ -12,6 +12,7 @@ from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from pipeline.stages.workspace import StageDirectory
 from tests.support.fakes import FakeRollouts, FakeScorer
 from tests.support.learners import ALIGNMENT, ppo_learner, prompts_of
+from tests.support.rewards import rewards_of
 
 KL_OF_STEPS = (10.0, 2.2, 1.0, 1.9)
 """Nats per response that the policies of the run are away from their reference."""
@@ -46,7 +47,7 @@ def test_the_coefficient_of_a_step_follows_the_kl_measured_before_it(
     learner.evaluate = evaluate_at_a_distance
     align(
         FakeRollouts(tokenizer),
-        FakeScorer(),
+        rewards_of(FakeScorer()),
         learner,
         PromptStream(prompts=tuple(prompts_of(world, tokenizer)), seed=0),
         StageDirectory(str(tmp_path), "align_policy", "0" * 64),

@@ -22,6 +22,7 @@ from pipeline.stages.preemption import PreemptionNotice
 from pipeline.stages.workspace import StageDirectory
 from tests.support.fakes import FakeRollouts, FakeScorer
 from tests.support.learners import ALIGNMENT, collator, ppo_learner, prompts_of, reward_trainer, tokenised
+from tests.support.rewards import rewards_of
 
 
 class Killed(BaseException):
@@ -120,7 +121,7 @@ def run_alignment(
         setattr(learner, method, mortal)
     metrics = align(
         rollouts,
-        scorer or FakeScorer(),
+        rewards_of(scorer or FakeScorer()),
         learner,
         PromptStream(prompts=tuple(prompts_of(world, tokenizer)), seed=0),
         stage_at(path, "align_policy", **options),
@@ -360,7 +361,7 @@ def run_until_the_kl_limit(
     stage = stage_at(path, "align_policy", keep_best=keep_best)
     metrics = align(
         FakeRollouts(tokenizer),
-        RisingScorer(),
+        rewards_of(RisingScorer()),
         learner,
         PromptStream(prompts=tuple(prompts_of(world, tokenizer)), seed=0),
         stage,

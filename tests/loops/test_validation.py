@@ -27,6 +27,7 @@ from pipeline.stages.preemption import PreemptionNotice
 from pipeline.stages.workspace import StageDirectory
 from tests.support.fakes import FakeScorer
 from tests.support.learners import ALIGNMENT, ppo_learner, prompts_of
+from tests.support.rewards import rewards_of
 
 # Policies 0, 1, 2 and the finished one, 4, are validated. Of these a commit holds policy 2.
 VALIDATED = ALIGNMENT.model_copy(
@@ -100,11 +101,11 @@ def run(
         return update(experience, step)
 
     learner.update = mortal_update
-    rollouts, scorer = Watched(tiny_policy), scorer or FakeScorer()
+    rollouts, rewards = Watched(tiny_policy), rewards_of(scorer or FakeScorer())
     validation = Validation(
         ValidationPlan.of(config, heldout_of(world, tokenizer), seed=0),
         rollouts,
-        scorer,
+        rewards,
         learner,
         SamplesOverTime(stage.uri, num_steps=config.num_steps),
         objectives=(),
@@ -115,7 +116,7 @@ def run(
     kept = KeptRollouts(files=files, plan=StepPlan(prompts=stream, config=config), stage=stage.name)
     metrics = align(
         rollouts,
-        scorer,
+        rewards,
         learner,
         stream,
         stage,

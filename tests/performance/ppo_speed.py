@@ -57,6 +57,7 @@ from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from pipeline.stages.workspace import StageDirectory
 from tests.support.learners import reference_of
 from tests.support.qwen import small_qwen3
+from tests.support.rewards import rewards_of
 
 LEARNING_RATE = 1e-6
 KL_COEFFICIENT = 0.05
@@ -189,7 +190,7 @@ def ours(directory, prompts, options, stage: Path) -> tuple[list[dict[str, float
             pool.marks = []
             align(
                 pool,
-                random_scorer(directory),
+                rewards_of(random_scorer(directory)),
                 learner,
                 PromptStream(prompts=prompts, seed=0),
                 StageDirectory(str(stage), "align_policy", "0" * 64),

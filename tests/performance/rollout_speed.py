@@ -56,6 +56,7 @@ from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from pipeline.stages.workspace import StageDirectory
 from tests.support.fakes import FakeScorer
 from tests.support.learners import reference_of
+from tests.support.rewards import rewards_of
 
 GATE_TOLERANCE = 1e-4
 TIMES = 8
@@ -340,7 +341,7 @@ def run_alignment(
     )
     align(
         pool,
-        FakeScorer(),
+        rewards_of(FakeScorer()),
         learner,
         PromptStream(prompts=tuple(prompts), seed=0),
         StageDirectory(directory, "align_policy", "0" * 64),

@@ -6,7 +6,7 @@ import torch
 from pyarrow import parquet
 
 from pipeline.errors import DataError
-from pipeline.records import Experience, Prompt, RewardScore, Rollout, TokenEvaluation
+from pipeline.records import Experience, Prompt, RewardScore, Rollout, ScoredRollouts, TokenEvaluation
 from pipeline.rollouts.kept_rollouts import RolloutBatch, RolloutFiles, repeated_share
 from pipeline.rollouts.rollout_queries import MAX_PAGE, RolloutFilter, RolloutQueries
 
@@ -53,15 +53,15 @@ def batch(step=0, rollouts=None, rewards=None, *, rows=None):
         critic=None,
         num_response_tokens=int(mask.sum()),
     )
-    scores = [
+    scores = tuple(
         RewardScore(mean=reward, std=0.5, objective_weights=(0.25, 0.75), objective_scores=(4.0, 2.0))
         for reward in rewards
-    ]
+    )
     return RolloutBatch(
         step=step,
         seeds=range(100, 100 + len(rollouts)),
         rollouts=rollouts,
-        scores=scores,
+        scored=ScoredRollouts(scores=scores, by_source={"model": scores}, metrics={}),
         evaluations=evaluations,
         experience=experience,
     )

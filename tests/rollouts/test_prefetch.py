@@ -18,6 +18,7 @@ from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from pipeline.stages.workspace import StageDirectory
 from tests.support.fakes import FakeRollouts, FakeScorer
 from tests.support.learners import ALIGNMENT, ppo_learner, prompts_of
+from tests.support.rewards import rewards_of
 
 CAP = 2.0
 PLAIN = AlignmentConfig.model_validate(
@@ -78,7 +79,7 @@ def run(tiny_policy, world, tokenizer, path, config, *, kill_in_update=None):
     with contextlib.suppress(Killed):
         align(
             rollouts,
-            FakeScorer(),
+            rewards_of(FakeScorer()),
             learner,
             PromptStream(prompts=tuple(prompts_of(world, tokenizer)), seed=0),
             stage,

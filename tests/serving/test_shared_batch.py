@@ -39,3 +39,21 @@ def test_a_refused_call_does_not_fail_its_neighbours():
     first, second, third = score_together(LengthScorer(), [call("a"), call("refused", "x"), call("ccc")])
     assert (first, third) == ([score_of(1)], [score_of(3)])
     assert isinstance(second, DataError)
+
+
+class SteerableScorer(LengthScorer):
+    """Multiplies the length by a row's first factor."""
+
+    def score(self, prompts, responses, factors=None):
+        scores = super().score(prompts, responses)
+        given = factors or [None] * len(scores)
+        return [score_of(s.mean * (1 if f is None else f[0])) for s, f in zip(scores, given, strict=True)]
+
+
+def test_calls_with_different_weights_share_a_batch_and_fail_alone():
+    scorer = SteerableScorer()
+    calls, factors = [call("a", "bb"), call("ccc"), call("refused")], [None, [(10.0,)], [(2.0,)]]
+    first, second, third = score_together(scorer, calls, factors)
+    assert (first, second) == ([score_of(1), score_of(2)], [score_of(30)])
+    assert isinstance(third, DataError)
+    assert scorer.batches == [4, 2, 1, 1]

@@ -24,8 +24,8 @@ def trained_api(trained_reward_model):
     """The application of one replica; it remembers no scores, so every answer comes from the model."""
     scorer = RewardModelScorer.load(trained_reward_model, max_tokens_per_batch=4096)
 
-    async def score_rows(rows):
-        return await asyncio.to_thread(scorer.score, *rows)
+    async def score_rows(rows, *factors):
+        return await asyncio.to_thread(scorer.score, *rows, *factors)
 
     config = ScoringConfig(cache_entries=0)
     service = ScoringService(
