@@ -1,6 +1,7 @@
 """The weights of a vLLM model: compared with the published policy, and replaced without vLLM's loader.
 
 vLLM imports this file in every process of an engine, for `EngineShard`, and so learns of our weight transfers there.
+A shard in a process of its own also learns there to end with the engine.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.platforms import current_platform
 
+from actors.process_end import end_with_the_parent
 from actors.weight_transfer import register_all
 from pipeline.learning.memory import copy_gb_per_s, resident_peak_gib
 from pipeline.rollouts.policy_files import PolicyFiles
 
 register_all()
+# vLLM's shards notice the end of their engine in Python alone. In a collective operation, or while they start, they
+# would go on for ever, and keep a processor busy, or a GPU. An actor's main thread starts them.
+end_with_the_parent()
 
 FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),

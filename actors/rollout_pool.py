@@ -19,6 +19,7 @@ from cluster.autoscaler import Autoscaler, RolloutWaits
 from cluster.engine_build import resolve_rollout
 from pipeline.config.cluster import DeadlinesConfig, RolloutConfig
 from pipeline.errors import ConfigError, StaleEngineError
+from pipeline.models.tensor_parallel import check_shards_of
 from pipeline.records import Metrics, PolicyWeights, Prompt, Rollout, SamplingParams
 from pipeline.rollouts.requests import require_room
 
@@ -52,9 +53,13 @@ class RolloutPool:
             actors: which Ray actors hold the engines.
             requested_workers: asked between batches; the pool grows or shrinks to what it says, None changes nothing.
             autoscaler: asked where `requested_workers` says None.
+
+        Raises:
+            ConfigError: the shards of an engine do not divide the model. Nothing has been started.
         """
         self._max_model_len = engine.max_model_len
         resolved = resolve_rollout(config)
+        check_shards_of(engine.model_uri, resolved.shards)
         self._max_sequences = resolved.max_sequences
         self._most_workers = actors.most
         self._deadlines = deadlines

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -38,8 +38,8 @@ class SamplingBatch:
     ledger: ChunkLedger
     sampling: SamplingParams
     resample_unfinished: bool
-    reserved: dict[str, Chunk] = field(default_factory=dict)
-    """Name of a worker -> the chunk that it may begin beside the one it was called for."""
+    reserved: dict[str, deque[Chunk]] = field(default_factory=dict)
+    """Name of a worker -> the chunks that it may begin beside the one it was called for, in this order."""
     begun_at: float = field(default_factory=time.monotonic)
     finished_at: float = 0.0
     is_abandoned: bool = False
@@ -50,8 +50,35 @@ class SamplingBatch:
 
     def release_reserved(self) -> None:
         """Lets every chunk wait again that no worker was called for."""
-        while self.reserved:
-            self.ledger.release(self.reserved.popitem()[1])
+        for name in [*self.reserved]:
+            self.release_reserved_by(name)
+
+    def release_reserved_by(self, worker: str) -> None:
+        """As `release_reserved`, for the chunks of one worker; the first of them is the next to be issued."""
+        for chunk in reversed(self.reserved.pop(worker, deque())):
+            self.ledger.release(chunk)
+
+    def issue_to(self, worker: str, now: float) -> Chunk | None:
+        """The next chunk for a worker to sample: the first that it has reserved and nobody has answered, or another."""
+        reserved = self.reserved.get(worker, deque())
+        while reserved:
+            chunk = self.ledger.issue_reserved(now, reserved.popleft())
+            if chunk is not None:
+                return chunk
+        return self.ledger.issue(now)
+
+    def reserve_behind(self, running: dict[str, Chunk], now: float, num_workers: int) -> dict[str, Chunk]:
+        """Name of a worker -> one more chunk that it may begin, for workers of which these chunks are the last.
+
+        Args:
+            running: name of a worker -> the chunk that it was called for.
+        """
+        last = {name: (self.reserved.get(name) or [chunk])[-1] for name, chunk in running.items()}
+        behind = self.ledger.reserve(now, [*last.values()], num_workers)
+        more = {name: behind[chunk] for name, chunk in last.items() if chunk in behind}
+        for name, chunk in more.items():
+            self.reserved.setdefault(name, deque()).append(chunk)
+        return more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,15 +285,16 @@ class BatchSampler:
             call = self._paused_calls.pop(0)
             self._continue(batch, replace(call, issued_at=now, allowed_s=self._generate_s))
         for name in batch.reserved.keys() - {worker.name for worker in self._fleet.workers}:
-            batch.ledger.release(batch.reserved.pop(name))
+            batch.release_reserved_by(name)
         busy = {call.worker.name for call in self.calls.values()}
         idle = [worker for worker in self._fleet.workers if worker.name not in busy]
         handed = self._chunks_for(batch, idle, now)
-        # For all of them at once: of two workers, one that decodes more responses at a time ends later.
-        num_workers = len(self._fleet.workers)
-        reserved = {} if self._pause_point else batch.ledger.reserve(now, [*handed.values()], num_workers)
+        if not self._pause_point:
+            # For all of them at once: of two workers, one that decodes more responses at a time ends later.
+            alone = {worker.name: chunk for worker, chunk in handed.items() if not batch.reserved.get(worker.name)}
+            batch.reserve_behind(alone, now, len(self._fleet.workers))
         for worker, chunk in handed.items():
-            self._call(batch, worker, chunk, reserved.get(chunk), now)
+            self._call(batch, worker, chunk, now)
         next_deadline = min((call.deadline for call in self.calls.values()), default=math.inf)
         return min(next_deadline, batch.ledger.next_late_at()) if len(handed) < len(idle) else next_deadline
 
@@ -274,7 +302,7 @@ class BatchSampler:
         """New chunks, unless the thread is held back; then backup tasks for workers that would have nothing to do."""
         handed = {}
         for worker in idle:
-            chunk = None if self._pause_point else batch.ledger.issue(now, batch.reserved.pop(worker.name, None))
+            chunk = None if self._pause_point else batch.issue_to(worker.name, now)
             if chunk is None:
                 chunk = batch.ledger.issue_again(now)
                 self._counts["issued again"] += chunk is not None
@@ -282,16 +310,12 @@ class BatchSampler:
                 handed[worker] = chunk
         return handed
 
-    def _call(
-        self, batch: SamplingBatch, worker: WorkerHandle, chunk: Chunk, reserved: Chunk | None, now: float
-    ) -> None:
-        """Asks a worker for a chunk, and tells it which one it may begin beside."""
-        if reserved is not None:
-            batch.reserved[worker.name] = reserved
+    def _call(self, batch: SamplingBatch, worker: WorkerHandle, chunk: Chunk, now: float) -> None:
+        """Asks a worker for a chunk, and tells it which ones it may begin beside."""
         reply = worker.actor.sample.remote(
             chunk.requests,
             batch.sampling,
-            reserved.requests if reserved else (),
+            [request for reserved in batch.reserved.get(worker.name, ()) for request in reserved.requests],
             seconds=SLICE_S,
             resample_unfinished=batch.resample_unfinished,
         )
@@ -299,12 +323,22 @@ class BatchSampler:
             worker=worker, batch=batch, chunk=chunk, issued_at=now, allowed_s=self._generate_s
         )
 
-    def _continue(self, batch: SamplingBatch, call: ChunkCall) -> None:
-        """Lets a worker decode on, if it is still there and somebody waits for its chunk."""
-        if call.worker not in self._fleet.workers or not self._is_wanted(batch, call):
+    def _continue(self, batch: SamplingBatch, call: ChunkCall, *, num_open: float = math.inf) -> None:
+        """Lets a worker decode on, if it is still there and somebody waits for its chunk.
+
+        Args:
+            num_open: the requests without a response in its engine. With a chunk or less it gets another one: no
+                engine runs empty for the longest response of a chunk.
+        """
+        worker = call.worker
+        if worker not in self._fleet.workers or not self._is_wanted(batch, call):
             self._put_back(call)
-        else:
-            self.calls[call.worker.actor.continue_sampling.remote(seconds=SLICE_S)] = call
+            return
+        more = {}
+        if self._pause_point is None and num_open <= self._chunk_size:
+            more = batch.reserve_behind({worker.name: call.chunk}, time.monotonic(), len(self._fleet.workers))
+        ahead = [request for chunk in more.values() for request in chunk.requests]
+        self.calls[worker.actor.continue_sampling.remote(ahead, seconds=SLICE_S)] = call
 
     def _is_wanted(self, batch: SamplingBatch, call: ChunkCall) -> bool:
         """Whether the call's chunk has no answer yet, and none that new weights would outdate."""
@@ -315,11 +349,11 @@ class BatchSampler:
         return call.batch is batch and batch.ledger.wants(call.chunk)
 
     def _take_answers(self, batch: SamplingBatch, ready: Sequence[Any], now: float) -> None:
-        """Takes what the finished calls bring: rollouts, None from a worker that has more to decode, or a failure."""
+        """Takes what the finished calls bring: rollouts, what a worker still has to decode, or a failure."""
         for reply in ready:
             call = self.calls.pop(reply)
             try:
-                rollouts = self._fleet.answer(call.worker, reply, "sample()", self._generate_s)
+                answer = self._fleet.answer(call.worker, reply, "sample()", self._generate_s)
             except (*ACTOR_DIED, DeadlineExceeded) as error:
                 self._put_back(call)
                 self._fleet.recover(call.worker, "sample", error)
@@ -332,13 +366,13 @@ class BatchSampler:
             if not self._is_wanted(batch, call):
                 self._put_back(call)
                 self._counts["dropped"] += 1
-            elif rollouts is not None:
-                batch.ledger.accept(call.chunk, rollouts, now)
-                self._response_tokens |= {r.prompt.id: float(len(r.response_ids)) for r in rollouts}
+            elif not isinstance(answer, int):
+                batch.ledger.accept(call.chunk, answer, now)
+                self._response_tokens |= {r.prompt.id: float(len(r.response_ids)) for r in answer}
             elif self._pause_point == "tokens":
                 self._keep_paused(call)
             else:
-                self._continue(batch, call)
+                self._continue(batch, call, num_open=answer)
 
     def _keep_paused(self, call: ChunkCall) -> None:
         # Two copies would go on as different samples, of which the first is the one with shorter responses.

@@ -58,11 +58,9 @@ class RolloutWorker:
         """Builds the engine. Not the constructor's work: an error here reaches the caller, there it ends the actor."""
         from pipeline.data.chat import decode_response
         from pipeline.models.backbone import load_config, load_tokenizer, stop_token_ids
-        from pipeline.models.tensor_parallel import check_tensor_parallel
 
         with storage.reading(model_uri) as directory:
             model = load_config(directory)
-            check_tensor_parallel(model.get_text_config().to_dict(), config.shards, model=model_uri)
             tokenizer = load_tokenizer(directory)
             # After the tokenizer: its module imports transformers the quick way.
             import torch
@@ -157,15 +155,17 @@ class RolloutWorker:
         *,
         seconds: float = math.inf,
         resample_unfinished: bool = False,
-    ) -> list[Rollout] | None:
+    ) -> list[Rollout] | int:
         with self._trace.phase("rollout"):
             return self._sampler.sample(
                 requests, sampling, ahead, seconds=seconds, resample_unfinished=resample_unfinished
             )
 
-    def continue_sampling(self, *, seconds: float = math.inf) -> list[Rollout] | None:
+    def continue_sampling(
+        self, ahead: Sequence[RolloutRequest] = (), *, seconds: float = math.inf
+    ) -> list[Rollout] | int:
         with self._trace.phase("rollout"):
-            return self._sampler.continue_sampling(seconds=seconds)
+            return self._sampler.continue_sampling(ahead, seconds=seconds)
 
     def advance(
         self, submitted: Mapping[int, tuple[RolloutRequest, SamplingParams]], seconds: float

@@ -1,12 +1,10 @@
 """One vLLM engine: load weights, recompute probes, sample.
 
-Of all files only this one, `engine_weights.py` and the two ends of a weight transfer import vllm.
+Of all files only this one, its two neighbours `engine_*.py` and the two ends of a weight transfer import vllm.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
@@ -16,6 +14,7 @@ from vllm.logprobs import Logprob
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import FinishReason as EngineFinishReason
 
+from actors.engine_processes import ShardProcesses
 from actors.weight_transfer import register_all, transfer_config
 from cluster.engine_build import ResolvedRolloutConfig
 from cluster.rollout_plan import RolloutPlan
@@ -73,7 +72,7 @@ class VLLMEngine:
         if config.shards > 1:
             device_options["tensor_parallel_size"] = config.shards
             # Processes of this node alone: the actor holds the GPUs of all of them.
-            device_options["distributed_executor_backend"] = "mp"
+            device_options["distributed_executor_backend"] = ShardProcesses
         self._llm = LLM(
             model=model_directory,
             dtype=cast(Literal["float32", "bfloat16"], dtype),  # the recipe allows no other
@@ -92,8 +91,6 @@ class VLLMEngine:
             disable_log_stats=True,
             **device_options,
         )
-        if config.shards > 1:
-            self._llm.llm_engine.model_executor.register_failure_callback(_end_with_the_shard)
         self._shards = config.shards
         self._stop_token_ids = [*stop_token_ids]
         self._files = PolicyFiles()
@@ -252,12 +249,6 @@ class VLLMEngine:
             for group, gap in shard.items():
                 found[group] = max(gap, found.get(group, 0.0))
         return found
-
-
-def _end_with_the_shard() -> None:
-    """Ends this process, as it would have ended had it held the shard itself: the pool replaces a worker that died."""
-    print("a shard of this engine has died; the engine ends with it", file=sys.stderr, flush=True)
-    os._exit(1)
 
 
 def _sampling_params(sampling: Sampling, seed: int, stop_token_ids: list[int]) -> SamplingParams:

@@ -29,6 +29,7 @@ from pipeline.config.load import load_recipe
 from pipeline.config.models import PACKAGE_SCHEME
 from pipeline.config.recipe import Recipe
 from pipeline.models.checkpoint_files import check_local_checkpoint
+from pipeline.models.tensor_parallel import check_shards_of
 from pipeline.ports import RolloutStream
 from pipeline.stages import storage
 
@@ -94,6 +95,7 @@ def generate_answers(options: argparse.Namespace, open_rollouts: OpenPool = open
     recipe = options.recipe
     questions = read_benchmark_questions(GENERATED_BENCHMARKS[options.benchmark], options.prompts)
     check_local_checkpoint(options.model, option="--model")
+    check_shards_of(options.model, recipe.cluster.rollout.shards)
     storage.require_writable(str(options.out), needs_bytes=0)
     # transformers and torch are imported behind --help, and behind what is wrong with the input.
     from pipeline.loops.benchmark_answers import AnsweringRun, answer_benchmark, describe_summary

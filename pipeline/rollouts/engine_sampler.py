@@ -88,6 +88,8 @@ class EngineSampler:
         """Numbers of the requests that the present call of `sample` waits for."""
         self._ahead: dict[ResponseKey, int] = {}
         """Numbers of the requests that were submitted before a call waits for them."""
+        self._sampling: SamplingParams | None = None
+        """Of the present call, and so of what is submitted ahead of the next."""
         self._stream_numbers: dict[int, int] = {}
         """The caller's number of a streamed request, by the engine's number."""
 
@@ -117,14 +119,16 @@ class EngineSampler:
         *,
         seconds: float = math.inf,
         resample_unfinished: bool = False,
-    ) -> list[Rollout] | None:
-        """One rollout per request, in order, or None if they take longer than about `seconds`.
+    ) -> list[Rollout] | int:
+        """One rollout per request, in order; if they take longer than about `seconds`, what the engine still has.
 
-        After None, `continue_sampling` returns the rollouts.
+        That is the number of requests without a response, those ahead included. `continue_sampling` then returns the
+        rollouts.
 
         Args:
-            ahead: requests of the next call, probably. The engine starts them as it has room, instead of decoding
-                fewer and fewer responses at a time until the last of `requests` has ended.
+            ahead: requests of the next calls, probably. The engine starts them as it has room, instead of decoding
+                fewer and fewer responses at a time until the last of `requests` has ended. Those that an earlier call
+                gave ahead and this one does not name are forgotten.
             resample_unfinished: requests that were submitted ahead of the newest weights start again with them.
 
         Raises:
@@ -133,26 +137,36 @@ class EngineSampler:
         self._require_policy()
         reusable = {} if self._is_interrupted and resample_unfinished else self._ahead
         numbers = [reusable.pop(_response_key(request, sampling), None) for request in requests]
+        begun = {key: reusable[key] for request in ahead if (key := _response_key(request, sampling)) in reusable}
         # Whatever else is open belongs to another worker by now, or to no caller.
-        self._drop(sorted(self._open.keys() - {*numbers}))
+        self._drop(sorted(self._open.keys() - {*numbers} - {*begun.values()}))
         self._resume_interrupted()
+        self._sampling = sampling
         self._requested = [
             self._submit(request, sampling) if number is None else number
             for number, request in zip(numbers, requests, strict=True)
         ]
-        self._ahead = {_response_key(request, sampling): self._submit(request, sampling) for request in ahead}
+        self._ahead = begun
+        self._submit_ahead(ahead, sampling)
         return self._wait_for_requested(seconds)
 
-    def continue_sampling(self, *, seconds: float = math.inf) -> list[Rollout] | None:
-        """The rollouts that `sample` did not finish; None as there.
+    def continue_sampling(
+        self, ahead: Sequence[RolloutRequest] = (), *, seconds: float = math.inf
+    ) -> list[Rollout] | int:
+        """The rollouts that `sample` did not finish, or a number, as there.
 
         If weights came in between, the present policy continues each response after its last token.
+
+        Args:
+            ahead: more requests of the next calls, for an engine that soon has room.
 
         Raises:
             StaleEngineError: as `sample`.
         """
         self._require_policy()
         self._resume_interrupted()
+        assert self._sampling is not None, "continue_sampling was called before sample"
+        self._submit_ahead(ahead, self._sampling)
         return self._wait_for_requested(seconds)
 
     def advance(
@@ -174,11 +188,17 @@ class EngineSampler:
             for number in self._finished.keys() & self._stream_numbers.keys()
         }
 
-    def _wait_for_requested(self, seconds: float) -> list[Rollout] | None:
+    def _submit_ahead(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> None:
+        for request in requests:
+            key = _response_key(request, sampling)
+            if key not in self._ahead:
+                self._ahead[key] = self._submit(request, sampling)
+
+    def _wait_for_requested(self, seconds: float) -> list[Rollout] | int:
         end = time.monotonic() + seconds
         while not self._finished.keys() >= {*self._requested}:
             if time.monotonic() >= end:
-                return None
+                return len(self._open.keys() - self._finished.keys())
             self._finished |= self._engine.step()
         return [self._take_rollout(number) for number in self._requested]
 

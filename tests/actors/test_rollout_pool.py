@@ -101,14 +101,21 @@ class ScriptedWorker:
         if self._told("be slow"):
             time.sleep(SLOW_S)
         self._unfinished, self._begun_with = requests, self._version
+        self._num_ahead = len(ahead)
         self._is_stuck = self._told("get stuck")
-        return None if self._is_busy() else self._answer(requests)
+        return self._num_open() if self._is_busy() else self._answer(requests)
 
-    def continue_sampling(self, *, seconds):
+    def continue_sampling(self, ahead, *, seconds):
         if self._told("die while sampling"):
             os._exit(1)
+        self._num_ahead += len(ahead)
         time.sleep(0.05)
-        return None if self._is_busy() else self._answer(self._unfinished)
+        return self._num_open() if self._is_busy() else self._answer(self._unfinished)
+
+    def _num_open(self):
+        """All it was given; or one, while the marker is there."""
+        has_one_left = (self._directory / "have one response left").exists()
+        return 1 if has_one_left else len(self._unfinished) + self._num_ahead
 
     def _is_busy(self):
         """While the marker is there, with all prompts or this one: between slices it can be told something else."""
@@ -248,6 +255,23 @@ def test_the_chunks_that_took_the_longest_responses_before_are_handed_out_first(
         orders.append("".join(line[len("prompt ")] for line in (tmp_path / "sampled").read_text().splitlines()))
         (tmp_path / "sampled").unlink()
     assert orders == ["00112233445566", "66" + "455" + "334" + "122" + "001"]
+
+
+def test_an_engine_with_one_long_response_left_is_given_one_chunk_after_another(open_pool, tmp_path):
+    pool = open_pool(workers=1)
+    pool.load_weights(weights(0))
+    untroubled = pool.generate(PROMPTS, SAMPLING)
+
+    def wait_for_reserved_chunks(count):
+        until(lambda: len(pool._sampler._batch[0].reserved.get("rollout worker 0", ())) == count)
+
+    (tmp_path / "be busy").write_text("prompt 0")
+    pool.begin(PROMPTS, SAMPLING)
+    wait_for_reserved_chunks(1)  # its engine has both chunks: enough to do
+    (tmp_path / "have one response left").touch()
+    wait_for_reserved_chunks(4)  # all that there are beside the one with prompt 0
+    (tmp_path / "be busy").unlink()
+    assert pool.collect() == untroubled
 
 
 @pytest.mark.parametrize("misfortune", ["die while sampling", "die while loading"])

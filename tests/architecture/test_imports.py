@@ -40,6 +40,7 @@ HEAVY = {"torch", "transformers", "ray", "deepspeed", "vllm"}
 ONLY_IN = {
     "deepspeed": {"actors/deepspeed_engine.py"},
     "vllm": {
+        "actors/engine_processes.py",
         "actors/engine_weights.py",
         "actors/vllm_engine.py",
         "actors/weight_sender.py",

@@ -219,6 +219,7 @@ def test_killed_cells_go_on_and_a_method_that_is_added_is_the_only_one_computed_
         assert time.monotonic() < deadline, "no cell committed a step"
         time.sleep(0.1)
     driver.kill()
+    driver.stdout.close()
     driver.wait()
     log = begun[0].parents[1] / METRICS_FILE
     first_row = read_metrics(log)[0]

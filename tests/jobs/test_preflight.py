@@ -48,7 +48,9 @@ def files(tmp_path):
     return [f"data.sources=[{{path: {pairs}}}]", f"data.prompts=[{prompts}]"]
 
 
-def test_a_bad_recipe_file_or_checkpoint_is_refused_by_every_command_before_anything_heavy(tmp_path, files, s3):
+def test_a_bad_recipe_file_or_checkpoint_is_refused_by_every_command_before_anything_heavy(
+    tmp_path, files, s3, tiny_policy
+):
     cut = tmp_path / "cut.jsonl"
     cut.write_text('{"prompt": "a", "chosen": "b"')
     nowhere = str(tmp_path / "nowhere")
@@ -62,7 +64,11 @@ def test_a_bad_recipe_file_or_checkpoint_is_refused_by_every_command_before_anyt
         (["run", "tiny", "--dry-run", "--workspace", f"s3://nowhere/ws?{s3.query}"], "there is no bucket 'nowhere'"),
         (
             ["run", "tiny", "--workspace", out, "cluster.rollout.tensor_parallel_size=3"],
-            "= 3 shards cannot divide policy",
+            "= 3 shards cannot divide policy.tiny",
+        ),
+        (
+            f"run tiny --dry-run policy.checkpoint={tiny_policy} cluster.rollout.tensor_parallel_size=4".split(),
+            f"= 4 shards cannot divide {tiny_policy}: it has 2 attention heads",
         ),
         (["run", "tiny", "--workspace", "s3://key:secret@bucket/ws"], "carries credentials"),
         (["run", "tiny", "--workspace", out, *bad_pairs], "cut.jsonl, line 1: no JSON"),
@@ -90,6 +96,11 @@ def test_a_bad_recipe_file_or_checkpoint_is_refused_by_every_command_before_anyt
         (
             f"benchmark generate --benchmark mt_bench --model {nowhere} --out {out} --prompts {questions}".split(),
             f"--model {nowhere} is no directory with a config.json",
+        ),
+        (
+            f"benchmark generate --benchmark mt_bench --model {tiny_policy} --out {out} --prompts {questions} "
+            "cluster.rollout.tensor_parallel_size=3".split(),
+            f"= 3 shards cannot divide {tiny_policy}",
         ),
         (
             f"benchmark judge --benchmark alpaca_eval --answers {cut} --baseline {cut} --judge vrm:{nowhere} "

