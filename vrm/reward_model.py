@@ -132,8 +132,7 @@ def compare(
     Args:
         reward_model: a directory, which is loaded for this call alone; or a loaded model, or the client of a service.
 
-    Raises:
-        As `load_reward_model` and the model's `compare`.
+    Raises what `load_reward_model` and the model's `compare` raise.
     """
     model = load_reward_model(reward_model) if isinstance(reward_model, str | Path) else reward_model
     return model.compare(prompt, a, b)
