@@ -44,7 +44,7 @@ class Columns(Sequence[Record], Generic[Record]):
         return map(self.row, range(len(self)))
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
 class Sequences(Columns[PromptGroup]):
     """B prompts with one response each."""
 
@@ -65,7 +65,7 @@ class Sequences(Columns[PromptGroup]):
         return Sequences(prompt_ids=self.prompt_ids.select(rows), response_ids=self.response_ids.select(rows))
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
 class Rollouts(Columns[Rollout]):
     """B rollouts; the columns are the fields of `Rollout`."""
 
@@ -146,7 +146,7 @@ class Rollouts(Columns[Rollout]):
         return Sequences(prompt_ids=prompt_ids, response_ids=self.response_ids)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
 class TokenEvaluations(Columns[TokenEvaluation]):
     """The learner's view of B rollouts; the columns are the fields of `TokenEvaluation`, float32."""
 

@@ -76,6 +76,16 @@ class Ragged:
         shift = (self.offsets[rows] - ends + lengths).repeat_interleave(lengths)
         return Ragged.divided(self.values[shift + torch.arange(len(shift))], lengths)
 
+    def __eq__(self, other: object) -> bool:
+        """Whether the rows are the same numbers of the same type, bit for bit but for the sign of zero."""
+        if not isinstance(other, Ragged):
+            return NotImplemented
+        return self.values.dtype == other.values.dtype and all(
+            torch.equal(ours, theirs) for ours, theirs in ((self.values, other.values), (self.offsets, other.offsets))
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
     def __reduce__(self) -> tuple[Callable[..., Ragged], tuple[Any, Any]]:
         return _from_arrays, (self.values.numpy(), self.offsets.numpy())
 

@@ -77,3 +77,11 @@ def test_what_comes_out_of_a_pickle_shares_the_memory_that_it_came_in():
     received = cloudpickle.loads(pickled, buffers=arrived)
     assert rows_of(received) == [[1, 2], [3]]
     assert received.values.data_ptr() == np.frombuffer(arrived[0], np.int32).ctypes.data
+
+
+def test_equal_rows_are_equal_and_rows_that_are_cut_elsewhere_are_not():
+    rows = Ragged.of([[1, 2], [3]], np.int32)
+    assert rows == Ragged.of([[1, 2], [3]], np.int32)
+    assert rows != Ragged.of([[1], [2, 3]], np.int32)
+    assert rows != Ragged.of([[1, 2], [4]], np.int32)
+    assert rows != Ragged.of([[1, 2], [3]], np.int64)
