@@ -258,7 +258,8 @@ def test_a_function_of_the_users_and_reweighted_objectives_train_the_policy_toge
         "        raise ValueError(f'{words} words are even')\n"
         "    return -float(words)\n"
     )
-    rewards = f"[{{model: {{place: this_run, weights: {{brevity: 2}}}}}}, {{name: brief, python: '{tmp_path}/mine.py:brief'}}]"
+    model, function = "{place: this_run, weights: {brevity: 2}}", f"'{tmp_path}/mine.py:brief'"
+    rewards = f"[{{model: {model}}}, {{name: brief, python: {function}}}]"
     done = subprocess.run(
         [
             *(sys.executable, "jobs/full_pipeline.py", "--workspace", str(workspace), *REDUCED, *FEWER_PROCESSES),
