@@ -14,6 +14,7 @@ from pipeline.data.recipe_files import require_columns, reward_columns
 from pipeline.data.run_data import RunData, data_fingerprints
 from pipeline.errors import DataError
 from pipeline.evaluation.overoptimization import GoldReward
+from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.learning.builders import PPOLearnerSpec
 from pipeline.loops.alignment import align
 from pipeline.loops.alignment_observer import AlignmentObserver, KeptRollouts
@@ -103,18 +104,7 @@ def run_alignment(
         NumericsError, Preempted: as `align`.
     """
     config, seed = experiment.alignment, experiment.seed
-    with storage.reading(policy_uri) as directory:
-        require_lora_targets(directory, config.ppo.lora, "alignment.ppo")
-        tokenizer = load_tokenizer(directory)
-        require_context(directory, config.max_prompt_tokens + config.max_response_tokens, "alignment")
-    objectives: Sequence[str] = ()
-    if reward_model_uri is not None:
-        with storage.reading(reward_model_uri) as directory:
-            objectives = read_card(directory).objectives
-    if reward_model_uri is not None and config.ppo.critic_reads_policy_tokens:
-        with storage.reading(reward_model_uri) as directory:
-            num_rows = int(read_backbone_config(directory).vocab_size)
-            require_same_tokens(tokenizer, load_reward_tokenizer(directory), num_rows=num_rows)
+    tokenizer = checked_tokenizer(experiment, policy_uri, reward_model_uri)
     for identity, _ in data.train_prompts:
         require_columns(
             reward_columns(experiment), data.prompt_columns.get(identity, {}), place=f"data.prompts, prompt {identity}"
@@ -141,20 +131,13 @@ def run_alignment(
         seed=seed,
     )
     stream = PromptStream(prompts=tuple(prompts), seed=seed)
+    objectives = objectives_of(reward_model_uri)
     with open_ports(spec) as ports:
-        measured = {}
-        if needs_measured_scales(ports.sources, config.combine_rewards):
-            heldout = tokenise_prompts(data.heldout_prompts, tokenizer, max_prompt_tokens=config.max_prompt_tokens)
-            measured = scales_of_run(
-                stage,
-                ports.sources,
-                lambda: heldout_rollouts(ports.rollouts, ports.learner, heldout, config, seed=seed),
-                data.prompt_columns,
-            )
-        rewards = combined_rewards(
-            ports.sources, config.combine_rewards, measured=measured, columns=data.prompt_columns
-        )
-        of_single = rewards_of_single_responses(ports.sources, measured=measured, columns=data.prompt_columns)
+        measured = measured_scales(ports, stage, experiment, data, tokenizer)
+        columns = data.prompt_columns
+        rewards = combined_rewards(ports.sources, config.combine_rewards, measured=measured, columns=columns)
+        of_single = rewards_of_single_responses(ports.sources, measured=measured, columns=columns)
+        step_plan = StepPlan(prompts=stream, config=config)
         metrics = align(
             ports.rollouts,
             rewards,
@@ -163,13 +146,55 @@ def run_alignment(
             stage,
             config,
             reward_scale=rewards.scale,
-            observer=observer_of(
-                ports, of_single, stage, StepPlan(prompts=stream, config=config), plan, data, objectives
-            ),
+            observer=observer_of(ports, of_single, stage, step_plan, plan, data, objectives),
         )
         if kept := what_was_kept(stage.metrics_rows()):
             print(f"{stage.name}  rollouts kept for `vrm rollouts`: {kept}", flush=True)
         return metrics | scale_metrics(measured) | ports.learner.peak_memory()
+
+
+def checked_tokenizer(
+    experiment: ExperimentConfig, policy_uri: str, reward_model_uri: str | None
+) -> PreTrainedTokenizerBase:
+    """The policy's, where policy, recipe and critic fit together. Raises ConfigError where they do not."""
+    config = experiment.alignment
+    with storage.reading(policy_uri) as directory:
+        require_lora_targets(directory, config.ppo.lora, "alignment.ppo")
+        tokenizer = load_tokenizer(directory)
+        require_context(directory, config.max_prompt_tokens + config.max_response_tokens, "alignment")
+    if reward_model_uri is not None and config.ppo.critic_reads_policy_tokens:
+        with storage.reading(reward_model_uri) as directory:
+            num_rows = int(read_backbone_config(directory).vocab_size)
+            require_same_tokens(tokenizer, load_reward_tokenizer(directory), num_rows=num_rows)
+    return tokenizer
+
+
+def objectives_of(reward_model_uri: str | None) -> Sequence[str]:
+    """Names of the reward model's objectives; none without one."""
+    if reward_model_uri is None:
+        return ()
+    with storage.reading(reward_model_uri) as directory:
+        return read_card(directory).objectives
+
+
+def measured_scales(
+    ports: AlignmentPorts,
+    stage: StageDirectory,
+    experiment: ExperimentConfig,
+    data: RunData,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, RewardScale]:
+    """Of the sources that bring no scale, on responses to held-out prompts; none where the combination needs none."""
+    config = experiment.alignment
+    if not needs_measured_scales(ports.sources, config.combine_rewards):
+        return {}
+    heldout = tokenise_prompts(data.heldout_prompts, tokenizer, max_prompt_tokens=config.max_prompt_tokens)
+    return scales_of_run(
+        stage,
+        ports.sources,
+        lambda: heldout_rollouts(ports.rollouts, ports.learner, heldout, config, seed=experiment.seed),
+        data.prompt_columns,
+    )
 
 
 def validation_plan(

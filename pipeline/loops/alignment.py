@@ -70,13 +70,9 @@ def align(
                 with run.reading("evaluate"):
                     evaluations = learner.evaluate(samples)
                 validated = observer.validate(run, step, heldout_answers)
+            kl_coefficient = run.kl_coefficient
             experience, measured = build_experience(
-                samples,
-                scored.scores,
-                evaluations,
-                config,
-                kl_coefficient=run.kl_coefficient,
-                reward_scale=reward_scale,
+                samples, scored.scores, evaluations, config, kl_coefficient=kl_coefficient, reward_scale=reward_scale
             )
             measured |= scored.metrics
             measured |= observer.measure(run, step, samples, scored, evaluations, experience, reward_scale)

@@ -216,24 +216,36 @@ def test_every_engine_held_the_learners_weights(finished):
     assert max(row["engine_gap/max"] for row in rows) < 1e-3
 
 
-def test_a_direct_method_goes_from_the_finished_reward_model_to_its_report(finished, tmp_path):
-    """The alignment starts no engine and no scoring service: its ranks alone hold the policy."""
-    workspace = tmp_path / "direct"
-    for name in ("sft", "train_reward_model"):
-        stage = stage_directory(finished[0], name)
-        shutil.copytree(stage, workspace / "stages" / stage.name)
-    direct = ("algorithm=dpo", "direct.num_steps=6", "direct.batch_pairs=16", "direct.eval_every=3")
-    command = [sys.executable, "jobs/full_pipeline.py", "--workspace", str(workspace), *REDUCED, *FEWER_PROCESSES]
+def run_whole_job(workspace, *settings):
+    """Without a submission. Returns what it printed."""
     done = subprocess.run(
-        [*command, *(f"alignment.{setting}" for setting in direct)],
+        [
+            *(sys.executable, "jobs/full_pipeline.py", "--workspace", str(workspace)),
+            *(*REDUCED, *FEWER_PROCESSES, *settings),
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=600,
         env={**os.environ, "RAY_AUTH_MODE": "disabled"},
     )
-    output = done.stdout
-    assert done.returncode == 0, output[-4000:] + done.stderr[-4000:]
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def with_stages_of(finished, workspace):
+    """A workspace that holds the finished policy and reward model of another one."""
+    for name in ("sft", "train_reward_model"):
+        stage = stage_directory(finished, name)
+        shutil.copytree(stage, workspace / "stages" / stage.name)
+    return workspace
+
+
+def test_a_direct_method_goes_from_the_finished_reward_model_to_its_report(finished, tmp_path):
+    """The alignment starts no engine and no scoring service: its ranks alone hold the policy."""
+    workspace = with_stages_of(finished[0], tmp_path / "direct")
+    direct = ("algorithm=dpo", "direct.num_steps=6", "direct.batch_pairs=16", "direct.eval_every=3")
+    output = run_whole_job(workspace, *(f"alignment.{setting}" for setting in direct))
     for name in ("sft", "train_reward_model"):
         assert f"{name:<19} finished before, skipped" in output
     rows = read_metrics(stage_directory(workspace, "align_policy") / METRICS_FILE)
@@ -247,10 +259,7 @@ def test_a_direct_method_goes_from_the_finished_reward_model_to_its_report(finis
 
 def test_a_function_of_the_users_and_reweighted_objectives_train_the_policy_together(finished, tmp_path):
     """The function fails for responses of even length; they are left out of the step, counted and shown."""
-    workspace = tmp_path / "rewards"
-    for name in ("sft", "train_reward_model"):
-        stage = stage_directory(finished[0], name)
-        shutil.copytree(stage, workspace / "stages" / stage.name)
+    workspace = with_stages_of(finished[0], tmp_path / "rewards")
     (tmp_path / "mine.py").write_text(
         "def brief(prompt, response, columns):\n"
         "    words = len(response.split())\n"
@@ -260,19 +269,7 @@ def test_a_function_of_the_users_and_reweighted_objectives_train_the_policy_toge
     )
     model, function = "{place: this_run, weights: {brevity: 2}}", f"'{tmp_path}/mine.py:brief'"
     rewards = f"[{{model: {model}}}, {{name: brief, python: {function}}}]"
-    done = subprocess.run(
-        [
-            *(sys.executable, "jobs/full_pipeline.py", "--workspace", str(workspace), *REDUCED, *FEWER_PROCESSES),
-            *("alignment.num_steps=2", "alignment.eval_every=0", f"alignment.rewards={rewards}"),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
-    )
-    output = done.stdout
-    assert done.returncode == 0, output[-4000:] + done.stderr[-4000:]
+    output = run_whole_job(workspace, "alignment.num_steps=2", "alignment.eval_every=0", f"alignment.rewards={rewards}")
     rows = read_metrics(stage_directory(workspace, "align_policy") / METRICS_FILE)
     for row in rows[:2]:
         assert row["reward/brief"] < 0.0

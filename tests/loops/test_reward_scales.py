@@ -2,6 +2,7 @@
 
 import pytest
 
+from pipeline.columns import Rollouts
 from pipeline.config.rewards import RewardSourceConfig
 from pipeline.errors import WorkerError
 from pipeline.evaluation.reward_scale import RewardScale
@@ -18,7 +19,7 @@ from tests.rewards.test_combined import Saying
 from tests.support.fakes import FakeRollouts
 from tests.support.learners import ALIGNMENT, ppo_learner, prompts_of
 
-FOUR = [rollout(name, 0, "a") for name in "abcd"]
+FOUR = Rollouts.of([rollout(name, 0, "a") for name in "abcd"])
 
 
 def opened(name, *scores, weight=1.0, scale=None):
