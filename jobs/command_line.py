@@ -181,8 +181,11 @@ def print_dry_run(options: JobOptions) -> None:
     plan = plan_of_stages(recipe, rollouts)
     print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     print(f"workspace: {options.workspace}\n\n{plan_table(plan)}\n\n{rollouts}")
+    is_for_here = not elsewhere and (here["GPU"] or not any(stage.total("GPU") for stage in plan))
     # Before what is only said of the plan: a plan that cannot fit ends here.
-    print(f"\n{memory_and_time(recipe, rollouts)}\n")
+    if is_for_here:
+        check_plan(plan, [here])
+    print(f"\n{memory_and_time(recipe, rollouts, is_for_here=not elsewhere)}\n")
     rollout = recipe.cluster.rollout
     may_share = recipe.could_share_gpus(resolve_rollout(rollout).gpus_per_worker)
     if rollouts.placement == "disaggregated" and rollout.placement is None and may_share:
@@ -195,10 +198,9 @@ def print_dry_run(options: JobOptions) -> None:
         print(f"reward.backbone_dtype = {dtype}, by the instructions of this processor. A job asks where it runs.")
     if elsewhere:
         print("Whether the cluster has it is checked when the job connects, before any actor starts.")
-    elif not here["GPU"] and any(stage.total("GPU") for stage in plan):
+    elif not is_for_here:
         print("This machine has no GPU: the plan is for another one.")
     else:
-        check_plan(plan, [here])
         print(f"This machine has it: {here['CPU']:g} CPU, {here['GPU']:g} GPU.")
     if driver_is_elsewhere():
         print("Data files and checkpoints are looked at where the job runs.")

@@ -12,8 +12,12 @@ from cluster.rollout_plan import RolloutPlan
 from pipeline.config.recipe import Recipe
 
 
-def memory_and_time(recipe: Recipe, rollouts: RolloutPlan) -> str:
+def memory_and_time(recipe: Recipe, rollouts: RolloutPlan, *, is_for_here: bool = True) -> str:
     """What `--dry-run` says of memory and time, before anything starts.
+
+    Args:
+        is_for_here: False for a cluster that nobody has looked at. Without GPUs its machines may be larger than this
+            one, so its memory refuses nothing.
 
     Raises:
         ResourceError: the plan cannot fit.
@@ -24,7 +28,8 @@ def memory_and_time(recipe: Recipe, rollouts: RolloutPlan) -> str:
         return unknown_checkpoint(recipe)
     hardware = hardware_for(recipe.cluster)
     plan = plan_recipe(recipe, rollouts, hardware, shapes)
-    require_memory(recipe, rollouts, hardware, shapes, plan)
+    if is_for_here or hardware.gpu is not None:
+        require_memory(recipe, rollouts, hardware, shapes, plan)
     advice = best_setting(recipe, hardware, shapes, plan)
     lines = [*_memory_lines(plan), "", *_time_lines(recipe, plan)]
     return "\n".join([*lines, *([] if advice is None else [str(advice)])])

@@ -129,22 +129,23 @@ class _Planner:
             "train_reward_model": reward_load(recipe, shapes, dtype=self.reward_dtype),
             "align_policy": alignment_load(recipe, shapes),
         }
-        self.samples = recipe.alignment.needs_reward_model
+        self.samples = recipe.alignment.samples_prompts
+        self.trains_reward_model = recipe.scores_by_reward_model
 
     def plan(self) -> RecipePlan:
         gpus = self._gpus()
         self.nodes = self.hardware.nodes_for(gpus)
-        roles = [
-            self._rank_role("train_reward_model", self.cluster.reward),
-            self._rank_role("align_policy", self.cluster.alignment),
-        ]
+        ranks = {"align_policy": self.cluster.alignment}
+        if self.trains_reward_model:
+            ranks = {"train_reward_model": self.cluster.reward} | ranks
         if self.recipe.sft.num_steps:
-            roles.insert(0, self._rank_role("sft", self.cluster.sft))
+            ranks = {"sft": self.cluster.sft} | ranks
+        roles = [self._rank_role(stage, config) for stage, config in ranks.items()]
         if self.samples:
-            roles += [self._engine_role(), self._scorer_role()]
-        checkpoints = {stage: CHECKPOINT_BYTES * float(load.num_trained) for stage, load in self.loads.items()}
-        if not self.recipe.sft.num_steps:
-            checkpoints.pop("sft")
+            roles.append(self._engine_role())
+            if self.trains_reward_model:
+                roles.append(self._scorer_role())
+        checkpoints = {stage: CHECKPOINT_BYTES * float(self.loads[stage].num_trained) for stage in ranks}
         return RecipePlan(
             hardware=self.hardware,
             shapes=self.shapes,
@@ -163,7 +164,8 @@ class _Planner:
         cluster = self.cluster
         aligning = cluster.alignment.ranks * cluster.alignment.gpus_per_rank
         if self.samples:
-            aligning += max(1, cluster.scoring.replicas) * cluster.scoring.gpus_per_replica
+            if self.trains_reward_model:
+                aligning += max(1, cluster.scoring.replicas) * cluster.scoring.gpus_per_replica
             aligning += 0.0 if self.colocated else self.engine.workers * self.engine.gpus_per_worker
         return max(aligning, *(ranks.ranks * ranks.gpus_per_rank for ranks in (cluster.sft, cluster.reward)))
 
@@ -293,15 +295,10 @@ class _Planner:
                 count=recipe.sft.batch_size, prompt_tokens=0.0, response_tokens=response, longest_response=response
             )
             found.append(self._training_time("sft", self.cluster.sft, batch, steps=recipe.sft.num_steps))
-        reward = recipe.reward
-        found.append(
-            self._training_time(
-                "train_reward_model",
-                self.cluster.reward,
-                self._pairs(reward.batch_pairs, reward.max_length),
-                steps=reward.num_steps,
-            )
-        )
+        if self.trains_reward_model:
+            reward = recipe.reward
+            pairs = self._pairs(reward.batch_pairs, reward.max_length)
+            found.append(self._training_time("train_reward_model", self.cluster.reward, pairs, steps=reward.num_steps))
         alignment = recipe.alignment
         if alignment.is_direct:
             batch = self._pairs(alignment.direct.batch_pairs, alignment.direct.max_length)
@@ -328,14 +325,8 @@ class _Planner:
             response_tokens=plan.response_share * alignment.max_response_tokens,
             longest_response=alignment.max_response_tokens,
         )
-        engines, scoring = self._engines(batch), self.cluster.scoring
+        engines = self._engines(batch)
         rank = self._rank_processor(ranks)
-        scorer = self._processor(
-            scoring.gpus_per_replica,
-            scoring.cpus_per_replica,
-            scoring.threads_per_replica,
-            actors=max(1, scoring.replicas),
-        )
         epochs = alignment.ppo.epochs
         trained = Sequences(
             count=batch.count * epochs,
@@ -351,12 +342,9 @@ class _Planner:
             steps=None,
             optimiser_steps=epochs * batch.count / alignment.ppo.mini_batch_size,
         ).phases[0]
-        score = score_phase(
-            self.shapes.backbone, self._scorer_dtype(), batch, scorer, replicas=max(1, scoring.replicas)
-        )
         phases = (
             rollout_phase(engines, batch),
-            score,
+            *([self._score_phase(batch)] if self.trains_reward_model else []),
             evaluate_phase(load, batch, ranks, rank),
             update,
             weights_phase(engines, ranks, rank, way=self.rollouts.weight_transfer),
@@ -364,6 +352,15 @@ class _Planner:
         rollout, *rest = (phase.seconds for phase in phases)
         seconds = max(rollout, sum(rest)) if alignment.prefetch is not None else rollout + sum(rest)
         return StageTime(stage="align_policy", unit="step", phases=phases, seconds=seconds, steps=alignment.num_steps)
+
+    def _score_phase(self, batch: Sequences) -> Phase:
+        """By the reward model of this run. What other rewards take is not planned."""
+        scoring = self.cluster.scoring
+        replicas = max(1, scoring.replicas)
+        scorer = self._processor(
+            scoring.gpus_per_replica, scoring.cpus_per_replica, scoring.threads_per_replica, actors=replicas
+        )
+        return score_phase(self.shapes.backbone, self._scorer_dtype(), batch, scorer, replicas=replicas)
 
     def _engines(self, batch: Sequences) -> Engines:
         engine = self.engine

@@ -8,6 +8,7 @@ import pytest
 from actors import rollout_sampler
 from actors.rollout_sampler import BatchSampler
 from actors.worker_handle import WorkerHandle
+from pipeline.columns import Rollouts
 from pipeline.records import Prompt, SamplingParams
 from pipeline.rollouts import engine_sampler
 from pipeline.rollouts.engine_sampler import EngineSampler
@@ -35,7 +36,7 @@ class SlotEngine:
         finished = {number: seed for number, (left, seed) in self.running.items() if left == 0}
         self.running = {number: left for number, left in self.running.items() if left[0] > 0}
         return {
-            number: SimpleNamespace(token_ids=(seed,), logprobs=(0.0,), finish_reason="stop")
+            number: SimpleNamespace(token_ids=(seed % 2**31,), logprobs=(0.0,), finish_reason="stop")
             for number, seed in finished.items()
         }
 
@@ -53,7 +54,8 @@ class Method:
         self._method, self._answers = method, answers
 
     def remote(self, *arguments, **named):
-        self._answers.append(self._method(*arguments, **named))
+        answer = self._method(*arguments, **named)
+        self._answers.append(answer if isinstance(answer, int) else Rollouts.of(answer))
         return len(self._answers) - 1
 
 

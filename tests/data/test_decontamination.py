@@ -100,7 +100,7 @@ def test_the_layouts_of_the_benchmarks_are_read(tmp_path, row):
 @pytest.mark.parametrize(
     ("row", "letter"),
     [
-        ({"question": "Why?"}, r"line 2: none of the fields messages, prompt, instruction, turns is there"),
+        ({"asked": "Why?"}, r"line 2: none of the fields messages, prompt, instruction, question, turns is there"),
         ({"turns": []}, r"line 2, field 'turns': None is no prompt"),
     ],
 )

@@ -69,8 +69,8 @@ def test_alpacas_input_follows_its_instruction(tmp_path):
         ({"messages": [ASKED, SAID]}, r"line 1, field 'messages': it ends with the assistant's turn"),
         ({"prompt": [SYSTEM]}, r"line 1, field 'prompt': no turn of the user"),
         (
-            {"question": "why ?"},
-            r"none of the fields messages, prompt, instruction is there; the fields with a value are question",
+            {"asked": "why ?"},
+            r"none of the fields messages, prompt, instruction, question is there; the fields with a value are asked",
         ),
     ],
 )

@@ -367,7 +367,7 @@ def test_base_and_aligned_are_judged_scored_and_compared_and_every_number_agrees
     ):
         cell = win_matrix(contest, verdicts)[judged.model][judged.baseline]
         assert 100 * cell["win_rate"] == pytest.approx(scores[name]["win_rate"])
-        assert f">{100 * cell['win_rate']:.1f} <" in page.read_text()
+        assert f"{100 * cell['win_rate']:.1f} [" in page.read_text()
 
 
 def test_a_driver_killed_in_two_stages_and_preempted_once_resumes_to_the_same_result_on_other_numbers_of_processes(
