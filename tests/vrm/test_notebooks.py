@@ -41,7 +41,6 @@ def test_own_pairs_are_trained_on_and_then_scored_with_reasons(directory, monkey
     assert header.split()[3 : 3 + len(reasons)] == reasons
 
 
-@pytest.mark.long
 def test_a_tiny_policy_is_aligned(directory, monkeypatch):
     assert re.search(
         r"the aligned policy wins \d+% \[\d+%, \d+%\] by the truth", executed("align_tiny", directory, monkeypatch)
