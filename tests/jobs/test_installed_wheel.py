@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import vrm
+from tests.support.clashing_modules import write_clashing_modules
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.components
@@ -66,10 +67,7 @@ def pip(command, *arguments):
 @pytest.fixture
 def own_directory(tmp_path):
     """A directory of a user whose modules have the names of the packages."""
-    for name in ("pipeline", "actors", "cluster"):
-        (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('{name}.py of the user was imported')\n")
-    (tmp_path / "jobs").mkdir()
-    (tmp_path / "jobs" / "__init__.py").write_text("raise RuntimeError('jobs of the user was imported')\n")
+    write_clashing_modules(tmp_path, jobs="raise RuntimeError('jobs of the user was imported')\n")
     return tmp_path
 
 

@@ -48,9 +48,8 @@ def files(tmp_path):
     return [f"data.sources=[{{path: {pairs}}}]", f"data.prompts=[{prompts}]"]
 
 
-def test_a_bad_recipe_file_or_checkpoint_is_refused_by_every_command_before_anything_heavy(
-    tmp_path, files, s3, tiny_policy
-):
+def refused_commands(tmp_path, files, s3, tiny_policy):
+    """Words of a command, and what its refusal says."""
     cut = tmp_path / "cut.jsonl"
     cut.write_text('{"prompt": "a", "chosen": "b"')
     nowhere = str(tmp_path / "nowhere")
@@ -58,7 +57,7 @@ def test_a_bad_recipe_file_or_checkpoint_is_refused_by_every_command_before_anyt
     question = {"question_id": 1, "category": "writing", "turns": ["a", "b"]}
     questions = pairs_file(tmp_path / "questions.jsonl", [question])
     bad_pairs = [f"data.sources=[{{path: {cut}}}]"]
-    cases = [
+    return [
         (["run", "tiny", "sft.num_stps=1"], "unknown key"),
         (["run", "tiny", "--workspace", f"s3://nowhere/ws?{s3.query}"], "there is no bucket 'nowhere'"),
         (["run", "tiny", "--dry-run", "--workspace", f"s3://nowhere/ws?{s3.query}"], "there is no bucket 'nowhere'"),
@@ -110,6 +109,12 @@ def test_a_bad_recipe_file_or_checkpoint_is_refused_by_every_command_before_anyt
         (f"benchmark compare {nowhere}.json {nowhere}.json".split(), f"{nowhere}.json does not exist"),
         (["benchmark", "score", "--benchmark", "mt_bench", "--judgments", str(cut), "--out", out], "no JSON"),
     ]
+
+
+def test_a_bad_recipe_file_or_checkpoint_is_refused_by_every_command_before_anything_heavy(
+    tmp_path, files, s3, tiny_policy
+):
+    cases = refused_commands(tmp_path, files, s3, tiny_policy)
     done = subprocess.run(
         [sys.executable, "-c", EVERY_COMMAND.format(heavy=HEAVY)],
         cwd=ROOT,

@@ -6,6 +6,7 @@ import sys
 import cloudpickle
 import pytest
 
+from tests.support.clashing_modules import write_clashing_modules
 from tests.support.paths import ROOT
 from vrm import own_packages
 from vrm.own_packages import find_own_packages_first_in_worker, without_clashes
@@ -14,10 +15,7 @@ from vrm.own_packages import find_own_packages_first_in_worker, without_clashes
 @pytest.fixture
 def own_directory(tmp_path):
     """A directory with modules that have the names of the project's packages."""
-    for name in ("pipeline", "actors", "cluster"):
-        (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('{name}.py of the user was imported')\n")
-    (tmp_path / "jobs").mkdir()
-    (tmp_path / "jobs" / "__init__.py").write_text("mine = True\n")
+    write_clashing_modules(tmp_path, jobs="mine = True\n")
     return tmp_path
 
 
