@@ -45,6 +45,7 @@ def check_tensor_parallel(config: Mapping[str, Any], shards: int, *, model: str)
     if not divides(shards):
         possible = ", ".join(str(number) for number in range(1, heads + 1) if divides(number))
         raise ConfigError(
-            f"cluster.rollout.tensor_parallel_size = {shards} shards cannot divide {model}: it has {heads} attention "
-            f"heads, {kv_heads} key-value heads and an intermediate_size of {width}. Possible are {possible}."
+            f"cluster.rollout: an engine of {shards} shards (tensor_parallel_size, or gpus_per_worker) cannot divide "
+            f"{model}: it has {heads} attention heads, {kv_heads} key-value heads and an intermediate_size of {width}. "
+            f"Possible are {possible}."
         )

@@ -63,11 +63,11 @@ def refused_commands(tmp_path, files, s3, tiny_policy):
         (["run", "tiny", "--dry-run", "--workspace", f"s3://nowhere/ws?{s3.query}"], "there is no bucket 'nowhere'"),
         (
             ["run", "tiny", "--workspace", out, "cluster.rollout.tensor_parallel_size=3"],
-            "= 3 shards cannot divide policy.tiny",
+            "gpus_per_worker) cannot divide policy.tiny",
         ),
         (
             f"run tiny --dry-run policy.checkpoint={tiny_policy} cluster.rollout.tensor_parallel_size=4".split(),
-            f"= 4 shards cannot divide {tiny_policy}: it has 2 attention heads",
+            f"gpus_per_worker) cannot divide {tiny_policy}: it has 2 attention heads",
         ),
         (["run", "tiny", "--workspace", "s3://key:secret@bucket/ws"], "carries credentials"),
         (["run", "tiny", "--workspace", out, *bad_pairs], "cut.jsonl, line 1: no JSON"),
@@ -99,7 +99,7 @@ def refused_commands(tmp_path, files, s3, tiny_policy):
         (
             f"benchmark generate --benchmark mt_bench --model {tiny_policy} --out {out} --prompts {questions} "
             "cluster.rollout.tensor_parallel_size=3".split(),
-            f"= 3 shards cannot divide {tiny_policy}",
+            f"gpus_per_worker) cannot divide {tiny_policy}",
         ),
         (
             f"benchmark judge --benchmark alpaca_eval --answers {cut} --baseline {cut} --judge vrm:{nowhere} "
