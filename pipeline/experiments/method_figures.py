@@ -25,6 +25,9 @@ CURVES = {
 }
 """The first three are those of direct alignment, the others those of PPO."""
 
+OF_ONE_METHOD = {"eval/loss"}
+"""Metrics whose size differs between methods by tens, so that one axis must be logarithmic."""
+
 
 def write_learning_curves(finished: Sequence[FinishedRun], path: Path) -> None:
     """One panel a metric, one line a method; metrics that nobody measured have no panel."""
@@ -32,20 +35,23 @@ def write_learning_curves(finished: Sequence[FinishedRun], path: Path) -> None:
     methods = list(dict.fromkeys(f.run.variant.name for f in finished))
     columns = min(3, max(1, len(known)))
     rows = -(-max(1, len(known)) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.3 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.3 * rows), squeeze=False, layout="constrained")
     colours = plt.get_cmap("tab10")
     for axis, metric in zip(axes.flat, known, strict=False):
         for number, method in enumerate(methods):
             runs = [f for f in finished if f.run.variant.name == method]
             _draw(axis, runs, metric, colour=colours(number % 10), label=method)
         axis.set_xlabel("optimiser step, or step of PPO", fontsize=8)
-        axis.legend(frameon=False, fontsize=7)
+        axis.set_yscale("log" if metric in OF_ONE_METHOD else "linear")
         style_axis(axis, CURVES[metric])
     for unused in list(axes.flat)[len(known) :]:
         unused.set_visible(False)
     seeds = ", ".join(map(str, sorted({f.run.seed for f in finished})))
     figure.suptitle(f"Learning curves (recipe {finished[0].run.recipe.name}, seeds {seeds}, mean)", fontsize=9)
-    figure.tight_layout()
+    lines = {line.get_label(): line for axis in axes.flat for line in axis.lines}
+    figure.legend(
+        lines.values(), lines.keys(), loc="outside lower center", ncols=len(methods), frameon=False, fontsize=8
+    )
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
