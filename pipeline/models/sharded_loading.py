@@ -1,0 +1,183 @@
+"""Loading a model of which no rank ever holds more than its part and one parameter.
+
+The model is made without numbers. Then one parameter after the other is read from its safetensors file, split among the
+ranks, and forgotten but for the rank's part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, Protocol
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.initialization import no_init_weights
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+PIECE_NUMBERS = 2**22
+"""Of a tensor on its way from the file: the rank that reads holds so many in the dtype of the file."""
+
+
+class Shards(Protocol):
+    """The ranks among which the parameters of a model are split while it is loaded. All of them load the same model."""
+
+    device: torch.device
+    """Where this rank computes."""
+    reads: bool
+    """Whether this rank reads the files. The others get the numbers from it."""
+
+    def split(self, parameter: nn.Parameter) -> None:
+        """Splits a whole parameter among the ranks, in place, with the numbers of the rank that reads. Collective."""
+
+    def gathering(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Inside the block the model computes although it is split: each module gathers its own parameters first, and
+        forgets them afterwards. Every rank must compute the same."""
+
+
+class WeightFiles:
+    """The tensors of a checkpoint's safetensors files, read in pieces. A context manager: the files stay open inside.
+
+    Reading the headers takes no memory for numbers.
+    """
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self._opened = ExitStack()
+        self._slices: dict[str, Any] = {}
+        for file in files:
+            opened = self._opened.enter_context(safe_open(file, framework="pt"))
+            self._slices |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  a handle, no dict
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._slices)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slices[name].get_shape())
+
+    def read(self, name: str, target: torch.Tensor) -> None:
+        """Fills a tensor of the same shape, of any dtype and on any device."""
+        source, rows = self._slices[name], len(target) if target.dim() else 0
+        step = max(1, PIECE_NUMBERS * rows // max(1, target.numel()))
+        if rows <= step:
+            target.copy_(source[...])
+            return
+        for first in range(0, rows, step):
+            target[first : first + step].copy_(source[first : first + step])
+
+    def __enter__(self) -> WeightFiles:
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._opened.close()
+
+
+def files_of(checkpoint: str) -> list[str]:
+    """The safetensors files of a directory or a hub name, which are downloaded where they are not here yet.
+
+    Raises:
+        OSError: there are none.
+    """
+    whole = cached_file(checkpoint, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
+    if whole is not None:
+        return [whole]
+    index = cached_file(checkpoint, SAFE_WEIGHTS_INDEX_NAME)
+    return list(get_checkpoint_shard_files(checkpoint, index)[0])
+
+
+def without_numbers(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """A model whose parameters have a shape and a dtype but no numbers, in eval mode; its buffers are whole."""
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        model = make()
+    model.tie_weights()
+    return model.eval()
+
+
+def names_in_files(model: PreTrainedModel, names: Sequence[str]) -> dict[str, str] | None:
+    """Tensor of the model -> tensor of the files, by transformers' own rules for prefixes and outdated names.
+
+    None where a tensor of the model is computed from several of the files, as the experts of a mixture are. How, only
+    transformers knows.
+    """
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    wanted, prefix = model.state_dict(), model.base_model_prefix
+    found = {}
+    for name in names:
+        renamed, converter = rename_source_key(name, renamings, converters, prefix, wanted)
+        if renamed not in wanted and name in wanted:
+            renamed, converter = rename_source_key(name, [], [], prefix, wanted)
+        if renamed in wanted:
+            if converter is not None:
+                return None
+            found[renamed] = name
+    return found
+
+
+def fill_in_shards(module: nn.Module, files: WeightFiles, sources: Mapping[str, str], shards: Shards) -> list[str]:
+    """Reads and splits every parameter of a module without numbers, one at a time; reads its buffers whole. Collective.
+
+    Args:
+        sources: tensor of the module -> tensor of the files.
+
+    Returns:
+        Names of the tensors that the files lack. Where there are any, nothing was read.
+
+    Raises:
+        ValueError: a tensor of the files has another shape.
+    """
+    parameters = list(_parameters_with_owners(module))
+    state = module.state_dict()
+    buffers = {name: buffer for name, buffer in state.items() if not buffer.is_meta}
+    found = [next((name for name in names if name in sources), None) for _, _, names in parameters]
+    missing = [names[0] for (_, _, names), name in zip(parameters, found, strict=True) if name is None]
+    missing += [name for name in buffers if name not in sources]
+    if missing:
+        return missing
+    for name, source in sources.items():
+        if files.shape(source) != tuple(state[name].shape):
+            raise ValueError(
+                f"{source} has the shape {files.shape(source)}, the architecture asks for {tuple(state[name].shape)}"
+            )
+    for name, buffer in buffers.items():
+        files.read(sources[name], buffer)
+    for (empty, owners, _), name in zip(parameters, found, strict=True):
+        assert name is not None
+        numbers = torch.empty(empty.shape, dtype=empty.dtype, device=shards.device)
+        if shards.reads:
+            files.read(sources[name], numbers)
+        parameter = nn.Parameter(numbers, requires_grad=empty.requires_grad)
+        del numbers
+        for owner, attribute in owners:
+            setattr(owner, attribute, parameter)
+        shards.split(parameter)
+    move_buffers(module, shards.device)
+    return []
+
+
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """To a device, and no parameters: the parts of split ones stay where they are."""
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            owner._buffers[name] = buffer.to(device)
+
+
+Owner = tuple[nn.Module, str]
+
+
+def _parameters_with_owners(module: nn.Module) -> Iterator[tuple[nn.Parameter, list[Owner], list[str]]]:
+    """Each parameter once, with all modules that have it, and all its names: tied embeddings have two of each."""
+    found: dict[int, tuple[nn.Parameter, list[Owner], list[str]]] = {}
+    for prefix, owner in module.named_modules():
+        for attribute, parameter in owner.named_parameters(recurse=False):
+            _, owners, names = found.setdefault(id(parameter), (parameter, [], []))
+            owners.append((owner, attribute))
+            names.append(f"{prefix}.{attribute}" if prefix else attribute)
+    yield from found.values()
