@@ -64,9 +64,7 @@ def main() -> None:
         sizes = write_models(Path(directory), options)
         million, largest = sizes["numbers"] / 1e6, 4 * sizes["largest"] / 1e6
         print(f"{processor_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; float32, gloo, ZeRO-3")
-        print(
-            f"{million:.0f}M parameters in policy, critic and reference; the largest {4 * sizes['largest'] / 1e6:.0f} MB"
-        )
+        print(f"{million:.0f}M parameters in policy, critic and reference; the largest {largest:.0f} MB")
         print(f"{'ranks':>5} {'way':>7} {'shard':>7}" + "".join(f"{phase:>11}" for phase in PHASES) + f"{'seconds':>9}")
         for num_ranks in options.ranks:
             for way in options.ways:
