@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -17,7 +17,8 @@ from pipeline.config.cluster import RanksConfig
 from pipeline.learning.engine import ParameterGroup, require_finite_norm, set_learning_rates
 from pipeline.learning.ppo_learner import frozen_reference
 from pipeline.learning.training_state import Fragment, SavedState, TrainingStatePart, adam_state, trained_parameters
-from pipeline.models.sharded_loading import move_buffers
+from pipeline.models.sharded_loading import PIECE_NUMBERS, move_buffers
+from pipeline.models.tensor_stream import TensorStream
 
 COLLECTIVE_TIMEOUT = timedelta(days=1)
 """Longer than any deadline of the driver: the driver sees all ranks and can say which one hangs, a rank cannot."""
@@ -157,18 +158,21 @@ class DeepSpeedEngine:
         dist.all_reduce(total)
         return total
 
-    def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def stream(self) -> TensorStream:
         if self._zero_stage < 3:
-            yield from self.module.state_dict().items()
-            return
-        # One parameter at a time: the whole model need not fit on one device.
-        for name, parameter in self.module.named_parameters(remove_duplicate=False):
-            with deepspeed.zero.GatheredParameters([parameter]):
-                tensor = parameter.detach().clone()
-            yield name, tensor
+            return TensorStream.of(self.module.state_dict())
+        parameters: dict[str, Any] = dict(self.module.named_parameters(remove_duplicate=False))
+        outline = {name: torch.empty(p.ds_shape, dtype=p.dtype, device="meta") for name, p in parameters.items()}
+        return TensorStream(outline=outline, tensors=self._gathered(parameters))
 
-    def full_state_dict(self) -> dict[str, torch.Tensor]:
-        return {name: tensor.cpu() for name, tensor in self.full_tensors() if self.rank == 0}
+    @staticmethod
+    def _gathered(parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, torch.Tensor]]:
+        """One parameter at a time: the whole model need not fit on one device."""
+        for name, parameter in parameters.items():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                tensor = parameter.data  # leaving the block gives the parameter other memory, and leaves this as it is
+            yield name, tensor
+            del tensor
 
     def snapshot(self) -> TrainingStatePart:
         return TrainingStatePart.take(self._fragments(), self._shapes(), part=self.rank, num_parts=self.world_size)
@@ -187,7 +191,10 @@ class DeepSpeedEngine:
                         self._fill(parameter, saved, name)
 
     def _fill(self, parameter: nn.Parameter, saved: SavedState, name: str) -> None:
-        parameter.data.copy_(saved.read("weight", name, 0, parameter.numel()).view(parameter.shape))
+        numbers = parameter.data.view(-1)
+        for start in range(0, numbers.numel(), PIECE_NUMBERS):
+            piece = numbers[start : start + PIECE_NUMBERS]
+            piece.copy_(saved.read("weight", name, start, piece.numel()))
 
     def _fragments(self) -> Iterator[Fragment]:
         """The parts of the parameters that this rank's optimiser steps.

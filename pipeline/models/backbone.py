@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from pipeline.config.models import LoRAConfig, TinyModelConfig
 from pipeline.data.end_of_turn import end_of_turn_ids
@@ -28,6 +30,7 @@ from pipeline.models.sharded_loading import (
     names_in_files,
     without_numbers,
 )
+from pipeline.models.tensor_stream import TensorStream
 from pipeline.models.transformers_auto import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from pipeline.models.wheel_checkpoints import unpacked
 
@@ -285,10 +288,17 @@ def create_tiny_causal_lm(config: TinyModelConfig, tokenizer: PreTrainedTokenize
 
 
 def save_causal_lm(
-    state_dict: dict[str, torch.Tensor],
+    state_dict: Mapping[str, torch.Tensor],
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     directory: str,
+) -> None:
+    """As `write_causal_lm`, of tensors that are all there."""
+    write_causal_lm(TensorStream.of(state_dict), config, tokenizer, directory)
+
+
+def write_causal_lm(
+    policy: TensorStream, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, directory: str
 ) -> None:
     """Writes a Hugging Face checkpoint: safetensors, config, tokenizer, and where its responses end.
 
@@ -297,9 +307,10 @@ def save_causal_lm(
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    unexpected = model.load_state_dict(state_dict, strict=False, assign=True).unexpected_keys
+    missing, unexpected = model.load_state_dict(policy.outline, strict=False, assign=True)
     model.tie_weights()
-    missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    tied = model.all_tied_weights_keys
+    missing = [name for name in missing if tied.get(name) not in policy.outline]
     if unexpected or missing:
         raise CheckpointError(
             f"these are not the tensors of a {config.model_type} language model: {len(missing)} missing {missing[:3]}, "
@@ -307,7 +318,14 @@ def save_causal_lm(
         )
     ends = _one_or_list(end_of_turn_ids(tokenizer, model.generation_config.eos_token_id))
     model.config.eos_token_id = model.generation_config.eos_token_id = ends
-    model.save_pretrained(directory, safe_serialization=True)
+    written = {name: tensor for name, tensor in policy.outline.items() if name not in tied}
+    if revert_weight_conversion(model, dict(written)).keys() == written.keys():
+        model.save_pretrained(directory, state_dict={})  # all but the weights
+        Path(directory, SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
+        policy.write(directory, written)
+    else:
+        # transformers computes the tensors of the files from several of the model's: it needs them all.
+        model.save_pretrained(directory, state_dict={name: tensor.cpu() for name, tensor in policy.tensors})
     tokenizer.save_pretrained(directory)
 
 

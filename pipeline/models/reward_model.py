@@ -8,14 +8,15 @@ A checkpoint is a directory: `model.safetensors` (backbone.* and head.*), `rewar
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
@@ -38,6 +39,7 @@ from pipeline.models.reward_heads import (
 )
 from pipeline.models.reward_model_card import CARD_FILE, HeadKind, RewardModelCard, read_card
 from pipeline.models.sharded_loading import Shards, WeightFiles, fill_in_shards, without_numbers
+from pipeline.models.tensor_stream import TensorStream
 from pipeline.models.transformers_auto import AutoConfig, AutoModel
 from pipeline.models.transformers_form import MODEL_TYPE, MODELING_FILE, modeling_source, transformers_config
 
@@ -115,16 +117,27 @@ def score_packed(model: RewardModel, packed: PackedTokens) -> RewardOutput:
 def save_reward_model(
     directory: str,
     *,
-    state_dict: dict[str, torch.Tensor],
+    state_dict: Mapping[str, torch.Tensor],
     backbone_config: dict,
     tokenizer: PreTrainedTokenizerBase,
     card: RewardModelCard,
 ) -> None:
     """Writes a reward-model checkpoint; `state_dict` holds backbone.* and head.*."""
+    write_reward_weights(directory, TensorStream.of(state_dict))
+    describe_reward_model(directory, backbone_config=backbone_config, tokenizer=tokenizer, card=card)
+
+
+def write_reward_weights(directory: str, weights: TensorStream) -> None:
+    """The tensors of a reward-model checkpoint, backbone.* and head.*, in one file."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    weights.write(directory, file_bytes=math.inf)
+
+
+def describe_reward_model(
+    directory: str, *, backbone_config: dict, tokenizer: PreTrainedTokenizerBase, card: RewardModelCard
+) -> None:
+    """All files of a reward-model checkpoint but its tensors."""
     path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.contiguous() for name, tensor in state_dict.items()}
-    save_file(state, path / REWARD_MODEL_FILE, metadata={"format": "pt"})  # transformers asks for the format
     head = card.model_dump(mode="json", include={"vrm", "reward_weights", "ensemble", "pooling"})
     head |= {"kind": card.head, "num_objectives": len(card.objectives)}
     config = transformers_config(backbone=backbone_config, head=head, tokenizer=tokenizer)

@@ -41,6 +41,11 @@ def safetensors_pieces(
     """The bytes of the file in order; the tensors are in host memory and contiguous."""
     yield memoryview(safetensors_header(tensors, metadata))
     for tensor in tensors.values():
-        data = tensor.view(-1).view(torch.uint8).numpy().data
-        for begin in range(0, len(data), PIECE_BYTES):
-            yield data[begin : begin + PIECE_BYTES]
+        yield from tensor_pieces(tensor)
+
+
+def tensor_pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """The bytes of one tensor."""
+    data = tensor.view(-1).view(torch.uint8).numpy().data
+    for begin in range(0, len(data), PIECE_BYTES):
+        yield data[begin : begin + PIECE_BYTES]
