@@ -34,7 +34,10 @@ class Shards(Protocol):
     """Whether this rank reads the files. The others get the numbers from it."""
 
     def split(self, parameter: nn.Parameter) -> None:
-        """Splits a whole parameter among the ranks, in place, with the numbers of the rank that reads. Collective."""
+        """Splits a whole parameter among the ranks, in place, with the numbers of the rank that reads. Collective.
+
+        Afterwards the parameter has memory of its own, and the memory of the whole is the caller's again.
+        """
 
     def gathering(self, model: nn.Module) -> AbstractContextManager[None]:
         """Inside the block the model computes although it is split: each module gathers its own parameters first, and
@@ -148,13 +151,14 @@ def fill_in_shards(module: nn.Module, files: WeightFiles, sources: Mapping[str, 
             )
     for name, buffer in buffers.items():
         files.read(sources[name], buffer)
+    # All parameters pass through the same memory: a rank's parts would otherwise lie between the holes of whole ones.
+    room = torch.empty(max(empty.nbytes for empty, _, _ in parameters), dtype=torch.uint8, device=shards.device)
     for (empty, owners, _), name in zip(parameters, found, strict=True):
         assert name is not None
-        numbers = torch.empty(empty.shape, dtype=empty.dtype, device=shards.device)
+        numbers = room[: empty.nbytes].view(empty.dtype).view(empty.shape)
         if shards.reads:
             files.read(sources[name], numbers)
         parameter = nn.Parameter(numbers, requires_grad=empty.requires_grad)
-        del numbers
         for owner, attribute in owners:
             setattr(owner, attribute, parameter)
         shards.split(parameter)

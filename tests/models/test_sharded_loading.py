@@ -26,6 +26,7 @@ class OneRank:
 
     def split(self, parameter):
         self.split_parameters.append(parameter.detach().clone())
+        parameter.data = parameter.detach().clone()
 
     def gathering(self, model):
         return nullcontext()

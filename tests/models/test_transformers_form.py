@@ -215,8 +215,8 @@ def test_the_checkpoint_needs_nothing_of_this_project_and_can_be_saved_again(qwe
     assert first == pytest.approx(second, abs=1e-6)
     assert first == pytest.approx(scores(directory, CONVERSATIONS[:1])[0], abs=1e-5)
     state, same = load_file(f"{directory}/model.safetensors"), load_file(f"{again}/model.safetensors")
-    assert state.keys() == same.keys()
-    assert all(torch.equal(state[name], same[name]) for name in state)
+    assert state.keys() - same.keys() == {name for name in state if name.startswith("head.last_layer.")}
+    assert all(torch.equal(state[name], tensor) for name, tensor in same.items())
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
 """Memory of a rank that builds a PPO learner, publishes and exports: ZeRO-3, models split while they load, or after.
 
-    OMP_NUM_THREADS=1 python -m tests.performance.sharded_loading                  # 1, 2 and 4 ranks, 168M parameters
+    OMP_NUM_THREADS=1 python -m tests.performance.sharded_loading                  # 1, 2 and 4 ranks
     OMP_NUM_THREADS=1 python -m tests.performance.sharded_loading --ranks 2 --tied
 
 The learner has a policy, a critic of its own from a reward model, and a frozen reference, all of one random Qwen3
-shape. "whole" reads every model whole on every rank, and DeepSpeed splits it afterwards; "shards" is the learner as it
-is. Each rank is a process, over gloo, with the settings that `RankGroup` gives it.
+shape, float32 in memory and bfloat16 in their files. "whole" reads every model whole on every rank, and DeepSpeed
+splits it afterwards; "shards" is the learner as it is. Each rank is a process, over gloo, with the settings that
+`RankGroup` gives it.
 
 Memory is anonymous memory, `RssAnon` of /proc/<pid>/status, read every 2 ms by another process: the pages of a mapped
 file are not in it, and the kernel can drop those. MB are 1e6 bytes, beyond what the process had before, the largest of
@@ -52,8 +53,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
-    parser.add_argument("--hidden-size", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--hidden-size", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocabulary", type=int, default=16384)
     parser.add_argument("--tied", action="store_true", help="one matrix for embedding and head")
     parser.add_argument("--json", type=Path, help="writes the rows there, too")
@@ -92,7 +93,7 @@ def write_models(directory: Path, options: Any) -> dict[str, int]:
         eos_token_id=tokenizer.eos_token_id,
     )
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(config)
+    model = Qwen3ForCausalLM(config).bfloat16()
     save_causal_lm(model.state_dict(), model.config, tokenizer, str(directory / "policy"))
     unknown = (0.0,) * len(OBJECTIVES)
     backbone = {f"backbone.{name}": tensor for name, tensor in model.model.state_dict().items()}
