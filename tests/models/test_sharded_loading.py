@@ -6,9 +6,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from pipeline.errors import CheckpointError
-from pipeline.models.backbone import load_backbone, load_causal_lm
+from pipeline.models.backbone import load_backbone, load_causal_lm, save_causal_lm
 from pipeline.models.packing import ATTENTION
 from pipeline.models.reward_model import load_reward_backbone, load_reward_model
 from pipeline.models.sharded_loading import WeightFiles
@@ -136,3 +137,26 @@ def test_a_tensor_is_read_in_pieces_into_any_dtype(tmp_path, monkeypatch):
             target = torch.empty(files.shape(name))
             files.read(name, target)
             assert torch.equal(target, expected)
+
+
+def test_a_mixture_of_experts_is_loaded_and_saved_whole_as_transformers_does(tokenizer, tmp_path):
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    made = Qwen3MoeForCausalLM(config)
+    save_causal_lm(made.state_dict(), made.config, tokenizer, str(tmp_path))
+    # transformers keeps the experts of a layer in one tensor, and files each for itself.
+    assert "model.layers.0.mlp.experts.0.gate_proj.weight" in load_file(tmp_path / "model.safetensors")
+    shards = OneRank()
+    loaded, _ = load_causal_lm(str(tmp_path), dtype="float32", shards=shards)
+    assert not shards.split_parameters
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in made.state_dict().items())
