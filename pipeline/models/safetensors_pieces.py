@@ -8,7 +8,13 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+}
 """Names that safetensors gives them."""
 LENGTH = struct.Struct("<Q")
 PIECE_BYTES = 8 * 2**20

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -20,6 +20,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.initialization import no_init_weights
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from pipeline.models.checkpoint_files import safetensors_entries
+from pipeline.models.safetensors_pieces import SAFETENSORS_DTYPES
 
 PIECE_NUMBERS = 2**22
 """Of a tensor on its way from the file: the rank that reads holds so many in the dtype of the file."""
@@ -47,32 +50,49 @@ class Shards(Protocol):
 class WeightFiles:
     """The tensors of a checkpoint's safetensors files, read in pieces. A context manager: the files stay open inside.
 
-    Reading the headers takes no memory for numbers.
+    The library maps a file into memory, where its pages would stay. Here they pass.
     """
 
     def __init__(self, files: Sequence[str]) -> None:
+        """Reads the headers.
+
+        Raises:
+            CheckpointError: as `safetensors_entries`.
+        """
         self._opened = ExitStack()
-        self._slices: dict[str, Any] = {}
+        self._entries: dict[str, tuple[Any, int, Any]] = {}
         for file in files:
-            opened = self._opened.enter_context(safe_open(file, framework="pt"))
-            self._slices |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  a handle, no dict
+            entries, begin = safetensors_entries(Path(file))
+            opened = self._opened.enter_context(open(file, "rb", buffering=0))  # noqa: SIM115  the stack closes it
+            self._entries |= {name: (opened, begin, entry) for name, entry in entries.items()}
 
     @property
     def names(self) -> list[str]:
-        return list(self._slices)
+        return list(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slices[name].get_shape())
+        return tuple(self._entries[name][2]["shape"])
 
     def read(self, name: str, target: torch.Tensor) -> None:
-        """Fills a tensor of the same shape, of any dtype and on any device."""
-        source, rows = self._slices[name], len(target) if target.dim() else 0
-        step = max(1, PIECE_NUMBERS * rows // max(1, target.numel()))
-        if rows <= step:
-            target.copy_(source[...])
-            return
-        for first in range(0, rows, step):
-            target[first : first + step].copy_(source[first : first + step])
+        """Fills a contiguous tensor of the same shape, of any dtype and on any device.
+
+        Raises:
+            ValueError: the file has numbers of a kind that no model here computes with.
+        """
+        file, begin, entry = self._entries[name]
+        dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise ValueError(f"{name} is of the kind {entry['dtype']}, not {', '.join(SAFETENSORS_DTYPES)}")
+        file.seek(begin + entry["data_offsets"][0])
+        for piece in target.view(-1).split(PIECE_NUMBERS):
+            numbers = torch.empty(piece.numel(), dtype=dtype)
+            unread = numbers.view(torch.uint8).numpy().data
+            while unread:
+                count = file.readinto(unread)
+                if not count:
+                    raise OSError(f"{file.name} ends within {name}")
+                unread = unread[count:]
+            piece.copy_(numbers)
 
     def __enter__(self) -> WeightFiles:
         return self
