@@ -10,7 +10,7 @@ splits it afterwards; "shards" is the learner as it is. Each rank is a process, 
 
 Memory is anonymous memory, `RssAnon` of /proc/<pid>/status, read every 2 ms by another process: the pages of a mapped
 file are not in it, and the kernel can drop those. MB are 1e6 bytes, beyond what the process had before, the largest of
-all ranks. "loaded" is the peak until the last model is loaded, "built" the peak until optimiser and engine are there,
+all ranks. gloo copies what it gathers, once or more in every thread; NCCL does not. "loaded" is the peak until the last model is loaded, "built" the peak until optimiser and engine are there,
 "published" and "exported" those of `publish_weights` and `export`, beyond the memory at their start. "shard" is what a
 rank holds of the three models, "largest" the largest single parameter.
 """
@@ -39,13 +39,14 @@ from pipeline.config.cluster import RanksConfig
 from pipeline.data.planted import OBJECTIVES, build_tokenizer
 from pipeline.learning.builders import PPOLearnerSpec, build_ppo_learner
 from pipeline.learning.memory import keep_freed_memory
-from pipeline.models.backbone import save_causal_lm
+from pipeline.models.backbone import load_causal_lm, save_causal_lm
 from pipeline.models.reward_model import make_head, save_reward_model
 from pipeline.records import PromptGroup
 from tests.performance.storage_speed import processor_name
 from tests.support.learners import ALIGNMENT, HEAD, reward_card
 
 WAYS = ("whole", "shards")
+TINY = {"hidden_size": 64, "layers": 1, "vocabulary": 0}
 PHASES = ("loaded", "built", "published", "exported")
 
 
@@ -54,14 +55,15 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--hidden-size", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--vocabulary", type=int, default=16384)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--tied", action="store_true", help="one matrix for embedding and head")
     parser.add_argument("--json", type=Path, help="writes the rows there, too")
     options = parser.parse_args()
 
     rows = []
     with tempfile.TemporaryDirectory() as directory:
+        write_models(Path(directory) / "warm up", argparse.Namespace(**vars(options) | TINY))
         sizes = write_models(Path(directory), options)
         million, largest = sizes["numbers"] / 1e6, 4 * sizes["largest"] / 1e6
         print(f"{processor_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; float32, gloo, ZeRO-3")
@@ -174,7 +176,7 @@ def run_rank(
     rank: int, num_ranks: int, address: str, directory: str, way: str, pids: dict[int, int], phases: dict[Any, Any]
 ) -> None:
     os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
-    from actors.deepspeed_engine import DeepSpeedEngine, join_process_group, sharded_reference, shards_of
+    from actors.deepspeed_engine import DeepSpeedEngine, ZeroShards, join_process_group, sharded_reference, shards_of
 
     torch.set_num_threads(1)
     device = join_process_group(rank, num_ranks, address)
@@ -195,6 +197,7 @@ def run_rank(
         phases[rank] = "built"
         return DeepSpeedEngine(*arguments, ranks=config, device=device, **named)
 
+    load_causal_lm(f"{directory}/warm up/policy", dtype="float32", shards=ZeroShards(device))  # imports what it needs
     phases[rank] = "loaded"
     pids[rank] = os.getpid()
     time.sleep(0.05)  # the other process sees the memory before
