@@ -58,24 +58,59 @@ class ZeroShards:
 
     @contextmanager
     def gathering(self, model: nn.Module) -> Iterator[None]:
-        """As DeepSpeed's engine will do it, for a model that does not have one yet."""
-        gathered: dict[nn.Module, Any] = {}
+        """As DeepSpeed's engine will do it, for a model that does not have one yet. All modules use the same memory."""
+        owned = {module: split_parameters(module) for module in model.modules()}
+        owned = {module: parameters for module, parameters in owned.items() if parameters}
+        most = max((sum(map(padded_bytes, parameters)) for parameters in owned.values()), default=0)
+        room = torch.empty(most, dtype=torch.uint8, device=self.device)
+        computing: list[nn.Module] = []
 
         def gather(module: nn.Module, _: Any) -> None:
-            gathered[module] = deepspeed.zero.GatheredParameters(list(module.parameters(recurse=False)))
-            gathered[module].__enter__()
+            free = torch.empty_like(room) if computing else room  # the second module lies within the first
+            computing.append(module)
+            for parameter in owned[module]:
+                parameter.data = gathered(parameter, free)
+                free = free[padded_bytes(parameter) :]
 
         def forget(module: nn.Module, _: Any, __: Any) -> None:
-            gathered.pop(module).__exit__(None, None, None)
+            computing.remove(module)
+            for parameter in owned[module]:
+                parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
 
-        owners = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
-        hooks = [owner.register_forward_pre_hook(gather) for owner in owners]
-        hooks += [owner.register_forward_hook(forget) for owner in owners]
+        hooks = [module.register_forward_pre_hook(gather) for module in owned]
+        hooks += [module.register_forward_hook(forget) for module in owned]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def split_parameters(module: nn.Module) -> list[Any]:
+    """Of a module's own parameters those that are split; DeepSpeed has tied its fields to them."""
+    return [parameter for parameter in module.parameters(recurse=False) if hasattr(parameter, "ds_id")]
+
+
+def padded_bytes(parameter: Any) -> int:
+    """Of a split parameter: all ranks have parts of the same size."""
+    return parameter.ds_tensor.nbytes * dist.get_world_size()
+
+
+def gathered(parameter: Any, room: torch.Tensor) -> torch.Tensor:
+    """A split parameter, whole. Collective.
+
+    One broadcast a rank, for gloo makes copies of what it gathers, and none of what it broadcasts.
+
+    Args:
+        room: [n] bytes, `padded_bytes` at least.
+    """
+    part = parameter.ds_tensor.view(torch.uint8)
+    whole = room[: padded_bytes(parameter)]
+    for rank, place in enumerate(whole.split(part.numel())):
+        if rank == dist.get_rank():
+            place.copy_(part)
+        dist.broadcast(place, rank)
+    return whole.view(parameter.dtype)[: parameter.ds_numel].view(parameter.ds_shape)
 
 
 def shards_of(ranks: RanksConfig, device: torch.device) -> ZeroShards | None:
@@ -165,14 +200,12 @@ class DeepSpeedEngine:
         outline = {name: torch.empty(p.ds_shape, dtype=p.dtype, device="meta") for name, p in parameters.items()}
         return TensorStream(outline=outline, tensors=self._gathered(parameters))
 
-    @staticmethod
-    def _gathered(parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _gathered(self, parameters: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
         """One parameter at a time: the whole model need not fit on one device."""
         for name, parameter in parameters.items():
-            with deepspeed.zero.GatheredParameters([parameter]):
-                tensor = parameter.data  # leaving the block gives the parameter other memory, and leaves this as it is
-            yield name, tensor
-            del tensor
+            room = torch.empty(padded_bytes(parameter), dtype=torch.uint8, device=self.device)
+            yield name, gathered(parameter, room)
+            del room
 
     def snapshot(self) -> TrainingStatePart:
         return TrainingStatePart.take(self._fragments(), self._shapes(), part=self.rank, num_parts=self.world_size)

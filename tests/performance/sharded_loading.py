@@ -9,10 +9,11 @@ splits it afterwards; "shards" is the learner as it is. Each rank is a process, 
 `RankGroup` gives it.
 
 Memory is anonymous memory, `RssAnon` of /proc/<pid>/status, read every 2 ms by another process: the pages of a mapped
-file are not in it, and the kernel can drop those. MB are 1e6 bytes, beyond what the process had before, the largest of
-all ranks. gloo copies what it gathers, once or more in every thread; NCCL does not. "loaded" is the peak until the last model is loaded, "built" the peak until optimiser and engine are there,
-"published" and "exported" those of `publish_weights` and `export`, beyond the memory at their start. "shard" is what a
-rank holds of the three models, "largest" the largest single parameter.
+file are not in it, and the kernel can drop those. MB are 1e6 bytes, beyond those of a process that has loaded a tiny
+model before, the largest of all ranks. "loaded" is the peak until the last model is loaded, "built" the peak until
+optimiser and engine are there, "published" and "exported" those of `publish_weights` and `export`, beyond the memory at
+their start. "shard" is what a rank holds of the three models. Freed memory stays with the process and is used again, so
+a later phase can take less than it needs.
 """
 
 from __future__ import annotations
