@@ -12,7 +12,8 @@ from actors.rank_group import RankGroup
 from pipeline.config.alignment import PPOConfig
 from pipeline.config.cluster import RanksConfig
 from pipeline.config.models import LoRAConfig
-from pipeline.learning.builders import PPOLearnerSpec
+from pipeline.learning.builders import PPOLearnerSpec, build_ppo_learner, reference_in_process
+from pipeline.learning.engine import TorchEngine
 from pipeline.models.backbone import load_backbone, load_causal_lm, save_causal_lm
 from pipeline.models.reward_model import load_reward_backbone
 from pipeline.records import PromptGroup
@@ -52,8 +53,9 @@ def checkpoints(tokenizer, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def group(local_ray, checkpoints):
-    spec = PPOLearnerSpec(
+def spec(checkpoints):
+    """A policy and a critic of its own, both with adapters."""
+    return PPOLearnerSpec(
         config=ALIGNMENT.model_copy(update={"ppo": PPOConfig(mini_batch_size=4, lora=LoRAConfig(rank=2))}),
         policy_uri=str(checkpoints / "untied"),
         reward_model_uri=str(checkpoints / "reward"),
@@ -62,6 +64,10 @@ def group(local_ray, checkpoints):
         publish_directory=str(checkpoints / "published"),
         seed=0,
     )
+
+
+@pytest.fixture(scope="module")
+def group(local_ray, spec):
     ranks = RanksConfig(ranks=RANKS, cpus_per_rank=1, zero_stage=3)
     with RankGroup("test ranks", ranks, start_s=240) as group:
         group.build(deepspeed_ppo_learner, spec, ranks)
@@ -116,12 +122,25 @@ def test_a_rank_holds_its_part_and_one_parameter_while_it_loads_a_model(way, sou
     file = load_file(checkpoints / source / "model.safetensors")
     for result in results:
         assert not result["whole"]
-        # The parameter, what gloo gathers it from, and activations of a few tokens.
+        # The parameter, what is read of its file at a time, and activations of a few tokens.
         assert result["shard"] < result["peak"] < result["shard"] + 2.5 * LARGEST
     for name, shape in results[0]["shapes"].items():
         stored = file["model.embed_tokens.weight" if (source, name) == ("tied", "lm_head.weight") else prefix + name]
         whole = torch.cat([result["part"][name] for result in results])
         assert torch.equal(whole[: stored.numel()].view(shape), stored.to(whole.dtype)), name
+
+
+def tensors(rank):
+    """Runs on every rank: all that it and the others hold, by name."""
+    return {name: tensor.clone() for name, tensor in rank._learner.engine.stream().tensors}
+
+
+def test_ranks_start_from_the_numbers_of_one_process(group, spec):
+    alone = dict(build_ppo_learner(spec, TorchEngine, reference_in_process("float32", "cpu")).engine.stream().tensors)
+    assert any("lora_A" in name for name in alone)
+    for ranks in on_every_rank(group, tensors):
+        assert ranks.keys() == alone.keys()
+        assert all(torch.equal(ranks[name], alone[name]) for name in alone)
 
 
 def export(rank, directory):
