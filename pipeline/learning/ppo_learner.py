@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ from pipeline.learning.micro_batches import MicroBatch, RowValues, Sums, own_mic
 from pipeline.learning.parameter_groups import POLICY
 from pipeline.learning.schedule import learning_rate_factor
 from pipeline.learning.training_state import TrainingStatePart
-from pipeline.models.backbone import DTYPES, save_causal_lm
+from pipeline.models.backbone import DTYPES, write_causal_lm
 from pipeline.models.critic import TokenStatistics
-from pipeline.models.lora import merged_tensors
 from pipeline.models.packing import PackedTokens, pack
+from pipeline.models.tensor_stream import TensorStream
 from pipeline.objectives.aggregation import MiniBatchSize
 from pipeline.objectives.masked import masked_sum
 from pipeline.objectives.policy import importance_ratio
@@ -251,9 +251,11 @@ class PPOLearner:
         # Every rank runs every probe: ZeRO-3 needs the same calls from every rank, and the probes are few.
         probes = evaluate_probes(lambda *a: self.engine.forward(*a)[0], self.probes, self.engine.device)
         location = self._location(version)
-        policy = self._policy_on_first_rank(DTYPES[self.engine.dtype])
+        policy = self._policy().to(DTYPES[self.engine.dtype])
         written = 0.0
-        if self.engine.rank == 0:
+        if self.engine.rank != 0:
+            policy.read_to_the_end()
+        else:
             written = self._files.write(policy, location, replaced=self._location(version - 2))
             # By name, not by age: a killed run may have left later versions than the one it resumes from.
             kept = {location, self._location(version - 1)}
@@ -262,18 +264,12 @@ class PPOLearner:
         return PolicyWeights(version=version, location=str(location), probes=probes, written_gb_per_s=written)
 
     def policy_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What `publish_weights` writes, tensor by tensor on this rank's device. Collective, as `full_tensors`."""
-        return self._policy_part(self.engine.full_tensors())
+        """What `publish_weights` writes, tensor by tensor on this rank's device. Collective, as `engine.stream`."""
+        return self._policy().tensors
 
-    def _policy_on_first_rank(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """The policy without the critic, on the CPU of the first rank; empty elsewhere. Collective."""
-        tensors = self.policy_tensors()
-        return {name: tensor.to(dtype).cpu() for name, tensor in tensors if self.engine.rank == 0}
-
-    def _policy_part(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in merged_tensors(tensors, self.engine.module):
-            if name.startswith("policy."):
-                yield name.removeprefix("policy."), tensor
+    def _policy(self) -> TensorStream:
+        """The policy without the critic."""
+        return self.engine.stream().merged(self.engine.module).below("policy.")
 
     def _location(self, version: int) -> Path:
         return Path(self.publish_directory) / f"policy-{version:06d}"
@@ -285,9 +281,11 @@ class PPOLearner:
         return peak_memory(self.engine.device)
 
     def export(self, directory: str) -> None:
-        policy = self._policy_on_first_rank(torch.float32)
+        policy = self._policy()
         if self.engine.rank == 0:
-            save_causal_lm(policy, self.model_config, self.tokenizer, directory)
+            write_causal_lm(policy, self.model_config, self.tokenizer, directory)
+        else:
+            policy.read_to_the_end()
 
 
 def frozen_reference(
