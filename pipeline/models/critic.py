@@ -121,7 +121,7 @@ def _trunk(policy: Any) -> PreTrainedModel:
 def _logprobs_and_entropy(
     policy: PreTrainedModel, states: torch.Tensor, packed: PackedTokens, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[n] each, of the response tokens that this rank predicts."""
+    """[M] each, of the response tokens that this rank predicts."""
     return token_logprobs_and_entropy(
         states[packed.predictors],
         policy.get_output_embeddings(),
@@ -132,6 +132,6 @@ def _logprobs_and_entropy(
 
 
 def _to_rows(flat: torch.Tensor, packed: PackedTokens, num_columns: int) -> torch.Tensor:
-    """[n] of the response tokens that this rank predicts -> [B, num_columns], a row per response, 0 on padding."""
+    """[M] of the response tokens that this rank predicts -> [B, num_columns], a row per response, 0 on padding."""
     mask = torch.arange(num_columns, device=flat.device) < packed.response_lengths.unsqueeze(-1)
     return flat.new_zeros(mask.shape).masked_scatter(mask, of_all_ranks(flat, packed))

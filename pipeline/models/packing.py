@@ -34,6 +34,7 @@ class PackedTokens:
     """G groups of a prompt and its responses, end to end: T tokens, R responses, N response tokens.
 
     A rank holds all T tokens, or with a sequence group of n ranks every n-th one: rank r has the tokens r, r + n, ...
+    Its states predict M of the N response tokens.
 
     Responses are numbered: the first of every group, then the second of every group, and so on. For preference pairs
     these are the chosen, then the rejected ones.
@@ -53,21 +54,21 @@ class PackedTokens:
     response_tokens: torch.Tensor
     """[N] int64: index of every response token, response by response."""
     predictors: torch.Tensor
-    """[n] int64: each token of this rank whose state predicts a response token, as an index into this rank's tokens.
+    """[M] int64: each token of this rank whose state predicts a response token, as an index into this rank's tokens.
     The last token of a prompt is there once for each of its responses."""
     predicted: torch.Tensor
-    """[n] int64: the response token that it predicts, as an index into the N."""
+    """[M] int64: the response token that it predicts, as an index into the N."""
     response_lengths: torch.Tensor
     """[R] int64."""
     most_response_tokens: int
-    """n of the rank that has most in this forward pass: ranks that shard a vocabulary head must call it equally
+    """M of the rank that has most in this forward pass: ranks that shard a vocabulary head must call it equally
     often."""
     sequence_group: SequenceGroup | None = None
     """The ranks that hold these tokens together; None: this rank has them all."""
 
     @property
     def targets(self) -> torch.Tensor:
-        """[n] int64: the tokens that `predictors` predict."""
+        """[M] int64: the tokens that `predictors` predict."""
         return self.token_ids[self.response_tokens[self.predicted]]
 
     def to(self, device: torch.device | str) -> PackedTokens:
@@ -149,7 +150,7 @@ def packed_states(backbone: PreTrainedModel, packed: PackedTokens) -> torch.Tens
 
 
 def of_all_ranks(predicted: torch.Tensor, packed: PackedTokens) -> torch.Tensor:
-    """[n] numbers, one for each of `packed.predicted`, to [N], one for each response token, on every rank."""
+    """[M] numbers, one for each of `packed.predicted`, to [N], one for each response token, on every rank."""
     if packed.sequence_group is None:
         return predicted
     whole = predicted.new_zeros(len(packed.response_tokens)).index_copy(0, packed.predicted, predicted)
