@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python -m tests.performance.long_row --ranks 1 2
 
-The work is a forward and a backward pass of `Policy`, a prompt with two responses, float32, gloo between the processes.
+The work is a forward and a backward pass of `Policy`, a prompt and its responses, float32, gloo between the processes.
 Memory is the peak of what torch's allocator gives out within the two passes: activations, logits, gradients. Beside it
-stands what the plan says of the first two. Seconds are the fastest of the rounds, by the clock and by a process's own
+stands what the plan says of the first two. The plan has no mask of a response that shares its prompt (`--responses 2`):
+ranks do not divide it, and a GPU needs none. Seconds are the fastest of the rounds, by the clock and by a process's own
 processor time; on a busy machine the clock is late.
 """
 
@@ -51,10 +52,11 @@ def run(rank: int, ranks: int, options: argparse.Namespace, answers) -> None:
     group = join_sequence_group(ranks, timeout=timedelta(minutes=10))
     torch.manual_seed(0)
     model = with_onednn(Policy(Qwen3ForCausalLM(config_of(options))))
-    response = options.tokens * 3 // 8
-    tokens = torch.randint(0, 8192, (options.tokens,)).tolist()
-    prompt, rest = tokens[: options.tokens - 2 * response], tokens[options.tokens - 2 * response :]
-    row = PromptGroup(prompt_ids=tuple(prompt), response_ids=(tuple(rest[:response]), tuple(rest[response:])))
+    response = options.tokens * 3 // 4 // options.responses
+    prompt, *responses = torch.randint(0, 8192, (options.tokens,)).split(
+        [options.tokens - response * options.responses, *[response] * options.responses]
+    )
+    row = PromptGroup(prompt_ids=tuple(prompt.tolist()), response_ids=tuple(tuple(r.tolist()) for r in responses))
     packed = pack([row], sequence_group=group)
 
     def step() -> None:
@@ -97,6 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--responses", type=int, default=1)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
