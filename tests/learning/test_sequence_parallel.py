@@ -21,10 +21,10 @@ def policy(tokenizer, tmp_path_factory):
     [
         ("sft", {}, 2, 2),
         ("sft", {"max_tokens": 10_000}, 4, 2),
-        ("reward", {}, 4, 2),
+        ("reward", {"recompute": True}, 4, 2),
         ("reward", {"pooling": "mean"}, 2, 2),
         ("reward", {"lora": LoRAConfig(rank=4)}, 4, 4),
-        ("ppo", {}, 4, 2),
+        ("ppo", {"recompute": True}, 4, 2),
         ("ppo", {"lora": LoRAConfig(rank=4)}, 4, 4),
         ("direct", {}, 2, 2),
     ],

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pipeline.config.alignment import PPOConfig
-from pipeline.config.models import LoRAConfig, OptimiserConfig, TinyModelConfig
+from pipeline.config.models import OptimiserConfig, TinyModelConfig
 from pipeline.config.reward import RewardConfig
 from pipeline.config.sft import SFTConfig
 from pipeline.data.collate import tokenise_texts
@@ -74,8 +74,8 @@ def four_headed_policy(tokenizer, directory):
     return directory
 
 
-def step_of(name, policy, world, tokenizer, directory, *, lora=None, pooling="last", max_tokens=80):
-    """The step of a stage, on the policy of a directory."""
+def step_of(name, policy, world, tokenizer, directory, *, lora=None, pooling="last", max_tokens=80, recompute=False):
+    """The step of a stage, on the policy of a directory; direct alignment always recomputes activations."""
     match name:
         case "sft":
             texts = tokenise_texts(world.sft_texts()[:8], tokenizer, max_length=128)
@@ -89,6 +89,7 @@ def step_of(name, policy, world, tokenizer, directory, *, lora=None, pooling="la
                 optimiser=OPTIMISER,
                 max_tokens_per_micro_batch=2 * max_tokens,
                 pooling=pooling,
+                gradient_checkpointing=recompute,
                 lora=lora,
             )
             spec = RewardTrainerSpec(
@@ -113,18 +114,19 @@ def step_of(name, policy, world, tokenizer, directory, *, lora=None, pooling="la
             batch = data.with_references(lambda groups: 0.9 * alone.logprobs(groups)).batch(0)
             return OneStep(name=name, spec=spec, batch=batch, heldout=batch)
         case "ppo":
-            return _ppo_step(policy, world, tokenizer, directory, lora, max_tokens)
+            return _ppo_step(policy, world, tokenizer, directory, lora=lora, max_tokens=max_tokens, recompute=recompute)
     raise AssertionError(name)
 
 
-def _ppo_step(policy, world, tokenizer, directory, lora: LoRAConfig | None, max_tokens):
+def _ppo_step(policy, world, tokenizer, directory, *, lora, max_tokens, recompute):
     """With adapters the reference is the policy without them; else it is a model of its own, and so is the critic."""
     critic = "separate" if lora is None else "value_head"
     ppo = PPOConfig(epochs=1, mini_batch_size=9, policy=OPTIMISER, critic=critic, critic_learning_rate=1e-3, lora=lora)
     probes = choose_probes(prompts_of(world, tokenizer), vocabulary_size=len(tokenizer), seed=0, count=2)
     untrained_reward_model(policy, f"{directory}/reward model")
+    memory = {"max_tokens_per_micro_batch": max_tokens, "gradient_checkpointing": recompute}
     spec = PPOLearnerSpec(
-        config=ALIGNMENT.model_copy(update={"ppo": ppo, "max_tokens_per_micro_batch": max_tokens}),
+        config=ALIGNMENT.model_copy(update={"ppo": ppo} | memory),
         policy_uri=policy,
         reward_model_uri=f"{directory}/reward model",
         dtype="float32",
