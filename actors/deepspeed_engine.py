@@ -12,11 +12,14 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import PreTrainedModel
 
+from actors.sequence_group import join_sequence_group
 from pipeline.config.cluster import RanksConfig
 from pipeline.learning.engine import ParameterGroup, require_finite_norm, set_learning_rates
 from pipeline.learning.ppo_learner import frozen_reference
 from pipeline.learning.training_state import Fragment, SavedState, TrainingStatePart, adam_state, trained_parameters
+from pipeline.models.sequence_parallel_check import check_sequence_parallel
 from pipeline.models.sharded_loading import PIECE_NUMBERS, move_buffers
 from pipeline.models.tensor_stream import TensorStream
 
@@ -152,7 +155,15 @@ class DeepSpeedEngine:
         self.module = module
         self.groups = tuple(groups)
         self.max_grad_norm = max_grad_norm
-        # DeepSpeed averages gradients over ranks; our losses are sums over the global batch.
+        for model in module.modules():
+            if isinstance(model, PreTrainedModel):
+                heads = model.config.get_text_config().num_attention_heads
+                check_sequence_parallel(
+                    ranks.sequence_parallel, heads, model=f"the {model.config.model_type} model that is trained"
+                )
+        self.sequence_group = join_sequence_group(ranks.sequence_parallel, timeout=COLLECTIVE_TIMEOUT)
+        # DeepSpeed averages gradients over ranks; our losses are sums over the global batch. It is not told of sequence
+        # groups: the gradients of their ranks add up like those of other ranks, and ZeRO shards over all ranks.
         self.loss_factor = float(self.world_size)
         self._zero_stage = ranks.zero_stage
         # Ranks load at different speeds, so they wait for each other here. The process groups that DeepSpeed makes next

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from cluster.planning.training_loads import check_sequence_groups
 from pipeline.config.recipe import Recipe
 from pipeline.config.rewards import THIS_RUNS_MODEL
 from pipeline.data.recipe_files import check_data
@@ -66,6 +67,7 @@ def check_recipe(recipe: Recipe, *, workspace: str | None = None) -> None:
 
         seen += check_rewards(recipe.alignment.rewards)
     _check_shards(recipe)
+    check_sequence_groups(recipe)
     print(f"{'preflight':<19} {', '.join(seen)} looked at in {time.monotonic() - started:.2f} s", flush=True)
     for what in unseen:
         print(f"{'preflight':<19} not looked at: {what}", flush=True)

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from cluster.planning.hardware import Hardware
 from cluster.planning.recipe_plan import RecipePlan, RoleMemory, plan_recipe
-from cluster.planning.training_loads import Shapes
+from cluster.planning.training_loads import Shapes, check_sequence_groups
 from cluster.rollout_plan import RolloutPlan, plan_rollouts
 from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError, ResourceError
@@ -165,6 +165,7 @@ def _settings_of(recipe: Recipe, section: str) -> Iterator[Overrides]:
     for zero_stage in sorted({1, 2, 3} - {ranks.zero_stage}):
         yield {f"{section}.zero_stage": zero_stage}
     yield {f"{section}.offload_optimiser": not ranks.offload_optimiser}
+    yield {f"{section}.sequence_parallel": 2 * ranks.sequence_parallel}
     yield {f"{section}.ranks": 2 * ranks.ranks}
 
 
@@ -187,7 +188,7 @@ def _layouts(recipe: Recipe) -> Iterator[Overrides]:
 
 
 def _with(recipe: Recipe, overrides: Overrides) -> Recipe | None:
-    """The recipe with other values, validated again; None where the schema refuses them."""
+    """The recipe with other values, validated again; None where they are refused."""
     written = recipe.model_dump()
     for path, value in overrides.items():
         section = written
@@ -196,9 +197,11 @@ def _with(recipe: Recipe, overrides: Overrides) -> Recipe | None:
             section = section[name]
         section[last] = value
     try:
-        return Recipe.model_validate(written)
-    except ValidationError:
+        changed = Recipe.model_validate(written)
+        check_sequence_groups(changed)
+    except (ValidationError, ConfigError):
         return None
+    return changed
 
 
 def _as_text(value: Any) -> str:

@@ -186,9 +186,25 @@ def training_memory(load: TrainingLoad, ranks: RanksConfig | None) -> tuple[Byte
     if load.dtype != "float32":
         # autocast keeps the casts of all weights that need a gradient until the forward pass ends.
         device["autocast's weights"] = BYTES[load.dtype] * float(trained)
-    if n > 1:
-        device["communication"] = _communication_bytes(load, stage)
+    if ranks is not None and n > 1:
+        device["communication"] = _communication_bytes(load, stage) + _exchanged_bytes(load, ranks.sequence_parallel)
     return device, host
+
+
+def exchange_width(shape: DecoderShape, n: int) -> int:
+    """Numbers that a rank of a sequence group of n sends around one attention, per own token: 2 (A + K').
+
+    Query, key and value go before it, its result comes back. K' = K where n divides the key-value heads; else they are
+    repeated until it does. 0 for a group of one.
+    """
+    heads = shape.num_heads + math.lcm(shape.num_kv_heads, n)
+    return 2 * heads * shape.head_dim if n > 1 else 0
+
+
+def _exchanged_bytes(load: TrainingLoad, n: int) -> float:
+    """What one layer sends and receives around its attention."""
+    widest = max(exchange_width(decoder.shape, n) for decoder in load.decoders)
+    return 2 * BYTES[load.dtype] * load.micro_batch_tokens * widest
 
 
 def _communication_bytes(load: TrainingLoad, stage: int) -> float:

@@ -6,12 +6,13 @@ Nothing overlaps unless a formula says so: DeepSpeed runs here without overlappi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from cluster.planning.accelerators import HOST_BYTES_PER_S_PER_CORE, NETWORK_BYTES_PER_S, Accelerator
 from cluster.planning.decoder_shape import DecoderShape
-from cluster.planning.memory import BYTES, TrainedDecoder, TrainingLoad
+from cluster.planning.memory import BYTES, TrainedDecoder, TrainingLoad, exchange_width
 from pipeline.config.cluster import CPU, RanksConfig
 
 Bound = Literal["compute", "memory bandwidth", "the longest response", "links", "optimiser on the host", "host copies"]
@@ -123,7 +124,8 @@ def update_phase(
     seconds = FLOPs / (n F) + micro-batches * gathered bytes / link + steps * optimiser
 
     ZeRO-3 gathers 4 P bytes in the forward and in the backward pass, and once more where activations are computed
-    again; it scatters 4 T of gradients. ZeRO-2 scatters gradients at every micro-batch, ZeRO-1 once a step.
+    again; it scatters 4 T of gradients. ZeRO-2 scatters gradients at every micro-batch, ZeRO-1 once a step. A sequence
+    group exchanges heads in every pass over a layer.
 
     Args:
         batch: sequences of the whole step, all epochs together.
@@ -142,6 +144,8 @@ def update_phase(
     else:
         moved = (micro_batches if ranks.zero_stage == 2 else optimiser_steps) * gradients + optimiser_steps * gradients
     link_s = moved * (n - 1) / n / link_bytes_per_s(processor, spans_nodes=spans_nodes)
+    passes = 3 if load.recompute else 2
+    link_s += passes * _exchange_s([decoder.shape for decoder in load.decoders], load, batch, ranks, processor)
     trained = load.num_trained / n
     if ranks.offload_optimiser:
         cores = max(1, int(ranks.cpus_per_rank))
@@ -172,6 +176,8 @@ def evaluate_phase(load: TrainingLoad, batch: Sequences, ranks: RanksConfig, pro
     policy = load.decoders[0].shape
     flops += forward_flops(load.reference or policy, batch, head_tokens=response_tokens)
     seconds = flops / (ranks.ranks * processor.flops_per_s(load.dtype))
+    shapes = [*(decoder.shape for decoder in load.decoders), load.reference or policy]
+    seconds += _exchange_s(shapes, load, batch, ranks, processor)
     return Phase(
         name="evaluate",
         seconds=seconds,
@@ -180,6 +186,19 @@ def evaluate_phase(load: TrainingLoad, batch: Sequences, ranks: RanksConfig, pro
         model_flops=flops,
         peak_flops_per_s=ranks.ranks * processor.peak_flops_per_s(load.dtype),
     )
+
+
+def _exchange_s(
+    shapes: Sequence[DecoderShape], load: TrainingLoad, batch: Sequences, ranks: RanksConfig, processor: Processor
+) -> float:
+    """Seconds in which sequence groups of n exchange heads, in one pass over the layers of all these decoders.
+
+    A group's ranks are neighbours, so their links are those inside a node.
+    """
+    n = ranks.sequence_parallel
+    width = sum(shape.num_layers * exchange_width(shape, n) for shape in shapes)
+    moved = BYTES[load.dtype] * width * batch.tokens / ranks.ranks * (n - 1) / n
+    return moved / link_bytes_per_s(processor, spans_nodes=False)
 
 
 @dataclass(frozen=True, kw_only=True)

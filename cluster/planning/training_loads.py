@@ -11,6 +11,7 @@ from pipeline.config.cluster import RanksConfig
 from pipeline.config.models import LoRAConfig
 from pipeline.config.recipe import Recipe
 from pipeline.config.reward import RewardConfig
+from pipeline.models.sequence_parallel_check import check_sequence_parallel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +25,43 @@ class Shapes:
 
 def shapes_of(recipe: Recipe) -> Shapes | None:
     """None where nothing on this machine knows one of the architectures."""
-    plan = recipe.cluster.plan
-    policy = policy_shape(recipe.policy, plan.policy_config)
-    backbone = policy
-    if recipe.reward.backbone is not None or plan.backbone_config is not None:
-        backbone = backbone_shape(recipe.reward.backbone or "", plan.backbone_config)
+    policy, backbone = _known_shapes(recipe)
     if policy is None or backbone is None:
         return None
     return Shapes(policy=policy, backbone=backbone.with_layers(recipe.reward.backbone_layers))
+
+
+def _known_shapes(recipe: Recipe) -> tuple[DecoderShape | None, DecoderShape | None]:
+    """Policy and backbone."""
+    plan = recipe.cluster.plan
+    policy = policy_shape(recipe.policy, plan.policy_config)
+    if recipe.reward.backbone is None and plan.backbone_config is None:
+        return policy, policy
+    return policy, backbone_shape(recipe.reward.backbone or "", plan.backbone_config)
+
+
+def check_sequence_groups(recipe: Recipe) -> None:
+    """Refuses sequence groups that do not divide the heads of what they train, as far as this machine knows them.
+
+    The ranks look again at the models that they load.
+
+    Raises:
+        ConfigError: as `check_sequence_parallel`.
+    """
+    cluster, alignment = recipe.cluster, recipe.alignment
+    if cluster.sft.sequence_parallel == cluster.reward.sequence_parallel == cluster.alignment.sequence_parallel == 1:
+        return
+    policy, backbone = _known_shapes(recipe)
+    has_critic = not alignment.is_direct and alignment.ppo.critic_reads_policy_tokens
+    for section, ranks, trained in (
+        ("sft", cluster.sft, [policy] if recipe.sft.num_steps else []),
+        ("reward", cluster.reward, [backbone] if recipe.scores_by_reward_model else []),
+        ("alignment", cluster.alignment, [policy, backbone] if has_critic else [policy]),
+    ):
+        for shape in trained:
+            if shape is not None:
+                setting = f"cluster.{section}.sequence_parallel"
+                check_sequence_parallel(ranks.sequence_parallel, shape.num_heads, model=shape.source, setting=setting)
 
 
 def unknown_checkpoint(recipe: Recipe) -> str:
@@ -126,11 +156,13 @@ def _decoder(
 def _micro_batches(rows: int, longest: int, budget: int, ranks: RanksConfig) -> tuple[float, float]:
     """Tokens of a rank's largest micro-batch and the micro-batches of an optimiser step, all rows at their longest.
 
-    A row longer than the budget has a micro-batch of its own (`plan_micro_batches`).
+    A row longer than the budget has a micro-batch of its own (`plan_micro_batches`). n ranks that share rows have n
+    budgets together, and each has an n-th of the tokens.
     """
-    own_tokens = math.ceil(rows / ranks.ranks) * longest
-    tokens = float(min(own_tokens, max(budget, longest)))
-    return tokens, math.ceil(own_tokens / tokens)
+    n = ranks.sequence_parallel
+    shared_tokens = math.ceil(rows / ranks.row_groups) * longest
+    tokens = float(min(shared_tokens, max(n * budget, longest)))
+    return tokens / n, math.ceil(shared_tokens / tokens)
 
 
 def _head_parameters(reward: RewardConfig, hidden: int, objectives: int) -> int:

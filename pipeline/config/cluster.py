@@ -32,8 +32,28 @@ class RanksConfig(Frozen):
     """What DeepSpeed shards: 1 the optimiser, 2 the gradients too, 3 the parameters too."""
     offload_optimiser: bool = False
     """Keep the optimiser in host memory, for models whose optimiser exceeds the GPU."""
+    sequence_parallel: Count = 1
+    """Ranks that compute each row of a batch together, every n-th token on each: for rows too long for one. It must
+    divide `ranks` and the attention heads of the model. The batch is then divided among `ranks / sequence_parallel`
+    groups."""
     max_restarts: Annotated[int, Field(ge=0)] = 1
     """How often the whole group is restarted from the last commit after a rank died."""
+
+    @property
+    def row_groups(self) -> int:
+        """How many groups of ranks have rows of their own."""
+        return self.ranks // self.sequence_parallel
+
+    @model_validator(mode="after")
+    def _sequence_groups_are_whole(self) -> RanksConfig:
+        n, ranks = self.sequence_parallel, self.ranks
+        if ranks % n:
+            divisors = ", ".join(str(number) for number in range(1, ranks + 1) if ranks % number == 0)
+            raise ValueError(
+                f"sequence_parallel = {n} does not divide ranks = {ranks}; set sequence_parallel to one of {divisors}, "
+                f"or ranks to a multiple of {n} such as {-(-ranks // n) * n}"
+            )
+        return self
 
 
 class AutoscaleConfig(Frozen):

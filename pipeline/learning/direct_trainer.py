@@ -29,7 +29,6 @@ from pipeline.learning.micro_batches import MicroBatch, RowValues, Sums, own_mic
 from pipeline.learning.schedule import LearningRateSchedule
 from pipeline.learning.training_state import TrainingStatePart
 from pipeline.models.backbone import write_causal_lm
-from pipeline.models.packing import pack
 from pipeline.objectives.direct_alignment import (
     RewardGaps,
     dynamic_beta,
@@ -195,9 +194,7 @@ class DirectAlignmentTrainer:
     def _forward(self, batch: DirectBatch, rows: torch.Tensor, micro: MicroBatch) -> Responses:
         """The rows [n] of a micro-batch, with gradient."""
         device = self.engine.device
-        packed = pack([batch.groups[row] for row in rows.tolist()], most_response_tokens=micro.most_response_tokens).to(
-            device
-        )
+        packed = micro.pack([batch.groups[row] for row in rows.tolist()]).to(device)
         logprobs, collisions = self.engine.forward(packed, self._needs_collisions)
         reference = batch.reference_logprobs
         return Responses(
@@ -224,7 +221,7 @@ class DirectAlignmentTrainer:
         with torch.no_grad():
             for micro in own_micro_batches(groups, self.engine, self.max_tokens):
                 own = [groups[row] for row in micro.rows.tolist()]
-                packed = pack(own, most_response_tokens=micro.most_response_tokens).to(self.engine.device)
+                packed = micro.pack(own).to(self.engine.device)
                 both = [_by_row(sums, len(own)) for sums in self.engine.forward(packed, with_collisions)]
                 values.put(micro.weight, micro.rows, torch.stack(both, dim=-1))
         return values.over_ranks(self.engine)

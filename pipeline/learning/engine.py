@@ -15,6 +15,7 @@ from torch import nn
 
 from pipeline.errors import NumericsError
 from pipeline.learning.training_state import Fragment, SavedState, TrainingStatePart, adam_state, trained_parameters
+from pipeline.models.sequence_parallel import SequenceGroup
 from pipeline.models.tensor_stream import TensorStream
 
 
@@ -33,6 +34,8 @@ class TrainEngine(Protocol):
 
     rank: int
     world_size: int
+    sequence_group: SequenceGroup | None
+    """The n consecutive ranks that compute rows together with this one; None: every rank has rows of its own."""
     device: torch.device
     dtype: str
     """Name of the dtype of the forward pass; parameters are float32."""
@@ -84,6 +87,7 @@ class TorchEngine:
 
     rank = 0
     world_size = 1
+    sequence_group: SequenceGroup | None = None
     loss_factor = 1.0
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ import torch
 
 from pipeline.data.batching import plan_micro_batches
 from pipeline.learning.engine import TrainEngine
+from pipeline.models.packing import PackedTokens, pack
+from pipeline.models.sequence_parallel import SequenceGroup
 from pipeline.records import PromptGroup
 
 
@@ -19,25 +22,52 @@ class MicroBatch:
     rows: torch.Tensor
     """[n] int64 indices into the global batch; never empty."""
     weight: float
-    """1, or 0 for a stand-in, which makes the collective calls of a rank that has no rows left."""
+    """1, or 0 where the rows count elsewhere: on the first rank of this rank's sequence group, or nowhere, if they only
+    stand in to make the collective calls of a rank that has no rows left."""
     last: bool
     """No micro-batch of the batch follows."""
     most_response_tokens: int
-    """Response tokens of the rank that has most of them in this micro-batch."""
+    """Response tokens that any rank predicts in this micro-batch, at most."""
+    sequence_group: SequenceGroup | None = None
+    """The ranks that compute these rows together with this one."""
+
+    def pack(self, groups: Sequence[PromptGroup]) -> PackedTokens:
+        """The prompts and responses of the rows, as this rank computes them."""
+        return pack(groups, most_response_tokens=self.most_response_tokens, sequence_group=self.sequence_group)
 
 
 def own_micro_batches(groups: Sequence[PromptGroup], engine: TrainEngine, max_tokens: int) -> Iterator[MicroBatch]:
-    """This rank's micro-batches of a batch of prompts with their responses; as many on every rank."""
-    plan = plan_micro_batches([g.num_tokens for g in groups], world_size=engine.world_size, max_tokens=max_tokens)
+    """This rank's micro-batches of a batch of prompts with their responses; as many on every rank.
+
+    n ranks of a sequence group have the same rows, and the first of them counts what is computed. Together they take n
+    times the tokens of a rank.
+    """
+    n = 1 if engine.sequence_group is None else engine.sequence_group.size
+    share, place = divmod(engine.rank, n)
+    plan = plan_micro_batches(
+        [g.num_tokens for g in groups], world_size=engine.world_size // n, max_tokens=n * max_tokens
+    )
     # A rank without rows stands in with row 0.
-    by_position = [[rows or [0] for rows in rows_of_ranks] for rows_of_ranks in zip(*plan, strict=True)]
-    for i, rows_of_ranks in enumerate(by_position):
+    by_position = [[rows or [0] for rows in rows_of_shares] for rows_of_shares in zip(*plan, strict=True)]
+    for i, rows_of_shares in enumerate(by_position):
         yield MicroBatch(
-            rows=torch.tensor(rows_of_ranks[engine.rank]),
-            weight=float(bool(plan[engine.rank][i])),
+            rows=torch.tensor(rows_of_shares[share]),
+            weight=float(place == 0 and bool(plan[share][i])),
             last=i == len(by_position) - 1,
-            most_response_tokens=max(sum(groups[row].num_response_tokens for row in rows) for rows in rows_of_ranks),
+            most_response_tokens=max(
+                sum(_most_predicted(len(response), n) for row in rows for response in groups[row].response_ids)
+                for rows in rows_of_shares
+            ),
+            sequence_group=engine.sequence_group,
         )
+
+
+def _most_predicted(num_tokens: int, n: int) -> int:
+    """Tokens of a response that one of n ranks predicts, at most.
+
+    The first is predicted from the end of the prompt, the others from num_tokens - 1 consecutive tokens.
+    """
+    return 1 + math.ceil((num_tokens - 1) / n)
 
 
 class Sums:

@@ -22,7 +22,7 @@ from pipeline.learning.schedule import learning_rate_factor
 from pipeline.learning.training_state import TrainingStatePart
 from pipeline.models.backbone import DTYPES, write_causal_lm
 from pipeline.models.critic import TokenStatistics
-from pipeline.models.packing import PackedTokens, pack
+from pipeline.models.packing import PackedTokens
 from pipeline.models.tensor_stream import TensorStream
 from pipeline.objectives.aggregation import MiniBatchSize
 from pipeline.objectives.masked import masked_sum
@@ -237,8 +237,7 @@ class PPOLearner:
     def _packed(self, sequences: Sequence[PromptGroup]) -> Iterator[tuple[MicroBatch, PackedTokens]]:
         """This rank's micro-batches of the sequences, on its device."""
         for micro in own_micro_batches(sequences, self.engine, self.config.max_tokens_per_micro_batch):
-            own_sequences = [sequences[row] for row in micro.rows.tolist()]
-            yield micro, pack(own_sequences, most_response_tokens=micro.most_response_tokens).to(self.engine.device)
+            yield micro, micro.pack([sequences[row] for row in micro.rows.tolist()]).to(self.engine.device)
 
     # ------------------------------------------------------------------ publish and save
 

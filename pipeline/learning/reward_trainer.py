@@ -18,7 +18,6 @@ from pipeline.learning.micro_batches import MicroBatch, RowValues, Sums, own_mic
 from pipeline.learning.reward_calibration import calibrate_head
 from pipeline.learning.schedule import LearningRateSchedule, warmup_factor
 from pipeline.learning.training_state import TrainingStatePart
-from pipeline.models.packing import pack
 from pipeline.models.reward_heads import (
     SCALE_SPEED,
     BradleyTerryAuxiliaryHead,
@@ -225,7 +224,7 @@ class RewardTrainer:
         return list(own_micro_batches(batch.pairs, self.engine, self.max_tokens))
 
     def _forward(self, batch: PreferenceBatch, micro: MicroBatch) -> RewardOutput:
-        packed = pack([batch.pairs[row] for row in micro.rows.tolist()])
+        packed = micro.pack([batch.pairs[row] for row in micro.rows.tolist()])
         return RewardOutput(*self.engine.forward(packed.to(self.engine.device), batch.noise_seeds[micro.rows]))
 
     def _terms(self, batch: PreferenceBatch, micro: MicroBatch, output: RewardOutput) -> dict[str, torch.Tensor]:

@@ -13,7 +13,6 @@ from pipeline.learning.micro_batches import MicroBatch, Sums, own_micro_batches
 from pipeline.learning.schedule import learning_rate_factor
 from pipeline.learning.training_state import TrainingStatePart
 from pipeline.models.backbone import write_causal_lm
-from pipeline.models.packing import pack
 from pipeline.records import Metrics, PromptGroup
 
 
@@ -78,8 +77,7 @@ class SFTTrainer:
             policy.read_to_the_end()
 
     def _nll_sum(self, batch: Sequence[PromptGroup], micro: MicroBatch) -> torch.Tensor:
-        own = [batch[row] for row in micro.rows.tolist()]
-        packed = pack(own, most_response_tokens=micro.most_response_tokens).to(self.engine.device)
+        packed = micro.pack([batch[row] for row in micro.rows.tolist()]).to(self.engine.device)
         # The log-probability of padding is 0, so it adds nothing.
         return -self.engine.forward(packed, int(packed.response_lengths.max()), 1.0).sum()
 

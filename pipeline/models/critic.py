@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.models.lora import adapters_off
-from pipeline.models.packing import PackedTokens, packed_states, use_packed_attention
+from pipeline.models.packing import PackedTokens, of_all_ranks, packed_states, use_packed_attention
 from pipeline.objectives.logprobs import token_logprobs, token_logprobs_and_entropy
 
 
@@ -103,7 +103,7 @@ class ResponsePolicy(nn.Module):
         per_token = token_logprobs(
             states[packed.predictors],
             self.policy.get_output_embeddings(),
-            packed.token_ids[packed.response_tokens],
+            packed.targets,
             temperature=1.0,
             most_positions=packed.most_response_tokens,
             diagnostic="log_collision" if with_collisions else "none",
@@ -121,17 +121,17 @@ def _trunk(policy: Any) -> PreTrainedModel:
 def _logprobs_and_entropy(
     policy: PreTrainedModel, states: torch.Tensor, packed: PackedTokens, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[N] each, of the response tokens."""
+    """[M] each, of the response tokens that this rank predicts."""
     return token_logprobs_and_entropy(
         states[packed.predictors],
         policy.get_output_embeddings(),
-        packed.token_ids[packed.response_tokens],
+        packed.targets,
         temperature=temperature,
         most_positions=packed.most_response_tokens,
     )
 
 
 def _to_rows(flat: torch.Tensor, packed: PackedTokens, num_columns: int) -> torch.Tensor:
-    """[N] -> [B, num_columns], a row per response, 0 on padding."""
+    """[M] of the response tokens that this rank predicts -> [B, num_columns], a row per response, 0 on padding."""
     mask = torch.arange(num_columns, device=flat.device) < packed.response_lengths.unsqueeze(-1)
-    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+    return flat.new_zeros(mask.shape).masked_scatter(mask, of_all_ranks(flat, packed))

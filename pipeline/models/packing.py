@@ -16,6 +16,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from pipeline.errors import CheckpointError
+from pipeline.models.sequence_parallel import SequenceGroup, sum_over, to_own_heads, to_own_tokens
 from pipeline.records import PromptGroup
 
 ATTENTION = "shared_prompt"
@@ -32,12 +33,16 @@ Item = TypeVar("Item")
 class PackedTokens:
     """G groups of a prompt and its responses, end to end: T tokens, R responses, N response tokens.
 
+    A rank holds all T tokens, or with a sequence group of n ranks every n-th one: rank r has the tokens r, r + n, ...
+    Its states predict M of the N response tokens.
+
     Responses are numbered: the first of every group, then the second of every group, and so on. For preference pairs
     these are the chosen, then the rejected ones.
     """
 
     lengths: tuple[tuple[int, ...], ...]
-    """For each group the number of tokens of its prompt, then of each response; the tokens lie in this order."""
+    """For each group the number of tokens of its prompt, then of each response; the tokens lie in this order. A
+    sequence group of n ranks adds a last group, of fewer than n tokens that nobody reads, where n does not divide T."""
     token_ids: torch.Tensor
     """[T] int64."""
     positions: torch.Tensor
@@ -49,12 +54,22 @@ class PackedTokens:
     response_tokens: torch.Tensor
     """[N] int64: index of every response token, response by response."""
     predictors: torch.Tensor
-    """[N] int64: index of the token whose state predicts it."""
+    """[M] int64: each token of this rank whose state predicts a response token, as an index into this rank's tokens.
+    The last token of a prompt is there once for each of its responses."""
+    predicted: torch.Tensor
+    """[M] int64: the response token that it predicts, as an index into the N."""
     response_lengths: torch.Tensor
     """[R] int64."""
     most_response_tokens: int
-    """N of the rank that has most in this forward pass: ranks that shard a vocabulary head must call it equally
+    """M of the rank that has most in this forward pass: ranks that shard a vocabulary head must call it equally
     often."""
+    sequence_group: SequenceGroup | None = None
+    """The ranks that hold these tokens together; None: this rank has them all."""
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """[M] int64: the tokens that `predictors` predict."""
+        return self.token_ids[self.response_tokens[self.predicted]]
 
     def to(self, device: torch.device | str) -> PackedTokens:
         """The same tokens on another device."""
@@ -63,11 +78,14 @@ class PackedTokens:
         return replace(self, **(named | moved))
 
 
-def pack(groups: Sequence[PromptGroup], *, most_response_tokens: int = 0) -> PackedTokens:
+def pack(
+    groups: Sequence[PromptGroup], *, most_response_tokens: int = 0, sequence_group: SequenceGroup | None = None
+) -> PackedTokens:
     """Lays groups end to end; every prompt and every response holds a token at least.
 
     Args:
-        most_response_tokens: of any rank in this forward pass, where there are others.
+        most_response_tokens: predicted by any rank in this forward pass, where there are others.
+        sequence_group: the ranks that share these tokens; each of them packs the same groups.
     """
     token_ids: list[int] = []
     positions: list[int] = []
@@ -83,16 +101,28 @@ def pack(groups: Sequence[PromptGroup], *, most_response_tokens: int = 0) -> Pac
             positions += range(prompt_length, prompt_length + len(response_ids))
     responses.sort(key=lambda response: response[0])  # stable: groups keep their order
     _, prompt_ends, starts, ends = zip(*responses, strict=True)
+    lengths = [(len(g.prompt_ids), *map(len, g.response_ids)) for g in groups]
+    n, rank = (1, 0) if sequence_group is None else (sequence_group.size, sequence_group.rank)
+    filler = -len(token_ids) % n
+    if filler:
+        token_ids += [0] * filler
+        positions += range(filler)
+        lengths.append((filler,))
+    # Pairs of a token and the one before it are made of the whole row, so they may lie on two ranks.
+    predictors = torch.tensor([t for _, p, s, e in responses for t in (p, *range(s, e))])
+    [predicted] = (predictors % n == rank).nonzero(as_tuple=True)
     return PackedTokens(
-        lengths=tuple((len(g.prompt_ids), *map(len, g.response_ids)) for g in groups),
+        lengths=tuple(lengths),
         token_ids=torch.tensor(token_ids),
         positions=torch.tensor(positions),
         prompt_ends=torch.tensor(prompt_ends),
         response_ends=torch.tensor(ends),
         response_tokens=torch.tensor([t for s, e in zip(starts, ends, strict=True) for t in range(s, e + 1)]),
-        predictors=torch.tensor([t for _, p, s, e in responses for t in (p, *range(s, e))]),
+        predictors=predictors[predicted] // n,
+        predicted=predicted,
         response_lengths=torch.tensor([e - s + 1 for s, e in zip(starts, ends, strict=True)]),
-        most_response_tokens=max(most_response_tokens, sum(group.num_response_tokens for group in groups)),
+        most_response_tokens=max(most_response_tokens, len(predicted)),
+        sequence_group=sequence_group,
     )
 
 
@@ -102,34 +132,63 @@ def in_packed_order(groups: Sequence[Sequence[Item]]) -> list[Item]:
 
 
 def packed_states(backbone: PreTrainedModel, packed: PackedTokens) -> torch.Tensor:
-    """[T, H] final-norm states, equal to those of each prompt + response run alone.
+    """[T / n, H] final-norm states of this rank's tokens, equal to those of each prompt + response run alone.
 
     Args:
         backbone: a decoder without its head that `use_packed_attention` has seen.
-        packed: on the backbone's device.
+        packed: on the backbone's device; n ranks share it, or 1.
     """
+    group = packed.sequence_group
+    own = slice(None) if group is None else slice(group.rank, None, group.size)
     return backbone(
-        input_ids=packed.token_ids.unsqueeze(0),
-        position_ids=packed.positions.unsqueeze(0),
+        input_ids=packed.token_ids[own].unsqueeze(0),
+        position_ids=packed.positions[own].unsqueeze(0),
         use_cache=False,
         group_lengths=packed.lengths,
+        sequence_group=group,
     ).last_hidden_state.squeeze(0)
+
+
+def of_all_ranks(predicted: torch.Tensor, packed: PackedTokens) -> torch.Tensor:
+    """[M] numbers, one for each of `packed.predicted`, to [N], one for each response token, on every rank."""
+    if packed.sequence_group is None:
+        return predicted
+    whole = predicted.new_zeros(len(packed.response_tokens)).index_copy(0, packed.predicted, predicted)
+    return sum_over(packed.sequence_group, whole)
 
 
 def prompt_and_response_states(
     states: torch.Tensor, packed: PackedTokens, pooling: Literal["last", "mean"]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[R, H] twice, of [T, H] states: at the last prompt token of each response, and of the response.
+    """[R, H] twice, of this rank's states: at the last prompt token of each response, and of the response.
+
+    A sequence group sums 2 R H numbers: a rank adds 0 for what it does not hold.
 
     Args:
+        states: as `packed_states` returns them.
         pooling: the state of a response is that of its last token, or the mean over its tokens.
     """
+    group = packed.sequence_group
+    prompts = _own_rows(states, packed.prompt_ends, packed)
     if pooling == "last":
-        return states[packed.prompt_ends], states[packed.response_ends]
-    tokens = states[packed.response_tokens].float()
-    row = torch.repeat_interleave(packed.response_lengths)
-    sums = tokens.new_zeros(len(packed.response_lengths), tokens.shape[1]).index_add(0, row, tokens)
-    return states[packed.prompt_ends], sums / packed.response_lengths.unsqueeze(1)
+        responses = _own_rows(states, packed.response_ends, packed)
+    else:
+        tokens, row = packed.response_tokens, torch.repeat_interleave(packed.response_lengths)
+        if group is not None:
+            own = tokens % group.size == group.rank
+            tokens, row = tokens[own] // group.size, row[own]
+        sums = states.new_zeros(len(packed.response_lengths), states.shape[1], dtype=torch.float32)
+        sums = sums.index_add(0, row, states[tokens].float())
+        responses = sums / packed.response_lengths.unsqueeze(1)
+    return (prompts, responses) if group is None else (sum_over(group, prompts), sum_over(group, responses))
+
+
+def _own_rows(states: torch.Tensor, index: torch.Tensor, packed: PackedTokens) -> torch.Tensor:
+    """The states of the tokens `index` of the whole row; 0 where another rank holds the token."""
+    group = packed.sequence_group
+    if group is None:
+        return states[index]
+    return states[index // group.size] * (index % group.size == group.rank).unsqueeze(1)
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
@@ -172,6 +231,7 @@ def shared_prompt_attention(
     *,
     scaling: float,
     group_lengths: tuple[tuple[int, ...], ...],
+    sequence_group: SequenceGroup | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -183,20 +243,23 @@ def shared_prompt_attention(
     Each is one plain causal attention, so nothing is computed for pairs of tokens that do not see each other.
 
     Args:
-        query: [1, heads, T, D].
-        key, value: [1, key-value heads, T, D].
+        query: [1, heads, T / n, D], of this rank's tokens.
+        key, value: [1, key-value heads, T / n, D].
         scaling: factor on the scores.
         group_lengths: `PackedTokens.lengths`.
+        sequence_group: the n ranks that share the T tokens.
         dropout: probability at which attention weights are dropped.
         sliding_window: a token sees at most this many tokens, itself included; None sees all.
 
     Returns:
-        [1, T, heads, D], and no weights.
+        [1, T / n, heads, D], and no weights.
     """
     if softcap is not None:
         raise CheckpointError(f"attention scores capped at {softcap} (Gemma 2) are not supported; use Qwen3 or Llama")
     # Norms and rotary angles leave float32 under autocast; the values have the dtype that is computed in.
     query, key = query.to(value.dtype), key.to(value.dtype)
+    if sequence_group is not None:
+        query, key, value = to_own_heads(sequence_group, query, key, value)
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     # A prompt with a single response is one plain causal sequence, whichever of the two a token belongs to.
@@ -208,7 +271,8 @@ def shared_prompt_attention(
         for lengths in group_lengths
         for q, k, v in _with_their_prompts(pieces, len(lengths))
     ]
-    return torch.cat(attended, dim=2).transpose(1, 2).contiguous(), None
+    heads = torch.cat(attended, dim=2).transpose(1, 2).contiguous()
+    return heads if sequence_group is None else to_own_tokens(sequence_group, heads), None
 
 
 Piece = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

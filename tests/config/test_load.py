@@ -220,6 +220,11 @@ def test_ppo_and_reinforce_need_no_group():
         ),
         (["alignment.ppo.drop_uniform_groups=true"], "samples_per_prompt = 1 must be at least 2"),
         (["alignment.prefetch=continue"], "the policy before, so ppo.tis_cap must weigh them; 2 is usual"),
+        (
+            ["cluster.reward={ranks: 6, sequence_parallel: 4}"],
+            "sequence_parallel = 4 does not divide ranks = 6; set sequence_parallel to one of 1, 2, 3, 6, or ranks to "
+            "a multiple of 4 such as 8",
+        ),
         (["cluster.rollout.gpus_per_worker=1.5"], "a part of one GPU or on whole ones, not on 1.5; set 1 or 2"),
         (
             ["cluster.rollout={gpus_per_worker: 2, tensor_parallel_size: 4}"],

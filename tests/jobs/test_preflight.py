@@ -69,6 +69,14 @@ def refused_commands(tmp_path, files, s3, tiny_policy):
             f"run tiny --dry-run policy.checkpoint={tiny_policy} cluster.rollout.tensor_parallel_size=4".split(),
             f"gpus_per_worker) cannot divide {tiny_policy}: it has 2 attention heads",
         ),
+        (
+            ["run", "tiny", "--dry-run", "cluster.sft={ranks: 3, sequence_parallel: 3}"],
+            "cluster.sft.sequence_parallel = 3 ranks cannot divide the 4 attention heads of policy.tiny",
+        ),
+        (
+            ["run", "paper_qwen3_8b", "--dry-run", "cluster.reward={ranks: 7, gpus_per_rank: 1, sequence_parallel: 7}"],
+            "cluster.reward.sequence_parallel = 7 ranks cannot divide the 32 attention heads of the published",
+        ),
         (["run", "tiny", "--workspace", "s3://key:secret@bucket/ws"], "carries credentials"),
         (["run", "tiny", "--workspace", out, *bad_pairs], "cut.jsonl, line 1: no JSON"),
         (["run", "tiny", "--workspace", out, *files, f"data.prompts=[{nowhere}]"], f"{nowhere} does not exist"),

@@ -42,7 +42,7 @@ def assert_ranks_agree(world_sizes, build, work, *, tolerance=1e-5):
 def test_a_rank_knows_how_many_response_tokens_the_others_have_in_a_micro_batch():
     batch = [PromptGroup(prompt_ids=(1,) * p, response_ids=((2,) * r,)) for p, r in ((4, 6), (8, 1), (2, 2))]
     for rank, own in ((0, [([0], 1.0), ([0], 0.0)]), (1, [([1], 1.0), ([2], 1.0)])):
-        micros = list(own_micro_batches(batch, SimpleNamespace(world_size=2, rank=rank), 10))
+        micros = list(own_micro_batches(batch, SimpleNamespace(world_size=2, rank=rank, sequence_group=None), 10))
         assert [(micro.rows.tolist(), micro.weight) for micro in micros] == own
         assert [micro.most_response_tokens for micro in micros] == [6, 6]  # row 0 stands in beside row 2
         packed = [pack([batch[row] for row in micro.rows], most_response_tokens=6) for micro in micros]

@@ -37,12 +37,29 @@ class Meeting:
         return [value for _, value in all_brought]
 
 
+class LockstepSequenceGroup:
+    """A `SequenceGroup` of threads."""
+
+    def __init__(self, meeting: Meeting, rank: int) -> None:
+        self.meeting, self.size, self.rank = meeting, meeting.world_size, rank
+
+    def all_to_all(self, pieces: torch.Tensor) -> torch.Tensor:
+        assert pieces.is_contiguous()
+        return torch.stack([theirs[self.rank] for theirs in self.meeting.exchange(self.rank, "all to all", pieces)])
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.stack(self.meeting.exchange(self.rank, "sum over the group", tensor)).sum(0)
+
+
 class LockstepEngine(TorchEngine):
     """One rank of several. Gradients add up over ranks; every forward is a collective, as under ZeRO-3."""
 
-    def __init__(self, *args: Any, rank: int, meeting: Meeting, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, rank: int, meeting: Meeting, group: LockstepSequenceGroup | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.rank, self.world_size, self.meeting = rank, meeting.world_size, meeting
+        self.sequence_group = group
 
     def forward(self, *args: Any) -> Any:
         self.meeting.exchange(self.rank, "forward", None)
@@ -68,19 +85,35 @@ class LockstepEngine(TorchEngine):
         return super().stream()
 
 
-def run_ranks(world_size: int, build: Callable[[Callable[..., LockstepEngine]], L], work: Callable[[L], T]) -> list[T]:
+def sequence_groups(world_size: int, size: int) -> list[LockstepSequenceGroup]:
+    """The group of every rank, in rank order."""
+    meetings = [Meeting(size) for _ in range(world_size // size)]
+    return [LockstepSequenceGroup(meetings[rank // size], rank % size) for rank in range(world_size)]
+
+
+def run_ranks(
+    world_size: int,
+    build: Callable[[Callable[..., LockstepEngine]], L],
+    work: Callable[[L], T],
+    *,
+    sequence_parallel: int = 1,
+) -> list[T]:
     """`work(build(make_engine))` on every rank at once; what each returned, in rank order.
 
     Learners are built one after the other: their initial weights come from torch's one global generator.
     """
     meeting = Meeting(world_size)
-    learners = [build(partial(LockstepEngine, rank=rank, meeting=meeting)) for rank in range(world_size)]
+    groups = sequence_groups(world_size, sequence_parallel) if sequence_parallel > 1 else [None] * world_size
+    learners = [
+        build(partial(LockstepEngine, rank=rank, meeting=meeting, group=group)) for rank, group in enumerate(groups)
+    ]
 
     def run(learner: L) -> T:
         try:
             return work(learner)
         except BaseException:
-            meeting.barrier.abort()  # the others must not wait for this one
+            for place in {meeting, *(group.meeting for group in groups if group is not None)}:
+                place.barrier.abort()  # the others must not wait for this one
             raise
 
     with ThreadPoolExecutor(world_size) as pool:

@@ -7,8 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from cluster.planning.decoder_shape import checkpoint_shape, shape_from_config
-from cluster.planning.memory import TrainedDecoder, TrainingLoad, loading_bytes, training_memory
+from cluster.planning.memory import TrainedDecoder, TrainingLoad, exchange_width, loading_bytes, training_memory
+from cluster.planning.training_loads import sft_load, shapes_of
 from pipeline.config.cluster import RanksConfig
+from pipeline.config.load import load_recipe
 from pipeline.config.models import LoRAConfig, OptimiserConfig
 from pipeline.learning.engine import TorchEngine
 from pipeline.learning.parameter_groups import parameter_groups
@@ -122,6 +124,27 @@ def test_zero_shards_one_thing_more_at_every_stage(zero_stage, weights, gradient
     expected = {"parameters": weights, "gradients": gradients, "optimiser": optimiser, "reference": reference}
     assert shared == pytest.approx(expected)
     assert host == {}
+
+
+def test_ranks_that_share_rows_divide_the_tokens_of_a_row_longer_than_the_budget():
+    recipe = load_recipe("tiny", ["sft.max_length=1000", "sft.batch_size=8", "sft.max_tokens_per_micro_batch=400"])
+    found = {}
+    for ranks, n in ((4, 1), (4, 2), (4, 4), (8, 2)):
+        layout = RanksConfig(ranks=ranks, sequence_parallel=n)
+        changed = recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update={"sft": layout})})
+        load = sft_load(changed, shapes_of(changed))
+        found[ranks, n] = load.micro_batch_tokens, load.micro_batches
+    # Two rows a group of one rank, four or two a group of two, eight a group of four, which has 1,600 tokens together.
+    assert found == {(4, 1): (1000, 2), (4, 2): (500, 4), (4, 4): (400, 5), (8, 2): (500, 2)}
+
+
+def test_ranks_that_share_rows_exchange_heads_and_shard_as_others_do():
+    apart, together = (training_memory(LOAD, RanksConfig(ranks=4, sequence_parallel=n))[0] for n in (1, 2))
+    exchanged = together["communication"] - apart["communication"]
+    assert exchanged == 2 * 2 * 4096 * 2 * (16 + 8) * 128  # sent and received, bfloat16, 16 query and 8 key-value heads
+    assert together | {"communication": 0} == apart | {"communication": 0}
+    # Sixteen ranks need each key-value head twice.
+    assert exchange_width(LOAD.decoders[0].shape, 16) == 2 * (16 + 16) * 128
 
 
 def test_an_optimiser_on_the_host_takes_the_gradients_with_it():

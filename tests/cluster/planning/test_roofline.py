@@ -76,6 +76,23 @@ def test_an_update_adds_arithmetic_links_and_optimiser():
     assert phase.mfu == pytest.approx(0.45 * compute / phase.seconds)
 
 
+def test_ranks_that_share_rows_wait_for_each_other_in_every_pass_over_a_layer():
+    apart, together, recomputed = (
+        update_phase(
+            load,
+            BATCH,
+            RanksConfig(ranks=4, gpus_per_rank=1, sequence_parallel=n),
+            GPU,
+            optimiser_steps=1,
+            spans_nodes=True,
+        ).seconds
+        for load, n in ((LOAD, 1), (LOAD, 2), (replace(LOAD, recompute=True), 2))
+    )
+    exchange = 28 * 2 * (16 + 8) * 128 * 2 * (3200 / 4) / 2 / (0.7 * 450e9)
+    assert together - apart == pytest.approx(2 * exchange)
+    assert recomputed > together
+
+
 def test_ranks_over_nodes_wait_for_the_network():
     ranks = RanksConfig(ranks=16, gpus_per_rank=1, zero_stage=3)
     inside, across = (
