@@ -275,7 +275,7 @@ def _wait_metrics(waits: RolloutWaits) -> Metrics:
 
 
 def _load_metrics(weights: PolicyWeights, workers: Sequence[Metrics]) -> Metrics:
-    """Metrics of a load by these workers: the widest gap, the slowest engine, the most memory."""
+    """Metrics of a load by these workers: the widest gap, the slowest engine, the copies of all, the most memory."""
     return {
         "gate/mean": max(m["gate/mean"] for m in workers),
         "gate/max": max(m["gate/max"] for m in workers),
@@ -283,5 +283,6 @@ def _load_metrics(weights: PolicyWeights, workers: Sequence[Metrics]) -> Metrics
         "weights/seconds": max(m["weights/seconds"] for m in workers),
         "weights/gb_per_s": min(m["weights/gb_per_s"] for m in workers),
         "weights/copy_gb_per_s": min(m["weights/copy_gb_per_s"] for m in workers),
+        "weights/copies_fetched": sum(m["weights/copies_fetched"] for m in workers),
         "memory/rollout_worker_peak_gib": max(m["memory/rollout_worker_peak_gib"] for m in workers),
     }

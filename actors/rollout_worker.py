@@ -32,6 +32,8 @@ class Transfer:
 
     seconds: float
     num_bytes: int
+    copies_fetched: int = 0
+    """1 where this worker brought the published file to its node; its neighbours read the same copy."""
 
 
 class RolloutWorker:
@@ -96,10 +98,11 @@ class RolloutWorker:
 
         self._sampler.interrupt()
         started = time.perf_counter()
-        weights = readable_here(weights)
+        weights, is_fetched = readable_here(weights)
         with self._trace.phase("weights"):
             num_bytes = self._engine.load_weights(weights.location)
-        self._transfer = Transfer(seconds=time.perf_counter() - started, num_bytes=num_bytes)
+        seconds = time.perf_counter() - started
+        self._transfer = Transfer(seconds=seconds, num_bytes=num_bytes, copies_fetched=int(is_fetched))
         return self.accept_weights(weights, tolerance)
 
     # The learner's first rank, not the driver, calls the next four methods (`actors/weight_sender.py`).
@@ -132,6 +135,7 @@ class RolloutWorker:
             "weights/seconds": seconds,
             "weights/gb_per_s": num_bytes / 1e9 / seconds,
             "weights/copy_gb_per_s": self._copy_gb_per_s,
+            "weights/copies_fetched": float(self._transfer.copies_fetched),
             "memory/rollout_worker_peak_gib": self._engine.peak_gib(),
         }
 
@@ -145,7 +149,7 @@ class RolloutWorker:
             tolerance=tolerance,
             engine=self._name,
             version=weights.version,
-            differing_groups=lambda: self._engine.differing_groups(readable_here(weights).location),
+            differing_groups=lambda: self._engine.differing_groups(readable_here(weights)[0].location),
         )
 
     # Sampling: arguments, results and errors are those of `EngineSampler`.

@@ -33,8 +33,11 @@ FETCH_TIMEOUT_S = 120.0
 """How long the other node may take for one answer: a bucket, or the size of the file."""
 
 
-def readable_here(weights: PolicyWeights) -> PolicyWeights:
+def readable_here(weights: PolicyWeights) -> tuple[PolicyWeights, bool]:
     """`weights` with a location on this node: the published file itself, or a copy of it on another node.
+
+    Returns:
+        The weights, and whether this call fetched a copy; a neighbour may have fetched it before.
 
     Raises:
         DeadlineExceeded: a bucket did not arrive in `FETCH_TIMEOUT_S`.
@@ -43,19 +46,20 @@ def readable_here(weights: PolicyWeights) -> PolicyWeights:
     here = ray.get_runtime_context().get_node_id()
     publisher = weights.node
     if publisher is None or publisher == here:
-        return weights
+        return weights, False
     try:
-        return replace(weights, location=_copy_to(here, weights.location, publisher), node=here)
+        copy, is_fetched = _copy_to(here, weights.location, publisher)
     except GetTimeoutError as error:
         raise DeadlineExceeded(
             f"fetching policy version {weights.version} from node {publisher[:12]} to node {here[:12]} did not end: "
             f"nothing arrived for {FETCH_TIMEOUT_S:g} s. Node {publisher[:12]}, or the network between the two, hangs "
             "or is slow. `ray status` shows which nodes are alive."
         ) from error
+    return replace(weights, location=copy, node=here), is_fetched
 
 
-def _copy_to(here: str, location: str, publisher: str) -> str:
-    """Fetches the published weights unless a neighbour has fetched them. Returns the directory of the copy."""
+def _copy_to(here: str, location: str, publisher: str) -> tuple[str, bool]:
+    """Fetches the published weights unless a neighbour has. Returns the directory of the copy, and whether it did."""
     source = os.path.join(location, POLICY_FILE)
     on_publisher = NodeAffinitySchedulingStrategy(publisher, soft=False)
     size, changed_ns = ray.get(_stat.options(scheduling_strategy=on_publisher).remote(source), timeout=FETCH_TIMEOUT_S)
@@ -67,10 +71,11 @@ def _copy_to(here: str, location: str, publisher: str) -> str:
     copies.mkdir(parents=True, exist_ok=True)
     # The workers of a node come here at the same time: the first one fetches, the others find its copy.
     with _locked(f"{copies}.lock"):
-        if not (copy / POLICY_FILE).exists():
+        is_missing = not (copy / POLICY_FILE).exists()
+        if is_missing:
             _make_place(copy)
             _fetch(source, size, copy / POLICY_FILE, on_publisher)
-    return str(copy)
+    return str(copy), is_missing
 
 
 def _make_place(copy: Path) -> None:

@@ -83,6 +83,7 @@ class ScriptedWorker:
             "weights/seconds": 0.5,
             "weights/gb_per_s": 2.0,
             "weights/copy_gb_per_s": 8.0,
+            "weights/copies_fetched": 1.0,
             "memory/rollout_worker_peak_gib": 0.5 + int(self._name.split()[-1]),
         }
 
@@ -226,13 +227,16 @@ def test_any_number_of_workers_gives_the_same_rollouts_in_order(open_pool):
         "weights/seconds": 0.5,
         "weights/gb_per_s": 2.0,
         "weights/copy_gb_per_s": 8.0,
+        "weights/copies_fetched": 1.0,
         "memory/rollout_worker_peak_gib": 0.5,
     }
     assert [(r.prompt.id, r.sample_index) for r in alone] == [(p.id, i) for p in PROMPTS for i in range(2)]
     assert {r.policy_version for r in alone} == {3}
     assert together == alone == pool.generate(PROMPTS, SAMPLING)
     assert pool.num_workers == 2
-    assert pool.load_weights(weights(3))["memory/rollout_worker_peak_gib"] == 1.5  # of the second worker
+    metrics = pool.load_weights(weights(3))
+    assert metrics["memory/rollout_worker_peak_gib"] == 1.5  # of the second worker
+    assert metrics["weights/copies_fetched"] == 2.0  # of both
 
 
 def test_a_pool_that_grows_and_shrinks_in_the_middle_of_batches_samples_nothing_twice(open_pool, tmp_path, monkeypatch):

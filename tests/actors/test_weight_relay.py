@@ -29,9 +29,9 @@ def two_nodes(local_ray):
 def read_on(node, weights, times=1):
     @ray.remote(num_cpus=0)
     def read():
-        here = readable_here(weights)
+        here, is_fetched = readable_here(weights)
         file = Path(here.location) / "model.safetensors"
-        return here.location, here.node, file.read_bytes()
+        return here.location, here.node, file.read_bytes(), is_fetched
 
     placed = read.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
     return ray.get([placed.remote() for _ in range(times)], timeout=120)
@@ -49,21 +49,22 @@ def test_each_node_reads_the_weights_and_fetches_them_once(two_nodes, tmp_path):
     publish = partial(publish_on, publisher, tmp_path)
     first = publish(0, os.urandom(SIZE))
     whole = Path(first.location, "model.safetensors").read_bytes()
-    [(location, node, data)] = read_on(publisher, first)
-    assert (location, node) == (first.location, publisher)
+    [(location, node, data, is_fetched)] = read_on(publisher, first)
+    assert (location, node, is_fetched) == (first.location, publisher, False)
     assert data == whole
 
     copies = read_on(other, first, times=3)
-    assert {location for location, _, _ in copies} == {copies[0][0]} != {first.location}
-    assert all(node == other and data == whole for _, node, data in copies)
+    assert {location for location, *_ in copies} == {copies[0][0]} != {first.location}
+    assert all(node == other and data == whole for _, node, data, _ in copies)
+    assert [is_fetched for *_, is_fetched in copies].count(True) == 1
 
     # A killed run's successor publishes a version of the same number: the copy of the dead one is not mistaken for it.
-    [(_, _, data)] = read_on(other, publish(0, b"published again"))
+    [(_, _, data, _)] = read_on(other, publish(0, b"published again"))
     assert data == b"published again"
     # One copy is read while the next arrives, over the pages of the one before.
     files = set()
     for version in range(1, 6):
-        [(location, _, data)] = read_on(other, publish(version, b"version" * version))
+        [(location, _, data, _)] = read_on(other, publish(version, b"version" * version))
         assert data == b"version" * version
         files.add(Path(location, "model.safetensors").stat().st_ino)
         assert len([*Path(location).parent.iterdir()]) == 2

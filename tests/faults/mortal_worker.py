@@ -44,6 +44,7 @@ class MortalWorker:
         self._version = weights.version
         gate = {"gate/mean": 0.0, "gate/max": 0.0}
         transfer = {"weights/seconds": 0.1, "weights/gb_per_s": 1.0, "weights/copy_gb_per_s": 8.0}
+        transfer["weights/copies_fetched"] = 0.0
         return gate | transfer | {"memory/rollout_worker_peak_gib": 1.0}
 
     def sample(self, requests, sampling, ahead=(), *, seconds, resample_unfinished):

@@ -48,6 +48,7 @@ class IdleWorker:
             "weights/seconds": 0.5,
             "weights/gb_per_s": 2.0,
             "weights/copy_gb_per_s": 8.0,
+            "weights/copies_fetched": 0.0,
             "memory/rollout_worker_peak_gib": 2.5,
         }
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeline.benchmark.alpaca_eval.annotations import Annotations
 from pipeline.benchmark.alpaca_eval.win_rates import ALPACA_EVAL_BASELINE, GamedRows, length_controlled_win_rate
+from tests.performance.processor import processor
 
 INSTRUCTIONS = 805
 
@@ -22,6 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=int, default=50)
     options = parser.parse_args()
+    print(processor())
     rng = np.random.default_rng(0)
     difficulty = rng.normal(0.0, 1.5, INSTRUCTIONS)
     gaps = np.concatenate([rng.normal(-0.8, 1.0, INSTRUCTIONS), rng.normal(1.2, 1.0, INSTRUCTIONS)])

@@ -17,9 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -29,7 +26,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +48,7 @@ from pipeline.models.onednn_linear import with_onednn
 from pipeline.models.packing import PackedTokens, pack
 from pipeline.objectives import logprobs
 from pipeline.records import DirectBatch, PromptGroup
+from tests.performance.processor import processor
 from tests.support.qwen import small_qwen3
 
 OBJECTIVES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
@@ -314,8 +311,7 @@ def report(groups: Sequence[PromptGroup], options: argparse.Namespace, times: di
     lengths = [[len(g.prompt_ids) + len(r) for g in batch for r in g.response_ids] for batch in batches]
     shared = sum(group.num_tokens for group in groups)
     padded = sum(max(rows) * len(rows) for rows in lengths)
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    print(f"\n{processor_kind()}; {torch.get_num_threads()} threads, float32; load of the machine {load}")
+    print(f"\n{processor()}; {torch.get_num_threads()} threads, float32")
     print(
         f"{len(groups)} pairs, batches of {size}, {options.rounds} turns; width {options.hidden_size}, "
         f"{options.layers} layers"
@@ -334,14 +330,6 @@ def report(groups: Sequence[PromptGroup], options: argparse.Namespace, times: di
 def pairs_per_second(steps: Sequence[StepTime], kind: str, batch_pairs: int) -> float:
     """Of the median step."""
     return batch_pairs / statistics.median(getattr(step, kind) for step in steps)
-
-
-def processor_kind() -> str:
-    """As Linux names it, with the instructions that matter to products."""
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    known = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if re.search(rf"\b{flag}\b", text)]
-    return f"{name.group(1) if name else platform.machine()} ({', '.join(known) or 'no AVX'})"
 
 
 def measure_memory(contestants: Sequence[str]) -> None:

@@ -36,6 +36,7 @@ from pipeline.benchmark.scored_answers import read_scored_answers
 from pipeline.data.planted import GoldAnnotator
 from pipeline.experiments.findings import spread
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
+from tests.performance.processor import processor
 from tests.support.paths import ROOT
 
 CONSUMED_FILE = "consumed.jsonl"
@@ -92,11 +93,13 @@ def main() -> None:
     if options.job:
         run_recorded_job(options)
         return
+    print(processor(), flush=True)
     out = Path(options.out).resolve()
     pairs = [run_both(seed, out, options) for seed in options.seeds]
     numbers = report(options.seeds, pairs)
     if options.json:
-        Path(options.json).write_text(json.dumps({"options": vars(options), "measured": numbers}, indent=2) + "\n")
+        written = {"options": vars(options), "processor": processor(), "measured": numbers}
+        Path(options.json).write_text(json.dumps(written, indent=2) + "\n")
 
 
 # ------------------------------------------------------------------ the job, in a process of its own

@@ -43,6 +43,7 @@ from pipeline.records import Prompt, RewardScore
 from pipeline.rollouts.chunks import ChunkLedger
 from pipeline.rollouts.prefetch import staleness
 from pipeline.rollouts.requests import RolloutRequest
+from tests.performance.processor import processor
 
 RESPONSES_PER_ANSWER = 64
 SAMPLES_PER_PROMPT = 4
@@ -237,6 +238,7 @@ def main():
     if options.drive:
         print(json.dumps(drive(Path(options.drive[0]), int(options.drive[1]))))
         return
+    print(processor())
     print(f"responses of {options.tokens} tokens, +/- {options.spread:.0%}", flush=True)
     for num_responses in options.responses:
         with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:

@@ -26,6 +26,7 @@ from pipeline.models.wheel_checkpoints import unpacked
 from pipeline.records import SamplingParams
 from pipeline.rollouts.numerics_gate import choose_probes
 from pipeline.rollouts.publishing import publish_checkpoint
+from tests.performance.processor import processor
 
 
 def main() -> None:
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
+    print(processor(), flush=True)
 
     questions = read_benchmark_questions(GENERATED_BENCHMARKS["alpaca_eval"], options.questions)[: options.count]
     tokenizer = load_tokenizer(options.model)

@@ -54,6 +54,7 @@ from pipeline.models.backbone import DTYPES
 from pipeline.models.critic import PolicyWithCritic
 from pipeline.models.onednn_linear import with_onednn
 from pipeline.records import Experience, Prompt, PromptGroup, RewardScore, Rollout
+from tests.performance.processor import processor
 
 SHAPES = {
     "small": {
@@ -124,6 +125,7 @@ def main() -> None:
 
     device, peak = name_and_peak(options)
     source = f"peak {peak:g} TFLOP/s" if peak is not None else "peak measured as a large matrix product"
+    print(processor())
     print(f"{device}, {options.dtype}, {source}; micro-batches of up to {options.micro_batch_tokens:,} tokens\n")
     print(
         f"{'':<7}{'logits':<9}{'recompute':<11}{'tokens':>8}{'tokens/s':>11}{'s':>9}{'floor s':>9}"
@@ -154,7 +156,7 @@ def main() -> None:
         if len(peaks_gib) == 2:
             print(f"chunked logits spare {peaks_gib[PLAIN] - peaks_gib[CHUNKED]:.2f} GiB\n", flush=True)
     if options.json:
-        written = {"device": device, "options": vars(options), "measured": measured}
+        written = {"device": device, "processor": processor(), "options": vars(options), "measured": measured}
         Path(options.json).write_text(json.dumps(written, indent=2) + "\n")
 
 

@@ -12,7 +12,6 @@ processor's time stands beside it.
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from statistics import median
 
@@ -74,7 +73,8 @@ def main() -> None:
     planned_gb = sum(training_memory(load, None)[0].values()) / 1e9
     evaluate = evaluate_phase(load, batch, ranks, core)
     flops = core.peak_flops_per_s("float32") / 1e9
-    print(f"{options.shape}, {batch.tokens:.0f} tokens, one core, {flops:.0f} GFLOP/s measured, load {os.getloadavg()}")
+    print(processor())
+    print(f"{options.shape}, {batch.tokens:.0f} tokens, one core, {flops:.0f} GFLOP/s measured")
     print(f"memory, GB:        planned {planned_gb:.3f}, measured {gained_gb:.3f}, {planned_gb / gained_gb:.2f}")
     for name, seconds in (("clock", clock), ("processor", processor)):
         ratio = update.seconds / median(seconds)

@@ -55,6 +55,7 @@ from pipeline.models.reward_model import RewardModel, RewardModelCard, make_head
 from pipeline.rollouts.numerics_gate import choose_probes
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from pipeline.stages.workspace import StageDirectory
+from tests.performance.processor import processor
 from tests.support.learners import reference_of
 from tests.support.qwen import small_qwen3
 from tests.support.rewards import rewards_of
@@ -86,6 +87,7 @@ def main() -> None:
     read = list(islice(read_prompts([options.prompts]), 4 * options.batch * (options.iterations + 1)))
     prompts = tuple(tokenise_prompts(read, tokenizer, max_prompt_tokens=options.max_prompt_tokens))
     config = small_qwen3(tokenizer, hidden_size=options.hidden_size, layers=options.layers)
+    print(processor())
     print(f"{options.batch} prompts of up to {options.max_prompt_tokens} tokens, responses of up to", end=" ")
     print(f"{options.response_tokens}, {options.epochs} epochs of {options.mini_batches} mini-batches,", end=" ")
     print(f"{torch.get_num_threads()} threads, float32", flush=True)

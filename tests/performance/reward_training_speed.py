@@ -32,6 +32,7 @@ from pipeline.learning.reward_trainer import RewardTrainer
 from pipeline.learning.schedule import LearningRateSchedule
 from pipeline.models.backbone import load_tokenizer
 from pipeline.models.reward_model import RewardModel, RewardModelCard, make_head
+from tests.performance.processor import processor
 from tests.support.qwen import small_qwen3
 
 OBJECTIVES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
@@ -173,7 +174,8 @@ def report(config, pairs, options, seconds) -> None:
         2 * config.num_attention_heads * 64 + 2 * config.num_key_value_heads * 64 + 3 * config.intermediate_size
     )
     flops = 6 * layer * config.num_hidden_layers  # forward and backward, matrix products with weights only
-    print(f"\n{len(counted)} pairs, batches of {options.batch_pairs}, {torch.get_num_threads()} threads, float32")
+    print(f"\n{processor()}")
+    print(f"{len(counted)} pairs, batches of {options.batch_pairs}, {torch.get_num_threads()} threads, float32")
     print(f"tokens: padded {padded:,}, real {real:,}, prompts shared {shared:,}")
     print(f"floor: {flops * shared / 1e12:.1f} TFLOP shared, {flops * padded / 1e12:.1f} TFLOP padded\n")
     baseline = None

@@ -55,6 +55,7 @@ from pipeline.rollouts.policy_files import PolicyFiles
 from pipeline.rollouts.publishing import publish_checkpoint
 from pipeline.stages.metrics_log import METRICS_FILE, read_metrics
 from pipeline.stages.workspace import StageDirectory
+from tests.performance.processor import processor
 from tests.support.fakes import FakeScorer
 from tests.support.learners import reference_of
 from tests.support.rewards import rewards_of
@@ -83,6 +84,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.prompts_file and not options.checkpoint:
         parser.error("--prompts-file needs --checkpoint, whose tokenizer reads it")
+    print(processor(), flush=True)
     torch.set_num_threads(1)
     keep_freed_memory(torch.device("cpu"))  # as our engines do; the peer gains as well
     shared = "/dev/shm" if os.path.isdir("/dev/shm") else None
@@ -100,7 +102,8 @@ def main() -> None:
         finally:
             ray.shutdown()
     if options.json:
-        Path(options.json).write_text(json.dumps({"options": vars(options), "measured": measured}, indent=2) + "\n")
+        written = {"options": vars(options), "processor": processor(), "measured": measured}
+        Path(options.json).write_text(json.dumps(written, indent=2) + "\n")
 
 
 def create_policy(place: str, *, hidden_size: int, layers: int) -> str:

@@ -44,6 +44,7 @@ from pipeline.models.backbone import create_tiny_causal_lm, load_config, load_to
 from pipeline.models.reward_model import RewardModel, RewardModelCard, make_head, save_reward_model
 from pipeline.records import Message
 from pipeline.serving.client import AsyncClient, Client
+from tests.performance.processor import processor
 from tests.support.nodes import ray_processes
 
 NAME = "load"
@@ -166,6 +167,7 @@ async def measure_throughput(
     rates: dict[str, list[float]] = {"direct": [], **{name: [] for name in roads}}
     cpu_ms: dict[str, dict[str, list[float]]] = {"direct": {"model": []}, **{name: {} for name in roads}}
     floor = {}
+    print(processor())
     print(f"{options.rows} responses a request, {options.per_prompt} a prompt, {options.callers} callers, ", end="")
     print(f"{options.threads} threads; {options.rounds} rounds of {options.seconds:g} s\n", flush=True)
     for number in range(options.rounds):

@@ -30,6 +30,7 @@ import torch
 
 from pipeline.learning.training_state import TrainingStatePart
 from pipeline.stages import storage
+from tests.performance.processor import processor
 from tests.support.s3_server import KEYS
 
 
@@ -100,11 +101,6 @@ def server_of_its_own():
         server.stdin.close()
 
 
-def processor_name():
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown processor")
-
-
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--workspace", help="a URI; the S3 server of the tests without it")
@@ -117,7 +113,7 @@ def main(arguments=None):
             os.environ.update(KEYS)
             workspace = exits.enter_context(server_of_its_own())
         rows = measure(workspace, options.mib)
-    print(f"{processor_name()}, {options.mib} MiB, {workspace}")
+    print(f"{processor()}; {options.mib} MiB, {workspace}")
     for row in rows:
         print(f"{row['what']:<30}{row['seconds']:>8.2f} s{row['mb_per_s']:>9.0f} MB/s{row['added_mib']:>8.0f} MiB")
     if options.json:

@@ -36,10 +36,10 @@ class Node:
         self._cluster.remove_node(self._node, allow_graceful=False)
 
 
-def ray_processes(title):
-    """Running processes that this process has started and Ray has named `ray::title...`."""
+def ray_processes(title, parent=None):
+    """Running processes that Ray has named `ray::title...`, below a process: this one, or that of the id."""
     found = []
-    for process in psutil.Process().children(recursive=True):
+    for process in psutil.Process(parent).children(recursive=True):
         # A process may end after it was listed: it has no name then.
         with suppress(psutil.NoSuchProcess):
             if process.name().startswith(f"ray::{title}"):

@@ -66,14 +66,18 @@ class S3Server:
 
 
 @contextmanager
-def s3_server() -> Iterator[S3Server]:
+def s3_server(host: str = "127.0.0.1") -> Iterator[S3Server]:
+    """
+    Args:
+        host: the address it listens at.
+    """
     application = OneAtATime(DomainDispatcherApplication(create_backend_app))
-    server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=Quiet)
+    server = make_server(host, 0, application, threaded=True, request_handler=Quiet)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
         with mock.patch.dict(os.environ, KEYS):
-            yield S3Server(address=f"127.0.0.1:{server.server_port}", requests=application.requests)
+            yield S3Server(address=f"{host}:{server.server_port}", requests=application.requests)
     finally:
         server.shutdown()
         thread.join()
