@@ -18,6 +18,7 @@ from pipeline.learning.engine import TrainEngine
 from pipeline.learning.memory import peak_memory
 from pipeline.learning.micro_batches import MicroBatch, RowValues, Sums, own_micro_batches
 from pipeline.learning.parameter_groups import POLICY
+from pipeline.learning.padded_rows import PaddedRows
 from pipeline.learning.schedule import learning_rate_factor
 from pipeline.learning.training_state import TrainingStatePart
 from pipeline.models.backbone import DTYPES, save_causal_lm
@@ -111,7 +112,7 @@ class PPOLearner:
         sums, norms, num_tokens = Sums(), [], 0
         for rows in self._mini_batches(len(experience.sequences), step):
             size = MiniBatchSize(
-                num_tokens=int(experience.mask[rows].sum()),
+                num_tokens=int(experience.offsets.diff()[rows].sum()),
                 num_responses=len(rows),
                 max_response_tokens=self.config.max_response_tokens,
             )
@@ -164,13 +165,14 @@ class PPOLearner:
         for micro, packed in self._packed([experience.sequences[row] for row in rows.tolist()]):
             own_rows = rows[micro.rows]
             tokens = self._sampled_tokens(experience, own_rows)
-            now = TokenStatistics(*self.engine.forward(packed, experience.mask.shape[1], self.config.temperature))
+            now = TokenStatistics(*self.engine.forward(packed, tokens.mask.shape[1], self.config.temperature))
             policy = policy_loss(now.logprobs, tokens, ppo=self.config.ppo, kl=self.config.kl, size=size)
             terms = {"policy_loss": policy.surrogate}
             if experience.kl_loss_coefficient > 0:
                 terms["kl_loss"] = policy.kl
             if experience.critic is not None:
-                terms["value_loss"] = self._value_loss(experience.critic, own_rows, now.values, tokens.mask, size)
+                padded = PaddedRows.of(experience.offsets, own_rows)
+                terms["value_loss"] = self._value_loss(experience.critic, padded, now.values, tokens.mask, size)
             loss = self._weighted_sum(terms, experience.kl_loss_coefficient, policy_rests=policy_rests)
             self.engine.backward(micro.weight * loss, last=micro.last)
             ratio = importance_ratio(now.logprobs.detach(), tokens.logprobs, tokens.mask)
@@ -200,10 +202,10 @@ class PPOLearner:
         return loss
 
     def _value_loss(
-        self, critic: CriticTargets, rows: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, size: MiniBatchSize
+        self, critic: CriticTargets, rows: PaddedRows, values: torch.Tensor, mask: torch.Tensor, size: MiniBatchSize
     ) -> torch.Tensor:
         """L_value of `rows`, whose current values are `values` [n, T]."""
-        old_values, returns = self._on_device(rows, critic.values, critic.returns)
+        old_values, returns = self._on_device(rows.take(critic.values), rows.take(critic.returns))
         return clipped_value_loss(
             values,
             old_values,
@@ -215,13 +217,13 @@ class PPOLearner:
 
     def _sampled_tokens(self, experience: Experience, rows: torch.Tensor) -> SampledTokens:
         """What is fixed of these rows, on this rank's device."""
+        padded, weights = PaddedRows.of(experience.offsets, rows), experience.importance_weights
         logprobs, reference_logprobs, advantages, importance_weights, mask = self._on_device(
-            rows,
-            experience.logprobs,
-            experience.reference_logprobs,
-            experience.advantages,
-            experience.importance_weights,
-            experience.mask,
+            padded.take(experience.logprobs),
+            padded.take(experience.reference_logprobs),
+            padded.take(experience.advantages),
+            torch.ones(padded.mask.shape) if weights is None else padded.take(weights),
+            padded.mask,
         )
         return SampledTokens(
             logprobs=logprobs,
@@ -231,8 +233,8 @@ class PPOLearner:
             mask=mask,
         )
 
-    def _on_device(self, rows: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        return [tensor[rows].to(self.engine.device) for tensor in tensors]
+    def _on_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor.to(self.engine.device) for tensor in tensors]
 
     def _packed(self, sequences: Sequence[PromptGroup]) -> Iterator[tuple[MicroBatch, PackedTokens]]:
         """This rank's micro-batches of the sequences, on its device."""

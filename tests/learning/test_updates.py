@@ -316,8 +316,8 @@ def test_experience_by_hand(gae_lambda, discount, first_advantage):
     )
     # z-scores 1 and 50 -> 2 (clipped); the second was cut: 2 - 1 = 1.
     # row 0: R = (-.1 * 1, -.1 * .5 + 1) = (-.1, .95); gamma = 1: delta = (-.1 + .25 - .5, .95 - .25) = (-.35, .7)
-    torch.testing.assert_close(experience.critic.returns, torch.tensor([[first_advantage + 0.5, 0.95], [1.0, 0.0]]))
-    torch.testing.assert_close(experience.advantages, torch.tensor([[first_advantage, 0.7], [1.0, 0.0]]))
+    torch.testing.assert_close(experience.critic.returns, torch.tensor([first_advantage + 0.5, 0.95, 1.0]))
+    torch.testing.assert_close(experience.advantages, torch.tensor([first_advantage, 0.7, 1.0]))
     assert experience.num_response_tokens == 3
     assert tuple(experience.sequences) == (
         PromptGroup(prompt_ids=(1, 2), response_ids=((7, 8),)),
@@ -339,7 +339,7 @@ def test_of_two_equal_rewards_the_uncertain_one_pays_less_where_the_recipe_asks_
         reward_scale=RewardScale(mean=1.0, std=2.0),
     )
     # (3 - 2 * .5 - 1) / 2 and (3 - 1) / 2
-    assert experience.critic.returns.flatten().tolist() == [0.5, 1.0]
+    assert experience.critic.returns.tolist() == [0.5, 1.0]
     assert metrics["reward/shaped"] == 0.75
     assert metrics["reward/mean"] == 3.0
     assert metrics["reward/posterior_std"] == 0.25
