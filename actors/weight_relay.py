@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.errors import DeadlineExceeded
 from pipeline.records import POLICY_FILE, PolicyWeights
+from pipeline.rollouts.published_versions import await_file
 
 PARTIAL_FILE = f"{POLICY_FILE}.partial"
 FETCHED_BYTES = 32 * 2**20
@@ -37,15 +38,17 @@ def readable_here(weights: PolicyWeights) -> PolicyWeights:
     """`weights` with a location on this node: the published file itself, or a copy of it on another node.
 
     Raises:
-        DeadlineExceeded: a bucket did not arrive in `FETCH_TIMEOUT_S`.
+        DeadlineExceeded: a bucket, or the whole file where it follows, did not arrive in `FETCH_TIMEOUT_S`.
         ray.exceptions.RayError: the node that published them is gone.
     """
     here = ray.get_runtime_context().get_node_id()
     publisher = weights.node
+    wait_s = FETCH_TIMEOUT_S if weights.file_follows else 0.0
     if publisher is None or publisher == here:
+        await_file(weights.location, wait_s)
         return weights
     try:
-        return replace(weights, location=_copy_to(here, weights.location, publisher), node=here)
+        return replace(weights, location=_copy_to(here, weights.location, publisher, wait_s), node=here)
     except GetTimeoutError as error:
         raise DeadlineExceeded(
             f"fetching policy version {weights.version} from node {publisher[:12]} to node {here[:12]} did not end: "
@@ -54,11 +57,13 @@ def readable_here(weights: PolicyWeights) -> PolicyWeights:
         ) from error
 
 
-def _copy_to(here: str, location: str, publisher: str) -> str:
+def _copy_to(here: str, location: str, publisher: str, wait_s: float) -> str:
     """Fetches the published weights unless a neighbour has fetched them. Returns the directory of the copy."""
     source = os.path.join(location, POLICY_FILE)
     on_publisher = NodeAffinitySchedulingStrategy(publisher, soft=False)
-    size, changed_ns = ray.get(_stat.options(scheduling_strategy=on_publisher).remote(source), timeout=FETCH_TIMEOUT_S)
+    size, changed_ns = ray.get(
+        _stat.options(scheduling_strategy=on_publisher).remote(location, wait_s), timeout=FETCH_TIMEOUT_S
+    )
     published = Path(location)
     # One directory per node: two nodes of Ray may share the memory of one machine.
     copies = published.parent / f"copies@{here[:12]}"
@@ -108,8 +113,9 @@ def _fetch(source: str, size: int, target: Path, on_publisher: NodeAffinitySched
 
 
 @ray.remote(num_cpus=0)
-def _stat(path: str) -> tuple[int, int]:
-    status = os.stat(path)
+def _stat(location: str, wait_s: float) -> tuple[int, int]:
+    await_file(location, wait_s)
+    status = os.stat(os.path.join(location, POLICY_FILE))
     return status.st_size, status.st_mtime_ns
 
 

@@ -308,6 +308,8 @@ class PolicyWeights:
     """Id of the node whose memory `location` lies in; None stands for the driver's."""
     written_gb_per_s: float = 0.0
     """How fast the file was written."""
+    file_follows: bool = False
+    """The learner sends the weights first and writes the file behind that: who reads the file waits for it."""
 
 
 @dataclass(frozen=True, kw_only=True)

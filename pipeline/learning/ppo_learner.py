@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +15,8 @@ from pipeline.learning.algorithm import SampledTokens, policy_loss
 from pipeline.learning.engine import TrainEngine
 from pipeline.learning.memory import peak_memory
 from pipeline.learning.micro_batches import MicroBatch, RowValues, Sums, own_micro_batches
-from pipeline.learning.parameter_groups import POLICY
 from pipeline.learning.padded_rows import PaddedRows
+from pipeline.learning.parameter_groups import POLICY
 from pipeline.learning.schedule import learning_rate_factor
 from pipeline.learning.training_state import TrainingStatePart
 from pipeline.models.backbone import DTYPES, save_causal_lm
@@ -37,7 +35,7 @@ from pipeline.records import (
     PolicyWeights,
     PromptGroup,
 )
-from pipeline.rollouts.policy_files import PolicyFiles
+from pipeline.rollouts.published_versions import PublishedVersions
 from pipeline.rollouts.publishing import evaluate_probes
 
 
@@ -71,7 +69,7 @@ class PPOLearner:
         self.tokenizer = tokenizer
         self.probes = probes
         self.publish_directory = publish_directory
-        self._files = PolicyFiles()
+        self._published = PublishedVersions(publish_directory)
         self.seed = seed
 
     def restore(self, checkpoint: str) -> None:
@@ -244,41 +242,53 @@ class PPOLearner:
 
     # ------------------------------------------------------------------ publish and save
 
-    def publish_weights(self, version: int) -> PolicyWeights:
+    def publish_weights(self, version: int, *, file_follows: bool = False) -> PolicyWeights:
         """Writes the policy where rollout workers of this node read it, and evaluates the gate's probes.
 
-        The last two versions are kept.
+        The last two versions are kept. With `file_follows` the file is written behind the next pass through
+        `policy_tensors`, or by `write_due_file`.
         """
         self.engine.module.eval()
         # Every rank runs every probe: ZeRO-3 needs the same calls from every rank, and the probes are few.
         probes = evaluate_probes(lambda *a: self.engine.forward(*a)[0], self.probes, self.engine.device)
-        location = self._location(version)
-        policy = self._policy_on_first_rank(DTYPES[self.engine.dtype])
         written = 0.0
-        if self.engine.rank == 0:
-            written = self._files.write(policy, location, replaced=self._location(version - 2))
-            # By name, not by age: a killed run may have left later versions than the one it resumes from.
-            kept = {location, self._location(version - 1)}
-            for other in set(location.parent.glob("policy-*")) - kept:
-                shutil.rmtree(other, ignore_errors=True)
-        return PolicyWeights(version=version, location=str(location), probes=probes, written_gb_per_s=written)
+        if file_follows:
+            self._published.announce(version)
+        else:
+            policy = self._policy_on_first_rank(DTYPES[self.engine.dtype])
+            written = self._published.write(version, policy) if self.engine.rank == 0 else 0.0
+        return PolicyWeights(
+            version=version,
+            location=str(self._published.location(version)),
+            probes=probes,
+            written_gb_per_s=written,
+            file_follows=file_follows,
+        )
 
     def policy_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What `publish_weights` writes, tensor by tensor on this rank's device. Collective, as `full_tensors`."""
-        return self._policy_part(self.engine.full_tensors())
+        """What `publish_weights` writes, tensor by tensor on this rank's device. Collective, as `full_tensors`.
+
+        Where its file follows, the first rank writes that once all tensors have been read.
+        """
+        tensors = self._policy_part(self.engine.full_tensors())
+        writes = self.engine.rank == 0 and self._published.is_due
+        return self._published.write_behind(tensors, DTYPES[self.engine.dtype]) if writes else tensors
+
+    def write_due_file(self) -> None:
+        """Begins to write the file that follows, unless the tensors were read already. Collective."""
+        if self._published.is_due:
+            for _ in self.policy_tensors():
+                pass
 
     def _policy_on_first_rank(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The policy without the critic, on the CPU of the first rank; empty elsewhere. Collective."""
-        tensors = self.policy_tensors()
+        tensors = self._policy_part(self.engine.full_tensors())
         return {name: tensor.to(dtype).cpu() for name, tensor in tensors if self.engine.rank == 0}
 
     def _policy_part(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in merged_tensors(tensors, self.engine.module):
             if name.startswith("policy."):
                 yield name.removeprefix("policy."), tensor
-
-    def _location(self, version: int) -> Path:
-        return Path(self.publish_directory) / f"policy-{version:06d}"
 
     def snapshot(self) -> TrainingStatePart:
         return self.engine.snapshot()

@@ -12,7 +12,6 @@ import torch
 
 from pipeline.columns import Rollouts, TokenEvaluations
 from pipeline.errors import NumericsError, ShapeError
-from pipeline.ragged import Ragged
 from pipeline.records import RewardScore, Rollout, TokenEvaluation
 from pipeline.rollouts.repetition import repeated_shares
 

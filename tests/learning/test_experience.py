@@ -1,7 +1,6 @@
 """Tokens end to end give the numbers that padding every response to the longest gives."""
 
 import numpy as np
-import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -81,7 +80,7 @@ def test_every_token_of_a_response_has_the_advantage_of_its_group():
 
 
 def test_importance_weights_are_the_same_to_the_bit():
-    rewards, mask = padded_rewards_and_mask()
+    _, mask = padded_rewards_and_mask()
     expected = truncated_importance_weights(padded(EVALUATIONS.logprobs), padded(ROLLOUTS.logprobs), mask, cap=1.2)
     assert torch.equal(built("grpo", tis_cap=1.2).importance_weights, expected[mask])
     assert built("grpo").importance_weights is None
