@@ -97,7 +97,7 @@ def build_experience(
         num_response_tokens=len(taught),
     )
     metrics = batch_metrics(batch, rewards, kl_coefficient=kl_coefficient) | engine_metrics(batch)
-    if weights is not None:
+    if weights is not None and ppo.tis_cap is not None:
         metrics |= importance_metrics(weights, cap=ppo.tis_cap)
     if returns is not None:
         metrics |= critic_metrics(batch, returns)
