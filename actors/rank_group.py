@@ -101,12 +101,12 @@ class Rank:
         result = self._learner.logprobs(groups)
         return result if self._rank == 0 else None
 
-    def publish_weights(self, version: int) -> PolicyWeights:
+    def publish_weights(self, version: int, *, file_follows: bool) -> PolicyWeights:
         from pipeline.learning.memory import free_cached_memory
 
         node = ray.get_runtime_context().get_node_id()
         with self._trace.phase("weights"):
-            weights = replace(self._learner.publish_weights(version), node=node)
+            weights = replace(self._learner.publish_weights(version, file_follows=file_follows), node=node)
         free_cached_memory(self._device)  # engines that share this GPU need the memory next
         return weights
 
@@ -128,6 +128,9 @@ class Rank:
     def send_weights(self) -> None:
         assert self._sender is not None, "meet_engines comes first"
         self._sender.send()
+
+    def write_due_file(self) -> None:
+        self._learner.write_due_file()
 
     def snapshot(self) -> None:
         self._snapshot = self._learner.snapshot()

@@ -10,6 +10,7 @@ import ray
 from actors.rank_group import RankGroup
 from cluster.rollout_plan import WeightReceivers
 from pipeline.config.cluster import DeadlinesConfig
+from pipeline.errors import TransferFailed
 from pipeline.learning.memory import largest
 from pipeline.records import Experience, Metrics, PolicyWeights, PromptGroup
 
@@ -90,6 +91,11 @@ class RankedSnapshot:
 class RankedPolicyLearner(RankedLearner):
     """Implements `PolicyLearner` over ranks that each have a learner."""
 
+    def __init__(self, group: RankGroup, deadlines: DeadlinesConfig, *, sends_weights: bool = False) -> None:
+        """`sends_weights`: a `RankedSender` of this group brings the weights to the engines. Then the file follows."""
+        super().__init__(group, deadlines)
+        self._sends_weights = sends_weights
+
     def update(self, batch: Experience, step: int) -> Metrics:
         return super().update(batch, step)
 
@@ -97,7 +103,11 @@ class RankedPolicyLearner(RankedLearner):
         return super().evaluate(batch)
 
     def publish_weights(self, version: int) -> PolicyWeights:
-        return self._all(lambda rank: rank.publish_weights.remote(version), f"publishing policy version {version}")
+        follows = self._sends_weights
+        return self._all(
+            lambda rank: rank.publish_weights.remote(version, file_follows=follows),
+            f"publishing policy version {version}",
+        )
 
 
 class RankedSender:
@@ -118,8 +128,16 @@ class RankedSender:
 
         Raises:
             TransferFailed: an engine did not take it; the workers read the published file, as after any other failure.
+                The learner has begun to write the file, if it had not before.
             WorkerDied, DeadlineExceeded: the learner died or hangs.
         """
+        try:
+            self._send(workers)
+        except TransferFailed:
+            self._all(lambda rank: rank.write_due_file.remote(), "writing the policy that was not sent")
+            raise
+
+    def _send(self, workers: Mapping[str, Any]) -> None:
         names = tuple(workers)
         if names != self._connected:
             self._connected = ()

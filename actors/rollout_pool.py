@@ -276,10 +276,10 @@ def _wait_metrics(waits: RolloutWaits) -> Metrics:
 
 def _load_metrics(weights: PolicyWeights, workers: Sequence[Metrics]) -> Metrics:
     """Metrics of a load by these workers: the widest gap, the slowest engine, the copies of all, the most memory."""
-    return {
+    written = {} if weights.file_follows else {"weights/written_gb_per_s": weights.written_gb_per_s}
+    return written | {
         "gate/mean": max(m["gate/mean"] for m in workers),
         "gate/max": max(m["gate/max"] for m in workers),
-        "weights/written_gb_per_s": weights.written_gb_per_s,
         "weights/seconds": max(m["weights/seconds"] for m in workers),
         "weights/gb_per_s": min(m["weights/gb_per_s"] for m in workers),
         "weights/copy_gb_per_s": min(m["weights/copy_gb_per_s"] for m in workers),

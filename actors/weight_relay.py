@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.errors import DeadlineExceeded
 from pipeline.records import POLICY_FILE, PolicyWeights
+from pipeline.rollouts.published_versions import await_file
 
 PARTIAL_FILE = f"{POLICY_FILE}.partial"
 FETCHED_BYTES = 32 * 2**20
@@ -40,15 +41,17 @@ def readable_here(weights: PolicyWeights) -> tuple[PolicyWeights, bool]:
         The weights, and whether this call fetched a copy; a neighbour may have fetched it before.
 
     Raises:
-        DeadlineExceeded: a bucket did not arrive in `FETCH_TIMEOUT_S`.
+        DeadlineExceeded: a bucket, or the whole file where it follows, did not arrive in `FETCH_TIMEOUT_S`.
         ray.exceptions.RayError: the node that published them is gone.
     """
     here = ray.get_runtime_context().get_node_id()
     publisher = weights.node
+    wait_s = FETCH_TIMEOUT_S if weights.file_follows else 0.0
     if publisher is None or publisher == here:
+        await_file(weights.location, wait_s)
         return weights, False
     try:
-        copy, is_fetched = _copy_to(here, weights.location, publisher)
+        copy, is_fetched = _copy_to(here, weights.location, publisher, wait_s)
     except GetTimeoutError as error:
         raise DeadlineExceeded(
             f"fetching policy version {weights.version} from node {publisher[:12]} to node {here[:12]} did not end: "
@@ -58,11 +61,13 @@ def readable_here(weights: PolicyWeights) -> tuple[PolicyWeights, bool]:
     return replace(weights, location=copy, node=here), is_fetched
 
 
-def _copy_to(here: str, location: str, publisher: str) -> tuple[str, bool]:
+def _copy_to(here: str, location: str, publisher: str, wait_s: float) -> tuple[str, bool]:
     """Fetches the published weights unless a neighbour has. Returns the directory of the copy, and whether it did."""
     source = os.path.join(location, POLICY_FILE)
     on_publisher = NodeAffinitySchedulingStrategy(publisher, soft=False)
-    size, changed_ns = ray.get(_stat.options(scheduling_strategy=on_publisher).remote(source), timeout=FETCH_TIMEOUT_S)
+    size, changed_ns = ray.get(
+        _stat.options(scheduling_strategy=on_publisher).remote(location, wait_s), timeout=FETCH_TIMEOUT_S
+    )
     published = Path(location)
     # One directory per node: two nodes of Ray may share the memory of one machine.
     copies = published.parent / f"copies@{here[:12]}"
@@ -113,8 +118,9 @@ def _fetch(source: str, size: int, target: Path, on_publisher: NodeAffinitySched
 
 
 @ray.remote(num_cpus=0)
-def _stat(path: str) -> tuple[int, int]:
-    status = os.stat(path)
+def _stat(location: str, wait_s: float) -> tuple[int, int]:
+    await_file(location, wait_s)
+    status = os.stat(os.path.join(location, POLICY_FILE))
     return status.st_size, status.st_mtime_ns
 
 

@@ -148,7 +148,9 @@ def _open_ports(
         )
         sender = RankedSender(group, receivers, deadline_s=deadlines.weights_s)
         with rollouts.fed_by(sender):
-            ports = AlignmentPorts(rollouts=rollouts, sources=sources, learner=RankedPolicyLearner(group, deadlines))
+            sends = actors.rollout_plan.weight_transfer != "shm"
+            learner = RankedPolicyLearner(group, deadlines, sends_weights=sends)
+            ports = AlignmentPorts(rollouts=rollouts, sources=sources, learner=learner)
             if recipe.profile.steps:
                 processes = {"rank-0.json.gz": group.first, "engine-0.json.gz": rollouts.first_worker}
                 ports = profiled(ports, StepProfile(recipe.profile.steps, stage.uri, stage.name, processes))

@@ -66,6 +66,14 @@ class Ragged:
         """[B] int64."""
         return self.offsets.diff()
 
+    def sums(self) -> torch.Tensor:
+        """[B] float64: the sum of each row, whose rounding does not depend on other rows."""
+        sums, has_values = torch.zeros(len(self), dtype=torch.float64), self.lengths > 0
+        if len(self.values):
+            starts = self.offsets[:-1][has_values].numpy()
+            sums[has_values] = torch.from_numpy(np.add.reduceat(self.values.numpy(), starts, dtype=np.float64))
+        return sums
+
     def select(self, rows: torch.Tensor) -> Ragged:
         """The rows of these [n] indices, in their order. Consecutive rows stay a view, others are copied."""
         if len(rows) and bool((rows.diff() == 1).all()):
@@ -88,6 +96,45 @@ class Ragged:
 
     def __reduce__(self) -> tuple[Callable[..., Ragged], tuple[Any, Any]]:
         return _from_arrays, (self.values.numpy(), self.offsets.numpy())
+
+
+BLOCK_VALUES = 2**20
+"""Values of a padded block: few enough that the passes over a block find it in a processor's cache."""
+
+
+def in_padded_blocks(
+    function: Callable[..., torch.Tensor], *columns: Ragged, block_values: int = BLOCK_VALUES
+) -> torch.Tensor:
+    """[N] what `function` makes of columns with the same offsets, block by block of rows of similar length.
+
+    Args:
+        function: takes a block [n, T] of each column, left-aligned and 0 on padding, then the mask [n, T], which is
+            True on values. Returns [n, T].
+        block_values: n * T at most. A row that is longer is a block of its own.
+    """
+    offsets = columns[0].offsets
+    results = torch.empty_like(columns[0].values)
+    lengths, rows = offsets.diff().sort(descending=True, stable=True)
+    first = 0
+    while first < len(rows):
+        width = int(lengths[first])
+        block = slice(first, first + max(1, block_values // max(1, width)))
+        starts, ends = offsets[rows[block]].tolist(), offsets[rows[block] + 1].tolist()
+        padded = [_padded(column.values.numpy(), starts, ends, width) for column in columns]
+        result = function(*padded, torch.arange(width) < lengths[block].unsqueeze(-1)).numpy()
+        target = results.numpy()
+        for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            target[start:end] = result[row, : end - start]
+        first = block.stop
+    return results
+
+
+def _padded(values: np.ndarray, starts: list[int], ends: list[int], width: int) -> torch.Tensor:
+    # A copy a row takes a tenth of the time of one assignment through a mask.
+    dense = np.zeros((len(starts), width), dtype=values.dtype)
+    for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        dense[row, : end - start] = values[start:end]
+    return torch.from_numpy(dense)
 
 
 def _from_arrays(values: np.ndarray, offsets: np.ndarray) -> Ragged:

@@ -253,32 +253,30 @@ class CriticTargets(SentWithoutCopy):
     """What the critic learns from one batch."""
 
     values: torch.Tensor
-    """[B, T] under the critic before the update."""
+    """[N] under the critic before the update."""
     returns: torch.Tensor
-    """[B, T]: advantages before whitening, plus values."""
+    """[N]: advantages before whitening, plus values."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experience(SentWithoutCopy):
-    """A rollout batch ready for the update: B sequences, T response tokens at most.
-
-    Column t of every [B, T] tensor is response token t; `mask` is True on real tokens.
-    """
+    """A rollout batch ready for the update: B sequences, whose N response tokens lie end to end."""
 
     sequences: Sequence[PromptGroup]
     """B prompts with one response each."""
     rows: tuple[int, ...]
     """[B] places of these responses among the rollouts of the step, of which a recipe may leave some out."""
-    mask: torch.Tensor
-    """[B, T] bool."""
+    offsets: torch.Tensor
+    """[B + 1] int64: response b has the tokens from `offsets[b]` to `offsets[b + 1]`, one at least."""
     logprobs: torch.Tensor
-    """[B, T] under the policy before the update."""
+    """[N] under the policy before the update."""
     reference_logprobs: torch.Tensor
-    """[B, T] under the frozen reference."""
+    """[N] under the frozen reference."""
     advantages: torch.Tensor
-    """[B, T]; PPO and REINFORCE++ whiten them over the masked tokens of the whole batch."""
-    importance_weights: torch.Tensor
-    """[B, T]: weight of each token in the policy loss; 1 unless the recipe corrects for the engine's distribution."""
+    """[N]; PPO and REINFORCE++ whiten them over the tokens of the whole batch."""
+    importance_weights: torch.Tensor | None
+    """[N]: weight of each token in the policy loss; None where the recipe does not correct for the engine's
+    distribution, and every weight is 1."""
     kl_loss_coefficient: float
     """Weight of the KL term of the loss in this step; 0 where the KL is part of the reward."""
     critic: CriticTargets | None
@@ -310,6 +308,8 @@ class PolicyWeights:
     """Id of the node whose memory `location` lies in; None stands for the driver's."""
     written_gb_per_s: float = 0.0
     """How fast the file was written."""
+    file_follows: bool = False
+    """The learner sends the weights first and writes the file behind that: who reads the file waits for it."""
 
 
 @dataclass(frozen=True, kw_only=True)

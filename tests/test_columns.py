@@ -71,12 +71,11 @@ def test_rows_of_a_batch_travel_without_the_rest_of_it():
 
 
 def test_an_experience_travels_without_a_copy_of_its_tensors():
-    mask = torch.tensor([[True, False], [True, True]])
-    numbers = torch.tensor([[0.5, 0.0], [1.5, 2.5]])
+    numbers = torch.tensor([0.5, 1.5, 2.5])
     experience = Experience(
         sequences=Rollouts.of([B, C]).sequences,
         rows=(0, 1),
-        mask=mask,
+        offsets=torch.tensor([0, 1, 3]),
         logprobs=numbers,
         reference_logprobs=numbers + 1,
         advantages=numbers + 2,

@@ -8,7 +8,7 @@ import torch
 from ray import cloudpickle
 
 from pipeline.errors import ShapeError
-from pipeline.ragged import Ragged
+from pipeline.ragged import Ragged, in_padded_blocks
 
 
 def rows_of(ragged):
@@ -85,3 +85,35 @@ def test_equal_rows_are_equal_and_rows_that_are_cut_elsewhere_are_not():
     assert rows != Ragged.of([[1], [2, 3]], np.int32)
     assert rows != Ragged.of([[1, 2], [4]], np.int32)
     assert rows != Ragged.of([[1, 2], [3]], np.int64)
+
+
+def test_sums_of_rows_are_those_of_the_row_alone():
+    rows = Ragged.of([[1.5, 2.5], [], [4.0], []], np.float32)
+    assert rows.sums().tolist() == [4.0, 0.0, 4.0, 0.0]
+    assert ragged().sums().tolist() == []
+    # In float32 the small number would be lost.
+    assert Ragged.of([[2.0**24, 1.0, -(2.0**24)]], np.float32).sums().tolist() == [1.0]
+
+
+@pytest.mark.parametrize("block_values", [1, 5, 6, 100])
+def test_blocks_of_similar_length_come_back_in_their_order(block_values):
+    numbers = Ragged.of([[1.0], [2.0, 3.0, 4.0], [5.0, 6.0], [7.0, 8.0, 9.0]], np.float32)
+    shapes = []
+
+    def from_the_end(values, signs, mask):
+        shapes.append(tuple(values.shape))
+        assert (values[~mask] == 0).all()
+        return (values * signs).flip(1).cumsum(1).flip(1)
+
+    signs = Ragged(torch.where(numbers.values == 5, -1.0, 1.0), numbers.offsets)
+    result = in_padded_blocks(from_the_end, numbers, signs, block_values=block_values)
+    assert result.tolist() == [1.0, 9.0, 7.0, 4.0, 1.0, 6.0, 24.0, 17.0, 9.0]
+    assert (
+        shapes
+        == {
+            1: [(1, 3), (1, 3), (1, 2), (1, 1)],
+            5: [(1, 3), (1, 3), (2, 2)],
+            6: [(2, 3), (2, 2)],
+            100: [(4, 3)],
+        }[block_values]
+    )

@@ -268,7 +268,8 @@ def score_phase(shape: DecoderShape, dtype: str, batch: Sequences, processor: Pr
 def weights_phase(engines: Engines, ranks: RanksConfig, processor: Processor, *, way: str) -> Phase:
     """Publishing a policy of W bytes: a file in shared memory, and from there or by the GPUs' links into the engines.
 
-    The first rank gathers and writes alone, so more ranks do not help.
+    The first rank gathers and writes alone, so more ranks do not help. Where GPUs send, it copies to host memory as it
+    sends, and writes the file later: nobody waits for that.
     """
     size = BYTES[engines.dtype] * engines.shape.num_parameters
     gathered_s = 4.0 * engines.shape.num_parameters / link_bytes_per_s(processor, spans_nodes=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ from pipeline.objectives.policy import (
     importance_ratio,
     product_ratio,
 )
+from pipeline.ragged import Ragged, in_padded_blocks
 
 # ------------------------------------------------------------------ advantages
 
@@ -40,22 +42,21 @@ from pipeline.objectives.policy import (
 class ScoredTokens:
     """Everything that an estimator of advantages may use."""
 
-    rewards: torch.Tensor
-    """[B, T] token rewards, 0 on padding."""
-    values: torch.Tensor
-    """[B, T] under the critic; 0 without one."""
-    mask: torch.Tensor
-    """[B, T] bool."""
+    rewards: Ragged
+    """Token rewards of B responses, N tokens in all."""
+    values: Ragged
+    """Under the critic; 0 without one."""
     groups: torch.Tensor
     """[B] int64: rows with one number answer the same prompt. They are neighbours."""
 
 
 def _from_the_critic(tokens: ScoredTokens, ppo: PPOConfig) -> torch.Tensor:
-    return generalized_advantages(tokens.rewards, tokens.values, tokens.mask, gamma=ppo.discount, lam=ppo.gae_lambda)[0]
+    estimate = partial(generalized_advantages, gamma=ppo.discount, lam=ppo.gae_lambda)
+    return in_padded_blocks(estimate, tokens.rewards, tokens.values)
 
 
 def _from_token_rewards(tokens: ScoredTokens, ppo: PPOConfig) -> torch.Tensor:
-    return rewards_to_go(tokens.rewards, tokens.mask, gamma=ppo.discount)
+    return in_padded_blocks(partial(rewards_to_go, gamma=ppo.discount), tokens.rewards)
 
 
 def _from_the_group(
@@ -64,8 +65,8 @@ def _from_the_group(
     """Every token of a response has the advantage of the response, whose reward is the sum of its token rewards."""
 
     def advantages(tokens: ScoredTokens, ppo: PPOConfig) -> torch.Tensor:
-        per_response = in_groups(compare, tokens.rewards.sum(-1), tokens.groups).unsqueeze(-1)
-        return torch.where(tokens.mask, per_response, torch.zeros_like(tokens.rewards))
+        per_response = in_groups(compare, tokens.rewards.sums().float(), tokens.groups)
+        return per_response.repeat_interleave(tokens.rewards.lengths)
 
     return advantages
 
@@ -77,7 +78,7 @@ ADVANTAGES: dict[str, Callable[[ScoredTokens, PPOConfig], torch.Tensor]] = {
     "group_centred": _from_the_group(group_centred),
     "leave_one_out": _from_the_group(leave_one_out),
 }
-"""[B, T] advantages, 0 on padding, not whitened."""
+"""[N] advantages, not whitened."""
 
 
 # ------------------------------------------------------------------ the loss

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from pipeline.columns import Rollouts, TokenEvaluations
@@ -22,8 +23,9 @@ from pipeline.objectives.advantages import (
     uniform_groups,
 )
 from pipeline.objectives.divergence import kl_estimate
-from pipeline.objectives.masked import masked_mean, whiten
+from pipeline.objectives.masked import whiten
 from pipeline.objectives.policy import truncated_importance_weights
+from pipeline.ragged import BLOCK_VALUES, Ragged
 from pipeline.records import CriticTargets, Experience, Metrics, RewardScore
 
 
@@ -66,33 +68,38 @@ def build_experience(
         token_rewards(
             rewards,
             kl_estimate(batch.logprobs, batch.reference_logprobs, kl.estimator),
-            batch.mask,
+            batch.offsets,
             kl_coefficient=reward_beta,
         ),
         batch,
         ppo,
         groups=groups,
     )
-    returns = advantages + batch.values  # 0 on padding, as both are
-    weights = importance_weights(batch, tis_cap=ppo.tis_cap)
+    returns = advantages + batch.values if ppo.trains_a_critic else None
+    weights = None if ppo.tis_cap is None else importance_weights(batch, tis_cap=ppo.tis_cap)
     kept = rows_that_teach(rewards, groups) if ppo.drop_uniform_groups else torch.arange(len(rollouts))
-    # A slice is a view, where all rows stay.
-    index = kept if len(kept) < len(rollouts) else slice(None)
-    mask = batch.mask[index]
+
+    def of_kept(column: torch.Tensor) -> torch.Tensor:
+        """A view, where all rows stay."""
+        return Ragged(column, batch.offsets).select(kept).values
+
+    sequences, taught = rollouts.sequences.select(kept), of_kept(advantages)
     experience = Experience(
-        sequences=rollouts.sequences.select(kept),
+        sequences=sequences,
         rows=tuple(scored.rows[row] for row in kept.tolist()),
-        mask=mask,
-        logprobs=batch.logprobs[index],
-        reference_logprobs=batch.reference_logprobs[index],
-        advantages=whiten(advantages[index], mask) if ppo.whiten_advantages else advantages[index],
-        importance_weights=weights[index],
+        offsets=sequences.response_ids.offsets,
+        logprobs=of_kept(batch.logprobs),
+        reference_logprobs=of_kept(batch.reference_logprobs),
+        advantages=whiten(taught) if ppo.whiten_advantages else taught,
+        importance_weights=None if weights is None else of_kept(weights),
         kl_loss_coefficient=loss_beta,
-        critic=CriticTargets(values=batch.values[index], returns=returns[index]) if ppo.trains_a_critic else None,
-        num_response_tokens=int(mask.sum()),
+        critic=None if returns is None else CriticTargets(values=of_kept(batch.values), returns=of_kept(returns)),
+        num_response_tokens=len(taught),
     )
-    metrics = batch_metrics(batch, rewards, kl_coefficient=kl_coefficient) | engine_metrics(batch, weights, ppo.tis_cap)
-    if ppo.trains_a_critic:
+    metrics = batch_metrics(batch, rewards, kl_coefficient=kl_coefficient) | engine_metrics(batch)
+    if weights is not None and ppo.tis_cap is not None:
+        metrics |= importance_metrics(weights, cap=ppo.tis_cap)
+    if returns is not None:
         metrics |= critic_metrics(batch, returns)
     if ppo.compares_a_group:
         metrics |= group_metrics(rewards, groups) | {"group/alone": float(scored.num_alone)}
@@ -174,22 +181,23 @@ def shaped_rewards(
 def estimated_advantages(
     per_token_rewards: torch.Tensor, batch: RolloutTensors, ppo: PPOConfig, *, groups: torch.Tensor
 ) -> torch.Tensor:
-    """A_t by the recipe's estimator (`ADVANTAGES`) from R_t = -beta k_t + 1[t = last] r~, [B, T]; not whitened.
+    """A_t by the recipe's estimator (`ADVANTAGES`) from R_t = -beta k_t + 1[t = last] r~, [N]; not whitened.
 
     Args:
-        per_token_rewards: [B, T] R_t, 0 on padding; scaled to unit variance first where the recipe whitens rewards.
+        per_token_rewards: [N] R_t; scaled to unit variance first where the recipe whitens rewards.
         groups: [B] number of the prompt of each row.
     """
-    rewards = whiten(per_token_rewards, batch.mask, keep_mean=True) if ppo.whiten_rewards else per_token_rewards
-    tokens = ScoredTokens(rewards=rewards, values=batch.values, mask=batch.mask, groups=groups)
+    rewards = whiten(per_token_rewards, keep_mean=True) if ppo.whiten_rewards else per_token_rewards
+    tokens = ScoredTokens(
+        rewards=Ragged(rewards, batch.offsets), values=Ragged(batch.values, batch.offsets), groups=groups
+    )
     return ADVANTAGES[ppo.advantages](tokens, ppo)
 
 
-def importance_weights(batch: RolloutTensors, *, tis_cap: float | None) -> torch.Tensor:
-    """[B, T] `truncated_importance_weights` of the learner over the engine; 1 throughout without a cap."""
-    if tis_cap is None:
-        return torch.ones_like(batch.logprobs)
-    return truncated_importance_weights(batch.logprobs, batch.engine_logprobs, batch.mask, cap=tis_cap)
+def importance_weights(batch: RolloutTensors, *, tis_cap: float) -> torch.Tensor:
+    """[N] `truncated_importance_weights` of the learner over the engine."""
+    is_token = torch.ones_like(batch.logprobs, dtype=torch.bool)
+    return truncated_importance_weights(batch.logprobs, batch.engine_logprobs, is_token, cap=tis_cap)
 
 
 def rows_that_teach(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
@@ -211,13 +219,13 @@ def batch_metrics(batch: RolloutTensors, rewards: torch.Tensor, *, kl_coefficien
 
     kl/per_response = mean_b sum_t (log pi - log pi_ref), the k1 estimate, whatever estimator is trained on.
     """
-    kl = (batch.logprobs - batch.reference_logprobs).sum(-1)
+    kl = _sum(batch.logprobs) - _sum(batch.reference_logprobs)
     return {
         "reward/mean": float(batch.reward_mean.mean()),
         "reward/std_over_batch": float(batch.reward_mean.std(correction=0)),
         "reward/posterior_std": float(batch.reward_std.mean()),
         "reward/shaped": float(rewards.mean()),
-        "kl/per_response": float(kl.mean()),
+        "kl/per_response": kl / len(rewards),
         "kl/coefficient": kl_coefficient,
         "response/tokens": float(batch.response_lengths.float().mean()),
         "response/stopped": float(1.0 - batch.was_cut.mean()),
@@ -225,25 +233,30 @@ def batch_metrics(batch: RolloutTensors, rewards: torch.Tensor, *, kl_coefficien
     }
 
 
-def engine_metrics(batch: RolloutTensors, weights: torch.Tensor, tis_cap: float | None) -> Metrics:
-    """`engine_gap/*`: how far the engine's log-probabilities are from the learner's, nats.
+def engine_metrics(batch: RolloutTensors) -> Metrics:
+    """`engine_gap/*`: how far the engine's log-probabilities are from the learner's, nats."""
+    total, largest = 0.0, 0.0
+    # In blocks that the cache holds: a step may have many millions of tokens.
+    for engine, learner in zip(*(c.split(BLOCK_VALUES) for c in (batch.engine_logprobs, batch.logprobs)), strict=True):
+        gap = (engine - learner).abs_()
+        total, largest = total + _sum(gap), max(largest, float(gap.max()))
+    return {"engine_gap/mean": total / len(batch.logprobs), "engine_gap/max": largest}
 
-    With a cap also `importance/*`: the mean importance weight, and the share of tokens at the cap.
-    """
-    gap = (batch.engine_logprobs - batch.logprobs).abs()
-    metrics = {"engine_gap/mean": float(masked_mean(gap, batch.mask)), "engine_gap/max": float(gap.max())}
-    if tis_cap is not None:
-        metrics["importance/mean"] = float(masked_mean(weights, batch.mask))
-        metrics["importance/capped"] = float(masked_mean((weights >= tis_cap).float(), batch.mask))
-    return metrics
+
+def importance_metrics(weights: torch.Tensor, *, cap: float) -> Metrics:
+    """`importance/*`: the mean importance weight, and the share of tokens at the cap."""
+    capped = int((weights >= cap).sum())
+    return {"importance/mean": _sum(weights) / len(weights), "importance/capped": capped / len(weights)}
 
 
 def critic_metrics(batch: RolloutTensors, returns: torch.Tensor) -> Metrics:
     """`value/mean` and `return/mean` over response tokens."""
-    return {
-        "value/mean": float(masked_mean(batch.values, batch.mask)),
-        "return/mean": float(masked_mean(returns, batch.mask)),
-    }
+    return {"value/mean": _sum(batch.values) / len(returns), "return/mean": _sum(returns) / len(returns)}
+
+
+def _sum(values: torch.Tensor) -> float:
+    # numpy adds float32 in float64 as it reads them; torch makes a copy in float64 first.
+    return float(np.add.reduce(values.numpy(), dtype=np.float64))
 
 
 def group_metrics(rewards: torch.Tensor, groups: torch.Tensor) -> Metrics:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ from pipeline.learning.algorithm import SampledTokens, policy_loss
 from pipeline.learning.engine import TrainEngine
 from pipeline.learning.memory import peak_memory
 from pipeline.learning.micro_batches import MicroBatch, RowValues, Sums, own_micro_batches
+from pipeline.learning.padded_rows import PaddedRows
 from pipeline.learning.parameter_groups import POLICY
 from pipeline.learning.schedule import learning_rate_factor
 from pipeline.learning.training_state import TrainingStatePart
@@ -36,7 +35,7 @@ from pipeline.records import (
     PolicyWeights,
     PromptGroup,
 )
-from pipeline.rollouts.policy_files import PolicyFiles
+from pipeline.rollouts.published_versions import PublishedVersions
 from pipeline.rollouts.publishing import evaluate_probes
 
 
@@ -70,7 +69,7 @@ class PPOLearner:
         self.tokenizer = tokenizer
         self.probes = probes
         self.publish_directory = publish_directory
-        self._files = PolicyFiles()
+        self._published = PublishedVersions(publish_directory)
         self.seed = seed
 
     def restore(self, checkpoint: str) -> None:
@@ -111,7 +110,7 @@ class PPOLearner:
         sums, norms, num_tokens = Sums(), [], 0
         for rows in self._mini_batches(len(experience.sequences), step):
             size = MiniBatchSize(
-                num_tokens=int(experience.mask[rows].sum()),
+                num_tokens=int(experience.offsets.diff()[rows].sum()),
                 num_responses=len(rows),
                 max_response_tokens=self.config.max_response_tokens,
             )
@@ -164,13 +163,14 @@ class PPOLearner:
         for micro, packed in self._packed([experience.sequences[row] for row in rows.tolist()]):
             own_rows = rows[micro.rows]
             tokens = self._sampled_tokens(experience, own_rows)
-            now = TokenStatistics(*self.engine.forward(packed, experience.mask.shape[1], self.config.temperature))
+            now = TokenStatistics(*self.engine.forward(packed, tokens.mask.shape[1], self.config.temperature))
             policy = policy_loss(now.logprobs, tokens, ppo=self.config.ppo, kl=self.config.kl, size=size)
             terms = {"policy_loss": policy.surrogate}
             if experience.kl_loss_coefficient > 0:
                 terms["kl_loss"] = policy.kl
             if experience.critic is not None:
-                terms["value_loss"] = self._value_loss(experience.critic, own_rows, now.values, tokens.mask, size)
+                padded = PaddedRows.of(experience.offsets, own_rows)
+                terms["value_loss"] = self._value_loss(experience.critic, padded, now.values, tokens.mask, size)
             loss = self._weighted_sum(terms, experience.kl_loss_coefficient, policy_rests=policy_rests)
             self.engine.backward(micro.weight * loss, last=micro.last)
             ratio = importance_ratio(now.logprobs.detach(), tokens.logprobs, tokens.mask)
@@ -200,10 +200,10 @@ class PPOLearner:
         return loss
 
     def _value_loss(
-        self, critic: CriticTargets, rows: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, size: MiniBatchSize
+        self, critic: CriticTargets, rows: PaddedRows, values: torch.Tensor, mask: torch.Tensor, size: MiniBatchSize
     ) -> torch.Tensor:
         """L_value of `rows`, whose current values are `values` [n, T]."""
-        old_values, returns = self._on_device(rows, critic.values, critic.returns)
+        old_values, returns = self._on_device(rows.take(critic.values), rows.take(critic.returns))
         return clipped_value_loss(
             values,
             old_values,
@@ -215,13 +215,13 @@ class PPOLearner:
 
     def _sampled_tokens(self, experience: Experience, rows: torch.Tensor) -> SampledTokens:
         """What is fixed of these rows, on this rank's device."""
+        padded, weights = PaddedRows.of(experience.offsets, rows), experience.importance_weights
         logprobs, reference_logprobs, advantages, importance_weights, mask = self._on_device(
-            rows,
-            experience.logprobs,
-            experience.reference_logprobs,
-            experience.advantages,
-            experience.importance_weights,
-            experience.mask,
+            padded.take(experience.logprobs),
+            padded.take(experience.reference_logprobs),
+            padded.take(experience.advantages),
+            torch.ones(padded.mask.shape) if weights is None else padded.take(weights),
+            padded.mask,
         )
         return SampledTokens(
             logprobs=logprobs,
@@ -231,8 +231,8 @@ class PPOLearner:
             mask=mask,
         )
 
-    def _on_device(self, rows: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        return [tensor[rows].to(self.engine.device) for tensor in tensors]
+    def _on_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor.to(self.engine.device) for tensor in tensors]
 
     def _packed(self, sequences: Sequence[PromptGroup]) -> Iterator[tuple[MicroBatch, PackedTokens]]:
         """This rank's micro-batches of the sequences, on its device."""
@@ -241,37 +241,50 @@ class PPOLearner:
 
     # ------------------------------------------------------------------ publish and save
 
-    def publish_weights(self, version: int) -> PolicyWeights:
+    def publish_weights(self, version: int, *, file_follows: bool = False) -> PolicyWeights:
         """Writes the policy where rollout workers of this node read it, and evaluates the gate's probes.
 
-        The last two versions are kept.
+        The last two versions are kept. With `file_follows` the file is written behind the next pass through
+        `policy_tensors`, or by `write_due_file`.
         """
         self.engine.module.eval()
         # Every rank runs every probe: ZeRO-3 needs the same calls from every rank, and the probes are few.
         probes = evaluate_probes(lambda *a: self.engine.forward(*a)[0], self.probes, self.engine.device)
-        location = self._location(version)
-        policy = self._policy().to(DTYPES[self.engine.dtype])
         written = 0.0
-        if self.engine.rank != 0:
-            policy.read_to_the_end()
+        if file_follows:
+            self._published.announce(version)
         else:
-            written = self._files.write(policy, location, replaced=self._location(version - 2))
-            # By name, not by age: a killed run may have left later versions than the one it resumes from.
-            kept = {location, self._location(version - 1)}
-            for other in set(location.parent.glob("policy-*")) - kept:
-                shutil.rmtree(other, ignore_errors=True)
-        return PolicyWeights(version=version, location=str(location), probes=probes, written_gb_per_s=written)
+            policy = self._policy().to(DTYPES[self.engine.dtype])
+            if self.engine.rank == 0:
+                written = self._published.write(version, policy)
+            else:
+                policy.read_to_the_end()
+        return PolicyWeights(
+            version=version,
+            location=str(self._published.location(version)),
+            probes=probes,
+            written_gb_per_s=written,
+            file_follows=file_follows,
+        )
 
     def policy_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What `publish_weights` writes, tensor by tensor on this rank's device. Collective, as `engine.stream`."""
-        return self._policy().tensors
+        """What `publish_weights` writes, tensor by tensor on this rank's device. Collective, as `engine.stream`.
+
+        Where its file follows, the first rank writes that once all tensors have been read.
+        """
+        tensors = self._policy().tensors
+        writes = self.engine.rank == 0 and self._published.is_due
+        return self._published.write_behind(tensors, DTYPES[self.engine.dtype]) if writes else tensors
+
+    def write_due_file(self) -> None:
+        """Begins to write the file that follows, unless the tensors were read already. Collective."""
+        if self._published.is_due:
+            for _ in self.policy_tensors():
+                pass
 
     def _policy(self) -> TensorStream:
         """The policy without the critic."""
         return self.engine.stream().merged(self.engine.module).below("policy.")
-
-    def _location(self, version: int) -> Path:
-        return Path(self.publish_directory) / f"policy-{version:06d}"
 
     def snapshot(self) -> TrainingStatePart:
         return self.engine.snapshot()

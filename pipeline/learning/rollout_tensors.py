@@ -6,33 +6,30 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
+import numpy as np
 import torch
 
 from pipeline.columns import Rollouts, TokenEvaluations
 from pipeline.errors import NumericsError, ShapeError
-from pipeline.ragged import Ragged
 from pipeline.records import RewardScore, Rollout, TokenEvaluation
 from pipeline.rollouts.repetition import repeated_shares
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutTensors:
-    """B responses of T tokens at most, left-aligned; 0 on padding. Rows are ordered by prompt, then by sample."""
+    """B responses with N tokens in all, end to end. Rows are ordered by prompt, then by sample."""
 
-    mask: torch.Tensor
-    """[B, T] bool, True on response tokens."""
+    offsets: torch.Tensor
+    """[B + 1] int64: response b has the tokens from `offsets[b]` to `offsets[b + 1]`, one at least."""
     logprobs: torch.Tensor
-    """[B, T] under the policy before the update, nats."""
+    """[N] under the policy before the update, nats."""
     reference_logprobs: torch.Tensor
-    """[B, T] under the frozen reference, nats."""
+    """[N] under the frozen reference, nats."""
     engine_logprobs: torch.Tensor
-    """[B, T] under the engine that sampled the token, nats."""
+    """[N] under the engine that sampled the token, nats."""
     values: torch.Tensor
-    """[B, T] under the critic before the update."""
-    response_lengths: torch.Tensor
-    """[B] int64 tokens."""
+    """[N] under the critic before the update."""
     was_cut: torch.Tensor
     """[B] float32: 1 where the response reached the sampler's limit before its end, else 0."""
     repetition: torch.Tensor
@@ -44,39 +41,29 @@ class RolloutTensors:
 
     @classmethod
     def of(cls, rollouts: Rollouts, scores: Sequence[RewardScore], evaluations: TokenEvaluations) -> RolloutTensors:
-        """Pads B rollouts, with B scores and B evaluations in the same order.
+        """Of B rollouts, B scores and B evaluations in the same order; shares the memory of their tokens.
 
         Raises:
             ShapeError: the three, or the tokens of one rollout, do not fit each other.
             NumericsError: a score or an evaluation is not finite.
         """
         _require_usable(rollouts, scores, evaluations)
-        lengths = rollouts.response_ids.lengths
         return cls(
-            mask=torch.arange(int(lengths.max())) < lengths.unsqueeze(-1),
-            logprobs=padded(evaluations.logprobs),
-            reference_logprobs=padded(evaluations.reference_logprobs),
-            engine_logprobs=padded(rollouts.logprobs),
-            values=padded(evaluations.values),
-            response_lengths=lengths,
+            offsets=rollouts.response_ids.offsets,
+            logprobs=evaluations.logprobs.values,
+            reference_logprobs=evaluations.reference_logprobs.values,
+            engine_logprobs=rollouts.logprobs.values,
+            values=evaluations.values.values,
             was_cut=torch.tensor([reason == "length" for reason in rollouts.finish_reasons], dtype=torch.float32),
             repetition=torch.from_numpy(repeated_shares(rollouts.response_ids)).float(),
             reward_mean=torch.tensor([score.mean for score in scores]),
             reward_std=torch.tensor([score.std for score in scores]),
         )
 
-
-def padded(rows: Ragged) -> torch.Tensor:
-    """[B, T], left-aligned, 0 on padding; a view where all rows are equally long."""
-    width = int(rows.lengths.max())
-    if len(rows.values) == len(rows) * width:
-        return rows.values.view(len(rows), width)
-    dense = rows.values.new_zeros(len(rows), width)
-    # A copy a row takes a tenth of the time of one assignment through the mask.
-    values, offsets, target = rows.values.numpy(), rows.offsets.tolist(), dense.numpy()
-    for row, (start, end) in enumerate(pairwise(offsets)):
-        target[row, : end - start] = values[start:end]
-    return dense
+    @property
+    def response_lengths(self) -> torch.Tensor:
+        """[B] int64 tokens."""
+        return self.offsets.diff()
 
 
 def samples_per_prompt(rollouts: Rollouts) -> int:
@@ -105,12 +92,17 @@ def _require_usable(rollouts: Rollouts, scores: Sequence[RewardScore], evaluatio
     is_usable = (
         bool((offsets.diff() > 0).all())
         and all(torch.equal(column.offsets, offsets) for column in columns)
-        and all(bool(column.values.isfinite().all()) for column in columns)
+        and all(_all_finite(column.values) for column in columns)
         and all(math.isfinite(score.mean) and math.isfinite(score.std) for score in scores)
     )
     if not is_usable:
         for row in zip(rollouts, scores, evaluations, strict=True):
             _require_usable_row(*row)
+
+
+def _all_finite(values: torch.Tensor) -> bool:
+    # A float64 cannot overflow by adding float32, so the sum is finite where all numbers are. It needs no memory.
+    return math.isfinite(np.add.reduce(values.numpy(), dtype=np.float64))
 
 
 def _require_usable_row(rollout: Rollout, score: RewardScore, evaluation: TokenEvaluation) -> None:

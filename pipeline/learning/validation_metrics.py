@@ -9,6 +9,7 @@ import numpy as np
 from pipeline.columns import Rollouts, TokenEvaluations
 from pipeline.evaluation.bootstrap import bootstrap_intervals
 from pipeline.learning.rollout_tensors import RolloutTensors
+from pipeline.ragged import Ragged
 from pipeline.records import Metrics, RewardScore
 
 UPDATES = "eval/updates"
@@ -48,7 +49,7 @@ def validation_metrics(
         NumericsError: a score or an evaluation is not finite.
     """
     batch = RolloutTensors.of(rollouts, scores, evaluations)
-    log_ratio = (batch.logprobs - batch.reference_logprobs).double().sum(-1)  # both are 0 on padding
+    log_ratio = Ragged(batch.logprobs - batch.reference_logprobs, batch.offsets).sums()
     columns: dict[str, np.ndarray] = {
         "eval/reward": batch.reward_mean.double().numpy(),
         "eval/log_ratio" if is_greedy else "eval/kl": log_ratio.numpy(),

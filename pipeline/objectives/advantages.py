@@ -1,7 +1,7 @@
 """From rewards to advantages: reward shaping, token rewards, and the estimators of what a response was worth.
 
-Estimators with a critic or per-token rewards take [B, T]; those that compare the G responses to one prompt take [P, G],
-one row per prompt.
+Estimators with a critic or per-token rewards take padded [B, T]; those that compare the G responses to one prompt take
+[P, G], one row per prompt. Token rewards are made of the tokens of all responses end to end, [N].
 """
 
 from __future__ import annotations
@@ -81,33 +81,33 @@ def overlong_penalty(lengths: torch.Tensor, *, max_tokens: int, buffer_tokens: f
     return ((max_tokens - buffer_tokens - lengths) / buffer_tokens).clamp(-1.0, 0.0)
 
 
-def token_rewards(scores: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor, *, kl_coefficient: float) -> torch.Tensor:
+def token_rewards(
+    scores: torch.Tensor, kl: torch.Tensor, offsets: torch.Tensor, *, kl_coefficient: float
+) -> torch.Tensor:
     """R_t = -beta * k_t + 1[t = last] * score.
 
     Source: docs/method.md section 11; Stiennon et al. 2020, arXiv:2009.01325, section 3.4.
 
     Args:
         scores: [B] one reward per response.
-        kl: [B, T] per-token KL estimates, nats.
-        mask: [B, T] bool, left-aligned; every row has at least one token.
+        kl: [N] per-token KL estimates, nats.
+        offsets: [B + 1] where each response begins; every response has at least one token.
         kl_coefficient: beta >= 0.
 
     Returns:
-        [B, T], 0 on padding.
+        [N].
     """
-    require_same_shape(kl=kl, mask=mask)
-    rewards = torch.where(mask, -kl_coefficient * kl, 0.0)
-    last = mask.sum(-1) - 1
-    rewards[torch.arange(len(scores)), last] += scores
+    rewards = -kl_coefficient * kl
+    rewards[offsets[1:] - 1] += scores
     return rewards
 
 
 def generalized_advantages(
     rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, *, gamma: float, lam: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """Generalised advantage estimation over left-aligned responses.
 
-    delta_t = R_t + gamma * V_{t+1} - V_t,   A_t = delta_t + gamma * lam * A_{t+1},   returns_t = A_t + V_t
+    delta_t = R_t + gamma * V_{t+1} - V_t,   A_t = delta_t + gamma * lam * A_{t+1}
 
     V and A are 0 after the last real token: a response that ended has no future.
 
@@ -121,7 +121,7 @@ def generalized_advantages(
         lam: lambda in [0, 1].
 
     Returns:
-        (advantages, returns), both [B, T], 0 on padding; advantages are not whitened.
+        [B, T], 0 on padding; not whitened.
 
     Raises:
         ShapeError: the three tensors differ in shape.
@@ -135,8 +135,7 @@ def generalized_advantages(
     running = torch.zeros_like(by_time[0])
     for t in reversed(range(len(by_time))):
         running = by_time[t].add_(gamma * lam * running)
-    advantages = by_time.t().contiguous()
-    return advantages, torch.where(mask, advantages + values, 0.0)
+    return by_time.t().contiguous()
 
 
 def rewards_to_go(rewards: torch.Tensor, mask: torch.Tensor, *, gamma: float) -> torch.Tensor:
@@ -153,7 +152,7 @@ def rewards_to_go(rewards: torch.Tensor, mask: torch.Tensor, *, gamma: float) ->
     Returns:
         [B, T], 0 on padding; not whitened.
     """
-    return generalized_advantages(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0)[0]
+    return generalized_advantages(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0)
 
 
 # ------------------------------------------------------------------ groups: G responses to one prompt

@@ -1,4 +1,4 @@
-"""Sums and means over the real entries of padded tensors."""
+"""Sums over the real entries of padded tensors, and whitening."""
 
 from __future__ import annotations
 
@@ -20,23 +20,17 @@ def masked_sum(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.where(mask, x, 0.0).sum()
 
 
-def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Scalar mean of `x` over the entries where `mask` is True; 0 when there are none."""
-    return masked_sum(x, mask) / mask.sum().clamp(min=1)
+def whiten(x: torch.Tensor, *, keep_mean: bool = False, eps: float = 1e-8) -> torch.Tensor:
+    """Zero mean, or the mean there was, and unit variance.
 
-
-def whiten(x: torch.Tensor, mask: torch.Tensor, *, keep_mean: bool = False, eps: float = 1e-8) -> torch.Tensor:
-    """Zero mean, or the mean there was, and unit variance over the masked entries; 0 on padding.
-
-    y = (x - mean) / sqrt(var + eps) [+ mean],  var with Bessel's correction, as in TRL's `masked_whiten`.
+    y = (x - mean) / sqrt(var + eps) [+ mean],  var with Bessel's correction, as in TRL's `masked_whiten`. Mean and
+    variance are accumulated in float64.
 
     Args:
-        x: any shape; `mask` of the same shape, bool.
+        x: [N] float32.
         keep_mean: add the mean again, as one does with rewards: their sign is what the policy learns from.
         eps: keeps a constant batch finite.
     """
-    mean = masked_mean(x, mask)
-    count = mask.sum()
-    variance = masked_sum((x - mean) ** 2, mask) / (count - 1).clamp(min=1)
-    whitened = (x - mean) * torch.rsqrt(variance + eps)
-    return torch.where(mask, whitened + mean if keep_mean else whitened, 0.0)
+    variance, mean = torch.var_mean(x, correction=min(1, len(x) - 1))
+    whitened = (x - mean).mul_(torch.rsqrt(variance + eps))
+    return whitened.add_(mean) if keep_mean else whitened

@@ -12,6 +12,7 @@ from pyarrow import parquet
 
 from pipeline.columns import Rollouts, TokenEvaluations
 from pipeline.data.batching import stable_seed
+from pipeline.ragged import Ragged
 from pipeline.records import Experience, Metrics, RewardScore, ScoredRollouts
 from pipeline.rollouts.kept_samples import conversation_text
 from pipeline.rollouts.repetition import repeated_shares
@@ -209,6 +210,5 @@ def contributions(score: RewardScore, objectives: Sequence[str]) -> dict[str, fl
 
 def mean_advantages(experience: Experience) -> dict[int, float]:
     """Place among the rollouts of the step -> mean advantage over the response's tokens, as it is trained on."""
-    lengths = experience.mask.sum(-1)
-    sums = (experience.advantages * experience.mask).sum(-1)
-    return dict(zip(experience.rows, (sums / lengths).tolist(), strict=True))
+    advantages = Ragged(experience.advantages, experience.offsets)
+    return dict(zip(experience.rows, (advantages.sums() / advantages.lengths).tolist(), strict=True))

@@ -332,6 +332,33 @@ def test_the_learner_sends_its_policy_and_the_file_stands_in_where_that_fails(po
     assert "weights/sent_between_gpus" not in metrics
 
 
+def test_a_policy_is_sent_before_its_file_which_late_workers_and_a_failed_transfer_wait_for(
+    pool, learner, policy, publish, tmp_path
+):
+    sender = sender_of(learner, "nccl")
+
+    def load(version):
+        model = another(policy, version)
+        learner.hold(model.state_dict(), str(tmp_path), version)
+        location = tmp_path / f"policy-{version:06d}"
+        assert not location.exists()
+        weights = replace(publish(model, state={}, version=version), location=str(location), file_follows=True)
+        metrics = pool.load_weights(weights)
+        assert metrics["gate/max"] <= TOLERANCE
+        assert "weights/written_gb_per_s" not in metrics
+        return metrics["weights/sent_between_gpus"]
+
+    with pool.fed_by(sender):
+        assert load(1) == 1
+        # A worker that joins later is loaded this way; it reads the file.
+        _, metrics = pool._fleet._load(pool._fleet.workers, pool._fleet.policy)
+        assert [one["gate/max"] <= TOLERANCE for one in metrics] == [True, True]
+        # A worker fails half way: the tensors were read to the end, and all wait for their file.
+        ray.get(pool._fleet.workers[1].actor.fail_next.remote(), timeout=60)
+        assert load(2) == 0
+        assert load(3) == 1
+
+
 def test_rollouts_carry_the_logprobs_of_the_distribution_they_were_sampled_from(
     pool, policy, publish, prompts, tokenizer
 ):

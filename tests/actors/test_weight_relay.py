@@ -1,6 +1,7 @@
 """Weights published on one node are read on another; two raylets of one machine stand for the nodes."""
 
 import os
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -88,6 +89,18 @@ def test_a_node_that_does_not_hand_out_its_weights_is_named_with_how_long_it_was
     ):
         readable_here(weights)
     assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("reader", [0, 1])
+def test_a_file_that_follows_is_waited_for_on_every_node(reader, two_nodes, tmp_path):
+    publisher = two_nodes[0]
+    location = tmp_path / "weights" / "policy-000008"
+    following = PolicyWeights(version=8, location=str(location), probes=(), node=publisher, file_follows=True)
+    writing = threading.Timer(2.0, publish_on, (publisher, tmp_path, 8, b"behind the transfer"))
+    writing.start()
+    [(_, _, data)] = read_on(two_nodes[reader], following)
+    assert data == b"behind the transfer"
+    writing.join()
 
 
 def test_pages_lent_to_a_new_copy_are_not_taken_for_it(tmp_path):

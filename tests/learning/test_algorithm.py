@@ -90,7 +90,7 @@ def test_the_reward_of_a_group_holds_the_kl_where_the_recipe_puts_it_there():
     scores = [score(m) for m in (3.0, 1.0, 0.5, 0.5)]
     experience, metrics = build(TWO_GROUPS, scores, EVALUATIONS, config)
     # KL of the first response 1 + .5 nats, beta .05: R = 3 - .075 = 2.925 against 1
-    expected = [[1.925, 1.925], [-1.925, 0.0], [0.0, 0.0], [0.0, 0.0]]
+    expected = [1.925, 1.925, -1.925, 0.0, 0.0]
     torch.testing.assert_close(experience.advantages, torch.tensor(expected))
     assert experience.kl_loss_coefficient == 0.0
     assert experience.critic is None
@@ -111,7 +111,7 @@ def test_the_token_rewards_hold_the_estimate_of_the_kl_that_was_asked_for(estima
     config = config.model_copy(update={"kl": KLConfig(coefficient=0.1, estimator=estimator)})
     evaluations = [evaluation((-1.0, -1.0), (-2.0, -0.5))]  # log pi - log pi_ref = 1, -.5
     experience, metrics = build([rollout("p", 0, (7, 8))], [score(3.0)], evaluations, config)
-    torch.testing.assert_close(experience.critic.returns, torch.tensor([[-0.1 * kl[0], 3.0 - 0.1 * kl[1]]]))
+    torch.testing.assert_close(experience.critic.returns, torch.tensor([-0.1 * kl[0], 3.0 - 0.1 * kl[1]]))
     assert metrics["kl/per_response"] == 0.5  # of the controller and the stop rule: k1 whatever the penalty
 
 
@@ -119,9 +119,9 @@ def test_a_kl_in_the_loss_leaves_the_reward_alone():
     experience, _ = build(TWO_GROUPS, [score(m) for m in (3.0, 1.0, 0.5, 0.5)], EVALUATIONS, config_of("grpo"))
     # deviations 1 and -1, Bessel deviation sqrt(2)
     z = 1 / (2**0.5 + 1e-4)
-    torch.testing.assert_close(experience.advantages[:2], torch.tensor([[z, z], [-z, 0.0]]))
+    torch.testing.assert_close(experience.advantages[:3], torch.tensor([z, z, -z]))
     assert experience.kl_loss_coefficient == 0.04
-    torch.testing.assert_close(experience.reference_logprobs[0], torch.tensor([-2.0, -1.5]))
+    torch.testing.assert_close(experience.reference_logprobs[:2], torch.tensor([-2.0, -1.5]))
 
 
 def test_dynamic_sampling_drops_the_prompt_whose_samples_are_all_alike():
@@ -148,8 +148,8 @@ def test_the_overlong_penalty_is_part_of_the_reward():
     )
     # buffer of 2 before the limit of 4: 3 tokens cost .5, 1 token nothing
     assert metrics["reward/shaped"] == 0.75
-    assert (experience.advantages[0] < 0).all()
-    assert experience.advantages[1, 0] > 0
+    assert (experience.advantages[:3] < 0).all()
+    assert experience.advantages[3] > 0
 
 
 def test_reinforce_plus_plus_whitens_the_rewards_to_go_of_the_batch():
@@ -163,7 +163,7 @@ def test_reinforce_plus_plus_whitens_the_rewards_to_go_of_the_batch():
     # R = (-.01, 3 - .005), (1): to go (2.985, 2.995), (1)
     to_go = torch.tensor([2.985, 2.995, 1.0])
     expected = (to_go - to_go.mean()) / to_go.std()
-    torch.testing.assert_close(experience.advantages[experience.mask], expected)
+    torch.testing.assert_close(experience.advantages, expected)
 
 
 def test_the_engines_distribution_is_corrected_for_up_to_the_cap():
@@ -173,7 +173,7 @@ def test_the_engines_distribution_is_corrected_for_up_to_the_cap():
         rollouts, [score(1.0), score(2.0)], [evaluation((-1.0, -1.0)), evaluation((-1.0,))], config
     )
     # e^2 -> 2, 1, e^-.5
-    torch.testing.assert_close(experience.importance_weights, torch.tensor([[2.0, 1.0], [2.718281828**-0.5, 1.0]]))
+    torch.testing.assert_close(experience.importance_weights, torch.tensor([2.0, 1.0, 2.718281828**-0.5]))
     assert metrics["importance/capped"] == pytest.approx(1 / 3)
 
 
@@ -294,12 +294,8 @@ def experience_of(config, learner, world, tokenizer):
 
 def moved(experience):
     """As if the policy had been updated before: ratios leave 1, and some bounds are in force."""
-    noise = torch.randn(experience.mask.shape, generator=torch.Generator().manual_seed(0))
-    return replace(
-        experience,
-        logprobs=torch.where(experience.mask, experience.logprobs + 0.3 * noise, 0.0),
-        importance_weights=1.0 + 0.1 * noise.abs(),
-    )
+    noise = torch.randn(experience.num_response_tokens, generator=torch.Generator().manual_seed(0))
+    return replace(experience, logprobs=experience.logprobs + 0.3 * noise, importance_weights=1.0 + 0.1 * noise.abs())
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -329,7 +325,7 @@ def test_tokens_of_half_the_importance_pull_half_as_hard(tiny_policy, world, tok
     make_engine = partial(ShardOfMany, rank=0, world_size=1)  # keeps its gradient
     learner = ppo_learner(tiny_policy, world, tokenizer, tmp_path, config=config, make_engine=make_engine)
     experience = experience_of(config, learner, world, tokenizer)
-    ones = experience.mask.float()
+    ones = torch.ones(experience.num_response_tokens)
     losses, pulls = {}, {}
     for weight in (1.0, 0.5):
         weighed = replace(experience, advantages=ones, importance_weights=weight * ones)
@@ -382,8 +378,8 @@ def test_the_learner_adds_the_estimate_of_the_kl_that_was_asked_for(
     config = config_of("ppo").model_copy(update={"kl": KLConfig(estimator=estimator, place="loss")})
     learner = ppo_learner(tiny_policy, world, tokenizer, tmp_path, config=config)
     experience = experience_of(config, learner, world, tokenizer)
-    half_a_nat_away = torch.where(experience.mask, experience.logprobs - 0.5, 0.0)
-    metrics = learner.update(replace(experience, reference_logprobs=half_a_nat_away), 0)
+    half_a_nat_away = replace(experience, reference_logprobs=experience.logprobs - 0.5)
+    metrics = learner.update(half_a_nat_away, 0)
     assert metrics["ppo/kl_loss"] == pytest.approx(kl, rel=1e-4)
 
 
@@ -406,7 +402,7 @@ def test_the_critic_is_clipped_and_weighed_as_the_recipe_says(
     make_engine = partial(ShardOfMany, rank=0, world_size=1)  # keeps its gradient
     learner = ppo_learner(tiny_policy, world, tokenizer, tmp_path, config=config, make_engine=make_engine)
     experience = experience_of(config, learner, world, tokenizer)
-    ones = experience.mask.float()
+    ones = torch.ones(experience.num_response_tokens)
     metrics = learner.update(replace(experience, critic=CriticTargets(values=old_value * ones, returns=ones)), 0)
     assert metrics["ppo/value_loss"] == pytest.approx(loss, rel=1e-5)
     assert learner.engine.module.value_head.bias.grad.item() == pytest.approx(gradient, rel=1e-5)
@@ -417,8 +413,8 @@ def test_the_learner_counts_the_tokens_that_were_clipped(tiny_policy, world, tok
     learner = ppo_learner(tiny_policy, world, tokenizer, tmp_path, config=config)
     samples = Rollouts.of([rollout("p", i, (7, 8)) for i in range(4)])
     experience, _ = build(samples, [score(1.0)] * 4, learner.evaluate(samples), config)
-    ratio = torch.tensor([[1.5, 1.5], [0.5, 0.5], [1.1, 0.9], [1.5, 0.9]])
-    up_then_down = torch.tensor([1.0, -1.0]).expand(4, 2)
+    ratio = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1, 0.9, 1.5, 0.9])
+    up_then_down = torch.tensor([1.0, -1.0]).repeat(4)
     metrics = learner.update(
         replace(experience, logprobs=experience.logprobs - ratio.log(), advantages=up_then_down), 0
     )
@@ -454,9 +450,9 @@ def test_whitened_token_rewards_are_what_the_critic_learns_from():
     samples, evaluations = [rollout("p", i, [7 + i]) for i in range(3)], [evaluation((-1.0,))] * 3
     experience, _ = build(samples, [score(m) for m in (1.0, 2.0, 3.0)], evaluations, config)
     # mean 2, standard deviation 1: nothing to do; twice as far apart, it is undone.
-    assert experience.critic.returns.flatten().tolist() == pytest.approx([1.0, 2.0, 3.0])
+    assert experience.critic.returns.tolist() == pytest.approx([1.0, 2.0, 3.0])
     experience, _ = build(samples, [score(m) for m in (0.0, 2.0, 4.0)], evaluations, config)
-    assert experience.critic.returns.flatten().tolist() == pytest.approx([1.0, 2.0, 3.0])
+    assert experience.critic.returns.tolist() == pytest.approx([1.0, 2.0, 3.0])
 
 
 @pytest.mark.parametrize(
@@ -519,7 +515,7 @@ def test_a_dropped_row_leaves_its_group_and_the_denominator():
     config = config_of("dr_grpo")
     experience, metrics = build(THREE_AND_TWO, scores, ONE_NAT_LESS, config)
     # p has a mean of 1; of q are left 2 and 0, with a mean of 1.
-    torch.testing.assert_close(experience.advantages[:, 0], torch.tensor([2.0, 0.0, -2.0, 1.0, -1.0]))
+    assert experience.advantages.tolist() == [2.0, 0.0, 0.0, -2.0, 1.0, -1.0]
     assert experience.num_response_tokens == 1 + 2 + 1 + 1 + 1
     assert len(experience.sequences) == 5
     assert metrics["group/alone"] == 0.0

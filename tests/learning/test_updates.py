@@ -20,6 +20,7 @@ from pipeline.objectives.reward_comparison import relative_contributions
 from pipeline.objectives.variational import sample_dirichlet, weight_supervision
 from pipeline.records import Prompt, PromptGroup, RewardScore, Rollout, SamplingParams, TokenEvaluation
 from pipeline.rollouts.prefetch import StepPlan
+from pipeline.rollouts.published_versions import await_file
 from pipeline.rollouts.torch_rollouts import TorchRollouts
 from tests.support.fakes import FakeRollouts, FakeScorer
 from tests.support.learners import ALIGNMENT, HEAD, collator, ppo_learner, prompts_of, reward_trainer, tokenised
@@ -316,8 +317,8 @@ def test_experience_by_hand(gae_lambda, discount, first_advantage):
     )
     # z-scores 1 and 50 -> 2 (clipped); the second was cut: 2 - 1 = 1.
     # row 0: R = (-.1 * 1, -.1 * .5 + 1) = (-.1, .95); gamma = 1: delta = (-.1 + .25 - .5, .95 - .25) = (-.35, .7)
-    torch.testing.assert_close(experience.critic.returns, torch.tensor([[first_advantage + 0.5, 0.95], [1.0, 0.0]]))
-    torch.testing.assert_close(experience.advantages, torch.tensor([[first_advantage, 0.7], [1.0, 0.0]]))
+    torch.testing.assert_close(experience.critic.returns, torch.tensor([first_advantage + 0.5, 0.95, 1.0]))
+    torch.testing.assert_close(experience.advantages, torch.tensor([first_advantage, 0.7, 1.0]))
     assert experience.num_response_tokens == 3
     assert tuple(experience.sequences) == (
         PromptGroup(prompt_ids=(1, 2), response_ids=((7, 8),)),
@@ -339,7 +340,7 @@ def test_of_two_equal_rewards_the_uncertain_one_pays_less_where_the_recipe_asks_
         reward_scale=RewardScale(mean=1.0, std=2.0),
     )
     # (3 - 2 * .5 - 1) / 2 and (3 - 1) / 2
-    assert experience.critic.returns.flatten().tolist() == [0.5, 1.0]
+    assert experience.critic.returns.tolist() == [0.5, 1.0]
     assert metrics["reward/shaped"] == 0.75
     assert metrics["reward/mean"] == 3.0
     assert metrics["reward/posterior_std"] == 0.25
@@ -551,3 +552,28 @@ def test_the_two_latest_policies_stay_published(tiny_policy, world, tokenizer, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["policy-000003"]
     learner.publish_weights(4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["policy-000003", "policy-000004"]
+
+
+def test_a_file_that_follows_holds_the_policy_that_was_sent(tiny_policy, world, tokenizer, tmp_path):
+    learner = ppo_learner(tiny_policy, world, tokenizer, tmp_path)
+    # Cloned: version 2 will be written over the pages of version 0.
+    plain = load_file(f"{learner.publish_weights(0).location}/model.safetensors")
+    plain = {name: tensor.clone() for name, tensor in plain.items()}
+    weights = learner.publish_weights(1, file_follows=True)
+    assert weights.file_follows
+    assert weights.probes == learner.publish_weights(1, file_follows=True).probes
+    sent = {name: tensor.clone() for name, tensor in learner.policy_tensors()}
+    with torch.no_grad():
+        for parameter in learner.engine.module.parameters():
+            parameter.add_(1.0)  # the next update comes before the file
+    learner.write_due_file()  # nothing is due any more
+    await_file(weights.location, 30.0)
+    followed = load_file(f"{weights.location}/model.safetensors")
+    assert followed.keys() == sent.keys() == plain.keys()
+    assert all(torch.equal(followed[name], sent[name]) and torch.equal(sent[name], plain[name]) for name in sent)
+    # Nobody was sent this one.
+    weights = learner.publish_weights(2, file_follows=True)
+    learner.write_due_file()
+    await_file(weights.location, 30.0)
+    moved = load_file(f"{weights.location}/model.safetensors")
+    assert all(torch.equal(moved[name], plain[name] + 1.0) for name in plain)

@@ -187,9 +187,12 @@ def drive(directory, num_responses):
     with costs.phase("rollouts"):
         rollouts = collected(directory, requests)
         staleness(rollouts, 0, at_most=0)
+    for answer in directory.glob("answer-*"):
+        answer.unlink()  # as Ray frees what nobody refers to
     with costs.phase("evaluate"):
         send(directory / "rollouts", rollouts)
         evaluations = receive(directory / "evaluation")
+    (directory / "rollouts").unlink()
     with costs.phase("experience"):
         experience, _ = build_experience(
             rollouts,

@@ -43,7 +43,7 @@ from pipeline.learning.memory import keep_freed_memory
 from pipeline.models.backbone import load_causal_lm, save_causal_lm
 from pipeline.models.reward_model import make_head, save_reward_model
 from pipeline.records import PromptGroup
-from tests.performance.storage_speed import processor_name
+from tests.performance.processor import processor
 from tests.support.learners import ALIGNMENT, HEAD, reward_card
 
 WAYS = ("whole", "shards")
@@ -67,7 +67,7 @@ def main() -> None:
         write_models(Path(directory) / "warm up", argparse.Namespace(**vars(options) | TINY))
         sizes = write_models(Path(directory), options)
         million, largest = sizes["numbers"] / 1e6, 4 * sizes["largest"] / 1e6
-        print(f"{processor_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; float32, gloo, ZeRO-3")
+        print(f"{processor()}; float32, gloo, ZeRO-3")
         print(f"{million:.0f}M parameters in policy, critic and reference; the largest {largest:.0f} MB")
         print(f"{'ranks':>5} {'way':>7} {'shard':>7}" + "".join(f"{phase:>11}" for phase in PHASES) + f"{'seconds':>9}")
         for num_ranks in options.ranks:

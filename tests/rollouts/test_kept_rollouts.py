@@ -1,5 +1,7 @@
 """Rollouts on disk: what a file holds, which prompts are kept, how large the files may become, and pages of them."""
 
+from itertools import accumulate
+
 import numpy as np
 import pytest
 import torch
@@ -42,19 +44,21 @@ def batch(step=0, rollouts=None, rewards=None, *, rows=None):
         )
         for r in rollouts
     ]
-    length = max(len(r.logprobs) for r in rollouts)
-    mask = torch.tensor([[t < len(rollouts[row].logprobs) for t in range(length)] for row in rows])
+    lengths = [len(rollouts[row].logprobs) for row in rows]
+    zeros = torch.zeros(sum(lengths))
     experience = Experience(
         sequences=tuple(rollouts[row].tokens for row in rows),
         rows=tuple(rows),
-        mask=mask,
-        logprobs=torch.zeros(mask.shape),
-        reference_logprobs=torch.zeros(mask.shape),
-        advantages=torch.tensor([[10.0 * row + t for t in range(length)] for row in rows]),
-        importance_weights=torch.ones(mask.shape),
+        offsets=torch.tensor([0, *accumulate(lengths)]),
+        logprobs=zeros,
+        reference_logprobs=zeros,
+        advantages=torch.tensor(
+            [10.0 * row + t for row, length in zip(rows, lengths, strict=True) for t in range(length)]
+        ),
+        importance_weights=None,
         kl_loss_coefficient=0.0,
         critic=None,
-        num_response_tokens=int(mask.sum()),
+        num_response_tokens=sum(lengths),
     )
     scores = tuple(
         RewardScore(mean=reward, std=0.5, objective_weights=(0.25, 0.75), objective_scores=(4.0, 2.0))

@@ -93,7 +93,7 @@ def consumed(trained):
 
 
 def distance_from_one(experience):
-    return (experience.importance_weights - 1.0).abs()[experience.mask].max()
+    return (experience.importance_weights - 1.0).abs().max()
 
 
 def test_a_prefetched_run_consumes_the_prompts_of_the_plain_one_and_weighs_each_sample_for_its_policy(
@@ -111,10 +111,10 @@ def test_a_prefetched_run_consumes_the_prompts_of_the_plain_one_and_weighs_each_
 
     for _, samples, experience in ahead:
         for row, sample in enumerate(samples):
-            n = len(sample.logprobs)
+            own = slice(*experience.offsets[row : row + 2].tolist())
             # The learner's own policy of this step, over the engine's policy that sampled.
-            expected = (experience.logprobs[row, :n] - torch.tensor(sample.logprobs)).exp().clamp(max=CAP)
-            torch.testing.assert_close(experience.importance_weights[row, :n], expected)
+            expected = (experience.logprobs[own] - torch.tensor(sample.logprobs)).exp().clamp(max=CAP)
+            torch.testing.assert_close(experience.importance_weights[own], expected)
     assert all(distance_from_one(experience) < 1e-4 for _, _, experience in plain)
     assert distance_from_one(ahead[0][2]) < 1e-4
     assert all(distance_from_one(experience) > 1e-3 for _, _, experience in ahead[1:])

@@ -182,16 +182,28 @@ class CpuWorker(RolloutWorker):
 class PolicyRank(Rank):
     """The learner's first rank, with a policy that it is given instead of a learner."""
 
-    def hold(self, state):
+    def hold(self, state, directory=None, version=0):
+        """With a directory the version's file is written there, behind the transfer."""
         from actors import weight_sender
+        from pipeline.rollouts.published_versions import PublishedVersions
 
+        self._published = None if directory is None else PublishedVersions(directory)
+        if directory is not None:
+            self._published.announce(version)
         weight_sender.SENT_BYTES = 1  # so that one holds no more than the largest tensor
         self._learner = self
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._state = {name: tensor.to(device) for name, tensor in state.items()}
 
     def policy_tensors(self):
-        yield from self._state.items()
+        tensors = iter(self._state.items())
+        if self._published is not None and self._published.is_due:
+            return self._published.write_behind(tensors, torch.float32)
+        return tensors
+
+    def write_due_file(self):
+        for _ in self.policy_tensors():
+            pass
 
 
 class CpuRank(PolicyRank):
@@ -239,8 +251,8 @@ class GroupOfOne:
         actor = ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(rank)
         self.rank = actor.options(num_cpus=0, runtime_env={"env_vars": environment}, **options).remote(0, 1)
 
-    def hold(self, state):
-        ray.get(self.rank.hold.remote(state), timeout=300)
+    def hold(self, state, *published):
+        ray.get(self.rank.hold.remote(state, *published), timeout=300)
 
     def free_address(self, doing, *, deadline_s):
         return self.all(lambda rank: rank.free_address.remote(), doing=doing, deadline_s=deadline_s)[0]
