@@ -7,6 +7,7 @@ nobody else has: If-None-Match and If-Match on S3, the generation on Google's st
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -46,6 +47,8 @@ PARTS_AT_ONCE = 8
 REQUEST_S = 120
 """For one part."""
 RETRY = {"max_retries": 10, "retry_timeout": timedelta(seconds=180)}
+ROLES = ("/latest/api/token", "/computeMetadata/")
+"""In the address that the library asks for the machine's role, at last: nothing else gave credentials."""
 NO_RETRY = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
 """For the first request of a job: a wrong address is wrong at once."""
 
@@ -175,6 +178,11 @@ def _explained(place: ObjectPlace) -> Iterator[None]:
             ) from error
         if isinstance(error, FileNotFoundError):
             raise
+        if any(role in str(error) for role in ROLES):
+            raise WorkspaceError(
+                f"{where}host {socket.gethostname()} has no credentials for bucket {place.bucket!r} {at}: not in the "
+                "environment, and no role. Set them on every node before `ray start`."
+            ) from error
         raise WorkspaceError(
             f"{where}{at} no request succeeds: {_first_line(error)}. Check address, region and network."
         ) from error

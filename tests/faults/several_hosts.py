@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.records import POLICY_FILE
 from pipeline.stages import storage
 from pipeline.stages.metrics_log import METRICS_FILE, parse_metrics
 from pipeline.stages.ownership import read_owner
@@ -51,8 +52,8 @@ SMALLEST = (
 def main(directory: Path) -> dict[str, object]:
     switch = Switch(directory, NAMES)
     hosts = {name: Host(name, switch) for name in NAMES}
-    start_ray(hosts)
-    with s3_server(SWITCH_ADDRESS) as server:
+    with s3_server(SWITCH_ADDRESS) as server:  # before Ray, whose processes then have the credentials
+        start_ray(hosts)
         workspace = server.new_place("runs/smallest")
         job = start_job(hosts[HEAD], workspace)
         wait_until(lambda: has_checkpoint(workspace), "a checkpoint of align_policy", timeout_s=900, needs=job)
@@ -101,9 +102,10 @@ def has_checkpoint(workspace: str) -> bool:
 
 
 def whereabouts(host: Host) -> dict[str, int]:
-    """How many of the job's actors live on a host."""
-    titles = {"ranks": "Rank", "engines": "RolloutWorker", "replicas": "ServeReplica"}
-    return {what: len(ray_processes(title, host.pid)) for what, title in titles.items()}
+    """How many of the job's actors live on a host, and how many versions of the policy were published there."""
+    titles = {"ranks": "Rank", "engines": "RolloutWorker"}
+    files = [path for path in host.shared_memory() if path.endswith(f"/{POLICY_FILE}") and "copies@" not in path]
+    return {what: len(ray_processes(title, host.pid)) for what, title in titles.items()} | {"published": len(files)}
 
 
 def wait_until(is_so: Callable[[], bool], what: str, *, timeout_s: float, needs: subprocess.Popen[bytes]) -> None:

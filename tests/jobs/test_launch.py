@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -358,3 +359,19 @@ def test_the_image_runs_the_dry_run_without_being_root():
     )
     assert done.returncode == 0, done.stderr
     assert "at most at once" in done.stdout
+
+
+def docker_answers():
+    docker = shutil.which("docker")
+    return docker is not None and subprocess.run([docker, "info"], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not docker_answers(), reason="no docker daemon answers")
+def test_the_image_is_built_and_runs_its_dry_run_as_its_own_user():
+    subprocess.run(["docker", "build", "--tag", "vrm:test", "."], cwd=ROOT, check=True)
+    run = ["docker", "run", "--rm", "vrm:test"]
+    assert "at most at once" in subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    user = subprocess.run([*run, "id", "--user"], capture_output=True, text=True, check=True)
+    assert user.stdout == "1000\n"

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import socket
 import sys
 import time
 import uuid
@@ -232,6 +233,18 @@ def test_credentials_of_a_profile_are_found(s3, monkeypatch, tmp_path):
     storage.object_store._store.cache_clear()
     with pytest.raises(WorkspaceError, match=r"in a profile .*boto3.* is not installed.*AWS_ACCESS_KEY_ID"):
         storage.read_text(storage.join(place, "a"))
+    storage.object_store._store.cache_clear()
+
+
+def test_a_node_without_credentials_is_named(s3, monkeypatch):
+    place = s3.new_place()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")  # nobody tells a role
+    storage.object_store._store.cache_clear()
+    letter = rf"host {socket.gethostname()} has no credentials for bucket 'bucket-.* Set them on every node before `ray"
+    with pytest.raises(WorkspaceError, match=letter):
+        storage.require_writable(place, needs_bytes=0)
     storage.object_store._store.cache_clear()
 
 

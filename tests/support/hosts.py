@@ -142,8 +142,9 @@ class Host:
             )
 
     def shared_memory(self) -> list[str]:
-        """Names in its /dev/shm."""
-        return sorted(os.listdir(f"/proc/{self.pid}/root/dev/shm"))
+        """The files in its /dev/shm, as paths below it."""
+        root = Path(f"/proc/{self.pid}/root/dev/shm")
+        return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
     def lose_power(self) -> None:
         """Ends every process of this host at once; its memory, /dev/shm and link are gone with them."""
