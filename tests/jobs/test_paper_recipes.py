@@ -1,7 +1,7 @@
 """The paper recipes' own paths on two cores: their algorithms, ZeRO stages, offload and data in the publisher's form.
 
-Only what a CPU cannot hold is changed: the models are a tiny random Qwen3 with a tokenizer of its family, the data forty
-prompts in UltraFeedback's raw form, and steps, lengths and processes are few.
+Only what a CPU cannot hold is changed: the models are a tiny random Qwen3 with a tokenizer of its family, the data
+forty prompts in UltraFeedback's raw form, and steps, lengths and processes are few.
 """
 
 import json
@@ -25,6 +25,8 @@ PAPER_RECIPES = [
     "paper_qwen3_8b_two_nodes",
     "qwen3_1.7b_one_gpu",
     "qwen3_8b_lora_one_gpu",
+    "table1_qwen2.5_7b",
+    "table1_qwen3_8b",
 ]
 ASPECTS = ("instruction_following", "truthfulness", "honesty", "helpfulness")
 
