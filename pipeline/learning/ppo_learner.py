@@ -69,7 +69,7 @@ class PPOLearner:
         self.tokenizer = tokenizer
         self.probes = probes
         self.publish_directory = publish_directory
-        self._published = PublishedVersions(publish_directory)
+        self._published = PublishedVersions(publish_directory, writes=engine.rank == 0)
         self.seed = seed
 
     def restore(self, checkpoint: str) -> None:
@@ -272,9 +272,7 @@ class PPOLearner:
 
         Where its file follows, the first rank writes that once all tensors have been read.
         """
-        tensors = self._policy().tensors
-        writes = self.engine.rank == 0 and self._published.is_due
-        return self._published.write_behind(tensors, DTYPES[self.engine.dtype]) if writes else tensors
+        return self._published.write_behind(self._policy().tensors, DTYPES[self.engine.dtype])
 
     def write_due_file(self) -> None:
         """Begins to write the file that follows, unless the tensors were read already. Collective."""

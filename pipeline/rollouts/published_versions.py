@@ -19,15 +19,19 @@ POLL_S = 0.02
 
 
 class PublishedVersions:
-    """Writes the last two versions of a policy into one directory; for one thread of one process.
+    """Writes the last two versions of a policy into one directory; each rank of a learner has one, for one thread.
+
+    Only one rank writes. The others follow what is due, because all must read the tensors together.
 
     A version that GPUs send to the engines needs its file only where an engine comes late. `write_behind` copies its
     tensors to host memory while they are sent, and a thread writes them. Nothing waits for the thread but a reader
     (`await_file`) and the next version.
     """
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, *, writes: bool = True) -> None:
+        """`writes`: whether this is the rank that writes."""
         self._directory = Path(directory)
+        self._writes = writes
         self._files = PolicyFiles()
         self._due: int | None = None
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="published policy")
@@ -44,8 +48,9 @@ class PublishedVersions:
     def announce(self, version: int) -> None:
         """The file of this version will be written behind its transfer. Until then it has none."""
         self.finish()
-        # A killed run may have left a version of the same number.
-        (self.location(version) / POLICY_FILE).unlink(missing_ok=True)
+        if self._writes:
+            # A killed run may have left a version of the same number.
+            (self.location(version) / POLICY_FILE).unlink(missing_ok=True)
         self._due = version
 
     @property
@@ -61,11 +66,14 @@ class PublishedVersions:
         The policy may change as soon as the last tensor has passed.
         """
         copies = {}
+        version = self._due
         for name, tensor in tensors:
-            copies[name] = tensor.detach().to("cpu", dtype, copy=True)
+            if self._writes and version is not None:
+                copies[name] = tensor.detach().to("cpu", dtype, copy=True)
             yield name, tensor
-        if self._due is not None:
-            self._writing, self._due = self._writer.submit(self._write, self._due, TensorStream.of(copies)), None
+        if self._writes and version is not None:
+            self._writing = self._writer.submit(self._write, version, TensorStream.of(copies))
+        self._due = None
 
     def finish(self) -> None:
         """Waits for the thread.

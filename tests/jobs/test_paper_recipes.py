@@ -25,6 +25,8 @@ PAPER_RECIPES = [
     "paper_qwen3_8b_two_nodes",
     "qwen3_1.7b_one_gpu",
     "qwen3_8b_lora_one_gpu",
+    "table1_qwen2.5_7b",
+    "table1_qwen3_8b",
 ]
 ASPECTS = ("instruction_following", "truthfulness", "honesty", "helpfulness")
 

@@ -14,6 +14,7 @@ from pipeline.learning.builders import SFTTrainerSpec, build_sft_trainer
 from pipeline.learning.micro_batches import own_micro_batches
 from pipeline.models.packing import pack
 from pipeline.records import PromptGroup
+from pipeline.rollouts.published_versions import await_file
 from tests.learning.test_updates import experience_from, experience_of, samples_of
 from tests.support.learners import ALIGNMENT, collator, ppo_learner, reward_trainer, tokenised
 from tests.support.lockstep import run_ranks
@@ -126,6 +127,18 @@ def test_ppo_in_step(critic, tiny_policy, world, tokenizer, tmp_path):
         probes = {f"probe {n}": p.logprobs for n, p in enumerate(weights.probes)}
         if learner.engine.rank == 0:
             published[learner.engine.world_size] = load_file(f"{weights.location}/model.safetensors")
+        # Two that are sent first: every rank knows whether the tensors have passed, else some would wait for ever.
+        for version, is_sent in ((3, True), (4, False)):
+            follows = learner.publish_weights(version, file_follows=True)
+            if is_sent:
+                assert len(dict(learner.policy_tensors())) > 0
+            learner.write_due_file()
+            if learner.engine.rank == 0:
+                await_file(follows.location, 60.0)
+                assert (
+                    load_file(f"{follows.location}/model.safetensors").keys()
+                    == published[learner.engine.world_size].keys()
+                )
         return [*metrics, evaluations, probes], dict(learner.engine.stream().tensors)
 
     alone = ppo_learner(tiny_policy, world, tokenizer, tmp_path, config=config)

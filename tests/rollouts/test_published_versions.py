@@ -69,6 +69,17 @@ def test_two_versions_stay_and_the_next_waits_for_the_one_before(tmp_path, monke
     assert sorted(path.name for path in tmp_path.iterdir()) == ["policy-000002", "policy-000003"]
 
 
+def test_a_rank_that_does_not_write_knows_what_is_due_and_touches_no_file(tmp_path):
+    PublishedVersions(str(tmp_path)).write(1, {"w": torch.zeros(1)})
+    versions = PublishedVersions(str(tmp_path), writes=False)
+    versions.announce(1)
+    assert versions.is_due
+    pass_all(versions, {"w": torch.ones(1)})
+    assert not versions.is_due
+    versions.finish()
+    assert load_file(tmp_path / "policy-000001" / FILE)["w"].tolist() == [0.0]
+
+
 def test_a_file_that_found_no_room_stops_the_next_version(tmp_path, monkeypatch):
     versions = PublishedVersions(str(tmp_path))
 

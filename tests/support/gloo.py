@@ -197,13 +197,12 @@ class PolicyRank(Rank):
 
     def policy_tensors(self):
         tensors = iter(self._state.items())
-        if self._published is not None and self._published.is_due:
-            return self._published.write_behind(tensors, torch.float32)
-        return tensors
+        return tensors if self._published is None else self._published.write_behind(tensors, torch.float32)
 
     def write_due_file(self):
-        for _ in self.policy_tensors():
-            pass
+        if self._published is not None and self._published.is_due:
+            for _ in self.policy_tensors():
+                pass
 
 
 class CpuRank(PolicyRank):
