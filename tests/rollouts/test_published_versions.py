@@ -70,7 +70,7 @@ def test_two_versions_stay_and_the_next_waits_for_the_one_before(tmp_path, monke
 
 
 def test_a_rank_that_does_not_write_knows_what_is_due_and_touches_no_file(tmp_path):
-    PublishedVersions(str(tmp_path)).write(1, {"w": torch.zeros(1)})
+    PublishedVersions(str(tmp_path)).write(1, TensorStream.of({"w": torch.zeros(1)}))
     versions = PublishedVersions(str(tmp_path), writes=False)
     versions.announce(1)
     assert versions.is_due
