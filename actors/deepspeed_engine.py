@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +17,8 @@ from pipeline.config.cluster import RanksConfig
 from pipeline.learning.engine import ParameterGroup, require_finite_norm, set_learning_rates
 from pipeline.learning.ppo_learner import frozen_reference
 from pipeline.learning.training_state import Fragment, SavedState, TrainingStatePart, adam_state, trained_parameters
+from pipeline.models.sharded_loading import PIECE_NUMBERS, move_buffers
+from pipeline.models.tensor_stream import TensorStream
 
 COLLECTIVE_TIMEOUT = timedelta(days=1)
 """Longer than any deadline of the driver: the driver sees all ranks and can say which one hangs, a rank cannot."""
@@ -41,6 +44,88 @@ def join_process_group(rank: int, world_size: int, address: str) -> torch.device
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False)
     return torch.device("cuda:0" if on_gpu else "cpu")
+
+
+class ZeroShards:
+    """The ranks of the process group, between which ZeRO-3 splits parameters. Implements `Shards`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.reads = dist.get_rank() == 0
+
+    def split(self, parameter: nn.Parameter) -> None:
+        deepspeed.zero.Init(module=nn.ParameterList([parameter]), dtype=parameter.dtype)
+
+    @contextmanager
+    def gathering(self, model: nn.Module) -> Iterator[None]:
+        """As DeepSpeed's engine will do it, for a model that does not have one yet. All modules use the same memory."""
+        owned = {module: split_parameters(module) for module in model.modules()}
+        owned = {module: parameters for module, parameters in owned.items() if parameters}
+        most = max((sum(map(padded_bytes, parameters)) for parameters in owned.values()), default=0)
+        room = torch.empty(most, dtype=torch.uint8, device=self.device)
+        computing: list[nn.Module] = []
+
+        def gather(module: nn.Module, _: Any) -> None:
+            free = torch.empty_like(room) if computing else room  # the second module lies within the first
+            computing.append(module)
+            for parameter in owned[module]:
+                parameter.data = gathered(parameter, free)
+                free = free[padded_bytes(parameter) :]
+
+        def forget(module: nn.Module, _: Any, __: Any) -> None:
+            computing.remove(module)
+            for parameter in owned[module]:
+                parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+
+        hooks = [module.register_forward_pre_hook(gather) for module in owned]
+        hooks += [module.register_forward_hook(forget) for module in owned]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def split_parameters(module: nn.Module) -> list[Any]:
+    """Of a module's own parameters those that are split; DeepSpeed has tied its fields to them."""
+    return [parameter for parameter in module.parameters(recurse=False) if hasattr(parameter, "ds_id")]
+
+
+def padded_bytes(parameter: Any) -> int:
+    """Of a split parameter: all ranks have parts of the same size."""
+    return parameter.ds_tensor.nbytes * dist.get_world_size()
+
+
+def gathered(parameter: Any, room: torch.Tensor) -> torch.Tensor:
+    """A split parameter, whole. Collective.
+
+    One broadcast a rank, for gloo makes copies of what it gathers, and none of what it broadcasts.
+
+    Args:
+        room: [n] bytes, `padded_bytes` at least.
+    """
+    part = parameter.ds_tensor.view(torch.uint8)
+    whole = room[: padded_bytes(parameter)]
+    for rank, place in enumerate(whole.split(part.numel())):
+        if rank == dist.get_rank():
+            place.copy_(part)
+        dist.broadcast(place, rank)
+    return whole.view(parameter.dtype)[: parameter.ds_numel].view(parameter.ds_shape)
+
+
+def shards_of(ranks: RanksConfig, device: torch.device) -> ZeroShards | None:
+    """What splits a model while it is loaded: under ZeRO-3 the ranks. Below, every rank holds all weights."""
+    return ZeroShards(device) if ranks.zero_stage == 3 else None
+
+
+def split_the_rest(module: nn.Module, device: torch.device) -> None:
+    """Splits what was made whole, such as heads and adapters, and moves buffers: DeepSpeed's engine would first move
+    whole parameters to the device together, and would leave buffers beside split parameters where they are."""
+    shards = ZeroShards(device)
+    for parameter in module.parameters():
+        if not hasattr(parameter, "ds_id"):
+            shards.split(parameter)
+    move_buffers(module, device)
 
 
 class DeepSpeedEngine:
@@ -73,6 +158,8 @@ class DeepSpeedEngine:
         # Ranks load at different speeds, so they wait for each other here. The process groups that DeepSpeed makes next
         # do not have our timeout: NCCL's own is ten minutes.
         self.sum_over_ranks(torch.zeros(()))
+        if ranks.zero_stage == 3:
+            split_the_rest(module, device)
         optimiser = torch.optim.AdamW(
             [
                 {"params": list(group.parameters), "lr": group.learning_rate, "weight_decay": group.weight_decay}
@@ -106,18 +193,19 @@ class DeepSpeedEngine:
         dist.all_reduce(total)
         return total
 
-    def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def stream(self) -> TensorStream:
         if self._zero_stage < 3:
-            yield from self.module.state_dict().items()
-            return
-        # One parameter at a time: the whole model need not fit on one device.
-        for name, parameter in self.module.named_parameters(remove_duplicate=False):
-            with deepspeed.zero.GatheredParameters([parameter]):
-                tensor = parameter.detach().clone()
-            yield name, tensor
+            return TensorStream.of(self.module.state_dict())
+        parameters: dict[str, Any] = dict(self.module.named_parameters(remove_duplicate=False))
+        outline = {name: torch.empty(p.ds_shape, dtype=p.dtype, device="meta") for name, p in parameters.items()}
+        return TensorStream(outline=outline, tensors=self._gathered(parameters))
 
-    def full_state_dict(self) -> dict[str, torch.Tensor]:
-        return {name: tensor.cpu() for name, tensor in self.full_tensors() if self.rank == 0}
+    def _gathered(self, parameters: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+        """One parameter at a time: the whole model need not fit on one device."""
+        for name, parameter in parameters.items():
+            room = torch.empty(padded_bytes(parameter), dtype=torch.uint8, device=self.device)
+            yield name, gathered(parameter, room)
+            del room
 
     def snapshot(self) -> TrainingStatePart:
         return TrainingStatePart.take(self._fragments(), self._shapes(), part=self.rank, num_parts=self.world_size)
@@ -136,7 +224,10 @@ class DeepSpeedEngine:
                         self._fill(parameter, saved, name)
 
     def _fill(self, parameter: nn.Parameter, saved: SavedState, name: str) -> None:
-        parameter.data.copy_(saved.read("weight", name, 0, parameter.numel()).view(parameter.shape))
+        numbers = parameter.data.view(-1)
+        for start in range(0, numbers.numel(), PIECE_NUMBERS):
+            piece = numbers[start : start + PIECE_NUMBERS]
+            piece.copy_(saved.read("weight", name, start, piece.numel()))
 
     def _fragments(self) -> Iterator[Fragment]:
         """The parts of the parameters that this rank's optimiser steps.
@@ -177,6 +268,7 @@ def sharded_reference(module: nn.Module, ranks: RanksConfig, *, dtype: str, devi
     if ranks.zero_stage == 3:
         config = zero_config(ranks, dtype=dtype, max_grad_norm=0.0)
         config["managed_gradient_accumulation"] = True
+        split_the_rest(module, device)
         forward, *_ = deepspeed.initialize(model=module, config=config, dist_init_required=False)
     else:
         forward = module.to(device)

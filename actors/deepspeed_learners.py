@@ -26,33 +26,37 @@ if TYPE_CHECKING:
 
 
 def deepspeed_sft_trainer(spec: SFTTrainerSpec, ranks: RanksConfig, device: torch.device) -> SFTTrainer:
-    from actors.deepspeed_engine import DeepSpeedEngine
+    from actors.deepspeed_engine import DeepSpeedEngine, shards_of
 
-    return builders.build_sft_trainer(spec, partial(DeepSpeedEngine, ranks=ranks, device=device))
+    make_engine = partial(DeepSpeedEngine, ranks=ranks, device=device)
+    return builders.build_sft_trainer(spec, make_engine, shards_of(ranks, device))
 
 
 def deepspeed_reward_trainer(spec: RewardTrainerSpec, ranks: RanksConfig, device: torch.device) -> RewardTrainer:
-    from actors.deepspeed_engine import DeepSpeedEngine
+    from actors.deepspeed_engine import DeepSpeedEngine, shards_of
 
-    return builders.build_reward_trainer(spec, partial(DeepSpeedEngine, ranks=ranks, device=device))
+    make_engine = partial(DeepSpeedEngine, ranks=ranks, device=device)
+    return builders.build_reward_trainer(spec, make_engine, shards_of(ranks, device))
 
 
 def deepspeed_ppo_learner(spec: PPOLearnerSpec, ranks: RanksConfig, device: torch.device) -> PPOLearner:
-    from actors.deepspeed_engine import DeepSpeedEngine, sharded_reference
+    from actors.deepspeed_engine import DeepSpeedEngine, sharded_reference, shards_of
 
     return builders.build_ppo_learner(
         spec,
         partial(DeepSpeedEngine, ranks=ranks, device=device),
         partial(sharded_reference, ranks=ranks, dtype=spec.dtype, device=device),
+        shards_of(ranks, device),
     )
 
 
 def deepspeed_direct_trainer(
     spec: DirectTrainerSpec, ranks: RanksConfig, device: torch.device
 ) -> DirectAlignmentTrainer:
-    from actors.deepspeed_engine import DeepSpeedEngine
+    from actors.deepspeed_engine import DeepSpeedEngine, shards_of
 
-    return builders.build_direct_trainer(spec, partial(DeepSpeedEngine, ranks=ranks, device=device))
+    make_engine = partial(DeepSpeedEngine, ranks=ranks, device=device)
+    return builders.build_direct_trainer(spec, make_engine, shards_of(ranks, device))
 
 
 # ------------------------------------------------------------------ runs in the job

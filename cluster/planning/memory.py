@@ -200,10 +200,22 @@ def _communication_bytes(load: TrainingLoad, stage: int) -> float:
     return bucket + 4 * (largest + min(PREFETCHED_PARAMETERS, load.num_parameters))
 
 
-def loading_bytes(load: TrainingLoad) -> float:
-    """Of the host, for one rank: every rank reads the whole models before they are sharded."""
+def loading_bytes(load: TrainingLoad, ranks: RanksConfig) -> float:
+    """Bytes of a rank while it loads its models, in the memory where they are split: the device's under ZeRO-3.
+
+    Below ZeRO-3 every rank reads whole models into the host's memory. Under ZeRO-3 a parameter is split when it has
+    been read. So a rank holds its part of the models, and the largest parameter whole.
+    """
     reference = 0 if load.reference is None else BYTES[load.dtype] * load.reference.num_parameters
-    return 4.0 * load.num_parameters + reference
+    whole = 4.0 * load.num_parameters + reference
+    if ranks.zero_stage < 3:
+        return whole
+    return whole / ranks.ranks + 4.0 * max(_largest_parameter(decoder.shape) for decoder in load.decoders)
+
+
+def _largest_parameter(shape: DecoderShape) -> float:
+    """The embedding, or a matrix of the feed-forward network."""
+    return max(shape.vocabulary_parameters, shape.hidden_size * shape.intermediate_size)
 
 
 def engine_memory(

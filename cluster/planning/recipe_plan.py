@@ -176,8 +176,9 @@ class _Planner:
         device, host = (dict(part) for part in training_memory(load, ranks))
         host["snapshot"] = CHECKPOINT_BYTES * load.num_trained / ranks.ranks
         on_gpu = ranks.gpus_per_rank > 0
-        # Whole models pass through the host before they are sharded; the pages serve the snapshot later.
-        at_start, later = loading_bytes(load), sum(host.values()) + (0.0 if on_gpu else sum(device.values()))
+        # Models may pass through the host while they are loaded; the pages serve the snapshot later.
+        at_start = 0.0 if on_gpu and ranks.zero_stage == 3 else loading_bytes(load, ranks)
+        later = sum(host.values()) + (0.0 if on_gpu else sum(device.values()))
         if at_start > later:
             host["models at the start"] = at_start - later
         if stage == "align_policy" and self.colocated:

@@ -1,6 +1,7 @@
 """Learners from their specifications. The caller chooses the engine, so the same builder serves one process and ranks.
 
 `make_engine` is called as `TorchEngine`: module and parameter groups, then betas, max_grad_norm and dtype by name.
+`shards` are the ranks among which the models are split while they are loaded; None loads them whole.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from pipeline.learning.reward_trainer import RewardTrainer
 from pipeline.learning.schedule import LearningRateSchedule
 from pipeline.learning.sft_trainer import SFTTrainer
 from pipeline.models.backbone import (
-    keep_first_layers,
     load_backbone,
     load_causal_lm,
     load_tokenizer,
@@ -37,8 +37,9 @@ from pipeline.models.critic import Policy, PolicyWithCritic, ResponsePolicy
 from pipeline.models.frozen_states import FrozenStates
 from pipeline.models.lora import add_lora
 from pipeline.models.reward_heads import RewardHead
-from pipeline.models.reward_model import RewardModel, load_reward_model, make_head
+from pipeline.models.reward_model import RewardModel, load_reward_backbone, make_head
 from pipeline.models.reward_model_card import RewardCalibration, RewardModelCard, SourceScale
+from pipeline.models.sharded_loading import Shards
 from pipeline.records import PromptGroup
 from pipeline.stages import storage
 
@@ -57,10 +58,10 @@ class SFTTrainerSpec:
     seed: int
 
 
-def build_sft_trainer(spec: SFTTrainerSpec, make_engine: MakeEngine) -> SFTTrainer:
+def build_sft_trainer(spec: SFTTrainerSpec, make_engine: MakeEngine, shards: Shards | None = None) -> SFTTrainer:
     config = spec.config
     with storage.reading(spec.policy_uri) as directory:
-        model, tokenizer = load_causal_lm(directory, dtype="float32")
+        model, tokenizer = load_causal_lm(directory, dtype="float32", shards=shards)
     add_lora(model, config.lora, seed=spec.seed)
     engine = make_engine(
         Policy(model),
@@ -94,12 +95,13 @@ class RewardTrainerSpec:
     """Where the states of a backbone that does not train are kept; None computes them as they are needed."""
 
 
-def build_reward_trainer(spec: RewardTrainerSpec, make_engine: MakeEngine) -> RewardTrainer:
+def build_reward_trainer(
+    spec: RewardTrainerSpec, make_engine: MakeEngine, shards: Shards | None = None
+) -> RewardTrainer:
     config = spec.config
     with storage.reading(spec.backbone_uri) as directory:
-        backbone = load_backbone(directory, dtype="float32")
+        backbone = load_backbone(directory, dtype="float32", num_layers=config.backbone_layers, shards=shards)
         tokenizer = load_tokenizer(directory)
-    keep_first_layers(backbone, config.backbone_layers)
     train_only_last_layers(backbone, config.trainable_layers)
     add_lora(backbone, config.lora, seed=spec.seed)
     if config.gradient_checkpointing:
@@ -179,7 +181,9 @@ class PPOLearnerSpec:
     seed: int
 
 
-def build_ppo_learner(spec: PPOLearnerSpec, make_engine: MakeEngine, make_reference: MakeReference) -> PPOLearner:
+def build_ppo_learner(
+    spec: PPOLearnerSpec, make_engine: MakeEngine, make_reference: MakeReference, shards: Shards | None = None
+) -> PPOLearner:
     """The learner of a PPO alignment: policy, reference policy and, where the algorithm has one, critic.
 
     Args:
@@ -187,9 +191,9 @@ def build_ppo_learner(spec: PPOLearnerSpec, make_engine: MakeEngine, make_refere
     """
     config, ppo = spec.config, spec.config.ppo
     with storage.reading(spec.policy_uri) as directory:
-        policy, tokenizer = load_causal_lm(directory, dtype="float32")
-        frozen = load_causal_lm(directory, dtype=spec.dtype)[0] if ppo.lora is None else None
-    critic = _critic_backbone(spec) if ppo.critic_reads_policy_tokens else None
+        policy, tokenizer = load_causal_lm(directory, dtype="float32", shards=shards)
+        frozen = load_causal_lm(directory, dtype=spec.dtype, shards=shards)[0] if ppo.lora is None else None
+    critic = _critic_backbone(spec, shards) if ppo.critic_reads_policy_tokens else None
     for backbone in (policy, critic):
         if backbone is None:
             continue
@@ -219,13 +223,12 @@ def build_ppo_learner(spec: PPOLearnerSpec, make_engine: MakeEngine, make_refere
     )
 
 
-def _critic_backbone(spec: PPOLearnerSpec) -> PreTrainedModel:
+def _critic_backbone(spec: PPOLearnerSpec, shards: Shards | None) -> PreTrainedModel:
     if spec.reward_model_uri is None:
         with storage.reading(spec.policy_uri) as directory:
-            return load_backbone(directory, dtype="float32")
+            return load_backbone(directory, dtype="float32", shards=shards)
     with storage.reading(spec.reward_model_uri) as directory:
-        reward_model, _, _ = load_reward_model(directory)
-    return reward_model.backbone
+        return load_reward_backbone(directory, shards=shards)
 
 
 # ------------------------------------------------------------------ direct alignment
@@ -243,10 +246,12 @@ class DirectTrainerSpec:
     seed: int
 
 
-def build_direct_trainer(spec: DirectTrainerSpec, make_engine: MakeEngine) -> DirectAlignmentTrainer:
+def build_direct_trainer(
+    spec: DirectTrainerSpec, make_engine: MakeEngine, shards: Shards | None = None
+) -> DirectAlignmentTrainer:
     config = spec.config
     with storage.reading(spec.policy_uri) as directory:
-        policy, tokenizer = load_causal_lm(directory, dtype="float32")
+        policy, tokenizer = load_causal_lm(directory, dtype="float32", shards=shards)
     train_only_last_layers(policy, config.trainable_layers)
     add_lora(policy, config.lora, seed=spec.seed)
     if spec.gradient_checkpointing:

@@ -15,6 +15,7 @@ from torch import nn
 
 from pipeline.errors import NumericsError
 from pipeline.learning.training_state import Fragment, SavedState, TrainingStatePart, adam_state, trained_parameters
+from pipeline.models.tensor_stream import TensorStream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +59,11 @@ class TrainEngine(Protocol):
     def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         """The elementwise sum over ranks, equal on every rank."""
 
-    def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The whole model with its names, tensor by tensor, on the device of every rank.
+    def stream(self) -> TensorStream:
+        """The whole model with its names, tensor by tensor, on the device of every rank. No tensor outlives a step.
 
         Collective: all ranks read to the end, before any of them steps.
         """
-
-    def full_state_dict(self) -> dict[str, torch.Tensor]:
-        """The whole model on the CPU of rank 0; empty elsewhere. Collective."""
 
     def snapshot(self) -> TrainingStatePart:
         """Copies this rank's part of what a resumed run needs to host memory. Between steps only; not collective."""
@@ -131,11 +129,8 @@ class TorchEngine:
     def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
-    def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from self.module.state_dict().items()
-
-    def full_state_dict(self) -> dict[str, torch.Tensor]:
-        return {name: tensor.cpu() for name, tensor in self.full_tensors()}
+    def stream(self) -> TensorStream:
+        return TensorStream.of(self.module.state_dict())
 
     def snapshot(self) -> TrainingStatePart:
         return TrainingStatePart.take(self._fragments(), self._shapes(), part=self.rank, num_parts=self.world_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,10 @@ from pipeline.learning.padded_rows import PaddedRows
 from pipeline.learning.parameter_groups import POLICY
 from pipeline.learning.schedule import learning_rate_factor
 from pipeline.learning.training_state import TrainingStatePart
-from pipeline.models.backbone import DTYPES, save_causal_lm
+from pipeline.models.backbone import DTYPES, write_causal_lm
 from pipeline.models.critic import TokenStatistics
-from pipeline.models.lora import merged_tensors
 from pipeline.models.packing import PackedTokens, pack
+from pipeline.models.tensor_stream import TensorStream
 from pipeline.objectives.aggregation import MiniBatchSize
 from pipeline.objectives.masked import masked_sum
 from pipeline.objectives.policy import importance_ratio
@@ -255,8 +255,11 @@ class PPOLearner:
         if file_follows:
             self._published.announce(version)
         else:
-            policy = self._policy_on_first_rank(DTYPES[self.engine.dtype])
-            written = self._published.write(version, policy) if self.engine.rank == 0 else 0.0
+            policy = self._policy().to(DTYPES[self.engine.dtype])
+            if self.engine.rank == 0:
+                written = self._published.write(version, policy)
+            else:
+                policy.read_to_the_end()
         return PolicyWeights(
             version=version,
             location=str(self._published.location(version)),
@@ -266,12 +269,11 @@ class PPOLearner:
         )
 
     def policy_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What `publish_weights` writes, tensor by tensor on this rank's device. Collective, as `full_tensors`.
+        """What `publish_weights` writes, tensor by tensor on this rank's device. Collective, as `engine.stream`.
 
         Where its file follows, the first rank writes that once all tensors have been read.
         """
-        tensors = self._policy_part(self.engine.full_tensors())
-        return self._published.write_behind(tensors, DTYPES[self.engine.dtype])
+        return self._published.write_behind(self._policy().tensors, DTYPES[self.engine.dtype])
 
     def write_due_file(self) -> None:
         """Begins to write the file that follows, unless the tensors were read already. Collective."""
@@ -279,15 +281,9 @@ class PPOLearner:
             for _ in self.policy_tensors():
                 pass
 
-    def _policy_on_first_rank(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """The policy without the critic, on the CPU of the first rank; empty elsewhere. Collective."""
-        tensors = self._policy_part(self.engine.full_tensors())
-        return {name: tensor.to(dtype).cpu() for name, tensor in tensors if self.engine.rank == 0}
-
-    def _policy_part(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in merged_tensors(tensors, self.engine.module):
-            if name.startswith("policy."):
-                yield name.removeprefix("policy."), tensor
+    def _policy(self) -> TensorStream:
+        """The policy without the critic."""
+        return self.engine.stream().merged(self.engine.module).below("policy.")
 
     def snapshot(self) -> TrainingStatePart:
         return self.engine.snapshot()
@@ -296,9 +292,11 @@ class PPOLearner:
         return peak_memory(self.engine.device)
 
     def export(self, directory: str) -> None:
-        policy = self._policy_on_first_rank(torch.float32)
+        policy = self._policy()
         if self.engine.rank == 0:
-            save_causal_lm(policy, self.model_config, self.tokenizer, directory)
+            write_causal_lm(policy, self.model_config, self.tokenizer, directory)
+        else:
+            policy.read_to_the_end()
 
 
 def frozen_reference(

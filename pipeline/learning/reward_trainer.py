@@ -18,7 +18,6 @@ from pipeline.learning.micro_batches import MicroBatch, RowValues, Sums, own_mic
 from pipeline.learning.reward_calibration import calibrate_head
 from pipeline.learning.schedule import LearningRateSchedule, warmup_factor
 from pipeline.learning.training_state import TrainingStatePart
-from pipeline.models.lora import merged
 from pipeline.models.packing import pack
 from pipeline.models.reward_heads import (
     SCALE_SPEED,
@@ -29,7 +28,7 @@ from pipeline.models.reward_heads import (
     RewardOutput,
     VRMHead,
 )
-from pipeline.models.reward_model import RewardModel, save_reward_model
+from pipeline.models.reward_model import RewardModel, describe_reward_model, write_reward_weights
 from pipeline.models.reward_model_card import RewardCalibration, RewardModelCard
 from pipeline.objectives.preference import (
     bradley_terry_loss,
@@ -196,18 +195,20 @@ class RewardTrainer:
         return peak_memory(self.engine.device)
 
     def export(self, directory: str) -> None:
-        state = self.engine.full_state_dict()
-        if self.engine.rank == 0:
-            # Under ZeRO-3 the engine knows parameters alone.
-            last_layer = self._head.last_layer.named_buffers()
-            state |= {f"head.last_layer.{name}": buffer.cpu() for name, buffer in last_layer}
-            save_reward_model(
-                directory,
-                state_dict=merged(state, self.engine.module),
-                backbone_config=self.backbone_config.to_dict(),
-                tokenizer=self.tokenizer,
-                card=self.card.model_copy(update={"scale": learned_scale(state)}),
-            )
+        last_layer = self._head.last_layer.named_buffers()
+        # Under ZeRO-3 the engine knows parameters alone.
+        stream = self.engine.stream().followed_by({f"head.last_layer.{name}": buffer for name, buffer in last_layer})
+        weights, passed = stream.merged(self.engine.module).noting("head.units.rho")
+        if self.engine.rank != 0:
+            weights.read_to_the_end()
+            return
+        write_reward_weights(directory, weights)
+        describe_reward_model(
+            directory,
+            backbone_config=self.backbone_config.to_dict(),
+            tokenizer=self.tokenizer,
+            card=self.card.model_copy(update={"scale": learned_scale(passed)}),
+        )
 
     # ------------------------------------------------------------------ one micro-batch
 

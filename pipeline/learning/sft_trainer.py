@@ -12,8 +12,7 @@ from pipeline.learning.memory import peak_memory
 from pipeline.learning.micro_batches import MicroBatch, Sums, own_micro_batches
 from pipeline.learning.schedule import learning_rate_factor
 from pipeline.learning.training_state import TrainingStatePart
-from pipeline.models.backbone import save_causal_lm
-from pipeline.models.lora import merged
+from pipeline.models.backbone import write_causal_lm
 from pipeline.models.packing import pack
 from pipeline.records import Metrics, PromptGroup
 
@@ -72,10 +71,11 @@ class SFTTrainer:
         return peak_memory(self.engine.device)
 
     def export(self, directory: str) -> None:
-        state = self.engine.full_state_dict()
+        policy = self.engine.stream().merged(self.engine.module).below("policy.")
         if self.engine.rank == 0:
-            policy = {name.removeprefix("policy."): t for name, t in merged(state, self.engine.module).items()}
-            save_causal_lm(policy, self.model_config, self.tokenizer, directory)
+            write_causal_lm(policy, self.model_config, self.tokenizer, directory)
+        else:
+            policy.read_to_the_end()
 
     def _nll_sum(self, batch: Sequence[PromptGroup], micro: MicroBatch) -> torch.Tensor:
         own = [batch[row] for row in micro.rows.tolist()]

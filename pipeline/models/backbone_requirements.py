@@ -64,7 +64,8 @@ def linear_layers(backbone: Any) -> list[str]:
 def _probe(model: PreTrainedModel) -> torch.Tensor:
     """[1, PROBE_LENGTH] token ids whose first and last differ."""
     vocabulary: Any = model.get_input_embeddings()
-    return (torch.arange(1, PROBE_LENGTH + 1) % vocabulary.num_embeddings).unsqueeze(0)
+    device = next(model.parameters()).device
+    return (torch.arange(1, PROBE_LENGTH + 1, device=device) % vocabulary.num_embeddings).unsqueeze(0)
 
 
 def _states(backbone: Any, ids: torch.Tensor) -> torch.Tensor:

@@ -184,6 +184,15 @@ def tensor_shapes(file: Path) -> Mapping[str, list[int]]:
     """Tensor -> its shape, from the header of a safetensors file.
 
     Raises:
+        CheckpointError: as `safetensors_entries`.
+    """
+    return {name: entry["shape"] for name, entry in safetensors_entries(file)[0].items()}
+
+
+def safetensors_entries(file: Path) -> tuple[Mapping[str, Any], int]:
+    """Tensor -> its `dtype`, `shape` and `data_offsets` by the header of a safetensors file, and where the data begin.
+
+    Raises:
         CheckpointError: the file is missing, of another kind, or cut short.
     """
     if not file.is_file():
@@ -207,7 +216,7 @@ def tensor_shapes(file: Path) -> Mapping[str, list[int]]:
     whole = 8 + header_length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
     if size != whole:
         raise CheckpointError(f"{file} has {size:,} of its {whole:,} bytes. Copy or download it again.")
-    return {name: tensor["shape"] for name, tensor in header.items()}
+    return header, 8 + header_length
 
 
 def _check_tokenizer(directory: Path, num_tokens: int | None) -> None:

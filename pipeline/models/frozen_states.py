@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import CheckpointError
-from pipeline.models.backbone import keep_first_layers, load_backbone, load_config
+from pipeline.models.backbone import load_backbone, load_config
 from pipeline.models.packing import (
     PackedTokens,
     in_packed_order,
@@ -129,8 +129,7 @@ def load_frozen_backbone(spec: StatesSpec, *, device: str) -> PreTrainedModel:
     With "bfloat16" its matrices are rounded once: autocast would round them in every forward pass, to the same values.
     """
     with storage.reading(spec.backbone) as directory:
-        model = load_backbone(directory, dtype="float32")
-    keep_first_layers(model, spec.layers)
+        model = load_backbone(directory, dtype="float32", num_layers=spec.layers)
     use_packed_attention(model.eval().requires_grad_(False).to(torch.device(device)))
     for module in model.modules() if spec.dtype == "bfloat16" else ():
         if isinstance(module, nn.Linear):

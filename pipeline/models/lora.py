@@ -61,15 +61,6 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def merged(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """The plain model that computes what the adapted one does, as `merged_tensors`.
-
-    Args:
-        state: all tensors of `model`, or none, as on the ranks that hold no copy; unchanged.
-    """
-    return dict(merged_tensors(state.items(), model))
-
-
 def merged_tensors(tensors: Iterable[tuple[str, torch.Tensor]], model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensor by tensor, the plain model that computes what the adapted one does: W + (alpha / rank) B A in place of W.
 

@@ -8,12 +8,15 @@ A checkpoint is a directory: `model.safetensors` (backbone.* and head.*), `rewar
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
@@ -35,6 +38,8 @@ from pipeline.models.reward_heads import (
     VRMHead,
 )
 from pipeline.models.reward_model_card import CARD_FILE, HeadKind, RewardModelCard, read_card
+from pipeline.models.sharded_loading import Shards, WeightFiles, fill_in_shards, without_numbers
+from pipeline.models.tensor_stream import TensorStream
 from pipeline.models.transformers_auto import AutoConfig, AutoModel
 from pipeline.models.transformers_form import MODEL_TYPE, MODELING_FILE, modeling_source, transformers_config
 
@@ -112,16 +117,27 @@ def score_packed(model: RewardModel, packed: PackedTokens) -> RewardOutput:
 def save_reward_model(
     directory: str,
     *,
-    state_dict: dict[str, torch.Tensor],
+    state_dict: Mapping[str, torch.Tensor],
     backbone_config: dict,
     tokenizer: PreTrainedTokenizerBase,
     card: RewardModelCard,
 ) -> None:
     """Writes a reward-model checkpoint; `state_dict` holds backbone.* and head.*."""
+    write_reward_weights(directory, TensorStream.of(state_dict))
+    describe_reward_model(directory, backbone_config=backbone_config, tokenizer=tokenizer, card=card)
+
+
+def write_reward_weights(directory: str, weights: TensorStream) -> None:
+    """The tensors of a reward-model checkpoint, backbone.* and head.*, in one file."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    weights.write(directory, file_bytes=math.inf)
+
+
+def describe_reward_model(
+    directory: str, *, backbone_config: dict, tokenizer: PreTrainedTokenizerBase, card: RewardModelCard
+) -> None:
+    """All files of a reward-model checkpoint but its tensors."""
     path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.contiguous() for name, tensor in state_dict.items()}
-    save_file(state, path / REWARD_MODEL_FILE, metadata={"format": "pt"})  # transformers asks for the format
     head = card.model_dump(mode="json", include={"vrm", "reward_weights", "ensemble", "pooling"})
     head |= {"kind": card.head, "num_objectives": len(card.objectives)}
     config = transformers_config(backbone=backbone_config, head=head, tokenizer=tokenizer)
@@ -188,16 +204,51 @@ def load_reward_model(
         ensemble=card.ensemble,
     )
     weights = Path(directory) / REWARD_MODEL_FILE
-    try:
+    architecture = (
+        f"the architecture in {directory}/config.json and {CARD_FILE} (a {card.head!r} head for "
+        f"{len(card.objectives)} objectives, {', '.join(card.objectives)})"
+    )
+    with _explained(weights, architecture):
         # Before `RewardModel(...)`, which runs the backbone on a few tokens to prove that it can be packed.
         nn.ModuleDict({"backbone": backbone, "head": head}).load_state_dict(load_file(weights))
+    return RewardModel(with_onednn(backbone), head, card.pooling).eval(), load_reward_tokenizer(directory), card
+
+
+def load_reward_backbone(directory: str, *, shards: Shards | None = None) -> PreTrainedModel:
+    """The decoder of a reward model, float32: what a critic starts from.
+
+    Args:
+        shards: as for `load_backbone`.
+
+    Raises:
+        CheckpointError: as `load_reward_model`.
+    """
+    if shards is None:
+        return load_reward_model(directory)[0].backbone
+    config, weights = read_backbone_config(directory), Path(directory) / REWARD_MODEL_FILE
+    backbone = without_numbers(lambda: AutoModel.from_config(config, dtype=torch.float32))
+    with _explained(weights, f"the architecture in {directory}/config.json"), WeightFiles([str(weights)]) as files:
+        sources = {name: f"backbone.{name}" for name in backbone.state_dict() if f"backbone.{name}" in files.names}
+        missing = fill_in_shards(backbone, files, sources, shards)
+        if missing:
+            raise ValueError(f"it lacks {len(missing)} tensors, backbone.{missing[0]} first")
+    with shards.gathering(backbone):
+        use_packed_attention(backbone)
+    return with_onednn(backbone)
+
+
+@contextmanager
+def _explained(weights: Path, architecture: str) -> Iterator[None]:
+    """Says of a file of weights why it could not be loaded.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or its tensors are not those of the architecture.
+    """
+    try:
+        yield
     except FileNotFoundError as error:
         raise CheckpointError(f"{weights} is missing: the checkpoint is incomplete. Export it again.") from error
     except SafetensorError as error:
         raise CheckpointError(f"{weights} cannot be read: {error}. It was cut short; export it again.") from error
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{weights} does not fit the architecture in {directory}/config.json and {CARD_FILE} (a {card.head!r} head "
-            f"for {len(card.objectives)} objectives, {', '.join(card.objectives)}): {error}"
-        ) from error
-    return RewardModel(with_onednn(backbone), head, card.pooling).eval(), load_reward_tokenizer(directory), card
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{weights} does not fit {architecture}: {error}") from error

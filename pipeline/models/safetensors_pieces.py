@@ -8,7 +8,13 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+}
 """Names that safetensors gives them."""
 LENGTH = struct.Struct("<Q")
 PIECE_BYTES = 8 * 2**20
@@ -41,6 +47,11 @@ def safetensors_pieces(
     """The bytes of the file in order; the tensors are in host memory and contiguous."""
     yield memoryview(safetensors_header(tensors, metadata))
     for tensor in tensors.values():
-        data = tensor.view(-1).view(torch.uint8).numpy().data
-        for begin in range(0, len(data), PIECE_BYTES):
-            yield data[begin : begin + PIECE_BYTES]
+        yield from tensor_pieces(tensor)
+
+
+def tensor_pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """The bytes of one tensor."""
+    data = tensor.view(-1).view(torch.uint8).numpy().data
+    for begin in range(0, len(data), PIECE_BYTES):
+        yield data[begin : begin + PIECE_BYTES]

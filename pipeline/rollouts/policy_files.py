@@ -15,6 +15,7 @@ import torch
 
 from pipeline.errors import CheckpointError, ResourceError
 from pipeline.models.safetensors_pieces import LENGTH, SAFETENSORS_DTYPES, safetensors_header
+from pipeline.models.tensor_stream import TensorStream
 from pipeline.records import POLICY_FILE
 
 VERSIONS = 2
@@ -32,18 +33,16 @@ class PolicyFiles:
     def __init__(self) -> None:
         self._mapped: dict[tuple[int, int, int], torch.Tensor] = {}
 
-    def write(
-        self, state: dict[str, torch.Tensor], location: str | Path, *, replaced: str | Path | None = None
-    ) -> float:
-        """One safetensors file with the state's names, appearing whole or not at all.
+    def write(self, policy: TensorStream, location: str | Path, *, replaced: str | Path | None = None) -> float:
+        """One safetensors file with the policy's names, appearing whole or not at all.
 
-        Every tensor is copied once, from the device it is on to the file.
+        Every tensor is copied once, from the device it is on to the file, before the next is asked for.
 
         Args:
             replaced: directory of an outdated version; the file takes over its pages.
 
         Returns:
-            How fast the file was written, GB/s.
+            How fast the file was written, GB/s, with the time that the tensors took to come.
 
         Raises:
             ResourceError: the file system has too little room left, as /dev/shm in a container often has.
@@ -56,13 +55,14 @@ class PolicyFiles:
         whole, partial = location / POLICY_FILE, location / f"{POLICY_FILE}.partial"
         if whole.exists():
             whole.replace(partial)
-        header = safetensors_header(state)
-        num_bytes = len(header) + sum(tensor.nbytes for tensor in state.values())
+        header = safetensors_header(policy.outline)
+        num_bytes = len(header) + sum(tensor.nbytes for tensor in policy.outline.values())
         _make_room(partial, num_bytes)
         with open(partial, "r+b", buffering=0) as file:
             file.write(header)  # not through the mapping: the file's time of change tells versions apart
         target, end = self._map(partial), len(header)
-        for tensor in state.values():
+        for name, (found, tensor) in zip(policy.outline, policy.tensors, strict=True):
+            assert found == name, f"{found} came where {name} was due"
             begin, end = end, end + tensor.nbytes
             target[begin:end].copy_(tensor.detach().contiguous().view(-1).view(torch.uint8))
         os.replace(partial, whole)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from pipeline.models.tensor_stream import TensorStream
 from pipeline.records import POLICY_FILE
 from pipeline.rollouts.policy_files import PolicyFiles
 
@@ -39,7 +40,7 @@ class PublishedVersions:
     def location(self, version: int) -> Path:
         return self._directory / f"policy-{version:06d}"
 
-    def write(self, version: int, policy: dict[str, torch.Tensor]) -> float:
+    def write(self, version: int, policy: TensorStream) -> float:
         """Writes a version, and removes all but this one and the one before it. Returns GB/s."""
         self.finish()
         return self._write(version, policy)
@@ -71,7 +72,7 @@ class PublishedVersions:
                 copies[name] = tensor.detach().to("cpu", dtype, copy=True)
             yield name, tensor
         if self._writes and version is not None:
-            self._writing = self._writer.submit(self._write, version, copies)
+            self._writing = self._writer.submit(self._write, version, TensorStream.of(copies))
         self._due = None
 
     def finish(self) -> None:
@@ -84,7 +85,7 @@ class PublishedVersions:
         if writing is not None:
             writing.result()
 
-    def _write(self, version: int, policy: dict[str, torch.Tensor]) -> float:
+    def _write(self, version: int, policy: TensorStream) -> float:
         location = self.location(version)
         written = self._files.write(policy, location, replaced=self.location(version - 2))
         # By name, not by age: a killed run may have left later versions than the one it resumes from.

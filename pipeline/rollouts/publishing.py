@@ -9,6 +9,7 @@ import torch
 from pipeline.models.backbone import load_causal_lm
 from pipeline.models.critic import Policy
 from pipeline.models.packing import PackedTokens, pack
+from pipeline.models.tensor_stream import TensorStream
 from pipeline.records import PolicyWeights, ProbeSequence, PromptGroup
 from pipeline.rollouts.policy_files import PolicyFiles
 
@@ -24,7 +25,7 @@ def publish_checkpoint(
     """Publishes a finished checkpoint as the learner publishes a policy under training, in one process."""
     model, _ = load_causal_lm(checkpoint, dtype=dtype)
     evaluated = evaluate_probes(Policy(model.eval()), probes, torch.device("cpu"))
-    written = PolicyFiles().write(model.state_dict(), location)
+    written = PolicyFiles().write(TensorStream.of(model.state_dict()), location)
     return PolicyWeights(version=version, location=location, probes=evaluated, written_gb_per_s=written)
 
 

@@ -33,7 +33,6 @@ from pipeline.learning.builders import (
     reference_in_process,
 )
 from pipeline.learning.engine import TorchEngine
-from pipeline.models.lora import merged
 from pipeline.models.onednn_linear import OneDNNLinear
 from pipeline.rollouts.numerics_gate import choose_probes
 from tests.learning.test_updates import experience_of, samples_of
@@ -149,7 +148,7 @@ def test_two_ranks_agree_with_one_process_and_each_resumes_what_the_other_saved(
     resumed.restore(str(tmp_path / "two ranks"))
     assert names_that_agree(resumed.update(data[3], 3)) == pytest.approx(names_that_agree(expected[3]), rel=1e-5)
     exported = load_file(tmp_path / "result" / "model.safetensors")
-    one_process = merged(alone.engine.full_state_dict(), alone.engine.module)
+    one_process = dict(alone.engine.stream().merged(alone.engine.module).tensors)
     assert_nearly_equal(exported, one_process)
 
 
@@ -193,7 +192,7 @@ def test_direct_alignment_on_two_ranks_agrees_with_one_process_and_each_resumes_
     resumed.restore(str(tmp_path / "two ranks"))
     assert resumed.update(batches.batch(3), 3) == pytest.approx(expected[3], rel=1e-4, abs=1e-4)
     exported = load_file(tmp_path / "result" / "model.safetensors")
-    one_process = merged(alone.engine.full_state_dict(), alone.engine.module)
+    one_process = dict(alone.engine.stream().merged(alone.engine.module).tensors)
     assert_nearly_equal(exported, {name.removeprefix("policy."): tensor for name, tensor in one_process.items()})
 
 
@@ -250,7 +249,7 @@ def test_ppo_on_two_ranks_agrees_with_one_process_and_each_resumes_what_the_othe
         assert learner.update(experience, 2) == once
     resumed = in_one_process(spec)
     resumed.restore(str(tmp_path / "two ranks"))
-    assert_nearly_equal(resumed.engine.full_state_dict(), alone.engine.full_state_dict())
+    assert_nearly_equal(dict(resumed.engine.stream().tensors), dict(alone.engine.stream().tensors))
     assert resumed.update(experience, 2) == pytest.approx(alone.update(experience, 2), rel=1e-4, abs=1e-6)
 
 

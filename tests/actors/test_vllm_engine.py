@@ -26,6 +26,7 @@ from pipeline.config.cluster import DeadlinesConfig, RolloutConfig
 from pipeline.data.chat import encode_prompt
 from pipeline.errors import CheckpointError, StaleEngineError
 from pipeline.models.backbone import load_causal_lm, save_causal_lm
+from pipeline.models.tensor_stream import TensorStream
 from pipeline.records import PolicyWeights, ProbeSequence, Prompt, SamplingParams
 from pipeline.rollouts.numerics_gate import GATE_TOLERANCE, choose_probes
 from pipeline.rollouts.policy_files import PolicyFiles
@@ -102,7 +103,7 @@ def publish(tokenizer, prompts, tmp_path_factory):
 
     def publish(model, *, state=None, version=0):
         location = root / str(next(count))
-        PolicyFiles().write(model.state_dict() if state is None else state, location)
+        PolicyFiles().write(TensorStream.of(model.state_dict() if state is None else state), location)
         return PolicyWeights(
             version=version,
             location=str(location),

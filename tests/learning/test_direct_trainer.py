@@ -157,7 +157,7 @@ def test_ranks_and_micro_batches_leave_losses_and_parameters_as_they_are(
         def work(trainer):
             metrics = [trainer.update(batches.batch(step), step) for step in range(2)]
             metrics.append(trainer.evaluate(batches.heldout))
-            return metrics, {name: t.clone() for name, t in trainer.engine.full_state_dict().items()}
+            return metrics, {name: t.clone() for name, t in trainer.engine.stream().tensors}
 
         results = run_ranks(world_size, build, work)
         for metrics, _ in results:

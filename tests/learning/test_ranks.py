@@ -62,7 +62,7 @@ def test_reward_training_in_step(head, tiny_policy, world, tokenizer):
     def work(learner):
         # Four pairs on five ranks: the fifth only keeps the others company.
         metrics = [learner.update(collate(pairs[first : first + 4], first), step) for step, first in enumerate((0, 4))]
-        return [*metrics, learner.evaluate(collate(pairs[8:15], 0))], learner.engine.full_state_dict()
+        return [*metrics, learner.evaluate(collate(pairs[8:15], 0))], dict(learner.engine.stream().tensors)
 
     # The weights have hardly left the prior, so their correlation magnifies rounding: 1e-4.
     assert_ranks_agree((2, 3, 5), build, work, tolerance=1e-4)
@@ -96,7 +96,7 @@ def test_supervised_fine_tuning_in_step(tiny_policy, world, tokenizer):
 
     def work(learner):
         metrics = [learner.update(texts[first : first + 3], step) for step, first in enumerate((0, 3))]
-        return [*metrics, learner.evaluate(texts[6:])], learner.engine.full_state_dict()
+        return [*metrics, learner.evaluate(texts[6:])], dict(learner.engine.stream().tensors)
 
     assert_ranks_agree((2, 5), build, work)
 
@@ -139,7 +139,7 @@ def test_ppo_in_step(critic, tiny_policy, world, tokenizer, tmp_path):
                     load_file(f"{follows.location}/model.safetensors").keys()
                     == published[learner.engine.world_size].keys()
                 )
-        return [*metrics, evaluations, probes], learner.engine.full_state_dict()
+        return [*metrics, evaluations, probes], dict(learner.engine.stream().tensors)
 
     alone = ppo_learner(tiny_policy, world, tokenizer, tmp_path, config=config)
     samples, experience = samples_of(alone, world, tokenizer), experience_of(alone, world, tokenizer)
@@ -164,12 +164,12 @@ def test_shards_and_micro_batches_leave_the_parameters_as_they_are(critic, tiny_
 
         def work(learner):
             learner.update(experience_from(learner, samples), 0)
-            return {name: tensor.clone() for name, tensor in learner.engine.full_state_dict().items()}
+            return {name: tensor.clone() for name, tensor in learner.engine.stream().tensors}
 
         return run_ranks(world_size, build, work)[0]
 
     alone = ppo_learner(tiny_policy, world, tokenizer, tmp_path, config=ALIGNMENT.model_copy(update={"ppo": ppo}))
-    samples, start = samples_of(alone, world, tokenizer), alone.engine.full_state_dict()
+    samples, start = samples_of(alone, world, tokenizer), dict(alone.engine.stream().tensors)
     assert min(s.tokens.num_tokens for s in samples) > 16
     assert max(s.tokens.num_tokens for s in samples) < 32
     whole = updated(1, 10_000)

@@ -472,7 +472,7 @@ def test_no_annotation_and_no_supervision_weight_train_the_same_model(loss, tiny
         learner = reward_trainer(tiny_policy, world, tokenizer, loss=config)
         for step in range(2):
             learner.update(rows, step)
-        states.append(learner.engine.full_state_dict())
+        states.append(dict(learner.engine.stream().tensors))
     without_weight, without_scores, supervised = states
     assert all(torch.equal(without_weight[name], without_scores[name]) for name in without_weight)
     assert not all(torch.equal(without_weight[name], supervised[name]) for name in without_weight)

@@ -86,9 +86,7 @@ class Process:
             return logprobs(groups)
 
         def mortal(batch, step):
-            self.states[step] = {
-                name.removeprefix("policy."): t.clone() for name, t in trainer.engine.full_state_dict().items()
-            }
+            self.states[step] = {name.removeprefix("policy."): t.clone() for name, t in trainer.engine.stream().tensors}
             self.began[step].set()
             if step == self.kill_in:
                 raise Killed

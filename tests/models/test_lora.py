@@ -11,7 +11,7 @@ from pipeline.config.models import LoRAConfig
 from pipeline.errors import ConfigError
 from pipeline.evaluation.reward_scorer import RewardModelScorer
 from pipeline.models.backbone import load_causal_lm, require_lora_targets
-from pipeline.models.lora import adapters_off, add_lora, merged
+from pipeline.models.lora import adapters_off, add_lora, merged_tensors
 from pipeline.models.packing import pack, packed_states, use_packed_attention
 from pipeline.rollouts.publishing import publish_checkpoint
 from tests.learning.test_updates import experience_of, samples_of
@@ -54,7 +54,7 @@ def test_adapters_off_is_the_base_bit_for_bit_and_merged_weights_compute_the_ada
         with adapters_off(adapted):
             assert torch.equal(packed_states(adapted, PACKED), base)
         assert torch.equal(packed_states(adapted, PACKED), states)
-        plain.load_state_dict(merged(adapted.state_dict(), adapted))
+        plain.load_state_dict(dict(merged_tensors(adapted.state_dict().items(), adapted)))
         torch.testing.assert_close(packed_states(plain, PACKED), states, atol=1e-5, rtol=1e-5)
 
 
@@ -65,7 +65,7 @@ def test_a_merged_weight_is_w_plus_alpha_over_rank_times_b_a():
     state = model.state_dict()
     state[f"{name}.lora_A.default.weight"] = torch.zeros(1, 32).index_fill(1, torch.tensor([5]), 2.0)
     state[f"{name}.lora_B.default.weight"] = torch.zeros(32, 1).index_fill(0, torch.tensor([7]), 0.5)
-    plain = merged(state, model)
+    plain = dict(merged_tensors(state.items(), model))
     gained = plain[f"{name}.weight"] - state[f"{name}.base_layer.weight"]
     assert gained[7, 5].item() == pytest.approx(3.0, rel=1e-6)  # 3 / 1 * 0.5 * 2
     assert gained.count_nonzero() == 1
@@ -97,7 +97,7 @@ def test_peft_computes_the_same_from_the_same_adapters(tiny_policy):
     with torch.no_grad():
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
     unloaded = theirs.merge_and_unload().state_dict()
-    for name, tensor in merged(ours.state_dict(), ours).items():
+    for name, tensor in merged_tensors(ours.state_dict().items(), ours):
         torch.testing.assert_close(tensor, unloaded[name], atol=1e-6, rtol=1e-6)
 
 
@@ -209,6 +209,6 @@ def test_recomputed_activations_give_the_same_gradients(lora, tiny_policy, world
         config = aligned_with(lora=lora, critic="separate").model_copy(update={"gradient_checkpointing": recompute})
         learner = ppo_learner(tiny_policy, world, tokenizer, tmp_path, config=config)
         learner.update(experience_of(learner, world, tokenizer), 0)
-        steps.append(learner.engine.full_state_dict())
+        steps.append(dict(learner.engine.stream().tensors))
     for name in steps[0]:
         torch.testing.assert_close(steps[0][name], steps[1][name], atol=1e-6, rtol=1e-5)

@@ -47,6 +47,7 @@ from pipeline.learning.ppo_learner import PPOLearner
 from pipeline.loops.alignment import align
 from pipeline.models.backbone import load_causal_lm, load_config, load_tokenizer, save_causal_lm
 from pipeline.models.critic import PolicyWithCritic
+from pipeline.models.tensor_stream import TensorStream
 from pipeline.models.wheel_checkpoints import unpacked
 from pipeline.records import POLICY_FILE, PolicyWeights, Prompt, SamplingParams
 from pipeline.rollouts.numerics_gate import choose_probes
@@ -208,7 +209,7 @@ def time_transfer(pool: RolloutPool, weights: PolicyWeights, published: str) -> 
     policy = {name: tensor.clone() for name, tensor in learner.read(weights.location).items()}
     for version in range(1, 7):  # the first two into new pages
         location = os.path.join(published, f"version-{version % 2}")
-        written = learner.write(policy, location)
+        written = learner.write(TensorStream.of(policy), location)
         now = pool.load_weights(replace(weights, version=version, location=location, written_gb_per_s=written))
         best = {name: max(speed, now[name]) for name, speed in best.items()}
     return best

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.errors import ResourceError
+from pipeline.models.tensor_stream import TensorStream
 from pipeline.rollouts.published_versions import PublishedVersions, await_file
 
 FILE = "model.safetensors"
@@ -20,7 +21,7 @@ def pass_all(versions, state):
 def test_the_file_behind_a_transfer_holds_what_was_sent_although_the_policy_has_moved_on(tmp_path):
     versions = PublishedVersions(str(tmp_path))
     policy = {"w": torch.arange(6.0), "v": torch.ones(2, 2)}
-    versions.write(0, policy)
+    versions.write(0, TensorStream.of(policy))
     versions.announce(1)
     assert versions.is_due
     assert not (tmp_path / "policy-000001" / FILE).exists()
@@ -42,7 +43,7 @@ def test_a_pass_that_stopped_half_way_leaves_the_file_due(tmp_path):
 
 
 def test_the_file_of_a_killed_run_is_not_taken_for_the_one_that_follows(tmp_path):
-    PublishedVersions(str(tmp_path)).write(4, {"w": torch.zeros(3)})
+    PublishedVersions(str(tmp_path)).write(4, TensorStream.of({"w": torch.zeros(3)}))
     versions = PublishedVersions(str(tmp_path))
     versions.announce(4)
     started = time.monotonic()
@@ -69,7 +70,7 @@ def test_two_versions_stay_and_the_next_waits_for_the_one_before(tmp_path, monke
 
 
 def test_a_rank_that_does_not_write_knows_what_is_due_and_touches_no_file(tmp_path):
-    PublishedVersions(str(tmp_path)).write(1, {"w": torch.zeros(1)})
+    PublishedVersions(str(tmp_path)).write(1, TensorStream.of({"w": torch.zeros(1)}))
     versions = PublishedVersions(str(tmp_path), writes=False)
     versions.announce(1)
     assert versions.is_due

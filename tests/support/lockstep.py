@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from pipeline.learning.engine import TorchEngine
+from pipeline.models.tensor_stream import TensorStream
 
 L = TypeVar("L")
 T = TypeVar("T")
@@ -62,9 +63,9 @@ class LockstepEngine(TorchEngine):
     def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.stack(self.meeting.exchange(self.rank, "sum", tensor)).sum(0)
 
-    def full_state_dict(self) -> dict[str, torch.Tensor]:
-        self.meeting.exchange(self.rank, "state", None)
-        return super().full_state_dict() if self.rank == 0 else {}
+    def stream(self) -> TensorStream:
+        self.meeting.exchange(self.rank, "stream", None)
+        return super().stream()
 
 
 def run_ranks(world_size: int, build: Callable[[Callable[..., LockstepEngine]], L], work: Callable[[L], T]) -> list[T]:

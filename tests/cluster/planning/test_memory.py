@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from cluster.planning.decoder_shape import checkpoint_shape, shape_from_config
-from cluster.planning.memory import TrainedDecoder, TrainingLoad, training_memory
+from cluster.planning.memory import TrainedDecoder, TrainingLoad, loading_bytes, training_memory
 from pipeline.config.cluster import RanksConfig
 from pipeline.config.models import LoRAConfig, OptimiserConfig
 from pipeline.learning.engine import TorchEngine
@@ -128,3 +128,14 @@ def test_an_optimiser_on_the_host_takes_the_gradients_with_it():
     device, host = training_memory(LOAD, RanksConfig(ranks=4, zero_stage=3, offload_optimiser=True))
     assert not {"optimiser", "gradients"} & device.keys()
     assert host == pytest.approx({"optimiser": 3 * PARAMETERS, "gradients": PARAMETERS})
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "expected"),
+    [
+        (2, (4 + 2) * PARAMETERS),  # policy and reference, whole
+        (3, (4 + 2) * PARAMETERS / 4 + 4 * 151_936 * 1024),  # a quarter of both, and the embedding
+    ],
+)
+def test_a_rank_loads_whole_models_or_its_part_and_one_parameter(zero_stage, expected):
+    assert loading_bytes(LOAD, RanksConfig(ranks=4, zero_stage=zero_stage)) == pytest.approx(expected)
