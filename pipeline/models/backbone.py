@@ -116,8 +116,9 @@ def load_causal_lm(
     model = _load(AutoModelForCausalLM, checkpoint, dtype, trust_remote_code=trust_remote_code, shards=shards)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
     model.config.eos_token_id = _one_or_list(stop_token_ids(checkpoint, model.config, tokenizer))
+    backbone: Any = model.base_model
     with _computing(model, shards):
-        require_causal(model.base_model, checkpoint)
+        require_causal(backbone, checkpoint)
         require_plain_head(model, checkpoint)
     return with_onednn(model), tokenizer
 

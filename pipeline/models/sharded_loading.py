@@ -159,8 +159,7 @@ def fill_in_shards(module: nn.Module, files: WeightFiles, sources: Mapping[str, 
     parameters = list(_parameters_with_owners(module))
     state = module.state_dict()
     buffers = {name: buffer for name, buffer in state.items() if not buffer.is_meta}
-    found = [next((name for name in names if name in sources), None) for _, _, names in parameters]
-    missing = [names[0] for (_, _, names), name in zip(parameters, found, strict=True) if name is None]
+    missing = [names[0] for _, _, names in parameters if not any(name in sources for name in names)]
     missing += [name for name in buffers if name not in sources]
     if missing:
         return missing
@@ -173,11 +172,10 @@ def fill_in_shards(module: nn.Module, files: WeightFiles, sources: Mapping[str, 
         files.read(sources[name], buffer)
     # All parameters pass through the same memory: a rank's parts would otherwise lie between the holes of whole ones.
     room = torch.empty(max(empty.nbytes for empty, _, _ in parameters), dtype=torch.uint8, device=shards.device)
-    for (empty, owners, _), name in zip(parameters, found, strict=True):
-        assert name is not None
+    for empty, owners, names in parameters:
         numbers = room[: empty.nbytes].view(empty.dtype).view(empty.shape)
         if shards.reads:
-            files.read(sources[name], numbers)
+            files.read(next(sources[name] for name in names if name in sources), numbers)
         parameter = nn.Parameter(numbers, requires_grad=empty.requires_grad)
         for owner, attribute in owners:
             setattr(owner, attribute, parameter)
