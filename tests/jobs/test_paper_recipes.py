@@ -21,6 +21,7 @@ from tests.support.paths import ROOT
 PAPER_RECIPES = [
     "paper_literal",
     "paper_qwen2.5_7b",
+    "paper_qwen3_32b",
     "paper_qwen3_8b",
     "paper_qwen3_8b_two_nodes",
     "qwen3_1.7b_one_gpu",
@@ -47,7 +48,12 @@ ON_TWO_CORES = (
     *("cluster.rollout.workers=1", "cluster.rollout.cpus_per_worker=0.4", "cluster.rollout.gpus_per_worker=0"),
     *("cluster.rollout.placement=null", "cluster.rollout.gpu_memory_fraction=null", "cluster.rollout.max_sequences=16"),
     *("cluster.rollout.enforce_eager=true", "cluster.scoring.replicas=1", "cluster.scoring.max_tokens_per_batch=1024"),
-    *("cluster.scoring.cpus_per_replica=0.2", "cluster.scoring.gpus_per_replica=0", "cluster.object_store_gib=0.3"),
+    *(
+        "cluster.accelerator=auto",
+        "cluster.scoring.cpus_per_replica=0.2",
+        "cluster.scoring.gpus_per_replica=0",
+        "cluster.object_store_gib=0.3",
+    ),
 )
 
 
