@@ -84,8 +84,10 @@ def merged_tensors(tensors: Iterable[tuple[str, torch.Tensor]], model: nn.Module
         if len(waiting[layer]) == 3:
             complete = waiting.pop(layer)
             base = complete[BASE]
-            update = layers[layer].scaling[ADAPTER] * (complete[LORA_B].float() @ complete[LORA_A].float())
-            yield f"{layer}.weight", (base.float() + update).to(base.dtype)
+            merged = complete[LORA_B].float() @ complete[LORA_A].float()
+            # In place: of a language-model head, each further copy is the largest tensor of all.
+            merged.mul_(layers[layer].scaling[ADAPTER]).add_(base)
+            yield f"{layer}.weight", merged.to(base.dtype)
 
 
 def _adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
