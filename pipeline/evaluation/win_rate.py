@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from pipeline.data.planted import GoldAnnotator
 
 NORMAL_QUANTILE_95 = 1.959963984540054
+
+OPENING_WORDS = 3
+"""How many first words of two answers are equal if they open alike."""
 
 
 def win_rate(scores: Sequence[float], baseline_scores: Sequence[float]) -> Metrics:
@@ -67,12 +71,14 @@ def compare_answers(
 
     Returns:
         `win_rate` of aligned against base, under `reward/` and `gold/`; the means over the prompts, `reward/`, `words/`
-        and `gold/` of `aligned` and `base`.
+        and `gold/` of `aligned` and `base`; `opening/aligned` and `opening/base`, the shares of answers that begin with
+        the words with which most answers of the aligned policy begin.
     """
     metrics = _prefixed("reward", win_rate([a.score.mean for a in aligned], [b.score.mean for b in base]))
     for name, answers in (("aligned", aligned), ("base", base)):
         metrics[f"reward/{name}"] = sum(a.score.mean for a in answers) / len(answers)
         metrics[f"words/{name}"] = sum(len(a.output.split()) for a in answers) / len(answers)
+    metrics |= _openings([a.output for a in aligned], [b.output for b in base])
     if gold is not None:
         rewards = {
             name: [gold.reward(prompt.messages, answer.output) for prompt, answer in zip(prompts, answers, strict=True)]
@@ -81,6 +87,14 @@ def compare_answers(
         metrics |= _prefixed("gold", win_rate(rewards["aligned"], rewards["base"]))
         metrics |= {f"gold/{name}": sum(values) / len(values) for name, values in rewards.items()}
     return metrics
+
+
+def _openings(aligned: Sequence[str], base: Sequence[str]) -> Metrics:
+    """A policy that found one answer for every prompt shows it in its first words."""
+    first_words = [[tuple(text.split()[:OPENING_WORDS]) for text in texts] for texts in (aligned, base)]
+    [(opening, _)] = Counter(first_words[0]).most_common(1)
+    shares = [openings.count(opening) / len(openings) for openings in first_words]
+    return dict(zip(("opening/aligned", "opening/base"), shares, strict=True))
 
 
 def _prefixed(prefix: str, metrics: Metrics) -> Metrics:

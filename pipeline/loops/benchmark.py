@@ -26,7 +26,7 @@ from pipeline.stages import storage
 from pipeline.stages.stage_spec import StageSpec
 from pipeline.stages.workspace import StageDirectory
 
-VERSION = 3
+VERSION = 4
 BASE, ALIGNED = "base", "aligned"
 
 

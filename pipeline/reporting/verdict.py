@@ -27,6 +27,10 @@ KL_METRIC = "kl/per_response"
 OTHER_LENGTH = 1.5
 """Factor in mean words from which a win rate may be one of length."""
 
+SAME_OPENING = 0.15
+"""Growth of the share of answers with one opening from which the policy may have found one answer for all prompts: .01
+to .08 in runs whose samples are sound, .20 to .44 in runs that learned to apologise or to refuse (docs/LOG.md)."""
+
 OFTEN_CUT = 0.2
 """Share of responses cut at the length limit from which the penalty for it may be what the policy learns."""
 
@@ -254,6 +258,15 @@ def _side_effects(benchmark: Metrics, last_step: Mapping[str, float]) -> list[Fi
             _unsure(
                 "The length of its answers changed much, so the win rate may be one of length: read the samples.",
                 f"Amber: one policy writes {OTHER_LENGTH:g} times as many words as the other, or more.",
+            )
+        )
+    opening, opening_before = benchmark["opening/aligned"], benchmark["opening/base"]
+    if opening - opening_before > SAME_OPENING:
+        findings.append(
+            _unsure(
+                f"{opening:.0%} of its answers begin with the same words, {opening_before:.0%} did before: it may have "
+                "found one answer that pleases for every prompt. Read the samples.",
+                f"Amber: the share of the commonest opening has grown by more than {SAME_OPENING:.0%} of all answers.",
             )
         )
     if 1.0 - stopped > OFTEN_CUT:

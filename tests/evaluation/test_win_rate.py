@@ -5,7 +5,7 @@ import pytest
 
 from pipeline.benchmark.scored_answers import read_scored_answers, write_scored_answers
 from pipeline.errors import DataError, ShapeError
-from pipeline.evaluation.win_rate import wilson_interval, win_rate
+from pipeline.evaluation.win_rate import compare_answers, wilson_interval, win_rate
 from pipeline.records import Answer, RewardScore
 
 
@@ -30,6 +30,13 @@ def test_unpaired_scores_are_refused(scores, baseline):
 def answer(output, objective_weights=(0.25, 0.75), objective_scores=(0.0, 2.0)):
     score = RewardScore(mean=1.5, std=0.5, objective_weights=objective_weights, objective_scores=objective_scores)
     return Answer(prompt_id="p", instruction="why ?", output=output, generator="tiny-base", score=score)
+
+
+def test_answers_that_open_alike_are_counted_with_the_opening_that_most_aligned_answers_have():
+    aligned = [answer("I'm sorry for it."), answer("I'm sorry for\nthat"), answer("No."), answer("I'm sorry, for now")]
+    base = [answer("I'm sorry for you"), answer("Yes it is"), answer("Yes it is so"), answer("")]
+    metrics = compare_answers(aligned, base, (), None)
+    assert (metrics["opening/aligned"], metrics["opening/base"]) == (0.5, 0.25)
 
 
 def test_answers_round_trip_in_alpaca_evals_form(tmp_path):

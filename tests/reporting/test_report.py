@@ -46,7 +46,7 @@ def report(**changes):
         "reward_model_fingerprint": "0123456789abcdef",
         "benchmark_metrics": {
             "reward/win_rate": 0.75, "reward/low": 0.5, "reward/high": 0.9, "reward/base": 1.0, "reward/aligned": 2.0,
-            "words/base": 10.0, "words/aligned": 12.0,
+            "words/base": 10.0, "words/aligned": 12.0, "opening/base": 0.5, "opening/aligned": 0.5,
         },
         "base": [answer("a", "first", 1.0), answer("b", "second", 3.0, (0.2, 0.8))],
         "aligned": [answer("a", "gained", 2.0), answer("b", "forfeited", 0.0)],

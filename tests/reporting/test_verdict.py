@@ -34,6 +34,8 @@ OWN = {
     "reward/high": 0.93,
     "words/base": 24.0,
     "words/aligned": 21.0,
+    "opening/base": 0.08,
+    "opening/aligned": 0.15,
 }
 GOLD = {"gold/win_rate": 0.881, "gold/low": 0.835, "gold/high": 0.915}
 LAST_STEP = {"kl/per_response": 2.9, "response/stopped": 0.99}
@@ -203,16 +205,17 @@ def test_the_reward_model_alone_proves_no_improvement():
 
 
 @pytest.mark.parametrize(
-    ("words", "last_step", "told"),
+    ("answers", "last_step", "told"),
     [
-        ((24.0, 37.0), {}, "The length of its answers changed much"),
-        ((24.0, 15.0), {}, "The length of its answers changed much"),
-        ((24.0, 24.0), {"eval/kl": 14.2}, "The policy is far from its start, 14.2 nats a response"),
-        ((24.0, 24.0), {"response/stopped": 0.7}, "30% of the last responses were cut at the length limit"),
+        ({"words/aligned": 37.0}, {}, "The length of its answers changed much"),
+        ({"words/aligned": 15.0}, {}, "The length of its answers changed much"),
+        ({}, {"eval/kl": 14.2}, "The policy is far from its start, 14.2 nats a response"),
+        ({"opening/aligned": 0.42}, {}, "42% of its answers begin with the same words, 8% did before"),
+        ({}, {"response/stopped": 0.7}, "30% of the last responses were cut at the length limit"),
     ],
 )
-def test_what_may_explain_a_win_rate_stands_beside_it(words, last_step, told):
-    benchmark = OWN | GOLD | {"words/base": words[0], "words/aligned": words[1]}
+def test_what_may_explain_a_win_rate_stands_beside_it(answers, last_step, told):
+    benchmark = OWN | GOLD | answers
     improved, aside = policy_findings(benchmark, (LAST_STEP if "eval/kl" not in last_step else {}) | last_step)
     assert (improved.level, aside.level) == ("good", "unsure")
     assert aside.text.startswith(told)
