@@ -153,7 +153,7 @@ def export(rank, directory):
 
 def test_a_policy_is_exported_tensor_by_tensor(group, checkpoints, tmp_path):
     for peak in on_every_rank(group, export, str(tmp_path)):
-        # The head, its sum with the adapters, and what of other tensors is not free yet; the policy is 14 times LARGEST.
+        # The head, its sum with the adapters, and what of others is not free yet; the policy is 14 times LARGEST.
         assert 0 < peak < 4 * LARGEST
     exported, start = (load_file(f"{place}/model.safetensors") for place in (tmp_path, checkpoints / "untied"))
     assert exported.keys() == start.keys()
