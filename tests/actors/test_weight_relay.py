@@ -98,7 +98,7 @@ def test_a_file_that_follows_is_waited_for_on_every_node(reader, two_nodes, tmp_
     following = PolicyWeights(version=8, location=str(location), probes=(), node=publisher, file_follows=True)
     writing = threading.Timer(2.0, publish_on, (publisher, tmp_path, 8, b"behind the transfer"))
     writing.start()
-    [(_, _, data)] = read_on(two_nodes[reader], following)
+    [(_, _, data, _)] = read_on(two_nodes[reader], following)
     assert data == b"behind the transfer"
     writing.join()
 
