@@ -33,11 +33,15 @@ def environment(mark):
 @pytest.mark.parametrize("end", ["kill", "close its input"])
 def test_no_process_of_a_laboratory_outlives_it(mark, end, tmp_path):
     laboratory = isolated("tests.faults.idle_hosts", str(tmp_path), environment=environment(mark))
-    assert laboratory.stdout.readline() == "two hosts are idle\n"
-    assert len(processes_with(mark)) >= 7  # two programs `unshare` inside, two shells, two that sleep, the laboratory
-    if end == "kill":
+    try:
+        assert laboratory.stdout.readline() == "two hosts are idle\n"
+        # Two programs `unshare` inside, two shells, two that sleep, the laboratory.
+        assert len(processes_with(mark)) >= 7
+        if end == "close its input":
+            laboratory.communicate(timeout=30)
+    finally:
         laboratory.kill()
-    laboratory.communicate(timeout=30)  # closes the input, too
+    laboratory.communicate(timeout=30)
 
 
 @pytest.mark.e2e

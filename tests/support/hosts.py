@@ -29,7 +29,9 @@ set -e
 hostname "$1"
 mount -t tmpfs -o size={SHARED_MEMORY_MIB}m tmpfs /dev/shm
 mount --bind "$2/hosts" /etc/hosts
-mount --bind "$2/$1" /tmp
+# A checkout below /tmp would be hidden by the host's own.
+case "$3" in /tmp/*) mkdir -p "$2/$1/${{3#/tmp/}}" && mount --bind "$3" "$2/$1/${{3#/tmp/}}" ;; esac
+mount --rbind "$2/$1" /tmp
 mount -o remount,bind,ro /
 mkdir -p /tmp/home
 echo ready
@@ -108,7 +110,7 @@ class Host:
         self._first = subprocess.Popen(
             [
                 *("unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc"),
-                *("bash", "-c", BEING_A_HOST, "bash", name, str(switch.directory)),
+                *("bash", "-c", BEING_A_HOST, "bash", name, str(switch.directory), str(ROOT)),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
