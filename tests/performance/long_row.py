@@ -28,6 +28,7 @@ from pipeline.models.critic import Policy
 from pipeline.models.onednn_linear import with_onednn
 from pipeline.models.packing import pack
 from pipeline.records import PromptGroup
+from tests.performance.processor import processor
 from tests.support.allocations import peak_tensor_bytes
 
 
@@ -105,6 +106,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--port", type=int, default=29600)
     options = parser.parse_args()
+    print(processor())
     print(f"{'ranks':>5} {'clock s':>8} {'processor s':>12} {'peak MB':>8} {'planned MB':>11} {'gradient gap':>13}")
     context, first = multiprocessing.get_context("spawn"), None
     for ranks in options.ranks:
@@ -112,14 +114,14 @@ def main() -> None:
         running = multiprocessing.start_processes(
             partial(run, ranks=ranks, options=options, answers=answers), nprocs=ranks, join=False
         )
-        clock, processor, peak, gradients = answers.get()
+        clock, busy, peak, gradients = answers.get()
         while not running.join():
             pass
         gradients = torch.from_numpy(gradients)
         first = gradients if first is None else first
         gap = float((gradients - first).norm() / first.norm())
         planned = planned_bytes(ranks, options)
-        print(f"{ranks:>5} {clock:>8.2f} {processor:>12.2f} {peak / 1e6:>8.0f} {planned / 1e6:>11.0f} {gap:>13.1e}")
+        print(f"{ranks:>5} {clock:>8.2f} {busy:>12.2f} {peak / 1e6:>8.0f} {planned / 1e6:>11.0f} {gap:>13.1e}")
 
 
 if __name__ == "__main__":
