@@ -88,7 +88,7 @@ def remove_from_nodes(directory: str) -> None:
     here = ray.get_runtime_context().get_node_id()
     others = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
     if others:
-        remove: Any = ray.remote(shutil.rmtree).options(num_cpus=0)
+        remove: Any = ray.remote(num_cpus=0)(shutil.rmtree)
         removals = [
             remove.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(directory, True)
             for node in others

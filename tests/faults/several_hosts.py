@@ -17,7 +17,6 @@ from pipeline.stages import storage
 from pipeline.stages.metrics_log import METRICS_FILE, parse_metrics
 from pipeline.stages.ownership import read_owner
 from tests.support.hosts import SWITCH_ADDRESS, Host, Switch, end_with_caller
-from tests.support.nodes import ray_processes
 from tests.support.s3_server import s3_server
 
 HEAD, *WORKERS = NAMES = ["host1", "host2", "host3"]
@@ -105,7 +104,7 @@ def whereabouts(host: Host) -> dict[str, int]:
     """How many of the job's actors live on a host, and how many versions of the policy were published there."""
     titles = {"ranks": "Rank", "engines": "RolloutWorker"}
     files = [path for path in host.shared_memory() if path.endswith(f"/{POLICY_FILE}") and "copies@" not in path]
-    return {what: len(ray_processes(title, host.pid)) for what, title in titles.items()} | {"published": len(files)}
+    return {what: len(host.processes(f"ray::{title}")) for what, title in titles.items()} | {"published": len(files)}
 
 
 def wait_until(is_so: Callable[[], bool], what: str, *, timeout_s: float, needs: subprocess.Popen[bytes]) -> None:

@@ -13,7 +13,10 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from tests.support.paths import ROOT
 
@@ -147,6 +150,16 @@ class Host:
         """The files in its /dev/shm, as paths below it."""
         root = Path(f"/proc/{self.pid}/root/dev/shm")
         return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+    def processes(self, prefix: str) -> list[int]:
+        """Ids of its processes whose name begins so. What `start` runs here has its parent outside."""
+        own, found = os.readlink(f"/proc/{self.pid}/ns/pid"), []
+        for process in psutil.process_iter():
+            # It may end after it was listed.
+            with suppress(psutil.NoSuchProcess, FileNotFoundError):
+                if os.readlink(f"/proc/{process.pid}/ns/pid") == own and process.name().startswith(prefix):
+                    found.append(process.pid)
+        return found
 
     def lose_power(self) -> None:
         """Ends every process of this host at once; its memory, /dev/shm and link are gone with them."""
