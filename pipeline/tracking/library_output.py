@@ -57,6 +57,8 @@ def library_output_to(path: str) -> Iterator[TextIO]:
         The file, for notes to who will read it.
     """
     os.makedirs(os.path.dirname(path), exist_ok=True)
+    # With its first message Ray puts a function of its own in place of `print`: each of our lines would be Ray's.
+    os.environ["RAY_TQDM_PATCH_PRINT"] = "0"
     stdout, stderr = sys.stdout, sys.stderr
     stdout.flush()
     stderr.flush()

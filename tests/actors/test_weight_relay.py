@@ -12,6 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import actors.weight_relay
 from actors.weight_relay import _make_place, readable_here
+from cluster.session import remove_from_nodes
 from pipeline.errors import DeadlineExceeded
 from pipeline.records import PolicyWeights
 from tests.support.nodes import Node
@@ -101,6 +102,13 @@ def test_a_file_that_follows_is_waited_for_on_every_node(reader, two_nodes, tmp_
     [(_, _, data, _)] = read_on(two_nodes[reader], following)
     assert data == b"behind the transfer"
     writing.join()
+
+
+def test_what_a_run_published_is_removed_with_the_help_of_every_node(two_nodes, tmp_path):
+    publish_on(two_nodes[1], tmp_path, 9, b"outdated")
+    assert (tmp_path / "weights").exists()
+    remove_from_nodes(str(tmp_path / "weights"))
+    assert not (tmp_path / "weights").exists()
 
 
 def test_pages_lent_to_a_new_copy_are_not_taken_for_it(tmp_path):

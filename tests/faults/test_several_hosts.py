@@ -62,11 +62,11 @@ def test_the_main_job_on_three_hosts_loses_one_with_a_rank_and_ends_well(mark, t
     assert found["report"]
     assert found["owner"] is None
     assert sorted({row["step"] for row in found["rows"]}) == list(range(6))  # the last step is validated, too
-    # The engines were together on a host that published nothing: one of them fetched the weights for both.
     before = found["before"]
     assert sorted(host["ranks"] for host in before.values()) == [0, 1, 1]
-    assert [host["engines"] for host in before.values() if not host["published"]].count(2) == 1
+    # Engines of a host fetch the weights once for all of them; those beside the rank that publishes fetch nothing.
+    fetching = [host for host in before.values() if host["engines"] and not host["published"]]
     assert found["rows"][0]["rollout/workers"] == 2
-    assert found["rows"][0]["weights/copies_fetched"] == 1
+    assert found["rows"][0]["weights/copies_fetched"] == len(fetching)
     # The job has removed what it published, from every host that is left.
     assert not any("vrm-weights" in path for files in found["shared memory"].values() for path in files)

@@ -52,6 +52,19 @@ def test_the_console_gets_our_lines_and_the_file_those_of_libraries(tmp_path):
     )
 
 
+def test_our_lines_stay_on_the_console_when_ray_has_printed(tmp_path):
+    """The first message of a raylet, or of another node, makes Ray's manager of progress bars."""
+    script = f"""
+from pipeline.tracking.library_output import library_output_to
+with library_output_to({str(tmp_path / "libraries.log")!r}):
+    from ray.experimental import tqdm_ray
+    tqdm_ray.instance()
+    print("a line of ours")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.stdout == "a line of ours\n"
+
+
 def test_a_failure_tells_where_the_file_is(tmp_path):
     done, path = run(tmp_path, fails=True)
     assert done.returncode == 1
