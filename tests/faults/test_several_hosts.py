@@ -49,11 +49,12 @@ def test_no_process_of_a_laboratory_outlives_it(mark, end, tmp_path):
 @pytest.mark.timeout(2400)
 def test_the_main_job_on_three_hosts_loses_one_with_a_rank_and_ends_well(mark, tmp_path):
     laboratory = isolated("tests.faults.several_hosts", str(tmp_path), environment=environment(mark))
-    try:
-        output = laboratory.stdout.read()
-        code = laboratory.wait()
-    finally:
-        laboratory.kill()
+    with laboratory:
+        try:
+            output = laboratory.stdout.read()
+            code = laboratory.wait()
+        finally:
+            laboratory.kill()
     notes = (tmp_path / NAMES[0] / "job.log").read_text()
     assert code == 0, notes[-4000:]
     found = json.loads(output)
