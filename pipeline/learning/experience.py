@@ -96,14 +96,30 @@ def build_experience(
         critic=None if returns is None else CriticTargets(values=of_kept(batch.values), returns=of_kept(returns)),
         num_response_tokens=len(taught),
     )
+    return experience, _measured(
+        batch, rewards, scored, ppo, kl_coefficient=kl_coefficient, returns=returns, weights=weights
+    )
+
+
+def _measured(
+    batch: RolloutTensors,
+    rewards: torch.Tensor,
+    scored: ScoredRows,
+    ppo: PPOConfig,
+    *,
+    kl_coefficient: float,
+    returns: torch.Tensor | None,
+    weights: torch.Tensor | None,
+) -> Metrics:
+    """What `build_experience` measures of all rollouts with a score."""
     metrics = batch_metrics(batch, rewards, kl_coefficient=kl_coefficient) | engine_metrics(batch)
     if weights is not None and ppo.tis_cap is not None:
         metrics |= importance_metrics(weights, cap=ppo.tis_cap)
     if returns is not None:
         metrics |= critic_metrics(batch, returns)
     if ppo.compares_a_group:
-        metrics |= group_metrics(rewards, groups) | {"group/alone": float(scored.num_alone)}
-    return experience, metrics
+        metrics |= group_metrics(rewards, scored.groups) | {"group/alone": float(scored.num_alone)}
+    return metrics
 
 
 # ------------------------------------------------------------------ rewards and advantages

@@ -148,7 +148,7 @@ class Host:
 
     def shared_memory(self) -> list[str]:
         """The files in its /dev/shm, as paths below it."""
-        root = Path(f"/proc/{self.pid}/root/dev/shm")
+        root = Path("/proc", str(self.pid), "root", "dev", "shm")
         return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
     def processes(self, prefix: str) -> list[int]:
