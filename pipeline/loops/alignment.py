@@ -74,9 +74,8 @@ def align(
             experience, measured = build_experience(
                 samples, scored.scores, evaluations, config, kl_coefficient=kl_coefficient, reward_scale=reward_scale
             )
-            measured |= scored.metrics | observer.measure(
-                run, step, samples, scored, evaluations, experience, reward_scale
-            )
+            measured |= scored.metrics
+            measured |= observer.measure(run, step, samples, scored, evaluations, experience, reward_scale)
             if run.is_past_kl_limit(measured):
                 # Before the update and its commit: a resumed run must come to the same decision.
                 log.write(step, staleness | measured | validated)
