@@ -95,9 +95,9 @@ REWARD_ALARMS = (
     ),
     Alarm(
         "miscalibration",
-        ("eval/ece",),
-        lambda error: error > 0.1,
-        "the calibration error of the probability is above .1",
+        ("eval/ece", "eval/ece_by_chance"),
+        lambda error, chance: error - chance > 0.1,
+        "the calibration error of the probability is more than .1 above what chance gives for this number of pairs",
         "confidence and accuracy differ. Smooth the labels (pair_loss.label_smoothing), or train less long.",
     ),
     Alarm(

@@ -18,8 +18,8 @@ from pipeline.records import PromptGroup
 LEAST_PAIRS = 30
 """Fewer held-out pairs calibrate nothing: temperature and variance factor stay 1, and no comparison is confident."""
 
-SHRINKAGE = 1e-4
-"""Weight of the squared logarithms in the fit: where the pairs say nothing, the parameters stay near their start."""
+PRIOR_STD = 1.0
+"""Standard deviation of the normal prior of the logarithms of temperature and factor. Hundreds of pairs outweigh it."""
 
 COVERAGES = 10
 """Thresholds that are tried: the most confident tenth of the pairs, two tenths, and so on."""
@@ -54,7 +54,7 @@ class Scale(NamedTuple):
     temperature: float
     variance_factor: float
     nll: float
-    """Mean NLL of the pairs they were fitted to, with the shrinkage."""
+    """Mean over the pairs they were fitted to, with the prior's share."""
 
 
 def log_odds(margins: np.ndarray, variances: np.ndarray, temperature: float) -> np.ndarray:
@@ -71,9 +71,10 @@ def log_odds(margins: np.ndarray, variances: np.ndarray, temperature: float) -> 
 
 
 def fit_scale(margins: np.ndarray, variances: np.ndarray) -> Scale:
-    """T and the factor f of the variances with the least NLL of m / sqrt(T^2 + pi/8 f v) on these pairs.
+    """T and the factor f of the variances that these pairs and a prior make most likely: l = m / sqrt(T^2 + pi/8 f v).
 
-    Both are fitted in logarithms. The factor starts from a median standard deviation of 1; without variances it is 1.
+    log T and log sd are normal a priori, with mean 0 and `PRIOR_STD`; sd is the root of f v at the median v. Without
+    variances f is 1.
 
     Args:
         margins, variances: [B] of pairs that no parameter has seen.
@@ -94,7 +95,8 @@ def fit_scale(margins: np.ndarray, variances: np.ndarray) -> Scale:
             optimiser.zero_grad()
             squares = torch.exp(2.0 * logs)
             logits = m / torch.sqrt(squares[0] + torch.pi / 8.0 * squares[1] * v)
-            loss = torch.nn.functional.softplus(-logits).mean() + SHRINKAGE * logs.square().sum()
+            prior = (logs / PRIOR_STD).square().sum() / 2
+            loss = torch.nn.functional.softplus(-logits).mean() + prior / len(m)
             loss.backward()
             return loss
 

@@ -60,7 +60,7 @@ def pair_diagnostics(pairs: ScoredPairs, *, answer_threshold: float | None) -> M
 
     Returns:
         `nll`, `brier`, `ece_uncalibrated` of p = sigmoid(margin); `calibrated/nll`, `calibrated/brier` and `ece`, the
-        same for the calibrated log-odds; `mean_abs_margin`;
+        same for the calibrated log-odds; `ece_by_chance` (`calibration_error_by_chance`) of these; `mean_abs_margin`;
         `aurc/...` (`risk_coverage_area`) with |margin|, |log-odds| and, where there is one, the standard deviation of
         the margin as confidence;
         `aurc_gain/...`, the error rate minus that area, which is 0 for a confidence unrelated to the errors;
@@ -79,6 +79,7 @@ def pair_diagnostics(pairs: ScoredPairs, *, answer_threshold: float | None) -> M
         "brier": raw["brier"],
         "ece_uncalibrated": raw["ece"],
         "ece": calibrated["ece"],
+        "ece_by_chance": calibration_error_by_chance(pairs.log_odds),
         "calibrated/nll": calibrated["nll"],
         "calibrated/brier": calibrated["brier"],
         "mean_abs_margin": float(np.abs(margins).mean()),
@@ -135,6 +136,22 @@ def calibration_error(margins: np.ndarray) -> float:
     gap_of_group = np.bincount(group, _correct(margins)) / size - _sigmoid(confident)
     gaps = np.repeat(gap_of_group, size)
     return float(sum(abs(bin_gaps.sum()) for bin_gaps in np.array_split(gaps, CALIBRATION_BINS))) / len(margins)
+
+
+def calibration_error_by_chance(logits: np.ndarray) -> float:
+    """The expected calibration error that B pairs show by chance where every probability is right.
+
+    sum_bins n_bin / B E|gap_bin| = sum_bins 1 / B sqrt(2 / pi sum_{i in bin} p_i (1 - p_i)),   p = sigmoid(|logit|)
+
+    In each bin the sum of the gaps is nearly normal around 0. By the triangle inequality the expected `calibration_error`
+    is at most the true error plus this, so the measured one minus this is a cautious estimate of the true error.
+
+    Args:
+        logits: [B].
+    """
+    p = _sigmoid(np.sort(np.abs(logits)))
+    variances = [bin_variances.sum() for bin_variances in np.array_split(p * (1.0 - p), CALIBRATION_BINS)]
+    return float(np.sqrt(2.0 / np.pi * np.array(variances)).sum()) / len(logits)
 
 
 def risk_coverage_area(errors: np.ndarray, confidence: np.ndarray) -> float:

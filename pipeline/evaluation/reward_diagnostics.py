@@ -37,6 +37,7 @@ PAIR_METRICS = (
 
 REPORTED_METRICS = (
     "ece",
+    "ece_by_chance",
     "ece_uncalibrated",
     "calibrated/nll",
     "calibrated/brier",

@@ -38,6 +38,15 @@ def test_the_temperature_of_simulated_labels_is_found(temperature):
     assert fit.variance_factor == 1.0
 
 
+def test_few_pairs_move_the_temperature_less_than_many():
+    """All pairs are right, so without a prior the temperature would fall to 0."""
+    few, many = (fit_scale(np.full(n, 1.0), np.zeros(n)).temperature for n in (30, 3000))
+    # The fit is where the slope of the NLL and of the prior are opposite: n (1 - sigmoid(1 / T)) / T = -log T.
+    for n, temperature in ((30, few), (3000, many)):
+        assert n / (1 + math.exp(1 / temperature)) / temperature == pytest.approx(-math.log(temperature), rel=1e-3)
+    assert many < few < 0.5
+
+
 def test_variances_that_say_which_margins_are_noise_are_scaled_up():
     """True log-odds are what MacKay's formula makes of margins whose variance is known up to the factor 9."""
     rng = np.random.default_rng(0)

@@ -12,6 +12,7 @@ from pipeline.evaluation.pair_metrics import (
     accuracy_metrics,
     calibration,
     calibration_error,
+    calibration_error_by_chance,
     length_correlation,
     longer_is_better,
     pair_diagnostics,
@@ -152,6 +153,21 @@ def test_the_calibrated_log_odds_have_metrics_of_their_own():
     )
     # By |log-odds| the error comes last.
     assert metrics["aurc_gain/log_odds"] == pytest.approx(1 / 3 - 1 / 9)
+
+
+def test_the_calibration_error_by_chance_by_hand():
+    # One bin a pair for 15 pairs of probability .8: sqrt(2/pi) sqrt(.8 * .2) = .798 * .4 in each.
+    assert calibration_error_by_chance(np.full(15, math.log(4))) == pytest.approx(math.sqrt(2 / math.pi) * 0.4)
+    # Four pairs a bin: half of it.
+    assert calibration_error_by_chance(np.full(60, -math.log(4))) == pytest.approx(math.sqrt(2 / math.pi) * 0.2)
+
+
+def test_right_probabilities_show_the_error_of_chance():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0.0, 1.5, (200, 450))
+    first_wins = rng.random(logits.shape) < 1 / (1 + np.exp(-logits))
+    errors = [calibration_error(row) for row in np.where(first_wins, logits, -logits)]
+    assert calibration_error_by_chance(logits[0]) == pytest.approx(np.mean(errors), rel=0.05)
 
 
 def test_answers_are_the_pairs_above_the_threshold():
