@@ -143,8 +143,9 @@ def calibration_error_by_chance(logits: np.ndarray) -> float:
 
     sum_bins n_bin / B E|gap_bin| = sum_bins 1 / B sqrt(2 / pi sum_{i in bin} p_i (1 - p_i)),   p = sigmoid(|logit|)
 
-    In each bin the sum of the gaps is nearly normal around 0. By the triangle inequality the expected `calibration_error`
-    is at most the true error plus this, so the measured one minus this is a cautious estimate of the true error.
+    In each bin the sum of the gaps is nearly normal around 0. By the triangle inequality the expected
+    `calibration_error` is at most the true error plus this. So the measured one minus this is a cautious estimate of
+    the true error.
 
     Args:
         logits: [B].
