@@ -134,11 +134,14 @@ def _spec_of(recipe: Recipe) -> StatesSpec | None:
 
 def _groups_of(recipe: Recipe, backbone: str) -> list[PromptGroup]:
     """Pairs that another seed splits elsewhere, or whose label another run flips, are the same texts."""
-    from pipeline.data.run_data import load_data
-    from pipeline.loops.reward import RewardTraining
+    from pipeline.data.run_data import load_data, pairs_of_the_judge, pairs_of_the_reward_model
+    from pipeline.loops.reward import RewardTraining, as_judge
 
-    data = RewardTraining.prepare(recipe, load_data(recipe), backbone).data
-    return [pair.tokens for pair in (*data.pairs, *data.heldout_pairs)]
+    data = load_data(recipe)
+    runs = [RewardTraining.prepare(recipe, pairs_of_the_reward_model(data, recipe.judge), backbone)]
+    if recipe.judge is not None:
+        runs.append(RewardTraining.prepare(as_judge(recipe), pairs_of_the_judge(data, recipe.judge), backbone))
+    return [pair.tokens for run in runs for pair in (*run.data.pairs, *run.data.heldout_pairs)]
 
 
 def _responses(groups: Sequence[PromptGroup]) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.recipe import ExperimentConfig
-from pipeline.data.batching import step_indices
+from pipeline.data.batching import stable_seed, step_indices
 from pipeline.data.chat_rendering import require_chat_template
 from pipeline.data.collate import PairCollator, TokenisedPair, objective_truth, tokenise_pairs
 from pipeline.data.planted import GoldAnnotator
@@ -17,7 +17,7 @@ from pipeline.data.preferences import require_annotations, shared_prompts
 from pipeline.data.run_data import RunData
 from pipeline.data.score_statistics import MixtureStatistics
 from pipeline.evaluation.pair_metrics import longer_is_better
-from pipeline.records import Metrics, PreferenceBatch, PreferencePair
+from pipeline.records import Metrics, PreferenceBatch, PreferencePair, PromptGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,8 @@ class RewardData:
     """The batch of a step is a pure function of the step, so a resumed run sees the same data."""
 
     pairs: Sequence[TokenisedPair]
+    num_mismatched: int
+    """How many of these pairs are `mismatched_pairs`: the last ones."""
     heldout_pairs: Sequence[TokenisedPair]
     statistics: MixtureStatistics
     collate: PairCollator
@@ -65,8 +67,11 @@ class RewardData:
         if not statistics.has_scores and not experiment.own_objectives:
             # What nobody scored is no helpfulness.
             statistics = statistics.named(experiment.factor_names)
+        mismatched = mismatched_pairs(pairs, config.mismatched_pairs, experiment.seed, max_length=config.max_length)
+        pairs = [*pairs, *mismatched]
         return cls(
             pairs=pairs,
+            num_mismatched=len(mismatched),
             heldout_pairs=heldout,
             statistics=statistics,
             collate=PairCollator(
@@ -80,6 +85,11 @@ class RewardData:
             seed=experiment.seed,
             gold=data.gold,
         )
+
+    @property
+    def compared_pairs(self) -> Sequence[TokenisedPair]:
+        """The training pairs that somebody compared."""
+        return self.pairs[: len(self.pairs) - self.num_mismatched]
 
     def batch(self, step: int) -> PreferenceBatch:
         """The training pairs of a step."""
@@ -106,15 +116,55 @@ class RewardData:
         gaps = [len(chosen) - len(rejected) for chosen, rejected in (p.tokens.response_ids for p in self.heldout_pairs)]
         by_source = {
             f"data/source/{name}/{split}_pairs": float(count)
-            for split, pairs in (("train", self.pairs), ("heldout", self.heldout_pairs))
+            for split, pairs in (("train", self.compared_pairs), ("heldout", self.heldout_pairs))
             for name, count in Counter(p.pair.source for p in pairs).items()
         }
         return by_source | {
-            "data/train_pairs": float(len(self.pairs)),
+            "data/train_pairs": float(len(self.compared_pairs)),
+            "data/mismatched_pairs": float(self.num_mismatched),
             "data/heldout_pairs": float(len(self.heldout_pairs)),
             "data/shared_prompts": float(num_shared),
             "eval/longer_is_better": longer_is_better(gaps),
         }
+
+
+def mismatched_pairs(
+    pairs: Sequence[TokenisedPair], share: float, seed: int, *, max_length: int
+) -> list[TokenisedPair]:
+    """For each pair, with probability `share`, its chosen response against one that was chosen for another prompt.
+
+    They have no scores and no margin. Seed and ids decide which pairs get one, so a larger share contains the pairs of
+    a smaller one. A pair gets none where no other chosen response fits into `max_length` tokens behind its prompt.
+
+    Source: Liu et al. 2024, arXiv:2409.13156, section 3, the non-contextual pairs.
+    """
+    made = []
+    for pair in pairs:
+        if stable_seed("mismatched", seed, pair.pair.id) / 2**62 >= share:
+            continue
+        prompt, chosen = pair.tokens.prompt_ids, pair.tokens.response_ids[0]
+        first = stable_seed("response to another prompt", seed, pair.pair.id) % len(pairs)
+        others = (pairs[(first + place) % len(pairs)] for place in range(len(pairs)))
+        fitting = (
+            other
+            for other in others
+            if other.tokens.prompt_ids != prompt
+            and other.tokens.response_ids[0] != chosen
+            and len(prompt) + len(other.tokens.response_ids[0]) <= max_length
+        )
+        if (other := next(fitting, None)) is None:
+            continue
+        compared = replace(
+            pair.pair,
+            id=f"{pair.pair.id}/mismatched",
+            rejected=other.pair.chosen,
+            scores_chosen=None,
+            scores_rejected=None,
+            margin=None,
+        )
+        tokens = PromptGroup(prompt_ids=prompt, response_ids=(chosen, other.tokens.response_ids[0]))
+        made.append(TokenisedPair(pair=compared, tokens=tokens))
+    return made
 
 
 def share_by_source(pairs: Sequence[PreferencePair], count: int) -> list[PreferencePair]:

@@ -137,10 +137,12 @@ class RewardTraining:
         scales = dict(zip(self.data.statistics.objectives, self.data.statistics.scale_sources, strict=True))
         notes = [
             *self.source_notes,
-            f"{len(self.data.pairs)} of {self.num_pairs_read} training pairs fit in {self.spec.config.max_length} "
-            f"tokens, {len(self.data.heldout_pairs)} pairs held out, "
+            f"{len(self.data.compared_pairs)} of {self.num_pairs_read} training pairs fit in "
+            f"{self.spec.config.max_length} tokens, {len(self.data.heldout_pairs)} pairs held out, "
             f"{about_the_data['data/shared_prompts']:.0f} prompts on both sides",
         ]
+        if self.data.num_mismatched:
+            notes.append(f"{self.data.num_mismatched} pairs more against responses to other prompts")
         if not self.data.statistics.has_scores:
             names = ", ".join(self.data.statistics.objectives)
             notes.append(f"no training pair has objective scores: no reason can be verified. Objectives: {names}")
