@@ -15,6 +15,10 @@ FEWEST_SUPERVISED_PROMPTS = 100
 """With fewer, a correlation of .05 is within its own standard error of .1."""
 
 
+FEWEST_CALIBRATED_PAIRS = 150
+"""Ten in each of 15 bins. With fewer, the calibration error of a calibrated model is above .1 by chance."""
+
+
 @dataclass(frozen=True)
 class Alarm:
     """A failure mode, the metrics that show it, and the advice."""
@@ -95,9 +99,9 @@ REWARD_ALARMS = (
     ),
     Alarm(
         "miscalibration",
-        ("eval/ece",),
-        lambda error: error > 0.1,
-        "the calibration error of the probability is above .1",
+        ("eval/ece", "eval/reported_pairs"),
+        lambda error, pairs: error > 0.1 and pairs >= FEWEST_CALIBRATED_PAIRS,
+        f"the calibration error of the probability is above .1, over at least {FEWEST_CALIBRATED_PAIRS} pairs",
         "confidence and accuracy differ. Smooth the labels (pair_loss.label_smoothing), or train less long.",
     ),
     Alarm(

@@ -137,11 +137,14 @@ def _metrics(model: PublishedModel) -> list[str]:
         for key, words in (
             ("eval/longer_is_better", 'share of pairs that "longer is better" orders right'),
             ("eval/nll", "negative log-likelihood of the preferences, nats (a coin: 0.693)"),
-            ("eval/calibration_error", "calibration error of P(chosen is better)"),
+            ("eval/ece_uncalibrated", "calibration error of P(chosen is better), before calibration"),
+            ("eval/ece", "the same, after calibration"),
+            ("eval/scale", "learned scale: units of the reward per standard deviation of the annotations"),
         )
         if key in metrics
     ]
-    return [*lines, "", "Brackets are 95% intervals.", *([""] if others else []), *others]
+    others.append(f"- temperature of the log-odds, fitted on held-out pairs: {model.card.calibration.temperature:.3f}")
+    return [*lines, "", "Brackets are 95% intervals.", "", *others]
 
 
 def _accuracy(metrics: Metrics, prefix: str) -> str:

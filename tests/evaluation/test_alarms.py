@@ -26,6 +26,7 @@ HEALTHY = {
     "eval/reward_std": 1.3,
     "eval/scale": 3.0,
     "eval/ece": 0.04,
+    "eval/reported_pairs": 150.0,
     "eval/length_correlation": 0.1,
     "eval/target_correlation": 0.3,
     "eval/supervised_prompts": 100.0,
@@ -79,6 +80,7 @@ def test_each_failure_raises_its_alarm_and_no_other(name, change):
         {"eval/reward_std": 1.9},
         {"eval/reward_std": 0.51},
         {"eval/ece": 0.09},
+        {"eval/ece": 0.4, "eval/reported_pairs": 149.0},
         {"eval/length_correlation": 0.39},
         {"eval/target_correlation": 0.06},
         {"eval/target_correlation": -0.2, "eval/supervised_prompts": 99.0},
@@ -94,6 +96,7 @@ def test_what_was_not_measured_cannot_alarm():
         "eval/accuracy": 0.7,
         "eval/margin": 0.0,
         "eval/ece": 0.3,
+        "eval/reported_pairs": 150.0,
         "eval/length_correlation": 0.1,
     }
     assert check_alarms(bradley_terry) == {"alarm/miscalibration": 1.0, "alarm/length_bias": 0.0, "eval/alarms": 1.0}
