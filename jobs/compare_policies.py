@@ -51,7 +51,7 @@ def _comparison_page(options: argparse.Namespace) -> str:
     judgments, scores = read_judgments(options.judgments), read_scores(options.scores)
     # These bring torch, which --help and what is wrong with a file do without.
     from pipeline.benchmark.policy_comparison.contest import answer_summaries, build_contests
-    from pipeline.evaluation.reasons import verified_objectives
+    from pipeline.evaluation.reasons import reasons_of_model
     from pipeline.reporting.comparison_page import comparison_page, judged_contests
 
     contests = build_contests(answers)
@@ -66,7 +66,7 @@ def _comparison_page(options: argparse.Namespace) -> str:
             },
         ),
         objectives=card.objectives if card else (),
-        verified=verified_objectives(card.metrics, card.objectives) if card else (),
+        verified=reasons_of_model(card) if card else (),
     )
 
 

@@ -51,11 +51,13 @@ class ScoreTable(Sequence[ExplainedReward]):
 
     def rows(self) -> list[dict[str, Any]]:
         """One flat dict a response: prompt, response, `reward`, `reward_std`, and for each objective its `weight/`,
-        `score/` and `contribution/`. Contributions to the reward are measured from the mean held-out response."""
+        `score/`, `rating/` (the score on the annotators' own scale, where there were annotations) and `contribution/`.
+        Contributions to the reward are measured from the mean held-out response."""
         return [
             {"prompt": prompt, "response": response, "reward": score.reward, "reward_std": score.reward_std}
             | {f"weight/{name}": value for name, value in score.objective_weights.items()}
             | {f"score/{name}": value for name, value in score.objective_scores.items()}
+            | {f"rating/{name}": value for name, value in score.ratings.items()}
             | {f"contribution/{name}": value for name, value in score.contributions.items()}
             for prompt, response, score in zip(self.prompts, self.responses, self.scores, strict=True)
         ]

@@ -64,6 +64,8 @@ class AnnotationColumns:
         self.refuse_others = refuse_others
         self.found: dict[str, None] = {}
         """Columns that a row had, in the order of their appearance."""
+        self.has_scores = False
+        """Whether a row had a score of an objective: a column may be there and hold none."""
 
     @classmethod
     def of(cls, source: str, given: Mapping[str, str] | None, objectives: Sequence[str]) -> AnnotationColumns:
@@ -77,11 +79,13 @@ class AnnotationColumns:
     ) -> dict[str, float]:
         """Objective -> score, of the columns that are annotated. "N/A" and null mean: not annotated."""
         self.found.update(dict.fromkeys(values))
-        return {
+        scores = {
             objective: _number(row, f"{field}.{column}", values[column], low, high)
             for column, objective in self.objective_of.items()
             if not _is_missing(values.get(column))
         }
+        self.has_scores = self.has_scores or bool(scores)
+        return scores
 
     def require_all(self, place: str) -> None:
         """Raises where no row has a column of the map.

@@ -18,6 +18,7 @@ from pipeline.data.sources import (
     OVERALL,
     HeldoutRule,
     SourceRead,
+    asks_for_scores,
     in_their_shares,
     is_of,
     read_source,
@@ -146,8 +147,7 @@ def read_sources(experiment: ExperimentConfig) -> list[SourceRead]:
         for source in data.sources
     ]
     require_known_objectives(sources, experiment.objectives)
-    if experiment.reward.loss.score_weight:
-        require_usable_annotations(sources, experiment.reward.loss.score_weight)
+    require_usable_annotations(sources, experiment.reward.loss.score_weight)
     return in_their_shares(sources, seed)
 
 
@@ -164,8 +164,8 @@ def _first_rows_tell(experiment: ExperimentConfig) -> bool:
             return False
         columns = AnnotationColumns.of(source.name, source.objectives, experiment.objectives)
         _read_pairs(rows, source=source, objectives=experiment.objectives, columns=columns)
-        missing = columns.missing()
-        if missing and (source.objectives is not None or experiment.reward.loss.score_weight):
+        asked = asks_for_scores(source, experiment.reward.loss.score_weight)
+        if asked and (columns.missing() or not (columns.has_scores or PREFERRED in columns.objective_of)):
             return False
         seen = {*columns.found, PREFERRED}
         annotated.update(objective for name, objective in columns.objective_of.items() if name in seen)

@@ -225,18 +225,31 @@ def require_known_objectives(sources: Sequence[SourceRead], objectives: Sequence
     )
 
 
-def require_usable_annotations(sources: Sequence[SourceRead], score_weight: float) -> None:
-    """Refuses a source that was to have scores and has none, where the recipe asks for a loss on scores.
+def asks_for_scores(source: SourceConfig, score_weight: float | None) -> bool:
+    """Whether a source must have scores: it maps columns to objectives, or the recipe sets the weight of their loss."""
+    return bool(source.objectives) or (source.objectives is None and bool(score_weight))
+
+
+def require_usable_annotations(sources: Sequence[SourceRead], score_weight: float | None) -> None:
+    """Refuses a source that was to have scores and has none.
+
+    Args:
+        score_weight: what the recipe sets; None leaves it to the head, which learns scores where there are any.
 
     Raises:
         DataError: names the source and the columns that were found.
     """
     for source in sources:
         is_trained = source.config.side != "heldout"
-        if is_trained and source.config.objectives != {} and not source.is_annotated:
+        if is_trained and asks_for_scores(source.config, score_weight) and not source.is_annotated:
+            asking = (
+                "its map of `objectives`"
+                if source.config.objectives
+                else f"reward.loss.score_weight = {score_weight or 0.0:g}"
+            )
             raise DataError(
-                f"source {source.name!r} has no usable annotation, but reward.loss.score_weight = {score_weight:g} "
-                f"asks for scores. Its annotation columns are {', '.join([*source.columns, PREFERRED])}: map one to an "
+                f"source {source.name!r} has no usable annotation, but {asking} asks for scores. Its "
+                f"annotation columns are {', '.join([*source.columns, PREFERRED])}: map one to an "
                 "objective in data.sources[...].objectives, or write `objectives: none` there."
             )
 

@@ -19,7 +19,8 @@ LEAST_PAIRS = 30
 """Fewer held-out pairs calibrate nothing: temperature and variance factor stay 1, and no comparison is confident."""
 
 PRIOR_STD = 1.0
-"""Standard deviation of the normal prior of the logarithms of temperature and factor. Hundreds of pairs outweigh it."""
+"""Standard deviation of a normal prior on ln T and on ln sqrt(f v), v the median variance. Without it the parameters
+of 30 pairs that happen to be ordered right are without bound, and so is the certainty of the model."""
 
 COVERAGES = 10
 """Thresholds that are tried: the most confident tenth of the pairs, two tenths, and so on."""
@@ -29,7 +30,7 @@ class HeldoutSplit(NamedTuple):
     """Rows of held-out pairs; no prompt is in two parts."""
 
     scale: np.ndarray
-    """A quarter: temperature, variance factor and prior precision are fitted to it."""
+    """A quarter: temperature and variance factor are fitted to it."""
     threshold: np.ndarray
     """A quarter: the threshold of an answer is chosen on it."""
     report: np.ndarray
@@ -53,8 +54,6 @@ class Scale(NamedTuple):
 
     temperature: float
     variance_factor: float
-    nll: float
-    """Mean over the pairs they were fitted to, with the prior's share."""
 
 
 def log_odds(margins: np.ndarray, variances: np.ndarray, temperature: float) -> np.ndarray:
@@ -71,19 +70,20 @@ def log_odds(margins: np.ndarray, variances: np.ndarray, temperature: float) -> 
 
 
 def fit_scale(margins: np.ndarray, variances: np.ndarray) -> Scale:
-    """T and the factor f of the variances that these pairs and a prior make most likely: l = m / sqrt(T^2 + pi/8 f v).
+    """T and the factor f of the variances of largest posterior density, for the log-odds m / sqrt(T^2 + pi/8 f v).
 
-    log T and log sd are normal a priori, with mean 0 and `PRIOR_STD`; sd is the root of f v at the median v. Without
-    variances f is 1.
+    The prior of both logarithms is normal (`PRIOR_STD`). Its centre is T = 1, and the factor that makes the median
+    standard deviation 1. Without variances the factor is 1.
 
     Args:
         margins, variances: [B] of pairs that no parameter has seen.
     """
     has_variance = bool((variances > 0).any())
     m = torch.from_numpy(np.asarray(margins, dtype=np.float64))
+    shrinkage = 1.0 / (2.0 * PRIOR_STD**2 * len(margins))
     unit = 1.0 / float(np.median(variances[variances > 0])) if has_variance else 1.0
     v = unit * torch.from_numpy(np.asarray(variances, dtype=np.float64))
-    best: tuple[float, float, float] | None = None
+    best: tuple[float, Scale] | None = None
     for start in (-1.5, 0.0, 1.5) if has_variance else (0.0,):
         logs = torch.tensor([0.0, start], dtype=torch.float64, requires_grad=True)
         # To the bottom: along a direction that the pairs leave flat, an early end depends on rounding.
@@ -95,18 +95,17 @@ def fit_scale(margins: np.ndarray, variances: np.ndarray) -> Scale:
             optimiser.zero_grad()
             squares = torch.exp(2.0 * logs)
             logits = m / torch.sqrt(squares[0] + torch.pi / 8.0 * squares[1] * v)
-            prior = (logs / PRIOR_STD).square().sum() / 2
-            loss = torch.nn.functional.softplus(-logits).mean() + prior / len(m)
+            loss = torch.nn.functional.softplus(-logits).mean() + shrinkage * logs.square().sum()
             loss.backward()
             return loss
 
         optimiser.step(objective)
-        nll = float(objective().detach())
-        if best is None or nll < best[2]:
+        loss = float(objective().detach())
+        if best is None or loss < best[0]:
             temperature, deviation = torch.exp(logs.detach()).tolist()
-            best = temperature, unit * deviation**2 if has_variance else 1.0, nll
+            best = loss, Scale(temperature, unit * deviation**2 if has_variance else 1.0)
     assert best is not None  # there is a start
-    return Scale(*best)
+    return best[1]
 
 
 def answer_threshold(logits: np.ndarray, *, error: float, delta: float) -> float | None:

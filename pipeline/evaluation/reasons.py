@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.evaluation.correlation import correlation_or_zero
+from pipeline.models.reward_model_card import RewardModelCard
 from pipeline.objectives.masked import require_same_shape
 from pipeline.records import Metrics, ObjectiveTruth
 
@@ -169,6 +170,14 @@ def verified_objectives(metrics: Mapping[str, float], objectives: Sequence[str])
         if metrics.get(f"{REASON_PREFIX}{objective}/pairs", 0.0) >= LEAST_PAIRS
         and metrics.get(f"{REASON_PREFIX}{objective}/pair_accuracy", 0.0) >= TRUSTED_PAIR_ACCURACY
     )
+
+
+def reasons_of_model(card: RewardModelCard) -> tuple[str, ...]:
+    """The objectives that a model may give as reasons: the verified ones, where its reward is a sum over objectives.
+
+    A `bt_aux` predicts annotations, too, but its reward does not come from them.
+    """
+    return verified_objectives(card.metrics, card.objectives) if card.mean_contributions else ()
 
 
 def named_contributions(

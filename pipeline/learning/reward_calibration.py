@@ -11,11 +11,12 @@ from pipeline.evaluation.calibration import LEAST_PAIRS, Scale, answer_threshold
 from pipeline.models.last_layer import LastLayerEvidence, LastLayerPosterior, pair_differences
 from pipeline.models.reward_heads import EnsembleHead, RewardHead, RewardOutput, member_spread
 from pipeline.models.reward_model_card import RewardCalibration
-from pipeline.objectives.last_layer import last_layer_gradient, sketched
 from pipeline.records import PromptGroup
 
-PRIOR_PRECISIONS = tuple(10.0 ** (exponent / 2) for exponent in range(-10, 7))
-"""Prior precisions that are tried, in units of the mean eigenvalue of the data's."""
+PRIOR_PRECISION = 0.01
+"""Prior precision in units of the mean eigenvalue of the data's. No weight decay acts on these maps, so the prior of
+the training is flat; this one only bounds what no pair has fixed. Held-out pairs cannot choose it: in the directions
+of the training pairs it hardly counts, and pairs in other directions are what they lack (docs/method.md section 7)."""
 
 
 def calibrate_head(
@@ -29,8 +30,8 @@ def calibrate_head(
 ) -> tuple[RewardCalibration, torch.Tensor]:
     """Fills the head's last-layer posterior, and fits temperature, variance factor and answer threshold.
 
-    The Laplace posterior comes from training pairs. Its prior precision, the factor of its variances and the
-    temperature have the least NLL on one quarter of the held-out pairs. The threshold comes from another quarter.
+    The Laplace posterior comes from training pairs. The factor of its variances and the temperature are fitted to one
+    quarter of the held-out pairs. The threshold comes from another quarter.
 
     Args:
         training: outputs of training batches, 2B rows each, in eval mode, on the CPU.
@@ -48,7 +49,9 @@ def calibrate_head(
         head.last_layer.draws.copy_(member_spread(head.last_layer.draws.shape[0]))
     else:
         evidence = LastLayerEvidence.of((output.last_layer_inputs, output.mean) for output in training)
-        precision = _prior_precision(evidence, heldout, margins, split.scale)
+        # Without a factor that fits held-out pairs a weak prior would be all that the error bar shows.
+        share = PRIOR_PRECISION if len(split.scale) >= LEAST_PAIRS else 1.0
+        precision = share * max(float(evidence.precision.values.mean()), 1e-12)
         head.last_layer.fill(evidence.reference, evidence.draws(heldout.last_layer_inputs, precision))
     variances = _margin_variances(_deviations(head.last_layer, heldout))
     scale = _scale(margins[split.scale], variances[split.scale])
@@ -70,25 +73,9 @@ def calibrate_head(
     return calibration, deviations
 
 
-def _prior_precision(
-    evidence: LastLayerEvidence, heldout: RewardOutput, margins: np.ndarray, rows: np.ndarray
-) -> float:
-    """The prior precision whose error bars explain the calibration pairs best; the data's mean one without pairs."""
-    unit = max(float(evidence.precision.values.mean()), 1e-12)
-    if len(rows) < LEAST_PAIRS:
-        return unit
-    gradients = last_layer_gradient(sketched(heldout.last_layer_inputs)).double()
-    differences = pair_differences(gradients)[torch.from_numpy(rows)]
-
-    def nll(precision: float) -> float:
-        return fit_scale(margins[rows], evidence.precision.variances(differences, precision).numpy()).nll
-
-    return min((unit * factor for factor in PRIOR_PRECISIONS), key=nll)
-
-
 def _scale(margins: np.ndarray, variances: np.ndarray) -> Scale:
     if len(margins) < LEAST_PAIRS:
-        return Scale(temperature=1.0, variance_factor=1.0, nll=float("nan"))
+        return Scale(temperature=1.0, variance_factor=1.0)
     return fit_scale(margins, variances)
 
 

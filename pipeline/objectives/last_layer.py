@@ -107,10 +107,6 @@ class Precision(NamedTuple):
         values, vectors = torch.linalg.eigh(matrix)
         return cls(values.clamp(min=0.0), vectors)
 
-    def variances(self, gradients: torch.Tensor, prior_precision: float) -> torch.Tensor:
-        """[n] g^T Sigma g."""
-        return ((gradients @ self.vectors).square() / (self.values + prior_precision)).sum(-1)
-
     def draws(self, prior_precision: float, *, count: int) -> torch.Tensor:
         """[P, L] samples of N(0, Sigma) over sqrt(L), seeded: |g^T draws|^2 estimates g^T Sigma g.
 

@@ -28,14 +28,18 @@ def dirichlet_kl(alpha: torch.Tensor, prior_alpha: torch.Tensor) -> torch.Tensor
     KL = lgamma(A) - sum_k lgamma(alpha_k) - lgamma(A0) + sum_k lgamma(alpha0_k)
          + sum_k (alpha_k - alpha0_k) * (digamma(alpha_k) - digamma(A)),   A = sum_k alpha_k, A0 = sum_k alpha0_k
 
+    The terms grow as A ln A and all but cancel, so they are taken in float64: in float32 the sum is wrong by 0.02 at
+    concentrations of 10,000.
+
     Args:
-        alpha: [B, K] concentrations > 0, float32.
+        alpha: [B, K] concentrations > 0.
         prior_alpha: [K] or [B, K] concentrations of the prior.
 
     Returns:
-        [B] nats, >= 0.
+        [B] nats, >= 0; float32, or float64 where an input is.
     """
-    prior_alpha = prior_alpha.expand_as(alpha)
+    dtype = _at_least_float32(alpha, prior_alpha)
+    alpha, prior_alpha = alpha.double(), prior_alpha.double().expand_as(alpha)
     total, prior_total = alpha.sum(-1), prior_alpha.sum(-1)
     log_normalisers = (
         torch.lgamma(total)
@@ -44,7 +48,14 @@ def dirichlet_kl(alpha: torch.Tensor, prior_alpha: torch.Tensor) -> torch.Tensor
         + torch.lgamma(prior_alpha).sum(-1)
     )
     expected_log_w = torch.digamma(alpha) - torch.digamma(total).unsqueeze(-1)
-    return log_normalisers + ((alpha - prior_alpha) * expected_log_w).sum(-1)
+    return (log_normalisers + ((alpha - prior_alpha) * expected_log_w).sum(-1)).clamp(min=0.0).to(dtype)
+
+
+def _at_least_float32(*tensors: torch.Tensor) -> torch.dtype:
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
 
 
 def gaussian_kl(
@@ -69,8 +80,10 @@ def gaussian_kl_per_dimension(
     mu: torch.Tensor, logvar: torch.Tensor, prior_mu: torch.Tensor, prior_logvar: torch.Tensor
 ) -> torch.Tensor:
     """The [B, d] summands of `gaussian_kl`."""
-    scaled = (logvar.exp() + (mu - prior_mu) ** 2) / prior_logvar.exp()
-    return 0.5 * (scaled - 1.0 - logvar + prior_logvar)
+    # expm1 keeps what is left of exp(x) - 1 - x near 0, and a ratio of variances is finite where each is not.
+    log_ratio = logvar - prior_logvar
+    distance = (mu - prior_mu) * torch.exp(-0.5 * prior_logvar)
+    return 0.5 * (torch.expm1(log_ratio) - log_ratio + distance**2)
 
 
 def kl_penalty(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import yaml
 
 from pipeline.config.models import PACKAGE_SCHEME
 from pipeline.evaluation.alarms import alarm_messages
-from pipeline.evaluation.reasons import LEAST_PAIRS, REASON_PREFIX, TRUSTED_PAIR_ACCURACY, verified_objectives
+from pipeline.evaluation.reasons import LEAST_PAIRS, REASON_PREFIX, TRUSTED_PAIR_ACCURACY, reasons_of_model
 from pipeline.evaluation.win_rate import wilson_interval
 from pipeline.models.checkpoint_files import HUB_NAME
 from pipeline.models.reward_model_card import RewardModelCard
@@ -107,7 +107,7 @@ def _named(backbone: str) -> str:
 
 def _objectives(model: PublishedModel) -> list[str]:
     card, metrics = model.card, model.metrics
-    verified = verified_objectives(metrics, card.objectives)
+    verified = reasons_of_model(card)
     lines = ["| objective | orders held-out pairs as annotated | pairs | is a reason |", "| --- | --- | --- | --- |"]
     for name in card.objectives:
         share, pairs = (metrics.get(f"{REASON_PREFIX}{name}/{key}") for key in ("pair_accuracy", "pairs"))
@@ -137,11 +137,14 @@ def _metrics(model: PublishedModel) -> list[str]:
         for key, words in (
             ("eval/longer_is_better", 'share of pairs that "longer is better" orders right'),
             ("eval/nll", "negative log-likelihood of the preferences, nats (a coin: 0.693)"),
-            ("eval/calibration_error", "calibration error of P(chosen is better)"),
+            ("eval/ece_uncalibrated", "calibration error of P(chosen is better), before calibration"),
+            ("eval/ece", "the same, after calibration"),
+            ("eval/scale", "learned scale: units of the reward per standard deviation of the annotations"),
         )
         if key in metrics
     ]
-    return [*lines, "", "Brackets are 95% intervals.", *([""] if others else []), *others]
+    others.append(f"- temperature of the log-odds, fitted on held-out pairs: {model.card.calibration.temperature:.3f}")
+    return [*lines, "", "Brackets are 95% intervals.", "", *others]
 
 
 def _accuracy(metrics: Metrics, prefix: str) -> str:
@@ -182,7 +185,7 @@ def _limits(model: PublishedModel) -> list[str]:
 def _limit_sentences(card: RewardModelCard, metrics: Metrics) -> Iterator[str]:
     yield f"What exceeds {card.max_length:,} tokens is cut: of a prompt the beginning, of a response the end."
     yield "The numbers above hold for pairs like the held-out ones. Other languages and subjects were not measured."
-    yield from _unverified(card.objectives, metrics)
+    yield from _unverified(card)
     low = metrics.get("eval/accuracy_low")
     if low is not None and low <= 0.5:
         yield "Its accuracy cannot be told from that of a coin: do not train on it."
@@ -195,7 +198,7 @@ def _limit_sentences(card: RewardModelCard, metrics: Metrics) -> Iterator[str]:
     yield from alarm_messages(metrics, are_pairs_scored=are_pairs_scored)
 
 
-def _unverified(objectives: Sequence[str], metrics: Metrics) -> Iterator[str]:
-    others = [name for name in objectives if name not in verified_objectives(metrics, objectives)]
+def _unverified(card: RewardModelCard) -> Iterator[str]:
+    others = [name for name in card.objectives if name not in reasons_of_model(card)]
     if others:
         yield f"It cannot tell why where the reason would be {', '.join(others)}."

@@ -67,6 +67,9 @@ def _reward_model_rows(data: ReportData) -> list[tuple[str, str]]:
         ("reward model: held-out NLL (ln 2 = 0.693 says nothing)", f"{reward['eval/nll']:.3f}"),
         ("reward model: mean |margin|", f"{reward['eval/margin']:.3f}"),
     ]
+    if {"eval/ece", "eval/ece_uncalibrated"} <= reward.keys():
+        errors = f"{reward['eval/ece_uncalibrated']:.3f}, {reward['eval/ece']:.3f}"
+        rows.append(("reward model: calibration error, before and after calibration", errors))
     if "eval/active_units" in reward:
         rows.append(("reward model: active semantic units", f"{reward['eval/active_units']:.0f}"))
     rows += _fidelity_rows(data)

@@ -49,7 +49,7 @@ REWARD_THRESHOLD = (
     'Green: the 95% interval of the accuracy lies above 50%, and that of its lead over "longer is better" above 0. '
     "Red: the first reaches 50%, or the second lies below 0. Amber: anything else."
 )
-ODDS_THRESHOLD = f"Amber: the held-out NLL is {math.log(2.0):.3f} (ln 2) or more."
+ODDS_THRESHOLD = f"Amber: the held-out NLL, after calibration, is {math.log(2.0):.3f} (ln 2) or more."
 REASONS_THRESHOLD = (
     f"A reason is verified if its score orders {TRUSTED_PAIR_ACCURACY:.0%} of at least {LEAST_PAIRS} held-out pairs as "
     "their annotators do. Green: all are. Red: none is. Amber: some are, or none can be measured."
@@ -115,10 +115,12 @@ def reward_findings(reward: Metrics) -> list[Finding]:
         else:
             text = f'The reward is usable: {right}, and "longer is better" only {by_length}.'
             findings.append(_good(text, REWARD_THRESHOLD))
-    if reward["eval/nll"] >= math.log(2.0):
+    # What a user is told are calibrated probabilities; too few held-out pairs leave them uncalibrated.
+    nll = reward.get("eval/calibrated_nll", reward["eval/nll"])
+    if nll >= math.log(2.0):
         findings.append(
             _unsure(
-                f"Use the order of its rewards, not its probabilities: their NLL of {reward['eval/nll']:.2f} is no "
+                f"Use the order of its rewards, not its probabilities: their NLL of {nll:.2f} is no "
                 "better than that of a coin, 0.69.",
                 ODDS_THRESHOLD,
             )

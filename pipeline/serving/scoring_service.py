@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pipeline.config.cluster import ScoringConfig
 from pipeline.errors import DataError, DeadlineExceeded, NumericsError
-from pipeline.evaluation.reasons import verified_objectives
+from pipeline.evaluation.reasons import reasons_of_model
 from pipeline.models.reward_model_card import RewardModelCard
 from pipeline.objectives.reward_comparison import rank_by_lower_bound
 from pipeline.objectives.reweighting import Factors, factors_of
@@ -204,7 +204,7 @@ def describe_model(
         answer_threshold=card.calibration.answer_threshold,
         answer_error=card.calibration.answer_error,
         scale=card.scale,
-        verified_objectives=list(verified_objectives(card.metrics, card.objectives)),
+        verified_objectives=list(reasons_of_model(card)),
         metrics=dict(card.metrics),
         versions=dict(versions),
         limits=RequestLimits(

@@ -9,7 +9,7 @@ from pipeline.config.data import DataConfig, SourceConfig
 from pipeline.config.recipe import ExperimentConfig
 from pipeline.config.reward import RewardConfig, VariationalLossConfig
 from pipeline.data.preferences import LeftOut, normalised_prompt
-from pipeline.data.recipe_files import data_files, read_sources
+from pipeline.data.recipe_files import check_data, data_files, read_sources
 from pipeline.data.run_data import data_fingerprints, load_data
 from pipeline.data.score_statistics import MixtureStatistics
 from pipeline.data.sources import in_their_shares
@@ -248,6 +248,15 @@ def test_a_source_without_annotations_is_refused_where_a_weight_of_scores_is_ask
         load_data(recipe(annotated, bare, loss=loss))
     load_data(recipe(annotated, bare))
     load_data(recipe(annotated, bare.model_copy(update={"objectives": {}}), loss=loss))
+
+
+def test_a_mapped_column_without_a_single_value_is_refused_before_a_run(tmp_path):
+    nothing = {"scores_chosen": {"helpful": None}, "scores_rejected": {"helpful": "N/A"}}
+    annotated = source(tmp_path, "a", [row | scores(3) for row in pairs_of("a", 20)])
+    empty = source(tmp_path, "b", pairs_of("b", 20, **nothing), objectives={"helpful": "helpfulness"})
+    for read in (check_data, load_data):
+        with pytest.raises(DataError, match=r"source 'b' has no usable annotation, but its map of `objectives` asks"):
+            read(recipe(annotated, empty))
 
 
 # ----------------------------------------------------------------------------- what a run says

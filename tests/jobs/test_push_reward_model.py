@@ -18,6 +18,9 @@ METRICS = {
     "eval/accuracy": 0.75,
     "eval/accuracy_low": 0.66,
     "eval/accuracy_high": 0.83,
+    "eval/ece_uncalibrated": 0.062,
+    "eval/ece": 0.021,
+    "eval/scale": 4.5,
     "reasons/helpfulness/pair_accuracy": 0.8,
     "reasons/helpfulness/pairs": 100.0,
     "reasons/safety/pair_accuracy": 0.6,
@@ -37,7 +40,9 @@ def checkpoint(trained_reward_model, tmp_path):
     result = tmp_path / "train_reward_model-0" / "result"
     shutil.copytree(trained_reward_model, result)
     card = RewardModelCard.model_validate_json((result / CARD_FILE).read_text())
-    (result / CARD_FILE).write_text(card.model_copy(update={"metrics": METRICS}).model_dump_json())
+    calibration = card.calibration.model_copy(update={"temperature": 0.25})
+    known = card.model_copy(update={"metrics": METRICS, "calibration": calibration})
+    (result / CARD_FILE).write_text(known.model_dump_json())
     (result / "notes.txt").write_text("of nobody's concern")
     source = {"name": "mine", "path": "/home/somebody/mine.jsonl", "hub": None, "format": "pairs"}
     manifest = {
@@ -88,6 +93,8 @@ def test_the_card_says_what_was_measured(checkpoint, capsys):
     assert "| all | 75.0% [66.0, 83.0] | 80 |" in page
     assert "- mine (`mine.jsonl`, format pairs): 1,200 pairs to train on" in page
     assert "It cannot tell why where the reason would be honesty, safety, brevity." in page
+    assert "before calibration: 0.062\n- the same, after calibration: 0.021\n- learned scale" in page
+    assert "annotations: 4.500\n- temperature of the log-odds, fitted on held-out pairs: 0.25" in page
     assert "The publisher has named no licence." in page
     assert "somebody" not in page, "a path of the machine that trained"
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from pipeline.config.cluster import ScoringConfig
 from pipeline.config.data import PlantedConfig
 from pipeline.config.reward import VRMHeadConfig
+from pipeline.data.collate import tokenise_pairs
 from pipeline.data.planted import OBJECTIVES, PlantedWorld
 from pipeline.evaluation.calibration import split_heldout
 from pipeline.evaluation.reward_scorer import RewardModelScorer
@@ -154,6 +156,21 @@ def test_calibrating_twice_is_calibrating_once(larger_world, tiny_policy, tokeni
         collate, rows = collator(larger_world, tokenizer), tokenised(larger_world, tokenizer)
         batches = [collate(rows[64 * step :][:64], step) for step in range(3)]
         assert trainer.calibrate(batches, heldout) == pytest.approx(first, rel=1e-6, abs=1e-9)
+
+
+def test_held_out_labels_do_not_decide_what_is_unknown_elsewhere(larger_world, tiny_policy, tokenizer):
+    """The prior precision says how unsure the model is where no pair has been; held-out pairs say nothing of that."""
+    trainer, *_ = calibrated(larger_world, tiny_policy, tokenizer, steps=3)
+    chosen = trainer.card.calibration
+    collate, rows = collator(larger_world, tokenizer), tokenised(larger_world, tokenizer)
+    batches = [collate(rows[64 * step :][:64], step) for step in range(3)]
+    half = [
+        pair if n % 2 else replace(pair, chosen=pair.rejected, rejected=pair.chosen)
+        for n, pair in enumerate(larger_world.heldout_pairs())
+    ]
+    trainer.calibrate(batches, collate(tokenise_pairs(half, tokenizer, max_length=256, drop_too_long=False), 0))
+    assert trainer.card.calibration.temperature != pytest.approx(chosen.temperature, rel=0.05)
+    assert trainer.card.calibration.prior_precision == pytest.approx(chosen.prior_precision, rel=1e-6)
 
 
 def test_few_held_out_pairs_calibrate_nothing(tiny_policy, world, tokenizer):

@@ -178,6 +178,10 @@ def test_the_table_names_the_headline_numbers():
     assert table["reward model: fingerprint"] == "0123456789ab"
     assert table["reward model: held-out accuracy"] == "0.900"
     assert table["win rate over base, by the reward model"] == "0.750  [0.500, 0.900]"
+    label = "reward model: calibration error, before and after calibration"
+    assert label not in table
+    calibrated = report().reward_metrics | {"eval/ece_uncalibrated": 0.062, "eval/ece": 0.021}
+    assert dict(results_table(report(reward_metrics=calibrated)))[label] == "0.062, 0.021"
     assert table["time"] == "1:05"
     assert table["peak memory of the driver's node, GiB"] == "7.2"
 

@@ -117,6 +117,10 @@ def test_a_reward_that_is_too_sure_is_used_for_its_order():
     usable, odds = reward_findings(REWARD | {"eval/nll": 0.99})
     assert (usable.level, odds.level) == ("good", "unsure")
     assert odds.text.startswith("Use the order of its rewards, not its probabilities: their NLL of 0.99")
+    # The probabilities that a user sees are calibrated.
+    only(reward_findings(REWARD | {"eval/nll": 0.99, "eval/calibrated_nll": 0.6}))
+    _, odds = reward_findings(REWARD | {"eval/nll": 0.6, "eval/calibrated_nll": 0.99})
+    assert "NLL of 0.99" in odds.text
 
 
 def test_reasons_are_given_for_verified_objectives_alone():

@@ -98,6 +98,7 @@ def test_every_row_has_its_numbers_by_objective(model):
     for objective in model.description.objectives:
         assert first[f"weight/{objective}"] == table[0].objective_weights[objective]
         assert first[f"score/{objective}"] == table[0].objective_scores[objective]
+        assert first[f"rating/{objective}"] == table[0].ratings[objective]
         assert first[f"contribution/{objective}"] == table[0].contributions[objective]
     frame = table.to_pandas()
     assert frame["reward_std"].tolist() == [row.reward_std for row in table]

@@ -366,3 +366,12 @@ def test_the_interface_is_described_in_openapi():
     paths = ask("GET", "/openapi.json").json()["paths"]
     assert {"/v1/score", "/v1/compare", "/v1/best_of", "/v1/model", "/healthz", "/readyz"} <= paths.keys()
     assert json.dumps(paths["/v1/score"]).count("ScoreManyRequest")
+
+
+def test_only_a_sum_over_objectives_gives_reasons():
+    """A `bt_aux` predicts annotations well, but its reward does not come from them."""
+    described = [
+        describe_model(card, ScoringConfig(), "f00d", {})
+        for card in (CARD, CARD.model_copy(update={"head": "bt_aux", "mean_contributions": ()}))
+    ]
+    assert [model.verified_objectives for model in described] == [["brevity"], []]
