@@ -56,11 +56,10 @@ def plan_of(options: argparse.Namespace, recipe: Recipe) -> LaunchPlan:
 
     Raises:
         ConfigError: an option makes no sense.
-        WorkspaceError: the workspace carries credentials.
+        WorkspaceError: the workspace carries credentials, or is none.
         ResourceError: an actor does not fit one machine.
     """
     workspace = absolute_place(options.workspace or os.environ.get("VRM_WORKSPACE") or f"~/vrm-runs/{recipe.name}")
-    storage.refuse_credentials(workspace)
     return plan_launch(
         recipe,
         command=("vrm", "run", options.recipe, "--workspace", workspace, *options.overrides),
@@ -103,7 +102,7 @@ def kubernetes_manifest(options: argparse.Namespace, recipe: Recipe) -> str:
                 f"--serve needs --secret NAME, a Secret with {TOKEN_VARIABLE}: without a token the service refuses "
                 f"nobody. kubectl create secret generic NAME --from-literal={TOKEN_VARIABLE}=..."
             )
-        storage.refuse_credentials(options.serve)
+        storage.check_uri(options.serve)
         scoring = recipe.cluster.scoring
         plan = plan_service(
             recipe,
