@@ -1,7 +1,8 @@
 """Bytes that a role needs: parameters, gradients, optimiser, activations, logits, KV cache. Arithmetic, no tensors.
 
 Symbols: P parameters of the models of a rank and T of them that train, n ranks, H hidden size, A query width, K key
-width, F intermediate size, V vocabulary, L layers, t tokens of a micro-batch.
+width, F intermediate size, F' = k F that of the k experts of a token together, V vocabulary, L layers, t tokens of a
+micro-batch.
 """
 
 from __future__ import annotations
@@ -107,15 +108,17 @@ def layer_activation_bytes(shape: DecoderShape, dtype: str) -> float:
         two norms        2 (4 H + 4 H + b' H)     input and normalised input float32; what the products read
         query, key       (A + K) (4 c + b)        norms of their own (Qwen3): a float32 input, cast or not, and a result
         attention        5 b A                    query, repeated key and value, output, and its copy for o_proj
-        feed-forward     4 b F                    gate, its SiLU, up, and their product
+        feed-forward     4 b F'                   gate, its SiLU, up, and their product
+        experts          3 k b H                  of a mixture: input and output of each of k experts, and its share
 
     b' and b are 4 in float32, where the normalised input of a norm is the product's too and no cast is kept.
     """
-    hidden, query, key, wide = shape.hidden_size, shape.query_width, shape.key_width, shape.intermediate_size
+    hidden, query, key, wide = shape.hidden_size, shape.query_width, shape.key_width, shape.active_width
     b = BYTES[dtype]
     norms = 2 * hidden * (4 + 4 + b)
     head_norms = (query + key) * (4 + b) if shape.head_norms else 0
-    return norms + head_norms + 5 * b * query + 4 * b * wide
+    experts = 3 * shape.experts_per_token * b * hidden if shape.num_experts > 1 else 0
+    return norms + head_norms + 5 * b * query + 4 * b * wide + experts
 
 
 def activation_bytes(load: TrainingLoad) -> tuple[float, float]:
@@ -226,12 +229,7 @@ def loading_bytes(load: TrainingLoad, ranks: RanksConfig) -> float:
     whole = 4.0 * load.num_parameters + reference
     if ranks.zero_stage < 3:
         return whole
-    return whole / ranks.ranks + 4.0 * max(_largest_parameter(decoder.shape) for decoder in load.decoders)
-
-
-def _largest_parameter(shape: DecoderShape) -> float:
-    """The embedding, or a matrix of the feed-forward network."""
-    return max(shape.vocabulary_parameters, shape.hidden_size * shape.intermediate_size)
+    return whole / ranks.ranks + 4.0 * max(decoder.shape.largest_matrix for decoder in load.decoders)
 
 
 def engine_memory(
@@ -249,5 +247,5 @@ def engine_memory(
 def scorer_memory(shape: DecoderShape, *, dtype: str, tokens: float) -> dict[str, float]:
     """Bytes of a scoring replica: the backbone, and a layer's activations of its largest batch, without gradient."""
     b = BYTES[dtype]
-    per_token = 4 * 2 * shape.hidden_size + b * (5 * shape.query_width + 3 * shape.intermediate_size)
+    per_token = 4 * 2 * shape.hidden_size + b * (5 * shape.query_width + 3 * shape.active_width)
     return {"parameters": b * shape.trunk_parameters, "activations": tokens * per_token}

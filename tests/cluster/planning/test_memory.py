@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 from cluster.planning.decoder_shape import checkpoint_shape, shape_from_config
 from cluster.planning.memory import TrainedDecoder, TrainingLoad, exchange_width, loading_bytes, training_memory
@@ -24,6 +24,7 @@ from tests.support.allocations import peak_tensor_bytes
 ROW_TOKENS = 128
 TINY = {"hidden_size": 128, "num_hidden_layers": 2, "vocab_size": 173}
 TEN_MILLION = {"hidden_size": 256, "num_hidden_layers": 4, "vocab_size": 14_000}
+MIXTURE = {"moe_intermediate_size": 256, "num_experts": 8, "num_experts_per_tok": 2}
 
 
 def config_of(size, family=Qwen3Config, *, tied=False):
@@ -92,8 +93,10 @@ def load_of(config, *, dtype, recompute, tokens, micro_batches, lora=None):
         (config_of(TEN_MILLION), {"micro_batches": 2, "lora": LoRAConfig(rank=16, alpha=32)}),
         (config_of(TEN_MILLION, LlamaConfig, tied=True), {"micro_batches": 2}),
         (config_of({"hidden_size": 512, "num_hidden_layers": 1, "vocab_size": 20_000}), {"tokens": 128}),
+        (config_of(TEN_MILLION | MIXTURE, Qwen3MoeConfig), {"micro_batches": 2}),
+        (config_of(TEN_MILLION | MIXTURE, Qwen3MoeConfig), {"micro_batches": 2, "dtype": "bfloat16"}),
     ],
-    ids=["tiny", "tiny twice", "10M", "recomputed", "bfloat16", "LoRA", "Llama", "wide"],
+    ids=["tiny", "tiny twice", "10M", "recomputed", "bfloat16", "LoRA", "Llama", "wide", "mixture", "mixture bfloat16"],
 )
 def test_memory_of_a_training_step_is_predicted_within_15_percent(config, settings):
     settings = {"dtype": "float32", "recompute": False, "tokens": 384, "micro_batches": 1} | settings

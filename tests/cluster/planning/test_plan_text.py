@@ -91,8 +91,8 @@ def test_a_checkpoint_that_nobody_knows_is_not_planned_and_not_refused():
     recipe = load_recipe("paper_qwen3_8b", ["policy.checkpoint=somebody/some-model"])
     rollouts = plan_rollouts(recipe, [])
     assert memory_and_time(recipe, rollouts) == (
-        "Memory and time are not planned: this machine has no config.json of somebody/some-model. Set "
-        "cluster.plan.policy_config to one."
+        "Memory and time are not planned: this machine has no config.json of somebody/some-model whose family the plan "
+        "knows. Set cluster.plan.policy_config to one."
     )
     check_memory(recipe, rollouts, [])
 
