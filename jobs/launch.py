@@ -25,6 +25,8 @@ from cluster.launch.launch_plan import LaunchPlan, plan_launch, plan_service
 from cluster.launch.machines import MACHINES, Machine, machine
 from cluster.launch.slurm import SlurmSettings, sbatch_script
 from cluster.launch.ssh import cluster_file
+from cluster.planning.plan_text import check_memory
+from cluster.rollout_plan import plan_rollouts
 from jobs.command_line import Command, absolute_place, add_overrides, add_recipe
 from pipeline.config.load import load_recipe, recipe_names
 from pipeline.config.recipe import Recipe
@@ -57,21 +59,36 @@ def plan_of(options: argparse.Namespace, recipe: Recipe) -> LaunchPlan:
     Raises:
         ConfigError: an option makes no sense.
         WorkspaceError: the workspace carries credentials, or is none.
-        ResourceError: an actor does not fit one machine.
+        ResourceError: an actor does not fit one machine, or the memory does not suffice.
     """
     workspace = absolute_place(options.workspace or os.environ.get("VRM_WORKSPACE") or f"~/vrm-runs/{recipe.name}")
-    return plan_launch(
+    launched_on = machine_of(options, recipe, needs_gpu=recipe.cluster.needs_gpus)
+    plan = plan_launch(
         recipe,
         command=("vrm", "run", options.recipe, "--workspace", workspace, *options.overrides),
         environment=_environment(options.env),
-        machine=machine_of(options, needs_gpu=recipe.cluster.needs_gpus),
+        machine=launched_on,
     )
+    if launched_on.gpus:
+        check_memory(recipe, plan_rollouts(recipe, []), machine=launched_on)
+    return plan
 
 
-def machine_of(options: argparse.Namespace, *, needs_gpu: bool) -> Machine:
-    """The machine that the options name, or the usual one."""
+def machine_of(options: argparse.Namespace, recipe: Recipe, *, needs_gpu: bool) -> Machine:
+    """The machine that the options name, else the recipe, else the usual one.
+
+    Raises:
+        ConfigError: the recipe is planned for another accelerator, or as `machine`.
+    """
+    named = recipe.cluster.accelerator
+    planned = named if named != "auto" and needs_gpu else None
+    if planned and options.accelerator and options.accelerator.lower() != planned:
+        raise ConfigError(
+            f"--accelerator {options.accelerator}, but the recipe is planned for cluster.accelerator = {planned}. "
+            f"Leave the option out, or add cluster.accelerator={options.accelerator}."
+        )
     return machine(
-        options.accelerator or ("h100" if needs_gpu else "cpu"),
+        options.accelerator or planned or ("h100" if needs_gpu else "cpu"),
         cpus=options.cpus_per_node,
         gpus=options.gpus_per_node,
         memory_gib=options.memory_gib_per_node,
@@ -107,7 +124,7 @@ def kubernetes_manifest(options: argparse.Namespace, recipe: Recipe) -> str:
         plan = plan_service(
             recipe,
             environment=_environment(options.env),
-            machine=machine_of(options, needs_gpu=scoring.gpus_per_replica > 0),
+            machine=machine_of(options, recipe, needs_gpu=scoring.gpus_per_replica > 0),
         )
         return as_yaml(ray_service(plan, pods, ray_version=ray_version, model=options.serve, scoring=scoring), plan)
     if options.recipe not in recipe_names():

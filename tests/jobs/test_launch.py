@@ -130,6 +130,17 @@ def test_the_number_of_nodes_is_the_smallest_that_holds_every_stage():
             r"4 CPU and 9 GPU.*8 GPU.*\(cluster\.reward\)",
         ),
         (["--env", "NAME"], ConfigError, "--env NAME is not of the form NAME=VALUE"),
+        (
+            ["--accelerator", "l40s"],
+            ResourceError,
+            r"needs 61 GB of a l40s with 48 GB: .*alignment\.max_tokens_per_micro_batch=2048 would fit",
+        ),
+        (["--memory-gib-per-node", "100"], ResourceError, r"host memory on each of 1 node\(s\) with 107\.4 GB"),
+        (
+            ["--accelerator", "a100", "cluster.accelerator=h200"],
+            ConfigError,
+            r"--accelerator a100, but the recipe is planned for cluster\.accelerator = h200\. Leave the option out",
+        ),
         (["--workspace", "s3://key:secret@bucket/run"], WorkspaceError, "carries credentials"),
         (["sft.num_stps=1"], ConfigError, "unknown key"),
     ],
@@ -137,6 +148,11 @@ def test_the_number_of_nodes_is_the_smallest_that_holds_every_stage():
 def test_what_no_machine_can_run_is_refused_by_name(words, error, letter):
     with pytest.raises(error, match=letter):
         written(slurm_command, "paper_qwen3_8b", *SHARED, *words)
+
+
+def test_a_recipe_is_launched_on_the_accelerator_that_it_is_planned_for():
+    text = written(slurm_command, "paper_qwen3_32b", *SHARED)
+    assert "#SBATCH --gpus-per-node=h200:8" in text.splitlines()
 
 
 def test_names_are_taken_by_every_scheduler():
@@ -150,10 +166,10 @@ def test_names_are_taken_by_every_scheduler():
 
 
 def test_the_ray_job_is_one_that_kuberay_accepts():
-    job = manifest("paper_qwen3_8b", *ON_S3, "--secret", "vrm", "--env", "VRM_DATA_ROOT=/data", "sft.num_steps=5")
+    job = manifest("paper_qwen3_8b", *ON_S3, "--secret", "vrm", "--env", "VRM_DATA_ROOT=/data", "seed=5")
     assert problems(job, "rayjobs") == []
     assert problems(job | {"spec": job["spec"] | {"entrypiont": "x"}}, "rayjobs") != []
-    assert shlex.split(job["spec"]["entrypoint"]) == ["vrm", "run", "paper_qwen3_8b", *ON_S3, "sft.num_steps=5"]
+    assert shlex.split(job["spec"]["entrypoint"]) == ["vrm", "run", "paper_qwen3_8b", *ON_S3, "seed=5"]
     cluster = job["spec"]["rayClusterSpec"]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         [container] = group["template"]["spec"]["containers"]
