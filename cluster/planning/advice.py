@@ -162,6 +162,10 @@ def _settings_of(recipe: Recipe, section: str) -> Iterator[Overrides]:
         if engine.gpus_per_worker:
             yield {f"{section}.gpus_per_worker": 2 * max(1, int(engine.gpus_per_worker))}
             yield {f"{section}.gpus_per_worker": max(1, int(engine.gpus_per_worker) // 2)}
+            if engine.asks_for_shared_gpus:
+                # Only engines with GPUs of their own have several.
+                transfer = {f"{section}.weight_transfer": "nccl"} if engine.weight_transfer == "ipc" else {}
+                yield {f"{section}.placement": "disaggregated", f"{section}.gpus_per_worker": 2, **transfer}
             yield {f"{section}.enforce_eager": not engine.enforce_eager}
         return
     if section == "cluster.scoring":

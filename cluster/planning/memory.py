@@ -137,6 +137,23 @@ def activation_bytes(load: TrainingLoad) -> tuple[float, float]:
     return kept, again
 
 
+def cast_bytes(load: TrainingLoad) -> float:
+    """Weights in the dtype of the forward pass, as autograd keeps them for the backward pass; 0 in float32.
+
+    A product needs its weight to give a gradient to its input, whether the weight trains or not. With recomputation a
+    cast lives as long as its layer, or the last chunk of logits.
+    """
+    if load.dtype == "float32":
+        return 0.0
+    kept = largest = 0.0
+    for decoder in load.decoders:
+        shape = decoder.shape
+        head = shape.vocabulary_parameters if decoder.has_language_head else 0
+        kept += decoder.backward_layers * shape.layer_parameters + decoder.adapter_parameters + head
+        largest = max(largest, shape.layer_parameters if decoder.backward_layers else 0, head)
+    return BYTES[load.dtype] * (largest if load.recompute else kept)
+
+
 def logit_bytes(load: TrainingLoad) -> float:
     """A chunk of [n, V] logits in float32, their gradient in the dtype of the product, and the gradient of the head.
 
@@ -187,8 +204,7 @@ def training_memory(load: TrainingLoad, ranks: RanksConfig | None) -> tuple[Byte
         device["reference"] = whole / (n if stage == 3 else 1)
     device |= {"activations": activations, "logits": logits}
     if load.dtype != "float32":
-        # autocast keeps the casts of all weights that need a gradient until the forward pass ends.
-        device["autocast's weights"] = BYTES[load.dtype] * float(trained)
+        device["casts of weights"] = cast_bytes(load)
     if ranks is not None and n > 1:
         device["communication"] = _communication_bytes(load, stage) + _exchanged_bytes(load, ranks.sequence_parallel)
     return device, host

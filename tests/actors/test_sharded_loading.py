@@ -171,6 +171,19 @@ def test_ranks_start_from_the_numbers_of_one_process(group, spec):
         assert all(torch.equal(ranks[name], alone[name]) for name in alone)
 
 
+def autocast_of_deepspeed(rank):
+    """Runs on every rank: whether products inside are cast, and whether the casts of weights outlive them."""
+    from deepspeed.runtime.torch_autocast import autocast_if_enabled
+
+    engine = SimpleNamespace(torch_autocast_enabled=lambda: True, torch_autocast_dtype=lambda: torch.bfloat16)
+    with autocast_if_enabled(engine):
+        return torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()
+
+
+def test_no_rank_keeps_the_casts_of_weights_until_the_forward_pass_ends(group):
+    assert on_every_rank(group, autocast_of_deepspeed) == [(True, False)] * RANKS
+
+
 def export(rank, directory):
     """Runs on every rank: the most bytes that tensors took beyond those that the rank has all the time."""
     gc.collect()

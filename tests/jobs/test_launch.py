@@ -131,9 +131,9 @@ def test_the_number_of_nodes_is_the_smallest_that_holds_every_stage():
         ),
         (["--env", "NAME"], ConfigError, "--env NAME is not of the form NAME=VALUE"),
         (
-            ["--accelerator", "l40s"],
+            ["--accelerator", "l40s", "alignment.max_tokens_per_micro_batch=131072"],
             ResourceError,
-            r"needs 61 GB of a l40s with 48 GB: .*alignment\.max_tokens_per_micro_batch=2048 would fit",
+            r"needs 92 GB of a l40s with 48 GB: .*alignment\.max_tokens_per_micro_batch=16384 would fit",
         ),
         (["--memory-gib-per-node", "100"], ResourceError, r"host memory on each of 1 node\(s\) with 107\.4 GB"),
         (

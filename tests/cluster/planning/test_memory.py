@@ -105,6 +105,15 @@ def test_memory_of_a_training_step_is_predicted_within_15_percent(config, settin
     assert sum(device.values()) == pytest.approx(measured, rel=0.15)
 
 
+@pytest.mark.parametrize("more", [{"recompute": True}, {"lora": LoRAConfig(rank=16, alpha=32)}], ids=["again", "LoRA"])
+def test_weights_are_kept_in_bfloat16_where_the_backward_pass_needs_them_and_nowhere_else(more):
+    config = config_of({"hidden_size": 256, "num_hidden_layers": 24, "vocab_size": 2000})
+    settings = {"dtype": "bfloat16", "recompute": False, "tokens": 128, "micro_batches": 2} | more
+    measured = peak_tensor_bytes(lambda: train(config, **settings))
+    device, _ = training_memory(load_of(config, **settings), None)
+    assert sum(device.values()) == pytest.approx(measured, rel=0.05)
+
+
 LOAD = TrainingLoad(
     decoders=(TrainedDecoder(shape=checkpoint_shape("Qwen/Qwen3-0.6B"), has_language_head=True),),
     head_parameters=0,

@@ -53,8 +53,8 @@ def test_a_rank_that_exceeds_its_gpu_is_refused_with_its_largest_part_and_the_cu
 
 
 def test_a_setting_that_would_fit_is_named_once():
-    message = refusal("paper_qwen3_8b", "cluster.accelerator=l40s")
-    assert message.endswith(" alignment.max_tokens_per_micro_batch=2048 would fit.")
+    message = refusal("paper_qwen3_8b", "cluster.accelerator=l40s", "alignment.max_tokens_per_micro_batch=131072")
+    assert message.endswith(" alignment.max_tokens_per_micro_batch=16384 would fit.")
     assert message.count("max_tokens_per_micro_batch") == 1
 
 
@@ -67,6 +67,14 @@ def test_an_engine_of_more_gpus_than_a_node_has_is_refused():
     # Nodes that Ray knows may have more.
     recipe = load_recipe("paper_qwen3_8b", [*wide, "cluster.rollout.workers=1"])
     check_memory(recipe, plan_rollouts(recipe, []), [{"GPU": 16.0, "accelerator_type:H100": 1.0}])
+
+
+def test_engines_too_large_for_a_part_of_a_gpu_are_given_two_of_their_own():
+    message = refusal("paper_qwen3_32b", "cluster.accelerator=h100")
+    assert message.startswith("a rollout worker of stage align_policy needs 68 GB for weights and work")
+    cure = ("cluster.rollout.placement=disaggregated", "cluster.rollout.gpus_per_worker=2")
+    assert message.endswith(f" {' '.join(cure)} would fit.")
+    assert "Policy: 32.8B" in planned("paper_qwen3_32b", "cluster.accelerator=h100", *cure)
 
 
 def test_a_plan_for_this_machine_has_its_memory(monkeypatch):
@@ -122,7 +130,7 @@ def test_a_checkpoint_that_nobody_knows_is_not_planned_and_not_refused():
 
 
 def test_the_gpu_of_the_cluster_decides_before_a_job_starts():
-    recipe = load_recipe("paper_qwen3_8b")
+    recipe = load_recipe("paper_qwen3_8b", ["alignment.max_tokens_per_micro_batch=32768"])
     rollouts = plan_rollouts(recipe, [])
     check_memory(recipe, rollouts, [{"GPU": 8.0, "accelerator_type:H100": 1.0}])
     with pytest.raises(ResourceError, match="of a l40s with 48 GB"):
