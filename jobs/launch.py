@@ -37,6 +37,9 @@ from pipeline.stages import storage
 TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
 """What sbatch takes: minutes, hours and minutes, days and hours, ..."""
 
+SLURM_NAME = re.compile(r"[\w.,@:-]+")
+SECRET = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD)($|_)", re.IGNORECASE)
+"""In the name of a variable that holds a credential."""
 
 Write = Callable[[argparse.Namespace, Recipe], str]
 """Makes the text of a file."""
@@ -99,6 +102,12 @@ def _environment(given: list[str]) -> dict[str, str]:
     wrong = [pair for pair in given if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=.*", pair)]
     if wrong:
         raise ConfigError(f"--env {wrong[0]} is not of the form NAME=VALUE.")
+    secret = next((pair.partition("=")[0] for pair in given if SECRET.search(pair.partition("=")[0])), None)
+    if secret is not None:
+        raise ConfigError(
+            f"--env {secret}: its value would stand in the file. On Kubernetes, name a Secret that has {secret} with "
+            "--secret. Elsewhere set the variable in the shell that calls sbatch, or on every node before `ray start`."
+        )
     return {name: value for name, _, value in (pair.partition("=") for pair in given)}
 
 
@@ -140,7 +149,8 @@ def kubernetes_manifest(options: argparse.Namespace, recipe: Recipe) -> str:
 def _require_reachable(place: str, option: str, pods: PodSettings) -> None:
     if not storage.is_local(place):
         return
-    if pods.volume_claim is None or not storage.local_path(place).startswith(f"{VOLUME_PATH}/"):
+    path = os.path.normpath(storage.local_path(place))
+    if pods.volume_claim is None or not path.startswith(f"{VOLUME_PATH}/"):
         raise ConfigError(
             f"{option} {place} is inside a pod, and lost with it. Give a URI, or name a PersistentVolumeClaim with "
             f"--volume-claim and a path below {VOLUME_PATH}/, where it is mounted."
@@ -172,10 +182,14 @@ def _kubernetes_options(parser: argparse.ArgumentParser) -> None:
 def slurm_script(options: argparse.Namespace, recipe: Recipe) -> str:
     """
     Raises:
-        ConfigError: the time is none.
+        ConfigError: time, partition or account is none.
     """
     if not TIME.fullmatch(options.time):
         raise ConfigError(f"--time {options.time} is no time for sbatch. Write HH:MM:SS, or D-HH:MM:SS.")
+    for option in ("partition", "account"):
+        name = getattr(options, option)
+        if name is not None and not SLURM_NAME.fullmatch(name):
+            raise ConfigError(f"--{option} {name!r} is no name for sbatch. Write one word.")
     settings = SlurmSettings(time=options.time, partition=options.partition, account=options.account)
     return sbatch_script(plan_of(options, recipe), settings)
 
