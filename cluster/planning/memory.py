@@ -29,8 +29,8 @@ LOGITS_CHUNK = 2048
 """`chunk_size` of `pipeline/objectives/logprobs.py`."""
 BUCKET_PARAMETERS = 5e8
 """DeepSpeed's reduce_bucket_size, at its default: gradients on their way between ranks."""
-PREFETCHED_PARAMETERS = 5e7
-"""DeepSpeed's stage3_prefetch_bucket_size, at its default."""
+LIVE_PARAMETERS = 1e9
+"""DeepSpeed's stage3_max_live_parameters, at its default: gathered for a layer, ahead of it, or until it is reused."""
 ENGINE_WORK_BYTES = 2e9
 """What an engine on a GPU takes beside weights and cache: activations of a prompt, graphs, the sampler. An estimate."""
 
@@ -227,12 +227,12 @@ def _exchanged_bytes(load: TrainingLoad, n: int) -> float:
 
 
 def _communication_bytes(load: TrainingLoad, stage: int) -> float:
-    """A bucket of gradients; under ZeRO-3 also the largest module that is gathered, and what is prefetched."""
+    """A bucket of gradients; under ZeRO-3 also the parameters that are gathered at a time."""
     bucket = 4 * min(BUCKET_PARAMETERS, load.num_trained)
     if stage < 3:
         return bucket
     largest = max(max(d.shape.vocabulary_parameters, d.shape.layer_parameters) for d in load.decoders)
-    return bucket + 4 * (largest + min(PREFETCHED_PARAMETERS, load.num_parameters))
+    return bucket + 4 * max(largest, min(LIVE_PARAMETERS, load.num_parameters))
 
 
 def loading_bytes(load: TrainingLoad, ranks: RanksConfig) -> float:

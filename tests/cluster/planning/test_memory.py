@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 from cluster.planning.decoder_shape import checkpoint_shape, shape_from_config
-from cluster.planning.memory import TrainedDecoder, TrainingLoad, exchange_width, loading_bytes, training_memory
+from cluster.planning.memory import (
+    LIVE_PARAMETERS,
+    TrainedDecoder,
+    TrainingLoad,
+    exchange_width,
+    loading_bytes,
+    training_memory,
+)
 from cluster.planning.training_loads import sft_load, shapes_of
 from pipeline.config.cluster import RanksConfig
 from pipeline.config.load import load_recipe
@@ -157,6 +167,16 @@ def test_ranks_that_share_rows_exchange_heads_and_shard_as_others_do():
     assert together | {"communication": 0} == apart | {"communication": 0}
     # Sixteen ranks need each key-value head twice.
     assert exchange_width(LOAD.decoders[0].shape, 16) == 2 * (16 + 16) * 128
+
+
+def test_zero_3_holds_as_many_gathered_parameters_as_deepspeed_allows():
+    assert DeepSpeedZeroConfig(stage=3).max_live_parameters == LIVE_PARAMETERS
+    ranks = RanksConfig(ranks=4, zero_stage=3)
+    small, _ = training_memory(LOAD, ranks)  # the whole model, and a bucket of gradients
+    assert small["communication"] == pytest.approx(4 * PARAMETERS + 4 * 5e8)
+    decoder = TrainedDecoder(shape=checkpoint_shape("Qwen/Qwen3-8B"), has_language_head=True)
+    large, _ = training_memory(replace(LOAD, decoders=(decoder,)), ranks)
+    assert large["communication"] == pytest.approx(4 * 1e9 + 4 * 5e8)
 
 
 def test_an_optimiser_on_the_host_takes_the_gradients_with_it():
