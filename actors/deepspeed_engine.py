@@ -166,6 +166,8 @@ class DeepSpeedEngine:
         # groups: the gradients of their ranks add up like those of other ranks, and ZeRO shards over all ranks.
         self.loss_factor = float(self.world_size)
         self._zero_stage = ranks.zero_stage
+        # As in `TorchEngine`. DeepSpeed opens autocast itself, with what this process says.
+        torch.set_autocast_cache_enabled(False)
         # Ranks load at different speeds, so they wait for each other here. The process groups that DeepSpeed makes next
         # do not have our timeout: NCCL's own is ten minutes.
         self.sum_over_ranks(torch.zeros(()))

@@ -22,6 +22,7 @@ from pipeline.config.load import load_recipe, recipe_keys, recipe_names
 from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError
 from pipeline.models.native_dtype import with_native_dtype
+from pipeline.stages import storage
 
 CLUSTERS = {"RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"}
 """Environment variables that name a cluster other than one the job would start itself."""
@@ -115,7 +116,9 @@ def absolute_place(workspace: str, *, option: str = "--workspace") -> str:
 
     Raises:
         ConfigError: a relative path in a submitted job, whose working directory is a copy that Ray throws away.
+        WorkspaceError: a URI that carries credentials, or names no place.
     """
+    storage.check_uri(workspace)
     path = os.path.expanduser(workspace)
     if "://" in workspace or os.path.isabs(path):
         return path

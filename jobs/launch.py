@@ -25,6 +25,8 @@ from cluster.launch.launch_plan import LaunchPlan, plan_launch, plan_service
 from cluster.launch.machines import MACHINES, Machine, machine
 from cluster.launch.slurm import SlurmSettings, sbatch_script
 from cluster.launch.ssh import cluster_file
+from cluster.planning.plan_text import check_memory
+from cluster.rollout_plan import plan_rollouts
 from jobs.command_line import Command, absolute_place, add_overrides, add_recipe
 from pipeline.config.load import load_recipe, recipe_names
 from pipeline.config.recipe import Recipe
@@ -35,6 +37,9 @@ from pipeline.stages import storage
 TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
 """What sbatch takes: minutes, hours and minutes, days and hours, ..."""
 
+SLURM_NAME = re.compile(r"[\w.,@:-]+")
+SECRET = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD)($|_)", re.IGNORECASE)
+"""In the name of a variable that holds a credential."""
 
 Write = Callable[[argparse.Namespace, Recipe], str]
 """Makes the text of a file."""
@@ -56,23 +61,37 @@ def plan_of(options: argparse.Namespace, recipe: Recipe) -> LaunchPlan:
 
     Raises:
         ConfigError: an option makes no sense.
-        WorkspaceError: the workspace carries credentials.
-        ResourceError: an actor does not fit one machine.
+        WorkspaceError: the workspace carries credentials, or is none.
+        ResourceError: an actor does not fit one machine, or the memory does not suffice.
     """
     workspace = absolute_place(options.workspace or os.environ.get("VRM_WORKSPACE") or f"~/vrm-runs/{recipe.name}")
-    storage.refuse_credentials(workspace)
-    return plan_launch(
+    launched_on = machine_of(options, recipe, needs_gpu=recipe.cluster.needs_gpus)
+    plan = plan_launch(
         recipe,
         command=("vrm", "run", options.recipe, "--workspace", workspace, *options.overrides),
         environment=_environment(options.env),
-        machine=machine_of(options, needs_gpu=recipe.cluster.needs_gpus),
+        machine=launched_on,
     )
+    if launched_on.gpus:
+        check_memory(recipe, plan_rollouts(recipe, []), machine=launched_on)
+    return plan
 
 
-def machine_of(options: argparse.Namespace, *, needs_gpu: bool) -> Machine:
-    """The machine that the options name, or the usual one."""
+def machine_of(options: argparse.Namespace, recipe: Recipe, *, needs_gpu: bool) -> Machine:
+    """The machine that the options name, else the recipe, else the usual one.
+
+    Raises:
+        ConfigError: the recipe is planned for another accelerator, or as `machine`.
+    """
+    named = recipe.cluster.accelerator
+    planned = named if named != "auto" and needs_gpu else None
+    if planned and options.accelerator and options.accelerator.lower() != planned:
+        raise ConfigError(
+            f"--accelerator {options.accelerator}, but the recipe is planned for cluster.accelerator = {planned}. "
+            f"Leave the option out, or add cluster.accelerator={options.accelerator}."
+        )
     return machine(
-        options.accelerator or ("h100" if needs_gpu else "cpu"),
+        options.accelerator or planned or ("h100" if needs_gpu else "cpu"),
         cpus=options.cpus_per_node,
         gpus=options.gpus_per_node,
         memory_gib=options.memory_gib_per_node,
@@ -83,6 +102,12 @@ def _environment(given: list[str]) -> dict[str, str]:
     wrong = [pair for pair in given if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=.*", pair)]
     if wrong:
         raise ConfigError(f"--env {wrong[0]} is not of the form NAME=VALUE.")
+    secret = next((pair.partition("=")[0] for pair in given if SECRET.search(pair.partition("=")[0])), None)
+    if secret is not None:
+        raise ConfigError(
+            f"--env {secret}: its value would stand in the file. On Kubernetes, name a Secret that has {secret} with "
+            "--secret. Elsewhere set the variable in the shell that calls sbatch, or on every node before `ray start`."
+        )
     return {name: value for name, _, value in (pair.partition("=") for pair in given)}
 
 
@@ -103,12 +128,12 @@ def kubernetes_manifest(options: argparse.Namespace, recipe: Recipe) -> str:
                 f"--serve needs --secret NAME, a Secret with {TOKEN_VARIABLE}: without a token the service refuses "
                 f"nobody. kubectl create secret generic NAME --from-literal={TOKEN_VARIABLE}=..."
             )
-        storage.refuse_credentials(options.serve)
+        storage.check_uri(options.serve)
         scoring = recipe.cluster.scoring
         plan = plan_service(
             recipe,
             environment=_environment(options.env),
-            machine=machine_of(options, needs_gpu=scoring.gpus_per_replica > 0),
+            machine=machine_of(options, recipe, needs_gpu=scoring.gpus_per_replica > 0),
         )
         return as_yaml(ray_service(plan, pods, ray_version=ray_version, model=options.serve, scoring=scoring), plan)
     if options.recipe not in recipe_names():
@@ -124,7 +149,8 @@ def kubernetes_manifest(options: argparse.Namespace, recipe: Recipe) -> str:
 def _require_reachable(place: str, option: str, pods: PodSettings) -> None:
     if not storage.is_local(place):
         return
-    if pods.volume_claim is None or not storage.local_path(place).startswith(f"{VOLUME_PATH}/"):
+    path = os.path.normpath(storage.local_path(place))
+    if pods.volume_claim is None or not path.startswith(f"{VOLUME_PATH}/"):
         raise ConfigError(
             f"{option} {place} is inside a pod, and lost with it. Give a URI, or name a PersistentVolumeClaim with "
             f"--volume-claim and a path below {VOLUME_PATH}/, where it is mounted."
@@ -156,10 +182,14 @@ def _kubernetes_options(parser: argparse.ArgumentParser) -> None:
 def slurm_script(options: argparse.Namespace, recipe: Recipe) -> str:
     """
     Raises:
-        ConfigError: the time is none.
+        ConfigError: time, partition or account is none.
     """
     if not TIME.fullmatch(options.time):
         raise ConfigError(f"--time {options.time} is no time for sbatch. Write HH:MM:SS, or D-HH:MM:SS.")
+    for option in ("partition", "account"):
+        name = getattr(options, option)
+        if name is not None and not SLURM_NAME.fullmatch(name):
+            raise ConfigError(f"--{option} {name!r} is no name for sbatch. Write one word.")
     settings = SlurmSettings(time=options.time, partition=options.partition, account=options.account)
     return sbatch_script(plan_of(options, recipe), settings)
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from cluster.planning.decoder_shape import policy_shape
 from cluster.planning.training_loads import check_sequence_groups
 from pipeline.config.recipe import Recipe
 from pipeline.config.rewards import THIS_RUNS_MODEL
@@ -74,17 +75,18 @@ def check_recipe(recipe: Recipe, *, workspace: str | None = None) -> None:
 
 
 def _check_shards(recipe: Recipe) -> None:
-    """As far as the policy's config can be read here; the rollout pool looks again at what the policy became."""
-    checkpoint, tiny, shards = recipe.policy.checkpoint, recipe.policy.tiny, recipe.cluster.rollout.shards
-    if checkpoint is not None:
+    """As far as the policy's architecture is known here; the rollout pool looks again at what the policy became."""
+    checkpoint, shards = recipe.policy.checkpoint, recipe.cluster.rollout.shards
+    shape = policy_shape(recipe.policy, recipe.cluster.plan.policy_config)
+    if shape is not None:
+        config = {
+            "num_attention_heads": shape.num_heads,
+            "num_key_value_heads": shape.num_kv_heads,
+            "intermediate_size": shape.intermediate_size,
+        }
+        check_tensor_parallel(config, shards, model=checkpoint or shape.source)
+    elif checkpoint is not None:
         check_shards_of(checkpoint, shards)
-        return
-    config = {
-        "num_attention_heads": tiny.num_heads,
-        "num_key_value_heads": tiny.num_kv_heads,
-        "intermediate_size": tiny.intermediate_size,
-    }
-    check_tensor_parallel(config, shards, model="policy.tiny")
 
 
 def _checkpoints(recipe: Recipe) -> Iterator[NamedCheckpoint]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import yaml
 
 from cluster.launch.launch_plan import LaunchPlan
 from pipeline.config.cluster import ScoringConfig
+from pipeline.errors import ConfigError
 
 Manifest = dict[str, Any]
 
@@ -20,6 +22,10 @@ HEAD_GIB = 16
 VOLUME_PATH = "/shared"
 """Where the claimed volume is mounted, on every node."""
 SERVE_PORT = 8000
+OBJECT_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+NO_OBJECT = "no name of Kubernetes, which has lower-case letters, digits, dashes and dots alone"
+MOST_LETTERS = 253
+IMAGE = re.compile(r"[\w.-]+(:\d+)?(/[\w.-]+)*(:[\w.-]+)?(@sha256:[0-9a-f]{64})?")
 KEEP_S = 3600
 """How long a finished RayJob and its logs stay."""
 
@@ -33,6 +39,19 @@ class PodSettings:
     """Name of a Secret whose keys become environment variables: credentials of the storage, tokens."""
     volume_claim: str | None = None
     """Name of a PersistentVolumeClaim that all nodes may mount, for workspaces and data."""
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ConfigError: Kubernetes would refuse a name.
+        """
+        for option, name, form, words in (
+            ("--image", self.image, IMAGE, "no image. Write [REGISTRY/]NAME[:TAG]"),
+            ("--secret", self.secret, OBJECT_NAME, NO_OBJECT),
+            ("--volume-claim", self.volume_claim, OBJECT_NAME, NO_OBJECT),
+        ):
+            if name is not None and not (form.fullmatch(name) and len(name) <= MOST_LETTERS):
+                raise ConfigError(f"{option} {name} is {words}.")
 
 
 def ray_job(plan: LaunchPlan, pods: PodSettings, *, ray_version: str) -> Manifest:

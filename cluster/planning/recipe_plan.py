@@ -50,6 +50,8 @@ class RoleMemory:
     count: int
     on_gpu: bool
     gpu_share: float
+    gpus_together: float
+    """GPUs that must be in one node."""
     device: Bytes
     host: Bytes
     """Beside the device; for an actor without a GPU the device is the host too."""
@@ -191,6 +193,7 @@ class _Planner:
             count=ranks.ranks,
             on_gpu=on_gpu,
             gpu_share=ranks.gpus_per_rank,
+            gpus_together=ranks.gpus_per_rank,
             device=device,
             host=host,
         )
@@ -216,6 +219,7 @@ class _Planner:
             count=self.engine.workers * shards,
             on_gpu=on_gpu,
             gpu_share=self.engine.gpus_per_worker / shards,
+            gpus_together=self.engine.gpus_per_worker,
             device=device,
             host={},
         )
@@ -249,6 +253,7 @@ class _Planner:
             count=max(1, scoring.replicas),
             on_gpu=on_gpu,
             gpu_share=scoring.gpus_per_replica,
+            gpus_together=scoring.gpus_per_replica,
             device=scorer_memory(self.shapes.backbone, dtype=self._scorer_dtype(), tokens=scoring.max_tokens_per_batch),
             host={},
         )

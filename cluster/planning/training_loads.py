@@ -71,8 +71,8 @@ def unknown_checkpoint(recipe: Recipe) -> str:
     checkpoint = recipe.policy.checkpoint if of_policy else recipe.reward.backbone
     setting = "policy_config" if of_policy else "backbone_config"
     return (
-        f"Memory and time are not planned: this machine has no config.json of {checkpoint}. Set "
-        f"cluster.plan.{setting} to one."
+        f"Memory and time are not planned: this machine has no config.json of {checkpoint} whose family the plan "
+        f"knows. Set cluster.plan.{setting} to one."
     )
 
 

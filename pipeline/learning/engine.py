@@ -115,7 +115,9 @@ class TorchEngine:
         )
 
     def forward(self, *args: Any) -> Any:
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
+        enabled = self.dtype == "bfloat16"
+        # A cache would keep the cast of every weight, also of layers that are computed again in the backward pass.
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=False):
             return self.module(*args)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:

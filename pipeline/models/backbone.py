@@ -27,7 +27,7 @@ from pipeline.models.sharded_loading import (
     WeightFiles,
     files_of,
     fill_in_shards,
-    names_in_files,
+    sources_of,
     without_numbers,
 )
 from pipeline.models.tensor_stream import TensorStream
@@ -217,12 +217,12 @@ def _load(
 def _load_in_shards(
     auto_class: Any, checkpoint: str, config: PretrainedConfig, dtype: str, num_layers: int | None, shards: Shards
 ) -> PreTrainedModel | None:
-    """None where transformers computes some tensor from several of the files: such a model is loaded whole."""
+    """None where only transformers knows how some tensor comes from those of the files: it then loads the model."""
     model = without_numbers(lambda: auto_class.from_config(config, dtype=DTYPES[dtype]))
     keep_first_layers(model, num_layers)
     try:
         with WeightFiles(files_of(unpacked(checkpoint))) as files:
-            sources = names_in_files(model, files.names)
+            sources = sources_of(model, files.names)
             if sources is None:
                 return None
             missing = fill_in_shards(model, files, sources, shards)
@@ -319,15 +319,22 @@ def write_causal_lm(
         )
     ends = _one_or_list(end_of_turn_ids(tokenizer, model.generation_config.eos_token_id))
     model.config.eos_token_id = model.generation_config.eos_token_id = ends
-    written = {name: tensor for name, tensor in policy.outline.items() if name not in tied}
-    if revert_weight_conversion(model, dict(written)).keys() == written.keys():
+    kept = {name: tensor for name, tensor in policy.outline.items() if name not in tied}
+    files = policy.converted(
+        lambda name, tensor: revert_weight_conversion(model, {name: tensor}) if name in kept else {}
+    )
+    if _shapes(revert_weight_conversion(model, kept)) == _shapes(files.outline):
         model.save_pretrained(directory, state_dict={})  # all but the weights
         Path(directory, SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
-        policy.write(directory, written)
+        files.write(directory)
     else:
-        # transformers computes the tensors of the files from several of the model's: it needs them all.
+        # transformers computes some tensor of the files from several of the model's: it needs them all.
         model.save_pretrained(directory, state_dict={name: tensor.cpu() for name, tensor in policy.tensors})
     tokenizer.save_pretrained(directory)
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def require_context(checkpoint: str, num_tokens: int, section: str) -> None:

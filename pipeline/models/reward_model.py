@@ -228,7 +228,7 @@ def load_reward_backbone(directory: str, *, shards: Shards | None = None) -> Pre
     config, weights = read_backbone_config(directory), Path(directory) / REWARD_MODEL_FILE
     backbone = without_numbers(lambda: AutoModel.from_config(config, dtype=torch.float32))
     with _explained(weights, f"the architecture in {directory}/config.json"), WeightFiles([str(weights)]) as files:
-        sources = {name: f"backbone.{name}" for name in backbone.state_dict() if f"backbone.{name}" in files.names}
+        sources = {name: [f"backbone.{name}"] for name in backbone.state_dict() if f"backbone.{name}" in files.names}
         missing = fill_in_shards(backbone, files, sources, shards)
         if missing:
             raise ValueError(f"it lacks {len(missing)} tensors, backbone.{missing[0]} first")

@@ -6,6 +6,7 @@ ranks, and forgotten but for the rank's part.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -16,7 +17,13 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 from transformers.initialization import no_init_weights
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
@@ -24,6 +31,8 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from pipeline.models.checkpoint_files import safetensors_entries
 from pipeline.models.safetensors_pieces import SAFETENSORS_DTYPES
 
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
+"""In the name of a tensor of the files: which expert of a mixture it belongs to."""
 PIECE_NUMBERS = 2**22
 """Of a tensor on its way from the file: the rank that reads holds so many in the dtype of the file."""
 
@@ -74,7 +83,7 @@ class WeightFiles:
         return tuple(self._entries[name][2]["shape"])
 
     def read(self, name: str, target: torch.Tensor) -> None:
-        """Fills a contiguous tensor of the same shape, of any dtype and on any device.
+        """Fills a contiguous tensor of as many numbers, of any dtype and on any device.
 
         Raises:
             ValueError: the file has numbers of a kind that no model here computes with.
@@ -122,39 +131,59 @@ def without_numbers(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     return model.eval()
 
 
-def names_in_files(model: PreTrainedModel, names: Sequence[str]) -> dict[str, str] | None:
-    """Tensor of the model -> tensor of the files, by transformers' own rules for prefixes and outdated names.
+Sources = Mapping[str, Sequence[str]]
+"""Tensor of a model -> tensors of the files. Their numbers, one after the other, are those of the model's tensor."""
 
-    None where a tensor of the model is computed from several of the files, as the experts of a mixture are. How, only
-    transformers knows.
+
+def sources_of(model: PreTrainedModel, names: Sequence[str]) -> Sources | None:
+    """Where the tensors of a model lie in the files, by transformers' own rules for prefixes, outdated names, experts.
+
+    The experts of a mixture are files' tensors of their own, and one of the model: [expert, output, input], or with the
+    gate's outputs before the others', [expert, 2 outputs, input].
+
+    None where a tensor of the model is computed in another way. How, only transformers knows.
     """
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     wanted, prefix = model.state_dict(), model.base_model_prefix
-    found = {}
+    found: dict[str, list[tuple[int, int, str]]] = {}
     for name in names:
-        renamed, converter = rename_source_key(name, renamings, converters, prefix, wanted)
+        renamed, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
         if renamed not in wanted and name in wanted:
-            renamed, converter = rename_source_key(name, [], [], prefix, wanted)
-        if renamed in wanted:
-            if converter is not None:
+            renamed, pattern = rename_source_key(name, [], [], prefix, wanted)
+        if renamed not in wanted:
+            continue
+        expert = part = 0
+        if pattern is not None:
+            converter = next(rule for rule in converters if pattern in rule.source_patterns)
+            number = EXPERT.search(name)
+            if number is None or not _stacks_experts(converter):
                 return None
-            found[renamed] = name
-    return found
+            expert, part = int(number[1]), converter.source_patterns.index(pattern)
+        found.setdefault(renamed, []).append((expert, part, name))
+    return {tensor: [name for _, _, name in sorted(sources)] for tensor, sources in found.items()}
 
 
-def fill_in_shards(module: nn.Module, files: WeightFiles, sources: Mapping[str, str], shards: Shards) -> list[str]:
+def _stacks_experts(converter: WeightConverter) -> bool:
+    """Whether the rule puts the matrices of experts one after the other, and of each the gate before the input."""
+    first, *others = converter.operations
+    return (
+        isinstance(first, MergeModulelist)
+        and first.dim == 0
+        and all(isinstance(other, Concatenate) and other.dim == 1 for other in others)
+        and len(converter.target_patterns) == 1
+    )
+
+
+def fill_in_shards(module: nn.Module, files: WeightFiles, sources: Sources, shards: Shards) -> list[str]:
     """Reads and splits every parameter of a module without numbers, one at a time; reads its buffers whole. Collective.
-
-    Args:
-        sources: tensor of the module -> tensor of the files.
 
     Returns:
         Names of the tensors that the files lack. Where there are any, nothing was read.
 
     Raises:
-        ValueError: a tensor of the files has another shape.
+        ValueError: tensors of the files have other shapes.
     """
     parameters = list(_parameters_with_owners(module))
     state = module.state_dict()
@@ -163,25 +192,45 @@ def fill_in_shards(module: nn.Module, files: WeightFiles, sources: Mapping[str, 
     missing += [name for name in buffers if name not in sources]
     if missing:
         return missing
-    for name, source in sources.items():
-        if files.shape(source) != tuple(state[name].shape):
-            raise ValueError(
-                f"{source} has the shape {files.shape(source)}, the architecture asks for {tuple(state[name].shape)}"
-            )
+    for name, parts in sources.items():
+        _check_shapes(files, parts, tuple(state[name].shape))
     for name, buffer in buffers.items():
-        files.read(sources[name], buffer)
+        _read(files, sources[name], buffer)
     # All parameters pass through the same memory: a rank's parts would otherwise lie between the holes of whole ones.
     room = torch.empty(max(empty.nbytes for empty, _, _ in parameters), dtype=torch.uint8, device=shards.device)
     for empty, owners, names in parameters:
         numbers = room[: empty.nbytes].view(empty.dtype).view(empty.shape)
         if shards.reads:
-            files.read(next(sources[name] for name in names if name in sources), numbers)
+            _read(files, next(sources[name] for name in names if name in sources), numbers)
         parameter = nn.Parameter(numbers, requires_grad=empty.requires_grad)
         for owner, attribute in owners:
             setattr(owner, attribute, parameter)
         shards.split(parameter)
     move_buffers(module, shards.device)
     return []
+
+
+def _check_shapes(files: WeightFiles, parts: Sequence[str], shape: tuple[int, ...]) -> None:
+    """
+    Raises:
+        ValueError: the parts do not make a tensor of that shape.
+    """
+    expected = shape
+    if len(parts) > 1:
+        experts, outputs, inputs = shape
+        each = max(1, len(parts) // experts)
+        expected = (outputs // each, inputs)
+        if len(parts) != each * experts:
+            raise ValueError(f"{parts[0]} and its like are {len(parts)}, the architecture has {experts} experts")
+    for part in parts:
+        if files.shape(part) != expected:
+            raise ValueError(f"{part} has the shape {files.shape(part)}, the architecture asks for {expected}")
+
+
+def _read(files: WeightFiles, parts: Sequence[str], target: torch.Tensor) -> None:
+    """Fills a contiguous tensor with the parts, one after the other."""
+    for part, piece in zip(parts, target.view(-1).chunk(len(parts)), strict=True):
+        files.read(part, piece)
 
 
 def move_buffers(module: nn.Module, device: torch.device) -> None:

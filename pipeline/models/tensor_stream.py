@@ -46,6 +46,12 @@ class TensorStream:
     def to(self, dtype: torch.dtype) -> TensorStream:
         return self._through(lambda tensors: ((name, tensor.to(dtype)) for name, tensor in tensors))
 
+    def converted(self, convert: Callable[[str, torch.Tensor], Mapping[str, torch.Tensor]]) -> TensorStream:
+        """With none, one or several tensors in the place of each."""
+        return self._through(
+            lambda tensors: (pair for name, tensor in tensors for pair in convert(name, tensor).items())
+        )
+
     def followed_by(self, state: Mapping[str, torch.Tensor]) -> TensorStream:
         """With those tensors at the end that are not in it yet."""
         more = TensorStream.of({name: tensor for name, tensor in state.items() if name not in self.outline})

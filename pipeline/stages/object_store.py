@@ -7,8 +7,9 @@ nobody else has: If-None-Match and If-Match on S3, the generation on Google's st
 from __future__ import annotations
 
 import os
+import re
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,8 +53,40 @@ ROLES = ("/latest/api/token", "/computeMetadata/")
 NO_RETRY = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
 """For the first request of a job: a wrong address is wrong at once."""
 
+ADDRESS = re.compile(r"([\w.-]+|\[[0-9a-fA-F:]+\])(:\d+)?")
+"""A host, and the port where it is not the usual one."""
+
 Store: TypeAlias = S3Store | GCSStore
 Settings: TypeAlias = tuple[tuple[str, str], ...]
+
+
+def _check_settings(place: str, settings: Sequence[tuple[str, str]]) -> None:
+    """
+    Args:
+        place: without the query, whose values may be secret: no message repeats those of unknown keys.
+
+    Raises:
+        WorkspaceError: a key means nothing, is there twice, or has a value that means nothing.
+    """
+    names = [name for name, _ in settings]
+    unknown = [name for name in names if name not in QUERY_KEYS]
+    if unknown:
+        raise WorkspaceError(
+            f"{place} has {', '.join(unknown)} in its query, which means nothing here; it may have "
+            f"{', '.join(QUERY_KEYS)}. Give credentials in the environment, where no log shows them."
+        )
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise WorkspaceError(f"{place} has {', '.join(twice)} twice in its query. Leave one.")
+    values = dict(settings)
+    address, protocol = values.get("endpoint_override"), values.get("scheme", "https")
+    if address is not None and not ADDRESS.fullmatch(address):
+        raise WorkspaceError(
+            f"{place} has endpoint_override={address}, which is no address. Write HOST or HOST:PORT, and "
+            "scheme=http beside it where the server has no TLS."
+        )
+    if protocol not in ("http", "https"):
+        raise WorkspaceError(f"{place} has scheme={protocol} in its query. Write http or https.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +114,12 @@ class ObjectPlace:
         bucket, _, key = path.partition("/")
         if not bucket:
             raise WorkspaceError(f"{uri} names no bucket. Write {scheme}://BUCKET/PATH.")
-        settings = tuple(sorted(parse_qsl(query, keep_blank_values=True)))
-        unknown = [name for name, _ in settings if name not in QUERY_KEYS]
-        if unknown:
-            raise WorkspaceError(
-                f"{uri} has {', '.join(unknown)} in its query, which means nothing here; it may have "
-                f"{', '.join(QUERY_KEYS)}. Give credentials in the environment, where no log shows them."
-            )
-        return cls(uri=uri, scheme=scheme, bucket=bucket, key=key.strip("/"), settings=settings)
+        settings = parse_qsl(query, keep_blank_values=True)
+        _check_settings(f"{scheme}://{path}", settings)
+        parts = [part for part in key.split("/") if part]
+        if {".", ".."} & set(parts):
+            raise WorkspaceError(f"{uri} has . or .. in its path, which a bucket does not know. Write the whole path.")
+        return cls(uri=uri, scheme=scheme, bucket=bucket, key="/".join(parts), settings=tuple(sorted(settings)))
 
     @property
     def endpoint(self) -> str | None:

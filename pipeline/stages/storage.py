@@ -54,7 +54,18 @@ def parent(uri: str) -> str:
     return path.rstrip("/").rpartition("/")[0] + mark + query
 
 
-def refuse_credentials(uri: str) -> None:
+def check_uri(uri: str) -> None:
+    """Refuses a URI that cannot be meant, without asking any server.
+
+    Raises:
+        WorkspaceError: it carries credentials, or names no place.
+    """
+    if uri.startswith("file:") and not uri.startswith("file:///"):
+        raise WorkspaceError(f"{uri} names no path of this machine. Write file:///PATH, or the path alone.")
+    _objects(uri)
+
+
+def _refuse_credentials(uri: str) -> None:
     """Raises for a URI that carries a password, which logs, manifests and the list of processes would show.
 
     Raises:
@@ -374,7 +385,7 @@ def _objects(uri: str) -> ObjectPlace | None:
     """
     if is_local(uri):
         return None
-    refuse_credentials(uri)
+    _refuse_credentials(uri)
     return ObjectPlace.of(uri)
 
 

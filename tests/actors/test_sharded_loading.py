@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from actors.deepspeed_learners import deepspeed_ppo_learner
 from actors.rank_group import RankGroup
@@ -132,6 +132,32 @@ def test_a_rank_holds_its_part_and_one_parameter_while_it_loads_a_model(way, sou
         assert torch.equal(whole[: stored.numel()].view(shape), stored.to(whole.dtype)), name
 
 
+def test_ranks_split_the_experts_of_a_mixture_while_they_load_them(group, tokenizer, tmp_path):
+    config = Qwen3MoeConfig(
+        vocab_size=TOKENS,
+        hidden_size=WIDTH,
+        moe_intermediate_size=WIDTH // 2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = Qwen3MoeForCausalLM(config)
+    assert max(parameter.nbytes for parameter in model.parameters()) == LARGEST  # the experts of a layer, together
+    save_causal_lm(model.state_dict(), config, tokenizer, str(tmp_path))
+    results = on_every_rank(group, load, "policy", str(tmp_path))
+    for result in results:
+        assert not result["whole"]
+        # To compute, a layer's experts are gathered together: gates and inputs as above, and half as many of outputs.
+        assert result["shard"] < result["peak"] < result["shard"] + 3 * LARGEST
+    for name, tensor in model.state_dict().items():
+        whole = torch.cat([result["part"][name] for result in results])
+        assert torch.equal(whole[: tensor.numel()].view_as(tensor), tensor), name
+
+
 def tensors(rank):
     """Runs on every rank: all that it and the others hold, by name."""
     return {name: tensor.clone() for name, tensor in rank._learner.engine.stream().tensors}
@@ -143,6 +169,19 @@ def test_ranks_start_from_the_numbers_of_one_process(group, spec):
     for ranks in on_every_rank(group, tensors):
         assert ranks.keys() == alone.keys()
         assert all(torch.equal(ranks[name], alone[name]) for name in alone)
+
+
+def autocast_of_deepspeed(rank):
+    """Runs on every rank: whether products inside are cast, and whether the casts of weights outlive them."""
+    from deepspeed.runtime.torch_autocast import autocast_if_enabled
+
+    engine = SimpleNamespace(torch_autocast_enabled=lambda: True, torch_autocast_dtype=lambda: torch.bfloat16)
+    with autocast_if_enabled(engine):
+        return torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()
+
+
+def test_no_rank_keeps_the_casts_of_weights_until_the_forward_pass_ends(group):
+    assert on_every_rank(group, autocast_of_deepspeed) == [(True, False)] * RANKS
 
 
 def export(rank, directory):

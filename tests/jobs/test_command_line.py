@@ -8,7 +8,7 @@ import pytest
 from cluster.submission import JOB_CONFIG
 from jobs.command_line import absolute_place, job_options, print_dry_run
 from jobs.run_job import job_command
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, WorkspaceError
 from tests.support.paths import ROOT
 
 JOBS = (
@@ -162,3 +162,5 @@ def test_a_submitted_job_refuses_a_workspace_that_would_be_thrown_away(monkeypat
     assert absolute_place("/data/ws") == "/data/ws"
     with pytest.raises(ConfigError, match=r'Write --workspace "\$PWD/runs/x"'):
         absolute_place("runs/x")
+    with pytest.raises(WorkspaceError, match=r"names no path of this machine"):
+        absolute_place("file://runs/x")

@@ -46,7 +46,7 @@ def out(tmp_path, monkeypatch):
 
 
 def manifest(*words):
-    return yaml.safe_load(written(kubernetes_command, *words, *IMAGE))
+    return yaml.safe_load(written(kubernetes_command, *IMAGE, *words))
 
 
 def strict(schema):
@@ -130,18 +130,40 @@ def test_the_number_of_nodes_is_the_smallest_that_holds_every_stage():
             r"4 CPU and 9 GPU.*8 GPU.*\(cluster\.reward\)",
         ),
         (["--env", "NAME"], ConfigError, "--env NAME is not of the form NAME=VALUE"),
+        (
+            ["--accelerator", "l40s", "alignment.max_tokens_per_micro_batch=131072"],
+            ResourceError,
+            r"needs 92 GB of a l40s with 48 GB: .*alignment\.max_tokens_per_micro_batch=16384 would fit",
+        ),
+        (["--env", "AWS_SECRET_ACCESS_KEY=hidden"], ConfigError, r"--env AWS_SECRET_ACCESS_KEY: .*with --secret\."),
+        (["--env", "HF_TOKEN=hidden"], ConfigError, r"--env HF_TOKEN: its value would stand in the file"),
+        (["--partition", "a b"], ConfigError, "--partition 'a b' is no name for sbatch"),
+        (["--account", "a\n#SBATCH --wrap=x"], ConfigError, "is no name for sbatch"),
+        (["--memory-gib-per-node", "100"], ResourceError, r"host memory on each of 1 node\(s\) with 107\.4 GB"),
+        (
+            ["--accelerator", "a100", "cluster.accelerator=h200"],
+            ConfigError,
+            r"--accelerator a100, but the recipe is planned for cluster\.accelerator = h200\. Leave the option out",
+        ),
         (["--workspace", "s3://key:secret@bucket/run"], WorkspaceError, "carries credentials"),
         (["sft.num_stps=1"], ConfigError, "unknown key"),
     ],
 )
 def test_what_no_machine_can_run_is_refused_by_name(words, error, letter):
-    with pytest.raises(error, match=letter):
+    with pytest.raises(error, match=letter) as refusal:
         written(slurm_command, "paper_qwen3_8b", *SHARED, *words)
+    assert "hidden" not in str(refusal.value)
+
+
+def test_a_recipe_is_launched_on_the_accelerator_that_it_is_planned_for():
+    text = written(slurm_command, "paper_qwen3_32b", *SHARED)
+    assert "#SBATCH --gpus-per-node=h200:8" in text.splitlines()
 
 
 def test_names_are_taken_by_every_scheduler():
     assert launch_name("paper_qwen2.5_7b") == "vrm-paper-qwen2-5-7b"
-    assert launch_name("X" * 200) == f"vrm-{'x' * 40}"
+    assert launch_name("X" * 200) == f"vrm-{'x' * 43}"  # KubeRay takes 47 letters
+    assert launch_name("a_" * 100, suffix="-reward") == f"vrm-{'a-' * 17}a-reward"
     with pytest.raises(ConfigError, match="has no letter"):
         launch_name("___")
 
@@ -150,10 +172,10 @@ def test_names_are_taken_by_every_scheduler():
 
 
 def test_the_ray_job_is_one_that_kuberay_accepts():
-    job = manifest("paper_qwen3_8b", *ON_S3, "--secret", "vrm", "--env", "VRM_DATA_ROOT=/data", "sft.num_steps=5")
+    job = manifest("paper_qwen3_8b", *ON_S3, "--secret", "vrm", "--env", "VRM_DATA_ROOT=/data", "seed=5")
     assert problems(job, "rayjobs") == []
     assert problems(job | {"spec": job["spec"] | {"entrypiont": "x"}}, "rayjobs") != []
-    assert shlex.split(job["spec"]["entrypoint"]) == ["vrm", "run", "paper_qwen3_8b", *ON_S3, "sft.num_steps=5"]
+    assert shlex.split(job["spec"]["entrypoint"]) == ["vrm", "run", "paper_qwen3_8b", *ON_S3, "seed=5"]
     cluster = job["spec"]["rayClusterSpec"]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         [container] = group["template"]["spec"]["containers"]
@@ -196,8 +218,12 @@ def test_the_ray_service_is_one_that_kuberay_and_serve_accept():
             r"/runs/tiny is inside a pod, and lost with it\. Give a URI",
         ),
         (["tiny", "--workspace", "/runs/tiny", "--volume-claim", "c"], "a path below /shared/"),
+        (["tiny", "--workspace", "/shared/../runs", "--volume-claim", "c"], "a path below /shared/"),
         (["tiny", "--serve", "s3://bucket/model"], "--serve needs --secret NAME, a Secret with VRM_SERVICE_TOKEN"),
         (["tiny", "--serve", "/model", "--secret", "s"], "--serve /model is inside a pod"),
+        (["tiny", *ON_S3, "--secret", "My_Secret"], "--secret My_Secret is no name of Kubernetes"),
+        (["tiny", *ON_S3, "--volume-claim", "claim-"], "--volume-claim claim- is no name of Kubernetes"),
+        (["tiny", *ON_S3, "--image", "an image"], r"--image an image is no image\. Write"),
         ([f"{ROOT}/jobs/recipes/tiny.yaml", *ON_S3], "is a file of this machine, which a pod does not have"),
     ],
 )

@@ -70,6 +70,10 @@ def refused_commands(tmp_path, files, s3, tiny_policy):
             f"gpus_per_worker) cannot divide {tiny_policy}: it has 2 attention heads",
         ),
         (
+            ["run", "paper_qwen3_8b", "--dry-run", "cluster.rollout={gpus_per_worker: 3, placement: disaggregated}"],
+            "gpus_per_worker) cannot divide Qwen/Qwen3-8B: it has 32 attention heads, 8 key-value heads",
+        ),
+        (
             ["run", "tiny", "--dry-run", "cluster.sft={ranks: 3, sequence_parallel: 3}"],
             "cluster.sft.sequence_parallel = 3 ranks cannot divide the 4 attention heads of policy.tiny",
         ),

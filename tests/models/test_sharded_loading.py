@@ -6,13 +6,14 @@ from contextlib import nullcontext
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.errors import CheckpointError
-from pipeline.models.backbone import load_backbone, load_causal_lm, save_causal_lm
+from pipeline.models.backbone import load_backbone, load_causal_lm, write_causal_lm
 from pipeline.models.packing import ATTENTION
 from pipeline.models.reward_model import load_reward_backbone, load_reward_model
-from pipeline.models.sharded_loading import WeightFiles
+from pipeline.models.sharded_loading import WeightFiles, sources_of
+from pipeline.models.tensor_stream import TensorStream
 from tests.support.learners import untrained_reward_model
 
 
@@ -139,24 +140,87 @@ def test_a_tensor_is_read_in_pieces_into_any_dtype(tmp_path, monkeypatch):
             assert torch.equal(target, expected)
 
 
-def test_a_mixture_of_experts_is_loaded_and_saved_whole_as_transformers_does(tokenizer, tmp_path):
-    config = Qwen3MoeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        moe_intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        num_experts=4,
-        num_experts_per_tok=2,
-    )
-    made = Qwen3MoeForCausalLM(config)
-    save_causal_lm(made.state_dict(), made.config, tokenizer, str(tmp_path))
+MIXTURE = {
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "num_experts_per_tok": 2,
+}
+EXPERTS = 11
+"""The tenth's name comes before the second's."""
+
+
+@pytest.fixture(params=["qwen3_moe", "mixtral"])
+def mixture(request, tokenizer, tmp_path):
+    """A random mixture of experts, and the directory that transformers wrote it to."""
+    kind = {"num_experts": EXPERTS, "moe_intermediate_size": 16}
+    kind = kind if request.param == "qwen3_moe" else {"num_local_experts": EXPERTS}
+    config = AutoConfig.for_model(request.param, vocab_size=len(tokenizer), **MIXTURE, **kind)
+    config.eos_token_id = tokenizer.eos_token_id
+    made = AutoModelForCausalLM.from_config(config)
+    made.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return made, tmp_path
+
+
+def test_the_experts_of_a_mixture_are_read_into_the_tensor_that_the_model_has(mixture):
+    made, directory = mixture
     # transformers keeps the experts of a layer in one tensor, and files each for itself.
-    assert "model.layers.0.mlp.experts.0.gate_proj.weight" in load_file(tmp_path / "model.safetensors")
+    assert any(f".experts.{EXPERTS - 1}." in name for name in load_file(directory / "model.safetensors"))
     shards = OneRank()
-    loaded, _ = load_causal_lm(str(tmp_path), dtype="float32", shards=shards)
+    policy, _ = load_causal_lm(str(directory), dtype="bfloat16", shards=shards)
+    whole, _ = load_causal_lm(str(directory), dtype="bfloat16")
+    whole.set_attn_implementation(ATTENTION)
+    assert_equal_models(policy, whole)
+    assert len(shards.split_parameters) == len(list(made.parameters()))
+    assert_equal_models(
+        load_backbone(str(directory), dtype="float32", num_layers=1, shards=OneRank()),
+        _packed(load_backbone(str(directory), dtype="float32", num_layers=1)),
+    )
+
+
+def _packed(model):
+    model.set_attn_implementation(ATTENTION)
+    return model
+
+
+def test_a_mixture_is_written_tensor_by_tensor_as_transformers_writes_it(mixture, tokenizer, tmp_path):
+    made, directory = mixture
+    seen = []
+
+    def one_by_one():
+        for name, tensor in made.state_dict().items():
+            seen.append((name, (tmp_path / "ours" / "model.safetensors").exists()))
+            yield name, tensor
+
+    (tmp_path / "ours").mkdir()
+    stream = TensorStream(outline=TensorStream.of(made.state_dict()).outline, tensors=one_by_one())
+    write_causal_lm(stream, made.config, tokenizer, str(tmp_path / "ours"))
+    ours, theirs = (load_file(place / "model.safetensors") for place in (tmp_path / "ours", directory))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert seen[-1][1], "the file was begun before the last tensor came"
+
+
+def test_a_mixture_that_lacks_an_expert_is_refused_before_any_is_read(mixture):
+    _, directory = mixture
+    state = load_file(directory / "model.safetensors")
+    save_file({name: t for name, t in state.items() if ".experts.3." not in name}, directory / "model.safetensors")
+    shards = OneRank()
+    with pytest.raises(CheckpointError, match=rf"cannot be loaded: .* the architecture has {EXPERTS} experts"):
+        load_causal_lm(str(directory), dtype="float32", shards=shards)
     assert not shards.split_parameters
-    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in made.state_dict().items())
+
+
+def test_what_transformers_computes_from_several_tensors_is_loaded_and_saved_whole(tokenizer, tmp_path):
+    config = AutoConfig.for_model("hrm_text", vocab_size=len(tokenizer), **MIXTURE)
+    made = AutoModelForCausalLM.from_config(config)
+    write_causal_lm(TensorStream.of(made.state_dict()), made.config, tokenizer, str(tmp_path))
+    written = load_file(tmp_path / "model.safetensors")
+    assert "model.L_module.layers.0.mlp.gate_up_proj.weight" in written  # two matrices of the model
+    assert sources_of(made, list(written)) is None
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in made.state_dict().items())

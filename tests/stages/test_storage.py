@@ -178,6 +178,18 @@ def test_keys_with_blanks_and_marks_are_taken_as_they_are_written(s3):
     assert storage.list_directories(storage.parent(place)) == ["wörter #1"]
 
 
+def test_slashes_too_many_are_one(s3):
+    bucket = s3.new_bucket()
+    storage.write_text(f"s3://{bucket}//runs//a/x.json?{s3.query}", "1")
+    assert storage.read_text(f"s3://{bucket}/runs/a/x.json?{s3.query}") == "1"
+
+
+@pytest.mark.parametrize("uri", ["file://localhost/disk/ws", "file://runs/ws", "file:/disk/ws", "file://~/ws"])
+def test_a_file_uri_that_would_be_a_relative_path_is_refused(uri):
+    with pytest.raises(WorkspaceError, match=r"names no path of this machine\. Write file:///PATH"):
+        storage.check_uri(uri)
+
+
 def test_a_bucket_that_is_not_there_is_refused_by_name(s3):
     uri = f"s3://nowhere/ws?{s3.query}"
     letter = rf"s3://nowhere/ws.* there is no bucket 'nowhere' at http://{s3.address}. Create it"
@@ -211,6 +223,15 @@ def test_a_server_that_does_not_answer_is_refused_within_seconds(s3):
         ("s3://key:secret@bucket/ws?region=eu-west-1", r"s3://\.\.\.@bucket/ws\?region=eu-west-1 carries credentials"),
         ("s3://bucket/ws?endpoint=host", r"has endpoint in its query.*it may have endpoint_override, scheme, region"),
         ("s3:///ws", r"s3:///ws names no bucket\. Write s3://BUCKET/PATH"),
+        ("s3://bucket/ws?access_key=secret", r"s3://bucket/ws has access_key in its query"),
+        ("s3://bucket/ws?endpoint_override=&scheme=http", r"has endpoint_override=, which is no address\. Write HOST"),
+        (
+            "s3://bucket/ws?endpoint_override=http://host:9",
+            r"=http://host:9, .* scheme=http beside it",
+        ),
+        ("s3://bucket/ws?endpoint_override=host&scheme=ftp", r"scheme=ftp in its query\. Write http or https"),
+        ("s3://bucket/ws?scheme=http&scheme=https", r"has scheme twice in its query"),
+        ("s3://bucket/ws/../other", r"has \. or \.\. in its path"),
     ],
 )
 def test_uris_that_cannot_be_meant_are_refused(uri, letter):

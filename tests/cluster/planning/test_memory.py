@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 from cluster.planning.decoder_shape import checkpoint_shape, shape_from_config
-from cluster.planning.memory import TrainedDecoder, TrainingLoad, exchange_width, loading_bytes, training_memory
+from cluster.planning.memory import (
+    LIVE_PARAMETERS,
+    TrainedDecoder,
+    TrainingLoad,
+    exchange_width,
+    loading_bytes,
+    training_memory,
+)
 from cluster.planning.training_loads import sft_load, shapes_of
 from pipeline.config.cluster import RanksConfig
 from pipeline.config.load import load_recipe
@@ -24,6 +34,7 @@ from tests.support.allocations import peak_tensor_bytes
 ROW_TOKENS = 128
 TINY = {"hidden_size": 128, "num_hidden_layers": 2, "vocab_size": 173}
 TEN_MILLION = {"hidden_size": 256, "num_hidden_layers": 4, "vocab_size": 14_000}
+MIXTURE = {"moe_intermediate_size": 256, "num_experts": 8, "num_experts_per_tok": 2}
 
 
 def config_of(size, family=Qwen3Config, *, tied=False):
@@ -92,14 +103,25 @@ def load_of(config, *, dtype, recompute, tokens, micro_batches, lora=None):
         (config_of(TEN_MILLION), {"micro_batches": 2, "lora": LoRAConfig(rank=16, alpha=32)}),
         (config_of(TEN_MILLION, LlamaConfig, tied=True), {"micro_batches": 2}),
         (config_of({"hidden_size": 512, "num_hidden_layers": 1, "vocab_size": 20_000}), {"tokens": 128}),
+        (config_of(TEN_MILLION | MIXTURE, Qwen3MoeConfig), {"micro_batches": 2}),
+        (config_of(TEN_MILLION | MIXTURE, Qwen3MoeConfig), {"micro_batches": 2, "dtype": "bfloat16"}),
     ],
-    ids=["tiny", "tiny twice", "10M", "recomputed", "bfloat16", "LoRA", "Llama", "wide"],
+    ids=["tiny", "tiny twice", "10M", "recomputed", "bfloat16", "LoRA", "Llama", "wide", "mixture", "mixture bfloat16"],
 )
 def test_memory_of_a_training_step_is_predicted_within_15_percent(config, settings):
     settings = {"dtype": "float32", "recompute": False, "tokens": 384, "micro_batches": 1} | settings
     measured = peak_tensor_bytes(lambda: train(config, **settings))
     device, _ = training_memory(load_of(config, **settings), None)
     assert sum(device.values()) == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("more", [{"recompute": True}, {"lora": LoRAConfig(rank=16, alpha=32)}], ids=["again", "LoRA"])
+def test_weights_are_kept_in_bfloat16_where_the_backward_pass_needs_them_and_nowhere_else(more):
+    config = config_of({"hidden_size": 256, "num_hidden_layers": 24, "vocab_size": 2000})
+    settings = {"dtype": "bfloat16", "recompute": False, "tokens": 128, "micro_batches": 2} | more
+    measured = peak_tensor_bytes(lambda: train(config, **settings))
+    device, _ = training_memory(load_of(config, **settings), None)
+    assert sum(device.values()) == pytest.approx(measured, rel=0.05)
 
 
 LOAD = TrainingLoad(
@@ -145,6 +167,16 @@ def test_ranks_that_share_rows_exchange_heads_and_shard_as_others_do():
     assert together | {"communication": 0} == apart | {"communication": 0}
     # Sixteen ranks need each key-value head twice.
     assert exchange_width(LOAD.decoders[0].shape, 16) == 2 * (16 + 16) * 128
+
+
+def test_zero_3_holds_as_many_gathered_parameters_as_deepspeed_allows():
+    assert DeepSpeedZeroConfig(stage=3).max_live_parameters == LIVE_PARAMETERS
+    ranks = RanksConfig(ranks=4, zero_stage=3)
+    small, _ = training_memory(LOAD, ranks)  # the whole model, and a bucket of gradients
+    assert small["communication"] == pytest.approx(4 * PARAMETERS + 4 * 5e8)
+    decoder = TrainedDecoder(shape=checkpoint_shape("Qwen/Qwen3-8B"), has_language_head=True)
+    large, _ = training_memory(replace(LOAD, decoders=(decoder,)), ranks)
+    assert large["communication"] == pytest.approx(4 * 1e9 + 4 * 5e8)
 
 
 def test_an_optimiser_on_the_host_takes_the_gradients_with_it():

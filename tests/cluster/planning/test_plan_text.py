@@ -52,6 +52,38 @@ def test_a_rank_that_exceeds_its_gpu_is_refused_with_its_largest_part_and_the_cu
     assert message.endswith("cluster.alignment.zero_stage=3 cluster.alignment.offload_optimiser=true would fit.")
 
 
+def test_a_setting_that_would_fit_is_named_once():
+    message = refusal("paper_qwen3_8b", "cluster.accelerator=l40s", "alignment.max_tokens_per_micro_batch=131072")
+    assert message.endswith(" alignment.max_tokens_per_micro_batch=16384 would fit.")
+    assert message.count("max_tokens_per_micro_batch") == 1
+
+
+def test_an_engine_of_more_gpus_than_a_node_has_is_refused():
+    wide = ("cluster.rollout.gpus_per_worker=16", "cluster.rollout.placement=disaggregated")
+    message = refusal("paper_qwen3_8b", *wide, "cluster.rollout.workers=1")
+    start = "a rollout worker of stage align_policy takes 16 GPUs and never spans nodes; a node of h100 has 8."
+    assert message.startswith(start)
+    assert message.endswith(" cluster.rollout.gpus_per_worker=8 would fit.")
+    # Nodes that Ray knows may have more.
+    recipe = load_recipe("paper_qwen3_8b", [*wide, "cluster.rollout.workers=1"])
+    check_memory(recipe, plan_rollouts(recipe, []), [{"GPU": 16.0, "accelerator_type:H100": 1.0}])
+
+
+def test_engines_too_large_for_a_part_of_a_gpu_are_given_two_of_their_own():
+    message = refusal("paper_qwen3_32b", "cluster.accelerator=h100")
+    assert message.startswith("a rollout worker of stage align_policy needs 68 GB for weights and work")
+    cure = ("cluster.rollout.placement=disaggregated", "cluster.rollout.gpus_per_worker=2")
+    assert message.endswith(f" {' '.join(cure)} would fit.")
+    assert "Policy: 32.8B" in planned("paper_qwen3_32b", "cluster.accelerator=h100", *cure)
+
+
+def test_a_plan_for_this_machine_has_its_memory(monkeypatch):
+    monkeypatch.setattr(hardware, "gpus_of_this_machine", lambda: ("NVIDIA H100 80GB HBM3",) * 8)
+    monkeypatch.setattr(hardware, "host_memory_bytes", lambda: 200 * 2**30)
+    with pytest.raises(ResourceError, match=r"host memory on each of 1 node\(s\) with 214\.7 GB"):
+        planned("paper_qwen3_8b")
+
+
 def test_an_engine_whose_weights_exceed_its_share_of_the_gpu_is_refused():
     message = refusal("paper_qwen3_8b", "cluster.rollout.gpu_memory_fraction=0.1")
     assert "a rollout worker of stage align_policy needs 18 GB for weights and work, more than its share" in message
@@ -91,14 +123,14 @@ def test_a_checkpoint_that_nobody_knows_is_not_planned_and_not_refused():
     recipe = load_recipe("paper_qwen3_8b", ["policy.checkpoint=somebody/some-model"])
     rollouts = plan_rollouts(recipe, [])
     assert memory_and_time(recipe, rollouts) == (
-        "Memory and time are not planned: this machine has no config.json of somebody/some-model. Set "
-        "cluster.plan.policy_config to one."
+        "Memory and time are not planned: this machine has no config.json of somebody/some-model whose family the plan "
+        "knows. Set cluster.plan.policy_config to one."
     )
     check_memory(recipe, rollouts, [])
 
 
 def test_the_gpu_of_the_cluster_decides_before_a_job_starts():
-    recipe = load_recipe("paper_qwen3_8b")
+    recipe = load_recipe("paper_qwen3_8b", ["alignment.max_tokens_per_micro_batch=32768"])
     rollouts = plan_rollouts(recipe, [])
     check_memory(recipe, rollouts, [{"GPU": 8.0, "accelerator_type:H100": 1.0}])
     with pytest.raises(ResourceError, match="of a l40s with 48 GB"):
