@@ -35,8 +35,9 @@ def build_experience(
         `return/mean` of all rewarded rollouts.
     """
     ppo, kl, rewards, groups = config.ppo, config.kl, rewarded.rewards, rewarded.groups
-    rollouts = evaluated.rollouts.select(rewarded.rows)
-    batch = RolloutTensors.of(rollouts, evaluated.tokens.select(rewarded.rows))
+    # Of the rollouts the tokens alone: to select words costs more than to select numbers.
+    engine_logprobs = evaluated.rollouts.logprobs.select(rewarded.rows)
+    batch = RolloutTensors.of(engine_logprobs, evaluated.tokens.select(rewarded.rows))
     reward_beta, loss_beta = (kl_coefficient, 0.0) if kl.place == "reward" else (0.0, kl_coefficient)
     # Without a name, so that neither tensor of tokens outlives the call that takes it.
     advantages = estimated_advantages(
@@ -52,16 +53,17 @@ def build_experience(
     )
     returns = advantages + batch.values if ppo.trains_a_critic else None
     weights = None if ppo.tis_cap is None else importance_weights(batch, tis_cap=ppo.tis_cap)
-    kept = rows_that_teach(rewards, groups) if ppo.drop_uniform_groups else torch.arange(len(rollouts))
+    kept = rows_that_teach(rewards, groups) if ppo.drop_uniform_groups else torch.arange(len(rewards))
 
     def of_kept(column: torch.Tensor) -> torch.Tensor:
         """A view, where all rows stay."""
         return Ragged(column, batch.offsets).select(kept).values
 
-    sequences, taught = rollouts.sequences.select(kept), of_kept(advantages)
+    rows, taught = rewarded.rows[kept], of_kept(advantages)
+    sequences = evaluated.rollouts.sequences.select(rows)
     experience = Experience(
         sequences=sequences,
-        rows=tuple(rewarded.rows[kept].tolist()),
+        rows=tuple(rows.tolist()),
         offsets=sequences.response_ids.offsets,
         logprobs=of_kept(batch.logprobs),
         reference_logprobs=of_kept(batch.reference_logprobs),

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.columns import Rollouts, TokenEvaluations
+from pipeline.columns import TokenEvaluations
+from pipeline.ragged import Ragged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +26,12 @@ class RolloutTensors:
     """[N] under the critic before the update."""
 
     @classmethod
-    def of(cls, rollouts: Rollouts, evaluations: TokenEvaluations) -> RolloutTensors:
-        """Of B rollouts and their evaluations in the same order; shares the memory of their tokens."""
+    def of(cls, engine_logprobs: Ragged, evaluations: TokenEvaluations) -> RolloutTensors:
+        """Of B responses, in the same order; shares the memory of their tokens."""
         return cls(
-            offsets=rollouts.response_ids.offsets,
+            offsets=engine_logprobs.offsets,
             logprobs=evaluations.logprobs.values,
             reference_logprobs=evaluations.reference_logprobs.values,
-            engine_logprobs=rollouts.logprobs.values,
+            engine_logprobs=engine_logprobs.values,
             values=evaluations.values.values,
         )
