@@ -22,12 +22,20 @@ from cluster.placement import Placement, pack_bundles
 from cluster.rollout_plan import WeightReceivers
 from pipeline.config.cluster import RanksConfig
 from pipeline.errors import DeadlineExceeded, PipelineError, WorkerDied
-from pipeline.records import Metrics, PolicyWeights
+from pipeline.records import (
+    Experience,
+    ExperienceSummary,
+    Metrics,
+    PolicyWeights,
+    ResponseEvaluations,
+    RewardedRows,
+)
 from pipeline.stages import storage
 from pipeline.tracking.trace_recorder import TraceRecorder
 
 if TYPE_CHECKING:
     from actors.weight_sender import WeightSender
+    from pipeline.columns import Rollouts, TokenEvaluations
 
 DISK = "disk"
 WATCH = "watch"
@@ -43,7 +51,7 @@ POSITION_TIMEOUT_S = 5.0
 
 
 class Rank:
-    """One rank: builds a learner and passes calls to it. All methods are collective over the group."""
+    """One rank: builds a learner and passes calls to it. A method is collective over the group, unless it says more."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         # This import takes most of a start. It runs while the driver prepares the data.
@@ -92,6 +100,23 @@ class Rank:
         with self._trace.phase("evaluate"):
             result = self._learner.evaluate(batch)
         return result if self._rank == 0 else None
+
+    @ray.method(num_returns=2)
+    def evaluate_rollouts(self, rollouts: Rollouts) -> tuple[TokenEvaluations | None, ResponseEvaluations | None]:
+        """What a policy's learner says of the tokens, and of the responses; of every rank the same, so once."""
+        with self._trace.phase("evaluate"):
+            evaluated, responses = self._learner.evaluate(rollouts)
+        return (evaluated.tokens, responses) if self._rank == 0 else (None, None)
+
+    @ray.method(num_returns=2)
+    def build_experience(
+        self, rollouts: Rollouts, tokens: TokenEvaluations, rewarded: RewardedRows, kl_coefficient: float
+    ) -> tuple[Experience, ExperienceSummary]:
+        """Not collective: one rank builds the experience of all."""
+        from pipeline.columns import EvaluatedRollouts
+
+        evaluated = EvaluatedRollouts(rollouts=rollouts, tokens=tokens)
+        return self._learner.build_experience(evaluated, rewarded, kl_coefficient=kl_coefficient)
 
     def calibrate(self, batches: Any, heldout: Any) -> Any:
         result = self._learner.calibrate(batches, heldout)

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
 
-from actors.rank_group import RankGroup
+from actors.rank_group import RankGroup, gather
 from cluster.rollout_plan import WeightReceivers
 from pipeline.config.cluster import DeadlinesConfig
 from pipeline.errors import TransferFailed
 from pipeline.learning.memory import largest
-from pipeline.records import Experience, Metrics, PolicyWeights, PromptGroup
+from pipeline.records import (
+    ExperienceSummary,
+    Metrics,
+    PolicyWeights,
+    PromptGroup,
+    ResponseEvaluations,
+    RewardedRows,
+)
 
 if TYPE_CHECKING:
     import torch
 
-    from pipeline.columns import Rollouts, TokenEvaluations
+    from pipeline.columns import Rollouts
 
 
 class RankedLearner:
@@ -88,19 +96,50 @@ class RankedSnapshot:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluationReference:
+    """Where Ray keeps the rollouts of a step, and what the ranks say of their tokens."""
+
+    rollouts: ray.ObjectRef
+    tokens: ray.ObjectRef
+
+
 class RankedPolicyLearner(RankedLearner):
-    """Implements `PolicyLearner` over ranks that each have a learner."""
+    """Implements `PolicyLearner` over ranks that each have a learner.
+
+    What the first rank says of tokens stays in the memory that Ray shares between the processes of a node. The driver
+    holds references and passes them on; it never reads the numbers.
+    """
 
     def __init__(self, group: RankGroup, deadlines: DeadlinesConfig, *, sends_weights: bool = False) -> None:
         """`sends_weights`: a `RankedSender` of this group brings the weights to the engines. Then the file follows."""
         super().__init__(group, deadlines)
         self._sends_weights = sends_weights
 
-    def update(self, batch: Experience, step: int) -> Metrics:
-        return super().update(batch, step)
+    def evaluate(self, batch: Rollouts) -> tuple[EvaluationReference, ResponseEvaluations]:
+        rollouts, tokens = ray.put(batch), []
 
-    def evaluate(self, batch: Rollouts) -> TokenEvaluations:
-        return super().evaluate(batch)
+        def evaluate(rank: Any) -> Any:
+            tokens_of_rank, responses = rank.evaluate_rollouts.remote(rollouts)
+            tokens.append(tokens_of_rank)
+            return responses
+
+        responses = self._all(evaluate, "evaluating")
+        return EvaluationReference(rollouts=rollouts, tokens=tokens[0]), responses
+
+    def build_experience(
+        self, evaluated: EvaluationReference, rewarded: RewardedRows, *, kl_coefficient: float
+    ) -> tuple[ray.ObjectRef, ExperienceSummary]:
+        """Asks the first rank, whose result every rank reads."""
+        experience, summary = self._group.first.build_experience.remote(
+            evaluated.rollouts, evaluated.tokens, rewarded, kl_coefficient
+        )
+        [built] = gather([summary], who=self._group.name, doing="building experience", deadline_s=self._deadline_s)
+        return experience, built
+
+    def update(self, batch: ray.ObjectRef, step: int) -> Metrics:
+        """Updates with an experience that a rank has built."""
+        return self._all(lambda rank: rank.update.remote(batch, step), f"updating at step {step}")
 
     def publish_weights(self, version: int) -> PolicyWeights:
         follows = self._sends_weights

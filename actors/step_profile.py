@@ -17,15 +17,17 @@ import ray
 from ray.exceptions import RayError
 
 from actors.ray_errors import ACTOR_DIED
-from pipeline.columns import Rollouts, TokenEvaluations
+from pipeline.columns import Rollouts
 from pipeline.errors import PipelineError
 from pipeline.loops.align_policy import AlignmentPorts
 from pipeline.ports import BackgroundRolloutSource, PolicyLearner, Snapshot
 from pipeline.records import (
-    Experience,
+    ExperienceSummary,
     Metrics,
     PolicyWeights,
     Prompt,
+    ResponseEvaluations,
+    RewardedRows,
     SamplingParams,
 )
 from pipeline.rewards.rows import RewardRows, RewardSource, SourceScore
@@ -143,18 +145,23 @@ class ProfiledSource:
 class ProfiledLearner:
     """Implements `PolicyLearner`."""
 
-    def __init__(self, learner: PolicyLearner, profile: StepProfile) -> None:
+    def __init__(self, learner: PolicyLearner[Any, Any], profile: StepProfile) -> None:
         self._learner = learner
         self._profile = profile
 
     def restore(self, checkpoint: str) -> None:
         self._learner.restore(checkpoint)
 
-    def evaluate(self, rollouts: Rollouts) -> TokenEvaluations:
+    def evaluate(self, rollouts: Rollouts) -> tuple[Any, ResponseEvaluations]:
         with self._profile.phase("evaluate"):
             return self._learner.evaluate(rollouts)
 
-    def update(self, experience: Experience, step: int) -> Metrics:
+    def build_experience(
+        self, evaluated: Any, rewarded: RewardedRows, *, kl_coefficient: float
+    ) -> tuple[Any, ExperienceSummary]:
+        return self._learner.build_experience(evaluated, rewarded, kl_coefficient=kl_coefficient)
+
+    def update(self, experience: Any, step: int) -> Metrics:
         with self._profile.phase("update"):
             return self._learner.update(experience, step)
 

@@ -17,6 +17,7 @@ import torch
 
 from pipeline.ragged import Ragged
 from pipeline.records import FinishReason, Message, Prompt, PromptGroup, Rollout, TokenEvaluation
+from pipeline.repetition import repeated_shares
 
 Record = TypeVar("Record")
 
@@ -67,7 +68,7 @@ class Sequences(Columns[PromptGroup]):
 
 @dataclass(frozen=True, kw_only=True)
 class Rollouts(Columns[Rollout]):
-    """B rollouts; the columns are the fields of `Rollout`."""
+    """B rollouts; the columns are the fields of `Rollout`, and what is counted where the tokens are made."""
 
     prompts: tuple[Prompt, ...]
     sample_indices: tuple[int, ...]
@@ -78,17 +79,21 @@ class Rollouts(Columns[Rollout]):
     """float32, as engines compute them."""
     policy_versions: tuple[int, ...]
     finish_reasons: tuple[FinishReason, ...]
+    repetition: tuple[float, ...]
+    """Share of the response's 4-grams of tokens that have occurred in it before."""
 
     @classmethod
     def of(cls, rollouts: Sequence[Rollout]) -> Rollouts:
+        response_ids = Ragged.of([rollout.response_ids for rollout in rollouts], np.int32)
         return cls(
             prompts=tuple(rollout.prompt for rollout in rollouts),
             sample_indices=tuple(rollout.sample_index for rollout in rollouts),
-            response_ids=Ragged.of([rollout.response_ids for rollout in rollouts], np.int32),
+            response_ids=response_ids,
             response_texts=tuple(rollout.response_text for rollout in rollouts),
             logprobs=Ragged.of([rollout.logprobs for rollout in rollouts], np.float32),
             policy_versions=tuple(rollout.policy_version for rollout in rollouts),
             finish_reasons=tuple(rollout.finish_reason for rollout in rollouts),
+            repetition=tuple(repeated_shares(response_ids).tolist()),
         )
 
     @classmethod
@@ -102,6 +107,7 @@ class Rollouts(Columns[Rollout]):
             logprobs=Ragged.concat([part.logprobs for part in parts]),
             policy_versions=tuple(chain.from_iterable(part.policy_versions for part in parts)),
             finish_reasons=tuple(chain.from_iterable(part.finish_reasons for part in parts)),
+            repetition=tuple(chain.from_iterable(part.repetition for part in parts)),
         )
 
     def __len__(self) -> int:
@@ -128,6 +134,7 @@ class Rollouts(Columns[Rollout]):
             logprobs=self.logprobs.select(rows),
             policy_versions=tuple(self.policy_versions[row] for row in places),
             finish_reasons=tuple(self.finish_reasons[row] for row in places),
+            repetition=tuple(self.repetition[row] for row in places),
         )
 
     @property
@@ -178,3 +185,11 @@ class TokenEvaluations(Columns[TokenEvaluation]):
             reference_logprobs=self.reference_logprobs.select(rows),
             values=self.values.select(rows),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedRollouts:
+    """Rollouts, and the learner's view of their tokens."""
+
+    rollouts: Rollouts
+    tokens: TokenEvaluations

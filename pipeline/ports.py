@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from pipeline.records import (
     DirectBatch,
-    Experience,
+    ExperienceSummary,
     Message,
     Metrics,
     PolicyWeights,
     Prompt,
     PromptGroup,
+    ResponseEvaluations,
+    RewardedRows,
     RewardScore,
     Rollout,
     SamplingParams,
@@ -27,9 +29,15 @@ from pipeline.records import (
 if TYPE_CHECKING:
     import torch
 
-    from pipeline.columns import Rollouts, TokenEvaluations
+    from pipeline.columns import Rollouts
 
 Batch = TypeVar("Batch", contravariant=True)
+
+Evaluated = TypeVar("Evaluated")
+"""The learner's reference to rollouts and to what it says of their tokens; in one process the records themselves."""
+
+Built = TypeVar("Built")
+"""The learner's reference to an experience; in one process the experience itself."""
 
 
 class Snapshot(Protocol):
@@ -78,15 +86,28 @@ class DirectLearner(Learner[DirectBatch], Protocol):
         """[B, k] float32 on the CPU: log pi(y|x) of every response, summed over its tokens. Changes nothing."""
 
 
-class PolicyLearner(Protocol):
-    """The policy, its critic and its frozen reference."""
+class PolicyLearner(Protocol[Evaluated, Built]):
+    """The policy, its critic and its frozen reference.
+
+    What it says of tokens stays where it computed that. Its caller holds a reference, and a few numbers a response.
+    """
 
     def restore(self, checkpoint: str) -> None: ...
 
-    def evaluate(self, rollouts: Rollouts) -> TokenEvaluations:
-        """Policy and reference logprobs and values of every response token, in the order given."""
+    def evaluate(self, rollouts: Rollouts) -> tuple[Evaluated, ResponseEvaluations]:
+        """Policy and reference logprobs and values of every response token; the responses in the order given."""
 
-    def update(self, experience: Experience, step: int) -> Metrics:
+    def build_experience(
+        self, evaluated: Evaluated, rewarded: RewardedRows, *, kl_coefficient: float
+    ) -> tuple[Built, ExperienceSummary]:
+        """Estimates the advantage of every token (`pipeline.learning.experience`).
+
+        Args:
+            rewarded: the rows of `evaluated` to learn from.
+            kl_coefficient: beta of this step.
+        """
+
+    def update(self, experience: Built, step: int) -> Metrics:
         """All PPO epochs over one batch."""
 
     def publish_weights(self, version: int) -> PolicyWeights:

@@ -249,6 +249,28 @@ def _received(record: Callable[..., Any], values: dict[str, Any], arrays: Sequen
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResponseEvaluations(SentWithoutCopy):
+    """What the driver sees of the learner's view of B rollouts. The numbers of their tokens stay with the learner."""
+
+    log_ratios: torch.Tensor
+    """[B] float64: sum over the tokens of log pi - log pi_ref, nats."""
+    engine_gaps: torch.Tensor
+    """[B] float32: largest |engine - learner| over the tokens' log-probabilities, nats."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardedRows(SentWithoutCopy):
+    """The R rollouts of a step that have a reward, and somebody to be compared with where the estimator compares."""
+
+    rows: torch.Tensor
+    """[R] int64: places among the rollouts of the step, which are ordered by prompt, then by sample."""
+    rewards: torch.Tensor
+    """[R] float32: shaped, so that they can be trained on."""
+    groups: torch.Tensor
+    """[R] int64: number of the prompt, as the step asked for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CriticTargets(SentWithoutCopy):
     """What the critic learns from one batch."""
 
@@ -283,6 +305,18 @@ class Experience(SentWithoutCopy):
     """None where the algorithm trains no critic."""
     num_response_tokens: int
     """The loss denominator of the whole batch, counted before sharding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperienceSummary(SentWithoutCopy):
+    """What the driver sees of the experience of a step."""
+
+    metrics: Metrics
+    """Of the tokens of all rewarded rollouts."""
+    rows: tuple[int, ...]
+    """[B] as in the experience."""
+    mean_advantages: torch.Tensor
+    """[B] float64: mean over the response's tokens, as they are trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)

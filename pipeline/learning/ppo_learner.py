@@ -9,14 +9,16 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from pipeline.columns import Rollouts, TokenEvaluations
+from pipeline.columns import EvaluatedRollouts, Rollouts, TokenEvaluations
 from pipeline.config.alignment import AlignmentConfig
 from pipeline.learning.algorithm import SampledTokens, policy_loss
 from pipeline.learning.engine import TrainEngine
+from pipeline.learning.experience import build_experience, summary_of
 from pipeline.learning.memory import peak_memory
 from pipeline.learning.micro_batches import MicroBatch, RowValues, Sums, own_micro_batches
 from pipeline.learning.padded_rows import PaddedRows
 from pipeline.learning.parameter_groups import POLICY
+from pipeline.learning.response_evaluations import response_evaluations
 from pipeline.learning.schedule import learning_rate_factor
 from pipeline.learning.training_state import TrainingStatePart
 from pipeline.models.backbone import DTYPES, write_causal_lm
@@ -31,9 +33,12 @@ from pipeline.ragged import Ragged
 from pipeline.records import (
     CriticTargets,
     Experience,
+    ExperienceSummary,
     Metrics,
     PolicyWeights,
     PromptGroup,
+    ResponseEvaluations,
+    RewardedRows,
 )
 from pipeline.rollouts.published_versions import PublishedVersions
 from pipeline.rollouts.publishing import evaluate_probes
@@ -77,7 +82,16 @@ class PPOLearner:
 
     # ------------------------------------------------------------------ evaluate
 
-    def evaluate(self, rollouts: Rollouts) -> TokenEvaluations:
+    def evaluate(self, rollouts: Rollouts) -> tuple[EvaluatedRollouts, ResponseEvaluations]:
+        """`evaluate_tokens`, checked, and what the driver needs to know of it.
+
+        Raises:
+            ShapeError, NumericsError: as `response_evaluations`.
+        """
+        tokens = self.evaluate_tokens(rollouts)
+        return EvaluatedRollouts(rollouts=rollouts, tokens=tokens), response_evaluations(rollouts, tokens)
+
+    def evaluate_tokens(self, rollouts: Rollouts) -> TokenEvaluations:
         """Policy and reference log-probabilities and values of every response token, at the sampling temperature."""
         self.engine.module.eval()
         sequences = rollouts.sequences
@@ -98,6 +112,13 @@ class PPOLearner:
             for dense in rows.over_ranks(self.engine).unbind(dim=1)
         )
         return TokenEvaluations(logprobs=logprobs, reference_logprobs=references, values=values)
+
+    def build_experience(
+        self, evaluated: EvaluatedRollouts, rewarded: RewardedRows, *, kl_coefficient: float
+    ) -> tuple[Experience, ExperienceSummary]:
+        """`build_experience`, and what the driver needs to know of it. Calls no other rank."""
+        experience, metrics = build_experience(evaluated, rewarded, self.config, kl_coefficient=kl_coefficient)
+        return experience, summary_of(experience, metrics)
 
     # ------------------------------------------------------------------ update
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
-from pipeline.columns import Rollouts, TokenEvaluations
+from pipeline.columns import Rollouts
 from pipeline.evaluation.bootstrap import bootstrap_intervals
-from pipeline.learning.rollout_tensors import RolloutTensors
-from pipeline.ragged import Ragged
-from pipeline.records import Metrics, RewardScore
+from pipeline.learning.rewarded_rows import require_finite
+from pipeline.records import Metrics, ResponseEvaluations, RewardScore
 
 UPDATES = "eval/updates"
 """The number of updates behind the policy that was measured."""
@@ -19,7 +19,7 @@ UPDATES = "eval/updates"
 def validation_metrics(
     rollouts: Rollouts,
     scores: Sequence[RewardScore],
-    evaluations: TokenEvaluations,
+    evaluations: ResponseEvaluations,
     *,
     objectives: Sequence[str],
     gold: Sequence[float] | None,
@@ -45,16 +45,15 @@ def validation_metrics(
         eval/ended             share of the responses that ended before the length limit.
 
     Raises:
-        ShapeError: the three do not fit each other.
-        NumericsError: a score or an evaluation is not finite.
+        ShapeError: not one score a rollout.
+        NumericsError: a score is not finite.
     """
-    batch = RolloutTensors.of(rollouts, scores, evaluations)
-    log_ratio = Ragged(batch.logprobs - batch.reference_logprobs, batch.offsets).sums()
+    require_finite(rollouts, scores)
     columns: dict[str, np.ndarray] = {
-        "eval/reward": batch.reward_mean.double().numpy(),
-        "eval/log_ratio" if is_greedy else "eval/kl": log_ratio.numpy(),
-        "eval/length": batch.response_lengths.double().numpy(),
-        "eval/ended": 1.0 - batch.was_cut.double().numpy(),
+        "eval/reward": torch.tensor([score.mean for score in scores]).double().numpy(),
+        "eval/log_ratio" if is_greedy else "eval/kl": evaluations.log_ratios.numpy(),
+        "eval/length": rollouts.response_ids.lengths.double().numpy(),
+        "eval/ended": np.array([reason != "length" for reason in rollouts.finish_reasons], dtype=float),
     }
     if scores[0].objective_scores:
         by_objective = np.array([score.objective_scores for score in scores], dtype=float)

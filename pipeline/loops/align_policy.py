@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.alignment import WHAT_IS_KEPT_OF_ROLLOUTS
 from pipeline.config.recipe import ExperimentConfig
@@ -53,7 +53,7 @@ class AlignmentPorts:
     rollouts: BackgroundRolloutSource
     sources: Sequence[OpenedSource]
     """The entries of `alignment.rewards`, in order."""
-    learner: PolicyLearner
+    learner: PolicyLearner[Any, Any]
 
 
 OpenAlignment = Callable[[PPOLearnerSpec], AbstractContextManager[AlignmentPorts]]

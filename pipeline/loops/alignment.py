@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pipeline.config.alignment import AlignmentConfig
 from pipeline.data.prompts import PromptStream
 from pipeline.evaluation.reward_scale import RewardScale
-from pipeline.learning.experience import build_experience
+from pipeline.learning.rewarded_rows import reward_rows
 from pipeline.loops.alignment_observer import AlignmentObserver
 from pipeline.loops.alignment_run import AlignmentRun
 from pipeline.ports import BackgroundRolloutSource, PolicyLearner, RewardSources
@@ -19,7 +21,7 @@ NOBODY = AlignmentObserver()
 def align(
     rollouts: BackgroundRolloutSource,
     rewards: RewardSources,
-    learner: PolicyLearner,
+    learner: PolicyLearner[Any, Any],
     prompts: PromptStream,
     stage: StageDirectory,
     config: AlignmentConfig,
@@ -34,8 +36,10 @@ def align(
               validation is sampled next, while the engines have nothing else to sample.
     score:    consumes prompts and responses as text, from every source of reward; produces one reward a rollout, or
               none where a source fails. A rollout without a reward is not trained on.
-    evaluate: consumes the rollouts as tokens; produces policy and reference logprobs and values before the update.
-    update:   consumes the experience, so it waits for rewards and evaluations; produces policy `step + 1`.
+    evaluate: consumes the rollouts as tokens; produces policy and reference logprobs and values before the update. They
+              stay with the learner: here are a reference to them, and a few numbers a response.
+    build:    consumes rewards and evaluations; produces the experience, which stays with the learner, too.
+    update:   consumes the experience; produces policy `step + 1`.
     publish:  consumes that policy; waits until every engine passed the numerics gate with it.
     log:      consumes the metrics of all of these; then the step is committed, where a commit is due.
 
@@ -68,14 +72,12 @@ def align(
                 with run.reading("score"):
                     scored = rewards.score(samples)
                 with run.reading("evaluate"):
-                    evaluations = learner.evaluate(samples)
+                    evaluated, responses = learner.evaluate(samples)
                 validated = observer.validate(run, step, heldout_answers)
-            kl_coefficient = run.kl_coefficient
-            experience, measured = build_experience(
-                samples, scored.scores, evaluations, config, kl_coefficient=kl_coefficient, reward_scale=reward_scale
-            )
-            measured |= scored.metrics
-            measured |= observer.measure(run, step, samples, scored, evaluations, experience, reward_scale)
+            rewarded, measured = reward_rows(samples, scored.scores, config, reward_scale)
+            experience, built = learner.build_experience(evaluated, rewarded, kl_coefficient=run.kl_coefficient)
+            measured |= built.metrics | scored.metrics
+            measured |= observer.measure(run, step, samples, scored, responses, built, reward_scale)
             if run.is_past_kl_limit(measured):
                 # Before the update and its commit: a resumed run must come to the same decision.
                 log.write(step, staleness | measured | validated)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.columns import Rollouts, TokenEvaluations
+from pipeline.columns import Rollouts
 from pipeline.evaluation.overoptimization import GoldReward
 from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.loops.alignment_run import AlignmentRun
 from pipeline.loops.validation import Validation
 from pipeline.ports import BackgroundRolloutSource
-from pipeline.records import Experience, Metrics, ScoredRollouts
+from pipeline.records import ExperienceSummary, Metrics, ResponseEvaluations, ScoredRollouts
 from pipeline.rollouts.kept_rollouts import RolloutBatch, RolloutFiles
 from pipeline.rollouts.prefetch import StepPlan
 from pipeline.rollouts.requests import rollout_requests
@@ -34,8 +34,8 @@ class KeptRollouts:
         step: int,
         rollouts: Rollouts,
         scored: ScoredRollouts,
-        evaluations: TokenEvaluations,
-        experience: Experience,
+        evaluations: ResponseEvaluations,
+        experience: ExperienceSummary,
     ) -> Metrics:
         """Writes the rollouts of a step. Says once when no more are written."""
         was_full = self.files.is_full
@@ -87,8 +87,8 @@ class AlignmentObserver:
         step: int,
         samples: Rollouts,
         scored: ScoredRollouts,
-        evaluations: TokenEvaluations,
-        experience: Experience,
+        evaluations: ResponseEvaluations,
+        experience: ExperienceSummary,
         reward_scale: RewardScale,
     ) -> Metrics:
         """The true reward of the rollouts of a step, where it is known, and how many of them were kept."""

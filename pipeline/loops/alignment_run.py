@@ -25,7 +25,7 @@ class AlignmentRun:
     A run resumes after its last commit. A commit holds the learner, the KL coefficient and the last metrics.
     """
 
-    def __init__(self, learner: PolicyLearner, stage: StageDirectory, config: AlignmentConfig) -> None:
+    def __init__(self, learner: PolicyLearner[Any, Any], stage: StageDirectory, config: AlignmentConfig) -> None:
         """Restores the learner from the last commit, where there is one."""
         self._learner = learner
         self._stage = stage

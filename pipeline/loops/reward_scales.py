@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -60,7 +60,7 @@ def scales_of_run(
 
 def heldout_rollouts(
     rollouts: RolloutSource,
-    learner: PolicyLearner,
+    learner: PolicyLearner[Any, Any],
     prompts: Sequence[Prompt],
     config: AlignmentConfig,
     *,

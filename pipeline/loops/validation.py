@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,7 +93,7 @@ class Validation:
         plan: ValidationPlan,
         rollouts: RolloutSource,
         rewards: RewardSources,
-        learner: PolicyLearner,
+        learner: PolicyLearner[Any, Any],
         samples: SamplesOverTime,
         *,
         objectives: Sequence[str],
@@ -137,10 +138,11 @@ class Validation:
             conversations, texts = answers.conversations, answers.response_texts
             metrics: Metrics = {}
             if self._plan.measures:
+                _, evaluations = self._learner.evaluate(answers)
                 metrics = validation_metrics(
                     answers,
                     scores,
-                    self._learner.evaluate(answers),
+                    evaluations,
                     objectives=self._objectives,
                     gold=None if self._gold is None else self._gold.rewards(conversations, texts),
                     is_greedy=self._plan.is_greedy,

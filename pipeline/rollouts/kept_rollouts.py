@@ -10,12 +10,10 @@ from typing import Any, Literal
 import pyarrow
 from pyarrow import parquet
 
-from pipeline.columns import Rollouts, TokenEvaluations
+from pipeline.columns import Rollouts
 from pipeline.data.batching import stable_seed
-from pipeline.ragged import Ragged
-from pipeline.records import Experience, Metrics, RewardScore, ScoredRollouts
+from pipeline.records import ExperienceSummary, Metrics, ResponseEvaluations, RewardScore, ScoredRollouts
 from pipeline.rollouts.kept_samples import conversation_text
-from pipeline.rollouts.repetition import repeated_shares
 from pipeline.stages import storage
 
 ROLLOUTS = "rollouts"
@@ -60,8 +58,8 @@ class RolloutBatch:
     seeds: Sequence[int]
     rollouts: Rollouts
     scored: ScoredRollouts
-    evaluations: TokenEvaluations
-    experience: Experience
+    evaluations: ResponseEvaluations
+    experience: ExperienceSummary
 
 
 class RolloutFiles:
@@ -126,21 +124,16 @@ class RolloutFiles:
         return stable_seed("kept rollouts", self._seed, prompt_id) / 2**62 < self._share
 
     def _serialised(self, batch: RolloutBatch, places: Sequence[int]) -> bytes:
-        advantages = mean_advantages(batch.experience)
-        repetition = repeated_shares(batch.rollouts.response_ids).tolist()
-        rows = [
-            self._row(batch, place, advantage=advantages.get(place), repetition=repetition[place]) for place in places
-        ]
+        advantages = dict(zip(batch.experience.rows, batch.experience.mean_advantages.tolist(), strict=True))
+        rows = [self._row(batch, place, advantage=advantages.get(place)) for place in places]
         table = pyarrow.Table.from_pylist(rows, schema=WITH_TOKEN_IDS if self._token_ids else SCHEMA)
         sink = pyarrow.BufferOutputStream()
         parquet.write_table(table, sink, compression="zstd")
         return sink.getvalue().to_pybytes()
 
-    def _row(self, batch: RolloutBatch, place: int, *, advantage: float | None, repetition: float) -> dict[str, Any]:
+    def _row(self, batch: RolloutBatch, place: int, *, advantage: float | None) -> dict[str, Any]:
         rollouts, score, evaluations = batch.rollouts, batch.scored.scores[place], batch.evaluations
         prompt = rollouts.prompts[place]
-        logprobs = evaluations.logprobs[place].double()
-        ratios = logprobs - evaluations.reference_logprobs[place].double()
         row = {
             "step": batch.step,
             "position": place,
@@ -154,10 +147,10 @@ class RolloutFiles:
             "rewards": rewards_by_source(batch.scored, place),
             "contributions": {} if score is None else contributions(score, self._objectives),
             "advantage": advantage,
-            "kl": float(ratios.sum()),
-            "logprob_gap": float((rollouts.logprobs[place].double() - logprobs).abs().max()),
-            "tokens": len(logprobs),
-            "repetition": repetition,
+            "kl": float(evaluations.log_ratios[place]),
+            "logprob_gap": float(evaluations.engine_gaps[place]),
+            "tokens": len(rollouts.response_ids[place]),
+            "repetition": rollouts.repetition[place],
             "finish_reason": rollouts.finish_reasons[place],
             "policy_version": rollouts.policy_versions[place],
             "seed": batch.seeds[place],
@@ -206,9 +199,3 @@ def contributions(score: RewardScore, objectives: Sequence[str]) -> dict[str, fl
         return {}
     products = [w * s for w, s in zip(score.objective_weights, score.objective_scores, strict=True)]
     return dict(zip(objectives, products, strict=True))
-
-
-def mean_advantages(experience: Experience) -> dict[int, float]:
-    """Place among the rollouts of the step -> mean advantage over the response's tokens, as it is trained on."""
-    advantages = Ragged(experience.advantages, experience.offsets)
-    return dict(zip(experience.rows, (advantages.sums() / advantages.lengths).tolist(), strict=True))

@@ -15,6 +15,7 @@ from pipeline.errors import ConfigError, StaleEngineError
 from pipeline.models.backbone import load_causal_lm
 from pipeline.ragged import Ragged
 from pipeline.records import Metrics, PolicyWeights, ProbeSequence, Prompt, SamplingParams
+from pipeline.repetition import repeated_shares
 from pipeline.rollouts.numerics_gate import GATE_TOLERANCE, check_engine
 from pipeline.rollouts.policy_files import PolicyFiles
 from pipeline.rollouts.requests import RolloutRequest, require_room, rollout_requests
@@ -87,6 +88,7 @@ class TorchRollouts:
             logprobs=Ragged(logprobs.cpu()[is_token], response_ids.offsets),
             policy_versions=(self._version,) * len(requests),
             finish_reasons=tuple("stop" if has_ended else "length" for has_ended in stopped.tolist()),
+            repetition=tuple(repeated_shares(response_ids).tolist()),
         )
 
     def begin(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, resample_unfinished: bool) -> None:

@@ -35,7 +35,7 @@ from pipeline.learning.builders import (
 from pipeline.learning.engine import TorchEngine
 from pipeline.models.onednn_linear import OneDNNLinear
 from pipeline.rollouts.numerics_gate import choose_probes
-from tests.learning.test_updates import experience_of, samples_of
+from tests.learning.test_updates import experience_from, experience_of, rewarded, samples_of
 from tests.support.learners import (
     ALIGNMENT,
     HEAD,
@@ -224,8 +224,9 @@ def test_ppo_on_two_ranks_agrees_with_one_process_and_each_resumes_what_the_othe
     samples, experience = samples_of(alone, world, tokenizer), experience_of(alone, world, tokenizer)
     alone.update(experience, 0)
     alone.snapshot().write(str(tmp_path / "one process"))
-    evaluations = alone.evaluate(samples)
+    evaluations = alone.evaluate_tokens(samples)
     assert evaluations[0].logprobs != pytest.approx(evaluations[0].reference_logprobs, abs=1e-4)
+    expected = experience_from(alone, samples)
     metrics = alone.update(experience, 1)
     published = alone.publish_weights(2)
     policy = load_file(f"{published.location}/model.safetensors")
@@ -235,18 +236,25 @@ def test_ppo_on_two_ranks_agrees_with_one_process_and_each_resumes_what_the_othe
         group.build(build_learner, replace(spec, publish_directory=str(tmp_path / "published by ranks")), ranks)
         learner = RankedPolicyLearner(group, DeadlinesConfig())
         learner.restore(str(tmp_path / "one process"))
-        for ours, theirs in zip(learner.evaluate(samples), evaluations, strict=True):
+        evaluated, responses = learner.evaluate(samples)
+        log_ratios = evaluations.logprobs.sums() - evaluations.reference_logprobs.sums()
+        torch.testing.assert_close(responses.log_ratios, log_ratios, atol=1e-4, rtol=0.0)
+        for ours, theirs in zip(ray.get(evaluated.tokens), evaluations, strict=True):
             for field in ("logprobs", "reference_logprobs", "values"):
                 assert getattr(ours, field) == pytest.approx(getattr(theirs, field), abs=1e-5)
-        assert learner.update(experience, 1) == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+        built, summary = learner.build_experience(evaluated, rewarded(samples), kl_coefficient=0.05)
+        assert isinstance(built, ray.ObjectRef)  # the driver does not read it
+        assert summary.rows == expected.rows
+        torch.testing.assert_close(ray.get(built).advantages, expected.advantages, atol=1e-4, rtol=0.0)
+        assert learner.update(ray.put(experience), 1) == pytest.approx(metrics, rel=1e-4, abs=1e-6)
         learner.snapshot().write(str(tmp_path / "two ranks"))
         weights = learner.publish_weights(2)
         assert_nearly_equal(load_file(f"{weights.location}/model.safetensors"), policy)
         for ours, theirs in zip(weights.probes, published.probes, strict=True):
             assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
-        once = learner.update(experience, 2)
+        once = learner.update(ray.put(experience), 2)
         learner.restore(str(tmp_path / "two ranks"))
-        assert learner.update(experience, 2) == once
+        assert learner.update(ray.put(experience), 2) == once
     resumed = in_one_process(spec)
     resumed.restore(str(tmp_path / "two ranks"))
     assert_nearly_equal(dict(resumed.engine.stream().tensors), dict(alone.engine.stream().tensors))

@@ -44,6 +44,7 @@ def run(tmp_path, monkeypatch, *, steps, get=lambda references, timeout: None):
         rollouts.sleep()
         assert ports.sources[0].source.score(None) == "score"
         assert learner.evaluate([]) == "evaluate"
+        assert learner.build_experience(None, None, kl_coefficient=0.0) == "build_experience"
         assert learner.update(None, step) == "update"
         learner.publish_weights(step + 1)
         assert rollouts.load_weights(SimpleNamespace(version=step + 1)) == "load_weights"

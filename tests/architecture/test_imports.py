@@ -33,6 +33,7 @@ FLOORS = [
     "pipeline.ports",
     "pipeline.columns",
     "pipeline.records",
+    "pipeline.repetition",
     "pipeline.ragged",
     "pipeline.errors",
     "vrm.own_packages",

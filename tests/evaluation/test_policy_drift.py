@@ -6,7 +6,7 @@ import pytest
 from pipeline.evaluation.alarms import DIFFICULTY_ALARMS, DIRECT_ALARMS, POLICY_ALARMS, REWARD_ALARMS
 from pipeline.evaluation.policy_drift import PolicyAlarms, drift
 from pipeline.ragged import Ragged
-from pipeline.rollouts.repetition import repeated_shares
+from pipeline.repetition import repeated_shares
 from pipeline.tracking.alarm_names import raised_alarms
 from tests.support.paths import ROOT
 

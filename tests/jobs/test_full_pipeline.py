@@ -190,7 +190,7 @@ def test_a_profiled_step_leaves_what_each_process_did_under_the_names_of_the_pha
     assert {"rollout", "weights"} <= engine
     assert any(name.startswith("aten::") for name in engine)
     timeline = {event["name"] for event in json.loads((profile / "ray_timeline.json").read_text())}
-    assert {"sample", "evaluate", "update", "load_weights"} <= timeline
+    assert {"sample", "evaluate_rollouts", "update", "load_weights"} <= timeline
 
 
 def test_a_healthy_run_raises_no_alarm_of_the_policy(finished):

@@ -15,11 +15,11 @@ from pipeline.config.models import OptimiserConfig
 from pipeline.errors import NumericsError, ShapeError
 from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.learning.algorithm import ADVANTAGES, AVERAGES, RATIOS, SURROGATES, SampledTokens, policy_loss
-from pipeline.learning.experience import build_experience
 from pipeline.objectives.aggregation import MiniBatchSize
 from pipeline.objectives.policy import clipped_policy_loss
 from pipeline.records import CriticTargets, Prompt, RewardScore, Rollout, TokenEvaluation
 from tests.learning.test_updates import ShardOfMany, assert_same, gradients, samples_of, sharded_gradients
+from tests.support.experience import experience_of_step
 from tests.support.fakes import FakeScorer
 from tests.support.learners import ppo_learner
 from tests.support.lockstep import run_ranks
@@ -44,7 +44,7 @@ def config_of(algorithm, **ppo):
 
 def build(samples, scores, evaluations, config):
     """Of lists of records, or of columns."""
-    return build_experience(
+    return experience_of_step(
         Rollouts.of(samples),
         scores,
         TokenEvaluations.of(evaluations),
@@ -289,7 +289,7 @@ def test_the_kl_of_the_loss_is_the_estimate_that_was_asked_for_and_so_is_its_gra
 def experience_of(config, learner, world, tokenizer):
     samples = samples_of(learner, world, tokenizer)
     scores = FakeScorer().score([s.prompt.messages for s in samples], [s.response_text for s in samples])
-    return build(samples, scores, learner.evaluate(samples), config)[0]
+    return build(samples, scores, learner.evaluate_tokens(samples), config)[0]
 
 
 def moved(experience):
@@ -350,7 +350,7 @@ def test_without_a_critic_the_values_stay_zero_and_the_policy_moves(algorithm, t
     after = dict(learner.engine.stream().tensors)
     assert all(torch.equal(after[name], before[name]) for name in after if name.startswith("value_head"))
     assert not torch.equal(after["policy.lm_head.weight"], before["policy.lm_head.weight"])
-    assert {value for e in learner.evaluate(samples) for value in e.values} == {0.0}
+    assert {value for e in learner.evaluate_tokens(samples) for value in e.values} == {0.0}
     assert "ppo/value_loss" not in metrics[0]
     assert ("ppo/kl_loss" in metrics[0]) == (algorithm == "grpo")
 
@@ -412,7 +412,7 @@ def test_the_learner_counts_the_tokens_that_were_clipped(tiny_policy, world, tok
     config = config_of("ppo")
     learner = ppo_learner(tiny_policy, world, tokenizer, tmp_path, config=config)
     samples = Rollouts.of([rollout("p", i, (7, 8)) for i in range(4)])
-    experience, _ = build(samples, [score(1.0)] * 4, learner.evaluate(samples), config)
+    experience, _ = build(samples, [score(1.0)] * 4, learner.evaluate_tokens(samples), config)
     ratio = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1, 0.9, 1.5, 0.9])
     up_then_down = torch.tensor([1.0, -1.0]).repeat(4)
     metrics = learner.update(

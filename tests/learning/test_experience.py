@@ -1,18 +1,21 @@
 """Tokens end to end give the numbers that padding every response to the longest gives."""
 
 import numpy as np
+import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.columns import Rollouts, TokenEvaluations
 from pipeline.evaluation.reward_scale import RewardScale
-from pipeline.learning.experience import build_experience
+from pipeline.learning.experience import summary_of
 from pipeline.learning.padded_rows import PaddedRows
+from pipeline.learning.response_evaluations import response_evaluations
 from pipeline.objectives import advantages as estimators
 from pipeline.objectives.policy import truncated_importance_weights
 from pipeline.ragged import Ragged
 from pipeline.records import Prompt, RewardScore
 from tests.learning.test_algorithm import config_of
+from tests.support.experience import experience_of_step
 
 BETA = 0.07
 LENGTHS = [7, 1, 40, 3, 11, 2, 12, 5]
@@ -31,6 +34,7 @@ ROLLOUTS = Rollouts(
     logprobs=numbers(0),
     policy_versions=(0,) * 8,
     finish_reasons=("stop",) * 8,
+    repetition=(0.0,) * 8,
 )
 EVALUATIONS = TokenEvaluations(logprobs=numbers(1), reference_logprobs=numbers(2), values=numbers(3))
 REWARDS = (1.0, -0.5, 0.25, 0.8, 0.1, -1.2, 0.4, 0.3)
@@ -51,7 +55,7 @@ def built(algorithm, **ppo):
     config = config_of(algorithm, reward_transform="none", reward_clip=None, missing_eos_penalty=0.0, **ppo)
     scores = [RewardScore(mean=r, std=0.0, objective_weights=(), objective_scores=()) for r in REWARDS]
     scale = RewardScale(mean=0.0, std=1.0)
-    return build_experience(ROLLOUTS, scores, EVALUATIONS, config, kl_coefficient=BETA, reward_scale=scale)[0]
+    return experience_of_step(ROLLOUTS, scores, EVALUATIONS, config, kl_coefficient=BETA, reward_scale=scale)[0]
 
 
 def test_advantages_of_a_critic_are_the_same_to_the_bit():
@@ -94,3 +98,21 @@ def test_rows_of_a_micro_batch_are_as_wide_as_the_longest_of_the_batch():
     # Responses 0 to 2 have 48 tokens, response 0 has 7.
     assert taken[:, :4].tolist() == [[48, 49, 50, 0], [7, 0, 0, 0]]
     assert taken[:, 4:].count_nonzero() == 0
+
+
+def test_the_driver_learns_the_mean_advantage_of_every_response():
+    experience = built("rloo")
+    summary = summary_of(experience, {"kl/per_response": 0.5})
+    assert summary.metrics == {"kl/per_response": 0.5}
+    assert summary.rows == tuple(range(8))
+    firsts = experience.advantages[experience.offsets[:-1]]  # of a group estimator; all of a response are equal
+    torch.testing.assert_close(summary.mean_advantages, firsts.double(), atol=1e-7, rtol=1e-6)
+
+
+def test_what_the_driver_learns_of_an_evaluation_by_hand():
+    responses = response_evaluations(ROLLOUTS, EVALUATIONS)
+    for row, (engine, evaluation) in enumerate(zip(ROLLOUTS.logprobs, EVALUATIONS, strict=True)):
+        gaps = [abs(a - b) for a, b in zip(engine.tolist(), evaluation.logprobs, strict=True)]
+        assert responses.engine_gaps[row].item() == pytest.approx(max(gaps), abs=1e-6)
+        log_ratio = sum(evaluation.logprobs) - sum(evaluation.reference_logprobs)
+        assert responses.log_ratios[row].item() == pytest.approx(log_ratio, abs=1e-9)

@@ -120,7 +120,7 @@ def test_ppo_in_step(critic, tiny_policy, world, tokenizer, tmp_path):
         metrics = [learner.update(experience, step) for step in range(2)]
         evaluations = {
             f"{field} of sample {n}": getattr(evaluation, field)
-            for n, evaluation in enumerate(learner.evaluate(samples[:4]))
+            for n, evaluation in enumerate(learner.evaluate_tokens(samples[:4]))
             for field in ("logprobs", "reference_logprobs", "values")
         }
         weights = learner.publish_weights(2)

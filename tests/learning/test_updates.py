@@ -15,6 +15,7 @@ from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.evaluation.reward_scorer import RewardModelScorer
 from pipeline.learning.engine import TorchEngine
 from pipeline.learning.experience import build_experience
+from pipeline.learning.rewarded_rows import reward_rows
 from pipeline.learning.schedule import learning_rate_factor, warmup_factor
 from pipeline.objectives.reward_comparison import relative_contributions
 from pipeline.objectives.variational import sample_dirichlet, weight_supervision
@@ -22,6 +23,7 @@ from pipeline.records import Prompt, PromptGroup, RewardScore, Rollout, Sampling
 from pipeline.rollouts.prefetch import StepPlan
 from pipeline.rollouts.published_versions import await_file
 from pipeline.rollouts.torch_rollouts import TorchRollouts
+from tests.support.experience import experience_of_step
 from tests.support.fakes import FakeRollouts, FakeScorer
 from tests.support.learners import ALIGNMENT, HEAD, collator, ppo_learner, prompts_of, reward_trainer, tokenised
 
@@ -176,17 +178,14 @@ def experience_of(learner, world, tokenizer):
     return experience_from(learner, samples_of(learner, world, tokenizer))
 
 
-def experience_from(learner, samples):
+def rewarded(samples):
     scores = FakeScorer().score([s.prompt.messages for s in samples], [s.response_text for s in samples])
-    experience, _ = build_experience(
-        samples,
-        scores,
-        learner.evaluate(samples),
-        ALIGNMENT.model_copy(update={"max_response_tokens": 12}),
-        kl_coefficient=0.05,
-        reward_scale=RewardScale(mean=0.0, std=1.0),
-    )
-    return experience
+    return reward_rows(samples, scores, ALIGNMENT, RewardScale(mean=0.0, std=1.0))[0]
+
+
+def experience_from(learner, samples):
+    evaluated, _ = learner.evaluate(samples)
+    return build_experience(evaluated, rewarded(samples), ALIGNMENT, kl_coefficient=0.05)[0]
 
 
 @pytest.mark.parametrize("critic", ["separate", "value_head"])
@@ -226,7 +225,7 @@ def test_evaluation_equals_the_policy_and_its_own_reference_at_the_start(tiny_po
     rollouts.load_weights(learner.publish_weights(0))
     sampling = SamplingParams(temperature=1.0, top_p=1.0, max_response_tokens=12, samples_per_prompt=1, seed=1)
     samples = rollouts.generate(prompts_of(world, tokenizer)[:5], sampling)
-    for sample, evaluation in zip(samples, learner.evaluate(samples), strict=True):
+    for sample, evaluation in zip(samples, learner.evaluate_tokens(samples), strict=True):
         assert len(evaluation.logprobs) == len(sample.response_ids)
         assert evaluation.logprobs == pytest.approx(evaluation.reference_logprobs, abs=1e-5)
         assert set(evaluation.values) == {0.0}
@@ -244,7 +243,7 @@ def test_the_learner_divides_logits_by_the_temperature_that_the_engine_sampled_a
     prompts, sampling = StepPlan(prompts=stream, config=config).batch(0)
     assert sampling.temperature == 0.7
     samples = rollouts.generate(prompts, sampling)
-    for sample, evaluation in zip(samples, learner.evaluate(samples), strict=True):
+    for sample, evaluation in zip(samples, learner.evaluate_tokens(samples), strict=True):
         assert evaluation.logprobs == pytest.approx(sample.logprobs, abs=1e-4)
         assert evaluation.reference_logprobs == pytest.approx(sample.logprobs, abs=1e-4)
     metrics = learner.update(experience_from(learner, samples), 0)
@@ -307,7 +306,7 @@ def test_experience_by_hand(gae_lambda, discount, first_advantage):
         TokenEvaluation(logprobs=(-3.0,), reference_logprobs=(-3.0,), values=(0.0,)),
     ]
     scores = [RewardScore(mean=m, std=0.0, objective_weights=(), objective_scores=()) for m in (3.0, 101.0)]
-    experience, metrics = build_experience(
+    experience, metrics = experience_of_step(
         Rollouts.of([rollout((7, 8), logprobs=(-1.0, -1.1)), rollout((9,), finish="length", logprobs=(-3.0,))]),
         scores,
         TokenEvaluations.of(evaluations),
@@ -331,7 +330,7 @@ def test_experience_by_hand(gae_lambda, discount, first_advantage):
 
 def test_of_two_equal_rewards_the_uncertain_one_pays_less_where_the_recipe_asks_for_the_lower_bound():
     ppo = ALIGNMENT.ppo.model_copy(update={"reward_transform": "lcb", "lcb_coefficient": 2.0})
-    experience, metrics = build_experience(
+    experience, metrics = experience_of_step(
         Rollouts.of([rollout((7,)), rollout((8,))]),
         [scored(mean=3.0, std=0.5), scored(mean=3.0)],
         TokenEvaluations.of([evaluated(), evaluated()]),
@@ -522,7 +521,7 @@ def evaluated(logprobs=(-1.0,), values=(0.0,)):
 )
 def test_a_batch_that_would_poison_the_update_is_refused_by_name(rollouts, scores, evaluations, error, message):
     with pytest.raises(error, match=message):
-        build_experience(
+        experience_of_step(
             Rollouts.of(rollouts),
             scores,
             TokenEvaluations.of(evaluations),

@@ -4,6 +4,7 @@ import pytest
 
 from pipeline.columns import Rollouts, TokenEvaluations
 from pipeline.errors import NumericsError
+from pipeline.learning.response_evaluations import response_evaluations
 from pipeline.learning.validation_metrics import validation_metrics
 from pipeline.records import Prompt, RewardScore, Rollout, TokenEvaluation
 
@@ -33,7 +34,9 @@ EVALUATIONS = [
 
 def measured(scores=SCORES, rollouts=ROLLOUTS, evaluations=EVALUATIONS, **changes):
     settings = {"objectives": ("helpfulness", "safety"), "gold": None, "is_greedy": False, "seed": 0}
-    return validation_metrics(Rollouts.of(rollouts), scores, TokenEvaluations.of(evaluations), **(settings | changes))
+    rollouts = Rollouts.of(rollouts)
+    responses = response_evaluations(rollouts, TokenEvaluations.of(evaluations))
+    return validation_metrics(rollouts, scores, responses, **(settings | changes))
 
 
 def test_means_over_responses_and_the_log_ratio_summed_over_tokens():

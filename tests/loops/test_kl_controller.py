@@ -36,7 +36,7 @@ def test_the_coefficient_of_a_step_follows_the_kl_measured_before_it(
 ):
     config = ALIGNMENT.model_copy(update={"num_steps": 4, "kl": kl})
     learner = ppo_learner(tiny_policy, world, tokenizer, tmp_path / "published", config=config)
-    evaluate = learner.evaluate
+    evaluate = learner.evaluate_tokens
 
     def evaluate_at_a_distance(rollouts):
         kl = KL_OF_STEPS[rollouts[0].policy_version]
@@ -47,7 +47,7 @@ def test_the_coefficient_of_a_step_follows_the_kl_measured_before_it(
             ]
         )
 
-    learner.evaluate = evaluate_at_a_distance
+    learner.evaluate_tokens = evaluate_at_a_distance
     align(
         FakeRollouts(tokenizer),
         rewards_of(FakeScorer()),

@@ -271,8 +271,8 @@ def test_behind_a_notice_in_scoring_the_step_is_not_evaluated_any_more(
         return score(self, *arguments)
 
     def count(learner, rollouts):
-        evaluate = learner.evaluate
-        learner.evaluate = lambda samples: evaluated.append(samples) or evaluate(samples)
+        evaluate = learner.evaluate_tokens
+        learner.evaluate_tokens = lambda samples: evaluated.append(samples) or evaluate(samples)
 
     monkeypatch.setattr(FakeScorer, "score", notified)
     notice = PreemptionNotice()
@@ -344,7 +344,7 @@ def run_until_the_kl_limit(
     """Policies of version `too_far_from` on find their reference 100 nats away on every token."""
     config = ALIGNMENT.model_copy(update={"kl": ALIGNMENT.kl.model_copy(update={"stop_above": 50.0})})
     learner = ppo_learner(tiny_policy, world, tokenizer, path / "published", config=config)
-    evaluate = learner.evaluate
+    evaluate = learner.evaluate_tokens
 
     def evaluate_far(rollouts):
         gap = 100.0 if rollouts[0].policy_version >= too_far_from else 0.0
@@ -355,7 +355,7 @@ def run_until_the_kl_limit(
     def die(directory):
         raise Killed
 
-    learner.evaluate = evaluate_far
+    learner.evaluate_tokens = evaluate_far
     if kill_before_export:
         learner.export = die
     stage = stage_at(path, "align_policy", keep_best=keep_best)

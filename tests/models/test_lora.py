@@ -156,7 +156,7 @@ def test_the_reference_is_the_policy_with_its_adapters_off_and_takes_no_memory(t
     experience = experience_of(learner, world, tokenizer)
     for step in range(2):
         learner.update(experience, step)
-    expected, evaluated = plain.evaluate(samples), learner.evaluate(samples)
+    expected, evaluated = plain.evaluate_tokens(samples), learner.evaluate_tokens(samples)
     assert [e.reference_logprobs for e in evaluated] == [e.reference_logprobs for e in expected]  # bit for bit
     assert max(abs(a - b) for e in evaluated for a, b in zip(e.logprobs, e.reference_logprobs, strict=True)) > 1e-4
 

@@ -11,13 +11,13 @@ from pipeline.columns import Rollouts, TokenEvaluations
 from pipeline.config.alignment import AlignmentConfig
 from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.learning.algorithm import SampledTokens, policy_loss
-from pipeline.learning.experience import build_experience
 from pipeline.models.critic import Policy
 from pipeline.models.packing import pack
 from pipeline.objectives.advantages import group_centred, group_zscores, leave_one_out, overlong_penalty
 from pipeline.objectives.aggregation import MiniBatchSize
 from pipeline.objectives.policy import truncated_importance_weights
 from pipeline.records import Prompt, RewardScore, Rollout, TokenEvaluation
+from tests.support.experience import experience_of_step
 
 TESTED = "1.16.0"
 
@@ -249,7 +249,7 @@ def test_the_advantages_of_rewards_with_a_kl_are_the_rloo_trainers(trl, tiny_pol
             Policy(model)(packed, max(lengths), 1.0).tolist() for model in (trainer.model, trainer.ref_model)
         )
     plain_rewards = config.ppo.model_copy(update={"reward_transform": "none", "reward_clip": None})
-    experience, metrics = build_experience(
+    experience, metrics = experience_of_step(
         Rollouts.of(samples),
         [RewardScore(mean=r, std=0.0, objective_weights=(), objective_scores=()) for row in REWARDS for r in row],
         TokenEvaluations.of(

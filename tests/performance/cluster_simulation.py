@@ -4,14 +4,15 @@
     python -m tests.performance.cluster_simulation --data ../shared/data --scaling strong --driver-us-per-token 0.035
 
 A node has eight H100: seven GPUs that ranks and engines use in turns, and one that scores (`paper_qwen3_8b`). No such
-cluster was at hand. What a GPU does comes from the plan's roofline (`cluster/planning`); what the driver, a restart and
-a prefetched step cost was measured on two cores (docs/LOG.md, docs/speed.md). So the curves show where the design stops
+cluster was at hand. What a GPU does comes from the plan's roofline (`cluster/planning`). What driver and first rank do
+alone is measured here and now, as by `driver_speed`, unless --driver-us-per-token says it; what a restart and a
+prefetched step cost was measured on two cores (docs/LOG.md, docs/speed.md). So the curves show where the design stops
 scaling and why, not what a real cluster will reach.
 
 Simulated, event by event: the queue of chunks, from which an engine takes the next when it is free; a chunk, which ends
 with its longest response; the loss of nodes, at random times with a mean distance of --hours-between-losses. A lost
 node holds a rank, so the group starts again from the last commit, on a new node. By formula: scoring, evaluation,
-update, the driver's own work, weights, snapshots.
+update, what driver and first rank do alone, weights, snapshots.
 
 Lengths of responses are drawn from the answers of a preference data set, in words times 1.3, cut at the recipe's limit.
 `weak` gives every node the batch of the recipe, and each optimiser step as many more rows; `strong` divides eight times
@@ -35,6 +36,7 @@ from cluster.planning.decoder_shape import DecoderShape, checkpoint_shape
 from cluster.planning.memory import BYTES, CHECKPOINT_BYTES
 from cluster.planning.roofline import LAYER_LAUNCH_S, Processor
 from pipeline.config.load import load_recipe
+from tests.performance.driver_speed import cost_of_step
 
 NODES = (1, 2, 4, 8, 16, 32, 64, 128)
 TOKENS_PER_WORD = 1.3
@@ -44,8 +46,8 @@ DISK_BYTES_PER_S = 5e9
 """Of a node that reads a checkpoint: a shared file system or an object store. An estimate."""
 TRANSFER_BYTES_PER_S = 2e9
 """Of an object between two nodes by Ray: one TCP connection. An estimate."""
-DRIVER_US_PER_TOKEN = 1.16
-"""Processor time of `build_experience` on lists: 11.6 s for 10,000 responses of 1,000 tokens."""
+MEASURED_RESPONSES = 10_000
+"""Of the step by which the work of driver and first rank is measured, where no number is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +85,7 @@ class Step:
     gathered: float
     """Part of `learn` in which ZeRO-3 moves parameters and gradients."""
     driver: float
+    """Driver and first rank, one after the other, while all others wait."""
     weights: float
 
     @property
@@ -217,10 +220,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="directory with helpsteer2/helpsteer2.parquet")
     parser.add_argument("--scaling", choices=["weak", "strong"], default="weak")
     parser.add_argument("--network", choices=["nccl", "file"], default="nccl")
-    parser.add_argument("--driver-us-per-token", type=float, default=DRIVER_US_PER_TOKEN)
+    parser.add_argument("--driver-us-per-token", type=float, help="of driver and first rank; measured where left out")
     parser.add_argument("--hours-between-losses", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.driver_us_per_token is None:
+        options.driver_us_per_token = cost_of_step(MEASURED_RESPONSES).us_per_token
     print_table(simulated(options), options)
 
 
@@ -261,8 +266,8 @@ def efficiency(rows: Sequence[tuple[int, Step, float]], *, scaling: str) -> list
 
 def print_table(rows: Sequence[tuple[int, Step, float]], options: argparse.Namespace) -> None:
     print(
-        f"{options.scaling} scaling, weights by {options.network}, driver {options.driver_us_per_token:g} us a token, "
-        f"a node lost every {options.hours_between_losses:g} h\n"
+        f"{options.scaling} scaling, weights by {options.network}, driver and first rank "
+        f"{options.driver_us_per_token:.3g} us a token, a node lost every {options.hours_between_losses:g} h\n"
     )
     print(
         f"{'nodes':>5}{'rollout':>9}{'idle':>6}{'score':>7}{'learn':>7}{'driver':>8}{'weights':>9}{'step s':>8}"

@@ -6,14 +6,16 @@
 Rows, each with the driver's part of a step:
 
     rollouts    the workers' answers, 64 responses each, are decoded and put in order
-    evaluate    the rollouts are encoded for the ranks, and the answer of the first rank is decoded
-    experience  `build_experience`
-    update      the experience is encoded for the ranks
+    evaluate    the rollouts are encoded for the ranks, and what these say of each response is decoded
+    experience  the rewards are shaped and encoded; what a rank says of the experience is decoded
 
-Another process makes the data, of random tokens, before the clock starts. What travels is pickled as Ray pickles it:
-large buffers apart, written to shared memory by the sender and read there by the receiver. The memory is the most that
-the driver held at once over what it held before, mapped buffers included. Scoring, the texts' way to the scorer and
-the Parquet files of kept rollouts are not in it.
+Behind them the first rank's part: it decodes rollouts and evaluation, sums them up by response, builds the experience
+of all ranks and encodes it. The driver waits for that, as it waits for evaluation and update.
+
+Another process makes the data, of random tokens, before the clock starts; the rank is a process of its own. What
+travels is pickled as Ray pickles it: large buffers apart, written to shared memory by the sender and read there by the
+receiver. The memory is the most that a process held at once over what it held before, mapped buffers included. Scoring,
+the texts' way to the scorer, the Parquet files of kept rollouts and the forward passes are not in it.
 """
 
 from __future__ import annotations
@@ -28,18 +30,22 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from ray import cloudpickle
 
-from pipeline.columns import Rollouts, TokenEvaluations
+from pipeline.columns import EvaluatedRollouts, Rollouts, TokenEvaluations
 from pipeline.config.alignment import AlignmentConfig
 from pipeline.evaluation.reward_scale import RewardScale
-from pipeline.learning.experience import build_experience
+from pipeline.learning.experience import build_experience, summary_of
+from pipeline.learning.response_evaluations import response_evaluations
+from pipeline.learning.rewarded_rows import reward_rows
 from pipeline.ragged import Ragged
 from pipeline.records import Prompt, RewardScore
+from pipeline.repetition import repeated_shares
 from pipeline.rollouts.chunks import ChunkLedger
 from pipeline.rollouts.prefetch import staleness
 from pipeline.rollouts.requests import RolloutRequest
@@ -124,14 +130,16 @@ def make_data(directory, options, num_responses):
     for number, first in enumerate(range(0, num_responses, RESPONSES_PER_ANSWER)):
         own, lengths = requests[first:][:RESPONSES_PER_ANSWER], all_lengths[first:][:RESPONSES_PER_ANSWER]
         token_ids = torch.from_numpy(dice.integers(VOCABULARY, size=int(lengths.sum()), dtype=np.int32))
+        response_ids = Ragged.divided(token_ids, lengths)
         answer = Rollouts(
             prompts=tuple(request.prompt for request in own),
             sample_indices=tuple(request.sample_index for request in own),
-            response_ids=Ragged.divided(token_ids, lengths),
+            response_ids=response_ids,
             response_texts=tuple("x" * CHARACTERS_PER_TOKEN * length for length in lengths.tolist()),
             logprobs=logprobs(dice, lengths),
             policy_versions=(0,) * len(own),
             finish_reasons=("stop",) * len(own),
+            repetition=tuple(repeated_shares(response_ids).tolist()),
         )
         send(directory / f"answer-{number}", answer)
     evaluations = TokenEvaluations(
@@ -142,7 +150,7 @@ def make_data(directory, options, num_responses):
     send(directory / "evaluation", evaluations)
 
 
-# ------------------------------------------------------------------ the driver's part of a step
+# ------------------------------------------------------------------ what a step costs
 
 
 class Costs:
@@ -158,10 +166,10 @@ class Costs:
     def phase(self, name):
         started = time.process_time()
         yield
-        self.seconds[name] = time.process_time() - started
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - started
 
-    def added_bytes(self):
-        return self._peak_bytes() - self._before
+    def as_row(self):
+        return {"seconds": self.seconds, "bytes": self._peak_bytes() - self._before}
 
     def _peak_bytes(self):
         [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
@@ -175,14 +183,17 @@ def collected(directory, requests):
     return Rollouts.concat(ledger.answers())
 
 
+def config_of_the_step():
+    return AlignmentConfig(num_steps=1, max_response_tokens=2**20)
+
+
 def drive(directory, num_responses):
-    """One step. Returns the seconds of its phases and the peak of memory."""
+    """The driver's part of a step. Returns the seconds of its phases, its peak of memory, and the same of a rank."""
     requests = requests_of(num_responses)
     scores = [
         RewardScore(mean=mean, std=0.1, objective_weights=(), objective_scores=())
         for mean in np.random.default_rng(3).normal(size=num_responses).tolist()
     ]
-    config = AlignmentConfig(num_steps=1, max_response_tokens=2**20)
     costs = Costs()
     with costs.phase("rollouts"):
         rollouts = collected(directory, requests)
@@ -191,30 +202,88 @@ def drive(directory, num_responses):
         answer.unlink()  # as Ray frees what nobody refers to
     with costs.phase("evaluate"):
         send(directory / "rollouts", rollouts)
-        evaluations = receive(directory / "evaluation")
-    (directory / "rollouts").unlink()
     with costs.phase("experience"):
-        experience, _ = build_experience(
-            rollouts,
-            scores,
-            evaluations,
-            config,
-            kl_coefficient=config.kl.coefficient,
-            reward_scale=RewardScale(mean=0.0, std=1.0),
-        )
-    with costs.phase("update"):
+        rewarded, _ = reward_rows(rollouts, scores, config_of_the_step(), RewardScale(mean=0.0, std=1.0))
+        send(directory / "rewarded", rewarded)
+    rank = json.loads(child(["--rank", str(directory)]))
+    with costs.phase("evaluate"):
+        receive(directory / "responses")
+    with costs.phase("experience"):
+        receive(directory / "summary")
+    return costs.as_row() | {"rank": rank, "tokens": rollouts.num_response_tokens}
+
+
+def build(directory):
+    """The first rank's part of a step, without its forward passes. Returns as `drive`."""
+    costs, config = Costs(), config_of_the_step()
+    with costs.phase("evaluate"):
+        rollouts, tokens = receive(directory / "rollouts"), receive(directory / "evaluation")
+        send(directory / "responses", response_evaluations(rollouts, tokens))
+    with costs.phase("experience"):
+        rewarded = receive(directory / "rewarded")
+        evaluated = EvaluatedRollouts(rollouts=rollouts, tokens=tokens)
+        experience, metrics = build_experience(evaluated, rewarded, config, kl_coefficient=config.kl.coefficient)
+        send(directory / "summary", summary_of(experience, metrics))
         send(directory / "experience", experience)
-    return {"seconds": costs.seconds, "bytes": costs.added_bytes(), "tokens": experience.num_response_tokens}
+    return costs.as_row()
 
 
-def report(num_responses, row):
-    total = sum(row["seconds"].values())
-    tokens = row["tokens"]
-    phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in row["seconds"].items())
+@dataclass(frozen=True, kw_only=True)
+class StepCost:
+    """What a step of so many response tokens costs, beside forward and backward passes."""
+
+    tokens: int
+    driver: dict
+    """Processor seconds of each phase."""
+    rank: dict
+    """The same of the first rank."""
+    driver_bytes: int
+    """The most that the driver held at once."""
+    rank_bytes: int
+
+    @property
+    def driver_s(self):
+        return sum(self.driver.values())
+
+    @property
+    def us_per_token(self):
+        """Of driver and first rank, one after the other."""
+        return 1e6 * (self.driver_s + sum(self.rank.values())) / self.tokens
+
+
+def cost_of_step(num_responses, arguments=()):
+    """Measures a step in processes of their own.
+
+    Args:
+        arguments: --tokens and --spread, where they differ from the defaults.
+    """
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        child(["--make", directory, str(num_responses), *arguments])
+        row = json.loads(child(["--drive", directory, str(num_responses)]))
+    return StepCost(
+        tokens=row["tokens"],
+        driver=row["seconds"],
+        rank=row["rank"]["seconds"],
+        driver_bytes=row["bytes"],
+        rank_bytes=row["rank"]["bytes"],
+    )
+
+
+def report(num_responses, cost):
+    def phases(seconds):
+        return ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
+
+    def memory(num_bytes):
+        times = num_bytes / cost.tokens / BYTES_PER_TOKEN
+        return f"{num_bytes / 1e9:.2f} GB, {times:.1f} times the numbers of the tokens"
+
+    rate = cost.tokens / cost.driver_s
     print(
-        f"{num_responses:,} responses, {tokens:,} tokens: {total:.2f} s of a processor ({phases}); "
-        f"{row['bytes'] / 1e9:.2f} GB, {row['bytes'] / tokens / BYTES_PER_TOKEN:.1f} times the numbers of the tokens; "
-        f"{tokens / total / 1e6:.2f} million tokens/s, {tokens / total / ENGINE_TOKENS_PER_S:.0f} engines",
+        f"{num_responses:,} responses, {cost.tokens:,} tokens\n"
+        f"  driver      {cost.driver_s:.2f} s of a processor ({phases(cost.driver)}); {memory(cost.driver_bytes)}; "
+        f"{rate / 1e6:.2f} million tokens/s, {rate / ENGINE_TOKENS_PER_S:.0f} engines\n"
+        f"  first rank  {sum(cost.rank.values()):.2f} s ({phases(cost.rank)}); {memory(cost.rank_bytes)}\n"
+        f"  both        {cost.us_per_token:.3f} us a token",
         flush=True,
     )
 
@@ -222,7 +291,10 @@ def report(num_responses, row):
 def child(arguments):
     """This script in a process of its own; returns what it prints."""
     run = subprocess.run(
-        [sys.executable, "-m", __spec__.name, *sys.argv[1:], *arguments], stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, "-m", "tests.performance.driver_speed", *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     )
     return run.stdout
 
@@ -234,19 +306,20 @@ def main():
     parser.add_argument("--spread", type=float, default=0.5, help="of the lengths on both sides, as a share of tokens")
     parser.add_argument("--make", nargs=2, metavar=("DIRECTORY", "RESPONSES"), help=argparse.SUPPRESS)
     parser.add_argument("--drive", nargs=2, metavar=("DIRECTORY", "RESPONSES"), help=argparse.SUPPRESS)
+    parser.add_argument("--rank", metavar="DIRECTORY", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.make:
         make_data(Path(options.make[0]), options, int(options.make[1]))
-        return
-    if options.drive:
+    elif options.drive:
         print(json.dumps(drive(Path(options.drive[0]), int(options.drive[1]))))
-        return
-    print(processor())
-    print(f"responses of {options.tokens} tokens, +/- {options.spread:.0%}", flush=True)
-    for num_responses in options.responses:
-        with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
-            child(["--make", directory, str(num_responses)])
-            report(num_responses, json.loads(child(["--drive", directory, str(num_responses)])))
+    elif options.rank:
+        print(json.dumps(build(Path(options.rank))))
+    else:
+        print(processor())
+        print(f"responses of {options.tokens} tokens, +/- {options.spread:.0%}", flush=True)
+        for num_responses in options.responses:
+            arguments = ["--tokens", str(options.tokens), "--spread", str(options.spread)]
+            report(num_responses, cost_of_step(num_responses, arguments))
 
 
 if __name__ == "__main__":

@@ -45,10 +45,10 @@ from pipeline.config.models import OptimiserConfig
 from pipeline.data.planted import build_tokenizer
 from pipeline.evaluation.reward_scale import RewardScale
 from pipeline.learning.engine import TorchEngine
-from pipeline.learning.experience import build_experience
 from pipeline.learning.memory import keep_freed_memory, peak_memory
 from pipeline.learning.parameter_groups import policy_parameter_groups
 from pipeline.learning.ppo_learner import PPOLearner, reference_without_adapters
+from pipeline.learning.rewarded_rows import reward_rows
 from pipeline.models import critic
 from pipeline.models.backbone import DTYPES
 from pipeline.models.critic import PolicyWithCritic
@@ -311,16 +311,9 @@ def random_experience(learner: PPOLearner, options: argparse.Namespace) -> Exper
         RewardScore(mean=mean, std=0.0, objective_weights=(), objective_scores=())
         for mean in torch.randn(options.responses, generator=dice).tolist()
     ]
-    config = learner.config
-    experience, _ = build_experience(
-        rollouts,
-        scores,
-        learner.evaluate(rollouts),
-        config,
-        kl_coefficient=config.kl.coefficient,
-        reward_scale=RewardScale(mean=0.0, std=1.0),
-    )
-    return experience
+    rewarded, _ = reward_rows(rollouts, scores, learner.config, RewardScale(mean=0.0, std=1.0))
+    evaluated, _ = learner.evaluate(rollouts)
+    return learner.build_experience(evaluated, rewarded, kl_coefficient=learner.config.kl.coefficient)[0]
 
 
 def update_flops(config: Qwen3Config, sequences: Sequence[PromptGroup]) -> float:

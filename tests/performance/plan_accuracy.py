@@ -99,7 +99,7 @@ def main() -> None:
     print(f"memory, GB:        planned {planned_gb:.3f}, measured {gained_gb:.3f}, {planned_gb / gained_gb:.2f}")
     print_phase("update", update, clock, busy)
     rollouts = rollouts_of(experience)
-    evaluated = seconds_of(lambda step: learner.evaluate(rollouts), options.rounds)
+    evaluated = seconds_of(lambda step: learner.evaluate_tokens(rollouts), options.rounds)
     print_phase("evaluate", evaluate_phase(load, batch, ranks, core), *evaluated)
     with TemporaryDirectory() as directory:
         tokenizer = build_tokenizer()
@@ -141,6 +141,7 @@ def rollouts_of(experience):
         logprobs=sequences.response_ids,
         policy_versions=(0,) * count,
         finish_reasons=("stop",) * count,
+        repetition=(0.0,) * count,
     )
 
 

@@ -1,7 +1,5 @@
 """Rollouts on disk: what a file holds, which prompts are kept, how large the files may become, and pages of them."""
 
-from itertools import accumulate
-
 import numpy as np
 import pytest
 import torch
@@ -9,10 +7,11 @@ from pyarrow import parquet
 
 from pipeline.columns import Rollouts, TokenEvaluations
 from pipeline.errors import DataError
+from pipeline.learning.response_evaluations import response_evaluations
 from pipeline.ragged import Ragged
-from pipeline.records import Experience, Prompt, RewardScore, Rollout, ScoredRollouts, TokenEvaluation
+from pipeline.records import ExperienceSummary, Prompt, RewardScore, Rollout, ScoredRollouts, TokenEvaluation
+from pipeline.repetition import NUMBERED, repeated_shares
 from pipeline.rollouts.kept_rollouts import RolloutBatch, RolloutFiles
-from pipeline.rollouts.repetition import NUMBERED, repeated_shares
 from pipeline.rollouts.rollout_queries import MAX_PAGE, RolloutFilter, RolloutQueries
 
 SCRIPT = "<script>document.title = 'owned'</script>"
@@ -45,21 +44,14 @@ def batch(step=0, rollouts=None, rewards=None, *, rows=None):
         for r in rollouts
     ]
     lengths = [len(rollouts[row].logprobs) for row in rows]
-    zeros = torch.zeros(sum(lengths))
-    experience = Experience(
-        sequences=tuple(rollouts[row].tokens for row in rows),
+    experience = ExperienceSummary(
+        metrics={},
         rows=tuple(rows),
-        offsets=torch.tensor([0, *accumulate(lengths)]),
-        logprobs=zeros,
-        reference_logprobs=zeros,
-        advantages=torch.tensor(
-            [10.0 * row + t for row, length in zip(rows, lengths, strict=True) for t in range(length)]
+        mean_advantages=torch.tensor(
+            [10.0 * row + (length - 1) / 2 for row, length in zip(rows, lengths, strict=True)]
         ),
-        importance_weights=None,
-        kl_loss_coefficient=0.0,
-        critic=None,
-        num_response_tokens=sum(lengths),
     )
+    columns = Rollouts.of(rollouts)
     scores = tuple(
         RewardScore(mean=reward, std=0.5, objective_weights=(0.25, 0.75), objective_scores=(4.0, 2.0))
         for reward in rewards
@@ -67,9 +59,9 @@ def batch(step=0, rollouts=None, rewards=None, *, rows=None):
     return RolloutBatch(
         step=step,
         seeds=range(100, 100 + len(rollouts)),
-        rollouts=Rollouts.of(rollouts),
+        rollouts=columns,
         scored=ScoredRollouts(scores=scores, by_source={"model": scores}, metrics={}),
-        evaluations=TokenEvaluations.of(evaluations),
+        evaluations=response_evaluations(columns, TokenEvaluations.of(evaluations)),
         experience=experience,
     )
 

@@ -143,25 +143,31 @@ def _ppo_step(policy, world, tokenizer, directory, *, lora, max_tokens, recomput
 
 def take(step: OneStep, learner, directory):
     """Evaluates, updates and writes the training state, as each rank does; returns what it evaluated and measured."""
-    evaluated = learner.evaluate(step.heldout)
+    evaluated = evaluated_by(step, learner)
     metrics = learner.update(step.batch, 0)
     learner.snapshot().write(directory)
-    return numbers(evaluated), metrics
+    return evaluated, metrics
 
 
-def numbers(evaluated):
+def evaluated_by(step, learner):
     """Metrics, or what PPO says of every token, as names with numbers."""
-    if isinstance(evaluated, dict):
-        return evaluated
+    if step.name != "ppo":
+        return learner.evaluate(step.heldout)
+    evaluated = learner.evaluate_tokens(step.heldout)
     fields = ("logprobs", "reference_logprobs", "values")
     return {f"{field} {i}": x for field in fields for i, x in enumerate(getattr(evaluated, field).values.tolist())}
 
 
 def first_moments(directory, module):
-    """A tenth of the gradient of every trained parameter, from a training state."""
+    """A tenth of the gradient of every trained parameter, from a training state after one step."""
+    return saved_numbers("exp_avg", directory, module)
+
+
+def saved_numbers(kind, directory, module):
+    """What a training state holds of every trained parameter: its "weight", or a moment of the optimiser."""
     parameters = trained_parameters(module)
     with SavedState(directory, {name: tuple(p.shape) for name, p in parameters.items()}) as saved:
-        return {name: saved.read("exp_avg", name, 0, p.numel()) for name, p in parameters.items()}
+        return {name: saved.read(kind, name, 0, p.numel()) for name, p in parameters.items()}
 
 
 def largest_gap(ours, theirs):
