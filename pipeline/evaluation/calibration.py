@@ -18,7 +18,7 @@ from pipeline.records import PromptGroup
 LEAST_PAIRS = 30
 """Fewer held-out pairs calibrate nothing: temperature and variance factor stay 1, and no comparison is confident."""
 
-PRIOR_STD = 1.0
+PRIOR_STD = 2.0
 """Standard deviation of a normal prior on ln T and on ln sqrt(f v), v the median variance. Without it the parameters
 of 30 pairs that happen to be ordered right are without bound, and so is the certainty of the model."""
 

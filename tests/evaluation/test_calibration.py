@@ -52,7 +52,7 @@ def test_few_pairs_do_not_make_the_model_certain():
         rows = slice(start, start + 30)
         fit = fit_scale(fresh[rows], unsure[rows])
         fitted.append(nll(log_odds(fresh, fit.variance_factor * unsure, fit.temperature)))
-    assert np.mean(fitted) < nll(fresh) + 0.02
+    assert np.mean(fitted) < nll(fresh) + 0.035
     assert max(fitted) < nll(fresh) + 0.15
 
 
