@@ -133,7 +133,7 @@ def test_the_number_of_nodes_is_the_smallest_that_holds_every_stage():
         (
             ["--accelerator", "l40s", "alignment.max_tokens_per_micro_batch=131072"],
             ResourceError,
-            r"needs 92 GB of a l40s with 48 GB: .*alignment\.max_tokens_per_micro_batch=16384 would fit",
+            r"needs 93 GB of a l40s with 48 GB: .*alignment\.max_tokens_per_micro_batch=16384 would fit",
         ),
         (["--env", "AWS_SECRET_ACCESS_KEY=hidden"], ConfigError, r"--env AWS_SECRET_ACCESS_KEY: .*with --secret\."),
         (["--env", "HF_TOKEN=hidden"], ConfigError, r"--env HF_TOKEN: its value would stand in the file"),
