@@ -145,6 +145,7 @@ def test_the_job_reads_what_the_benchmark_wrote(tmp_path, monkeypatch, capsys):
         score_std=(),
         reward_mean=0.0,
         reward_std=1.0,
+        mean_contributions=(0.5, 0.5),
         metrics={"reasons/honesty/pair_accuracy": 0.8, "reasons/honesty/pairs": 100.0},
     )
     (tmp_path / CARD_FILE).write_text(card.model_dump_json())
