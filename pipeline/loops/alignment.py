@@ -31,20 +31,16 @@ def align(
 ) -> Metrics:
     """Restores the last commit, then samples, scores, evaluates, updates and publishes until `num_steps`.
 
-    collect:  consumes the prompts of the step; waits for all its rollouts; is unblocked by the gate of the publish
-              before. With `config.prefetch` sampling started during the step before, else nothing overlaps. A
-              validation is sampled next, while the engines have nothing else to sample.
-    score:    consumes prompts and responses as text, from every source of reward; produces one reward a rollout, or
-              none where a source fails. A rollout without a reward is not trained on.
-    evaluate: consumes the rollouts as tokens; produces policy and reference logprobs and values before the update. They
-              stay with the learner: here are a reference to them, and a few numbers a response.
-    build:    consumes rewards and evaluations; produces the experience, which stays with the learner, too.
+    collect:  consumes prompts; waits for all rollouts of the step, and for the gate of the publish before. With
+              `config.prefetch` sampling started during the step before. A validation is sampled next.
+    score:    consumes texts; produces one reward a rollout. A rollout whose source fails is not trained on.
+    evaluate: consumes the rollouts as tokens; policy and reference logprobs and values stay with the learner.
+    build:    consumes rewards and evaluations; the experience stays with the learner, too.
     update:   consumes the experience; produces policy `step + 1`.
     publish:  consumes that policy; waits until every engine passed the numerics gate with it.
     log:      consumes the metrics of all of these; then the step is committed, where a commit is due.
 
-    The observer measures the true reward of the rollouts, keeps them on disk, and validates the policy that a step
-    begins with. Nothing is trained on that. The finished policy is validated after the last step.
+    The observer measures true rewards, keeps rollouts on disk, and validates. Nothing is trained on that.
 
     Args:
         reward_scale: units of the combined reward.

@@ -48,14 +48,24 @@ def files(tmp_path):
     return [f"data.sources=[{{path: {pairs}}}]", f"data.prompts=[{prompts}]"]
 
 
-def refused_commands(tmp_path, files, s3, tiny_policy):
-    """Words of a command, and what its refusal says."""
-    cut = tmp_path / "cut.jsonl"
-    cut.write_text('{"prompt": "a", "chosen": "b"')
-    nowhere = str(tmp_path / "nowhere")
-    out = str(tmp_path / "out")
+@pytest.fixture
+def cut(tmp_path):
+    """A file of pairs that ends in the middle of a row."""
+    file = tmp_path / "cut.jsonl"
+    file.write_text('{"prompt": "a", "chosen": "b"')
+    return file
+
+
+@pytest.fixture
+def questions(tmp_path):
     question = {"question_id": 1, "category": "writing", "turns": ["a", "b"]}
-    questions = pairs_file(tmp_path / "questions.jsonl", [question])
+    return pairs_file(tmp_path / "questions.jsonl", [question])
+
+
+@pytest.fixture
+def refused_runs(tmp_path, files, s3, tiny_policy, cut, questions):
+    """Words of a run, and what its refusal says."""
+    nowhere, out = str(tmp_path / "nowhere"), str(tmp_path / "out")
     bad_pairs = [f"data.sources=[{{path: {cut}}}]"]
     return [
         (["run", "tiny", "sft.num_stps=1"], "unknown key"),
@@ -100,7 +110,15 @@ def refused_commands(tmp_path, files, s3, tiny_policy):
             f"'{nowhere}' does not exist",
         ),
         (["run", "tiny", "--dry-run", *bad_pairs], "cut.jsonl, line 1: no JSON"),
-        (["experiment", "heads", "--out", out, *bad_pairs], "cut.jsonl, line 1: no JSON"),
+    ]
+
+
+@pytest.fixture
+def other_refused_commands(tmp_path, tiny_policy, cut, questions):
+    """Words of a command that is no run, and what its refusal says."""
+    nowhere, out = str(tmp_path / "nowhere"), str(tmp_path / "out")
+    return [
+        (["experiment", "heads", "--out", out, f"data.sources=[{{path: {cut}}}]"], "cut.jsonl, line 1: no JSON"),
         (["evaluate", "--model", nowhere, "--pairs", str(cut), "--out", out], "it is no reward model"),
         (f"evaluate --policy {nowhere} --form dpo --pairs {cut} --out {out}".split(), f"'{nowhere}' does not exist"),
         (["serve", "--model", nowhere], "it is no reward model"),
@@ -124,9 +142,9 @@ def refused_commands(tmp_path, files, s3, tiny_policy):
 
 
 def test_a_bad_recipe_file_or_checkpoint_is_refused_by_every_command_before_anything_heavy(
-    tmp_path, files, s3, tiny_policy
+    tmp_path, refused_runs, other_refused_commands
 ):
-    cases = refused_commands(tmp_path, files, s3, tiny_policy)
+    cases = [*refused_runs, *other_refused_commands]
     done = subprocess.run(
         [sys.executable, "-c", EVERY_COMMAND.format(heavy=HEAVY)],
         cwd=ROOT,
