@@ -126,7 +126,19 @@ class RolloutWorker:
 
     def accept_weights(self, weights: PolicyWeights, tolerance: float) -> Metrics:
         """Passes the gate with the weights in the engine, however they came; then this worker samples from them."""
-        gate = self.check(weights, tolerance)
+        from actors.weight_relay import readable_here
+
+        # vLLM answers the probes together with whatever else it decodes, for instance requests that were submitted
+        # ahead of a call that another worker has answered.
+        self._sampler.interrupt()
+        gate = check_engine(
+            weights.probes,
+            self._engine.probe_logprobs(weights.probes),
+            tolerance=tolerance,
+            engine=self._name,
+            version=weights.version,
+            differing_groups=lambda: self._engine.differing_groups(readable_here(weights)[0].location),
+        )
         self._sampler.accept_policy(weights.version)
         seconds, num_bytes = self._transfer.seconds, self._transfer.num_bytes
         if self._copy_gb_per_s is None:
@@ -138,19 +150,6 @@ class RolloutWorker:
             "weights/copies_fetched": float(self._transfer.copies_fetched),
             "memory/rollout_worker_peak_gib": self._engine.peak_gib(),
         }
-
-    def check(self, weights: PolicyWeights, tolerance: float) -> Metrics:
-        """Runs the numerics gate alone."""
-        from actors.weight_relay import readable_here
-
-        return check_engine(
-            weights.probes,
-            self._engine.probe_logprobs(weights.probes),
-            tolerance=tolerance,
-            engine=self._name,
-            version=weights.version,
-            differing_groups=lambda: self._engine.differing_groups(readable_here(weights)[0].location),
-        )
 
     # Sampling: arguments, results and errors are those of `EngineSampler`.
 

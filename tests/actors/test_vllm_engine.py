@@ -30,6 +30,7 @@ from pipeline.models.tensor_stream import TensorStream
 from pipeline.records import PolicyWeights, ProbeSequence, Prompt, SamplingParams
 from pipeline.rollouts.numerics_gate import GATE_TOLERANCE, choose_probes
 from pipeline.rollouts.policy_files import PolicyFiles
+from pipeline.rollouts.requests import rollout_requests
 from tests.support.gloo import CpuWorker, GroupOfOne, PolicyRank
 
 pytestmark = pytest.mark.components
@@ -468,7 +469,7 @@ def test_an_engine_with_one_stale_parameter_is_refused_by_the_name_of_its_group(
     with pytest.raises(
         StaleEngineError, match=rf"{worker.name} .* tolerance 0.0001. Parameter group '{group}'.*1 group"
     ):
-        ray.get(worker.actor.check.remote(publish(new, version=9), TOLERANCE), timeout=60)
+        ray.get(worker.actor.accept_weights.remote(publish(new, version=9), TOLERANCE), timeout=60)
 
 
 def test_an_update_that_never_happened_is_refused_and_nothing_is_sampled(pool, policy, publish, prompts):
@@ -532,7 +533,19 @@ def test_an_engine_killed_in_the_middle_of_responses_leaves_every_sample_as_it_w
 
     assert killed not in pool._fleet.workers
     assert_same_samples(after_death, undisturbed)
-    assert len(ray.get([w.actor.check.remote(weights, TOLERANCE) for w in pool._fleet.workers], timeout=300)) == 2
+    gates = [worker.actor.accept_weights.remote(weights, TOLERANCE) for worker in pool._fleet.workers]
+    assert [gate["gate/max"] <= TOLERANCE for gate in ray.get(gates, timeout=300)] == [True, True]
+
+
+def test_the_gate_looks_at_the_probes_alone_where_requests_of_an_earlier_batch_are_left(pool, policy, publish, prompts):
+    weights = publish(another(policy, 5))
+    pool.load_weights(weights)
+    worker = pool._fleet.workers[0].actor
+    long = replace(SAMPLING, max_response_tokens=64, samples_per_prompt=1)
+    requests = rollout_requests(prompts, long)
+
+    assert ray.get(worker.sample.remote(requests[:1], long, requests[1:], seconds=0.0), timeout=60) == len(prompts)
+    assert ray.get(worker.accept_weights.remote(weights, TOLERANCE), timeout=60)["gate/max"] <= TOLERANCE
 
 
 def test_an_engine_that_would_join_with_old_weights_is_refused_and_two_engines_sample_what_one_does(
@@ -611,7 +624,7 @@ def test_a_stale_parameter_of_a_shard_is_named_by_its_group(sharded, policy, pub
     [worker] = sharded._fleet.workers
     ray.get(worker.actor.load_weights.remote(publish(mixed), TOLERANCE), timeout=60)
     with pytest.raises(StaleEngineError, match=rf"Parameter group '{group}'.*1 group"):
-        ray.get(worker.actor.check.remote(publish(new, version=9), TOLERANCE), timeout=60)
+        ray.get(worker.actor.accept_weights.remote(publish(new, version=9), TOLERANCE), timeout=60)
 
 
 @pytest.mark.long
