@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.data.chat import encode_prompt
 from pipeline.data.collate import PairCollator, TokenisedPair, tokenise_pairs
 from pipeline.data.preferences import normalised_prompt, take_pairs
-from pipeline.data.score_statistics import MixtureStatistics
+from pipeline.data.score_statistics import MixtureStatistics, constant_scores
 from pipeline.records import PreferencePair
 
 if TYPE_CHECKING:
@@ -76,12 +76,14 @@ class Preview:
         if not any(any(source.count) for source in self._statistics.sources.values()):
             return "none of the pairs has scores: they train the likelihood alone"
         shown = self._statistics.scale_sources
+        constant = constant_scores(self.data.train_pairs)
         table = [("source", "objective", "responses", "mean", "sd", "")]
         for name, source in self._statistics.sources.items():
             for k, objective in enumerate(source.objectives):
                 if source.count[k]:
                     scale = "the scale that is shown to people" if shown[k] == name and len(self._names) > 1 else ""
-                    numbers = f"{source.count[k]:,}", f"{source.mean[k]:.3g}", f"{source.std[k]:.3g}"
+                    std = 0.0 if (name, objective) in constant else source.std[k]
+                    numbers = f"{source.count[k]:,}", f"{source.mean[k]:.3g}", f"{std:.3g}"
                     table.append((name, objective, *numbers, scale))
         return _table(table)
 

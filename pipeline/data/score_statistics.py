@@ -168,3 +168,17 @@ class MixtureStatistics:
                     values[b, k] = (row[objective] - of_source.mean[k]) / of_source.std[k]
                     mask[b, k] = True
         return values, mask
+
+
+def constant_scores(pairs: Iterable[PreferencePair]) -> dict[tuple[str, str], float]:
+    """(source, objective) -> its score, where several responses have one and all of them the same one.
+
+    Standardised, such a score is 0 for every response: it tells no response from another.
+    """
+    seen: dict[tuple[str, str], tuple[float, float, int]] = {}
+    for pair in pairs:
+        for scores in (pair.scores_chosen, pair.scores_rejected):
+            for objective, score in (scores or {}).items():
+                lowest, highest, count = seen.get((pair.source, objective), (score, score, 0))
+                seen[pair.source, objective] = min(lowest, score), max(highest, score), count + 1
+    return {key: low for key, (low, high, count) in seen.items() if count > 1 and high - low <= SMALLEST_STD}

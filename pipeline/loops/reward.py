@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pipeline.config.recipe import ExperimentConfig
 from pipeline.data.preferences import LeftOut, left_out_metrics
 from pipeline.data.run_data import RunData, data_fingerprints
+from pipeline.data.score_statistics import constant_scores
 from pipeline.errors import ConfigError
 from pipeline.evaluation.alarms import alarm_messages
 from pipeline.learning.builders import RewardTrainerSpec
@@ -149,6 +150,10 @@ class RewardTraining:
         elif len(self.data.statistics.sources) > 1:
             listed = ", ".join(f"{objective} of {source}" for objective, source in scales.items())
             notes.append(f"scores are shown on the scale of the source with most annotations: {listed}")
+        notes += [
+            f"every score of {objective} in source {source} is {score:g}: it tells no response from another"
+            for (source, objective), score in constant_scores(p.pair for p in self.data.compared_pairs).items()
+        ]
         return notes + [f"{name} {count:.0f}" for name, count in self.contamination.items()]
 
     def run(self, trainer: CalibratedLearner[PreferenceBatch], stage: StageDirectory) -> Metrics:

@@ -8,7 +8,7 @@ import pytest
 from pipeline.config.load import load_recipe
 from pipeline.data.planted import OBJECTIVES
 from pipeline.data.run_data import load_data, with_flipped_labels
-from pipeline.data.score_statistics import MixtureStatistics, ScoreStatistics
+from pipeline.data.score_statistics import MixtureStatistics, ScoreStatistics, constant_scores
 from pipeline.errors import DataError
 from pipeline.learning.reward_data import RewardData
 
@@ -29,6 +29,16 @@ def test_training_reads_its_statistics_from_the_training_split_alone(tokenizer):
     elsewhere = [replace(p, scores_chosen=dict.fromkeys(OBJECTIVES, 5.0)) for p in data.heldout_pairs]
     trained, other = (RewardData.of(recipe, one, tokenizer) for one in (data, replace(data, heldout_pairs=elsewhere)))
     assert trained.statistics == other.statistics == MixtureStatistics.of(data.train_pairs, OBJECTIVES)
+
+
+def test_a_score_that_never_changes_is_found_in_its_source_and_one_annotation_is_no_proof(world):
+    pair = world.train_pairs()[0]
+    pairs = [
+        replace(pair, source="a", scores_chosen={"x": 3.0, "y": 0.0}, scores_rejected={"x": 3.0, "y": 2.0}),
+        replace(pair, source="a", scores_chosen={"x": 3.0, "z": 1.0}, scores_rejected=None),
+        replace(pair, source="b", scores_chosen={"x": 2.0}, scores_rejected={"x": 4.0}),
+    ]
+    assert constant_scores(pairs) == {("a", "x"): 3.0}
 
 
 def test_scores_on_another_scale_than_the_saved_statistics_are_refused(world):

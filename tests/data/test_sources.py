@@ -279,6 +279,14 @@ def test_a_run_says_what_each_source_gives(tmp_path, tiny_policy):
     )
 
 
+def test_a_run_says_which_scores_never_change(tmp_path, tiny_policy):
+    rows = [row | scores(i % 3) for i, row in enumerate(pairs_of("a", 40))]
+    experiment = recipe(source(tmp_path, "flat", rows))
+    training = RewardTraining.prepare(experiment, load_data(experiment), str(tiny_policy))
+    said = "every score of honesty in source flat is 2: it tells no response from another"
+    assert [said] == [note for note in training.notes(training.about_the_data()) if note.startswith("every score")]
+
+
 def test_the_files_of_a_recipe_are_all_that_a_run_reads(tmp_path, monkeypatch):
     monkeypatch.setenv("VRM_DATA_ROOT", str(tmp_path))
     for name in ("a", "b", "prompts", "reported"):

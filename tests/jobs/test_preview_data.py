@@ -1,6 +1,7 @@
 """The preview of a recipe's data: what the models will see, without Ray."""
 
 import json
+import re
 
 import pytest
 
@@ -47,6 +48,7 @@ def test_it_shows_counts_lengths_overlap_and_rows(mixture):
     scores = [line.split() for line in text.splitlines() if line.startswith("rated   helpfulness")]
     assert len(scores) == 1
     assert "the scale that is shown to people" in " ".join(scores[0])
+    assert re.search(r"^rated   honesty +\d+ +5 +0 ", text, re.MULTILINE)  # every honesty is 5: mean 5, deviation 0
     # Two of the five shared prompts stand in the evaluation file, so that training leaves them out.
     assert "rated and bare: 3 of 18 and 18" in text
     [share] = [line.split()[5] for line in text.splitlines() if line.startswith("bare ") and "%" in line]
