@@ -70,6 +70,17 @@ class ExperimentConfig(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _mismatched_sources_are_there(self) -> ExperimentConfig:
+        names = [source.name for source in self.data.sources] or ["planted"]
+        unknown = sorted({*(self.reward.mismatched_sources or ())} - {*names})
+        if unknown:
+            raise ValueError(
+                f"reward.mismatched_sources names {unknown[0]!r}, which is no source of the recipe; its sources are "
+                f"{', '.join(names)}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _pairs_are_there_where_something_trains_on_them(self) -> ExperimentConfig:
         alignment = self.alignment
         learners = {

@@ -165,6 +165,9 @@ class RewardConfig(Frozen):
     """For this share of the training pairs one more is made: the chosen response against one that was chosen for
     another prompt. Without such pairs a reward need not read the prompt, and an answer that fits no prompt, such as an
     apology, can win everywhere (RRM, Liu et al. 2024, arXiv:2409.13156)."""
+    mismatched_sources: tuple[str, ...] | None = None
+    """Sources whose pairs get one; None is all. The other responses come from every source. Name those in which one
+    answer to many prompts is never right: a refusal may be, where prompts are harmful."""
     batch_pairs: Count = 128
     """Pairs of an optimiser step, over all ranks."""
     num_steps: Count | None = None

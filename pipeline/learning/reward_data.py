@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
@@ -67,7 +67,13 @@ class RewardData:
         if not statistics.has_scores and not experiment.own_objectives:
             # What nobody scored is no helpfulness.
             statistics = statistics.named(experiment.factor_names)
-        mismatched = mismatched_pairs(pairs, config.mismatched_pairs, experiment.seed, max_length=config.max_length)
+        mismatched = mismatched_pairs(
+            pairs,
+            config.mismatched_pairs,
+            experiment.seed,
+            max_length=config.max_length,
+            sources=config.mismatched_sources,
+        )
         pairs = [*pairs, *mismatched]
         return cls(
             pairs=pairs,
@@ -129,9 +135,14 @@ class RewardData:
 
 
 def mismatched_pairs(
-    pairs: Sequence[TokenisedPair], share: float, seed: int, *, max_length: int
+    pairs: Sequence[TokenisedPair],
+    share: float,
+    seed: int,
+    *,
+    max_length: int,
+    sources: Collection[str] | None = None,
 ) -> list[TokenisedPair]:
-    """For each pair, with probability `share`, its chosen response against one that was chosen for another prompt.
+    """For each pair of `sources`, with probability `share`: its chosen response against that of another prompt.
 
     They have no scores and no margin. Seed and ids decide which pairs get one, so a larger share contains the pairs of
     a smaller one. A pair gets none where no other chosen response fits into `max_length` tokens behind its prompt.
@@ -140,7 +151,8 @@ def mismatched_pairs(
     """
     made = []
     for pair in pairs:
-        if stable_seed("mismatched", seed, pair.pair.id) / 2**62 >= share:
+        is_meant = sources is None or pair.pair.source in sources
+        if not is_meant or stable_seed("mismatched", seed, pair.pair.id) / 2**62 >= share:
             continue
         prompt, chosen = pair.tokens.prompt_ids, pair.tokens.response_ids[0]
         first = stable_seed("response to another prompt", seed, pair.pair.id) % len(pairs)

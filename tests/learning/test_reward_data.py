@@ -1,5 +1,7 @@
 """Pairs that are made: a chosen response against one that was chosen for another prompt."""
 
+from dataclasses import replace
+
 import pytest
 
 from pipeline.config.load import load_recipe
@@ -52,6 +54,15 @@ def test_a_larger_share_contains_a_smaller_one():
     assert some < more
     assert len(some) == pytest.approx(100, abs=38)  # four standard deviations, sqrt(1000 * .1 * .9) = 9.5
     assert mismatched_pairs(pairs, 0.0, seed=0, max_length=99) == []
+
+
+def test_pairs_of_other_sources_get_none_but_lend_their_responses():
+    pairs = [tokenised("1", "p", "good", "bad"), tokenised("2", "q", "fine", "poor")]
+    pairs[1] = replace(pairs[1], pair=replace(pairs[1].pair, source="theirs"))
+    [made] = mismatched_pairs(pairs, 1.0, seed=0, max_length=5, sources=["mine"])
+    assert (made.pair.chosen, made.pair.rejected) == ("good", "fine")
+    with pytest.raises(ConfigError, match=r"mismatched_sources names 'plant', .*its sources are planted"):
+        load_recipe("experiments_tiny", ["reward.mismatched_sources=[plant]"])
 
 
 def test_made_pairs_are_trained_on_and_counted_apart(tokenizer):
