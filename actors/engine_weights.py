@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Protocol, cast
 
 import torch
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -57,6 +58,9 @@ class EngineShard:
 
     def replace_by_published(self: Worker, location: str) -> None:
         replace_weights(self.get_model(), FILES.read(location))
+
+    def pack_experts_again(self: Worker) -> None:
+        forget_expert_kernels(self.get_model())
 
     def differing_groups(self: Worker, location: str) -> dict[str, float]:
         return differences(self.get_model(), FILES.read(location))
@@ -133,6 +137,17 @@ def replace_weights(model: torch.nn.Module, published: Published) -> None:
         if (kept := getattr(module, name)).numel() > 0:
             # Packing failed, so vLLM uses the matrix itself. The file behind it will be written over: copy it.
             setattr(module, name, _parameter(kept.detach().clone()))
+
+
+def forget_expert_kernels(model: torch.nn.Module) -> None:
+    """Lets vLLM's loader pack the experts of a mixture on a CPU as it did the first time.
+
+    vLLM's CPU kernel reads packed experts, and vLLM packs them only where a layer has no kernel yet. Without this, the
+    kernel of a layer with new experts reads them as if they were packed, and the layer computes something else.
+    """
+    for module in model.modules():
+        if isinstance(method := getattr(module, "quant_method", None), UnquantizedFusedMoEMethod):
+            method.moe_kernel = None
 
 
 def _parameters(

@@ -136,6 +136,8 @@ class VLLMEngine:
             # The cache wakes last: until the update is over, the learner may need the memory.
             self._llm.wake_up(tags=["weights"])
         self._end_update()
+        if self._on_cpu:
+            self._in_shards("pack_experts_again")
         self._in_shards("start_weight_update")
         self._is_updating = True
 
