@@ -141,7 +141,11 @@ def _groups_of(recipe: Recipe, backbone: str) -> list[PromptGroup]:
     runs = [RewardTraining.prepare(recipe, pairs_of_the_reward_model(data, recipe.judge), backbone)]
     if recipe.judge is not None:
         runs.append(RewardTraining.prepare(as_judge(recipe), pairs_of_the_judge(data, recipe.judge), backbone))
-    return [pair.tokens for run in runs for pair in (*run.data.pairs, *run.data.heldout_pairs)]
+    return [
+        pair.tokens
+        for run in runs
+        for pair in (*run.data.pairs, *run.data.heldout_pairs, *run.data.mismatched_heldout_pairs)
+    ]
 
 
 def _responses(groups: Sequence[PromptGroup]) -> int:

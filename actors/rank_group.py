@@ -118,8 +118,8 @@ class Rank:
         evaluated = EvaluatedRollouts(rollouts=rollouts, tokens=tokens)
         return self._learner.build_experience(evaluated, rewarded, kl_coefficient=kl_coefficient)
 
-    def calibrate(self, batches: Any, heldout: Any) -> Any:
-        result = self._learner.calibrate(batches, heldout)
+    def calibrate(self, batches: Any, heldout: Any, mismatched: Any) -> Any:
+        result = self._learner.calibrate(batches, heldout, mismatched)
         return result if self._rank == 0 else None
 
     def logprobs(self, groups: Any) -> Any:

@@ -46,8 +46,8 @@ class RankedLearner:
         reference = ray.put(batch)
         return self._all(lambda rank: rank.evaluate.remote(reference), "evaluating")
 
-    def calibrate(self, batches: Sequence[Any], heldout: Any) -> Metrics:
-        references = ray.put(batches), ray.put(heldout)
+    def calibrate(self, batches: Sequence[Any], heldout: Any, mismatched: Any) -> Metrics:
+        references = ray.put(batches), ray.put(heldout), ray.put(mismatched)
         return self._all(lambda rank: rank.calibrate.remote(*references), "calibrating")
 
     def snapshot(self) -> RankedSnapshot:

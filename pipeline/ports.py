@@ -72,10 +72,14 @@ class Learner(Protocol[Batch]):
 class CalibratedLearner(Learner[Batch], Protocol[Batch]):
     """A reward model: when it is finished, it is calibrated."""
 
-    def calibrate(self, batches: Sequence[Batch], heldout: Batch) -> Metrics:
+    def calibrate(self, batches: Sequence[Batch], heldout: Batch, mismatched: Batch | None) -> Metrics:
         """Fits error bars to training batches, and the calibration to a part of the held-out batch.
 
-        Returns what `evaluate` returns, with the metrics of the calibrated model.
+        Args:
+            mismatched: held-out chosen responses against some that were chosen for other prompts; None without any.
+
+        Returns:
+            What `evaluate` returns, with the metrics of the calibrated model.
         """
 
 

@@ -20,6 +20,7 @@ from pipeline.evaluation.reasons import (
     verified_objectives,
 )
 from pipeline.evaluation.source_metrics import source_metrics
+from pipeline.evaluation.win_rate import wilson_interval
 from pipeline.models.reward_heads import RewardOutput
 from pipeline.models.reward_model_card import RewardCalibration
 from pipeline.objectives.preference import bradley_terry_loss, ranked_correctly
@@ -56,6 +57,23 @@ ENDS = ("low", "high")
 
 ACTIVE_VARIANCE = 0.01
 """A semantic dimension whose mean varies by more than this over (x, y) is active (docs/method.md section 10)."""
+
+
+def mismatched_accuracy(margins: torch.Tensor) -> Metrics:
+    """Share of chosen responses that beat one that was chosen for another prompt, and its 95% Wilson interval.
+
+    A reward that does not read the prompt has 1/2 in expectation: either response was chosen for some prompt.
+
+    Args:
+        margins: [B] reward of the response to the prompt minus that of the response to another, with this prompt.
+    """
+    share = float(ranked_correctly(margins).mean())
+    low, high = wilson_interval(share, len(margins))
+    return {
+        "eval/mismatched_accuracy": share,
+        "eval/mismatched_accuracy_low": low,
+        "eval/mismatched_accuracy_high": high,
+    }
 
 
 def reward_diagnostics(

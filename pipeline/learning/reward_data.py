@@ -19,6 +19,9 @@ from pipeline.data.score_statistics import MixtureStatistics
 from pipeline.evaluation.pair_metrics import longer_is_better
 from pipeline.records import Metrics, PreferenceBatch, PreferencePair, PromptGroup
 
+MISMATCHED_HELDOUT = 256
+"""Pairs that tell within .06 how often a reward prefers the response to the prompt over one to another prompt."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RewardData:
@@ -27,6 +30,8 @@ class RewardData:
     pairs: Sequence[TokenisedPair]
     num_mismatched: int
     """How many of these pairs are `mismatched_pairs`: the last ones."""
+    mismatched_heldout_pairs: Sequence[TokenisedPair]
+    """Held-out chosen responses against some that were chosen for other prompts, `MISMATCHED_HELDOUT` at most."""
     heldout_pairs: Sequence[TokenisedPair]
     statistics: MixtureStatistics
     collate: PairCollator
@@ -79,6 +84,7 @@ class RewardData:
             pairs=pairs,
             num_mismatched=len(mismatched),
             heldout_pairs=heldout,
+            mismatched_heldout_pairs=_mismatched_heldout(heldout, experiment.seed, max_length=config.max_length),
             statistics=statistics,
             collate=PairCollator(
                 statistics=statistics,
@@ -116,6 +122,11 @@ class RewardData:
         pairs = [pair.pair for pair in self.heldout_pairs]
         return replace(batch, truth=objective_truth(self.gold, pairs, self.statistics.objectives))
 
+    @property
+    def mismatched_heldout(self) -> PreferenceBatch | None:
+        """None where no held-out response fits another prompt."""
+        return self.collate(self.mismatched_heldout_pairs, 0) if self.mismatched_heldout_pairs else None
+
     def metrics(self) -> Metrics:
         """Sizes of the splits, in all and by source, the prompts they share, and the accuracy of length alone."""
         num_shared = shared_prompts((p.pair.prompt for p in self.pairs), (p.pair.prompt for p in self.heldout_pairs))
@@ -142,41 +153,59 @@ def mismatched_pairs(
     max_length: int,
     sources: Collection[str] | None = None,
 ) -> list[TokenisedPair]:
-    """For each pair of `sources`, with probability `share`: its chosen response against that of another prompt.
+    """`mismatched_pair` of each pair of `sources`, with probability `share`.
 
-    They have no scores and no margin. Seed and ids decide which pairs get one, so a larger share contains the pairs of
-    a smaller one. A pair gets none where no other chosen response fits into `max_length` tokens behind its prompt.
+    Seed and ids decide which pairs get one, so a larger share contains the pairs of a smaller one. A pair gets none
+    where no other chosen response fits.
+    """
+    asked = (
+        pair
+        for pair in pairs
+        if (sources is None or pair.pair.source in sources)
+        and stable_seed("mismatched", seed, pair.pair.id) / 2**62 < share
+    )
+    made = (mismatched_pair(pair, pairs, seed, max_length=max_length) for pair in asked)
+    return [pair for pair in made if pair is not None]
+
+
+def _mismatched_heldout(heldout: Sequence[TokenisedPair], seed: int, *, max_length: int) -> list[TokenisedPair]:
+    asked = {pair.id for pair in share_by_source([p.pair for p in heldout], MISMATCHED_HELDOUT)}
+    made = (mismatched_pair(p, heldout, seed, max_length=max_length) for p in heldout if p.pair.id in asked)
+    return [pair for pair in made if pair is not None]
+
+
+def mismatched_pair(
+    pair: TokenisedPair, pairs: Sequence[TokenisedPair], seed: int, *, max_length: int
+) -> TokenisedPair | None:
+    """The chosen response against one of `pairs` that was chosen for another prompt, without scores and margin.
 
     Source: Liu et al. 2024, arXiv:2409.13156, section 3, the non-contextual pairs.
+
+    Returns:
+        None where no other chosen response fits into `max_length` tokens behind the prompt.
     """
-    made = []
-    for pair in pairs:
-        is_meant = sources is None or pair.pair.source in sources
-        if not is_meant or stable_seed("mismatched", seed, pair.pair.id) / 2**62 >= share:
-            continue
-        prompt, chosen = pair.tokens.prompt_ids, pair.tokens.response_ids[0]
-        first = stable_seed("response to another prompt", seed, pair.pair.id) % len(pairs)
-        others = (pairs[(first + place) % len(pairs)] for place in range(len(pairs)))
-        fitting = (
-            other
-            for other in others
-            if other.tokens.prompt_ids != prompt
-            and other.tokens.response_ids[0] != chosen
-            and len(prompt) + len(other.tokens.response_ids[0]) <= max_length
-        )
-        if (other := next(fitting, None)) is None:
-            continue
-        compared = replace(
-            pair.pair,
-            id=f"{pair.pair.id}/mismatched",
-            rejected=other.pair.chosen,
-            scores_chosen=None,
-            scores_rejected=None,
-            margin=None,
-        )
-        tokens = PromptGroup(prompt_ids=prompt, response_ids=(chosen, other.tokens.response_ids[0]))
-        made.append(TokenisedPair(pair=compared, tokens=tokens))
-    return made
+    prompt, chosen = pair.tokens.prompt_ids, pair.tokens.response_ids[0]
+    first = stable_seed("response to another prompt", seed, pair.pair.id) % len(pairs)
+    others = (pairs[(first + place) % len(pairs)] for place in range(len(pairs)))
+    fitting = (
+        other
+        for other in others
+        if other.tokens.prompt_ids != prompt
+        and other.tokens.response_ids[0] != chosen
+        and len(prompt) + len(other.tokens.response_ids[0]) <= max_length
+    )
+    if (other := next(fitting, None)) is None:
+        return None
+    compared = replace(
+        pair.pair,
+        id=f"{pair.pair.id}/mismatched",
+        rejected=other.pair.chosen,
+        scores_chosen=None,
+        scores_rejected=None,
+        margin=None,
+    )
+    tokens = PromptGroup(prompt_ids=prompt, response_ids=(chosen, other.tokens.response_ids[0]))
+    return TokenisedPair(pair=compared, tokens=tokens)
 
 
 def share_by_source(pairs: Sequence[PreferencePair], count: int) -> list[PreferencePair]:

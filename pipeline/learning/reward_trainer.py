@@ -11,13 +11,14 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.config.reward import PairLossConfig, VariationalLossConfig
 from pipeline.evaluation.alarms import check_alarms
-from pipeline.evaluation.reward_diagnostics import reward_diagnostics
+from pipeline.evaluation.reward_diagnostics import mismatched_accuracy, reward_diagnostics
 from pipeline.learning.engine import TrainEngine
 from pipeline.learning.memory import peak_memory
 from pipeline.learning.micro_batches import MicroBatch, RowValues, Sums, own_micro_batches
 from pipeline.learning.reward_calibration import calibrate_head
 from pipeline.learning.schedule import LearningRateSchedule, warmup_factor
 from pipeline.learning.training_state import TrainingStatePart
+from pipeline.models.last_layer import pair_differences
 from pipeline.models.reward_heads import (
     SCALE_SPEED,
     BradleyTerryAuxiliaryHead,
@@ -145,7 +146,9 @@ class RewardTrainer:
     def evaluate(self, batch: PreferenceBatch) -> Metrics:
         return self._measure(batch, self.score(batch), None)
 
-    def calibrate(self, batches: Sequence[PreferenceBatch], heldout: PreferenceBatch) -> Metrics:
+    def calibrate(
+        self, batches: Sequence[PreferenceBatch], heldout: PreferenceBatch, mismatched: PreferenceBatch | None
+    ) -> Metrics:
         """Fits error bar and calibration of the finished model (`calibrate_head`); returns its held-out metrics.
 
         Every rank computes the same numbers, because `score` gathers the rows of all ranks.
@@ -160,7 +163,11 @@ class RewardTrainer:
             delta=self.card.calibration.answer_delta,
         )
         self.card = self.card.model_copy(update={"calibration": calibration})
-        return self._measure(heldout, output._replace(deviations=deviations), calibration)
+        metrics = self._measure(heldout, output._replace(deviations=deviations), calibration)
+        if mismatched is not None:
+            metrics |= mismatched_accuracy(pair_differences(self.score(mismatched).mean))
+            self.card = self.card.model_copy(update={"metrics": metrics})
+        return metrics
 
     @property
     def _head(self) -> RewardHead:

@@ -170,7 +170,9 @@ class RewardTraining:
             eval_every=self.spec.config.eval_every,
             checkpoint_every=self.spec.config.checkpoint_every,
             evaluate_finished=lambda: trainer.calibrate(
-                self.data.last_batches(self.spec.config.error_bar_pairs), self.data.heldout
+                self.data.last_batches(self.spec.config.error_bar_pairs),
+                self.data.heldout,
+                self.data.mismatched_heldout,
             ),
         )
         for message in alarm_messages(metrics, are_pairs_scored=self.data.statistics.has_scores):

@@ -136,6 +136,7 @@ def _metrics(model: PublishedModel) -> list[str]:
         f"- {words}: {metrics[key]:.3f}"
         for key, words in (
             ("eval/longer_is_better", 'share of pairs that "longer is better" orders right'),
+            ("eval/mismatched_accuracy", "share of chosen responses that beat one chosen for another prompt"),
             ("eval/nll", "negative log-likelihood of the preferences, nats (a coin: 0.693)"),
             ("eval/ece_uncalibrated", "calibration error of P(chosen is better), before calibration"),
             ("eval/ece", "the same, after calibration"),

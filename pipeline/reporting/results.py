@@ -67,6 +67,10 @@ def _reward_model_rows(data: ReportData) -> list[tuple[str, str]]:
         ("reward model: held-out NLL (ln 2 = 0.693 says nothing)", f"{reward['eval/nll']:.3f}"),
         ("reward model: mean |margin|", f"{reward['eval/margin']:.3f}"),
     ]
+    if "eval/mismatched_accuracy" in reward:
+        interval = f"[{reward['eval/mismatched_accuracy_low']:.3f}, {reward['eval/mismatched_accuracy_high']:.3f}]"
+        label = "chosen responses that beat one chosen for another prompt"
+        rows.append((label, f"{reward['eval/mismatched_accuracy']:.3f}  {interval}"))
     if {"eval/ece", "eval/ece_uncalibrated"} <= reward.keys():
         errors = f"{reward['eval/ece_uncalibrated']:.3f}, {reward['eval/ece']:.3f}"
         rows.append(("reward model: calibration error, before and after calibration", errors))

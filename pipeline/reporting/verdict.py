@@ -50,6 +50,10 @@ REWARD_THRESHOLD = (
     "Red: the first reaches 50%, or the second lies below 0. Amber: anything else."
 )
 ODDS_THRESHOLD = f"Amber: the held-out NLL, after calibration, is {math.log(2.0):.3f} (ln 2) or more."
+PROMPT_THRESHOLD = (
+    "A reward that does not read the prompt prefers a response to it over one to another in half of the cases. "
+    "Green: the 95% interval lies above 50%. Amber: it does not."
+)
 REASONS_THRESHOLD = (
     f"A reason is verified if its score orders {TRUSTED_PAIR_ACCURACY:.0%} of at least {LEAST_PAIRS} held-out pairs as "
     "their annotators do. Green: all are. Red: none is. Amber: some are, or none can be measured."
@@ -79,6 +83,7 @@ def verdict(
     """
     return [
         *(reward_findings(reward) if reward else []),
+        *prompt_findings(reward),
         *(reason_findings(reward, objectives) if reward else []),
         *policy_findings(benchmark, last_step, own="its own reward model" if reward else "its own rewards"),
         *alarm_findings(alarms),
@@ -126,6 +131,27 @@ def reward_findings(reward: Metrics) -> list[Finding]:
             )
         )
     return findings
+
+
+def prompt_findings(reward: Metrics) -> list[Finding]:
+    """Whether the reward prefers the response to the prompt over one to another; none where that was not measured."""
+    if "eval/mismatched_accuracy" not in reward:
+        return []
+    low, high = reward["eval/mismatched_accuracy_low"], reward["eval/mismatched_accuracy_high"]
+    share = f"{reward['eval/mismatched_accuracy']:.1%} {_interval(low, high)}"
+    if low > 0.5:
+        text = (
+            f"The reward reads the prompt: the response chosen for it beats one chosen for another in {share} of cases."
+        )
+        return [_good(text, PROMPT_THRESHOLD)]
+    return [
+        _unsure(
+            f"It is not known whether the reward reads the prompt: the response chosen for it beats one chosen for "
+            f"another in {share} of cases. Then one answer, such as an apology, can please it for every prompt. "
+            "Set reward.mismatched_pairs.",
+            PROMPT_THRESHOLD,
+        )
+    ]
 
 
 def reason_findings(reward: Metrics, objectives: Sequence[str]) -> list[Finding]:

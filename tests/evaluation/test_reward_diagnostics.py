@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.evaluation.calibration import split_heldout
-from pipeline.evaluation.reward_diagnostics import reward_diagnostics, target_correlations
+from pipeline.evaluation.reward_diagnostics import mismatched_accuracy, reward_diagnostics, target_correlations
 from pipeline.models.reward_heads import RewardOutput
 from pipeline.models.reward_model_card import RewardCalibration
 from pipeline.records import ObjectiveTruth, PreferenceBatch, PromptGroup
@@ -118,6 +118,14 @@ def test_a_calibrated_model_is_measured_on_the_pairs_that_had_no_part_in_it():
     assert 0.0 < metrics["eval/ece"] != metrics["eval/ece_uncalibrated"]
     silent = calibration.model_copy(update={"answer_threshold": None})
     assert reward_diagnostics(output, batch, ("a", "b"), silent)["eval/answered"] == 0.0
+
+
+def test_responses_that_beat_one_to_another_prompt_are_counted_and_a_tie_is_none():
+    metrics = mismatched_accuracy(torch.tensor([1.0, -2.0, 3.0, 0.0]))
+    assert metrics["eval/mismatched_accuracy"] == 0.5
+    # Wilson: centre .5, half the width z / (1 + z^2/4) sqrt(1/16 + z^2/64) with z = 1.96.
+    assert metrics["eval/mismatched_accuracy_low"] == pytest.approx(0.150, abs=1e-3)
+    assert metrics["eval/mismatched_accuracy_high"] == pytest.approx(0.850, abs=1e-3)
 
 
 def test_the_accuracy_has_an_interval_over_prompts_and_one_against_length():

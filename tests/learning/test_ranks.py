@@ -76,7 +76,7 @@ def test_calibration_in_step(tiny_policy, world, tokenizer):
 
     def work(learner):
         batches = [collate(pairs[first : first + 7], first) for first in (0, 7)]
-        metrics = learner.calibrate(batches, collate(pairs[20:51], 0))
+        metrics = learner.calibrate(batches, collate(pairs[20:51], 0), collate(pairs[51:56], 0))
         return [metrics], dict(learner.engine.module.head.last_layer.named_buffers())
 
     assert_ranks_agree((2, 3), build, work, tolerance=1e-3)

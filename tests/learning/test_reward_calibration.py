@@ -14,6 +14,7 @@ from pipeline.data.collate import tokenise_pairs
 from pipeline.data.planted import OBJECTIVES, PlantedWorld
 from pipeline.evaluation.calibration import split_heldout
 from pipeline.evaluation.reward_scorer import RewardModelScorer
+from pipeline.learning.reward_data import mismatched_pairs
 from pipeline.models.last_layer import pair_differences
 from pipeline.objectives.reward_comparison import compare_rewards
 from pipeline.serving.admission import Admission
@@ -46,7 +47,7 @@ def calibrated(world, tiny_policy, tokenizer, *, head="vrm", vrm=HEAD, steps=12)
     for step, batch in enumerate(batches):
         trainer.update(batch, step)
     heldout = collate(tokenised(world, tokenizer, "heldout"), 0)
-    return trainer, heldout, trainer.calibrate(batches[-3:], heldout)
+    return trainer, heldout, trainer.calibrate(batches[-3:], heldout, None)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +156,7 @@ def test_calibrating_twice_is_calibrating_once(larger_world, tiny_policy, tokeni
         trainer, heldout, first = calibrated(larger_world, tiny_policy, tokenizer, head=head, steps=3)
         collate, rows = collator(larger_world, tokenizer), tokenised(larger_world, tokenizer)
         batches = [collate(rows[64 * step :][:64], step) for step in range(3)]
-        assert trainer.calibrate(batches, heldout) == pytest.approx(first, rel=1e-6, abs=1e-9)
+        assert trainer.calibrate(batches, heldout, None) == pytest.approx(first, rel=1e-6, abs=1e-9)
 
 
 def test_held_out_labels_do_not_decide_what_is_unknown_elsewhere(larger_world, tiny_policy, tokenizer):
@@ -168,7 +169,7 @@ def test_held_out_labels_do_not_decide_what_is_unknown_elsewhere(larger_world, t
         pair if n % 2 else replace(pair, chosen=pair.rejected, rejected=pair.chosen)
         for n, pair in enumerate(larger_world.heldout_pairs())
     ]
-    trainer.calibrate(batches, collate(tokenise_pairs(half, tokenizer, max_length=256, drop_too_long=False), 0))
+    trainer.calibrate(batches, collate(tokenise_pairs(half, tokenizer, max_length=256, drop_too_long=False), 0), None)
     assert trainer.card.calibration.temperature != pytest.approx(chosen.temperature, rel=0.05)
     assert trainer.card.calibration.prior_precision == pytest.approx(chosen.prior_precision, rel=1e-6)
 
@@ -180,3 +181,16 @@ def test_few_held_out_pairs_calibrate_nothing(tiny_policy, world, tokenizer):
     assert calibration.answer_threshold is None
     assert metrics["eval/answered"] == 0.0
     assert metrics["eval/posterior_std"] > 0.0
+
+
+def test_the_card_says_how_often_the_response_to_the_prompt_beats_one_to_another(larger_world, tiny_policy, tokenizer):
+    trainer, heldout, metrics = calibrated(larger_world, tiny_policy, tokenizer, steps=1)
+    assert "eval/mismatched_accuracy" not in metrics
+    collate, rows = collator(larger_world, tokenizer), tokenised(larger_world, tokenizer, "heldout")
+    pairs = mismatched_pairs(rows[:40], 1.0, 0, max_length=256)
+    mismatched = collate(pairs, 0)
+    margins = pair_differences(trainer.score(mismatched).mean)
+    batches = [collate(tokenised(larger_world, tokenizer)[:64], 0)]
+    metrics = trainer.calibrate(batches, heldout, mismatched)
+    assert metrics["eval/mismatched_accuracy"] == pytest.approx(float((margins > 0).double().mean()))
+    assert trainer.card.metrics["eval/mismatched_accuracy"] == metrics["eval/mismatched_accuracy"]

@@ -79,6 +79,22 @@ def test_made_pairs_are_trained_on_and_counted_apart(tokenizer):
     assert not batch.score_mask.any()
 
 
+def test_held_out_responses_are_compared_with_those_to_other_held_out_prompts(tokenizer):
+    sizes = ["data.planted.num_train_pairs=60", "data.planted.num_heldout_pairs=400"]
+    recipe = load_recipe("experiments_tiny", sizes)
+    data = RewardData.of(recipe, load_data(recipe), tokenizer)
+    assert data.mismatched_heldout.num_pairs == len(data.mismatched_heldout_pairs) == 256
+    chosen = {pair.pair.chosen: pair.pair.prompt for pair in data.heldout_pairs}
+    assert all(made.pair.rejected in chosen for made in data.mismatched_heldout_pairs)
+    by_id = {pair.pair.id: pair.pair for pair in data.heldout_pairs}
+    for made in data.mismatched_heldout_pairs:
+        original = by_id[made.pair.id.removesuffix("/mismatched")]
+        assert (made.pair.prompt, made.pair.chosen) == (original.prompt, original.chosen)
+    # One prompt has no other to borrow from.
+    alone = replace(load_data(recipe), heldout_pairs=load_data(recipe).heldout_pairs[:1])
+    assert RewardData.of(recipe, alone, tokenizer).mismatched_heldout is None
+
+
 @pytest.mark.parametrize("override", ["reward.head=regression", "reward.pair_loss.form=margin"])
 def test_made_pairs_have_neither_scores_nor_margins(override):
     with pytest.raises(ConfigError, match=r"mismatched_pairs = 0.5 makes pairs without scores and margins"):

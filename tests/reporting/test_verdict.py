@@ -6,6 +6,7 @@ from pipeline.reporting.alarm_history import AlarmHistory
 from pipeline.reporting.verdict import (
     alarm_findings,
     policy_findings,
+    prompt_findings,
     reason_findings,
     reward_findings,
     verdict,
@@ -103,6 +104,26 @@ def test_a_reward_must_beat_a_coin_and_length(change, level, words):
     found, text = only(reward_findings(REWARD | change))
     assert found == level
     assert words in text
+
+
+@pytest.mark.parametrize(
+    ("share", "low", "level", "words"),
+    [
+        (
+            0.78,
+            0.73,
+            "good",
+            "The reward reads the prompt: the response chosen for it beats one chosen for another in 78.0%",
+        ),
+        (0.52, 0.46, "unsure", "one answer, such as an apology, can please it for every prompt"),
+    ],
+)
+def test_a_reward_that_does_not_read_the_prompt_is_told(share, low, level, words):
+    measured = {f"eval/mismatched_accuracy{end}": x for end, x in (("", share), ("_low", low), ("_high", 0.83))}
+    found, text = only(prompt_findings(REWARD | measured))
+    assert found == level
+    assert words in text
+    assert prompt_findings(REWARD) == []
 
 
 def test_pairs_of_one_prompt_say_nothing_of_others():
