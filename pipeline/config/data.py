@@ -54,6 +54,11 @@ class SourceConfig(Frozen):
     """Share of the pairs of the mixture. Sources without a weight give all their pairs, or `cap` of them."""
     cap: Count | None = None
     """Use at most this many pairs, chosen by seed."""
+    mismatched_pairs: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """For this share of its training pairs the reward model gets one more: the chosen response against one that was
+    chosen for another prompt, of any source. Without such pairs a reward need not read the prompt, and an answer that
+    fits no prompt, such as an apology, can win everywhere (RRM, Liu et al. 2024, arXiv:2409.13156). Leave it at 0 where
+    one answer is right for many prompts, as a refusal is for harmful ones."""
     side: Literal["both", "train", "heldout"] = "both"
     """"both" splits the pairs by prompt; "train" and "heldout" put all of them on one side."""
 

@@ -70,13 +70,13 @@ class ExperimentConfig(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _mismatched_sources_are_there(self) -> ExperimentConfig:
-        names = [source.name for source in self.data.sources] or ["planted"]
-        unknown = sorted({*(self.reward.mismatched_sources or ())} - {*names})
-        if unknown:
+    def _mismatched_pairs_teach_something(self) -> ExperimentConfig:
+        mismatched = next((source for source in self.data.sources if source.mismatched_pairs), None)
+        head, form = self.reward.head, self.reward.pair_loss.form
+        if mismatched and (head == "regression" or form != "bt"):
             raise ValueError(
-                f"reward.mismatched_sources names {unknown[0]!r}, which is no source of the recipe; its sources are "
-                f"{', '.join(names)}"
+                f"source {mismatched.name!r} has mismatched_pairs = {mismatched.mismatched_pairs:g}: pairs without "
+                f"scores and margins, which head = {head!r} with pair_loss.form = {form!r} learns from; set it to 0"
             )
         return self
 

@@ -161,13 +161,6 @@ class RewardConfig(Frozen):
     ensemble: EnsembleConfig = EnsembleConfig()
     loss: VariationalLossConfig = VariationalLossConfig()
     pair_loss: PairLossConfig = PairLossConfig()
-    mismatched_pairs: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """For this share of the training pairs one more is made: the chosen response against one that was chosen for
-    another prompt. Without such pairs a reward need not read the prompt, and an answer that fits no prompt, such as an
-    apology, can win everywhere (RRM, Liu et al. 2024, arXiv:2409.13156)."""
-    mismatched_sources: tuple[str, ...] | None = None
-    """Sources whose pairs get one; None is all. The other responses come from every source. Name those in which one
-    answer to many prompts is never right: a refusal may be, where prompts are harmful."""
     batch_pairs: Count = 128
     """Pairs of an optimiser step, over all ranks."""
     num_steps: Count | None = None
@@ -211,11 +204,6 @@ class RewardConfig(Frozen):
 
     @model_validator(mode="after")
     def _head_supports_its_options(self) -> RewardConfig:
-        if self.mismatched_pairs and (self.head == "regression" or self.pair_loss.form != "bt"):
-            raise ValueError(
-                f"mismatched_pairs = {self.mismatched_pairs:g} makes pairs without scores and margins, which head = "
-                f"{self.head!r} with pair_loss.form = {self.pair_loss.form!r} learns from; set it to 0"
-            )
         if self.head == "gate" and self.loss.supervision_on == "expected_log":
             raise ValueError("head = 'gate' has no posterior, so loss.supervision_on = 'expected_log' means nothing")
         if self.head == "gate" and self.vrm.decoder != "bilinear":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
@@ -72,13 +72,8 @@ class RewardData:
         if not statistics.has_scores and not experiment.own_objectives:
             # What nobody scored is no helpfulness.
             statistics = statistics.named(experiment.factor_names)
-        mismatched = mismatched_pairs(
-            pairs,
-            config.mismatched_pairs,
-            experiment.seed,
-            max_length=config.max_length,
-            sources=config.mismatched_sources,
-        )
+        shares = {source.name: source.mismatched_pairs for source in experiment.data.sources}
+        mismatched = mismatched_pairs(pairs, shares, experiment.seed, max_length=config.max_length)
         pairs = [*pairs, *mismatched]
         return cls(
             pairs=pairs,
@@ -146,14 +141,9 @@ class RewardData:
 
 
 def mismatched_pairs(
-    pairs: Sequence[TokenisedPair],
-    share: float,
-    seed: int,
-    *,
-    max_length: int,
-    sources: Collection[str] | None = None,
+    pairs: Sequence[TokenisedPair], shares: Mapping[str, float], seed: int, *, max_length: int
 ) -> list[TokenisedPair]:
-    """`mismatched_pair` of each pair of `sources`, with probability `share`.
+    """`mismatched_pair` of each pair, with the probability that `shares` has for its source, or 0.
 
     Seed and ids decide which pairs get one, so a larger share contains the pairs of a smaller one. A pair gets none
     where no other chosen response fits.
@@ -161,8 +151,7 @@ def mismatched_pairs(
     asked = (
         pair
         for pair in pairs
-        if (sources is None or pair.pair.source in sources)
-        and stable_seed("mismatched", seed, pair.pair.id) / 2**62 < share
+        if stable_seed("mismatched", seed, pair.pair.id) / 2**62 < shares.get(pair.pair.source, 0.0)
     )
     made = (mismatched_pair(pair, pairs, seed, max_length=max_length) for pair in asked)
     return [pair for pair in made if pair is not None]

@@ -148,7 +148,7 @@ def prompt_findings(reward: Metrics) -> list[Finding]:
         _unsure(
             f"It is not known whether the reward reads the prompt: the response chosen for it beats one chosen for "
             f"another in {share} of cases. Then one answer, such as an apology, can please it for every prompt. "
-            "Set reward.mismatched_pairs.",
+            "Set mismatched_pairs of the sources.",
             PROMPT_THRESHOLD,
         )
     ]

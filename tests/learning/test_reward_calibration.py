@@ -187,7 +187,7 @@ def test_the_card_says_how_often_the_response_to_the_prompt_beats_one_to_another
     trainer, heldout, metrics = calibrated(larger_world, tiny_policy, tokenizer, steps=1)
     assert "eval/mismatched_accuracy" not in metrics
     collate, rows = collator(larger_world, tokenizer), tokenised(larger_world, tokenizer, "heldout")
-    pairs = mismatched_pairs(rows[:40], 1.0, 0, max_length=256)
+    pairs = mismatched_pairs(rows[:40], {"planted": 1.0}, 0, max_length=256)
     mismatched = collate(pairs, 0)
     margins = pair_differences(trainer.score(mismatched).mean)
     batches = [collate(tokenised(larger_world, tokenizer)[:64], 0)]

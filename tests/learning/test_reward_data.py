@@ -1,5 +1,6 @@
 """Pairs that are made: a chosen response against one that was chosen for another prompt."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -30,7 +31,7 @@ def tokenised(identity, prompt, chosen, rejected):
 
 def test_a_chosen_response_is_compared_with_one_that_was_chosen_for_another_prompt():
     pairs = [tokenised("1", "p", "good", "bad"), tokenised("2", "q", "fine", "poor")]
-    first, second = mismatched_pairs(pairs, 1.0, seed=0, max_length=5)
+    first, second = mismatched_pairs(pairs, {"mine": 1.0}, seed=0, max_length=5)
     assert (first.pair.chosen, first.pair.rejected, first.pair.id) == ("good", "fine", "1/mismatched")
     assert (second.pair.chosen, second.pair.rejected) == ("fine", "good")
     assert (first.pair.scores_chosen, first.pair.scores_rejected, first.pair.margin) == (None, None, None)
@@ -40,41 +41,52 @@ def test_a_chosen_response_is_compared_with_one_that_was_chosen_for_another_prom
 
 def test_no_response_to_the_same_prompt_none_that_is_too_long_and_no_equal_one():
     pairs = [tokenised("1", "p", "good", "bad"), tokenised("2", "p", "fine", "poor")]
-    assert mismatched_pairs(pairs, 1.0, seed=0, max_length=99) == []
+    assert mismatched_pairs(pairs, {"mine": 1.0}, seed=0, max_length=99) == []
     pairs = [tokenised("1", "p", "good", "bad"), tokenised("2", "q", "longer", "poor")]
-    [made] = mismatched_pairs(pairs, 1.0, seed=0, max_length=5)
+    [made] = mismatched_pairs(pairs, {"mine": 1.0}, seed=0, max_length=5)
     assert made.pair.id == "2/mismatched"
     pairs = [tokenised("1", "p", "good", "bad"), tokenised("2", "q", "good", "poor")]
-    assert mismatched_pairs(pairs, 1.0, seed=0, max_length=99) == []
+    assert mismatched_pairs(pairs, {"mine": 1.0}, seed=0, max_length=99) == []
 
 
 def test_a_larger_share_contains_a_smaller_one():
     pairs = [tokenised(str(i), f"p{i}", f"good{i}", "bad") for i in range(1000)]
-    some, more = ({p.pair.id for p in mismatched_pairs(pairs, share, seed=0, max_length=99)} for share in (0.1, 0.4))
+    some, more = (
+        {p.pair.id for p in mismatched_pairs(pairs, {"mine": share}, seed=0, max_length=99)} for share in (0.1, 0.4)
+    )
     assert some < more
     assert len(some) == pytest.approx(100, abs=38)  # four standard deviations, sqrt(1000 * .1 * .9) = 9.5
-    assert mismatched_pairs(pairs, 0.0, seed=0, max_length=99) == []
+    assert mismatched_pairs(pairs, {"mine": 0.0}, seed=0, max_length=99) == []
 
 
 def test_pairs_of_other_sources_get_none_but_lend_their_responses():
     pairs = [tokenised("1", "p", "good", "bad"), tokenised("2", "q", "fine", "poor")]
     pairs[1] = replace(pairs[1], pair=replace(pairs[1].pair, source="theirs"))
-    [made] = mismatched_pairs(pairs, 1.0, seed=0, max_length=5, sources=["mine"])
+    [made] = mismatched_pairs(pairs, {"mine": 1.0}, seed=0, max_length=5)
     assert (made.pair.chosen, made.pair.rejected) == ("good", "fine")
-    with pytest.raises(ConfigError, match=r"mismatched_sources names 'plant', .*its sources are planted"):
-        load_recipe("experiments_tiny", ["reward.mismatched_sources=[plant]"])
 
 
-def test_made_pairs_are_trained_on_and_counted_apart(tokenizer):
-    sizes = ["data.planted.num_train_pairs=60", "data.planted.num_heldout_pairs=40"]
-    recipe = load_recipe("experiments_tiny", [*sizes, "reward.mismatched_pairs=1"])
+def test_made_pairs_are_trained_on_and_counted_apart(tokenizer, tmp_path):
+    rows = [{"prompt": f"guide me {'at work ' * i}", "chosen": f"yes {'. ' * i}", "rejected": "no"} for i in range(40)]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(row | {"scores_chosen": {"safety": 5, "honesty": 2}}) + "\n" for row in rows))
+    recipe = load_recipe(
+        "experiments_tiny",
+        [
+            f"data.sources=[{{path: {file}, mismatched_pairs: 1}}]",
+            "objectives=[safety,honesty]",
+            "reward.batch_pairs=8",
+        ],
+    )
     data = RewardData.of(recipe, load_data(recipe), tokenizer)
-    assert (len(data.pairs), len(data.compared_pairs), data.num_mismatched) == (120, 60, 60)
+    compared = len(data.compared_pairs)
+    assert (len(data.pairs), data.num_mismatched) == (2 * compared, compared)
     metrics = data.metrics()
-    assert (metrics["data/train_pairs"], metrics["data/mismatched_pairs"]) == (60.0, 60.0)
-    assert metrics["data/source/planted/train_pairs"] == 60.0
+    assert (metrics["data/train_pairs"], metrics["data/mismatched_pairs"]) == (compared, compared)
+    assert metrics["data/source/mine/train_pairs"] == compared
     # Nobody scored them, so they supervise neither weights nor scores.
-    batch = data.collate(data.pairs[60:70], 0)
+    assert data.collate(data.pairs[:compared], 0).score_mask.any()
+    batch = data.collate(data.pairs[compared:], 0)
     assert not batch.target_mask.any()
     assert not batch.score_mask.any()
 
@@ -97,5 +109,8 @@ def test_held_out_responses_are_compared_with_those_to_other_held_out_prompts(to
 
 @pytest.mark.parametrize("override", ["reward.head=regression", "reward.pair_loss.form=margin"])
 def test_made_pairs_have_neither_scores_nor_margins(override):
-    with pytest.raises(ConfigError, match=r"mismatched_pairs = 0.5 makes pairs without scores and margins"):
-        load_recipe("experiments_tiny", ["reward.mismatched_pairs=0.5", override])
+    sources = "data.sources=[{path: mine.jsonl, mismatched_pairs: 0.5}]"
+    with pytest.raises(
+        ConfigError, match=r"source 'mine' has mismatched_pairs = 0.5: pairs without scores and margins"
+    ):
+        load_recipe("experiments_tiny", [sources, override])
