@@ -15,6 +15,8 @@ from pipeline.config.load import load_recipe
 from pipeline.data.run_data import load_data
 from pipeline.errors import CheckpointError, ConfigError, CorruptManifest, NumericsError, WorkerError
 from pipeline.experiments.grid import EXPERIMENTS
+from pipeline.learning.reward_data import RewardData
+from pipeline.models.backbone import load_tokenizer
 from tests.experiments.test_findings import result
 from tests.experiments.test_policy_findings import aligned
 
@@ -48,9 +50,13 @@ def options_of(name, out, *more):
     return parse([name, "--out", str(out), "--seeds", "0", "1", *more])
 
 
-def pairs_of(recipe):
+def texts_of(recipe, policy):
+    """Every prompt with a response that a run reads: to this prompt, or held-out to another."""
     data = load_data(recipe)
-    return [*data.train_pairs, *data.heldout_pairs]
+    mismatched = [pair.pair for pair in RewardData.of(recipe, data, load_tokenizer(policy)).mismatched_heldout_pairs]
+    assert mismatched
+    pairs = [*data.train_pairs, *data.heldout_pairs, *mismatched]
+    return {(str(pair.prompt), response) for pair in pairs for response in (pair.chosen, pair.rejected)}
 
 
 class Fake:
@@ -199,8 +205,7 @@ def test_states_of_a_frozen_backbone_are_computed_once_for_all_seeds_and_labels(
     states = str(tmp_path / "states")
     counts = [list(compute_missing_states([recipe], ONE_CORE, states, shard, 2)) for shard in (0, 1)]
     (zero, first), (also_zero, second) = (of_shard[0] for of_shard in counts)
-    texts = {(str(p.prompt), y) for p in pairs_of(recipe) for y in (p.chosen, p.rejected)}
-    assert (zero, also_zero, first + second) == (0, 0, len(texts))
+    assert (zero, also_zero, first + second) == (0, 0, len(texts_of(recipe, tiny_policy)))
     assert [of_shard[-1] for of_shard in counts] == [(first, first), (second, second)]
     assert min(first, second) > 40
     assert list(compute_missing_states([recipe, flipped], ONE_CORE, states, 0, 1)) == [(0, 0)]
@@ -258,7 +263,7 @@ def test_a_pass_over_frozen_states_tells_how_far_it_is(tiny_policy, tmp_path, lo
     recipe = load_recipe("experiments_tiny", overrides)
     console = io.StringIO()
     keep_states([recipe], demand_of(recipe), str(tmp_path), max_restarts=0, name="experiments", console=console)
-    count = len({(str(p.prompt), y) for p in pairs_of(recipe) for y in (p.chosen, p.rejected)})
+    count = len(texts_of(recipe, tiny_policy))
     size = f"{count * 2 * 64 * 4 / 2**20:.1f} MiB"  # prompt and response, 64 dimensions in float32
     last = console.getvalue().splitlines()[-1]
     assert f"experiments           {count}/{count}  states of the frozen backbone, {size}  " in last
