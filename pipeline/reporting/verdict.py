@@ -147,8 +147,8 @@ def prompt_findings(reward: Metrics) -> list[Finding]:
     return [
         _unsure(
             f"It is not known whether the reward reads the prompt: the response chosen for it beats one chosen for "
-            f"another in {share} of cases. Then one answer, such as an apology, can please it for every prompt. "
-            "Set mismatched_pairs of the sources.",
+            f"another in {share} of cases. If it does not read it, one answer, such as an apology, can please it for "
+            "every prompt. Set mismatched_pairs of the sources.",
             PROMPT_THRESHOLD,
         )
     ]
